@@ -1,0 +1,108 @@
+"""Durable files: everything that must survive a kill or a power cut is written through here.
+
+A file or folder appears under its final name only when it is complete: it is built under a temporary
+name, flushed to the disk, renamed, and the rename is flushed too. A reader therefore sees the old
+state or the new one, never half of either. Tests replace `sync` and `rename` to fail at any point.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nanogpt.errors import UserError
+
+TEMPORARY = ".tmp-"  # in the name of everything that is not complete
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk (`fsync`)."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and needs no flush of one
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename over `target`, durably."""
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def temporary(path: Path) -> Path:
+    """The name under which `path` is built; another process never picks the same one."""
+    return path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Build the file or folder `path` under a temporary name; it appears if the block succeeds.
+
+    >>> with staged(folder / "meta.json") as draft:
+    ...     draft.write_text("{}")
+    """
+    draft = temporary(path)
+    remove(draft)
+    try:
+        yield draft
+        for file in sorted(draft.iterdir()) if draft.is_dir() else []:
+            sync(file)
+        sync(draft)
+        rename(draft, path)
+    except BaseException:
+        remove(draft)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    with staged(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; `UserError` names the file when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lock(folder: Path) -> FileLock:
+    """Hold `folder` for this process; `UserError` if another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process is writing to {folder}; wait for it, or choose another --out_dir"
+        ) from None
+    return held
