@@ -1,0 +1,296 @@
+"""Options of a program: a dataclass, files of assignments and `--key=value`, checked together.
+
+    python train.py config/train_shakespeare_char.py --batch_size=32
+
+Files and flags are applied from left to right. A file has Python's syntax but is data: it is parsed,
+never executed, so opening a stranger's preset runs nothing. Everything wrong is reported at once.
+"""
+
+import ast
+import difflib
+import inspect
+import math
+import operator
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from nanogpt.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent  # the repository: presets lie in its config/
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes, both ends included."""
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f">= {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
+
+
+Positive = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+Rate = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `read` found: the values, and for each value that was given, where."""
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+    arguments: list[str]  # positional arguments that are not presets, where the program takes any
+    ignored: dict[str, str]  # keys of files that only other programs have, and the file
+
+
+def load(cls: type[T], argv: Sequence[str]) -> tuple[T, dict[str, str]]:
+    """Read `argv` into an instance of the dataclass `cls`.
+
+    Returns the instance and, for each option that was given, where ("--lr=1" or "config/x.py").
+    Raises UserError with all problems. `--help` prints the options and leaves with 0.
+    """
+    options = read(cls, argv)
+    return cls(**options.values), options.origins
+
+
+def read(
+    cls: type, argv: Sequence[str], *, arguments: bool = False, other_keys: frozenset[str] = frozenset()
+) -> Options:
+    """As `load`, for programs that take positional arguments of their own (`arguments`), or whose
+    preset files also hold keys of another program (`other_keys`)."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls))
+        raise SystemExit(0)
+    types = typing.get_type_hints(cls, include_extras=True)
+    found = Options({}, {}, [], {})
+    problems: list[str] = []
+
+    def give(key: str, value: Any, origin: str, is_text: bool) -> None:
+        if key not in types:
+            if key in other_keys and not is_text:
+                found.ignored[key] = origin
+                return
+            problems.append(f"{origin}: unknown option {key!r}{_nearest(key, types)}")
+            return
+        try:
+            found.values[key] = _from_text(types[key], value) if is_text else _check(types[key], value)
+            found.origins[key] = origin
+        except ValueError as error:
+            problems.append(f"{origin}: {key} = {value!r} is not {error}")
+
+    for word in argv:
+        if word.startswith("--"):
+            key, equals, text = word[2:].partition("=")
+            if not equals and types.get(key) is not bool and key in types:
+                problems.append(f"{word}: write --{key}=VALUE, without a space")
+            else:
+                give(key, text if equals else "True", word, is_text=True)
+        elif arguments:
+            found.arguments.append(word)
+        else:
+            try:
+                path = preset(word)
+                for key, value in assignments(path).items():
+                    give(key, value, _shown(path), is_text=False)
+            except UserError as error:
+                problems.append(str(error))
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    problems += [f"--{key}=... is required" for key in required if key not in found.origins]
+    if problems:
+        raise UserError("\n       ".join(problems))
+    return found
+
+
+# ----------------------------------------------------------------------------- preset files
+
+
+def preset(name: str) -> Path:
+    """The file that `name` stands for: a path, or the name of a preset in config/."""
+    for path in (Path(name), Path("config") / f"{name}.py", ROOT / name, ROOT / "config" / f"{name}.py"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
+    near = difflib.get_close_matches(Path(name).stem, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"no preset {name!r}: {hint}there are {', '.join(names)} (options are --key=value)")
+
+
+def assignments(path: Path) -> dict[str, Any]:
+    """The names that a preset file sets. Names with a leading underscore are its own scratch values."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"))
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise UserError(f"{_shown(path)} is not a preset: {error}") from None
+    names: dict[str, Any] = {}
+    for node in tree.body:
+        try:
+            if _is_docstring(node):
+                continue
+            if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+                raise ValueError(f"{ast.unparse(node).splitlines()[0]!r} is not an assignment `name = value`")
+            names[node.targets[0].id] = _value(node.value, names)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"{_shown(path)}, line {node.lineno}: {error}") from None
+    return {name: value for name, value in names.items() if not name.startswith("_")}
+
+
+_ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+
+
+def _value(node: ast.expr, names: dict[str, Any]) -> Any:
+    """Evaluate literals, arithmetic on numbers, and names set above; nothing else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
+        return node.value
+    if isinstance(node, ast.Name):
+        if node.id in names:
+            return names[node.id]
+        raise ValueError(f"{node.id!r} is not set above")
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_number(_value(node.operand, names))
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        left, right = _value(node.left, names), _value(node.right, names)
+        if isinstance(left, str) and isinstance(right, str) and isinstance(node.op, ast.Add):
+            return left + right
+        left, right = _number(left), _number(right)
+        if isinstance(node.op, ast.Pow) and not (abs(right) <= 64 and abs(left) <= 1e6):
+            raise ValueError(f"{ast.unparse(node)!r} is too large")
+        result = _ARITHMETIC[type(node.op)](left, right)
+        if not isinstance(result, int | float) or abs(result) > 1e300:
+            raise ValueError(f"{ast.unparse(node)!r} is too large")
+        return result
+    raise ValueError(
+        f"{ast.unparse(node)!r} is code; a preset holds numbers, strings, arithmetic and names set above"
+    )
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    return value
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+# ----------------------------------------------------------------------------- one value
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """Read `text` from the command line as `kind`; ValueError says what was expected."""
+    candidates: list[Any] = [text]
+    if text.lower() in ("true", "false"):
+        candidates.append(text.lower() == "true")
+    if text == "None":
+        candidates.append(None)
+    for number in (int, float):
+        try:
+            candidates.append(number(text))
+        except ValueError:
+            continue
+    for candidate in candidates:
+        try:
+            return _check(kind, candidate)
+        except ValueError:
+            continue
+    raise ValueError(describe(kind))
+
+
+def _check(kind: Any, value: Any) -> Any:
+    """`value` as `kind`; ValueError says what was expected."""
+    if get_origin(kind) is Annotated:
+        base, limits = get_args(kind)
+        value = _check(base, value)
+        if not limits.low <= value <= limits.high:
+            raise ValueError(describe(kind))
+        return value
+    if get_origin(kind) is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
+            return value
+    elif kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    elif kind is int and type(value) is float and value.is_integer():
+        return int(value)  # 1e6
+    elif kind in (bool, int, str) and type(value) is kind:
+        return value
+    raise ValueError(describe(kind))
+
+
+def describe(kind: Any) -> str:
+    """The values that `kind` allows, in words."""
+    if get_origin(kind) is Annotated:
+        base, limits = get_args(kind)
+        return f"{describe(base)} {limits}"
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
+    return {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}[kind]
+
+
+def _nearest(key: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else "; see --help"
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+# ----------------------------------------------------------------------------- what is printed and saved
+
+
+def help_text(cls: type) -> str:
+    """The options of `cls` in the order of its source, with the comments there as their meaning."""
+    module = inspect.getmodule(cls)
+    lines = [inspect.cleandoc((module.__doc__ if module else None) or ""), "", "Options (--name=value):"]
+    defaults = {field.name: field.default for field in fields(cls)}
+    types = typing.get_type_hints(cls, include_extras=True)
+    for line in inspect.getsource(cls).splitlines():
+        if heading := re.match(r"    # (.+)", line):
+            lines.append(f"\n  {heading[1]}")
+        elif option := re.match(r"    (\w+): .*?  # (.+)", line):
+            default = "" if defaults[option[1]] is MISSING else f"={defaults[option[1]]!r}"
+            lines.append(f"    --{option[1] + default:<38} {option[2]}")
+            if get_origin(types[option[1]]) is Literal:
+                lines.append(f"      {'':<38} {describe(types[option[1]])}")
+    return "\n".join(lines)
+
+
+def inherit(
+    config: T, origins: dict[str, str], saved: dict[str, Any], fresh: set[str]
+) -> tuple[T, dict[str, tuple[Any, Any]]]:
+    """The options of a run that goes on: those `saved`, with those given now over them.
+
+    Options in `fresh` are always taken from `config`. Returns also, for each option given with another
+    value than the saved one, (saved, given).
+    """
+    old = {key: value for key, value in saved.items() if key in set(vars(config)) - fresh}
+    now = {key: getattr(config, key) for key in origins if key in old}
+    differing = {key: (old[key], value) for key, value in now.items() if value != old[key]}
+    return type(config)(**{**vars(config), **old, **now}), differing
+
+
+def changed(config: Any, origins: dict[str, str]) -> list[str]:
+    """One line for each option whose value is not its default, and where the value came from: from
+    `origins`, else from the saved run that goes on."""
+    rows = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            rows.append(f"  {field.name} = {value!r}  ({origins.get(field.name, 'saved run')})")
+    return rows

@@ -1,0 +1,175 @@
+"""Options: what is accepted, what is refused, and in which words."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from nanogpt.config import Count, Fraction, Positive, Rate, assignments, help_text, inherit, load, read
+from nanogpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    # sizes
+    batch_size: Positive = 12  # windows a micro-batch
+    max_iters: Count = 10  # iterations
+    learning_rate: Rate = 6e-4  # the highest
+    dropout: Fraction = 0.0  # of activations
+    # words
+    start: str = "\n"  # the prompt
+    out_dir: str = "out"  # where
+    bias: bool = False  # biases
+    compile: Literal["auto", True, False] = "auto"  # torch.compile
+
+
+@pytest.fixture
+def preset_file(tmp_path: Path):
+    def write(text: str) -> str:
+        path = tmp_path / "preset.py"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "value"),
+    [
+        ("--learning_rate=1", "learning_rate", 1.0),
+        ("--learning_rate=1e-3", "learning_rate", 1e-3),
+        ("--dropout=0", "dropout", 0.0),
+        ("--max_iters=1e6", "max_iters", 1_000_000),
+        ("--max_iters=10_000", "max_iters", 10_000),
+        ("--start=a=b", "start", "a=b"),
+        ("--start=123", "start", "123"),
+        ("--start=True", "start", "True"),
+        ("--start=", "start", ""),
+        ("--start=--x y", "start", "--x y"),
+        ("--bias=true", "bias", True),
+        ("--bias=False", "bias", False),
+        ("--bias", "bias", True),
+        ("--compile=False", "compile", False),
+        ("--compile=auto", "compile", "auto"),
+    ],
+)
+def test_accepts(word, name, value):
+    config, origins = load(Config, [word])
+    got = getattr(config, name)
+    assert got == value and type(got) is type(value)
+    assert origins == {name: word}
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--batch_siz=3", "did you mean 'batch_size'?"),
+        ("--batch-size=3", "did you mean 'batch_size'?"),
+        ("--xyzzy=3", "see --help"),
+        ("--batch_size=0", "not a whole number >= 1"),
+        ("--batch_size=1.5", "not a whole number >= 1"),
+        ("--batch_size=True", "not a whole number >= 1"),
+        ("--learning_rate=1e999", "not a finite number >= 0"),
+        ("--learning_rate=nan", "not a finite number >= 0"),
+        ("--learning_rate=-1", "not a finite number >= 0"),
+        ("--dropout=1.5", "not a finite number from 0 to 1"),
+        ("--bias=maybe", "not True or False"),
+        ("--compile=1", "not one of auto, True, False"),
+        ("--batch_size", "write --batch_size=VALUE"),
+        ("no_such_preset", "no preset 'no_such_preset'"),
+    ],
+)
+def test_refuses(word, said):
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        load(Config, [word])
+
+
+def test_reports_every_problem_at_once(preset_file):
+    path = preset_file("learning_rte = 1e-3\nbatch_size = 'ten'\n")
+    with pytest.raises(UserError) as error:
+        load(Config, [path, "--dropot=0.1", "--bias=perhaps"])
+    message = str(error.value)
+    for part in ("learning_rte", "'learning_rate'", "'ten'", "'dropout'", "perhaps"):
+        assert part in message
+
+
+def test_left_to_right(preset_file):
+    path = preset_file("batch_size = 3\n")
+    assert load(Config, [path, "--batch_size=4"])[0].batch_size == 4
+    assert load(Config, ["--batch_size=4", path])[0].batch_size == 3
+    assert load(Config, ["--batch_size=4", "--batch_size=5"])[0].batch_size == 5
+
+
+def test_preset_is_arithmetic_on_names_set_above(preset_file):
+    path = preset_file(
+        '"""A preset."""\n_tokens = 2**19  # scratch\nbatch_size = _tokens // 1024 // 8\n'
+        "learning_rate = 3 * 1e-4\nout_dir = 'out' + '-x'\nbias = True\nmax_iters = -(-7 // 2)\n"
+    )
+    config, _ = load(Config, [path])
+    assert config == Config(batch_size=64, learning_rate=3 * 1e-4, out_dir="out-x", bias=True, max_iters=4)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os",
+        "batch_size = __import__('os').system('touch HACKED')",
+        "batch_size = open('x')",
+        "batch_size = (lambda: 3)()",
+        "batch_size = [1][0]",
+        "batch_size = 9**9**9",
+        "batch_size = 10**65",
+        "start = 'a' * 10**9",
+        "batch_size = 1 / 0",
+        "batch_size = other",
+        "batch_size += 1",
+        "batch_size, max_iters = 1, 2",
+        "for i in range(3): batch_size = i",
+        "batch_size = (",
+        "batch_size = " + "-" * 5000 + "1",
+    ],
+)
+def test_preset_runs_no_code(preset_file, tmp_path, monkeypatch, code):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"preset\.py"):
+        load(Config, [preset_file(code + "\n")])
+    assert not (tmp_path / "HACKED").exists()
+
+
+def test_a_preset_of_the_project_by_its_bare_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # found wherever the program is started
+    with pytest.raises(UserError) as error:
+        load(Config, ["train_shakespeare_chr"])
+    assert "did you mean train_shakespeare_char?" in str(error.value)
+    options = read(Config, ["train_shakespeare_char"], other_keys=frozenset(assignments_of("char")))
+    assert options.values["batch_size"] == 64
+    assert "n_layer" in options.ignored
+
+
+def assignments_of(suffix: str) -> set[str]:
+    root = Path(__file__).resolve().parent.parent
+    return set(assignments(root / "config" / f"train_shakespeare_{suffix}.py"))
+
+
+def test_positional_arguments_are_kept_where_a_program_takes_them():
+    options = read(Config, ["a.txt", "--batch_size=3", "b"], arguments=True)
+    assert options.arguments == ["a.txt", "b"] and options.values == {"batch_size": 3}
+
+
+def test_inherit_prefers_what_is_given_now():
+    saved = {"batch_size": 3, "max_iters": 100, "start": "x", "gone": 1}
+    config, origins = load(Config, ["--batch_size=5", "--max_iters=100", "--out_dir=new"])
+    merged, differing = inherit(config, origins, saved, fresh={"out_dir"})
+    assert merged == Config(batch_size=5, max_iters=100, start="x", out_dir="new")
+    assert differing == {"batch_size": (3, 5)}
+
+
+def test_help_shows_every_option_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as leave:
+        load(Config, ["--help"])
+    assert leave.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--batch_size=12" in shown and "windows a micro-batch" in shown
+    assert "one of auto, True, False" in shown and "sizes" in shown
+    assert help_text(Config).count("--") >= 8
