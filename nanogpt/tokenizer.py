@@ -1,0 +1,254 @@
+"""Text to token ids and back: characters, bytes, or GPT-2's byte-pair encoding.
+
+A tokenizer saves itself as one JSON file that lies beside the data and in every run folder; nothing
+else is needed to decode a model's output, wherever the folder is moved.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nanogpt.errors import UserError
+
+FORMAT = "nanogpt-tokenizer-1"
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+END_OF_TEXT = "<|endoftext|>"
+BLANKS = 1 << 18  # tiktoken's pattern overflows its stack, and panics, at a million blanks on end
+GPT2_VOCAB_SIZE = 50257
+GPT2_BY_NAME = json.dumps({"format": FORMAT, "type": "gpt2"})  # for data that came without a tokenizer
+
+
+class Tokenizer(Protocol):
+    kind: str
+    vocab_size: int
+    end_of_text: int | None  # the id between documents, where the vocabulary has one
+
+    def encode(self, text: str) -> np.ndarray: ...  # -> int64 (n,); special tokens are ordinary text
+    def encode_prompt(self, text: str) -> list[int]: ...  # as `encode`, with <|endoftext|> recognised
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...  # UTF-8, perhaps cut inside a character
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class CharTokenizer:
+    """One id a character, in the order of their code points (as nanoGPT numbers them)."""
+
+    kind = "char"
+    end_of_text: int | None = None
+
+    def __init__(self, characters: Sequence[str]):
+        self.characters = list(characters)
+        self.vocab_size = len(self.characters)
+        points = np.array([ord(character) for character in self.characters], dtype=np.uint32)
+        self._id_of = np.full(int(points.max(initial=0)) + 2, -1, dtype=np.int64)
+        self._id_of[points] = np.arange(self.vocab_size)
+
+    def encode(self, text: str) -> np.ndarray:
+        """UserError shows the characters that are not in the vocabulary."""
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = self._id_of[np.minimum(points, len(self._id_of) - 1)]
+        if ids.size and ids.min() < 0:
+            unknown = list(dict.fromkeys(chr(point) for point in points[ids < 0]))
+            shown = " ".join(repr(character) for character in unknown[:10])
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            raise UserError(
+                f"not in the vocabulary of {self.vocab_size} characters: {shown}{more}; "
+                f"it has {''.join(self.characters[:100])!r}"
+            )
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text).tolist()
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(self.characters[i] for i in ids).encode("utf-8", "surrogatepass")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"characters": self.characters}
+
+
+class ByteTokenizer:
+    """One id a byte of the UTF-8 text: any text, no vocabulary to learn."""
+
+    kind = "byte"
+    vocab_size = 256
+    end_of_text: int | None = None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text).tolist()
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(ids)
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding of 50,257 tokens, by tiktoken, built from the list of its merges."""
+
+    kind = "gpt2"
+
+    def __init__(self, merges: str):
+        import tiktoken
+
+        self.merges = merges
+        ranks = _ranks(merges)
+        self.end_of_text: int | None = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: len(ranks)},
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode_ordinary(_few_blanks(text)), dtype=np.int64)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._encoding.encode(_few_blanks(text), allowed_special={END_OF_TEXT})
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes(list(ids))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"merges": self.merges}
+
+
+def _few_blanks(text: str) -> str:
+    """`text`; UserError if it has so long a run of blanks that tiktoken would panic."""
+    for start in range(0, len(text) - BLANKS + 1, BLANKS):
+        if text[start : start + BLANKS].isspace():
+            raise UserError(f"gpt2 cannot encode {BLANKS:,} blanks on end; shorten them, or use char or byte")
+    return text
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of `ids`; bytes that are no character (a cut one, say) become U+FFFD."""
+    if isinstance(tokenizer, CharTokenizer):  # exact for every code point, lone surrogates too
+        return "".join(tokenizer.characters[i] for i in ids)
+    return tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def to_text(tokenizer: Tokenizer) -> str:
+    """The JSON text that `from_text` reads."""
+    value = {"format": FORMAT, "type": tokenizer.kind, **tokenizer.to_json()}
+    return json.dumps(value, ensure_ascii=True) + "\n"
+
+
+def from_text(text: str, name: str = "tokenizer.json") -> Tokenizer:
+    """The tokenizer of a JSON text; UserError names the file if it is not one of ours."""
+    identify(text, name)
+    value = json.loads(text)
+    if value["type"] == "char":
+        return CharTokenizer(value["characters"])
+    if value["type"] == "byte":
+        return ByteTokenizer()
+    return GPT2Tokenizer(value["merges"]) if "merges" in value else gpt2()
+
+
+@dataclass(frozen=True)
+class Identity:
+    kind: str
+    vocab_size: int
+    sha256: str  # by which data and models tell whether they mean the same ids
+
+
+def identify(text: str, name: str = "tokenizer.json") -> Identity:
+    """What the JSON text of a tokenizer describes, without building it; UserError as `from_text`."""
+    try:
+        value = json.loads(text)
+        if value["format"] != FORMAT:
+            raise ValueError(f"format {value['format']!r}")
+        kind = value["type"]
+        content: Any = None
+        if kind == "char":
+            content = value["characters"]
+            if len(set(content)) != len(content) or not all(len(character) == 1 for character in content):
+                raise ValueError("its characters are not distinct single characters")
+        elif kind == "gpt2":  # without "merges" it is GPT-2's all the same, found when text is needed
+            if "merges" in value and _sha256(value["merges"]) != GPT2_SHA256:
+                raise ValueError("its merges are not GPT-2's")
+        elif kind != "byte":
+            raise ValueError(f"type {kind!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{name} is not a tokenizer of format {FORMAT}: {error!r}") from None
+    vocab_size = {"byte": 256, "gpt2": GPT2_VOCAB_SIZE}.get(kind) or len(content)
+    return Identity(kind, vocab_size, _sha256(json.dumps([kind, content])))
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    return identify(to_text(tokenizer)).sha256
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+# ----------------------------------------------------------------------------- GPT-2's files
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: NANOGPT_CACHE, or the user's cache folder."""
+    import pooch
+
+    return Path(os.environ.get("NANOGPT_CACHE") or pooch.os_cache("nanogpt"))
+
+
+def gpt2(path: str = "") -> GPT2Tokenizer:
+    """GPT-2's tokenizer from `path` (vocab.bpe or its folder), the cache, or the net.
+
+    UserError says where the file can be put when it is nowhere. The SHA-256 is checked always.
+    """
+    import pooch
+
+    given = Path(path) / "vocab.bpe" if path and Path(path).is_dir() else Path(path)
+    if path and not given.is_file():
+        raise UserError(f"no GPT-2 merges at {given}; it is the file vocab.bpe of OpenAI's release")
+    if not path:
+        given = cache_folder() / "gpt2" / "vocab.bpe"
+        if not given.is_file():
+            try:
+                pooch.retrieve(GPT2_URL, f"sha256:{GPT2_SHA256}", given.name, given.parent)
+            except Exception as error:  # whatever the net, a proxy or a disk may raise
+                raise UserError(
+                    f"GPT-2's merges could not be downloaded from {GPT2_URL} ({type(error).__name__}); "
+                    f"put that file at {given}, or use --tokenizer=char or byte, which need no download"
+                ) from None
+    content = given.read_bytes()
+    if hashlib.sha256(content).hexdigest() != GPT2_SHA256:
+        raise UserError(f"{given} is not GPT-2's vocab.bpe: its SHA-256 is not {GPT2_SHA256}")
+    return GPT2Tokenizer(content.decode("utf-8"))
+
+
+def _ranks(merges: str) -> dict[bytes, int]:
+    """Token bytes -> id from the lines of vocab.bpe.
+
+    GPT-2 writes bytes as printable characters: those that print stand for themselves, the others are
+    numbered upwards from U+0100. Ids are the 256 bytes in that order, then the merges in theirs
+    (Radford et al. 2019, `encoder.py` of the release).
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    ranks = {bytes([byte]): i for i, byte in enumerate(printable + others)}
+    for line in merges.split("\n")[1:]:  # the first line names the version
+        if line:
+            token = bytes(byte_of[character] for part in line.split(" ") for character in part)
+            ranks[token] = len(ranks)
+    return ranks
