@@ -1,0 +1,39 @@
+"""Learning rates as pure functions of the step, so that a resumed run needs no state of them."""
+
+import math
+from typing import Literal
+
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+
+
+def learning_rate(
+    step: int,
+    schedule: Schedule,
+    *,
+    peak: float,
+    floor: float,
+    warmup_iters: int,
+    decay_iters: int,
+    cooldown: float = 0.4,
+) -> float:
+    """The rate for update number `step`, counted from 0.
+
+    It rises linearly over `warmup_iters` updates (never 0: the first is peak / (warmup_iters + 1)),
+    then falls from `peak` to `floor`, which it reaches at update `decay_iters` and keeps:
+
+    - cosine:   half a cosine, as in GPT-3 (Brown et al. 2020, appendix B) and nanoGPT
+    - linear:   a straight line
+    - wsd:      holds `peak`, then a straight line over the last `cooldown` of `decay_iters`
+                (warm-up, stable, decay: Hu et al. 2024, "MiniCPM")
+    - constant: holds `peak`
+    """
+    if step < warmup_iters:
+        return peak * (step + 1) / (warmup_iters + 1)
+    if schedule == "constant":
+        return peak
+    start = warmup_iters
+    if schedule == "wsd":
+        start = max(warmup_iters, round(decay_iters * (1 - cooldown)))
+    done = min(1.0, max(0.0, (step - start) / max(1, decay_iters - start)))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return floor + (peak - floor) * left

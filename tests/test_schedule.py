@@ -1,0 +1,51 @@
+"""The learning rate: above zero, continuous, right at its ends."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from nanogpt.schedule import learning_rate
+
+KINDS = ["cosine", "linear", "wsd", "constant"]
+
+
+def rates(kind: str, n: int = 300, warmup: int = 20, decay: int = 200, floor: float = 1e-4) -> list[float]:
+    return [
+        learning_rate(i, kind, peak=1e-3, floor=floor, warmup_iters=warmup, decay_iters=decay)
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shape(kind):
+    values = rates(kind)
+    assert all(0 < value <= 1e-3 for value in values)
+    assert values[0] == pytest.approx(1e-3 / 21)
+    assert values[20] == pytest.approx(1e-3)
+    assert all(b >= a for a, b in pairwise(values[:21]))
+    assert all(b <= a for a, b in pairwise(values[20:]))
+    jumps = [abs(b - a) for a, b in pairwise(values)]
+    assert max(jumps) < 1e-3 / 15
+    end = 1e-3 if kind == "constant" else 1e-4
+    assert values[200:] == [pytest.approx(end)] * 100
+
+
+def test_cosine_is_nanogpts():
+    def theirs(i):  # the formula of Brown et al. as nanoGPT's users know it
+        share = (i - 20) / (200 - 20)
+        return 1e-4 + 0.5 * (1.0 + math.cos(math.pi * share)) * (1e-3 - 1e-4)
+
+    assert rates("cosine")[20:200] == [pytest.approx(theirs(i)) for i in range(20, 200)]
+
+
+def test_wsd_holds_then_falls():
+    values = rates("wsd")
+    assert values[20:121] == [pytest.approx(1e-3)] * 101
+    assert values[160] == pytest.approx((1e-3 + 1e-4) / 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_degenerate_lengths(kind):
+    assert rates(kind, n=3, warmup=0, decay=0)[0] > 0
+    assert all(math.isfinite(value) for value in rates(kind, n=50, warmup=30, decay=10))
