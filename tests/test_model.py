@@ -1,0 +1,174 @@
+"""The model: GPT-2's sizes and arithmetic, causality, and the padding that must not matter."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nanogpt.model import GPT, GPT2_SIZES, IGNORE, GPTConfig
+
+SMALL = GPTConfig(vocab_size=37, block_size=16, n_layer=3, n_head=4, n_embd=32)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(SMALL)
+
+
+def batch(seed=0, length=16):
+    torch.manual_seed(seed)
+    idx = torch.randint(SMALL.vocab_size, (2, length + 1))
+    return idx[:, :-1], idx[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_parameter_counts_of_gpt2(name, count):
+    with torch.device("meta"):
+        assert GPT(GPT2_SIZES[name]).n_params() == count
+        assert GPT(replace(GPT2_SIZES[name], vocab_multiple=64)).n_params() == count
+
+
+def test_equals_gpt2_written_out(model):
+    """The forward pass against a second one made of matrix products and explicit softmax."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():  # biases and gains that are not 0 and 1
+        parameter.data.normal_(std=0.2)
+    w = {name: p.double() for name, p in model.named_parameters()}
+    idx, targets = batch()
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    x = w["wte.weight"][idx] + w["wpe.weight"][: idx.shape[1]]
+    hidden = torch.ones(16, 16).triu(1).bool()
+    for i in range(SMALL.n_layer):
+        parts = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(SMALL.n_embd, dim=-1)
+        q, k, v = (part.unflatten(-1, (SMALL.n_head, -1)).transpose(1, 2) for part in parts)
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(hidden, -math.inf)
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + linear(attended, f"h.{i}.attn.c_proj")
+        h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        x = x + linear(h, f"h.{i}.mlp.c_proj")
+    expected = norm(x, "ln_f") @ w["wte.weight"].T
+    logits, loss = model(idx, targets)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+    picked = expected.log_softmax(-1).gather(-1, targets[..., None])
+    torch.testing.assert_close(loss.double(), -picked.mean(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.next_logits(idx), logits[:, -1])
+
+
+def test_initial_loss_is_that_of_guessing(model):
+    _, loss = model(*batch())
+    assert loss.item() == pytest.approx(math.log(SMALL.vocab_size), abs=0.1)
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, n_embd=128, n_layer=6))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() == 1:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.02 / math.sqrt(12) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.1), name
+
+
+def test_a_later_token_changes_no_earlier_logit(model):
+    idx, _ = batch()
+    changed = idx.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % SMALL.vocab_size
+    before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
+
+
+def test_gradients_in_float64(model):
+    """d loss / d weight against central differences, for one entry of every parameter."""
+    model.double()
+    idx, targets = batch()
+    model(idx, targets)[1].backward()
+    for name, p in model.named_parameters():
+        at = int(p.grad.abs().argmax())
+        flat, step = p.data.view(-1), 1e-5
+        losses = []
+        for sign in (1, -1):
+            flat[at] += sign * step
+            losses.append(model(idx, targets)[1].item())
+            flat[at] -= sign * step
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert float(p.grad.view(-1)[at]) == pytest.approx(slope, rel=1e-5, abs=1e-9), name
+
+
+def test_padding_never_matters():
+    idx, targets = batch()
+    results = []
+    for multiple in (1, 64):
+        torch.manual_seed(0)
+        model = GPT(replace(SMALL, vocab_multiple=multiple))
+        torch.manual_seed(1)
+        for name, p in model.named_parameters():
+            p.data.copy_(
+                torch.randn(64, 32)[: len(p)] if name == "wte.weight" else torch.randn(p.shape) * 0.1
+            )
+        logits, loss = model(idx, targets)
+        loss.backward()
+        results.append((logits, loss, model.wte.weight.grad))
+    (logits, loss, grad), (padded_logits, padded_loss, padded_grad) = results
+    assert padded_grad.shape[0] == 64 and not padded_grad[37:].any()
+    torch.testing.assert_close(logits, padded_logits)
+    torch.testing.assert_close(loss, padded_loss)
+    torch.testing.assert_close(grad, padded_grad[:37])
+
+
+def test_ignored_targets_are_not_scored(model):
+    idx, targets = batch()
+    masked = targets.clone()
+    masked[:, :10] = IGNORE
+    expected = F.cross_entropy(model(idx)[0][:, 10:].flatten(0, 1), targets[:, 10:].flatten())
+    torch.testing.assert_close(model(idx, masked)[1], expected)
+
+
+def test_dropout_only_while_training():
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, dropout=0.5))
+    idx, _ = batch()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    model.eval()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_learns_one_batch_by_heart(model):
+    idx, targets = batch()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(250):
+        loss = model(idx, targets)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="n_embd=30 is not divisible by n_head=4"):
+        GPT(replace(SMALL, n_embd=30))
+    with pytest.raises(ValueError, match="17 tokens do not fit"):
+        model(torch.zeros(1, 17, dtype=torch.long))
