@@ -1,0 +1,361 @@
+"""Token files in, batches out: which tokens a step sees is a pure function of (seed, step).
+
+A dataset is a folder with `train.bin` and `val.bin`, raw little-endian ids, and `meta.json` beside
+them (written by data/prepare.py). Also read: nanoGPT's bare files with or without `meta.pkl`, shards,
+llm.c's `.bin` (a header of 256 int32 before uint16 ids) and `.npy` arrays.
+
+Files are read with seek and read, not mapped: mapped pages count as this process's memory and grow
+with every batch until the whole file is resident.
+"""
+
+import io
+import math
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt import files, tokenizer
+from nanogpt.errors import UserError
+
+FORMAT = "nanogpt-data-1"
+CHECKED_AT_START = 1 << 30  # bytes of a split whose ids are all checked before the first step
+
+
+# ----------------------------------------------------------------------------- files
+
+
+@dataclass
+class TokenFile:
+    path: Path
+    dtype: np.dtype
+    offset: int  # bytes before the first token
+    tokens: int
+
+
+class Tokens:
+    """The tokens of a split, in one or more files, as one sequence."""
+
+    def __init__(self, parts: list[TokenFile], vocab_size: int):
+        self.parts = parts
+        self.vocab_size = vocab_size
+        self.ends = np.cumsum([part.tokens for part in parts])
+        self._open: dict[int, io.FileIO] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count, int64 (count,); UserError if one is not in the vocabulary."""
+        pieces = []
+        while count > 0:
+            which = int(np.searchsorted(self.ends, start, side="right"))
+            part = self.parts[which]
+            first = start - (int(self.ends[which]) - part.tokens)
+            take = min(count, part.tokens - first)
+            pieces.append(self._read(which, first, take))
+            start, count = start + take, count - take
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _read(self, which: int, first: int, count: int) -> np.ndarray:
+        part = self.parts[which]
+        raw = np.empty(count, dtype=part.dtype)
+        with self._lock:
+            if which not in self._open:
+                self._open[which] = io.FileIO(part.path)
+            self._open[which].seek(part.offset + first * part.dtype.itemsize)
+            got = self._open[which].readinto(raw.data.cast("B"))
+        if got != raw.nbytes:
+            raise UserError(f"{part.path} became shorter while it was read; prepare it again")
+        if count and int(raw.max()) >= self.vocab_size:
+            at = first + int((raw >= self.vocab_size).argmax())
+            raise UserError(
+                f"{part.path}: token {at} is id {int(raw[at - first])}, outside the vocabulary of "
+                f"{self.vocab_size}; the file and its tokenizer do not belong together"
+            )
+        return raw.astype(np.int64)
+
+    def check(self) -> None:
+        """Read the ids of up to CHECKED_AT_START bytes; later ones are checked as they are used."""
+        chunk = 1 << 22
+        last = min(len(self), CHECKED_AT_START // self.parts[0].dtype.itemsize)
+        for start in range(0, last, chunk):
+            self.read(start, min(chunk, last - start))
+
+
+@dataclass
+class Dataset:
+    folder: Path
+    train: Tokens
+    val: Tokens
+    tokenizer: str  # the text of tokenizer.json
+    vocab_size: int
+    fingerprint: str  # of the tokenizer
+    bytes_per_token: float | None  # UTF-8 bytes of the validation text a token, where it is known
+
+
+def find(name: str, root: Path) -> Path:
+    """The folder of the dataset `name`: a path, or a folder in data/ here or in the repository."""
+    for folder in (Path(name), Path("data") / name, root / "data" / name):
+        if folder.is_dir() and split_files(folder, "train"):
+            return folder
+    for folder in (Path(name), Path("data") / name, root / "data" / name):
+        if (folder / "prepare.py").is_file():
+            raise UserError(f"dataset {name!r} is not prepared: python {_short(folder / 'prepare.py', root)}")
+    ready = sorted({p.parent.name for p in (root / "data").glob("*/train*") if p.suffix in (".bin", ".npy")})
+    known = f"prepared here: {', '.join(ready)}; " if ready else ""
+    raise UserError(
+        f"no dataset at {name!r}: {known}your own text: python data/prepare.py PATH --out=data/mine; "
+        f"without a download: python data/python_stdlib/prepare.py"
+    )
+
+
+def load(folder: Path) -> Dataset:
+    """Open a dataset folder and check it: sizes, ids, and that data and tokenizer belong together.
+
+    Raises UserError, which names the file and what to do.
+    """
+    meta: dict[str, Any] = {}
+    text = tokenizer.GPT2_BY_NAME
+    if (folder / "meta.json").is_file():
+        meta = files.read_json(folder / "meta.json")
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise UserError(f"{folder / 'meta.json'} is not of format {FORMAT}; prepare the data again")
+        text = _own_tokenizer(folder, meta)
+    elif (folder / "meta.pkl").is_file():
+        text = tokenizer.to_text(_nanogpt_characters(folder / "meta.pkl"))
+    identity = tokenizer.identify(text)
+    splits = {}
+    for split in ("train", "val"):
+        paths = split_files(folder, split)
+        if not paths:
+            raise UserError(f"{folder} has no {split}.bin; prepare the data again")
+        parts = [_token_file(path, meta) for path in paths]
+        splits[split] = Tokens(parts, identity.vocab_size)
+        _check_size(splits[split], folder, split, meta)
+        splits[split].check()
+    about_val = meta.get("splits", {}).get("val", {})
+    bytes_per_token = about_val["text_bytes"] / about_val["tokens"] if about_val.get("text_bytes") else None
+    return Dataset(
+        folder, splits["train"], splits["val"], text, identity.vocab_size, identity.sha256, bytes_per_token
+    )
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split: `train.bin`, or numbered shards such as `x_train_000001.bin` or `.npy`."""
+    one = folder / f"{split}.bin"
+    if one.is_file():
+        return [one]
+    return sorted(folder.glob(f"*{split}_*.bin")) or sorted(folder.glob(f"*{split}_*.npy"))
+
+
+def _token_file(path: Path, meta: dict[str, Any]) -> TokenFile:
+    size = path.stat().st_size
+    dtype, offset, expected = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<"), 0, None
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise UserError(f"{path} is no array of tokens ({error}); prepare it again") from None
+        dtype, offset, expected = array.dtype, array.offset, array.size
+        if dtype.kind not in "iu":
+            raise UserError(f"{path} holds {dtype}, not token ids; prepare it again")
+    else:
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
+        if header[0] == 20240520 and header[1] == 1:  # llm.c
+            offset, dtype, expected = 1024, np.dtype("<u2"), int(header[2])
+    tokens, rest = divmod(size - offset, dtype.itemsize)
+    if rest or (expected is not None and tokens != expected):
+        raise UserError(f"{path} is truncated: {size} bytes are no whole file; prepare it again")
+    return TokenFile(path, dtype, offset, tokens)
+
+
+def _check_size(tokens: Tokens, folder: Path, split: str, meta: dict[str, Any]) -> None:
+    expected = meta.get("splits", {}).get(split, {}).get("tokens", len(tokens))
+    if len(tokens) != expected:
+        raise UserError(
+            f"{folder}: {split} holds {len(tokens)} tokens, meta.json says {expected}: "
+            f"a file is truncated or was replaced; prepare the data again"
+        )
+    if len(tokens) == 0:
+        raise UserError(f"{folder}: {split} is empty; prepare the data again with more text")
+
+
+def _own_tokenizer(folder: Path, meta: dict[str, Any]) -> str:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; prepare the data again")
+    text = path.read_text(encoding="utf-8")
+    found = tokenizer.identify(text, str(path)).sha256
+    if found != meta["tokenizer"]["sha256"]:
+        raise UserError(
+            f"{path} is not the tokenizer that made this data (its SHA-256 begins with {found[:12]}, "
+            f"meta.json says {meta['tokenizer']['sha256'][:12]}); prepare the data again"
+        )
+    return text
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers; a pickle that names any class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _nanogpt_characters(path: Path) -> tokenizer.CharTokenizer:
+    try:
+        with path.open("rb") as file:
+            itos = _PlainUnpickler(file).load()["itos"]
+        return tokenizer.CharTokenizer([itos[i] for i in range(len(itos))])
+    except (pickle.UnpicklingError, ValueError, KeyError, TypeError, EOFError, IndexError) as error:
+        raise UserError(f"{path} is not nanoGPT's table of characters: {error}") from None
+
+
+def _short(path: Path, root: Path) -> str:
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(root) else str(path)
+
+
+# ----------------------------------------------------------------------------- order
+
+
+class BatchOrder:
+    """Which window of the data is sample number n: every window once an epoch, in an order drawn anew.
+
+    An epoch cuts the split into windows of `block_size` tokens from a phase drawn for the epoch (so
+    borders between windows move) and walks them in a keyed permutation. Nothing is stored: any sample
+    is found in constant time and memory, which makes resume exact on any number of processes.
+    """
+
+    def __init__(self, n_tokens: int, block_size: int, seed: int):
+        self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed
+        fitting = (n_tokens - 1) // block_size  # a window is its tokens and the one after them
+        self.n_windows = fitting - 1 if fitting > 1 else fitting  # one is given up to leave a phase room
+        assert self.n_windows > 0, "require_window comes first"
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Where samples first .. first + count begin in the data, int64 (count,)."""
+        samples = np.arange(first, first + count, dtype=np.uint64)
+        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            slack = self.n_tokens - 1 - self.n_windows * self.block_size
+            phase = int(_mix(_key(self.seed, int(epoch), 0))) % (min(slack, self.block_size - 1) + 1)
+            windows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
+            starts[here] = windows.astype(np.int64) * self.block_size + phase
+        return starts
+
+
+def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
+    """Entries `places` (uint64) of the permutation of 0 .. n - 1 that belongs to `key`.
+
+    A Feistel network of four rounds on the next even power of two, walked until the value falls
+    below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = np.uint64(max(1, math.ceil(math.log2(n) / 2)) if n > 1 else 1)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    values = places.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(right + key + np.uint64(turn)) & mask)
+        values[outside] = (left << half) | right
+        outside = values >= n
+    return values
+
+
+def _key(seed: int, epoch: int, purpose: int) -> np.uint64:
+    words = np.random.SeedSequence([seed, epoch, purpose]).generate_state(1, np.uint64)
+    return words[0]
+
+
+def _mix(value: Any) -> Any:
+    """A bijection of uint64 that spreads every bit (the finaliser of splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+# ----------------------------------------------------------------------------- batches
+
+
+def require_window(tokens: Tokens, block_size: int, split: str) -> None:
+    """UserError if the split is shorter than one window and its last target."""
+    if len(tokens) <= block_size:
+        raise UserError(
+            f"the {split} text has {len(tokens)} tokens, fewer than one window of block_size + 1 = "
+            f"{block_size + 1}; use more text or a smaller --block_size"
+        )
+
+
+def gather(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+    """The windows at `starts`: idx and targets, int64 (len(starts), block_size), targets one token on."""
+    rows = torch.from_numpy(np.stack([tokens.read(int(start), block_size + 1) for start in starts]))
+    return rows[:, :-1], rows[:, 1:]
+
+
+class TrainBatches:
+    """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        block_size: int,
+        batch_size: int,
+        micro_steps: int,
+        seed: int,
+        device: torch.device,
+    ):
+        self.order = BatchOrder(len(tokens), block_size, seed)
+        self.tokens, self.block_size, self.device = tokens, block_size, device
+        self.batch_size, self.micro_steps = batch_size, micro_steps
+
+    def step(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The micro-batches of update number `step`, on the device: idx, targets (batch_size, T)."""
+        first = step * self.batch_size * self.micro_steps
+        for micro_step in range(self.micro_steps):
+            starts = self.order.starts(first + micro_step * self.batch_size, self.batch_size)
+            yield to_device(gather(self.tokens, starts, self.block_size), self.device)
+
+    def epochs(self, step: int) -> float:
+        """How often the text has been read after `step` updates."""
+        return step * self.batch_size * self.micro_steps / self.order.n_windows
+
+
+def eval_batches(
+    tokens: Tokens, block_size: int, batch_size: int, max_windows: int, ignore: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same windows at every call: all of the split if it has at most `max_windows`, each token
+    scored once (the last window looks back, its repeated targets are `ignore`); else `max_windows`
+    of them, evenly spread."""
+    n_windows, rest = divmod(len(tokens) - 1, block_size)
+    if n_windows > max_windows:
+        starts, rest = np.linspace(0, n_windows - 1, max_windows).astype(np.int64) * block_size, 0
+    else:
+        starts = np.arange(n_windows) * block_size
+    for first in range(0, len(starts), batch_size):
+        yield to_device(gather(tokens, starts[first : first + batch_size], block_size), device)
+    if rest:
+        idx, targets = gather(tokens, np.array([len(tokens) - 1 - block_size]), block_size)
+        targets = targets.clone()
+        targets[:, : block_size - rest] = ignore
+        yield to_device((idx, targets), device)
+
+
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copy a batch; to CUDA from pinned memory, so that the copy runs beside the computation."""
+    if device.type == "cuda":
+        idx, targets = (part.contiguous().pin_memory().to(device, non_blocking=True) for part in batch)
+        return idx, targets
+    return batch[0].contiguous().to(device), batch[1].contiguous().to(device)

@@ -1,0 +1,73 @@
+"""What several test files share: the folder of real texts, and a dataset small enough to train on."""
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt import tokenizer
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real texts that NANOGPT_TEST_DATA names; without it the test is skipped."""
+    folder = os.environ.get("NANOGPT_TEST_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs the real texts: set NANOGPT_TEST_DATA to their folder")
+    return Path(folder)
+
+
+def write_dataset(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
+    """A character-level dataset folder as data/prepare.py writes it."""
+    folder.mkdir(parents=True)
+    chars = tokenizer.CharTokenizer(sorted(set(text)))
+    cut = int(len(text) * (1 - val_fraction))
+    splits = {}
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        ids = chars.encode(part).astype("<u2")
+        ids.tofile(folder / f"{split}.bin")
+        digest = hashlib.sha256(ids.tobytes()).hexdigest()
+        splits[split] = {
+            "tokens": len(ids),
+            "text_bytes": len(part.encode()),
+            "files": [{"name": f"{split}.bin", "tokens": len(ids), "sha256": digest}],
+        }
+    meta = {
+        "format": "nanogpt-data-1",
+        "dtype": "uint16",
+        "vocab_size": chars.vocab_size,
+        "tokenizer": {"type": "char", "sha256": tokenizer.fingerprint(chars)},
+        "splits": splits,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer.to_text(chars), encoding="utf-8")
+    return folder
+
+
+def words(count: int, seed: int = 0) -> str:
+    """Text with something to learn: `count` words of a small made-up language, six to a line."""
+    draw = random.Random(seed)
+    known = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(12)]
+    picked = draw.choices(known, weights=range(1, 13), k=count)
+    return "\n".join(" ".join(picked[i : i + 6]) for i in range(0, count, 6)) + "\n"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset of some 8,000 characters, 10 different ones."""
+    return write_dataset(tmp_path / "dataset", words(1800))
+
+
+@pytest.fixture
+def bare_tokens(tmp_path: Path) -> Path:
+    """A folder as nanoGPT leaves it for GPT-2 tokens: two bare files, nothing beside them."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    ids = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")
+    ids[:2500].tofile(folder / "train.bin")
+    ids[2500:].tofile(folder / "val.bin")
+    return folder

@@ -1,0 +1,255 @@
+"""Token files and the order of batches."""
+
+import json
+import pickle
+import struct
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt import data
+from nanogpt.errors import UserError
+from tests.conftest import write_dataset
+
+CPU = torch.device("cpu")
+
+
+def tokens_of(values, tmp_path: Path, vocab_size=65536) -> data.Tokens:
+    path = tmp_path / "tokens.bin"
+    np.asarray(values, dtype="<u2").tofile(path)
+    return data.Tokens([data.TokenFile(path, np.dtype("<u2"), 0, len(values))], vocab_size)
+
+
+# ----------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 1023, 1025])
+def test_permutation_has_every_place_once(n):
+    for key in (0, 1, 2**63 + 11):
+        got = data.permute(np.arange(n, dtype=np.uint64), n, np.uint64(key))
+        assert sorted(got.tolist()) == list(range(n))
+
+
+def test_permutations_differ_and_shuffle():
+    n = 1000
+    drawn = [data.permute(np.arange(n, dtype=np.uint64), n, np.uint64(key)).astype(int) for key in range(20)]
+    for a, b in pairwise(drawn):
+        assert np.mean(a == b) < 0.02
+    for order in drawn:  # as unlike the identity as random orders are: correlation about 0 +- 0.03
+        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.15
+    firsts = np.array([data.permute(np.zeros(1, np.uint64), n, np.uint64(k))[0] for k in range(2000)])
+    counts, _ = np.histogram(firsts.astype(int), bins=10, range=(0, n))
+    assert ((counts - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize(("n_tokens", "block_size"), [(1000, 16), (33, 16), (17, 16), (5000, 7), (64, 31)])
+def test_each_token_once_an_epoch(n_tokens, block_size):
+    order = data.BatchOrder(n_tokens, block_size, seed=5)
+    phases = set()
+    for epoch in range(8):
+        starts = order.starts(epoch * order.n_windows, order.n_windows)
+        assert (starts >= 0).all() and (starts + block_size < n_tokens).all()
+        covered = np.zeros(n_tokens, dtype=int)
+        for start in starts:
+            covered[start : start + block_size] += 1
+        assert covered.max() == 1
+        assert n_tokens - covered.sum() <= 2 * block_size
+        phases.add(int(starts.min()))
+    assert len(phases) > 1 or n_tokens == block_size + 1
+
+
+def test_samples_do_not_depend_on_how_they_are_asked_for():
+    order = data.BatchOrder(3000, 16, seed=1)
+    whole = order.starts(0, 1000)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        first, count = int(rng.integers(0, 900)), int(rng.integers(1, 100))
+        assert (order.starts(first, count) == whole[first : first + count]).all()
+    assert (data.BatchOrder(3000, 16, seed=2).starts(0, 1000) != whole).any()
+    far = order.starts(10**12, 3)  # entered anywhere, in constant time
+    assert (far == data.BatchOrder(3000, 16, seed=1).starts(10**12 - 1, 5)[1:4]).all()
+
+
+@pytest.mark.parametrize("split", [(12, 1), (6, 2), (4, 3), (1, 12)])
+def test_a_step_sees_the_same_samples_at_any_micro_batch(tmp_path, split):
+    tokens = tokens_of(np.arange(4000) % 5000, tmp_path)
+    batch_size, micro_steps = split
+    batches = data.TrainBatches(tokens, 8, batch_size, micro_steps, 1, CPU)
+    got = [torch.cat([idx for idx, _ in batches.step(step)]) for step in (0, 1, 77)]
+    whole = data.TrainBatches(tokens, 8, 12, 1, 1, CPU)
+    for rows, step in zip(got, (0, 1, 77), strict=True):
+        assert torch.equal(rows, next(whole.step(step))[0])
+
+
+def test_targets_are_the_next_tokens(tmp_path):
+    tokens = tokens_of(np.arange(1000), tmp_path)
+    idx, targets = next(data.TrainBatches(tokens, 16, 5, 1, 1, CPU).step(3))
+    assert idx.shape == targets.shape == (5, 16) and idx.dtype == torch.int64
+    assert torch.equal(targets, idx + 1)
+    assert torch.equal(idx, idx[:, :1] + torch.arange(16))
+
+
+def test_evaluation_scores_every_token_once(tmp_path):
+    tokens = tokens_of(np.arange(1003), tmp_path)
+    for batch_size in (1, 7, 64):
+        scored = []
+        for idx, targets in data.eval_batches(tokens, 16, batch_size, 10**6, -1, CPU):
+            assert torch.equal(targets[targets >= 0], idx[targets >= 0] + 1)
+            scored += targets[targets >= 0].tolist()
+        assert scored == list(range(1, 1003))
+
+
+def test_evaluation_of_a_part_is_spread_evenly(tmp_path):
+    tokens = tokens_of(np.arange(1003), tmp_path)
+    first = [idx[:, 0] for idx, _ in data.eval_batches(tokens, 16, 4, 10, -1, CPU)]
+    starts = torch.cat(first).tolist()
+    assert len(starts) == 10 and starts[0] == 0 and starts[-1] == 61 * 16
+    assert max(np.diff(starts)) - min(np.diff(starts)) <= 16
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def test_reads_its_own_folder(dataset):
+    found = data.load(dataset)
+    assert found.vocab_size == 10 and found.bytes_per_token == 1.0
+    assert found.train.read(0, 5).tolist() == np.fromfile(dataset / "train.bin", "<u2")[:5].tolist()
+
+
+def test_reads_bare_files_as_gpt2_tokens(bare_tokens):
+    found = data.load(bare_tokens)
+    assert found.vocab_size == 50257 and found.bytes_per_token is None and len(found.train) == 2500
+
+
+def test_reads_nanogpts_table_of_characters(bare_tokens):
+    np.zeros(50, "<u2").tofile(bare_tokens / "train.bin")
+    np.ones(50, "<u2").tofile(bare_tokens / "val.bin")
+    meta = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
+    (bare_tokens / "meta.pkl").write_bytes(pickle.dumps(meta))
+    found = data.load(bare_tokens)
+    assert found.vocab_size == 2 and '"a", "b"' in found.tokenizer
+
+
+class Payload:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("wrap", [lambda p: p, lambda p: {"itos": {0: p}}, lambda p: [[p]]])
+def test_a_pickle_with_code_is_refused_and_not_run(bare_tokens, tmp_path, wrap):
+    marker = tmp_path / "HACKED"
+    (bare_tokens / "meta.pkl").write_bytes(pickle.dumps(wrap(Payload(marker))))
+    with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table"):
+        data.load(bare_tokens)
+    assert not marker.exists()
+
+
+def test_reads_shards_as_one_sequence(bare_tokens):
+    ids = np.fromfile(bare_tokens / "train.bin", "<u2")
+    (bare_tokens / "train.bin").unlink()
+    for i, part in enumerate(np.split(ids, [700, 1500])):
+        part.tofile(bare_tokens / f"train_{i:06d}.bin")
+    found = data.load(bare_tokens)
+    assert len(found.train) == 2500
+    assert (found.train.read(650, 1000) == ids[650:1650]).all()
+
+
+def test_reads_llmc_and_numpy_shards(bare_tokens, tmp_path):
+    ids = np.fromfile(bare_tokens / "train.bin", "<u2")
+    llmc, arrays = tmp_path / "llmc", tmp_path / "arrays"
+    llmc.mkdir()
+    arrays.mkdir()
+    for split in ("train", "val"):
+        header = struct.pack("<3i", 20240520, 1, len(ids)).ljust(1024, b"\0")
+        (llmc / f"fineweb_{split}_000001.bin").write_bytes(header + ids.tobytes())
+        np.save(arrays / f"edufineweb_{split}_000001.npy", ids)
+    for folder in (llmc, arrays):
+        found = data.load(folder)
+        assert len(found.train) == 2500 and (found.train.read(0, 2500) == ids).all()
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def set_meta(folder: Path, **changes) -> None:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").write_text(json.dumps(meta | changes), encoding="utf-8")
+
+
+FAULTS = {
+    "odd length": (lambda f: cut(f / "train.bin", 1001), "train.bin is truncated"),
+    "cut": (lambda f: cut(f / "train.bin", 1000), "train holds 500 tokens, meta.json says"),
+    "empty": (lambda f: cut(f / "val.bin", 0), "val holds 0 tokens"),
+    "missing": (lambda f: (f / "val.bin").unlink(), "has no val.bin"),
+    "id outside": (
+        lambda f: np.full(len(np.fromfile(f / "val.bin", "<u2")), 10, "<u2").tofile(f / "val.bin"),
+        "val.bin: token 0 is id 10, outside the vocabulary of 10",
+    ),
+    "other format": (lambda f: set_meta(f, format="x"), "not of format"),
+    "broken meta": (lambda f: cut(f / "meta.json", 20), "not valid JSON"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "other tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text(
+            '{"format": "nanogpt-tokenizer-1", "type": "byte"}', encoding="utf-8"
+        ),
+        "is not the tokenizer that made this data",
+    ),
+    "no tokenizer at all": (lambda f: cut(f / "tokenizer.json", 9), "is not a tokenizer"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found_before_training(dataset, fault):
+    damage, said = FAULTS[fault]
+    damage(dataset)
+    with pytest.raises(UserError, match=said):
+        data.load(dataset)
+
+
+def test_a_file_that_shrinks_while_it_is_read(dataset):
+    tokens = data.load(dataset).train
+    cut(dataset / "train.bin", 100)
+    with pytest.raises(UserError, match="became shorter"):
+        tokens.read(0, 1000)
+
+
+def test_names_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data" / "mine", "abcdefgh" * 100)
+    assert data.find("mine", tmp_path) == data.find("data/mine", tmp_path) == Path("data/mine")
+    with pytest.raises(UserError, match="no dataset at 'other': prepared here: mine"):
+        data.find("other", tmp_path)
+    (tmp_path / "data" / "known").mkdir()
+    (tmp_path / "data" / "known" / "prepare.py").touch()
+    with pytest.raises(UserError, match=r"not prepared: python data/known/prepare\.py"):
+        data.find("known", tmp_path)
+
+
+def test_memory_does_not_grow_with_what_was_read(tmp_path):
+    """20,000 windows all over a 64 MB file leave no more than 8 MB behind."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        pytest.skip("this system does not tell a process its resident pages")
+    path = tmp_path / "tokens.bin"
+    np.zeros(32 << 20, dtype="<u2").tofile(path)
+    tokens = data.Tokens([data.TokenFile(path, np.dtype("<u2"), 0, 32 << 20)], 1)
+    batches = data.TrainBatches(tokens, 256, 20, 1, 1, CPU)
+    for step in range(20):
+        list(batches.step(step))
+    before = int(pages.read_text().split()[1])
+    for step in range(20, 1000):
+        list(batches.step(step))
+    assert (int(pages.read_text().split()[1]) - before) * 4096 < 8 << 20
+
+
+def test_a_split_shorter_than_a_window_is_refused(tmp_path):
+    data.require_window(tokens_of(range(17), tmp_path), 16, "training")
+    with pytest.raises(UserError, match="training text has 16 tokens, fewer than one window"):
+        data.require_window(tokens_of(range(16), tmp_path), 16, "training")
