@@ -1,0 +1,128 @@
+"""One update and one evaluation: what train.py, bench.py and eval.py share."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanogpt.errors import Diverged
+from nanogpt.model import GPT, IGNORE
+from nanogpt.optim import AdamW, clip_gradients
+from nanogpt.runtime import Machine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars on the device; reading one waits until the step is done."""
+
+    loss: Tensor  # mean over the micro-batches
+    grad_norm: Tensor  # before clipping
+
+    def check(self, iter_num: int, lr: float, scaled: bool) -> None:
+        """Raise Diverged if this update was made of non-finite numbers. With a scaled loss (float16)
+        a non-finite gradient is no harm: the scaler has skipped the update."""
+        loss, norm = float(self.loss), float(self.grad_norm)
+        if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
+            raise Diverged(
+                f"loss {loss}, gradient norm {norm} at iteration {iter_num} with learning rate {lr:.3g}; "
+                f"go on from the last checkpoint with a smaller --learning_rate (--init_from=resume)"
+            )
+
+
+def train_step(
+    model: Callable[..., tuple[Tensor, Tensor]],
+    optimizer: AdamW,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    micro_steps: int,
+    lr: float,
+    grad_clip: float,
+    seed: int,
+    iter_num: int,
+    machine: Machine,
+    scaler: torch.amp.GradScaler,
+) -> StepResult:
+    """Update the weights once, with the mean gradient of `micro_steps` micro-batches of equal size.
+
+    Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
+    steps changes them, and a resumed run draws the same.
+    """
+    torch.manual_seed(seed * 1_000_003 + iter_num)
+    total: Tensor | None = None
+    for idx, targets in batches:
+        with machine.autocast():
+            _, loss = model(idx, targets)
+        loss = loss / micro_steps
+        scaler.scale(loss).backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None, "a step needs a micro-batch"
+    stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
+    scaler.unscale_(stepped)
+    grad_norm = clip_gradients(optimizer.names, grad_clip)
+    optimizer.lr = lr
+    scaler.step(stepped)
+    scaler.update()
+    optimizer.zero_grad()
+    return StepResult(total, grad_norm)
+
+
+def try_out(
+    model: Callable[..., tuple[Tensor, Tensor]], optimizer: AdamW, shape: tuple[int, int], machine: Machine
+) -> None:
+    """One forward and backward pass of idx with `shape` (B, T), to compile a model; leaves no trace."""
+    zeros = torch.zeros(shape, dtype=torch.long, device=machine.device)
+    with machine.autocast():
+        _, loss = model(zeros, zeros)
+    loss.backward()
+    optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float  # mean over tokens, in nats
+    stderr: float  # standard error of `loss`, from the spread between windows
+    tokens: int
+
+    def describe(self, bytes_per_token: float | None) -> str:
+        """Perplexity and, where the text's bytes are known, bits a byte: the figure that compares
+        models with different tokenizers."""
+        words = f"perplexity {math.exp(min(self.loss, 700)):.4g}"
+        if bytes_per_token:
+            words += f", {self.loss / math.log(2) / bytes_per_token:.4f} bits a byte"
+        return words
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    machine: Machine,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """The mean loss over all scored tokens of `batches`; None if `stopped` became true meanwhile."""
+    was_training = model.training
+    model.eval()
+    sums, counts = [], []
+    for idx, targets in batches:
+        if stopped():
+            break
+        with machine.autocast():
+            logits, _ = model(idx)
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+            )
+        sums.append(losses.view_as(targets).float().sum(dim=1).double())
+        counts.append((targets != IGNORE).sum(dim=1))
+    model.train(was_training)
+    if stopped():
+        return None
+    window_sums, window_counts = torch.cat(sums), torch.cat(counts)
+    tokens = int(window_counts.sum())
+    loss = float(window_sums.sum() / tokens)
+    spread = (window_sums / window_counts - loss).square().mul(window_counts).sum() / tokens
+    stderr = float((spread / max(1, len(window_sums) - 1)).sqrt())
+    return Evaluation(loss, stderr, tokens)
