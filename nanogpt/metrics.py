@@ -1,0 +1,115 @@
+"""What a run says about itself: lines on the console, rows in metrics.jsonl, and trackers if asked."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from nanogpt import files
+from nanogpt.errors import UserError
+
+NAME = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoTracker:
+    def log(self, row: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Wandb:
+    def __init__(self, project: str, name: str, config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb_log=True needs Weights & Biases: pip install wandb") from None
+        self._run = wandb.init(project=project, name=name, config=config)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._run.log({key: value for key, value in row.items() if key != "event"}, step=row["iter"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def tracker(wandb_log: bool, project: str, name: str, config: dict[str, Any]) -> Tracker:
+    return Wandb(project, name, config) if wandb_log else NoTracker()
+
+
+class Log:
+    """Where a run's numbers go: the console, metrics.jsonl (a JSON object a line, flushed), a tracker.
+
+    A row has "event" ("step" or "eval") and "iter": the number of the update it describes for a step,
+    the number of updates done for an evaluation.
+    """
+
+    def __init__(self, run: Path, tracker: Tracker, tokens_per_iter: int, peak_share: float | None):
+        """`peak_share`: the share of the chip's peak FLOP/s that one token a second takes, if known."""
+        self._file = (run / NAME).open("a", encoding="utf-8", newline="\n")
+        self._tracker = tracker
+        self._tokens_per_iter, self._peak_share = tokens_per_iter, peak_share
+
+    def step(self, iter_num: int, *, step_s: float, loss: float, **values: Any) -> None:
+        """Update number `iter_num`, which took `step_s` seconds."""
+        speed = self._tokens_per_iter / step_s
+        line = f"iter {iter_num}: loss {loss:.4f}, time {step_s * 1000:.2f}ms, {speed:,.0f} tok/s"
+        if self._peak_share:
+            line += f", mfu {speed * self._peak_share:.1%}"
+        tqdm.write(line)
+        tokens = (iter_num + 1) * self._tokens_per_iter
+        self._write(
+            "step", iter_num, tokens, {"loss": loss, "step_s": step_s, "tokens_per_s": speed} | values
+        )
+
+    def evaluation(self, iter_num: int, **values: Any) -> None:
+        """The weights after `iter_num` updates; train.py has printed it."""
+        self._write("eval", iter_num, iter_num * self._tokens_per_iter, values)
+
+    def _write(self, event: str, iter_num: int, tokens: int, values: dict[str, Any]) -> None:
+        row = {"event": event, "iter": iter_num, "tokens": tokens, **values}
+        self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        self._file.flush()
+        self._tracker.log(row)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tracker.close()
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """All complete rows of a run, in order; a line that a kill has cut is left out."""
+    path = run / NAME
+    if not path.is_file():
+        raise UserError(f"{run} has no {NAME}; give the out_dir of a run")
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def rewind(run: Path, iter_num: int, evaluated: bool) -> None:
+    """Forget the rows that a resumed run will write again: those after update `iter_num`, and the
+    evaluation there unless the checkpoint was `evaluated`."""
+    if not (run / NAME).is_file():
+        return
+    last_eval = iter_num if evaluated else iter_num - 1
+    kept = [r for r in read(run) if r["iter"] <= (last_eval if r["event"] == "eval" else iter_num - 1)]
+    files.write_text(run / NAME, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity; readers get null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

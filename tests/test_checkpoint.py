@@ -1,0 +1,236 @@
+"""Checkpoints: complete or absent, verified, and the right ones kept."""
+
+import json
+import multiprocessing
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanogpt import checkpoint, files
+from nanogpt.errors import Diverged, UserError
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import AdamW
+
+CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(CONFIG)
+
+
+def put(run, model, iter_num, val_loss=None):
+    with torch.no_grad():
+        model.wpe.weight.fill_(iter_num)
+    optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    return checkpoint.save(run, model, optimizer.state(), {"iter_num": iter_num, "val_loss": val_loss})
+
+
+def names(run):
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_round_trip(tmp_path, model):
+    optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for tensor in optimizer.state().values():
+        tensor.normal_()
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    checkpoint.save(tmp_path, model, before, {"iter_num": 250, "val_loss": 1.5, "extra": [1, "ü"]})
+    found, damage = checkpoint.find(tmp_path)
+    assert names(tmp_path) == ["step-000250"] and not damage
+    assert found.iter_num == 250 and found.state["extra"] == [1, "ü"] and found.model_config == CONFIG
+    loaded = found.load_model()
+    assert not loaded.training
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b) and b.requires_grad, name
+    for tensor in optimizer.state().values():
+        tensor.zero_()
+    found.load_optimizer(optimizer.state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state().items())
+
+
+def test_keeps_the_best_and_the_two_newest(tmp_path, model):
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5}
+    kept = {10: [10], 20: [10, 20], 30: [20, 30], 40: [20, 30, 40], 50: [20, 40, 50]}
+    for step, loss in losses.items():
+        put(tmp_path, model, step, loss)
+        assert names(tmp_path) == [f"step-{n:06d}" for n in kept[step]]
+    assert checkpoint.find(tmp_path, "best")[0].iter_num == 20
+    assert checkpoint.find(tmp_path, "last")[0].iter_num == 50
+    assert checkpoint.find(tmp_path, "40")[0].iter_num == 40
+    with pytest.raises(UserError, match="no checkpoint '30'; there are best, last, and steps 20, 40, 50"):
+        checkpoint.find(tmp_path, "30")
+
+
+def test_random_schedules_never_lose_the_best_or_the_newest(tmp_path, model):
+    draw = random.Random(1)
+    for trial in range(6):
+        run, best, step = tmp_path / str(trial), (9.9, 0), 0
+        for _ in range(12):
+            step += draw.randint(1, 9)
+            loss = draw.choice([None, draw.uniform(1, 3)])
+            put(run, model, step, loss)
+            best = min(best, (loss, step)) if loss else best
+            assert checkpoint.find(run)[0].iter_num == step
+            assert not best[1] or checkpoint.find(run, "best")[0].iter_num == best[1]
+            assert len(names(run)) <= 3
+
+
+def damage_in(path, kind, draw):
+    content = bytearray(path.read_bytes())
+    at = draw.randrange(len(content))
+    if kind == "flip":
+        content[at] ^= 1 << draw.randrange(8)
+    elif kind == "zero":
+        content[at : at + 16] = bytes(b ^ 0xFF for b in content[at : at + 16])
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "grow":
+        content += b"\0"
+    path.unlink() if kind == "delete" else path.write_bytes(content)
+
+
+def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, model):
+    """Every kind of damage in every file, 300 times: never loaded, always survived."""
+    put(tmp_path / "whole", model, 1, 2.0)
+    put(tmp_path / "whole", model, 2, 1.0)
+    draw = random.Random(0)
+    files_there = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+    for trial in range(300):
+        run = tmp_path / "damaged"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", run)
+        name = files_there[trial % 4]
+        damage_in(run / "step-000002" / name, draw.choice(["flip", "zero", "cut", "grow", "delete"]), draw)
+        try:
+            found, damage = checkpoint.find(run)
+        except UserError:
+            pytest.fail(f"trial {trial}: gave up although step 1 is whole")
+        if found.iter_num == 2:  # only white space of the manifest was touched
+            assert name == "manifest.json" and not damage
+            assert json.loads((run / "step-000002" / name).read_text("utf-8")) == json.loads(
+                (tmp_path / "whole" / "step-000002" / name).read_text("utf-8")
+            )
+        else:
+            assert found.iter_num == 1 and len(damage) == 1 and "step-000002" in damage[0]
+
+
+def test_nothing_whole_is_an_error_not_a_fresh_start(tmp_path, model):
+    assert checkpoint.find(tmp_path) == (None, [])
+    path = put(tmp_path, model, 1)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, model):
+    put(tmp_path, model, 1)
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.weight[3, 3] = float("nan")
+    with pytest.raises(Diverged, match=r"h\.0\.mlp\.c_fc\.weight holds non-finite weights at iteration 2"):
+        put(tmp_path, model, 2)
+    assert names(tmp_path) == ["step-000001"]
+
+
+OPERATIONS = ("sync", "rename", "remove")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_disk_that_fails_at_any_point_costs_nothing_old(tmp_path, model, monkeypatch, operation):
+    """The n-th call of each file operation raises, for every n that a save makes."""
+    real = getattr(files, operation)
+    for n in range(1, 40):
+        run = tmp_path / f"{operation}{n}"
+        put(run, model, 1, 2.0)
+        put(run, model, 2, 1.0)
+        calls = 0
+
+        def failing(*arguments, n=n):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                raise OSError(28, "No space left on device")
+            real(*arguments)
+
+        monkeypatch.setattr(files, operation, failing)
+        try:
+            put(run, model, 3)
+            failed = False
+        except OSError:
+            failed = True
+        monkeypatch.setattr(files, operation, real)
+        newest = checkpoint.find(run)[0]
+        assert newest.iter_num == 3 or (failed and newest.iter_num == 2)
+        assert checkpoint.find(run, "best")[0].iter_num == 2
+        put(run, model, 4)
+        assert names(run) == ["step-000002", "step-000003", "step-000004"] or newest.iter_num == 2
+        if not failed:
+            return
+    pytest.fail("a save never came to its end")
+
+
+def test_a_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypatch):
+    put(tmp_path, model, 1)
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors could not be written: .*No space left"):
+        put(tmp_path, model, 2)
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_a_run_moves_aside_and_is_not_lost(tmp_path, model):
+    run = tmp_path / "out"
+    put(run, model, 5)
+    lock, notice = checkpoint.claim(run, None, overwrite=False)
+    lock.release()
+    assert "out.1" in notice and names(tmp_path) == ["out", "out.1"]
+    assert checkpoint.find(tmp_path / "out.1")[0].iter_num == 5 and checkpoint.find(run)[0] is None
+    put(run, model, 6)
+    lock, notice = checkpoint.claim(run, None, overwrite=False)
+    lock.release()
+    assert names(tmp_path) == ["out", "out.1", "out.2"]
+    put(run, model, 7)
+    lock, notice = checkpoint.claim(run, None, overwrite=True)
+    lock.release()
+    assert names(tmp_path) == ["out", "out.1", "out.2"] and checkpoint.find(run)[0] is None
+
+
+def test_a_nanogpt_run_moves_aside_too(tmp_path):
+    run = tmp_path / "out"
+    run.mkdir()
+    (run / "ckpt.pt").write_bytes(b"x")
+    checkpoint.claim(run, None, overwrite=False)[0].release()
+    assert (tmp_path / "out.1" / "ckpt.pt").exists()
+
+
+def hold(folder, ready, done):
+    with files.lock(folder):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_processes_in_one_run_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "out", ready, done))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(UserError, match="another process is writing to"):
+        files.lock(tmp_path / "out")
+    done.set()
+    process.join()
+    files.lock(tmp_path / "out").release()
+
+
+def test_tensors_are_readable_by_anybody(tmp_path, model):
+    path = put(tmp_path, model, 1)
+    tensors = load_file(path / "model.safetensors")
+    assert set(tensors) == {name for name, _ in model.named_parameters()}
