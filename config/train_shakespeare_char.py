@@ -1,0 +1,33 @@
+# A small character-level GPT on 1 MB of Shakespeare; nanoGPT's preset, number for number.
+#
+#   python data/shakespeare_char/prepare.py
+#   python train.py config/train_shakespeare_char.py
+#
+# On a CPU: --device=cpu --batch_size=32 works, and takes hours; config/train_shakespeare_char_cpu.py minutes.
+
+out_dir = "out-shakespeare-char"
+eval_interval = 250  # often, because it overfits
+eval_iters = 200
+log_interval = 10
+
+always_save_checkpoint = False  # it overfits: keep the best
+
+wandb_project = "shakespeare-char"
+wandb_run_name = "mini-gpt"
+
+dataset = "shakespeare_char"
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+
+learning_rate = 1e-3  # small models bear more
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99  # an iteration has few tokens
+warmup_iters = 100

@@ -1,0 +1,406 @@
+"""Train or finetune a GPT.
+
+    python train.py config/train_shakespeare_char.py              # a preset
+    python train.py config/train_shakespeare_char.py --batch_size=32
+    python train.py --dataset=data/mine --out_dir=out-mine        # your own text (data/prepare.py)
+    python train.py --out_dir=out-mine --init_from=resume         # go on where it stopped
+
+Ctrl-C, SIGTERM and --max_minutes finish the step, save, and leave with exit code 75: the same command
+with --init_from=auto goes on. The run folder holds everything needed to sample, resume or export.
+"""
+
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from nanogpt import checkpoint, data, files, metrics, parallel, runtime, steps
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, inherit, load
+from nanogpt.errors import Stopped, UserError, run_program
+from nanogpt.flops import flops_per_token, peak_flops
+from nanogpt.model import GPT, IGNORE, GPTConfig
+from nanogpt.optim import AdamW
+from nanogpt.schedule import Schedule, learning_rate
+
+
+@dataclass(frozen=True)
+class Config:
+    # what goes where
+    out_dir: str = "out"  # the run folder: checkpoints, options, metrics
+    init_from: Literal["scratch", "resume", "auto"] = "scratch"  # auto: resume if there is a run
+    overwrite: bool = False  # from scratch: replace the run in out_dir instead of moving it aside
+    eval_only: bool = False  # evaluate once and leave; nothing is written
+    # how often (in iterations)
+    eval_interval: Positive = 2000  # evaluate both splits
+    eval_iters: Positive = 200  # evaluate at most this many batches of each split, the same ones each time
+    log_interval: Positive = 1  # print a line and write a row
+    save_interval: Count = 0  # save a checkpoint; 0: at each evaluation
+    always_save_checkpoint: bool = True  # False: after an evaluation save only if it is the best so far
+    # trackers beside metrics.jsonl
+    wandb_log: bool = False  # send rows to Weights & Biases too
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # the name of the run there
+    # data
+    dataset: str = "openwebtext"  # a folder in data/, or any path that data/prepare.py wrote
+    gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
+    batch_size: Positive = 12  # windows a micro-batch
+    block_size: Positive = 1024  # tokens a window: the context of the model
+    # model
+    n_layer: Positive = 12  # blocks
+    n_head: Positive = 12  # attention heads a block
+    n_embd: Positive = 768  # channels
+    dropout: Fraction = 0.0  # 0 is good for pre-training, try 0.1 or more for finetuning
+    bias: bool = False  # biases in linear layers and norms, as GPT-2 has
+    vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this; the padding is never used
+    # optimizer (AdamW)
+    learning_rate: Rate = 6e-4  # the highest
+    max_iters: Count = 600000  # iterations in all
+    max_minutes: Rate = 0.0  # stop, save and leave after this long; 0: no limit
+    weight_decay: Rate = 1e-1  # of matrices; vectors have none
+    beta1: Fraction = 0.9  # decay of the mean of gradients
+    beta2: Fraction = 0.95  # decay of the mean of their squares
+    grad_clip: Rate = 1.0  # clip the norm of the gradient; 0: don't
+    # learning-rate schedule
+    decay_lr: bool = True  # False: learning_rate all the time
+    lr_schedule: Schedule = "cosine"  # how it falls after the warm-up; wsd holds first
+    warmup_iters: Count = 2000  # iterations of warm-up
+    lr_decay_iters: Count = 0  # where it reaches min_lr; 0: at max_iters
+    min_lr: Rate = 6e-5  # the lowest
+    lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
+    # machine
+    backend: Literal["nccl", "gloo"] = "nccl"  # how processes talk, for torchrun
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
+    seed: Count = 1337  # of weights, batches and dropout
+
+
+# A resumed run takes these from the command, and all others from the saved run unless they are given again.
+NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
+SHAPE = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Config)}
+GO_ON = "the same command with --init_from=resume goes on"
+
+
+@dataclass
+class Progress:
+    """How far a run is: with the weights and the optimizer's state, all that a resumed run needs."""
+
+    iter_num: int = 0  # updates done
+    elapsed_s: float = 0.0  # in updates, over all processes of this run
+    best_val_loss: float | None = None
+    val_loss: float | None = None  # of these very weights, once they are evaluated
+
+
+@dataclass
+class Run:
+    """The parts of a run under way."""
+
+    config: Config
+    machine: runtime.Machine
+    dataset: data.Dataset
+    batches: data.TrainBatches
+    model: GPT  # the plain one, which is evaluated and saved
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+    @property
+    def tokens_per_iter(self) -> int:
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.config.block_size
+
+
+def main(config: Config, origins: dict[str, str] | None = None) -> None:
+    """Train as `config` says; `origins` names the options that were given, and where.
+
+    Raises UserError, Diverged, OSError or Stopped, which errors.run_program turns into exit codes.
+    """
+    if origins is None:
+        origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
+    with runtime.StopRequest() as stop:
+        config, resumed = choose_start(config, origins)
+        check(config)
+        run = build(config, resumed)
+        print("\n".join(["options that differ from the defaults:", *changed(config, origins)]))
+        print(describe(run))
+        if config.eval_only:
+            evaluate(run, stop)
+            return
+        if resumed and run.progress.iter_num >= config.max_iters:
+            print(
+                f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters to go on"
+            )
+            return
+        with open_folder(run, resumed):
+            loop(run, stop)
+
+
+# ----------------------------------------------------------------------------- the loop
+
+
+def loop(run: Run, stop: runtime.StopRequest) -> None:
+    """Update the weights until max_iters; evaluate, log and save on the way."""
+    config, progress = run.config, run.progress
+    model, notice = parallel.wrap(
+        run.model,
+        compile=config.compile,
+        device=run.machine.device,
+        trial=lambda f: steps.try_out(f, run.optimizer, (config.batch_size, config.block_size), run.machine),
+    )
+    if notice:
+        print(notice)
+    log = open_log(run)
+    bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=None, unit="it")
+    deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
+    saved_at = progress.iter_num if progress.iter_num else -1
+    unlogged_s, unlogged, verdict = 0.0, 0, None
+    while True:
+        # between two updates: evaluate, save, see whether to stop
+        improved = False
+        last = progress.iter_num >= config.max_iters
+        if (progress.iter_num % config.eval_interval == 0 or last) and progress.val_loss is None:
+            improved = evaluate(run, stop, log)
+        if not stop.reason and time.perf_counter() >= deadline:
+            stop.reason = f"--max_minutes={config.max_minutes:g}"
+        leaving = last or bool(stop.reason)
+        if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
+            if verdict:
+                verdict()
+            save(run)
+            saved_at = progress.iter_num
+        if leaving:
+            bar.close()
+            log.close()
+            if not last:
+                raise Stopped(f"stopped by {stop.reason} at iteration {progress.iter_num}, saved; {GO_ON}")
+            return
+
+        # one update
+        started = time.perf_counter()
+        lr = learning_rate_of(config, progress.iter_num)
+        result = steps.train_step(
+            model,
+            run.optimizer,
+            run.batches.step(progress.iter_num),
+            micro_steps=config.gradient_accumulation_steps,
+            lr=lr,
+            grad_clip=config.grad_clip,
+            seed=config.seed,
+            iter_num=progress.iter_num,
+            machine=run.machine,
+            scaler=run.scaler,
+        )
+        verdict = partial(result.check, progress.iter_num, lr, scaled=run.scaler.is_enabled())
+        is_logged = progress.iter_num % config.log_interval == 0
+        if is_logged:
+            verdict()  # waits for the device
+        took_s = time.perf_counter() - started
+        progress.elapsed_s += took_s
+        unlogged_s, unlogged = unlogged_s + took_s, unlogged + 1
+        if is_logged:
+            norm = float(result.grad_norm)
+            log.step(
+                progress.iter_num,
+                step_s=unlogged_s / unlogged,
+                loss=float(result.loss),
+                lr=lr,
+                grad_norm=norm,
+                clipped=0 < config.grad_clip < norm,
+                elapsed_s=progress.elapsed_s,
+            )
+            unlogged_s, unlogged = 0.0, 0
+        progress.iter_num += 1
+        progress.val_loss = None
+        bar.update()
+
+
+def learning_rate_of(config: Config, iter_num: int) -> float:
+    return learning_rate(
+        iter_num,
+        config.lr_schedule if config.decay_lr else "constant",
+        peak=config.learning_rate,
+        floor=config.min_lr,
+        warmup_iters=config.warmup_iters if config.decay_lr else 0,
+        decay_iters=config.lr_decay_iters or config.max_iters,
+        cooldown=config.lr_cooldown,
+    )
+
+
+def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
+    """Evaluate both splits, print and log; returns whether the validation loss is the best so far.
+
+    The training split is scored on no more windows than the validation split has.
+    """
+    config, progress, val_tokens = run.config, run.progress, run.dataset.val
+    most = min(config.eval_iters * config.batch_size, (len(val_tokens) - 1) // config.block_size)
+    found = []
+    for tokens in (run.dataset.train, val_tokens):
+        device = run.machine.device
+        batches = data.eval_batches(tokens, config.block_size, config.batch_size, most, IGNORE, device)
+        found.append(steps.evaluate(run.model, batches, run.machine, lambda: bool(stop.reason)))
+    train, val = found
+    if train is None or val is None:  # stopped meanwhile; a resumed run evaluates here again
+        return False
+    about = f"± {val.stderr:.4f}, {val.describe(run.dataset.bytes_per_token)}"
+    tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({about})")
+    if log:
+        log.evaluation(
+            progress.iter_num,
+            train_loss=train.loss,
+            val_loss=val.loss,
+            val_stderr=val.stderr,
+            epochs=run.batches.epochs(progress.iter_num),
+            elapsed_s=progress.elapsed_s,
+        )
+    progress.val_loss = val.loss
+    improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
+    progress.best_val_loss = val.loss if improved else progress.best_val_loss
+    return improved
+
+
+def is_time_to_save(run: Run, improved: bool) -> bool:
+    """At each improvement; after other evaluations or every save_interval as the options say."""
+    config, progress = run.config, run.progress
+    if progress.iter_num == 0:
+        return False
+    if config.save_interval:
+        return improved or progress.iter_num % config.save_interval == 0
+    return improved or (config.always_save_checkpoint and progress.val_loss is not None)
+
+
+def save(run: Run) -> None:
+    state = {
+        **asdict(run.progress),
+        "options": asdict(run.config),
+        "scaler": run.scaler.state_dict(),
+        "tokenizer": run.dataset.fingerprint,
+        "environment": run.machine.environment(),
+    }
+    path = checkpoint.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
+    tqdm.write(f"saved {path}")
+
+
+# ----------------------------------------------------------------------------- set-up
+
+
+def choose_start(config: Config, origins: dict[str, str]) -> tuple[Config, Checkpoint | None]:
+    """What --init_from asks to resume, and the options of that run with those given now over them."""
+    if config.init_from == "scratch":
+        return config, None
+    out = Path(config.out_dir)
+    resumed, damage = checkpoint.find(out)
+    if resumed is None and config.init_from == "resume":
+        raise UserError(f"no checkpoint in {out}: train first, or say --init_from=auto or scratch")
+    if resumed is None:
+        return config, None
+    for line in damage:
+        print(f"skipped a damaged checkpoint: {line}")
+    config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
+    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in SHAPE]:
+        raise UserError(
+            f"{out} holds another model: {'; '.join(wrong)}; leave these out, or choose another --out_dir"
+        )
+    for key, (old, new) in differing.items():
+        print(f"{key} = {new!r} from now on; it was {old!r} when the run was saved")
+    return config, resumed
+
+
+def check(config: Config) -> None:
+    """Refuse combinations that make no sense, all at once."""
+    wrong = GPTConfig(**{name: getattr(config, name) for name in SHAPE}).problems()
+    falls = config.decay_lr and config.lr_schedule != "constant"
+    if falls and config.min_lr > config.learning_rate:
+        wrong.append(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower --min_lr")
+    if falls and 0 < config.lr_decay_iters < config.warmup_iters:
+        wrong.append(f"lr_decay_iters={config.lr_decay_iters} ends before warmup_iters={config.warmup_iters}")
+    if config.beta1 == 1 or config.beta2 == 1:
+        wrong.append(f"beta1={config.beta1} and beta2={config.beta2} must be below 1")
+    if wrong:
+        raise UserError("\n       ".join(wrong))
+
+
+def build(config: Config, resumed: Checkpoint | None) -> Run:
+    """Open the data, and make the model: new weights from the seed, or those of the checkpoint."""
+    machine = runtime.setup(config.device, config.dtype)
+    dataset = data.load(data.find(config.dataset, ROOT))
+    data.require_window(dataset.train, config.block_size, "training")
+    data.require_window(dataset.val, config.block_size, "validation")
+    micro_steps = config.gradient_accumulation_steps
+    batches = data.TrainBatches(
+        dataset.train, config.block_size, config.batch_size, micro_steps, config.seed, machine.device
+    )
+    if resumed and resumed.state["tokenizer"] != dataset.fingerprint:
+        raise UserError(
+            f"{config.out_dir} was trained with another tokenizer ({resumed.model_config.vocab_size} ids) "
+            f"than that of {dataset.folder} ({dataset.vocab_size} ids); give the --dataset it was trained on"
+        )
+    if resumed:
+        model = resumed.load_model(machine.device).train()
+    else:
+        torch.manual_seed(config.seed)
+        shape = {name: getattr(config, name) for name in SHAPE}
+        model = GPT(GPTConfig(vocab_size=dataset.vocab_size, **shape)).to(machine.device)
+    betas = (config.beta1, config.beta2)
+    optimizer = AdamW(model.named_parameters(), betas=betas, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
+    progress = Progress()
+    if resumed:
+        resumed.load_optimizer(optimizer.state())
+        scaler.load_state_dict(resumed.state["scaler"])
+        progress = Progress(**{f.name: resumed.state[f.name] for f in fields(Progress)})
+        before, now = resumed.state["environment"], machine.environment()
+        if moved := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
+            print(f"note: {'; '.join(moved)}: the run goes on, but not bit for bit as it would have there")
+    return Run(config, machine, dataset, batches, model, optimizer, scaler, progress)
+
+
+def open_folder(run: Run, resumed: Checkpoint | None) -> FileLock:
+    """Make out_dir ours, with the tokenizer and the options in it; returns the lock to hold."""
+    out = Path(run.config.out_dir)
+    lock, notice = checkpoint.claim(out, resumed, run.config.overwrite)
+    if notice:
+        print(notice)
+    if resumed:
+        metrics.rewind(out, resumed.iter_num, evaluated=run.progress.val_loss is not None)
+    files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
+    about = {
+        "options": asdict(run.config),
+        "model": asdict(run.model.config),
+        "command": sys.argv,
+        "commit": runtime.git_commit(ROOT),
+        **run.machine.environment(),
+    }
+    files.write_json(out / "config.json", about)
+    return lock
+
+
+def open_log(run: Run) -> metrics.Log:
+    config, shape = run.config, run.model.config
+    tracker = metrics.tracker(config.wandb_log, config.wandb_project, config.wandb_run_name, asdict(config))
+    cost = flops_per_token(run.model.n_params(), shape.n_layer, shape.n_embd, shape.block_size)
+    peak = peak_flops(run.machine.name())
+    return metrics.Log(Path(config.out_dir), tracker, run.tokens_per_iter, cost / peak if peak else None)
+
+
+def describe(run: Run) -> str:
+    """What is about to be trained, on what, in a few lines."""
+    config, dataset = run.config, run.dataset
+    epochs = run.batches.epochs(config.max_iters)
+    return (
+        f"machine: {run.machine.reason}\n"
+        f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
+        f"tokens, vocabulary {dataset.vocab_size:,}\n"
+        f"model: {run.model.n_params():,} parameters; {run.tokens_per_iter:,} tokens an iteration; "
+        f"{config.max_iters:,} iterations read the text {epochs:.2f} times"
+    )
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(*load(Config, sys.argv[1:])))
