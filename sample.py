@@ -1,0 +1,103 @@
+"""Sample from a trained model: a prompt in, text out.
+
+    python sample.py --out_dir=out-shakespeare-char
+    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
+    python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+
+It needs the run folder only. Samples are separated by a line of 15 dashes.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from nanogpt import checkpoint, parallel, runtime, tokenizer
+from nanogpt.config import Count, Positive, Range, load
+from nanogpt.errors import UserError, run_program
+from nanogpt.generate import generate
+
+
+@dataclass(frozen=True)
+class Config:
+    # which model
+    init_from: Literal["resume"] = "resume"  # from the run folder out_dir
+    out_dir: str = "out"  # a run folder of train.py
+    which: str = "best"  # its checkpoint: best (lowest validation loss), last, or a step number
+    # what to write
+    start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
+    num_samples: Positive = 10  # how many
+    max_new_tokens: Count = 500  # tokens in each
+    # how tokens are drawn
+    temperature: Annotated[float, Range(0)] = 0.8  # 1: as the model says; lower: bolder; 0: the most likely
+    top_k: Count = 200  # draw among this many likeliest tokens; 0: all
+    seed: Count = 1337  # the same seed gives the same text
+    # machine
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    compile: bool = False  # torch.compile the model
+
+
+def main(config: Config, origins: dict[str, str] | None = None) -> None:
+    """Print the samples. Raises UserError for a missing run or a prompt the model cannot read."""
+    out = Path(config.out_dir)
+    found, damage = checkpoint.find(out, config.which)
+    for line in damage:
+        print(f"skipped a damaged checkpoint: {line}", file=sys.stderr)
+    if found is None:
+        raise UserError(f"no checkpoint in {out}: give the --out_dir of a run that train.py has saved")
+    path = out / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: a run folder holds one; copy it from the run or its dataset")
+    text = path.read_text(encoding="utf-8")
+    if tokenizer.identify(text, str(path)).sha256 != found.state["tokenizer"]:
+        raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")
+    tokens = tokenizer.from_text(text, str(path))
+    prompt = encode(config.start, tokens)
+    machine = runtime.setup(config.device, config.dtype)
+    model = found.load_model(machine.device)
+    idx = torch.tensor([prompt], device=machine.device)
+    next_logits, notice = parallel.wrap(
+        model.next_logits,
+        compile=config.compile,
+        device=machine.device,
+        trial=lambda f: f(idx),
+        dynamic=True,
+    )
+    print("\n".join([f"{found.path}; {machine.reason}", notice]).strip(), file=sys.stderr)
+    new_tokens = generate(
+        next_logits,
+        prompt,
+        block_size=model.config.block_size,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=config.seed,
+        machine=machine,
+    )
+    rows = [idx.repeat(config.num_samples, 1).T, *(row[None] for row in new_tokens)]
+    for ids in torch.cat(rows).T.tolist():
+        print(tokenizer.decode(tokens, ids))
+        print("-" * 15)
+
+
+def encode(start: str, tokens: tokenizer.Tokenizer) -> list[int]:
+    """The prompt's ids; an empty prompt is the end of a text, or a new line, which it usually stands for."""
+    if start.startswith("FILE:"):
+        try:
+            start = Path(start[5:]).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--start={start}: {error}; give a UTF-8 text file") from None
+    if start:
+        try:
+            return tokens.encode_prompt(start)
+        except UserError as error:
+            raise UserError(f"the prompt has characters that the model cannot read: {error}") from None
+    return [tokens.end_of_text] if tokens.end_of_text is not None else tokens.encode_prompt("\n")
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(*load(Config, sys.argv[1:])))
