@@ -6,7 +6,6 @@ else is needed to decode a model's output, wherever the folder is moved.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nanogpt import download
 from nanogpt.errors import UserError
 
 FORMAT = "nanogpt-tokenizer-1"
@@ -88,7 +88,7 @@ class ByteTokenizer:
         return self.encode(text).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return bytes(ids)
+        return bytes(list(ids))  # of an array, bytes() would take the buffer
 
     def to_json(self) -> dict[str, Any]:
         return {}
@@ -202,36 +202,21 @@ def _sha256(text: str) -> str:
 # ----------------------------------------------------------------------------- GPT-2's files
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: NANOGPT_CACHE, or the user's cache folder."""
-    import pooch
-
-    return Path(os.environ.get("NANOGPT_CACHE") or pooch.os_cache("nanogpt"))
-
-
 def gpt2(path: str = "") -> GPT2Tokenizer:
     """GPT-2's tokenizer from `path` (vocab.bpe or its folder), the cache, or the net.
 
     UserError says where the file can be put when it is nowhere. The SHA-256 is checked always.
     """
-    import pooch
-
-    given = Path(path) / "vocab.bpe" if path and Path(path).is_dir() else Path(path)
-    if path and not given.is_file():
-        raise UserError(f"no GPT-2 merges at {given}; it is the file vocab.bpe of OpenAI's release")
+    file = Path(path) / "vocab.bpe" if path and Path(path).is_dir() else Path(path)
+    if path and not file.is_file():
+        raise UserError(f"no GPT-2 merges at {file}; it is the file vocab.bpe of OpenAI's release")
     if not path:
-        given = cache_folder() / "gpt2" / "vocab.bpe"
-        if not given.is_file():
-            try:
-                pooch.retrieve(GPT2_URL, f"sha256:{GPT2_SHA256}", given.name, given.parent)
-            except Exception as error:  # whatever the net, a proxy or a disk may raise
-                raise UserError(
-                    f"GPT-2's merges could not be downloaded from {GPT2_URL} ({type(error).__name__}); "
-                    f"put that file at {given}, or use --tokenizer=char or byte, which need no download"
-                ) from None
-    content = given.read_bytes()
+        file = download.cache_folder() / "gpt2" / "vocab.bpe"
+        instead = f"put that file at {file}, or use --tokenizer=char or byte, which need no download"
+        download.fetch(GPT2_URL, GPT2_SHA256, file, instead)
+    content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != GPT2_SHA256:
-        raise UserError(f"{given} is not GPT-2's vocab.bpe: its SHA-256 is not {GPT2_SHA256}")
+        raise UserError(f"{file} is not GPT-2's vocab.bpe: its SHA-256 is not {GPT2_SHA256}")
     return GPT2Tokenizer(content.decode("utf-8"))
 
 
