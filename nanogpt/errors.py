@@ -11,6 +11,7 @@ Every program ends through `run_program`, so one cause has one exit code everywh
 ==== ================================================================
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,9 @@ class Stopped(Exception):
 
 def run_program(main: Callable[[], None]) -> None:
     """Call `main` and leave with its exit code; an expected failure is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
