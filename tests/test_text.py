@@ -1,0 +1,306 @@
+"""Reading text: the right characters from any encoding and newline, and a refusal rather than a guess."""
+
+import codecs
+import hashlib
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from nanogpt import text
+from nanogpt.errors import UserError
+
+ENGLISH = "It was a dark and stormy night;\nthe rain fell in torrents.\n" * 20
+GERMAN = "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich schön größer.\n" * 20
+
+
+def read(paths, **options) -> list[str]:
+    """The documents of `paths`, whole."""
+    paths = [paths] if isinstance(paths, Path) else paths
+    return ["".join(document) for document in text.find(paths, **options).documents()]
+
+
+def refusal(paths, **options) -> str:
+    with pytest.raises(UserError) as error:
+        read(paths, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def written(folder: Path, name: str, content: bytes | str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def languages(data_folder: Path) -> dict[str, str]:
+    """1,500 characters in each of 38 languages."""
+    whole = (data_folder / "odd" / "many_scripts_udhr.txt").read_text(encoding="utf-8")
+    parts = re.split(r"(?m)^== (\w+) ==\n", whole)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.fixture(scope="session")
+def novel(data_folder: Path) -> str:
+    return (data_folder / "chinese" / "sanguo_yanyi.txt").read_text(encoding="utf-8")[:50_000]
+
+
+# ----------------------------------------------------------------------------- encodings
+
+
+@pytest.mark.parametrize("block", [1, 3, 4096])
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+        (b"", "utf-16-le"),
+        (b"", "utf-16-be"),
+        (b"", "gb18030"),
+    ],
+)
+def test_encodings_are_recognised_wherever_a_block_ends(mark, encoding, block, novel, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", block)
+    chinese = novel[:1500] + "🦊 and English.\n"  # four bytes in UTF-8 and GB18030, a pair in UTF-16
+    path = written(tmp_path, "x.txt", mark + chinese.encode(encoding))
+    assert read(path) == [chinese]
+    assert text.find([path]).sources[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_every_script_is_read_from_utf8_and_utf16(languages, tmp_path):
+    for language, body in languages.items():
+        for encoding in ("utf-8", "utf-16", "utf-16-le", "utf-16-be"):
+            path = written(tmp_path, "x.txt", body.encode(encoding))
+            assert read(path) == [body], (language, encoding)
+    for language in ("cmn_hans", "cmn_hant"):
+        assert read(written(tmp_path, "x.txt", languages[language].encode("gb18030"))) == [
+            languages[language]
+        ]
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding"),
+    [
+        ("deu_1901", "latin-1"),
+        ("fra", "cp1252"),
+        ("spa", "iso8859-15"),
+        ("pol", "iso8859-2"),
+        ("rus", "cp1251"),
+        ("rus", "koi8-r"),
+        ("ell_monotonic", "cp1253"),
+        ("tur", "cp1254"),
+        ("heb", "cp1255"),
+        ("arb", "cp1256"),
+        ("tha", "tis-620"),
+        ("jpn", "shift_jis"),
+        ("jpn", "euc-jp"),
+        ("kor", "euc-kr"),
+        ("cmn_hant", "big5"),
+    ],
+)
+def test_other_encodings_are_refused_unless_named(language, encoding, languages, tmp_path):
+    body = languages[language].encode(encoding, "ignore")
+    path = written(tmp_path, "x.txt", body)
+    said = refusal(path)
+    byte, offset = re.search(
+        r"byte 0x(..) at offset (\d+) is neither UTF-8 nor UTF-16 nor GB18030", said
+    ).groups()
+    assert body[int(offset)] == int(byte, 16)
+    body[: int(offset)].decode("utf-8")  # all before is right
+    assert "--encoding=" in said
+    assert read(path, encoding=encoding) == [body.decode(encoding)]
+
+
+def test_parts_of_real_texts_are_never_mistaken(languages, novel, tmp_path):
+    draw = random.Random(0)
+    for body in [novel, *languages.values()]:
+        start = draw.randrange(len(body) // 2)
+        part = body[start : start + 600]
+        for encoding in (
+            "gb18030",
+            "big5",
+            "euc-kr",
+            "euc-jp",
+            "shift_jis",
+            "cp1251",
+            "latin-1",
+            "utf-16-le",
+        ):
+            path = written(tmp_path, "x.txt", part.encode(encoding, "ignore"))
+            try:
+                assert read(path) == [part.encode(encoding, "ignore").decode(encoding)], encoding
+            except UserError as error:
+                assert "is neither" in str(error)
+
+
+def test_a_damaged_text_is_refused_where_it_is_damaged(novel, tmp_path, monkeypatch):
+    body = novel.encode("utf-8")
+    monkeypatch.setattr(text, "BLOCK", 1000)
+    for at in (5000, 99_999, len(body) - 1):
+        path = written(tmp_path, "x.txt", body[:at] + b"\xff" + body[at:])
+        offset = int(re.search(r"at offset (\d+)", refusal(path))[1])
+        assert at - 3 < offset <= at  # the character that the byte breaks begins there
+    assert f"offset {len(body) - 3} " in refusal(written(tmp_path, "x.txt", body[:-1].rstrip(b"\n")[:-1]))
+    assert "is not utf-16-le" in refusal(written(tmp_path, "x.txt", codecs.BOM_UTF16_LE + b"a\0\0\xd8b\0"))
+
+
+def test_a_named_encoding_is_used_and_checked(tmp_path):
+    path = written(tmp_path, "x.txt", GERMAN.encode("latin-1"))
+    assert read(path, encoding="latin-1") == read(path, encoding="ISO-8859-1") == [GERMAN]
+    assert re.search(r"byte 0xe4 at offset \d+ is not ascii; .*--encoding=", refusal(path, encoding="ascii"))
+    for name in ("latin-99", "hex", "rot13", "undefined", "\N{SNOWMAN}"):
+        assert "there is no such encoding" in refusal(path, encoding=name)
+    assert read(written(tmp_path, "m.txt", codecs.BOM_UTF8 + b"a b"), encoding="utf8") == ["a b"]
+    assert "surrogate" in refusal(written(tmp_path, "7.txt", b"a+2AA-b"), encoding="utf-7")
+    assert "start with BOM" in refusal(written(tmp_path, "u.txt", "ab" * 10), encoding="utf-16")
+
+
+def test_nul_bytes_are_text_in_a_named_file_and_binary_in_a_folder(tmp_path):
+    body = "text\0with\1some\x1bcontrol\x7f characters\n" * 10
+    path = written(tmp_path, "x.txt", body)
+    assert read(path) == [body]
+    assert text.find([tmp_path]).skipped == [
+        (f"{tmp_path.name}/x.txt", "binary: 10 of 350 characters are NUL")
+    ]
+    assert "are NUL" in refusal(written(tmp_path, "y.bin", ENGLISH.encode("utf-32-le")))
+
+
+# ----------------------------------------------------------------------------- newlines
+
+
+@pytest.mark.parametrize("block", [1, 2, 1000])
+def test_newlines_become_lf_and_nothing_else_changes(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", block)
+    body = "a\r\nb\rc\nd\r\r\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\r"
+    texts = text.find([written(tmp_path, "x.txt", body)])
+    assert ["".join(d) for d in texts.documents()] == [
+        "a\nb\nc\nd\n\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\n"
+    ]
+    assert texts.newlines_changed
+    texts = text.find([written(tmp_path, "x.txt", "a\nb\u2028c\n")])
+    assert ["".join(d) for d in texts.documents()] == ["a\nb\u2028c\n"]
+    assert not texts.newlines_changed
+
+
+# ----------------------------------------------------------------------------- JSONL
+
+
+def test_each_row_of_jsonl_is_a_document(tmp_path, monkeypatch):
+    bodies = ["one", "two\nlines", "three \u2028 no line end 🦊", "CR\rLF\r\n", "é" * 5000]
+    rows = [json.dumps({"id": i, "text": body}, ensure_ascii=i % 2 == 0) for i, body in enumerate(bodies)]
+    bodies[3] = "CR\nLF\n"
+    for newline in ("\n", "\r\n", "\n\n \n"):
+        for block in (7, 1 << 20):
+            monkeypatch.setattr(text, "BLOCK", block)
+            assert read(written(tmp_path, "x.JSONL", newline.join(rows) + newline)) == bodies
+    assert read(written(tmp_path, "x.jsonl", codecs.BOM_UTF8 + rows[0].encode())) == ["one"]
+
+
+def test_rows_without_a_character_are_counted(tmp_path):
+    texts = text.find([written(tmp_path, "x.jsonl", '{"text": ""}\n{"text": "a"}\n{"text": ""}\n')])
+    for _ in range(2):
+        assert ["".join(document) for document in texts.documents()] == ["a"]
+        assert texts.empty_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"text": "cut', "is not valid JSON"),
+        ("plain text", "is not valid JSON"),
+        ("[" * 1900, "is not valid JSON"),
+        ('{"txt": "a"}', "has no string `text`"),
+        ('{"text": 3}', "has no string `text`"),
+        ('["text"]', "has no string `text`"),
+        ('{"text": "a\\ud800b"}', r"half of a surrogate pair, U\+D800"),
+        ('{"text": "' + "x" * 3000 + '"}', "is longer than 2,000 characters"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "LONGEST_ROW", 2000)
+    monkeypatch.setattr(text, "BLOCK", 500)
+    path = written(tmp_path, "x.jsonl", '{"text": "fine"}\n\n' + row + '\n{"text": "fine"}\n')
+    assert re.search(rf"x\.jsonl, line 3,? .*{reason}", refusal(path))
+
+
+# ----------------------------------------------------------------------------- folders
+
+
+def test_a_folder_is_searched_in_the_order_of_names(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/y/deep.md", "B.txt", ".hidden/x.txt", ".hidden.txt", "a/.x", "c"):
+        written(tmp_path, name, f"text of {name}")
+    names = ["B.txt", "b.txt", "c", "a/z.txt", "a/y/deep.md"]
+    assert read(tmp_path) == [f"text of {name}" for name in names]
+    assert [source.name for source in text.find([tmp_path]).sources] == [
+        f"{tmp_path.name}/{n}" for n in names
+    ]
+    assert read(tmp_path, keep=lambda file: file.suffix == ".txt") == [
+        f"text of {name}" for name in names if name.endswith(".txt")
+    ]
+
+
+def test_what_is_not_text_in_a_folder_is_skipped_with_the_reason(tmp_path):
+    written(tmp_path, "good.txt", ENGLISH)
+    written(tmp_path, "empty.txt", "")
+    written(tmp_path, "mark.txt", codecs.BOM_UTF8)
+    written(tmp_path, "image.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)))
+    written(tmp_path, "latin.txt", GERMAN.encode("latin-1"))
+    for name, step in (("train.bin", 1), ("val.bin", 50)):  # uint16 ids, which look like UTF-16
+        written(tmp_path, name, bytes(x for i in range(6500) for x in (i // step % 65, 0)))
+    written(tmp_path, "few.bin", bytes(x for i in range(6500) for x in (32 + i % 33 if i % 100 else 1, 0)))
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "above").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "same.txt").symlink_to(tmp_path / "good.txt")
+    texts = text.find([tmp_path])
+    assert ["".join(document) for document in texts.documents()] == [ENGLISH]
+    reasons = {Path(name).name: reason for name, reason in texts.skipped}
+    assert reasons.pop("image.png").startswith("byte 0x89 at offset 0 is neither")
+    assert reasons.pop("latin.txt").startswith("byte 0xe4 at offset ")
+    for name in ("train.bin", "val.bin", "few.bin"):
+        assert reasons.pop(name).startswith("binary")
+    assert reasons == {
+        "empty.txt": "empty",
+        "mark.txt": "empty",
+        "broken": "not a regular file",
+        "loop": "not a regular file",
+        "same.txt": "given twice",
+    }
+
+
+def test_a_folder_that_cannot_be_opened_is_no_empty_folder(tmp_path, monkeypatch):
+    written(tmp_path, "closed/x.txt", ENGLISH)
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "closed":
+            raise PermissionError("closed")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError):
+        text.find([tmp_path])
+
+
+def test_what_was_named_is_refused_not_skipped(tmp_path):
+    good, empty = written(tmp_path, "good.txt", ENGLISH), written(tmp_path, "empty.txt", "")
+    assert refusal([good, empty]) == f"{empty}: empty"
+    assert "no such file" in refusal([good, tmp_path / "missing.txt"])
+    assert read([good, tmp_path]) == [ENGLISH]  # its copy in the folder is not read again
+
+
+def test_a_text_that_changes_meanwhile_is_noticed(tmp_path):
+    path = written(tmp_path, "x.txt", ENGLISH)
+    texts = text.find([path])
+    path.write_text(ENGLISH + "more", encoding="utf-8")
+    with pytest.raises(UserError, match="changed while it was being read"):
+        list(texts.documents())
