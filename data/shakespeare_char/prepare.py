@@ -1,0 +1,39 @@
+"""Tiny Shakespeare with a token for each character.
+
+    python data/shakespeare_char/prepare.py
+    python data/shakespeare_char/prepare.py --input=tinyshakespeare.txt
+
+The first 90 % of the characters are train, as nanoGPT has it; the ids are its ids.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
+
+from nanogpt import corpus, download
+from nanogpt.config import load
+from nanogpt.errors import run_program
+
+
+@dataclass
+class Config:
+    out: str = ""  # the dataset folder to write, if not the one of this program
+    input: str = ""  # a text on this machine, instead of the download
+    url: str = download.SHAKESPEARE_URL  # where to download it
+
+
+def main(config: Config) -> None:
+    text = Path(config.input) if config.input else download.tiny_shakespeare(config.url)
+    summary = corpus.prepare([text], Path(config.out or Path(__file__).parent), kind="char")
+    print("all the unique characters:", summary.survey.alphabet)
+    print("\n".join(summary.lines()))
+    if summary.texts.sources[0].sha256 != download.SHAKESPEARE_SHA256:
+        print(f"note: {text} is not the usual tinyshakespeare.txt")
+    dataset = summary.option if config.out else "--dataset=shakespeare_char"
+    print("python train.py config/train_shakespeare_char.py", dataset)
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(load(Config, sys.argv[1:])[0]))

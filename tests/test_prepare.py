@@ -1,0 +1,263 @@
+"""The programs under data/: run as a user runs them, with what users have."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt import data, download, tokenizer
+from tests.conftest import words
+
+ROOT = Path(__file__).resolve().parent.parent
+REFUSED = {
+    "empty.txt": "empty",
+    "invalid_utf8.bin": "byte 0xc3 at offset 17 is neither UTF-8 nor UTF-16 nor GB18030",
+    "latin1_german.txt": "byte 0xe4 at offset 97 is neither UTF-8 nor UTF-16 nor GB18030",
+    "one_repeated_char.txt": "there is nothing to learn",
+    "single_char.txt": "there is nothing to learn",
+    "single_newline.txt": "there is nothing to learn",
+}
+
+
+def prepare(
+    program: str, *arguments: object, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run data/PROGRAM as `python data/PROGRAM ...`."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data" / program), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "NO_PROXY": "127.0.0.1", **variables},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+def assert_refused(run: subprocess.CompletedProcess, reason: str, out: Path) -> None:
+    """One line on stderr, exit code 2, and nothing written."""
+    assert (run.returncode, run.stdout) == (2, ""), run.stderr
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert reason in run.stderr
+    assert not out.exists()
+
+
+def text_of(out: Path) -> str:
+    tokens = tokenizer.from_text((out / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = [np.fromfile(out / f"{split}.bin", dtype="<u2") for split in ("train", "val")]
+    return tokenizer.decode(tokens, np.concatenate(ids).tolist())
+
+
+def hashes_of(out: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("train.bin", "val.bin")}
+
+
+def expected_hashes(data_folder: Path, name: str) -> dict[str, str]:
+    expected = json.loads((data_folder / "expected_bins.json").read_text(encoding="utf-8"))
+    return {split: expected[f"{name}/{split}"]["sha256"] for split in ("train.bin", "val.bin")}
+
+
+# ----------------------------------------------------------------------------- data/prepare.py
+
+
+def test_every_odd_file_comes_back_exactly_or_is_refused_in_one_line(data_folder, tmp_path):
+    odd = sorted((data_folder / "odd").iterdir())
+    assert len(odd) == 22 and REFUSED.keys() <= {path.name for path in odd}
+    for path in odd:
+        out = tmp_path / path.stem
+        run = prepare("prepare.py", path, f"--out={out}")
+        if path.name in REFUSED:
+            assert_refused(run, REFUSED[path.name], out)
+            continue
+        assert (run.returncode, run.stderr) == (0, ""), path.name
+        encoding = "utf-16" if path.name.startswith("utf16") else "utf-8-sig"
+        with path.open(encoding=encoding) as file:  # universal newlines
+            assert text_of(out) == file.read(), path.name
+        data.load(out)
+
+
+def test_a_novel_in_chinese_becomes_characters(data_folder, tmp_path):
+    out = tmp_path / "三国 演义"
+    run = prepare("prepare.py", data_folder / "chinese" / "sanguo_yanyi.txt", f"--out={out}")
+    assert run.returncode == 0
+    lines = run.stdout.splitlines()
+    assert "tokenizer: char, vocab size: 4,742" in lines
+    assert "newlines normalised to \\n" in lines
+    assert lines[-1] == f'python train.py config/quickstart.py "--dataset={out}"'
+    assert text_of(out) == (data_folder / "chinese" / "sanguo_yanyi.txt").read_text(encoding="utf-8")
+
+
+def test_a_path_is_taken_from_where_the_user_is(tmp_path):
+    (tmp_path / "my.txt").write_text("some text " * 20, encoding="utf-8")
+    run = prepare("prepare.py", "my.txt", "--out=data/mine", "--tokenizer=byte", cwd=tmp_path)
+    assert run.stdout.splitlines()[-1] == "python train.py config/quickstart.py --dataset=data/mine"
+    assert text_of(tmp_path / "data" / "mine") == "some text " * 20
+
+
+def test_gpt2_tokens_are_those_of_nanogpt(data_folder, tmp_path):
+    out = tmp_path / "out"
+    bpe = f"--gpt2_bpe={data_folder / 'gpt2'}"
+    run = prepare("prepare.py", data_folder / "tinyshakespeare.txt", f"--out={out}", "--tokenizer=gpt2", bpe)
+    assert run.returncode == 0
+    assert hashes_of(out) == expected_hashes(data_folder, "shakespeare")
+
+
+def test_options_are_checked_and_explained(tmp_path):
+    text, out = tmp_path / "x.txt", tmp_path / "out"
+    text.write_text("some text " * 20, encoding="utf-8")
+    for arguments, reason in [
+        ([text], "--out=... is required"),
+        ([f"--out={out}"], "name a text to prepare"),
+        ([text, "--out="], "name a text to prepare"),
+        ([tmp_path / "no.txt", f"--out={out}"], "there is no such file"),
+        ([text, f"--out={out}", "--val_fraction=1"], "must lie between 0 and 1"),
+        ([text, f"--out={out}", "--tokenizer=morse"], "one of auto, char, byte, gpt2"),
+        ([text, f"--out={out}", "--encoding=latin-99"], "there is no such encoding"),
+        ([text, f"--out={out}", "--gpt2_bpe=vocab.bpe"], "needs --tokenizer=gpt2"),
+    ]:
+        assert_refused(prepare("prepare.py", *arguments), reason, out)
+    shown = prepare("prepare.py", "--help").stdout
+    assert all(f"--{name}" in shown for name in ("out", "tokenizer", "val_fraction", "encoding", "gpt2_bpe"))
+
+
+def test_a_disk_that_cannot_be_written_is_no_traceback(tmp_path):
+    text = tmp_path / "x.txt"
+    text.write_text("some text " * 20, encoding="utf-8")
+    run = prepare("prepare.py", text, f"--out={text / 'below a file'}")
+    assert run.returncode == 74 and run.stderr.startswith("input/output error: ")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure the peak memory")
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    body = words(200_000).encode()
+    with (tmp_path / "big.txt").open("wb") as file:
+        for _ in range(200_000_000 // len(body)):
+            file.write(body)
+    code = (
+        "import sys; from pathlib import Path; from nanogpt import corpus\n"
+        "corpus.prepare([Path(sys.argv[1])], Path(sys.argv[2]), kind='char')\n"
+        "status = Path('/proc/self/status').read_text(encoding='utf-8')\n"
+        "print(status.split('VmHWM:')[1].split()[0])"  # kB; ru_maxrss would count the parent's memory
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "big.txt"), str(tmp_path / "out")]
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    size = (tmp_path / "out" / "train.bin").stat().st_size + (tmp_path / "out" / "val.bin").stat().st_size
+    assert size > 390_000_000
+    assert int(run.stdout) < 150_000  # 70 MB were measured, for this and for a text of 1 GB
+    for name in ("big.txt", "out/train.bin", "out/val.bin"):  # pytest keeps the folders of three runs
+        (tmp_path / name).unlink()
+
+
+# ----------------------------------------------------------------------------- Shakespeare
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char"])
+def test_shakespeare_gives_nanogpts_files_byte_for_byte(name, data_folder, tmp_path):
+    bpe = [f"--gpt2_bpe={data_folder / 'gpt2'}"] if name == "shakespeare" else []
+    run = prepare(
+        f"{name}/prepare.py",
+        f"--input={data_folder / 'tinyshakespeare.txt'}",
+        f"--out={tmp_path / 'out'}",
+        *bpe,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "length of dataset in characters: 1,115,394" in run.stdout and "note:" not in run.stdout
+    assert hashes_of(tmp_path / "out") == expected_hashes(data_folder, name)
+
+
+def test_another_text_is_taken_for_shakespeare_with_a_note(tmp_path):
+    (tmp_path / "x.txt").write_text("some text " * 20, encoding="utf-8")
+    run = prepare("shakespeare_char/prepare.py", f"--input={tmp_path / 'x.txt'}", f"--out={tmp_path / 'out'}")
+    assert run.returncode == 0 and run.stdout.count("is not the usual tinyshakespeare.txt") == 1
+
+
+@pytest.fixture
+def server(data_folder: Path) -> Iterator[str]:
+    """The address of a server on this machine, with the text, and with what goes wrong with servers."""
+    content = (data_folder / "tinyshakespeare.txt").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404 if self.path == "/missing" else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.path == "/cut":
+                self.wfile.write(content[:500_000])
+            else:
+                self.wfile.write(content.upper() if self.path == "/wrong" else content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_download_is_kept_and_used_again(server, data_folder, tmp_path):
+    cache = str(tmp_path / "cache")
+    for i, address in enumerate((f"{server}/right", "http://127.0.0.1:9/right")):  # nothing listens on 9
+        out = tmp_path / str(i)
+        run = prepare("shakespeare_char/prepare.py", f"--url={address}", f"--out={out}", NANOGPT_CACHE=cache)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert hashes_of(out) == expected_hashes(data_folder, "shakespeare_char")
+
+
+@pytest.mark.parametrize("path", ["missing", "cut", "wrong", "offline", "no address"])
+def test_a_failed_download_leaves_nothing_and_says_what_does_without(path, server, tmp_path):
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    address = {"offline": "http://127.0.0.1:9/right", "no address": "no address"}.get(
+        path, f"{server}/{path}"
+    )
+    run = prepare("shakespeare_char/prepare.py", f"--url={address}", f"--out={out}", NANOGPT_CACHE=str(cache))
+    assert_refused(run, address, out)
+    assert "--input=FILE" in run.stderr and "python data/python_stdlib/prepare.py" in run.stderr
+    assert not [file for file in cache.rglob("*") if file.is_file()]
+
+
+def test_a_damaged_file_in_the_cache_is_not_used(server, data_folder, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "tinyshakespeare.txt").write_bytes(b"half a down")
+    run = prepare(
+        "shakespeare_char/prepare.py",
+        f"--url={server}/right",
+        f"--out={tmp_path / 'out'}",
+        NANOGPT_CACHE=str(cache),
+    )
+    assert run.returncode == 0
+    assert hashes_of(tmp_path / "out") == expected_hashes(data_folder, "shakespeare_char")
+
+
+def test_the_address_is_nanogpts():
+    assert download.SHAKESPEARE_URL.endswith("karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
+
+
+# ----------------------------------------------------------------------------- Python's library
+
+
+def test_the_standard_library_is_a_corpus_that_every_python_has(tmp_path):
+    run = prepare("python_stdlib/prepare.py", f"--out={tmp_path / 'a'}")
+    assert (run.returncode, run.stderr) == (0, "")
+    text = text_of(tmp_path / "a")
+    assert text.isascii() and len(text) > 5_000_000
+    assert "class OrderedDict(dict):" in text and "class Thread:" in text
+    names = [
+        source["name"]
+        for source in json.loads((tmp_path / "a/meta.json").read_text(encoding="utf-8"))["source"]
+    ]
+    assert not [name for name in names if "test" in Path(name).parts or "site-packages" in name]
+    prepare("python_stdlib/prepare.py", f"--out={tmp_path / 'b'}", cwd=tmp_path)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
