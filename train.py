@@ -22,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from nanogpt import checkpoint, data, files, metrics, parallel, runtime, steps
-from nanogpt.checkpoint import Checkpoint
+from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, inherit, load
 from nanogpt.errors import Stopped, UserError, run_program
 from nanogpt.flops import flops_per_token, peak_flops
@@ -87,16 +87,6 @@ class Config:
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
 SHAPE = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Config)}
 GO_ON = "the same command with --init_from=resume goes on"
-
-
-@dataclass
-class Progress:
-    """How far a run is: with the weights and the optimizer's state, all that a resumed run needs."""
-
-    iter_num: int = 0  # updates done
-    elapsed_s: float = 0.0  # in updates, over all processes of this run
-    best_val_loss: float | None = None
-    val_loss: float | None = None  # of these very weights, once they are evaluated
 
 
 @dataclass
@@ -350,11 +340,10 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
     betas = (config.beta1, config.beta2)
     optimizer = AdamW(model.named_parameters(), betas=betas, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-    progress = Progress()
+    progress = resumed.progress if resumed else Progress()
     if resumed:
         resumed.load_optimizer(optimizer.state())
         scaler.load_state_dict(resumed.state["scaler"])
-        progress = Progress(**{f.name: resumed.state[f.name] for f in fields(Progress)})
         before, now = resumed.state["environment"], machine.environment()
         if moved := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
             print(f"note: {'; '.join(moved)}: the run goes on, but not bit for bit as it would have there")

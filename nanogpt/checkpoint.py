@@ -29,16 +29,30 @@ FORMAT = "nanogpt-checkpoint-1"
 KEPT = 2  # the newest ones; the best is kept too
 
 
+@dataclass
+class Progress:
+    """How far a run is: with the weights and the optimizer's state, all that a resumed run needs."""
+
+    iter_num: int = 0  # updates done
+    elapsed_s: float = 0.0  # in updates, over all processes of the run
+    best_val_loss: float | None = None
+    val_loss: float | None = None  # of these very weights, once they are evaluated
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint."""
 
     path: Path
-    state: dict[str, Any]  # iter_num, val_loss (None if not evaluated there), and what train.py adds
+    state: dict[str, Any]  # the fields of Progress, the model's shape, and what train.py adds
 
     @property
     def iter_num(self) -> int:
         return self.state["iter_num"]
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(**{field.name: self.state[field.name] for field in fields(Progress)})
 
     @property
     def model_config(self) -> GPTConfig:

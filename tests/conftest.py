@@ -8,8 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nanogpt import tokenizer
+
+# The models here are so small that two threads spend their time waiting for each other.
+ALL_THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+
+
+@pytest.fixture
+def all_threads():
+    """As many threads as a user's run has, where the order of additions must not depend on them."""
+    torch.set_num_threads(ALL_THREADS)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

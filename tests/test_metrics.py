@@ -1,0 +1,76 @@
+"""metrics.jsonl and the lines on the console."""
+
+import json
+
+import pytest
+
+from nanogpt import metrics
+from nanogpt.errors import UserError
+
+
+class Recorder:
+    def __init__(self):
+        self.rows = []
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def close(self):
+        self.rows.append("closed")
+
+
+def test_rows_lines_and_tracker(tmp_path, capsys):
+    recorder = Recorder()
+    log = metrics.Log(tmp_path, recorder, tokens_per_iter=100, peak_share=1e-4)
+    log.step(3, step_s=0.05, loss=2.5, lr=1e-3)
+    log.evaluation(4, val_loss=float("nan"))
+    log.close()
+    assert capsys.readouterr().out == "iter 3: loss 2.5000, time 50.00ms, 2,000 tok/s, mfu 20.0%\n"
+    step, evaluation = metrics.read(tmp_path)
+    assert step == {
+        "event": "step",
+        "iter": 3,
+        "tokens": 400,
+        "loss": 2.5,
+        "step_s": 0.05,
+        "tokens_per_s": 2000.0,
+        "lr": 1e-3,
+    }
+    assert evaluation == {"event": "eval", "iter": 4, "tokens": 400, "val_loss": None}
+    assert recorder.rows[0] == step and recorder.rows[-1] == "closed"
+
+
+def write(folder, rows, tail=""):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / metrics.NAME).write_text(text + tail, encoding="utf-8")
+
+
+ROWS = [{"event": "eval", "iter": 0}]
+ROWS += [{"event": "step", "iter": i} for i in range(5)] + [{"event": "eval", "iter": 5}]
+ROWS += [{"event": "step", "iter": i} for i in range(5, 8)]
+
+
+@pytest.mark.parametrize(
+    ("iter_num", "evaluated", "steps", "evals"),
+    [(5, True, 5, [0, 5]), (5, False, 5, [0]), (7, False, 7, [0, 5]), (0, False, 0, []), (0, True, 0, [0])],
+)
+def test_rewind_forgets_what_will_be_written_again(tmp_path, iter_num, evaluated, steps, evals):
+    write(tmp_path, ROWS, tail='{"event": "st')  # a kill has cut the last line
+    metrics.rewind(tmp_path, iter_num, evaluated)
+    rows = metrics.read(tmp_path)
+    assert [row["iter"] for row in rows if row["event"] == "step"] == list(range(steps))
+    assert [row["iter"] for row in rows if row["event"] == "eval"] == evals
+    assert (tmp_path / metrics.NAME).read_text(encoding="utf-8").count("\n") == len(rows)
+
+
+def test_a_folder_without_rows(tmp_path):
+    metrics.rewind(tmp_path, 3, True)
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl; give the out_dir of a run"):
+        metrics.read(tmp_path)
+
+
+def test_wandb_is_asked_for_only_when_wanted(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert isinstance(metrics.tracker(False, "p", "n", {}), metrics.NoTracker)
+    with pytest.raises(UserError, match="pip install wandb"):
+        metrics.tracker(True, "p", "n", {})

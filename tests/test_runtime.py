@@ -1,0 +1,100 @@
+"""Choice of device and number format, stop requests, compilation."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanogpt import parallel, runtime
+from nanogpt.errors import UserError
+
+
+def test_the_choice_is_explained():
+    machine = runtime.setup("auto", "auto")
+    assert machine.reason.count("\n") == 0 and machine.dtype in machine.reason
+    assert runtime.setup("cpu", "bfloat16").dtype == "bfloat16"
+    assert set(machine.environment()) == {"python", "torch", "numpy", "device", "instructions"}
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu", "cuda:99", "meta", "cpu:x", ""])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(UserError, match="--device="):
+        runtime.setup(device, "auto")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_cuda_without_a_gpu():
+    with pytest.raises(UserError, match="this torch sees no CUDA GPU; use --device=auto or cpu"):
+        runtime.setup("cuda", "auto")
+
+
+def test_autocast_multiplies_in_the_asked_format():
+    a = torch.ones(2, 2)
+    for dtype in ("float32", "bfloat16", "float16"):
+        with runtime.setup("cpu", dtype).autocast():
+            assert (a @ a).dtype == runtime.DTYPES[dtype]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(number, capsys):
+    def interrupted(*unused):
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupted)
+    try:
+        with runtime.StopRequest() as stop:
+            assert stop.reason == ""
+            os.kill(os.getpid(), number)
+            assert stop.reason == number.name
+            assert "finishing this step" in capsys.readouterr().err
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is interrupted
+    finally:
+        signal.signal(number, before)
+
+
+def run_wrap(function, trial, **changes):
+    usual = {"compile": True, "device": torch.device("cpu")}
+    return parallel.wrap(function, trial=trial, **{**usual, **changes})
+
+
+def test_compile_is_left_out_where_it_does_not_pay():
+    model = torch.nn.Linear(2, 2)
+    assert run_wrap(model, None, compile=False) == (model, "")
+    assert run_wrap(model, None, compile="auto") == (model, "")
+
+
+def test_without_a_compiler_training_goes_on_plain(monkeypatch):
+    model = torch.nn.Linear(2, 2)
+
+    def broken(function):
+        raise RuntimeError("no compiler found\nwith a long story")
+
+    function, notice = run_wrap(model, broken)
+    assert function is model
+    assert notice == "torch.compile does not work here (no compiler found); running without it"
+
+
+def test_git_commit(tmp_path):
+    assert runtime.git_commit(tmp_path) is None
+
+
+def test_import_of_the_library_is_fast_and_brings_no_optional_package():
+    """Everything that train.py imports, beyond torch itself, in under half a second."""
+    code = (
+        "import torch, time, sys; t = time.perf_counter(); import train, sample; t = time.perf_counter() - t;"
+        "late = {'matplotlib', 'tiktoken', 'tokenizers', 'pooch', 'wandb', 'transformers', 'datasets',"
+        " 'torch._dynamo'};"
+        "print(t, *sorted(late & set(sys.modules)))"
+    )
+    best = 9.0
+    for _ in range(3):  # other processes may disturb one
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        seconds, *brought = out.split()
+        assert brought == []
+        best = min(best, float(seconds))
+    assert best < 0.5

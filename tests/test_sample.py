@@ -1,0 +1,114 @@
+"""The sampling program."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from nanogpt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    from tests.conftest import words, write_dataset
+
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = write_dataset(folder / "dataset", words(1800))
+    train.main(
+        train.Config(
+            out_dir=str(folder / "out"),
+            dataset=str(dataset),
+            device="cpu",
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            block_size=16,
+            gradient_accumulation_steps=1,
+            max_iters=400,
+            learning_rate=1e-2,
+            min_lr=1e-3,
+            warmup_iters=5,
+            eval_interval=100,
+        )
+    )
+    shutil.rmtree(dataset)  # a run folder needs nothing else
+    return folder / "out"
+
+
+@pytest.fixture
+def config(trained, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(trained, moved)
+    return sample.Config(out_dir=str(moved), num_samples=3, max_new_tokens=60, device="cpu")
+
+
+def texts(config, capsys) -> list[str]:
+    sample.main(config)
+    out = capsys.readouterr().out
+    assert out.endswith("\n" + "-" * 15 + "\n")
+    return out.split("\n" + "-" * 15 + "\n")[:-1]
+
+
+def test_samples_are_separated_by_15_dashes_and_begin_with_the_prompt(config, capsys):
+    found = texts(replace(config, start="abc"), capsys)
+    assert len(found) == 3 and len(set(found)) == 3
+    assert all(text.startswith("abc") and len(text) == 63 for text in found)
+    assert set("".join(found)) <= set("abcdefgh \n")
+    assert texts(replace(config, start="abc"), capsys) == found
+    assert texts(replace(config, start="abc", seed=99), capsys) != found
+
+
+def test_it_speaks_the_language_it_has_learnt(config, capsys):
+    from tests.conftest import words
+
+    known = set(words(1800).split())
+    spoken = [word for text in texts(replace(config, num_samples=5), capsys) for word in text.split()[1:-1]]
+    assert sum(word in known for word in spoken) > 0.5 * len(spoken)
+
+
+def test_greedy(config, capsys):
+    found = texts(replace(config, temperature=0.0, start="a"), capsys)
+    assert found[0] == found[1] == found[2]
+
+
+def test_prompt_from_a_file(config, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("abc\nd", encoding="utf-8")
+    found = texts(replace(config, start=f"FILE:{tmp_path / 'prompt.txt'}"), capsys)
+    assert all(text.startswith("abc\nd") for text in found)
+    with pytest.raises(UserError, match="give a UTF-8 text file"):
+        sample.main(replace(config, start="FILE:nowhere.txt"))
+
+
+def test_an_empty_prompt_starts_a_line(config, capsys):
+    assert all(text.startswith("\n") for text in texts(replace(config, start=""), capsys))
+
+
+def test_the_prompt_may_be_longer_than_the_context(config, capsys):
+    assert texts(replace(config, start="abc d" * 20, max_new_tokens=3), capsys)[0].startswith("abc d" * 20)
+
+
+def test_unknown_characters_are_shown(config):
+    with pytest.raises(UserError, match="'é' 'Z'"):
+        sample.main(replace(config, start="abéZ"))
+
+
+def test_which_checkpoint(config, capsys):
+    for which in ("best", "last", "400"):
+        assert len(texts(replace(config, which=which), capsys)) == 3
+    with pytest.raises(UserError, match=r"no checkpoint '7'; there are best, last, and steps .*400"):
+        sample.main(replace(config, which="7"))
+
+
+def test_folders_that_cannot_be_sampled(config, tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint in .*nowhere"):
+        sample.main(replace(config, out_dir=str(tmp_path / "nowhere")))
+    tokenizer = Path(config.out_dir) / "tokenizer.json"
+    tokenizer.write_text('{"format": "nanogpt-tokenizer-1", "type": "byte"}', encoding="utf-8")
+    with pytest.raises(UserError, match="is not the tokenizer"):
+        sample.main(config)
+    tokenizer.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        sample.main(config)

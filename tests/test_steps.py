@@ -1,0 +1,166 @@
+"""One update and one evaluation."""
+
+import math
+
+import pytest
+import torch
+
+from nanogpt import data, runtime, steps
+from nanogpt.errors import Diverged
+from nanogpt.model import GPT, IGNORE, GPTConfig
+from nanogpt.optim import AdamW
+
+CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
+MACHINE = runtime.setup("cpu", "float32")
+
+
+def parts(dropout=0.0, dtype="float32"):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**vars(CONFIG), "dropout": dropout}))
+    optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    machine = runtime.setup("cpu", dtype)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == "float16")
+    return model, optimizer, machine, scaler
+
+
+def step(model, optimizer, machine, scaler, batches, iter_num=0, lr=1e-3, grad_clip=1.0):
+    return steps.train_step(
+        model,
+        optimizer,
+        batches,
+        micro_steps=len(batches),
+        lr=lr,
+        grad_clip=grad_clip,
+        seed=1,
+        iter_num=iter_num,
+        machine=machine,
+        scaler=scaler,
+    )
+
+
+def some(count, rows=12, seed=3):
+    draw = torch.Generator().manual_seed(seed)
+    idx = torch.randint(10, (rows, 17), generator=draw)
+    return [(part[:, :-1], part[:, 1:]) for part in idx.chunk(count)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 12])
+def test_accumulation_equals_one_large_batch(count):
+    results = []
+    for n in (1, count):
+        everything = parts()
+        result = step(*everything, some(n))
+        results.append((result, [p.detach().clone() for p in everything[0].parameters()]))
+    (one, weights), (many, others) = results
+    torch.testing.assert_close(one.loss, many.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one.grad_norm, many.grad_norm, rtol=1e-5, atol=1e-6)
+    for a, b in zip(weights, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    def loss(iter_num, between):
+        everything = parts(dropout=0.3)
+        torch.rand(between)  # whatever others draw meanwhile
+        return float(step(*everything, some(2), iter_num=iter_num).loss)
+
+    assert loss(5, 0) == loss(5, 100) != loss(6, 0)
+
+
+def test_gradients_are_clipped_and_the_norm_is_that_before():
+    everything = parts()
+    result = step(*everything, some(1), lr=0.0, grad_clip=1e-3)
+    assert float(result.grad_norm) > 0.1
+    assert all(p.grad is None for p in everything[0].parameters())
+
+
+def test_a_loss_that_is_not_finite_is_found():
+    model, *rest = parts()
+    with torch.no_grad():
+        model.wte.weight[:] = float("inf")
+    result = step(model, *rest, some(1))
+    with pytest.raises(Diverged, match=r"iteration 7 with learning rate 0\.001"):
+        result.check(7, 1e-3, scaled=False)
+
+
+def test_float16_skips_an_update_that_overflows():
+    model, optimizer, machine, scaler = parts(dtype="float16")
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    result = step(model, optimizer, machine, scaler, some(2))
+    result.check(0, 1e-3, scaled=True)  # no divergence: the scaler saw to it
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert scaler.get_scale() == 2.0**59
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    losses = [float(step(model, optimizer, machine, scaler, some(2), i).loss) for i in range(20)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_bfloat16_trains_with_float32_weights():
+    everything = parts(dtype="bfloat16")
+    losses = [float(step(*everything, some(2), i).loss) for i in range(20)]
+    assert losses[-1] < losses[0] - 0.1
+    assert {p.dtype for p in everything[0].parameters()} == {torch.float32}
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture
+def tokens(dataset):
+    return data.load(dataset).val
+
+
+def score(model, tokens, batch_size, most=10**9, **kwargs):
+    batches = data.eval_batches(tokens, 16, batch_size, most, IGNORE, torch.device("cpu"))
+    return steps.evaluate(model, batches, MACHINE, **kwargs)
+
+
+def test_evaluation_is_the_mean_over_every_token_at_any_batch_size(tokens):
+    model = parts()[0]
+    results = [score(model, tokens, batch_size) for batch_size in (1, 7, 64)]
+    assert {result.tokens for result in results} == {len(tokens) - 1}
+    for result in results[1:]:
+        assert result.loss == pytest.approx(results[0].loss, abs=1e-6)
+        assert result.stderr == pytest.approx(results[0].stderr, rel=1e-3)
+    ids = torch.from_numpy(tokens.read(0, len(tokens)))
+    total, windows = 0.0, range(0, len(ids) - 1, 16)
+    for start in windows:  # by hand; the last window looks back as far as it can
+        first = min(start, len(ids) - 17)
+        logits = model.eval()(ids[None, first : first + 16])[0][0].double().log_softmax(-1)
+        for place in range(start, min(start + 16, len(ids) - 1)):
+            total -= float(logits[place - first, ids[place + 1]].detach())
+    assert results[0].loss == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+
+
+def test_standard_error_is_that_of_repeated_samples(tokens):
+    """The loss on random windows scatters about as widely as the standard error says."""
+    model = parts()[0]
+    few = score(model, tokens, 8, most=12)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.from_numpy(tokens.read(0, len(tokens)))
+    means = []
+    for _ in range(200):
+        starts = torch.randint(len(ids) - 17, (12,), generator=draw)
+        rows = torch.stack([ids[s : s + 17] for s in starts])
+        means.append(steps.evaluate(model, [(rows[:, :-1], rows[:, 1:])], MACHINE).loss)
+    assert few.stderr == pytest.approx(torch.tensor(means).std().item(), rel=0.5)
+
+
+def test_evaluation_leaves_no_trace(tokens):
+    model = parts(dropout=0.5)[0]
+    state = torch.get_rng_state()
+    first, second = score(model, tokens, 8), score(model, tokens, 8)
+    assert first == second and model.training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_evaluation_stops_when_asked(tokens):
+    answers = iter([False, False, True, True, True])
+    assert score(parts()[0], tokens, 4, stopped=lambda: next(answers)) is None
+
+
+def test_what_is_said_of_a_loss():
+    result = steps.Evaluation(loss=math.log(8), stderr=0.1, tokens=10)
+    assert result.describe(None) == "perplexity 8"
+    assert result.describe(2.0) == "perplexity 8, 1.5000 bits a byte"

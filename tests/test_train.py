@@ -1,0 +1,303 @@
+"""The training program: resume, stop, refuse, keep."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from nanogpt import checkpoint, files, metrics, runtime
+from nanogpt.errors import Diverged, Stopped, UserError
+from tests.conftest import words, write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def config(dataset, tmp_path):
+    return train.Config(
+        out_dir=str(tmp_path / "out"),
+        dataset=str(dataset),
+        device="cpu",
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        block_size=16,
+        batch_size=4,
+        gradient_accumulation_steps=4,
+        dropout=0.1,
+        max_iters=40,
+        warmup_iters=5,
+        learning_rate=1e-3,
+        min_lr=1e-4,
+        eval_interval=10,
+        eval_iters=2,
+    )
+
+
+def bits(run: str, step: int) -> dict[str, bytes]:
+    """Weights and optimizer state of a checkpoint, to the bit."""
+    folder = Path(run) / f"step-{step:06d}"
+    tensors = {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def logged(run: str, event: str = "step") -> dict[int, tuple]:
+    """The reproducible part of the rows of a run, by iteration."""
+    keys = ("loss", "lr", "grad_norm") if event == "step" else ("train_loss", "val_loss")
+    rows = [row for row in metrics.read(Path(run)) if row["event"] == event]
+    found = {row["iter"]: tuple(row[key] for key in keys) for row in rows}
+    assert len(found) == len(rows), "an iteration was logged twice"
+    return found
+
+
+class StopAt:
+    """Stands for runtime.StopRequest and asks to stop before update `iteration`."""
+
+    def __init__(self, monkeypatch, iteration):
+        real, calls = train.is_time_to_save, 0
+
+        def save_or_kill(run, improved):
+            nonlocal calls
+            calls += 1
+            if run.progress.iter_num == iteration:
+                raise KeyboardInterrupt  # as sudden as SIGKILL for all that is on the disk
+            return real(run, improved)
+
+        monkeypatch.setattr(train, "is_time_to_save", save_or_kill)
+
+
+def test_resumed_is_the_same_run_to_the_bit(config, tmp_path, monkeypatch, all_threads):
+    """40 iterations, and 20, killed, 20 more: with dropout and accumulation, whatever is looked at."""
+    straight = replace(config, out_dir=str(tmp_path / "straight"))
+    train.main(straight)
+    looked_at = [
+        {},
+        {"eval_interval": 7, "log_interval": 3, "save_interval": 5},
+        {"eval_interval": 1, "eval_iters": 1, "save_interval": 20},
+        {"eval_interval": 1000, "save_interval": 4},
+    ]
+    for i, changes in enumerate(looked_at):
+        broken = replace(config, out_dir=str(tmp_path / f"broken{i}"), **changes)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            StopAt(patch, 23)
+            train.main(broken)
+        resumed_at = checkpoint.find(Path(broken.out_dir))[0].iter_num
+        assert resumed_at in (20, 21, 22)
+        train.main(replace(broken, init_from="resume"))
+        assert bits(broken.out_dir, 40) == bits(straight.out_dir, 40)
+        rows, expected = logged(broken.out_dir), logged(straight.out_dir)
+        assert rows == {i: expected[i] for i in rows} and len(rows) == -(-40 // broken.log_interval)
+        evaluations = logged(broken.out_dir, "eval")
+        if broken.eval_iters == config.eval_iters:
+            theirs = logged(straight.out_dir, "eval")
+            assert all(evaluations[i] == theirs[i] for i in evaluations.keys() & theirs.keys())
+        assert sorted(evaluations) == [*range(0, 40, broken.eval_interval), 40]
+
+
+def test_stopped_at_every_iteration(config, tmp_path, monkeypatch):
+    """A run that is told to stop after each update, and resumed each time, is the straight run."""
+    config = replace(config, max_iters=12, eval_interval=5)
+    train.main(replace(config, out_dir=str(tmp_path / "straight")))
+    stopped = 0
+    monkeypatch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # each look: a second later
+    for _ in range(30):
+        try:
+            train.main(replace(config, init_from="auto", max_minutes=3 / 60))
+            break
+        except Stopped as error:
+            assert "go" in str(error) and "--init_from=resume" in str(error)
+            stopped += 1
+    assert stopped >= 6
+    assert bits(config.out_dir, 12) == bits(str(tmp_path / "straight"), 12)
+    assert logged(config.out_dir) == logged(str(tmp_path / "straight"))
+
+
+def test_a_resumed_run_needs_no_option_twice(config, tmp_path, capsys):
+    train.main(replace(config, max_iters=10))
+    bare = train.Config(init_from="resume", out_dir=config.out_dir, max_iters=15)
+    train.main(bare, {"init_from": "--init_from=resume", "out_dir": "...", "max_iters": "--max_iters=15"})
+    assert "max_iters = 15 from now on; it was 10" in capsys.readouterr().out
+    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 15
+
+
+def test_it_learns(config, tmp_path):
+    train.main(replace(config, max_iters=300, dropout=0.0, gradient_accumulation_steps=1, learning_rate=1e-2))
+    rows = logged(config.out_dir, "eval")
+    assert rows[300][1] < rows[0][1] - 1.0
+    found = checkpoint.find(Path(config.out_dir), "best")[0]
+    assert found.state["val_loss"] == min(val for _, val in rows.values())
+
+
+def test_the_run_folder_is_complete(config):
+    train.main(replace(config, max_iters=3))
+    out = Path(config.out_dir)
+    assert {path.name for path in out.iterdir()} == {
+        ".lock",
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "step-000003",
+    }
+    about = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert about["options"]["n_layer"] == 2 and about["torch"] == torch.__version__
+    assert about["model"]["vocab_size"] == 10 and about["model"]["vocab_multiple"] == 64
+    assert (out / "tokenizer.json").read_bytes() == (Path(config.dataset) / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_what_is_saved(config, always):
+    """The best always; others as always_save_checkpoint says; the final state in any case."""
+    train.main(replace(config, always_save_checkpoint=always, max_iters=25, eval_interval=5))
+    steps_there = {int(path.name[5:]) for path in checkpoint.steps(Path(config.out_dir))}
+    best = min(logged(config.out_dir, "eval").items(), key=lambda item: item[1][1])[0]
+    assert {25, best} <= steps_there and len(steps_there) <= 3
+
+
+def test_the_same_command_twice_loses_nothing(config, capsys):
+    train.main(replace(config, max_iters=3))
+    train.main(replace(config, max_iters=4))
+    assert "held a run; it is now" in capsys.readouterr().out
+    assert checkpoint.find(Path(config.out_dir + ".1"))[0].iter_num == 3
+    train.main(replace(config, max_iters=5, overwrite=True))
+    assert not Path(config.out_dir + ".2").exists()
+    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 5
+
+
+def test_auto_starts_and_resumes(config, capsys):
+    config = replace(config, init_from="auto", max_iters=3)
+    train.main(config)
+    train.main(config)
+    assert "all 3 iterations" in capsys.readouterr().out
+    train.main(replace(config, max_iters=5))
+    assert sorted(logged(config.out_dir)) == [0, 1, 2, 3, 4]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(config, capsys):
+    train.main(replace(config, max_iters=20))
+    weights = Path(config.out_dir) / "step-000020" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(UserError, match="another model"):
+        train.main(replace(config, max_iters=20, init_from="resume", n_layer=3))
+    train.main(replace(config, max_iters=21, init_from="resume"))
+    assert "skipped a damaged checkpoint" in capsys.readouterr().out
+    assert (Path(config.out_dir) / "step-000020.damaged").exists()
+    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 21
+
+
+def test_evaluation_only_writes_nothing(config, capsys):
+    train.main(replace(config, eval_only=True))
+    assert not Path(config.out_dir).exists()
+    assert "step 0: train loss 2.3" in capsys.readouterr().out
+
+
+def test_divergence_is_found_and_not_saved(config):
+    with pytest.raises(Diverged, match="learning rate"):
+        train.main(
+            replace(config, learning_rate=1e30, min_lr=0.0, log_interval=7, eval_interval=3, save_interval=1)
+        )
+    for path in checkpoint.steps(Path(config.out_dir)):
+        tensors = load_file(path / "model.safetensors")
+        assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
+    train.main(replace(config, max_iters=5))
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        train.main(replace(config, max_iters=10, init_from="resume"))
+    monkeypatch.undo()
+    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 5
+
+
+def test_compile_trains_the_same_model(config):
+    """With a C++ compiler the losses agree to rounding; without one the run falls back and is equal."""
+    config = replace(config, max_iters=3, dropout=0.0, gradient_accumulation_steps=1)
+    train.main(replace(config, compile=False))
+    plain = logged(config.out_dir)
+    train.main(replace(config, compile=True))
+    for iteration, (loss, _, norm) in logged(config.out_dir).items():
+        assert loss == pytest.approx(plain[iteration][0], abs=1e-4)
+        assert norm == pytest.approx(plain[iteration][2], rel=1e-3)
+
+
+REFUSED = {
+    "wide": ({"n_embd": 30, "n_head": 4}, "n_embd=30 is not divisible by n_head=4"),
+    "rates": ({"min_lr": 1.0}, "min_lr=1.0 is above learning_rate=0.001"),
+    "schedule": ({"lr_decay_iters": 2}, "lr_decay_iters=2 ends before warmup_iters=5"),
+    "betas": ({"beta2": 1.0}, "must be below 1"),
+    "no data": ({"dataset": "nowhere"}, "no dataset at 'nowhere'"),
+    "short": ({"block_size": 1000}, "validation text has .* fewer than one window"),
+    "nothing to resume": ({"init_from": "resume"}, "no checkpoint in .* train first"),
+    "no gpu": ({"device": "cuda:77"}, "--device=cuda:77"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(config, case):
+    changes, said = REFUSED[case]
+    with pytest.raises(UserError, match=said):
+        train.main(replace(config, **changes))
+    assert not Path(config.out_dir).exists()
+
+
+def test_data_of_another_tokenizer_is_refused(config, tmp_path):
+    train.main(replace(config, max_iters=2))
+    other = write_dataset(tmp_path / "other", words(900).upper())
+    with pytest.raises(UserError, match="another tokenizer"):
+        train.main(replace(config, init_from="resume", dataset=str(other), max_iters=5))
+
+
+def test_a_changed_machine_is_said(config, capsys, monkeypatch):
+    train.main(replace(config, max_iters=2))
+    monkeypatch.setattr(runtime.numpy, "__version__", "9.9")
+    train.main(replace(config, max_iters=3, init_from="resume"))
+    assert "-> 9.9: the run goes on, but not bit for bit" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- as a process
+
+
+def command(config, **changes):
+    changed = {k: v for k, v in vars(replace(config, **changes)).items() if v != getattr(train.Config, k)}
+    return [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in changed.items())]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these signals to one process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_with_75(config, number):
+    arguments = command(config, max_iters=10**6, eval_interval=10**6)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("iter 3:"):
+                process.send_signal(number)
+                break
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert err.strip().splitlines()[-1].startswith(f"stopped by {number.name} at iteration ")
+    found = checkpoint.find(Path(config.out_dir))[0]
+    assert found.iter_num >= 4 and found.iter_num == len(logged(config.out_dir))
+
+
+def test_exit_codes_and_one_line(config, tmp_path):
+    cases = [
+        (["--eval_itres=3"], 2, "unknown option 'eval_itres'; did you mean 'eval_iters'?"),
+        (["--device=cpu", "--dataset=nowhere"], 2, "no dataset at 'nowhere'"),
+        (["--learning_rate=1e30", "--min_lr=0"], 70, "diverged: loss"),
+    ]
+    for arguments, code, said in cases:
+        done = subprocess.run([*command(config), *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code
+        assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert "Traceback" not in done.stderr
