@@ -1,0 +1,87 @@
+"""The tree stays as docs/design.md draws it: imports point downwards, files and functions stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = [
+    {"errors"},
+    {"files", "download"},
+    {"config", "schedule", "flops", "tokenizer"},
+    {"text", "runtime", "data", "metrics"},
+    {"corpus", "model"},
+    {"optim", "parallel", "checkpoint", "generate"},
+    {"steps"},
+]
+LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
+PYTHON = [
+    *PROGRAMS,
+    *(p for d in ("nanogpt", "tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
+]
+PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"text", "corpus"}  # they do without torch
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that the file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("nanogpt.")} & set(LAYER_OF)
+
+
+def test_every_module_has_a_layer():
+    assert {p.stem for p in (ROOT / "nanogpt").glob("*.py")} - {"__init__"} == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("module", sorted(LAYER_OF))
+def test_imports_point_downwards(module):
+    for name in ours(imported(ROOT / "nanogpt" / f"{module}.py")):
+        assert LAYER_OF[name] < LAYER_OF[module], f"{module} imports {name}"
+
+
+def test_programs_never_import_one_another():
+    stems = {path.stem for path in ROOT.glob("*.py")}
+    for path in PROGRAMS:
+        assert not imported(path) & stems, path.name
+
+
+def test_plain_modules_do_without_torch():
+    for module in PLAIN:
+        assert not {name for name in imported(ROOT / "nanogpt" / f"{module}.py") if name.startswith("torch")}
+
+
+def test_the_model_knows_torch_and_nothing_else():
+    allowed = {"math", "torch", "dataclasses", "torch.nn"}
+    names = imported(ROOT / "nanogpt" / "model.py")
+    assert {
+        name for name in names if not any(name == a or name.startswith(a + ".") for a in allowed)
+    } == set()
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_sizes_and_dangers(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{node.name} is too long"
+        if isinstance(node, ast.Call) and "tests" not in path.parts:
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "torch.load", "os.system")
+            if called == "open" or called.endswith(".read_text"):
+                assert any(k.arg == "encoding" for k in node.keywords) or "b" in ast.unparse(node), called
+
+
+def test_pickle_is_read_in_one_guarded_place():
+    users = [path.name for path in (ROOT / "nanogpt").glob("*.py") if "pickle" in imported(path)]
+    assert users == ["data.py"]
