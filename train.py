@@ -59,6 +59,7 @@ class Config:
     n_embd: Positive = 768  # channels
     dropout: Fraction = 0.0  # 0 is good for pre-training, try 0.1 or more for finetuning
     bias: bool = False  # biases in linear layers and norms, as GPT-2 has
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"  # GPT-2's, or nanoGPT's, which is exact
     vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this; the padding is never used
     # optimizer (AdamW)
     learning_rate: Rate = 6e-4  # the highest
@@ -128,7 +129,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
                 f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters to go on"
             )
             return
-        with open_folder(run, resumed):
+        with open_folder(run, resumed), run.machine.memory_errors():
             loop(run, stop)
 
 
@@ -373,7 +374,7 @@ def open_folder(run: Run, resumed: Checkpoint | None) -> FileLock:
 def open_log(run: Run) -> metrics.Log:
     config, shape = run.config, run.model.config
     tracker = metrics.tracker(config.wandb_log, config.wandb_project, config.wandb_run_name, asdict(config))
-    cost = flops_per_token(run.model.n_params(), shape.n_layer, shape.n_embd, shape.block_size)
+    cost = flops_per_token(run.model.n_params(positions=False), shape.n_layer, shape.n_embd, shape.block_size)
     peak = peak_flops(run.machine.name())
     return metrics.Log(Path(config.out_dir), tracker, run.tokens_per_iter, cost / peak if peak else None)
 

@@ -8,7 +8,10 @@ Files are read with seek and read, not mapped: mapped pages count as this proces
 with every batch until the whole file is resident.
 """
 
+import bisect
+import functools
 import io
+import itertools
 import math
 import os
 import pickle
@@ -46,26 +49,40 @@ class Tokens:
     def __init__(self, parts: list[TokenFile], vocab_size: int):
         self.parts = parts
         self.vocab_size = vocab_size
-        self.ends = np.cumsum([part.tokens for part in parts])
+        self.ends = list(itertools.accumulate(part.tokens for part in parts))
         self._open: dict[int, io.FileIO] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count, int64 (count,); UserError if one is not in the vocabulary."""
+        return self.windows(np.array([start]), count)[0]
+
+    def windows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        """`count` tokens from each of `starts`, int64 (len(starts), count); UserError as `read`."""
+        raw = np.stack([self._read(int(start), count) for start in starts])
+        if raw.size and int(raw.max()) >= self.vocab_size:
+            row, column = np.argwhere(raw >= self.vocab_size)[0]
+            raise UserError(
+                f"token {starts[row] + column} of {self.parts[0].path} is id {raw[row, column]}, outside the "
+                f"vocabulary of {self.vocab_size}; the data and its tokenizer do not belong together"
+            )
+        return raw.astype(np.int64)
+
+    def _read(self, start: int, count: int) -> np.ndarray:
         pieces = []
         while count > 0:
-            which = int(np.searchsorted(self.ends, start, side="right"))
+            which = bisect.bisect_right(self.ends, start)
             part = self.parts[which]
-            first = start - (int(self.ends[which]) - part.tokens)
+            first = start - (self.ends[which] - part.tokens)
             take = min(count, part.tokens - first)
-            pieces.append(self._read(which, first, take))
+            pieces.append(self._read_part(which, first, take))
             start, count = start + take, count - take
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _read(self, which: int, first: int, count: int) -> np.ndarray:
+    def _read_part(self, which: int, first: int, count: int) -> np.ndarray:
         part = self.parts[which]
         raw = np.empty(count, dtype=part.dtype)
         with self._lock:
@@ -75,13 +92,7 @@ class Tokens:
             got = self._open[which].readinto(raw.data.cast("B"))
         if got != raw.nbytes:
             raise UserError(f"{part.path} became shorter while it was read; prepare it again")
-        if count and int(raw.max()) >= self.vocab_size:
-            at = first + int((raw >= self.vocab_size).argmax())
-            raise UserError(
-                f"{part.path}: token {at} is id {int(raw[at - first])}, outside the vocabulary of "
-                f"{self.vocab_size}; the file and its tokenizer do not belong together"
-            )
-        return raw.astype(np.int64)
+        return raw
 
     def check(self) -> None:
         """Read the ids of up to CHECKED_AT_START bytes; later ones are checked as they are used."""
@@ -274,6 +285,7 @@ def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
     return values
 
 
+@functools.lru_cache(maxsize=8)
 def _key(seed: int, epoch: int, purpose: int) -> np.uint64:
     words = np.random.SeedSequence([seed, epoch, purpose]).generate_state(1, np.uint64)
     return words[0]
@@ -301,7 +313,7 @@ def require_window(tokens: Tokens, block_size: int, split: str) -> None:
 
 def gather(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
     """The windows at `starts`: idx and targets, int64 (len(starts), block_size), targets one token on."""
-    rows = torch.from_numpy(np.stack([tokens.read(int(start), block_size + 1) for start in starts]))
+    rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
     return rows[:, :-1], rows[:, 1:]
 
 

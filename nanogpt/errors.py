@@ -31,9 +31,10 @@ class Stopped(Exception):
 
 def run_program(main: Callable[[], None]) -> None:
     """Call `main` and leave with its exit code; an expected failure is one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets its number
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character gets its number, and a pipe each line when it is printed.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         sys.stdout.flush()

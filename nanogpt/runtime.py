@@ -4,7 +4,8 @@ import ctypes
 import signal
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,12 +30,35 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
 
+    def seed(self, seed: int) -> None:
+        """Seed this device's random numbers (dropout). torch.manual_seed would seed every kind of
+        device there is, for 0.3 ms a call: 1 % of the step of a small model."""
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+    @contextmanager
+    def memory_errors(self) -> Iterator[None]:
+        """Turn running out of memory into a UserError that says what to change."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise UserError(
+                f"{self.name()}: out of memory; try half the --batch_size and twice the "
+                f"--gradient_accumulation_steps (the same batch), or a smaller --block_size or model"
+            ) from None
 
     def name(self) -> str:
         if self.device.type == "cuda":

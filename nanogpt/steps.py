@@ -51,7 +51,7 @@ def train_step(
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
     steps changes them, and a resumed run draws the same.
     """
-    torch.manual_seed(seed * 1_000_003 + iter_num)
+    machine.seed(seed * 1_000_003 + iter_num)
     total: Tensor | None = None
     for idx, targets in batches:
         with machine.autocast():
