@@ -1,0 +1,252 @@
+"""Draw the curves of one or more runs.
+
+    python plot.py out-shakespeare-char
+    python plot.py out-a out-b --x=tokens --out=compare.png
+
+Reads metrics.jsonl in the run folders, at any time, also while they are trained.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from nanogpt import files, metrics
+from nanogpt.config import read
+from nanogpt.errors import UserError, run_program
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Config:
+    x: Literal["iter", "tokens", "seconds"] = "iter"  # seconds: in updates, evaluation and saving left out
+    y: Literal["loss", "perplexity"] = "loss"  # of the large panel
+    out: str = ""  # the picture to write, .png, .svg or .pdf; empty: loss.png in the run, or here for several
+
+
+X = {  # option: key of a row, label of the axis
+    "iter": ("iter", "iteration"),
+    "tokens": ("tokens", "tokens trained on"),
+    "seconds": ("elapsed_s", "seconds of training"),
+}
+PANELS = {  # key of a step's row: label
+    "lr": "learning\nrate",
+    "grad_norm": "gradient\nnorm",
+    "tokens_per_s": "tokens\na second",
+}
+# Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is too pale for a line.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLE = {
+    "font.size": 10,
+    "axes.edgecolor": "#999999",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#999999",
+    "ytick.color": "#999999",
+    "xtick.labelcolor": "#333333",
+    "ytick.labelcolor": "#333333",
+    "legend.frameon": False,
+    "legend.title_fontsize": 9,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The rows of a run as columns, float64; nan where a number was not finite."""
+
+    name: str
+    steps: dict[str, np.ndarray]  # "x", "loss", and the keys of PANELS
+    evals: dict[str, np.ndarray]  # "x", "iter", "val_loss"
+
+    def best(self) -> int | None:
+        """The evaluation with the lowest validation loss; None before the first."""
+        losses = self.evals["val_loss"]
+        return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
+
+
+def main(config: Config, folders: Sequence[str]) -> None:
+    """Draw the runs in `folders`. Raises UserError if there is nothing to read or nowhere to write."""
+    if not 0 < len(folders) <= len(COLOURS):
+        raise UserError(
+            f"{len(folders)} runs given; name 1 to {len(COLOURS)} run folders: python plot.py out"
+        )
+    out = Path(config.out) if config.out else (Path(folders[0]) if len(folders) == 1 else Path()) / "loss.png"
+    check_suffix(out)
+    last_parts = [Path(folder).resolve().name for folder in folders]
+    names = last_parts if len(set(last_parts)) == len(folders) else folders
+    runs = [load_run(Path(f), name, X[config.x][0]) for f, name in zip(folders, names, strict=True)]
+    figure = draw(runs, config)
+    try:
+        with files.staged(out) as draft:
+            figure.savefig(draft, format=out.suffix[1:].lower(), dpi=200)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}; choose another --out") from None
+    print(f"wrote {out}; {summary(runs)}")
+
+
+def check_suffix(out: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix[1:].lower() not in known:
+        raise UserError(f"--out={out}: the name must end in one of {', '.join(f'.{kind}' for kind in known)}")
+
+
+def load_run(folder: Path, name: str, x: str) -> Run:
+    rows = metrics.read(folder)
+    if not rows:
+        raise UserError(f"{folder / metrics.NAME} has no rows yet; wait for the first step")
+
+    def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
+        chosen = [row | {"x": row[x]} for row in rows if row["event"] == event]
+        return {key: np.array([row[key] for row in chosen], dtype=float) for key in ("x", *keys)}
+
+    try:
+        return Run(name, columns("step", "loss", *PANELS), columns("eval", "iter", "val_loss"))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / metrics.NAME} is not a log of train.py: {error!r}") from None
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """The best validation loss of all, and where it was reached."""
+    found = [(run.evals["val_loss"][best], best, run) for run in runs if (best := run.best()) is not None]
+    if not found:
+        return "no evaluation yet"
+    loss, best, run = min(found, key=lambda item: item[0])
+    place = f" of {run.name}" if len(runs) > 1 else ""
+    return f"best validation loss {loss:.4f} at iteration {run.evals['iter'][best]:.0f}{place}"
+
+
+# ----------------------------------------------------------------------------- the figure
+
+
+def draw(runs: Sequence[Run], config: Config) -> "Figure":
+    """Loss above; the columns of PANELS below, if there are steps to show; one x axis for all."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    panels = PANELS if any(run.steps["x"].size for run in runs) else {}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.5 + len(panels)), layout="constrained")
+        heights = [4.5] + [1] * len(panels)
+        axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        draw_losses(axes[0], runs, config.y)
+        for ax, (key, label) in zip(axes[1:], panels.items(), strict=True):
+            for run, colour in zip(runs, COLOURS, strict=False):
+                draw_noisy(ax, run.steps["x"], run.steps[key], colour, exact=key == "lr")
+            ax.set_ylabel(label)
+            ax.set_ylim(bottom=0)
+            ax.yaxis.set_major_locator(MaxNLocator(3))
+            ax.yaxis.set_major_formatter(FuncFormatter(short if key == "tokens_per_s" else plain))
+        axes[-1].set_xlabel(X[config.x][1])
+        axes[-1].xaxis.set_major_formatter(FuncFormatter(short if config.x == "tokens" else plain))
+        axes[0].margins(x=0.01)
+        figure.align_ylabels()
+    return figure
+
+
+def draw_losses(ax: "Axes", runs: Sequence[Run], y: str) -> None:
+    """Training loss as a line, validation loss as dots; in one colour each, or in one a run if several."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    single = len(runs) == 1
+    for run, colour in zip(runs, COLOURS, strict=False):
+        losses, val_losses, best = run.steps["loss"], run.evals["val_loss"], run.best()
+        if y == "perplexity":
+            losses, val_losses = np.exp(losses), np.exp(val_losses)
+        draw_noisy(ax, run.steps["x"], losses, colour, label="training" if single and losses.size else None)
+        label = ("validation" if val_losses.size else None) if single else run.name
+        if best is not None and not single:
+            label = f"{run.name}, best {val_losses[best]:.4f}"
+        val_colour, line = (COLOURS[1], "o-") if single else (colour, "o--")
+        ax.plot(run.evals["x"], val_losses, line, color=val_colour, markersize=4, label=label)
+        if best is not None:
+            mark_best(ax, run.evals["x"], val_losses, best, val_colour, with_value=single)
+    ax.set_ylabel("loss (nats a token)" if y == "loss" else "perplexity")
+    if y == "perplexity":
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(plain))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.legend(loc="upper right", title=None if single else "lines: training, dots: validation")
+
+
+def mark_best(ax: "Axes", x: np.ndarray, y: np.ndarray, best: int, colour: str, *, with_value: bool) -> None:
+    from matplotlib.patheffects import withStroke
+
+    ax.plot(x[best], y[best], "o", color=colour, markersize=9, markeredgecolor="white", clip_on=False)
+    if with_value:
+        place = "left" if best == 0 else "right" if best == len(y) - 1 else "center"
+        halo = withStroke(linewidth=3, foreground="white")  # legible on other lines too
+        ax.annotate(
+            f"best {y[best]:.4f}",
+            (x[best], y[best]),
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha=place,
+            va="bottom",
+            color=colour,
+            fontweight="bold",
+            path_effects=[halo],
+        )
+
+
+def draw_noisy(
+    ax: "Axes", x: np.ndarray, y: np.ndarray, colour: str, *, label: str | None = None, exact: bool = False
+) -> None:
+    """Every value in a pale line under a smooth one that the eye can follow; `exact`: as one line."""
+    there = np.isfinite(y)
+    if not exact:
+        ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.7)
+    line = y[there] if exact else smooth(y[there])
+    marker = "o" if there.sum() == 1 else ""  # a line of one point would be invisible
+    ax.plot(x[there], line, color=colour, label=label, marker=marker, markersize=4)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean over some 3 % of all values around each.
+
+    The window is narrower at the start, so that the line follows the first steep fall, and cut off at
+    the end, so that the last values do not make it tremble.
+    """
+    n = len(values)
+    places = np.arange(n)
+    reach = np.minimum(n // 60, places)
+    first, last = places - reach, np.minimum(places + reach + 1, n)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def plain(value: float, position: int | None = None) -> str:
+    """The text of a tick: 0.0006, 250, 1,000,000."""
+    return f"{value:,.10g}"
+
+
+def short(value: float, position: int | None = None) -> str:
+    """The text of a tick: 500, 20k, 1.5M, 10B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.10g}{unit}"
+    return plain(value)
+
+
+def command_line(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    options = read(Config, argv, arguments=True)
+    return Config(**options.values), options.arguments
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(*command_line(sys.argv[1:])))

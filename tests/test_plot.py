@@ -1,0 +1,190 @@
+"""plot.py: what is drawn is what was logged, whatever rows a run has."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plot
+from nanogpt.errors import UserError
+
+PANELS = ["learning\nrate", "gradient\nnorm", "tokens\na second"]
+
+
+def step(iter_num: int, loss: float | None) -> dict:
+    return {
+        "event": "step",
+        "iter": iter_num,
+        "tokens": (iter_num + 1) * 10,
+        "loss": loss,
+        "step_s": 0.1,
+        "tokens_per_s": 100.0,
+        "lr": 1e-3 * iter_num,
+        "grad_norm": 2.0,
+        "clipped": True,
+        "elapsed_s": (iter_num + 1) * 0.1,
+    }
+
+
+def evaluation(iter_num: int, val_loss: float | None) -> dict:
+    row = {"event": "eval", "iter": iter_num, "tokens": iter_num * 10, "train_loss": 1.0}
+    return row | {"val_loss": val_loss, "val_stderr": 0.1, "epochs": 0.0, "elapsed_s": iter_num * 0.1}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows into a run folder; returns the folder's path as it is typed."""
+
+    def write_run(name: str, *rows: dict) -> str:
+        (tmp_path / name).mkdir(parents=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write_run
+
+
+@pytest.fixture
+def usual(write):
+    """A run of 30 steps and 3 evaluations, of which the second is the best."""
+    steps = [step(i, 4.0 - i / 10) for i in range(30)]
+    return write(
+        "out", evaluation(0, 4.1), *steps[:10], evaluation(10, 2.9), *steps[10:], evaluation(20, 3.2)
+    )
+
+
+def figure_of(folders, **options):
+    config = plot.Config(**options)
+    runs = [plot.load_run(Path(folder), Path(folder).name, plot.X[config.x][0]) for folder in folders]
+    return plot.draw(runs, config)
+
+
+def curves(axes) -> list[tuple[list[float], list[float]]]:
+    return [tuple(np.asarray(part, dtype=float).tolist() for part in line.get_data()) for line in axes.lines]
+
+
+def test_writes_a_picture_and_says_where_the_best_loss_is(usual, tmp_path, capsys):
+    plot.main(plot.Config(), [usual])
+    png = (tmp_path / "out" / "loss.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 20_000
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == (1600, 1500)
+    said = f"wrote {tmp_path / 'out' / 'loss.png'}; best validation loss 2.9000 at iteration 10\n"
+    assert capsys.readouterr().out == said
+
+
+def test_several_runs_go_into_one_picture_here(usual, write, tmp_path, monkeypatch, capsys):
+    better = write("better", evaluation(7, 1.5))
+    monkeypatch.chdir(tmp_path)
+    plot.main(plot.Config(), [usual, better])
+    assert (tmp_path / "loss.png").is_file()
+    assert capsys.readouterr().out.endswith(
+        "loss.png; best validation loss 1.5000 at iteration 7 of better\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "steps_at", "evals_at", "label"),
+    [
+        ("iter", range(30), [0, 10, 20], "iteration"),
+        ("tokens", range(10, 310, 10), [0, 100, 200], "tokens trained on"),
+        ("seconds", np.arange(1, 31) / 10, [0, 1, 2], "seconds of training"),
+    ],
+)
+def test_the_curves_are_the_rows(usual, x, steps_at, evals_at, label):
+    figure = figure_of([usual], x=x)
+    losses, *panels = figure.axes
+    raw, smoothed, validation, best = curves(losses)
+    assert raw[0] == smoothed[0] == pytest.approx(list(steps_at))
+    assert raw[1] == pytest.approx([4.0 - i / 10 for i in range(30)])
+    assert validation[0] == pytest.approx(evals_at) and validation[1] == [4.1, 2.9, 3.2]
+    assert best == ([pytest.approx(evals_at[1])], [2.9])
+    assert [text.get_text() for text in losses.texts] == ["best 2.9000"]
+    assert [panel.get_ylabel() for panel in panels] == PANELS
+    assert curves(panels[0])[0][1] == pytest.approx([1e-3 * i for i in range(30)])
+    assert panels[-1].get_xlabel() == label
+
+
+def test_perplexity_is_the_exponential(usual):
+    axes = figure_of([usual], y="perplexity").axes[0]
+    assert curves(axes)[2][1] == pytest.approx(np.exp([4.1, 2.9, 3.2]))
+    assert axes.get_ylabel() == "perplexity" and axes.get_yscale() == "log"
+
+
+def test_each_run_has_a_colour_and_its_name_in_the_legend(usual, write):
+    figure = figure_of([usual, write("b", step(0, 3.0))])
+    axes = figure.axes[0]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["out, best 2.9000", "b"]
+    assert {line.get_color() for line in axes.lines} == set(plot.COLOURS[:2])
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_paths(write, tmp_path, monkeypatch):
+    folders = [write("a/out", evaluation(0, 3.0)), write("b/out", evaluation(0, 2.0))]
+    drawn, real = [], plot.draw
+    monkeypatch.setattr(plot, "draw", lambda runs, config: drawn.extend(runs) or real(runs, config))
+    plot.main(plot.Config(out=str(tmp_path / "x.png")), folders)
+    assert [run.name for run in drawn] == folders
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [step(0, 3.0)],
+        [evaluation(0, 3.0)],
+        [step(i, 3.0) for i in range(20)],
+        [step(0, 3.0), step(1, None), step(2, 2.0), evaluation(3, None)],
+    ],
+    ids=["one step", "one evaluation", "only steps", "numbers that were not finite"],
+)
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_odd_runs_are_drawn_too(write, rows, suffix, tmp_path, recwarn):
+    out = tmp_path / f"x.{suffix}"
+    plot.main(plot.Config(out=str(out)), [write("odd", *rows)])
+    assert out.stat().st_size > 5000 and not recwarn.list
+
+
+def test_without_steps_there_are_no_empty_panels(write):
+    assert len(figure_of([write("evaluated", evaluation(0, 3.0))]).axes) == 1
+
+
+def test_smoothing_keeps_the_mean_and_follows_the_start():
+    noisy = np.tile([1.0, 3.0], 300)
+    assert plot.smooth(noisy)[20:] == pytest.approx(2.0, abs=0.1)
+    falling = np.linspace(4, 1, 600)
+    assert plot.smooth(falling)[:500] == pytest.approx(falling[:500])
+    assert plot.smooth(np.array([5.0])).tolist() == [5.0]
+
+
+def test_ticks_are_short():
+    assert [plot.short(v) for v in (0, 500, 1500, 20_000, 2_000_000, 10e9)] == [
+        "0",
+        "500",
+        "1.5k",
+        "20k",
+        "2M",
+        "10B",
+    ]
+    assert [plot.plain(v) for v in (6e-4, 250.0, 1_000_000)] == ["0.0006", "250", "1,000,000"]
+
+
+def test_bad_input_is_one_line(usual, write, tmp_path):
+    empty, foreign = write("empty"), write("foreign", {"event": "step", "iter": 1})
+    for folders, out, reason in (
+        ([], "", "0 runs given"),
+        ([usual] * 8, "", "8 runs given"),
+        ([str(tmp_path / "none")], "", "has no metrics.jsonl"),
+        ([empty], "", "has no rows yet"),
+        ([foreign], "", "is not a log of train.py"),
+        ([usual], "x.doc", "must end in one of"),
+        ([usual], str(tmp_path / "nowhere" / "x.png"), "cannot be written: No such file"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            plot.main(plot.Config(out=out), folders)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_command_line():
+    config, folders = plot.command_line(["a", "--x=tokens", "b"])
+    assert config == plot.Config(x="tokens") and folders == ["a", "b"]
