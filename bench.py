@@ -1,0 +1,257 @@
+"""Time the training step: the very one that train.py runs, with its data, clipping and optimizer.
+
+    python bench.py                                               # GPT-2 (124M), 12 x 1024 tokens
+    python bench.py config/train_shakespeare_char.py --device=cpu
+    python bench.py --profile                                     # and where the time goes
+
+Presets of train.py are read; what only concerns a whole run (intervals, schedule, folders) is ignored.
+"""
+
+import ast
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import trange
+
+from nanogpt import data, files, parallel, runtime, steps
+from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, read
+from nanogpt.errors import UserError, run_program
+from nanogpt.flops import flops_per_token, peak_flops
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import AdamW
+
+
+@dataclass(frozen=True)
+class Config:
+    # what to time
+    steps: Positive = 20  # steps that are timed
+    warmup_steps: Count = 10  # steps before, which are not
+    profile: bool = False  # afterwards, record some steps with torch.profiler
+    trace: str = "bench_trace.json"  # where --profile writes them; open it in chrome://tracing or Perfetto
+    # data
+    real_data: bool = True  # False: random tokens, from a file too
+    dataset: str = "openwebtext"  # a folder in data/, or any path that data/prepare.py wrote
+    vocab_size: Positive = 50257  # of random tokens; a dataset brings its own
+    gradient_accumulation_steps: Positive = 1  # micro-batches a step
+    batch_size: Positive = 12  # windows a micro-batch
+    block_size: Positive = 1024  # tokens a window: the context of the model
+    # model
+    n_layer: Positive = 12  # blocks
+    n_head: Positive = 12  # attention heads a block
+    n_embd: Positive = 768  # channels
+    dropout: Fraction = 0.0  # costs time where it is not 0
+    bias: bool = False  # biases in linear layers and norms, as GPT-2 has
+    vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this
+    # optimizer (AdamW)
+    grad_clip: Rate = 1.0  # clip the norm of the gradient; 0: don't
+    # machine
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
+    seed: Count = 1337  # of weights, batches and dropout
+
+
+PROFILED_STEPS = 3
+
+
+def main(config: Config) -> None:
+    """Print what is timed, and the figures. Raises UserError for options that fit nothing here."""
+    if config.profile and not Path(config.trace).absolute().parent.is_dir():
+        raise UserError(f"--trace={config.trace}: there is no such folder to write it in")
+    machine = runtime.setup(config.device, config.dtype)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        print(f"machine: {machine.reason}")
+        tokens = open_tokens(config, Path(scratch))
+        try:
+            bench = Bench(config, machine, tokens)
+            print(bench.describe())
+            count = config.warmup_steps + config.steps
+            timings = np.array([bench.step() for _ in trange(count, disable=None, leave=False)])
+            report(bench, *timings[config.warmup_steps :].T)
+            if config.profile:
+                profile(bench, Path(config.trace))
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{machine.name()} has too little memory for this; try a smaller --batch_size"
+            ) from None
+
+
+def open_tokens(config: Config, scratch: Path) -> data.Tokens:
+    """The training tokens of the dataset; or, said in a line, random ones in a file in `scratch`."""
+    if config.real_data:
+        try:
+            folder = data.find(config.dataset, ROOT)
+        except UserError as error:
+            print(f"data: random tokens below --vocab_size={config.vocab_size}, because {error}")
+        else:
+            tokens = data.load(folder).train
+            data.require_window(tokens, config.block_size, "training")
+            print(f"data: {folder}, vocabulary {tokens.vocab_size:,}")
+            return tokens
+    else:
+        print(f"data: random tokens below --vocab_size={config.vocab_size}, as asked")
+    dtype = np.dtype("<u2" if config.vocab_size <= 1 << 16 else "<u4")
+    ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(1 << 20) + config.block_size)
+    path = scratch / "train.bin"
+    path.write_bytes(ids.astype(dtype).tobytes())
+    return data.Tokens([data.TokenFile(path, dtype, 0, len(ids))], config.vocab_size)
+
+
+class Bench:
+    """What train.py builds for a run, and its step."""
+
+    def __init__(self, config: Config, machine: runtime.Machine, tokens: data.Tokens):
+        self.config, self.machine = config, machine
+        names = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(config)}
+        shape = {name: getattr(config, name) for name in names} | {"vocab_size": tokens.vocab_size}
+        if problems := GPTConfig(**shape).problems():
+            raise UserError("; ".join(problems))
+        torch.manual_seed(config.seed)
+        self.model = GPT(GPTConfig(**shape)).to(machine.device)
+        self.optimizer = AdamW(self.model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
+        self.batches = data.TrainBatches(
+            tokens,
+            config.block_size,
+            config.batch_size,
+            config.gradient_accumulation_steps,
+            config.seed,
+            machine.device,
+        )
+        window = (config.batch_size, config.block_size)
+        self.function, notice = parallel.wrap(
+            self.model,
+            compile=config.compile,
+            device=machine.device,
+            trial=lambda f: steps.try_out(f, self.optimizer, window, machine),
+        )
+        self.iter_num = 0
+        if notice:
+            print(notice)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.config.block_size
+
+    def describe(self) -> str:
+        config = self.config
+        return (
+            f"model: {self.model.n_params():,} parameters\n"
+            f"step: {config.gradient_accumulation_steps} x {config.batch_size} x {config.block_size} "
+            f"= {self.tokens_per_step:,} tokens; {config.steps} steps timed after {config.warmup_steps}"
+        )
+
+    def step(self) -> tuple[float, float]:
+        """Update the weights once; returns the seconds it took, and those of them it waited for data."""
+        waits: list[float] = []
+        self.machine.synchronize()
+        started = time.perf_counter()
+        result = steps.train_step(
+            self.function,
+            self.optimizer,
+            watched(self.batches.step(self.iter_num), waits),
+            micro_steps=self.config.gradient_accumulation_steps,
+            lr=1e-4,
+            grad_clip=self.config.grad_clip,
+            seed=self.config.seed,
+            iter_num=self.iter_num,
+            machine=self.machine,
+            scaler=self.scaler,
+        )
+        float(result.loss)  # train.py reads it too when it logs
+        self.machine.synchronize()
+        self.iter_num += 1
+        return time.perf_counter() - started, sum(waits)
+
+
+def watched(batches: Iterable[tuple[Tensor, Tensor]], waits: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pass on `batches`, and append to `waits` the seconds that each took to come."""
+    source = iter(batches)
+    while True:
+        started = time.perf_counter()
+        batch = next(source, None)
+        waits.append(time.perf_counter() - started)
+        if batch is None:
+            return
+        yield batch
+
+
+# ----------------------------------------------------------------------------- figures
+
+
+def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
+    """Print the time of a step, the speed, and how near that is to what the machine can do."""
+    low, median, high = np.percentile(step_s, [10, 50, 90])
+    config, machine = bench.model.config, bench.machine
+    multiplying = bench.model.n_params() - bench.model.wpe.weight.numel()
+    cost = flops_per_token(multiplying, config.n_layer, config.n_embd, config.block_size)
+    achieved = cost * bench.tokens_per_step / median
+    side, possible = matmul_speed(machine)
+    print(
+        f"time: {median * 1e3:.2f} ms a step (10th to 90th percentile: {low * 1e3:.2f} to {high * 1e3:.2f})"
+    )
+    print(f"speed: {bench.tokens_per_step / median:,.0f} tokens/s")
+    print(f"waiting for data: {wait_s.sum() / step_s.sum():.2%} of the time")
+    print(
+        f"arithmetic: {achieved / 1e12:.3g} TFLOP/s, {achieved / possible:.1%} of a {side} x {side} matrix "
+        f"product in {machine.dtype} here ({possible / 1e12:.3g} TFLOP/s)"
+    )
+    if peak := peak_flops(machine.name()):
+        print(f"data sheet: {achieved / peak:.1%} of the {peak / 1e12:.0f} TFLOP/s of {machine.name()}")
+
+
+def matmul_speed(machine: runtime.Machine) -> tuple[int, float]:
+    """The side of a large square matrix, and the FLOP/s of its product with itself, the median over
+    half a second."""
+    side = 2048 if machine.device.type == "cpu" else 8192
+    matrix = torch.randn(side, side, device=machine.device).to(runtime.DTYPES[machine.dtype])
+    took: list[float] = []
+    while len(took) < 4 or sum(took) < 0.5:
+        machine.synchronize()
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        machine.synchronize()
+        took.append(time.perf_counter() - started)
+    return side, 2 * side**3 / float(np.median(took[1:]))
+
+
+def profile(bench: Bench, trace: Path) -> None:
+    """Write some steps as a Chrome trace, and print the operations that take most of the time."""
+    from torch.profiler import DeviceType, ProfilerActivity
+    from torch.profiler import profile as recording
+
+    on_cuda = bench.machine.device.type == "cuda"
+    with recording(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]) as recorded:
+        for _ in range(PROFILED_STEPS):
+            bench.step()
+    with files.staged(trace) as draft:
+        recorded.export_chrome_trace(str(draft))
+    if on_cuda:
+        kernels = [event for event in recorded.key_averages() if event.device_type == DeviceType.CUDA]
+        costs = [(event.self_device_time_total, event) for event in kernels]
+    else:
+        costs = [(event.self_cpu_time_total, event) for event in recorded.key_averages()]
+    total = sum(cost for cost, _ in costs)
+    print(f"profile of {PROFILED_STEPS} steps in {trace}; ms a step, calls a step, operation:")
+    for cost, event in sorted(costs, key=lambda item: item[0], reverse=True)[:10]:
+        calls = event.count / PROFILED_STEPS
+        print(f"{cost / 1e3 / PROFILED_STEPS:10.3f} {cost / total:6.1%} {calls:8.0f}  {event.key[:80]}")
+
+
+def options_of_train() -> frozenset[str]:
+    """The names of train.py's options, read from its source: no program imports another."""
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    return frozenset(ast.unparse(line.target) for line in config.body if isinstance(line, ast.AnnAssign))
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(Config(**read(Config, sys.argv[1:], other_keys=options_of_train()).values)))

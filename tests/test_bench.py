@@ -1,0 +1,145 @@
+"""bench.py: it times the real step and says what it found."""
+
+import json
+import re
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import bench
+import train
+from nanogpt import runtime, steps
+from nanogpt.config import read
+from nanogpt.errors import UserError
+
+TINY = bench.Config(
+    steps=3,
+    warmup_steps=1,
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    block_size=8,
+    batch_size=2,
+    gradient_accumulation_steps=2,
+    vocab_size=50,
+    device="cpu",
+)
+
+
+@pytest.fixture(autouse=True)
+def quick_matmul(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_speed", lambda machine: (2048, 1e11))
+
+
+def test_prints_the_figures(dataset, capsys):
+    bench.main(replace(TINY, dataset=str(dataset)))
+    out = capsys.readouterr().out
+    assert "machine: all CPU cores, float32" in out
+    assert f"data: {dataset}, vocabulary 10" in out
+    assert "step: 2 x 2 x 8 = 32 tokens; 3 steps timed after 1" in out
+    assert re.search(r"time: [\d.]+ ms a step \(10th to 90th percentile: [\d.]+ to [\d.]+\)", out)
+    assert re.search(r"speed: [\d,]+ tokens/s\nwaiting for data: [\d.]+% of the time", out)
+    assert re.search(r"TFLOP/s, [\d.]+% of a 2048 x 2048 matrix product in float32 here \(0.1 TFLOP/s\)", out)
+    assert "data sheet" not in out  # a CPU has no entry there
+
+
+def test_times_the_step_of_train_py_every_time(dataset, monkeypatch, capsys):
+    taken, real = [], steps.train_step
+
+    def watched(*arguments, **options):
+        taken.append(options["iter_num"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(steps, "train_step", watched)
+    bench.main(replace(TINY, dataset=str(dataset)))
+    assert taken == [0, 1, 2, 3]
+
+
+def test_learns_what_train_py_learns(dataset, tmp_path, monkeypatch):
+    """With its seed, data and options the losses are those of a run, to the bit."""
+    results, real = [], steps.train_step
+    monkeypatch.setattr(steps, "train_step", lambda *a, **k: results.append(real(*a, **k)) or results[-1])
+    config = replace(TINY, dataset=str(dataset))
+    shared = {f.name: getattr(config, f.name) for f in fields(train.Config) if hasattr(config, f.name)}
+    out = str(tmp_path / "out")
+    train.main(
+        train.Config(**shared, out_dir=out, max_iters=3, decay_lr=False, learning_rate=1e-4, eval_iters=1)
+    )
+    trial = bench.Bench(config, runtime.setup("cpu", "auto"), bench.open_tokens(config, tmp_path))
+    for _ in range(3):
+        trial.step()
+    losses = [float(result.loss) for result in results]
+    assert losses[:3] == losses[3:] and len(set(losses)) == 3
+
+
+def test_without_data_it_says_so_and_takes_random_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bench.main(replace(TINY, dataset="none-such", steps=1))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("data:"))
+    assert (
+        "random tokens below --vocab_size=50, because no dataset at 'none-such'" in line
+        and "prepare.py" in line
+    )
+
+
+def test_random_tokens_on_request(dataset, tmp_path, capsys):
+    for vocab_size, width in ((50, 2), (100_000, 4)):
+        config = replace(TINY, dataset=str(dataset), real_data=False, vocab_size=vocab_size)
+        tokens = bench.open_tokens(config, tmp_path)
+        assert "as asked" in capsys.readouterr().out
+        assert tokens.parts[0].dtype.itemsize == width
+        assert int(tokens.read(0, 1000).max()) < vocab_size
+
+
+def test_time_spent_waiting_is_seen(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now))
+    waits = []
+    assert list(bench.watched(["a", "b"], waits)) == ["a", "b"]
+    assert waits == [1, 1, 1]
+
+
+def test_profile_writes_a_trace_and_prints_ten_operations(dataset, tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    bench.main(replace(TINY, dataset=str(dataset), profile=True, trace=str(trace)))
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    assert any(event.get("name") == "aten::mm" for event in events)
+    listed = capsys.readouterr().out.partition(f"in {trace}; ")[2].splitlines()[1:]
+    assert len(listed) == 10
+    times = [float(line.split()[0]) for line in listed]
+    assert times == sorted(times, reverse=True) and times[0] > 0
+
+
+def test_bad_input_is_one_line(dataset, tmp_path, monkeypatch):
+    for wrong, reason in (
+        (dict(n_embd=15), "n_embd=15 is not divisible by n_head=2"),
+        (dict(block_size=100_000), "fewer than one window"),
+        (dict(profile=True, trace=str(tmp_path / "nowhere" / "x.json")), "there is no such folder"),
+        (dict(device="none"), "--device=none"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            bench.main(replace(TINY, dataset=str(dataset), **wrong))
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nlong story")
+
+    monkeypatch.setattr(steps, "train_step", full)
+    with pytest.raises(UserError, match="too little memory"):
+        bench.main(replace(TINY, dataset=str(dataset)))
+
+
+def test_presets_of_train_py_are_read(tmp_path):
+    assert bench.options_of_train() == {f.name for f in fields(train.Config)}
+    preset = tmp_path / "preset.py"
+    preset.write_text("n_layer = 3\nmax_iters = 7\nout_dir = 'x'\n", encoding="utf-8")
+    options = read(bench.Config, [str(preset), "--steps=5"], other_keys=bench.options_of_train())
+    assert options.values == {"n_layer": 3, "steps": 5}
+    assert set(options.ignored) == {"max_iters", "out_dir"}
+
+
+def test_options_that_both_have_mean_the_same():
+    ours = {f.name: f.default for f in fields(bench.Config)}
+    theirs = {f.name: f.default for f in fields(train.Config)}
+    differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    assert differing == {"gradient_accumulation_steps"}
