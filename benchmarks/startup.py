@@ -1,0 +1,76 @@
+"""Time what a user waits for: the first step of a run, --help, and the answer to a wrong option.
+
+    python -m benchmarks.startup --dataset=data/shakespeare_char
+
+Each is a fresh `python train.py ...`. The run is that of the preset for the CPU (4 layers, 128
+channels) and evaluates both splits before its first step, as train.py does.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks import table
+from nanogpt.config import ROOT, Positive, load
+from nanogpt.errors import UserError, run_program
+
+RUN = (
+    "config/train_shakespeare_char.py --device=cpu --eval_iters=20 --log_interval=1 --block_size=64 "
+    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "shakespeare_char"  # a prepared one, as train.py takes it
+    times: Positive = 5  # how often each is measured
+
+
+def main(config: Config) -> None:
+    """Measure and print. Raises UserError if train.py does not say what is waited for."""
+    with tempfile.TemporaryDirectory() as out:
+        run = [*RUN.split(), f"--dataset={config.dataset}", f"--out_dir={out}/run", "--overwrite"]
+        waits = {  # what: arguments, how the awaited line begins, seconds allowed
+            "the first step": (run, "iter 0:", 4),
+            "`--help`": (["--help"], "Options", 3),
+            "an unknown option": (["--learning_rat=1"], "error:", 3),
+        }
+        rows = []
+        for what, (arguments, awaited, goal) in waits.items():
+            took_s = [seconds_until(awaited, arguments) for _ in range(config.times)]
+            rows.append([what, f"{np.median(took_s):.2f}", f"{max(took_s):.2f}", f"{goal}"])
+    title = f"From typing `python train.py` to the answer, {config.times} times each"
+    table.show(title, ["", "median, s", "maximum, s", "goal, s"], rows)
+
+
+def seconds_until(awaited: str, arguments: list[str]) -> float:
+    """Start train.py and wait for a line that begins so, on either output; then kill it."""
+    command = [sys.executable, "train.py", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # a pipe would hold lines back
+    said: list[str] = []
+    started = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            took_s = time.perf_counter() - started
+            said.append(line)
+            if line.startswith(awaited):
+                process.kill()
+                return took_s
+    raise UserError(f"{' '.join(command)} never said {awaited!r} but:\n{''.join(said)}")
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(load(Config, sys.argv[1:])[0]))
