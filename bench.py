@@ -49,6 +49,7 @@ class Config:
     n_embd: Positive = 768  # channels
     dropout: Fraction = 0.0  # costs time where it is not 0
     bias: bool = False  # biases in linear layers and norms, as GPT-2 has
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"  # GPT-2's, or nanoGPT's, which is exact
     vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this
     # optimizer (AdamW)
     grad_clip: Rate = 1.0  # clip the norm of the gradient; 0: don't
@@ -70,7 +71,7 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         print(f"machine: {machine.reason}")
         tokens = open_tokens(config, Path(scratch))
-        try:
+        with machine.memory_errors():
             bench = Bench(config, machine, tokens)
             print(bench.describe())
             count = config.warmup_steps + config.steps
@@ -78,10 +79,6 @@ def main(config: Config) -> None:
             report(bench, *timings[config.warmup_steps :].T)
             if config.profile:
                 profile(bench, Path(config.trace))
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{machine.name()} has too little memory for this; try a smaller --batch_size"
-            ) from None
 
 
 def open_tokens(config: Config, scratch: Path) -> data.Tokens:
@@ -90,6 +87,8 @@ def open_tokens(config: Config, scratch: Path) -> data.Tokens:
         try:
             folder = data.find(config.dataset, ROOT)
         except UserError as error:
+            if config.dataset != Config.dataset:
+                raise
             print(f"data: random tokens below --vocab_size={config.vocab_size}, because {error}")
         else:
             tokens = data.load(folder).train
@@ -191,7 +190,7 @@ def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
     """Print the time of a step, the speed, and how near that is to what the machine can do."""
     low, median, high = np.percentile(step_s, [10, 50, 90])
     config, machine = bench.model.config, bench.machine
-    multiplying = bench.model.n_params() - bench.model.wpe.weight.numel()
+    multiplying = bench.model.n_params(positions=False)
     cost = flops_per_token(multiplying, config.n_layer, config.n_embd, config.block_size)
     achieved = cost * bench.tokens_per_step / median
     side, possible = matmul_speed(machine)

@@ -75,12 +75,15 @@ def test_learns_what_train_py_learns(dataset, tmp_path, monkeypatch):
 
 def test_without_data_it_says_so_and_takes_random_tokens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    bench.main(replace(TINY, dataset="none-such", steps=1))
+    monkeypatch.setattr(bench, "ROOT", tmp_path)  # where nothing is prepared
+    bench.main(replace(TINY, steps=1))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("data:"))
     assert (
-        "random tokens below --vocab_size=50, because no dataset at 'none-such'" in line
+        "random tokens below --vocab_size=50, because no dataset at 'openwebtext'" in line
         and "prepare.py" in line
     )
+    with pytest.raises(UserError, match="no dataset at 'none-such'"):
+        bench.main(replace(TINY, dataset="none-such"))
 
 
 def test_random_tokens_on_request(dataset, tmp_path, capsys):
@@ -125,7 +128,7 @@ def test_bad_input_is_one_line(dataset, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nlong story")
 
     monkeypatch.setattr(steps, "train_step", full)
-    with pytest.raises(UserError, match="too little memory"):
+    with pytest.raises(UserError, match="out of memory; try half the --batch_size"):
         bench.main(replace(TINY, dataset=str(dataset)))
 
 

@@ -301,3 +301,12 @@ def test_exit_codes_and_one_line(config, tmp_path):
         assert done.returncode == code
         assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
         assert "Traceback" not in done.stderr
+
+
+def test_out_of_memory_is_one_line(config, monkeypatch):
+    def full(*arguments, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: ...")
+
+    monkeypatch.setattr(train.steps, "train_step", full)
+    with pytest.raises(UserError, match="out of memory; try half the --batch_size"):
+        train.main(config)
