@@ -37,7 +37,7 @@ def data_folder() -> Path:
 
 def write_dataset(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
     """A character-level dataset folder as data/prepare.py writes it."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     chars = tokenizer.CharTokenizer(sorted(set(text)))
     cut = int(len(text) * (1 - val_fraction))
     splits = {}

@@ -1,0 +1,177 @@
+"""Every command that nanoGPT's documents promise, and every command in our own READMEs.
+
+They run as written, in a copy of the project, with options behind them that make them small. What
+cannot run yet stands in NOT_YET with the reason: move it up when it can.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench
+import sample
+import train
+from nanogpt.config import assignments, read
+from tests.conftest import words, write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --gradient_accumulation_steps=2"
+TINY = {
+    "train.py": f"{SMALL} --max_iters=2 --eval_iters=1 --warmup_iters=1 --lr_decay_iters=2 --device=cpu",
+    "sample.py": "--num_samples=2 --max_new_tokens=5 --device=cpu",
+    "bench.py": "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --device=cpu --steps=3 --warmup_steps=1",
+    "data/shakespeare_char/prepare.py": "--input={texts}/tinyshakespeare.txt",
+    "data/shakespeare/prepare.py": "--input={texts}/tinyshakespeare.txt",
+}
+CPU_COMMAND = (
+    "python train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
+    "--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
+    "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
+NOW = [  # in the order of a reader's first day
+    "python data/shakespeare_char/prepare.py",
+    "python train.py config/train_shakespeare_char.py",
+    "python train.py config/train_shakespeare_char.py --device=cpu --batch_size=32",
+    CPU_COMMAND,
+    "python sample.py --out_dir=out-shakespeare-char",
+    "python sample.py --out_dir=out-shakespeare-char --device=cpu",
+    "python data/shakespeare/prepare.py",
+    "python train.py config/train_gpt2.py",
+    "python train.py",
+    "python train.py --batch_size=32 --compile=False",
+    "python sample.py",
+    "python sample.py --start=FILE:prompt.txt",
+    "python bench.py",
+]
+NOT_YET = {
+    "python data/openwebtext/prepare.py": "the pipeline for large data sets",
+    "torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py": "many processes",
+    "torchrun --standalone --nproc_per_node=4 train.py": "many processes",
+    "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 "
+    "--master_port=1234 train.py": "many processes",
+    "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=123.456.123.456 "
+    "--master_port=1234 train.py": "many processes",
+    "python train.py eval_gpt2": "GPT-2's weights",
+    "python train.py eval_gpt2_medium": "GPT-2's weights",
+    "python train.py eval_gpt2_large": "GPT-2's weights",
+    "python train.py eval_gpt2_xl": "GPT-2's weights",
+    "python train.py config/eval_gpt2.py": "GPT-2's weights",
+    "python train.py config/finetune_shakespeare.py": "GPT-2's weights",
+    'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and '
+    'everything?" --num_samples=5 --max_new_tokens=100': "GPT-2's weights",
+}
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of the project's own files, as a clone has them."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("nanogpt/*.py")]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for path in ROOT.glob("data/**/*.py"):
+        (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = checkout(tmp_path_factory.mktemp("clone"))
+    (folder / "data" / "openwebtext").mkdir()
+    ids = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")
+    for split in ("train", "val"):  # as nanoGPT leaves them
+        ids.tofile(folder / "data" / "openwebtext" / f"{split}.bin")
+    (folder / "prompt.txt").write_text("To be, or not", encoding="utf-8")
+    return folder
+
+
+def run(command: str, folder: Path, texts: Path) -> str:
+    program = next(word for word in shlex.split(command) if word.endswith(".py"))
+    words_given = shlex.split(command)[1:] + shlex.split(TINY.get(program, "").format(texts=texts))
+    cache = folder / "cache" / "gpt2"
+    if not cache.exists():
+        cache.mkdir(parents=True)
+        shutil.copy(texts / "gpt2" / "vocab.bpe", cache)
+    done = subprocess.run(
+        [sys.executable, *words_given],
+        cwd=folder,
+        env={**os.environ, "NANOGPT_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", NOW)
+def test_commands_of_nanogpts_documents(command, clone, data_folder):
+    out = run(command, clone, data_folder)
+    assert out.strip()
+    if command.startswith("python sample.py"):
+        assert out.count("\n---------------\n") == 2
+
+
+def test_the_lists_are_disjoint():
+    assert not set(NOW) & set(NOT_YET) and all(NOT_YET.values())
+
+
+# ----------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_every_preset_fits_train(path):
+    options = read(train.Config, [str(path)])
+    train.check(train.Config(**options.values))
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert head.startswith("# ") and f"train.py config/{path.name}" in path.read_text(encoding="utf-8")
+    assert set(assignments(path)) == set(options.values)
+
+
+# ----------------------------------------------------------------------------- our own documents
+
+
+def commands_in(document: str) -> list[str]:
+    """The lines of a page's shell blocks that start one of our programs."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.match(r"(python|torchrun) ", line)]
+
+
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md"]
+OURS = [(page, command) for page in PAGES for command in commands_in(page)]
+PARSERS = {"train.py": train.Config, "sample.py": sample.Config}
+
+
+@pytest.mark.parametrize(("page", "command"), OURS)
+def test_commands_of_our_own_pages_have_valid_options(page, command):
+    """Programs that exist, options that exist, presets that exist; README's are run below."""
+    program, *given = shlex.split(command)[1:]
+    assert (ROOT / program).is_file()
+    if program in PARSERS:
+        read(PARSERS[program], given)
+    if program == "bench.py":
+        read(bench.Config, given, other_keys=frozenset(vars(train.Config)))
+
+
+def test_the_two_readmes_show_the_same_commands():
+    assert commands_in("README.md") == commands_in("README.zh-CN.md")
+
+
+def test_readmes_commands_run_in_their_order(tmp_path, data_folder):
+    """A person who types the README's commands one after the other, with runs made small."""
+    folder = checkout(tmp_path)
+    (folder / "novel.txt").write_text(words(3000), encoding="utf-8")
+    (folder / "prompt.txt").write_text("ab", encoding="utf-8")
+    write_dataset(folder / "data" / "python_stdlib", words(3000))
+    for command in commands_in("README.md"):
+        if "python_stdlib" not in command:
+            run(command, folder, data_folder)
