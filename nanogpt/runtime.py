@@ -1,6 +1,7 @@
 """The machine: which device and number format a run uses, and why; seeds; memory of the C library."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -79,8 +80,14 @@ class Machine:
 def setup(device: str, dtype: str) -> Machine:
     """Choose device and number format; "auto" takes what serves this machine.
 
-    Raises UserError for a device that this machine, or this build of torch, does not have.
+    Raises UserError for a device that this machine, or this build of torch, does not have, and for
+    more than one process.
     """
+    if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"torchrun started {world_size} processes, but training on several is not built yet; "
+            f"start one: python train.py ..."
+        )
     chosen = _device(device)
     if chosen.type == "cpu":
         keep_freed_memory()

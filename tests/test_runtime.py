@@ -31,6 +31,12 @@ def test_cuda_without_a_gpu():
         runtime.setup("cuda", "auto")
 
 
+def test_several_processes_are_refused_and_not_run_as_strangers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun started 2 processes"):
+        runtime.setup("cpu", "auto")
+
+
 def test_autocast_multiplies_in_the_asked_format():
     a = torch.ones(2, 2)
     for dtype in ("float32", "bfloat16", "float16"):
