@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     """Print what is timed, and the figures. Raises UserError for options that fit nothing here."""
     if config.profile and not Path(config.trace).absolute().parent.is_dir():
         raise UserError(f"--trace={config.trace}: there is no such folder to write it in")
-    machine = runtime.setup(config.device, config.dtype)
+    machine = runtime.setup(config.device, config.dtype, config.n_embd)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         print(f"machine: {machine.reason}")
         tokens = open_tokens(config, Path(scratch))

@@ -56,7 +56,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")
     tokens = tokenizer.from_text(text, str(path))
     prompt = encode(config.start, tokens)
-    machine = runtime.setup(config.device, config.dtype)
+    machine = runtime.setup(config.device, config.dtype, found.model_config.n_embd)
     model = found.load_model(machine.device)
     idx = torch.tensor([prompt], device=machine.device)
     next_logits, notice = parallel.wrap(

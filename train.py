@@ -319,7 +319,7 @@ def check(config: Config) -> None:
 
 def build(config: Config, resumed: Checkpoint | None) -> Run:
     """Open the data, and make the model: new weights from the seed, or those of the checkpoint."""
-    machine = runtime.setup(config.device, config.dtype)
+    machine = runtime.setup(config.device, config.dtype, config.n_embd)
     dataset = data.load(data.find(config.dataset, ROOT))
     data.require_window(dataset.train, config.block_size, "training")
     data.require_window(dataset.val, config.block_size, "validation")

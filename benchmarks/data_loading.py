@@ -82,7 +82,7 @@ def resident() -> int:
 
 def training_step(tokens: data.Tokens) -> float:
     """Seconds of a training step of the CPU preset."""
-    trial = bench.Bench(CPU_PRESET, runtime.setup(CPU_PRESET.device, CPU_PRESET.dtype), tokens)
+    trial = bench.Bench(CPU_PRESET, runtime.setup(CPU_PRESET.device, CPU_PRESET.dtype, 32), tokens)
     took_s = [trial.step()[0] for _ in range(CPU_PRESET.warmup_steps + CPU_PRESET.steps)]
     return float(np.median(took_s[CPU_PRESET.warmup_steps :]))
 

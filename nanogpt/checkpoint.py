@@ -139,8 +139,8 @@ def verify(path: Path) -> Checkpoint:
             if files.sha256(file) != listed["sha256"]:
                 raise UserError(f"{file} is damaged: its SHA-256 is not the manifest's")
         state = files.read_json(path / "state.json")
-        if set(state["model"]) != {field.name for field in fields(GPTConfig)}:
-            raise UserError(f"{path / 'state.json'} describes another kind of model")
+        if unknown := set(state["model"]) - {field.name for field in fields(GPTConfig)}:
+            raise UserError(f"{path / 'state.json'} describes a model of a newer program: {unknown}")
         return Checkpoint(path, state)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / 'manifest.json'} is not a manifest ({error!r})") from None

@@ -17,6 +17,7 @@ import torch
 
 from nanogpt.errors import UserError
 
+NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, where it has them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,11 +75,12 @@ class Machine:
             "numpy": numpy.__version__,
             "device": self.name(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
+            "dtype": self.dtype,
         }
 
 
-def setup(device: str, dtype: str) -> Machine:
-    """Choose device and number format; "auto" takes what serves this machine.
+def setup(device: str, dtype: str, width: int) -> Machine:
+    """Choose device and number format for a model of `width` channels; "auto" takes what serves both.
 
     Raises UserError for a device that this machine, or this build of torch, does not have, and for
     more than one process.
@@ -95,7 +97,7 @@ def setup(device: str, dtype: str) -> Machine:
         torch.set_float32_matmul_precision("high")  # TF32 where a matrix is left in float32
     if dtype != "auto":
         return Machine(chosen, dtype, f"{_named(chosen)}, {dtype} as asked")
-    best, why = _dtype(chosen)
+    best, why = _dtype(chosen, width)
     return Machine(chosen, best, f"{_named(chosen)}, {best}: {why}")
 
 
@@ -119,14 +121,19 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(device: torch.device) -> tuple[str, str]:
+def _dtype(device: torch.device, width: int) -> tuple[str, str]:
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "this GPU multiplies it natively"
         return "float16", "this GPU has no bfloat16; the loss is scaled"
     if device.type == "mps":
         return "float32", "try --dtype=bfloat16 for larger models"
-    return "float32", "casts cost more than bfloat16 saves here"
+    # Of the float32 step on two AVX512-BF16 cores (benchmarks in docs/results.md): 1.0 at 128 channels,
+    # 0.62 at 256, 0.57 at 384, 0.49 at 768. Without the instructions bfloat16 is emulated, and slow.
+    native = any(getattr(torch.cpu, name, bool)() for name in NATIVE_BFLOAT16)
+    if native and width >= 256:
+        return "bfloat16", "this CPU multiplies it natively"
+    return "float32", "casts cost more than bfloat16 saves" if native else "this CPU has no bfloat16"
 
 
 def _named(device: torch.device) -> str:

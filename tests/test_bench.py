@@ -66,7 +66,7 @@ def test_learns_what_train_py_learns(dataset, tmp_path, monkeypatch):
     train.main(
         train.Config(**shared, out_dir=out, max_iters=3, decay_lr=False, learning_rate=1e-4, eval_iters=1)
     )
-    trial = bench.Bench(config, runtime.setup("cpu", "auto"), bench.open_tokens(config, tmp_path))
+    trial = bench.Bench(config, runtime.setup("cpu", "auto", 32), bench.open_tokens(config, tmp_path))
     for _ in range(3):
         trial.step()
     losses = [float(result.loss) for result in results]

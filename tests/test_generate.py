@@ -7,7 +7,7 @@ from nanogpt import runtime
 from nanogpt.generate import draw, generate, keep_top_k
 from nanogpt.model import GPT, GPTConfig
 
-MACHINE = runtime.setup("cpu", "float32")
+MACHINE = runtime.setup("cpu", "float32", 32)
 
 
 def options(**changes):

@@ -13,34 +13,42 @@ from nanogpt.errors import UserError
 
 
 def test_the_choice_is_explained():
-    machine = runtime.setup("auto", "auto")
+    machine = runtime.setup("auto", "auto", 32)
     assert machine.reason.count("\n") == 0 and machine.dtype in machine.reason
-    assert runtime.setup("cpu", "bfloat16").dtype == "bfloat16"
-    assert set(machine.environment()) == {"python", "torch", "numpy", "device", "instructions"}
+    assert runtime.setup("cpu", "bfloat16", 32).dtype == "bfloat16"
+    assert set(machine.environment()) == {"python", "torch", "numpy", "device", "instructions", "dtype"}
+
+
+def test_bfloat16_on_a_cpu_only_where_it_pays(monkeypatch):
+    for native in (False, True):
+        for name in runtime.NATIVE_BFLOAT16:
+            monkeypatch.setattr(torch.cpu, name, lambda native=native: native, raising=False)
+        assert runtime.setup("cpu", "auto", 128).dtype == "float32"
+        assert runtime.setup("cpu", "auto", 384).dtype == ("bfloat16" if native else "float32")
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu", "cuda:99", "meta", "cpu:x", ""])
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match="--device="):
-        runtime.setup(device, "auto")
+        runtime.setup(device, "auto", 32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_cuda_without_a_gpu():
     with pytest.raises(UserError, match="this torch sees no CUDA GPU; use --device=auto or cpu"):
-        runtime.setup("cuda", "auto")
+        runtime.setup("cuda", "auto", 32)
 
 
 def test_several_processes_are_refused_and_not_run_as_strangers(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun started 2 processes"):
-        runtime.setup("cpu", "auto")
+        runtime.setup("cpu", "auto", 32)
 
 
 def test_autocast_multiplies_in_the_asked_format():
     a = torch.ones(2, 2)
     for dtype in ("float32", "bfloat16", "float16"):
-        with runtime.setup("cpu", dtype).autocast():
+        with runtime.setup("cpu", dtype, 32).autocast():
             assert (a @ a).dtype == runtime.DTYPES[dtype]
 
 

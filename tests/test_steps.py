@@ -11,14 +11,14 @@ from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.optim import AdamW
 
 CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
-MACHINE = runtime.setup("cpu", "float32")
+MACHINE = runtime.setup("cpu", "float32", 32)
 
 
 def parts(dropout=0.0, dtype="float32"):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(CONFIG), "dropout": dropout}))
     optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    machine = runtime.setup("cpu", dtype)
+    machine = runtime.setup("cpu", dtype, 32)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == "float16")
     return model, optimizer, machine, scaler
 
