@@ -1,28 +1,28 @@
-"""GPT: a decoder-only transformer, exactly GPT-2 (Radford et al. 2019).
+"""GPT: a decoder-only transformer in two presets of one block.
 
-Learned positions, pre-norm blocks, GELU in its tanh form, and a head that shares its weights with the
-token embedding. Parameters carry the names of OpenAI's and Hugging Face's release, so weights load by
-name. The file needs torch and nothing else: devices, optimizers, files and text are other modules'.
+`gpt2` is exactly GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU in its tanh form, a head
+that shares its weights with the token embedding. Parameters carry the names of OpenAI's and Hugging
+Face's release. `modern` is what trains fastest for its lines (docs/ablations.md): rotary positions,
+RMSNorm without gains, QK-norm, ReLU², projections that begin at zero, a head of its own, a soft cap on the
+logits. The file needs torch and positions, nothing else: devices, optimizers, files and text are other
+modules'.
 
 Shapes: B batch, T tokens, C channels (n_embd), nh heads, hs channels a head, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt.position import POSITIONS, Position
+
 IGNORE = -1  # a target with this value is not scored
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
-    "gelu": F.gelu,  # nanoGPT's; differs from GPT-2's by 5e-4 at most, and is faster on CPUs
-}
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,34 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
-    activation: str = "gelu_tanh"
     vocab_multiple: int = 1  # the embedding table is padded to a multiple of this; ids are not
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head queries; 0: n_head
+    head_dim: int = 0  # channels a head; 0: n_embd / n_head
+    position: str = "learned"
+    norm: str = "layer"
+    activation: str = "gelu_tanh"
+    qk_norm: bool = False  # normalise queries and keys (Henry et al. 2020)
+    tied: bool = True  # the head is the token embedding
+    softcap: float = 0.0  # logits stay within +- this: cap * tanh(logits / cap) (Gemma 2); 0: they are free
+    init: str = "gpt2"
 
     def problems(self) -> list[str]:
         """What makes these numbers impossible, each with both values; empty if nothing does."""
         wrong = []
-        if self.n_embd % self.n_head:
+        if not self.head_dim and self.n_embd % self.n_head:
             wrong.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.activation not in ACTIVATIONS:
-            wrong.append(f"activation={self.activation} is none of {', '.join(ACTIVATIONS)}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            wrong.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.position == "rope" and self.head_size % 2:
+            wrong.append(f"position=rope turns pairs of channels, but a head has {self.head_size}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                wrong.append(f"{name}={getattr(self, name)} is none of {', '.join(known)}")
         return wrong
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def padded_vocab_size(self) -> int:
@@ -59,31 +76,79 @@ GPT2_SIZES = {
 }
 
 
+class RMSNorm(nn.Module):
+    """x over its root mean square (Zhang and Sennrich 2019); no gain: the next matrix has one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],))
+
+
+NORMS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "layer": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
+    "rms": lambda config: RMSNorm(),
+}
+
+
+def relu2(x: Tensor) -> Tensor:
+    """ReLU squared (So et al. 2021, Primer)."""
+    return F.relu(x).square()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """One half of the channels gates the other (Shazeer 2020): (..., 2n) to (..., n)."""
+    gate, x = x.chunk(2, dim=-1)
+    return F.silu(gate) * x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
+    "gelu": F.gelu,  # nanoGPT's; differs from GPT-2's by 5e-4 at most, and is faster on CPUs
+    "relu2": relu2,
+    "swiglu": swiglu,
+}
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
+        self.head_size = config.head_size
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        kv_heads = config.n_kv_head or config.n_head
+        self.grouped = kv_heads != config.n_head
+        self.widths = [n * self.head_size for n in (config.n_head, kv_heads, kv_heads)]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
+        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+    def forward(self, x: Tensor, position: Position) -> Tensor:
+        B, T, _ = x.shape
+        parts = self.c_attn(x).split(self.widths, dim=2)
+        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
+        q, k = position.rotate(self.qk_norm(q)), position.rotate(self.qk_norm(k))
+        bias = position.bias(T)
         y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )  # (B, nh, T, hs)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            q,
+            k,
+            v,
+            attn_mask=bias if bias is None else bias.to(q.dtype),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=bias is None,
+            enable_gqa=self.grouped,
+        )
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        # A gate has two thirds of the width, rounded to 8, so that it costs what the others cost.
+        hidden = 8 * round(config.n_embd / 3) if config.activation == "swiglu" else 4 * config.n_embd
         self.activation = ACTIVATIONS[config.activation]
+        self.c_fc = nn.Linear(
+            config.n_embd, 2 * hidden if self.activation is swiglu else hidden, bias=config.bias
+        )
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,13 +158,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, position: Position) -> Tensor:
+        x = x + self.attn(self.ln_1(x), position)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -110,30 +175,20 @@ class GPT(nn.Module):
             raise ValueError("; ".join(problems))
         self.config = config
         # from_pretrained: the weights are drawn in init_weights, once
-        self.wte = nn.Embedding.from_pretrained(
-            torch.empty(config.padded_vocab_size, config.n_embd), freeze=False
-        )
-        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False)
+        table = torch.empty(config.padded_vocab_size, config.n_embd)
+        self.wte = nn.Embedding.from_pretrained(table, freeze=False)
+        shape = (config.block_size, config.n_embd, config.n_head, config.head_size)
+        self.position = POSITIONS[config.position](*shape)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = NORMS[config.norm](config)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if (
             not self.wte.weight.is_meta
         ):  # shapes only: weights come from a file (and torch would import sympy)
-            self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), and 1/sqrt(2 n_layer) of that for the projections into
-        the residual stream, so that its variance does not grow with depth. Biases 0, gains 1."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                residual = name.endswith("c_proj.weight")
-                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            INITS[config.init](self)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Score each position's next token.
@@ -156,19 +211,82 @@ class GPT(nn.Module):
         length = idx.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens do not fit in block_size={self.config.block_size}")
-        x = self.drop(self.wte(idx) + self.wpe.weight[:length])
+        x = self.drop(self.position.embed(self.wte(idx)))
         for block in self.h:
-            x = block(x)
+            x = block(x, self.position)
         return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C). The padding of the vocabulary is cut off
         before anything sees it: its rows get no probability, no gradient and no sample."""
-        return F.linear(x, self.wte.weight[: self.config.vocab_size])
+        table = (self.lm_head or self.wte).weight
+        logits = F.linear(x, table[: self.config.vocab_size])
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def fused_rows(self) -> dict[str, list[int]]:
+        """Parameters that hold several maps one above the other: the rows of each."""
+        attentions = ((n, m) for n, m in self.named_modules() if isinstance(m, CausalSelfAttention))
+        return {f"{name}.c_attn.weight": module.widths for name, module in attentions}
 
     def n_params(self, positions: bool = True) -> int:
-        """Parameters, each counted once (the head is the embedding), the padding left out; without
+        """Parameters, each counted once (a tied head is the embedding), the padding left out; without
         `positions`, those that multiply something."""
-        unused = self.config.padded_vocab_size - self.config.vocab_size
-        unused += 0 if positions else self.config.block_size
-        return sum(p.numel() for p in self.parameters()) - unused * self.config.n_embd
+        config = self.config
+        unused = (config.padded_vocab_size - config.vocab_size) * (1 if config.tied else 2)
+        if not positions:
+            unused += config.block_size * (config.position == "learned")
+            unused += 0 if config.tied else config.vocab_size  # an embedding is looked up
+        return sum(p.numel() for p in self.parameters()) - unused * config.n_embd
+
+
+# ----------------------------------------------------------------------------- initialisation
+
+
+@torch.no_grad()
+def init_gpt2(model: GPT) -> None:
+    """GPT-2's: N(0, 0.02), and 1/sqrt(2 n_layer) of that for the projections into the residual stream,
+    so that its variance does not grow with depth. Biases 0, gains 1."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            residual = name.endswith("c_proj.weight")
+            parameter.normal_(std=0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02)
+
+
+@torch.no_grad()
+def init_zero(model: GPT) -> None:
+    """Projections into the residual stream and an untied head begin at 0, so that at first the model
+    is its embedding, and every block learns from a clean gradient (Zhang et al. 2019, Fixup; Yang et
+    al. 2022, muP); other matrices N(0, 1/C), an untied embedding N(0, 1)."""
+    init_gpt2(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("c_proj.weight") or name == "lm_head.weight":
+            parameter.zero_()
+        elif name == "wte.weight" and not model.config.tied:
+            parameter.normal_(std=1.0)
+        elif parameter.dim() >= 2 and name.startswith("h."):
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+
+
+@torch.no_grad()
+def init_depth(model: GPT) -> None:
+    """GPT-2's, with the projections of block i scaled by 1/sqrt(2 (i + 1)): earlier blocks begin
+    louder (as T-Fixup and Megatron's scaled initialisation do by depth)."""
+    init_gpt2(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            block = int(name.split(".")[1])
+            parameter.normal_(std=0.02 / math.sqrt(2 * (block + 1)))
+
+
+INITS: dict[str, Callable[[GPT], None]] = {"gpt2": init_gpt2, "zero": init_zero, "depth": init_depth}
+CHOICES: dict[str, Mapping[str, Any]] = {
+    "position": POSITIONS,
+    "norm": NORMS,
+    "activation": ACTIVATIONS,
+    "init": INITS,
+}

@@ -10,7 +10,7 @@ LAYERS = [
     {"errors"},
     {"files", "download"},
     {"config", "schedule", "flops", "tokenizer"},
-    {"text", "runtime", "data", "metrics"},
+    {"text", "runtime", "data", "metrics", "position"},
     {"corpus", "model"},
     {"optim", "parallel", "checkpoint", "generate"},
     {"steps"},
@@ -61,7 +61,7 @@ def test_plain_modules_do_without_torch():
 
 
 def test_the_model_knows_torch_and_nothing_else():
-    allowed = {"math", "torch", "dataclasses", "functools", "collections"}
+    allowed = {"math", "torch", "dataclasses", "functools", "collections", "nanogpt.position", "typing"}
     names = imported(ROOT / "nanogpt" / "model.py")
     assert {
         name for name in names if not any(name == a or name.startswith(a + ".") for a in allowed)

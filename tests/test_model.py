@@ -55,7 +55,7 @@ def test_equals_gpt2_written_out(model):
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-    x = w["wte.weight"][idx] + w["wpe.weight"][: idx.shape[1]]
+    x = w["wte.weight"][idx] + w["position.wpe.weight"][: idx.shape[1]]
     hidden = torch.ones(16, 16).triu(1).bool()
     for i in range(SMALL.n_layer):
         parts = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(SMALL.n_embd, dim=-1)
@@ -172,3 +172,137 @@ def test_refusals(model):
         GPT(replace(SMALL, n_embd=30))
     with pytest.raises(ValueError, match="17 tokens do not fit"):
         model(torch.zeros(1, 17, dtype=torch.long))
+
+
+# ----------------------------------------------------------------------------- the switches
+
+
+MODERN = {
+    "position": "rope",
+    "norm": "rms",
+    "activation": "relu2",
+    "qk_norm": True,
+    "tied": False,
+    "softcap": 15.0,
+    "init": "zero",
+    "bias": False,
+}
+SWITCHES = [
+    {"position": "rope"},
+    {"position": "alibi"},
+    {"norm": "rms"},
+    {"activation": "gelu"},
+    {"activation": "relu2"},
+    {"activation": "swiglu"},
+    {"qk_norm": True},
+    {"tied": False},
+    {"softcap": 15.0},
+    {"n_kv_head": 2},
+    {"n_kv_head": 1, "position": "rope"},
+    {"head_dim": 12},
+    {"init": "zero"},
+    {"init": "depth"},
+    MODERN,
+    MODERN | {"activation": "swiglu", "n_kv_head": 2, "head_dim": 16, "vocab_multiple": 64},
+]
+
+
+def changed_model(switches, **others):
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, **switches, **others))
+    with torch.no_grad():  # zeros hide what is behind them
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape)
+    return model
+
+
+def name_of(switches):
+    return "modern" if switches == MODERN else ",".join(f"{k}={v}" for k, v in switches.items())[:40]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=name_of)
+def test_a_switch_keeps_the_model_causal_and_differentiable(switches):
+    model = changed_model(switches)
+    idx, _ = batch()
+    changed = idx.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % SMALL.vocab_size
+    before, after = model(idx)[0], model(changed)[0]
+    assert before.shape == (2, 16, 37)
+    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-6, atol=1e-6)
+    assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
+    torch.testing.assert_close(model.next_logits(idx), before[:, -1], rtol=1e-5, atol=1e-5)
+    model.double()
+    test_gradients_in_float64(model)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=name_of)
+def test_a_switch_starts_near_guessing_and_counts_its_parameters(switches):
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, **switches))
+    with torch.no_grad():
+        assert model(*batch())[1].item() == pytest.approx(math.log(37), abs=0.25)
+    C, layers = 32, 3
+    config = model.config
+    hs, kv = config.head_size, config.n_kv_head or 4
+    hidden = 8 * round(C / 3) if config.activation == "swiglu" else 4 * C
+    widths = [(4 + 2 * kv) * hs, C, hidden * (2 if config.activation == "swiglu" else 1), C]
+    block = widths[0] * C + 4 * hs * C + widths[2] * C + hidden * C + config.bias * sum(widths)
+    norm = (1 + config.bias) * C if config.norm == "layer" else 0
+    positions = 16 * C if config.position == "learned" else 0
+    embeddings = 37 * C * (1 if config.tied else 2)
+    assert model.n_params() == layers * (block + 2 * norm) + norm + positions + embeddings
+
+
+def test_zero_initialised_projections_pass_the_embedding_through():
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, **MODERN))
+    idx, _ = batch()
+    x = model.wte(idx)
+    torch.testing.assert_close(model.hidden(idx), x / x.square().mean(-1, keepdim=True).sqrt())
+    assert not model(idx)[0].any()
+
+
+def test_soft_cap_bounds_the_logits():
+    model = changed_model({"softcap": 3.0})
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 10
+        logits = model(batch()[0])[0]
+    assert 2.5 < logits.abs().max() <= 3.0
+
+
+def test_grouped_queries_equal_repeated_keys_and_values():
+    grouped, full = changed_model({"n_kv_head": 2}), changed_model({})
+    with torch.no_grad():
+        for a, b in zip(grouped.h, full.h, strict=True):
+            for kind in ("weight", "bias"):
+                q, k, v = getattr(a.attn.c_attn, kind).split([32, 16, 16])
+                k, v = (
+                    part.unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1) for part in (k, v)
+                )
+                getattr(b.attn.c_attn, kind).copy_(torch.cat([q, k, v]))
+        shared = {n: p for n, p in grouped.named_parameters() if "c_attn" not in n}
+        full.load_state_dict(shared, strict=False)
+    idx, _ = batch()
+    torch.testing.assert_close(grouped(idx)[0], full(idx)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("switches", [{}, MODERN], ids=["gpt2", "modern"])
+def test_compiled_is_the_same_function(switches):
+    model = changed_model(switches)
+    idx, targets = batch()
+    expected = model(idx, targets)[1]
+    try:
+        loss = torch.compile(model, dynamic=False)(idx, targets)[1]
+    except Exception as error:
+        pytest.skip(f"this machine cannot compile: {str(error)[:80]}")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_impossible_choices_are_named():
+    wrong = replace(SMALL, n_kv_head=3, norm="batch", head_dim=5, position="rope").problems()
+    assert wrong == [
+        "n_head=4 is not divisible by n_kv_head=3",
+        "position=rope turns pairs of channels, but a head has 5",
+        "norm=batch is none of layer, rms",
+    ]
