@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from nanogpt import data, files, parallel, runtime, steps
+from nanogpt import data, files, optim, parallel, runtime, steps
 from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.flops import flops_per_token, peak_flops
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import AdamW
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,13 @@ class Bench:
             raise UserError("; ".join(problems))
         torch.manual_seed(config.seed)
         self.model = GPT(GPTConfig(**shape)).to(machine.device)
-        self.optimizer = AdamW(self.model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+        self.optimizer = optim.build(
+            self.model.named_parameters(),
+            kind="adamw",
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            learning_rate=1e-4,
+        )
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
         self.batches = data.TrainBatches(
             tokens,

@@ -1,76 +1,187 @@
-"""AdamW over named parameters (Loshchilov and Hutter 2019), one fused call a group.
+"""Optimizers over named parameters: AdamW, and Muon for matrices with AdamW for the rest.
 
-The arithmetic is torch's own fused kernel. The class around it is ours because torch.optim imports
-the compiler when an optimizer is made (a second of every start), and because a checkpoint stores
-state by the parameter's name, which survives a change of layout.
+The arithmetic of AdamW is torch's own fused kernel. The classes around it are ours because torch.optim
+imports the compiler when an optimizer is made (a second of every start), because a checkpoint stores
+state by the parameter's name, which survives a change of layout, and because Muon works on stacks of
+matrices of one shape.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+Named = Sequence[tuple[str, Tensor]]
 
-class AdamW:
-    """Decoupled weight decay on matrices; none on vectors (biases and gains)."""
 
-    def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, Tensor]],
-        *,
-        betas: tuple[float, float],
-        weight_decay: float,
-        eps: float = 1e-8,
-    ):
-        self.betas, self.eps = betas, eps
-        named = [(name, p) for name, p in named_parameters if p.requires_grad]
+class Part(Protocol):
+    """Some of the parameters and the rule that updates them."""
+
+    def step(self, lr: float) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...  # by name; not copied
+
+
+class Optimizer:
+    """Parts that step together, each at its own multiple of one learning rate."""
+
+    def __init__(self, named: Named, parts: Sequence[tuple[Part, float]]):
         self.names = {p: name for name, p in named}
-        matrices = [p for _, p in named if p.dim() >= 2]
-        vectors = [p for _, p in named if p.dim() < 2]
-        self.param_groups: list[dict[str, Any]] = [  # the shape that torch's gradient scaler expects
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.param_groups = [group for group in self.param_groups if group["params"]]
-        self.exp_avg = {p: torch.zeros_like(p) for _, p in named}
-        self.exp_avg_sq = {p: torch.zeros_like(p) for _, p in named}
-        device = named[0][1].device
-        self.steps = torch.zeros((), dtype=torch.float32, device=device)
+        self.parts = parts
         self.lr = 0.0  # set before each step
+        self.param_groups: list[dict[str, Any]] = [
+            {"params": list(self.names)}
+        ]  # for torch's gradient scaler
 
     @torch.no_grad()
     def step(self) -> None:
-        self.steps += 1
-        for group in self.param_groups:
-            params = group["params"]
-            torch._fused_adamw_(
-                params,
-                [p.grad for p in params],
-                [self.exp_avg[p] for p in params],
-                [self.exp_avg_sq[p] for p in params],
-                [],
-                [self.steps] * len(params),
-                lr=self.lr,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                weight_decay=group["weight_decay"],
-                eps=self.eps,
-                amsgrad=False,
-                maximize=False,
-            )
+        for part, multiple in self.parts:
+            part.step(self.lr * multiple)
 
     def zero_grad(self) -> None:
         for p in self.names:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """The state by name: `NAME.exp_avg`, `NAME.exp_avg_sq` and `steps`; not copied."""
+        """All that a resumed run needs, by name; not copied."""
+        return {name: tensor for part, _ in self.parts for name, tensor in part.state().items()}
+
+
+def build(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    *,
+    kind: str,
+    betas: tuple[float, float],
+    weight_decay: float,
+    learning_rate: float,
+    muon_lr: float = 0.0,
+    muon_weight_decay: float = 0.0,
+    rows: dict[str, list[int]] | None = None,
+) -> Optimizer:
+    """The optimizer `kind` ("adamw" or "muon") of the parameters that are trained.
+
+    muon: matrices of the blocks (names that begin with "h.") go to Muon at `muon_lr` while `learning_rate`
+    is at its peak; embeddings, head and vectors to AdamW. `rows` splits a fused matrix, by name.
+    """
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    to_muon = [(n, p) for n, p in named if kind == "muon" and n.startswith("h.") and p.dim() == 2]
+    to_adam = [(n, p) for n, p in named if all(p is not other for _, other in to_muon)]
+    parts: list[tuple[Part, float]] = [(AdamW(to_adam, betas=betas, weight_decay=weight_decay), 1.0)]
+    if to_muon:
+        muon = Muon(to_muon, rows=rows or {}, weight_decay=muon_weight_decay)
+        parts.append((muon, muon_lr / learning_rate))
+    return Optimizer(named, parts)
+
+
+class AdamW:
+    """Loshchilov and Hutter 2019: decoupled weight decay on matrices, none on vectors."""
+
+    def __init__(self, named: Named, *, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8):
+        self.named, self.betas, self.eps = named, betas, eps
+        matrices = [p for _, p in named if p.dim() >= 2]
+        vectors = [p for _, p in named if p.dim() < 2]
+        self.groups = [(group, decay) for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
+        self.exp_avg = {p: torch.zeros_like(p) for _, p in named}
+        self.exp_avg_sq = {p: torch.zeros_like(p) for _, p in named}
+        self.steps = torch.zeros((), dtype=torch.float32, device=named[0][1].device)
+
+    def step(self, lr: float) -> None:
+        self.steps += 1
+        for params, decay in self.groups:
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params if p.grad is not None],
+                [self.exp_avg[p] for p in params],
+                [self.exp_avg_sq[p] for p in params],
+                [],
+                [self.steps] * len(params),
+                lr=lr,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=decay,
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def state(self) -> dict[str, Tensor]:
         tensors = {"steps": self.steps}
-        for p, name in self.names.items():
+        for name, p in self.named:
             tensors[f"{name}.exp_avg"] = self.exp_avg[p]
             tensors[f"{name}.exp_avg_sq"] = self.exp_avg_sq[p]
         return tensors
+
+
+class Muon:
+    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): each update changes all
+    directions of a matrix by as much, where Adam's are dominated by a few.
+
+    Nesterov momentum warms up from 0.85 to 0.95 over 300 steps; weight decay is decoupled and
+    cautious: it pulls a weight only where the update does not push it outwards (Liang et al. 2024).
+    Matrices of one shape are orthogonalised in one batch; those of a fused projection (`rows`) one by
+    one, because what is orthogonal is each map, not their pile.
+    """
+
+    def __init__(self, named: Named, *, rows: dict[str, list[int]], weight_decay: float):
+        self.weight_decay = weight_decay
+        pieces: dict[tuple[int, int], list[tuple[str, Tensor, slice]]] = {}
+        for name, p in named:
+            first = 0
+            for i, height in enumerate(rows.get(name, [p.shape[0]])):
+                label = f"{name}.{i}" if name in rows else name
+                pieces.setdefault((height, p.shape[1]), []).append((label, p, slice(first, first + height)))
+                first += height
+        self.stacks = [
+            (group, torch.zeros(len(group), *shape, device=group[0][1].device))
+            for shape, group in pieces.items()
+        ]
+        self.steps = torch.zeros((), dtype=torch.float32, device=named[0][1].device)
+
+    def step(self, lr: float) -> None:
+        momentum = 0.85 + 0.1 * min(1.0, float(self.steps) / 300)
+        self.steps += 1
+        for group, buffer in self.stacks:
+            gradients = torch.stack([p.grad[rows] for _, p, rows in group if p.grad is not None])
+            buffer.lerp_(gradients, 1 - momentum)
+            update = orthogonalise(gradients.lerp_(buffer, momentum))
+            height, width = update.shape[1:]
+            weights = [p.data[rows] for _, p, rows in group]
+            if self.weight_decay:
+                inwards = torch.stack(weights)
+                inwards *= inwards * update > 0
+                torch._foreach_add_(weights, list(inwards.unbind()), alpha=-lr * self.weight_decay)
+            torch._foreach_add_(weights, list(update.unbind()), alpha=-lr * max(1.0, height / width) ** 0.5)
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {"muon.steps": self.steps}
+        for group, buffer in self.stacks:
+            for (label, _, _), momentum in zip(group, buffer, strict=True):
+                tensors[f"{label}.momentum"] = momentum
+        return tensors
+
+
+# Amsel et al. 2025, "The Polar Express": the polynomials a x + b x^3 + c x^5 that bring singular values
+# from [0.001, 1] to 1 in five turns, as published by the authors.
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrix U V^T of each matrix U S V^T in (n, r, c), nearly: singular values
+    come out near 1. A matrix of zeros stays one."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
 
 
 @torch.no_grad()

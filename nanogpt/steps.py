@@ -3,15 +3,16 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanogpt.data import Dataset, eval_batches
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, IGNORE
-from nanogpt.optim import AdamW, clip_gradients
+from nanogpt.optim import Optimizer, clip_gradients
 from nanogpt.runtime import Machine
 
 
@@ -21,6 +22,11 @@ class StepResult:
 
     loss: Tensor  # mean over the micro-batches
     grad_norm: Tensor  # before clipping
+
+    def row(self, grad_clip: float) -> dict[str, Any]:
+        """The numbers to log."""
+        norm = float(self.grad_norm)
+        return {"loss": float(self.loss), "grad_norm": norm, "clipped": 0 < grad_clip < norm}
 
     def check(self, iter_num: int, lr: float, scaled: bool) -> None:
         """Raise Diverged if this update was made of non-finite numbers. With a scaled loss (float16)
@@ -35,7 +41,7 @@ class StepResult:
 
 def train_step(
     model: Callable[..., tuple[Tensor, Tensor]],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     micro_steps: int,
@@ -71,7 +77,10 @@ def train_step(
 
 
 def try_out(
-    model: Callable[..., tuple[Tensor, Tensor]], optimizer: AdamW, shape: tuple[int, int], machine: Machine
+    model: Callable[..., tuple[Tensor, Tensor]],
+    optimizer: Optimizer,
+    shape: tuple[int, int],
+    machine: Machine,
 ) -> None:
     """One forward and backward pass of idx with `shape` (B, T), to compile a model; leaves no trace."""
     zeros = torch.zeros(shape, dtype=torch.long, device=machine.device)
@@ -126,3 +135,23 @@ def evaluate(
     spread = (window_sums / window_counts - loss).square().mul(window_counts).sum() / tokens
     stderr = float((spread / max(1, len(window_sums) - 1)).sqrt())
     return Evaluation(loss, stderr, tokens)
+
+
+def evaluate_splits(
+    model: GPT,
+    dataset: Dataset,
+    shape: tuple[int, int],
+    max_batches: int,
+    machine: Machine,
+    stopped: Callable[[], bool],
+) -> tuple[Evaluation, Evaluation] | None:
+    """The training and the validation split, on at most `max_batches` of `shape` (B, T) each, the same
+    ones at every call. The training split is scored on no more windows than the validation split has."""
+    batch_size, block_size = shape
+    windows = min(max_batches * batch_size, (len(dataset.val) - 1) // block_size)
+    found = []
+    for tokens in (dataset.train, dataset.val):
+        batches = eval_batches(tokens, block_size, batch_size, windows, IGNORE, machine.device)
+        found.append(evaluate(model, batches, machine, stopped))
+    train, val = found
+    return None if train is None or val is None else (train, val)

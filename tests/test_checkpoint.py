@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nanogpt import checkpoint, files
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import AdamW
+from nanogpt.optim import Optimizer, build
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -23,10 +23,16 @@ def model():
     return GPT(CONFIG)
 
 
+def adamw(model) -> Optimizer:
+    return build(
+        model.named_parameters(), kind="adamw", betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-3
+    )
+
+
 def put(run, model, iter_num, val_loss=None):
     with torch.no_grad():
-        model.wpe.weight.fill_(iter_num)
-    optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+        model.position.wpe.weight.fill_(iter_num)
+    optimizer = adamw(model)
     return checkpoint.save(run, model, optimizer.state(), {"iter_num": iter_num, "val_loss": val_loss})
 
 
@@ -35,7 +41,7 @@ def names(run):
 
 
 def test_round_trip(tmp_path, model):
-    optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(model)
     for tensor in optimizer.state().values():
         tensor.normal_()
     before = {name: tensor.clone() for name, tensor in optimizer.state().items()}

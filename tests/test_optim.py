@@ -1,10 +1,10 @@
-"""AdamW against torch's own, against float64 by hand, and clipping."""
+"""AdamW and Muon against torch's own and against float64 by hand, and clipping."""
 
 import pytest
 import torch
 from torch import nn
 
-from nanogpt.optim import AdamW, clip_gradients
+from nanogpt.optim import Muon, build, clip_gradients, orthogonalise
 
 
 def model_and_gradients(seed=0, steps=6):
@@ -14,9 +14,15 @@ def model_and_gradients(seed=0, steps=6):
     return model, drawn
 
 
+def adamw(model):
+    return build(
+        model.named_parameters(), kind="adamw", betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-2
+    )
+
+
 def ours(steps=6, lrs=(1e-2,) * 6):
     model, gradients = model_and_gradients(steps=steps)
-    optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(model)
     for lr, drawn in zip(lrs, gradients, strict=True):
         for parameter, gradient in zip(model.parameters(), drawn, strict=True):
             parameter.grad = gradient.clone()
@@ -67,7 +73,7 @@ def test_frozen_parameters_are_left_alone():
     model, _ = model_and_gradients()
     model[0].requires_grad_(False)
     before = [p.clone() for p in model[0].parameters()]
-    optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(model)
     model(torch.randn(4, 5)).square().mean().backward()
     optimizer.lr = 0.1
     optimizer.step()
@@ -86,3 +92,142 @@ def test_clipping_equals_torch(max_norm):
     torch.testing.assert_close(norm, expected)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+# ----------------------------------------------------------------------------- Muon
+
+
+SHAPES = {"h.0.wide": (6, 10), "h.0.tall": (12, 4), "h.1.wide": (6, 10), "h.0.fused": (9, 5), "wte": (7, 4)}
+ROWS = {"h.0.fused": [5, 2, 2]}
+
+
+def matrices(seed=0):
+    torch.manual_seed(seed)
+    return {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
+
+
+def muon_of(named, decay=0.0):
+    return build(
+        [*named.items(), ("h.0.gain", nn.Parameter(torch.ones(3)))],
+        kind="muon",
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        learning_rate=1e-2,
+        muon_lr=0.05,
+        muon_weight_decay=decay,
+        rows=ROWS,
+    )
+
+
+def exact_polar(g):
+    """U V^T in float64."""
+    u, _, v = torch.linalg.svd(g.double(), full_matrices=False)
+    return u @ v
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5), (1, 1, 7)])
+def test_singular_values_come_out_near_one(shape):
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(1.0, 0.02, u.shape[-1])
+    for scale in (1e-4, 1.0, 1e4):
+        result = orthogonalise(u * (scale * values) @ v)
+        found = torch.linalg.svdvals(result)
+        assert found.min() > 0.8 and found.max() < 1.2
+        turned = torch.linalg.matrix_norm(result - u @ v) / torch.linalg.matrix_norm(u @ v)
+        assert turned.max() < 0.2  # the same directions: near the exact polar factor
+    assert not orthogonalise(torch.zeros(shape)).any()
+
+
+def test_muon_follows_its_formula():
+    """Three steps against float64 with an exact SVD: near it, as the polynomial is near the polar factor."""
+    named = matrices()
+    optimizer = muon_of(named)
+    start = {name: p.detach().double().clone() for name, p in named.items()}
+    buffers = {name: torch.zeros(p.shape).double() for name, p in named.items()}
+    for t in range(3):
+        torch.manual_seed(10 + t)
+        momentum = 0.85 + 0.1 * t / 300
+        for name, p in named.items():
+            p.grad = torch.randn(p.shape)
+            if not name.startswith("h."):
+                continue
+            buffers[name].mul_(momentum).add_((1 - momentum) * p.grad.double())
+            nesterov = momentum * buffers[name] + (1 - momentum) * p.grad.double()
+            for part in nesterov.split(ROWS.get(name, [p.shape[0]])):
+                part.copy_(max(1, part.shape[0] / part.shape[1]) ** 0.5 * exact_polar(part))
+            start[name] -= 0.05 * nesterov
+        optimizer.param_groups[0]["params"][-1].grad = torch.zeros(3)
+        optimizer.lr = 1e-2  # the peak: Muon steps at its own
+        optimizer.step()
+    for name, p in named.items():
+        if name.startswith("h."):
+            moved = torch.linalg.matrix_norm(start[name] - matrices()[name].double())
+            assert torch.linalg.matrix_norm(p.double() - start[name]) < 0.25 * moved, name
+
+
+def test_muon_equals_torchs_but_for_the_polynomial():
+    """One step of torch.optim.Muon with the same momentum goes in nearly the same direction."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(16, 48), torch.randn(16, 48)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+    Muon([("h.0.w", ours)], rows={}, weight_decay=0.0).step(0.1)
+    torch.optim.Muon([theirs], lr=0.1, momentum=0.85, weight_decay=0.0, nesterov=True).step()
+    a, b = (ours - start).flatten(), (theirs - start).flatten()
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+    assert 0.8 < a.norm() / b.norm() < 1.25
+
+
+def test_every_parameter_has_one_rule():
+    named = matrices()
+    names = set(muon_of(named).state())
+    assert {"h.0.wide.momentum", "h.0.tall.momentum", "h.0.fused.2.momentum", "muon.steps"} < names
+    assert {"wte.exp_avg", "h.0.gain.exp_avg"} < names and not any("h.0.wide.exp" in name for name in names)
+
+
+def test_a_fused_matrix_is_orthogonalised_map_by_map():
+    named = matrices()
+    alone = {"h.0.q": nn.Parameter(named["h.0.fused"].detach()[:5].clone())}
+    torch.manual_seed(3)
+    for p in named.values():
+        p.grad = torch.randn(p.shape)
+    alone["h.0.q"].grad = named["h.0.fused"].grad[:5].clone()
+    Muon(list(named.items())[:4], rows=ROWS, weight_decay=0.0).step(0.1)
+    Muon(list(alone.items()), rows={}, weight_decay=0.0).step(0.1)
+    torch.testing.assert_close(named["h.0.fused"][:5], alone["h.0.q"], rtol=1e-4, atol=1e-5)
+
+
+def test_cautious_decay_pulls_only_where_the_update_does_not_push_outwards():
+    plain, decayed = matrices(), matrices()
+    for named, decay in ((plain, 0.0), (decayed, 0.5)):
+        torch.manual_seed(3)
+        for p in named.values():
+            p.grad = torch.randn(p.shape)
+        Muon(list(named.items())[:1], rows={}, weight_decay=decay).step(0.1)
+    before = matrices()["h.0.wide"].detach()
+    update = before - plain["h.0.wide"].detach()  # what is subtracted
+    pull = plain["h.0.wide"].detach() - decayed["h.0.wide"].detach()
+    expected = 0.1 * 0.5 * before * (update * before > 0)
+    torch.testing.assert_close(pull, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_resumes_from_its_state():
+    def steps(named, optimizer, first, last):
+        for t in range(first, last):
+            torch.manual_seed(t)
+            for p in optimizer.names:
+                p.grad = torch.randn(p.shape)
+            optimizer.lr = 1e-2
+            optimizer.step()
+
+    straight, broken = matrices(), matrices()
+    steps(straight, muon_of(straight), 0, 6)
+    first = muon_of(broken)
+    steps(broken, first, 0, 3)
+    second = muon_of(broken)
+    for name, tensor in second.state().items():
+        tensor.copy_(first.state()[name].clone())
+    steps(broken, second, 3, 6)
+    for name in SHAPES:
+        assert torch.equal(straight[name], broken[name]), name

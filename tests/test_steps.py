@@ -8,16 +8,22 @@ import torch
 from nanogpt import data, runtime, steps
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, IGNORE, GPTConfig
-from nanogpt.optim import AdamW
+from nanogpt.optim import Optimizer, build
 
 CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
 MACHINE = runtime.setup("cpu", "float32", 32)
 
 
+def adamw(model) -> Optimizer:
+    return build(
+        model.named_parameters(), kind="adamw", betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-3
+    )
+
+
 def parts(dropout=0.0, dtype="float32"):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(CONFIG), "dropout": dropout}))
-    optimizer = AdamW(model.named_parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(model)
     machine = runtime.setup("cpu", dtype, 32)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == "float16")
     return model, optimizer, machine, scaler
