@@ -21,14 +21,14 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, files, metrics, parallel, runtime, steps
+from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, inherit, load
 from nanogpt.errors import Stopped, UserError, run_program
 from nanogpt.flops import flops_per_token, peak_flops
-from nanogpt.model import GPT, IGNORE, GPTConfig
-from nanogpt.optim import AdamW
-from nanogpt.schedule import Schedule, learning_rate
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import Optimizer
+from nanogpt.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,24 @@ class Config:
     n_embd: Positive = 768  # channels
     dropout: Fraction = 0.0  # 0 is good for pre-training, try 0.1 or more for finetuning
     bias: bool = False  # biases in linear layers and norms, as GPT-2 has
-    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"  # GPT-2's, or nanoGPT's, which is exact
+    n_kv_head: Count = 0  # heads of keys and values, shared by queries; 0: n_head
+    head_dim: Count = 0  # channels a head; 0: n_embd / n_head
+    position: Literal["learned", "rope", "alibi"] = "learned"  # how the order of tokens is known
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # GPT-2's; gelu is nanoGPT's
+    qk_norm: bool = False  # normalise queries and keys
+    tied: bool = True  # the head is the token embedding
+    softcap: Rate = 0.0  # keep logits within +- this; 0: free
+    init: Literal["gpt2", "zero", "depth"] = "gpt2"  # of weights; zero: projections begin at 0
     vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this; the padding is never used
-    # optimizer (AdamW)
-    learning_rate: Rate = 6e-4  # the highest
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks, AdamW for the rest
+    learning_rate: Rate = 6e-4  # the highest, of AdamW
+    muon_lr: Rate = 0.02  # the highest, of Muon
+    muon_weight_decay: Rate = 0.0  # of Muon's matrices
     max_iters: Count = 600000  # iterations in all
     max_minutes: Rate = 0.0  # stop, save and leave after this long; 0: no limit
-    weight_decay: Rate = 1e-1  # of matrices; vectors have none
+    weight_decay: Rate = 1e-1  # of AdamW's matrices; vectors have none
     beta1: Fraction = 0.9  # decay of the mean of gradients
     beta2: Fraction = 0.95  # decay of the mean of their squares
     grad_clip: Rate = 1.0  # clip the norm of the gradient; 0: don't
@@ -87,7 +98,6 @@ class Config:
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
 SHAPE = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Config)}
-GO_ON = "the same command with --init_from=resume goes on"
 
 
 @dataclass
@@ -99,13 +109,9 @@ class Run:
     dataset: data.Dataset
     batches: data.TrainBatches
     model: GPT  # the plain one, which is evaluated and saved
-    optimizer: AdamW
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-
-    @property
-    def tokens_per_iter(self) -> int:
-        return self.config.batch_size * self.config.gradient_accumulation_steps * self.config.block_size
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -125,9 +131,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             evaluate(run, stop)
             return
         if resumed and run.progress.iter_num >= config.max_iters:
-            print(
-                f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters to go on"
-            )
+            print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
             return
         with open_folder(run, resumed), run.machine.memory_errors():
             loop(run, stop)
@@ -139,12 +143,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 def loop(run: Run, stop: runtime.StopRequest) -> None:
     """Update the weights until max_iters; evaluate, log and save on the way."""
     config, progress = run.config, run.progress
-    model, notice = parallel.wrap(
-        run.model,
-        compile=config.compile,
-        device=run.machine.device,
-        trial=lambda f: steps.try_out(f, run.optimizer, (config.batch_size, config.block_size), run.machine),
-    )
+    shape = (config.batch_size, config.block_size)
+    trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
+    model, notice = parallel.wrap(run.model, compile=config.compile, device=run.machine.device, trial=trial)
     if notice:
         print(notice)
     log = open_log(run)
@@ -170,7 +171,8 @@ def loop(run: Run, stop: runtime.StopRequest) -> None:
             bar.close()
             log.close()
             if not last:
-                raise Stopped(f"stopped by {stop.reason} at iteration {progress.iter_num}, saved; {GO_ON}")
+                place = f"iteration {progress.iter_num}"
+                raise Stopped(f"stopped by {stop.reason} at {place}, saved; go on with --init_from=resume")
             return
 
         # one update
@@ -196,15 +198,12 @@ def loop(run: Run, stop: runtime.StopRequest) -> None:
         progress.elapsed_s += took_s
         unlogged_s, unlogged = unlogged_s + took_s, unlogged + 1
         if is_logged:
-            norm = float(result.grad_norm)
             log.step(
                 progress.iter_num,
                 step_s=unlogged_s / unlogged,
-                loss=float(result.loss),
                 lr=lr,
-                grad_norm=norm,
-                clipped=0 < config.grad_clip < norm,
                 elapsed_s=progress.elapsed_s,
+                **result.row(config.grad_clip),
             )
             unlogged_s, unlogged = 0.0, 0
         progress.iter_num += 1
@@ -213,7 +212,7 @@ def loop(run: Run, stop: runtime.StopRequest) -> None:
 
 
 def learning_rate_of(config: Config, iter_num: int) -> float:
-    return learning_rate(
+    return schedule.learning_rate(
         iter_num,
         config.lr_schedule if config.decay_lr else "constant",
         peak=config.learning_rate,
@@ -225,20 +224,13 @@ def learning_rate_of(config: Config, iter_num: int) -> float:
 
 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
-    """Evaluate both splits, print and log; returns whether the validation loss is the best so far.
-
-    The training split is scored on no more windows than the validation split has.
-    """
-    config, progress, val_tokens = run.config, run.progress, run.dataset.val
-    most = min(config.eval_iters * config.batch_size, (len(val_tokens) - 1) // config.block_size)
-    found = []
-    for tokens in (run.dataset.train, val_tokens):
-        device = run.machine.device
-        batches = data.eval_batches(tokens, config.block_size, config.batch_size, most, IGNORE, device)
-        found.append(steps.evaluate(run.model, batches, run.machine, lambda: bool(stop.reason)))
-    train, val = found
-    if train is None or val is None:  # stopped meanwhile; a resumed run evaluates here again
+    """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
+    config, progress = run.config, run.progress
+    shape = (config.batch_size, config.block_size)
+    both = steps.evaluate_splits(run.model, run.dataset, shape, config.eval_iters, run.machine, stop.asked)
+    if both is None:  # stopped meanwhile; a resumed run evaluates here again
         return False
+    train, val = both
     about = f"± {val.stderr:.4f}, {val.describe(run.dataset.bytes_per_token)}"
     tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({about})")
     if log:
@@ -247,23 +239,22 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
             train_loss=train.loss,
             val_loss=val.loss,
             val_stderr=val.stderr,
-            epochs=run.batches.epochs(progress.iter_num),
             elapsed_s=progress.elapsed_s,
         )
     progress.val_loss = val.loss
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
-    progress.best_val_loss = val.loss if improved else progress.best_val_loss
+    if improved:
+        progress.best_val_loss = val.loss
     return improved
 
 
 def is_time_to_save(run: Run, improved: bool) -> bool:
     """At each improvement; after other evaluations or every save_interval as the options say."""
     config, progress = run.config, run.progress
-    if progress.iter_num == 0:
-        return False
+    due = config.always_save_checkpoint and progress.val_loss is not None
     if config.save_interval:
-        return improved or progress.iter_num % config.save_interval == 0
-    return improved or (config.always_save_checkpoint and progress.val_loss is not None)
+        due = progress.iter_num % config.save_interval == 0
+    return progress.iter_num > 0 and (improved or due)
 
 
 def save(run: Run) -> None:
@@ -287,9 +278,9 @@ def choose_start(config: Config, origins: dict[str, str]) -> tuple[Config, Check
         return config, None
     out = Path(config.out_dir)
     resumed, damage = checkpoint.find(out)
-    if resumed is None and config.init_from == "resume":
-        raise UserError(f"no checkpoint in {out}: train first, or say --init_from=auto or scratch")
     if resumed is None:
+        if config.init_from == "resume":
+            raise UserError(f"no checkpoint in {out}: train first, or say --init_from=auto or scratch")
         return config, None
     for line in damage:
         print(f"skipped a damaged checkpoint: {line}")
@@ -305,16 +296,22 @@ def choose_start(config: Config, origins: dict[str, str]) -> tuple[Config, Check
 
 def check(config: Config) -> None:
     """Refuse combinations that make no sense, all at once."""
-    wrong = GPTConfig(**{name: getattr(config, name) for name in SHAPE}).problems()
-    falls = config.decay_lr and config.lr_schedule != "constant"
-    if falls and config.min_lr > config.learning_rate:
-        wrong.append(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}; lower --min_lr")
-    if falls and 0 < config.lr_decay_iters < config.warmup_iters:
-        wrong.append(f"lr_decay_iters={config.lr_decay_iters} ends before warmup_iters={config.warmup_iters}")
+    wrong = model_config(config).problems()
+    if config.decay_lr:
+        ends = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
+        wrong += schedule.problems(config.lr_schedule, *ends)
+    if config.optimizer == "muon" and not config.learning_rate:
+        wrong.append(
+            "learning_rate=0 leaves Muon without a schedule; lower --muon_lr instead, or both a little"
+        )
     if config.beta1 == 1 or config.beta2 == 1:
         wrong.append(f"beta1={config.beta1} and beta2={config.beta2} must be below 1")
     if wrong:
         raise UserError("\n       ".join(wrong))
+
+
+def model_config(config: Config, **others: int) -> GPTConfig:
+    return GPTConfig(**{name: getattr(config, name) for name in SHAPE}, **others)
 
 
 def build(config: Config, resumed: Checkpoint | None) -> Run:
@@ -336,18 +333,24 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
         model = resumed.load_model(machine.device).train()
     else:
         torch.manual_seed(config.seed)
-        shape = {name: getattr(config, name) for name in SHAPE}
-        model = GPT(GPTConfig(vocab_size=dataset.vocab_size, **shape)).to(machine.device)
-    betas = (config.beta1, config.beta2)
-    optimizer = AdamW(model.named_parameters(), betas=betas, weight_decay=config.weight_decay)
+        model = GPT(model_config(config, vocab_size=dataset.vocab_size)).to(machine.device)
+    optimizer = optim.build(
+        model.named_parameters(),
+        kind=config.optimizer,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        learning_rate=config.learning_rate,
+        muon_lr=config.muon_lr,
+        muon_weight_decay=config.muon_weight_decay,
+        rows=model.fused_rows(),
+    )
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     progress = resumed.progress if resumed else Progress()
     if resumed:
         resumed.load_optimizer(optimizer.state())
         scaler.load_state_dict(resumed.state["scaler"])
-        before, now = resumed.state["environment"], machine.environment()
-        if moved := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
-            print(f"note: {'; '.join(moved)}: the run goes on, but not bit for bit as it would have there")
+        if moved := resumed.moved(machine.environment()):
+            print(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
     return Run(config, machine, dataset, batches, model, optimizer, scaler, progress)
 
 
@@ -376,19 +379,19 @@ def open_log(run: Run) -> metrics.Log:
     tracker = metrics.tracker(config.wandb_log, config.wandb_project, config.wandb_run_name, asdict(config))
     cost = flops_per_token(run.model.n_params(positions=False), shape.n_layer, shape.n_embd, shape.block_size)
     peak = peak_flops(run.machine.name())
-    return metrics.Log(Path(config.out_dir), tracker, run.tokens_per_iter, cost / peak if peak else None)
+    return metrics.Log(
+        Path(config.out_dir), tracker, run.batches.tokens_per_step, cost / peak if peak else None
+    )
 
 
 def describe(run: Run) -> str:
     """What is about to be trained, on what, in a few lines."""
-    config, dataset = run.config, run.dataset
-    epochs = run.batches.epochs(config.max_iters)
+    dataset, iters = run.dataset, run.config.max_iters
     return (
-        f"machine: {run.machine.reason}\n"
-        f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
-        f"tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model: {run.model.n_params():,} parameters; {run.tokens_per_iter:,} tokens an iteration; "
-        f"{config.max_iters:,} iterations read the text {epochs:.2f} times"
+        f"machine: {run.machine.reason}\ndata: {dataset.folder}, {len(dataset.train):,} training and "
+        f"{len(dataset.val):,} validation tokens, vocabulary {dataset.vocab_size:,}\n"
+        f"model: {run.model.n_params():,} parameters; {run.batches.tokens_per_step:,} tokens an iteration; "
+        f"{iters:,} iterations read the text {run.batches.epochs(iters):.2f} times"
     )
 
 

@@ -72,6 +72,11 @@ class Checkpoint:
         model.load_state_dict(tensors, assign=True)
         return model.requires_grad_().eval()
 
+    def moved(self, environment: dict[str, Any]) -> str:
+        """What has changed since the checkpoint was saved, of what bits depend on beside the options."""
+        before = self.state["environment"]
+        return "; ".join(f"{k} {before.get(k)} -> {v}" for k, v in environment.items() if before.get(k) != v)
+
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill the optimizer's state `tensors` (by name) in place."""
         saved = load_file(self.path / "optimizer.safetensors")

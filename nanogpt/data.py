@@ -340,6 +340,10 @@ class TrainBatches:
             starts = self.order.starts(first + micro_step * self.batch_size, self.batch_size)
             yield to_device(gather(self.tokens, starts, self.block_size), self.device)
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.micro_steps * self.block_size
+
     def epochs(self, step: int) -> float:
         """How often the text has been read after `step` updates."""
         return step * self.batch_size * self.micro_steps / self.order.n_windows

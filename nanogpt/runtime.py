@@ -167,6 +167,9 @@ class StopRequest:
         self.reason = ""
         self._before: dict[int, Any] = {}
 
+    def asked(self) -> bool:
+        return bool(self.reason)
+
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
             try:

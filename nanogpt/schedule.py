@@ -6,6 +6,16 @@ from typing import Literal
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 
+def problems(kind: Schedule, peak: float, floor: float, warmup_iters: int, decay_iters: int) -> list[str]:
+    """What makes these numbers impossible, in the names of train.py's options; empty if nothing does."""
+    wrong = []
+    if kind != "constant" and floor > peak:
+        wrong.append(f"min_lr={floor} is above learning_rate={peak}; lower --min_lr")
+    if kind != "constant" and 0 < decay_iters < warmup_iters:
+        wrong.append(f"lr_decay_iters={decay_iters} ends before warmup_iters={warmup_iters}")
+    return wrong
+
+
 def learning_rate(
     step: int,
     schedule: Schedule,

@@ -102,6 +102,20 @@ def test_resumed_is_the_same_run_to_the_bit(config, tmp_path, monkeypatch, all_t
         assert sorted(evaluations) == [*range(0, 40, broken.eval_interval), 40]
 
 
+def test_the_modern_recipe_resumes_to_the_bit(config, tmp_path, monkeypatch, all_threads):
+    modern = {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False}
+    modern |= {"softcap": 15.0, "init": "zero", "optimizer": "muon", "muon_weight_decay": 0.1}
+    straight = replace(config, out_dir=str(tmp_path / "straight"), **modern)
+    train.main(straight)
+    broken = replace(straight, out_dir=str(tmp_path / "broken"), save_interval=5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        StopAt(patch, 23)
+        train.main(broken)
+    train.main(replace(broken, init_from="resume"))
+    assert bits(broken.out_dir, 40) == bits(straight.out_dir, 40)
+    assert logged(broken.out_dir) == logged(straight.out_dir)
+
+
 def test_stopped_at_every_iteration(config, tmp_path, monkeypatch):
     """A run that is told to stop after each update, and resumed each time, is the straight run."""
     config = replace(config, max_iters=12, eval_interval=5)
@@ -236,6 +250,11 @@ REFUSED = {
     "wide": ({"n_embd": 30, "n_head": 4}, "n_embd=30 is not divisible by n_head=4"),
     "rates": ({"min_lr": 1.0}, "min_lr=1.0 is above learning_rate=0.001"),
     "schedule": ({"lr_decay_iters": 2}, "lr_decay_iters=2 ends before warmup_iters=5"),
+    "muon without a rate": (
+        {"optimizer": "muon", "learning_rate": 0.0, "min_lr": 0.0},
+        "leaves Muon without a schedule",
+    ),
+    "odd heads": ({"position": "rope", "n_embd": 30, "n_head": 2}, "a head has 15"),
     "betas": ({"beta2": 1.0}, "must be below 1"),
     "no data": ({"dataset": "nowhere"}, "no dataset at 'nowhere'"),
     "short": ({"block_size": 1000}, "validation text has .* fewer than one window"),
