@@ -114,13 +114,7 @@ class Bench:
             raise UserError("; ".join(problems))
         torch.manual_seed(config.seed)
         self.model = GPT(GPTConfig(**shape)).to(machine.device)
-        self.optimizer = optim.build(
-            self.model.named_parameters(),
-            kind="adamw",
-            betas=(0.9, 0.95),
-            weight_decay=0.1,
-            learning_rate=1e-4,
-        )
+        self.optimizer = optim.build(optim.OptimConfig(learning_rate=1e-4), self.model.named_parameters())
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
         self.batches = data.TrainBatches(
             tokens,

@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from filelock import FileLock
@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps
 from nanogpt.checkpoint import Checkpoint, Progress
-from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, inherit, load
+from nanogpt.config import ROOT, Count, Fraction, Positive, Range, Rate, changed, inherit, load, picked
 from nanogpt.errors import Stopped, UserError, run_program
 from nanogpt.flops import flops_per_token, peak_flops
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Optimizer
+from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.schedule import Schedule
 
 
@@ -74,6 +74,7 @@ class Config:
     learning_rate: Rate = 6e-4  # the highest, of AdamW
     muon_lr: Rate = 0.02  # the highest, of Muon
     muon_weight_decay: Rate = 0.0  # of Muon's matrices
+    muon_turns: Annotated[int, Range(1, 5)] = 5  # of orthogonalisation; fewer cost less
     max_iters: Count = 600000  # iterations in all
     max_minutes: Rate = 0.0  # stop, save and leave after this long; 0: no limit
     weight_decay: Rate = 1e-1  # of AdamW's matrices; vectors have none
@@ -296,22 +297,12 @@ def choose_start(config: Config, origins: dict[str, str]) -> tuple[Config, Check
 
 def check(config: Config) -> None:
     """Refuse combinations that make no sense, all at once."""
-    wrong = model_config(config).problems()
+    wrong = picked(GPTConfig, config).problems() + picked(OptimConfig, config).problems()
     if config.decay_lr:
         ends = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
         wrong += schedule.problems(config.lr_schedule, *ends)
-    if config.optimizer == "muon" and not config.learning_rate:
-        wrong.append(
-            "learning_rate=0 leaves Muon without a schedule; lower --muon_lr instead, or both a little"
-        )
-    if config.beta1 == 1 or config.beta2 == 1:
-        wrong.append(f"beta1={config.beta1} and beta2={config.beta2} must be below 1")
     if wrong:
         raise UserError("\n       ".join(wrong))
-
-
-def model_config(config: Config, **others: int) -> GPTConfig:
-    return GPTConfig(**{name: getattr(config, name) for name in SHAPE}, **others)
 
 
 def build(config: Config, resumed: Checkpoint | None) -> Run:
@@ -333,17 +324,10 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
         model = resumed.load_model(machine.device).train()
     else:
         torch.manual_seed(config.seed)
-        model = GPT(model_config(config, vocab_size=dataset.vocab_size)).to(machine.device)
-    optimizer = optim.build(
-        model.named_parameters(),
-        kind=config.optimizer,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        learning_rate=config.learning_rate,
-        muon_lr=config.muon_lr,
-        muon_weight_decay=config.muon_weight_decay,
-        rows=model.fused_rows(),
-    )
+        model = GPT(picked(GPTConfig, config, vocab_size=dataset.vocab_size)).to(machine.device)
+    half = torch.bfloat16 if runtime.has_bfloat16(machine.device) else torch.float32
+    rules = picked(OptimConfig, config)
+    optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), half)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     progress = resumed.progress if resumed else Progress()
     if resumed:

@@ -271,6 +271,12 @@ def help_text(cls: type) -> str:
     return "\n".join(lines)
 
 
+def picked(cls: type[T], config: Any, **others: Any) -> T:
+    """An instance of the dataclass `cls` from the fields of `config` that have the same names."""
+    names = typing.get_type_hints(cls)
+    return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)} | others)
+
+
 def inherit(
     config: T, origins: dict[str, str], saved: dict[str, Any], fresh: set[str]
 ) -> tuple[T, dict[str, tuple[Any, Any]]]:

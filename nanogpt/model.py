@@ -115,6 +115,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         kv_heads = config.n_kv_head or config.n_head
         self.grouped = kv_heads != config.n_head
+        self.heads = [config.n_head, kv_heads]
         self.widths = [n * self.head_size for n in (config.n_head, kv_heads, kv_heads)]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
@@ -123,9 +124,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, position: Position) -> Tensor:
         B, T, _ = x.shape
-        parts = self.c_attn(x).split(self.widths, dim=2)
-        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
-        q, k = position.rotate(self.qk_norm(q)), position.rotate(self.qk_norm(k))
+        # Queries and keys lie side by side and are treated alike: one call for both.
+        parts = self.c_attn(x).split([self.widths[0] + self.widths[1], self.widths[2]], dim=2)
+        qk, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
+        q, k = position.rotate(self.qk_norm(qk)).split(self.heads, dim=1)
         bias = position.bias(T)
         y = F.scaled_dot_product_attention(
             q,

@@ -7,6 +7,7 @@ matrices of one shape.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -48,40 +49,57 @@ class Optimizer:
         return {name: tensor for part, _ in self.parts for name, tensor in part.state().items()}
 
 
-def build(
-    named_parameters: Iterable[tuple[str, Tensor]],
-    *,
-    kind: str,
-    betas: tuple[float, float],
-    weight_decay: float,
-    learning_rate: float,
-    muon_lr: float = 0.0,
-    muon_weight_decay: float = 0.0,
-    rows: dict[str, list[int]] | None = None,
-) -> Optimizer:
-    """The optimizer `kind` ("adamw" or "muon") of the parameters that are trained.
+@dataclass(frozen=True)
+class OptimConfig:
+    optimizer: str = "adamw"  # or "muon": for the matrices of blocks, AdamW for the rest
+    learning_rate: float = 6e-4  # of AdamW, at its peak
+    weight_decay: float = 0.1  # of AdamW's matrices
+    beta1: float = 0.9
+    beta2: float = 0.95
+    muon_lr: float = 0.02  # of Muon, when AdamW's is at its peak
+    muon_weight_decay: float = 0.0
+    muon_turns: int = 5  # of orthogonalisation
 
-    muon: matrices of the blocks (names that begin with "h.") go to Muon at `muon_lr` while `learning_rate`
-    is at its peak; embeddings, head and vectors to AdamW. `rows` splits a fused matrix, by name.
+    def problems(self) -> list[str]:
+        """What makes these numbers impossible; empty if nothing does."""
+        wrong = []
+        if self.beta1 == 1 or self.beta2 == 1:
+            wrong.append(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
+        if self.optimizer == "muon" and not self.learning_rate:
+            wrong.append("learning_rate=0 leaves Muon without a schedule; make it small instead")
+        return wrong
+
+
+def build(
+    config: OptimConfig,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    rows: dict[str, list[int]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Optimizer:
+    """The optimizer of the parameters that are trained.
+
+    muon takes the matrices of blocks (names that begin with "h."); embeddings, head and vectors go to
+    AdamW. `rows` splits a fused matrix, by name; matrices are orthogonalised in `dtype`.
     """
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    to_muon = [(n, p) for n, p in named if kind == "muon" and n.startswith("h.") and p.dim() == 2]
+    to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and n.startswith("h.") and p.dim() == 2]
     to_adam = [(n, p) for n, p in named if all(p is not other for _, other in to_muon)]
-    parts: list[tuple[Part, float]] = [(AdamW(to_adam, betas=betas, weight_decay=weight_decay), 1.0)]
+    parts: list[tuple[Part, float]] = [(AdamW(config, to_adam), 1.0)]
     if to_muon:
-        muon = Muon(to_muon, rows=rows or {}, weight_decay=muon_weight_decay)
-        parts.append((muon, muon_lr / learning_rate))
+        parts.append((Muon(config, to_muon, rows or {}, dtype), config.muon_lr / config.learning_rate))
     return Optimizer(named, parts)
 
 
 class AdamW:
     """Loshchilov and Hutter 2019: decoupled weight decay on matrices, none on vectors."""
 
-    def __init__(self, named: Named, *, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8):
-        self.named, self.betas, self.eps = named, betas, eps
+    def __init__(self, config: OptimConfig, named: Named):
+        self.config, self.named = config, named
         matrices = [p for _, p in named if p.dim() >= 2]
         vectors = [p for _, p in named if p.dim() < 2]
-        self.groups = [(group, decay) for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
+        self.groups = [
+            (group, decay) for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if group
+        ]
         self.exp_avg = {p: torch.zeros_like(p) for _, p in named}
         self.exp_avg_sq = {p: torch.zeros_like(p) for _, p in named}
         self.steps = torch.zeros((), dtype=torch.float32, device=named[0][1].device)
@@ -97,10 +115,10 @@ class AdamW:
                 [],
                 [self.steps] * len(params),
                 lr=lr,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
                 weight_decay=decay,
-                eps=self.eps,
+                eps=1e-8,
                 amsgrad=False,
                 maximize=False,
             )
@@ -123,8 +141,14 @@ class Muon:
     one, because what is orthogonal is each map, not their pile.
     """
 
-    def __init__(self, named: Named, *, rows: dict[str, list[int]], weight_decay: float):
-        self.weight_decay = weight_decay
+    def __init__(
+        self,
+        config: OptimConfig,
+        named: Named,
+        rows: dict[str, list[int]],
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.config, self.dtype = config, dtype
         pieces: dict[tuple[int, int], list[tuple[str, Tensor, slice]]] = {}
         for name, p in named:
             first = 0
@@ -144,13 +168,16 @@ class Muon:
         for group, buffer in self.stacks:
             gradients = torch.stack([p.grad[rows] for _, p, rows in group if p.grad is not None])
             buffer.lerp_(gradients, 1 - momentum)
-            update = orthogonalise(gradients.lerp_(buffer, momentum))
+            update = gradients.lerp_(buffer, momentum).to(self.dtype)
+            update = orthogonalise(update, self.config.muon_turns).to(buffer.dtype)
             height, width = update.shape[1:]
             weights = [p.data[rows] for _, p, rows in group]
-            if self.weight_decay:
+            if self.config.muon_weight_decay:
                 inwards = torch.stack(weights)
                 inwards *= inwards * update > 0
-                torch._foreach_add_(weights, list(inwards.unbind()), alpha=-lr * self.weight_decay)
+                torch._foreach_add_(
+                    weights, list(inwards.unbind()), alpha=-lr * self.config.muon_weight_decay
+                )
             torch._foreach_add_(weights, list(update.unbind()), alpha=-lr * max(1.0, height / width) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
@@ -172,13 +199,13 @@ POLAR_EXPRESS = [
 ]
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalise(matrices: Tensor, turns: int = len(POLAR_EXPRESS)) -> Tensor:
     """The nearest orthogonal matrix U V^T of each matrix U S V^T in (n, r, c), nearly: singular values
-    come out near 1. A matrix of zeros stays one."""
+    come out near 1, the more so the more `turns`. A matrix of zeros stays one."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in POLAR_EXPRESS[:turns]:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT

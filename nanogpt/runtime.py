@@ -123,17 +123,24 @@ def _device(name: str) -> torch.device:
 
 def _dtype(device: torch.device, width: int) -> tuple[str, str]:
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_bfloat16(device):
             return "bfloat16", "this GPU multiplies it natively"
         return "float16", "this GPU has no bfloat16; the loss is scaled"
     if device.type == "mps":
         return "float32", "try --dtype=bfloat16 for larger models"
+    native = has_bfloat16(device)
     # Of the float32 step on two AVX512-BF16 cores (benchmarks in docs/results.md): 1.0 at 128 channels,
     # 0.62 at 256, 0.57 at 384, 0.49 at 768. Without the instructions bfloat16 is emulated, and slow.
-    native = any(getattr(torch.cpu, name, bool)() for name in NATIVE_BFLOAT16)
     if native and width >= 256:
         return "bfloat16", "this CPU multiplies it natively"
     return "float32", "casts cost more than bfloat16 saves" if native else "this CPU has no bfloat16"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 matrices faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in NATIVE_BFLOAT16)
 
 
 def _named(device: torch.device) -> str:

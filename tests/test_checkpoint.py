@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nanogpt import checkpoint, files
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Optimizer, build
+from nanogpt.optim import OptimConfig, Optimizer, build
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -24,9 +24,7 @@ def model():
 
 
 def adamw(model) -> Optimizer:
-    return build(
-        model.named_parameters(), kind="adamw", betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-3
-    )
+    return build(OptimConfig(), model.named_parameters())
 
 
 def put(run, model, iter_num, val_loss=None):

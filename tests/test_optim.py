@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanogpt.optim import Muon, build, clip_gradients, orthogonalise
+from nanogpt.optim import Muon, OptimConfig, build, clip_gradients, orthogonalise
 
 
 def model_and_gradients(seed=0, steps=6):
@@ -15,9 +15,7 @@ def model_and_gradients(seed=0, steps=6):
 
 
 def adamw(model):
-    return build(
-        model.named_parameters(), kind="adamw", betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-2
-    )
+    return build(OptimConfig(), model.named_parameters())
 
 
 def ours(steps=6, lrs=(1e-2,) * 6):
@@ -107,16 +105,13 @@ def matrices(seed=0):
 
 
 def muon_of(named, decay=0.0):
-    return build(
-        [*named.items(), ("h.0.gain", nn.Parameter(torch.ones(3)))],
-        kind="muon",
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        learning_rate=1e-2,
-        muon_lr=0.05,
-        muon_weight_decay=decay,
-        rows=ROWS,
-    )
+    config = OptimConfig("muon", learning_rate=1e-2, weight_decay=0.0, muon_lr=0.05, muon_weight_decay=decay)
+    return build(config, [*named.items(), ("h.0.gain", nn.Parameter(torch.ones(3)))], ROWS)
+
+
+def muon_alone(named, decay=0.0):
+    config = OptimConfig("muon", muon_weight_decay=decay)
+    return Muon(config, named, {k: v for k, v in ROWS.items() if k in dict(named)})
 
 
 def exact_polar(g):
@@ -172,11 +167,18 @@ def test_muon_equals_torchs_but_for_the_polynomial():
     start, gradient = torch.randn(16, 48), torch.randn(16, 48)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-    Muon([("h.0.w", ours)], rows={}, weight_decay=0.0).step(0.1)
+    muon_alone([("h.0.w", ours)]).step(0.1)
     torch.optim.Muon([theirs], lr=0.1, momentum=0.85, weight_decay=0.0, nesterov=True).step()
     a, b = (ours - start).flatten(), (theirs - start).flatten()
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
     assert 0.8 < a.norm() / b.norm() < 1.25
+
+
+def test_bfloat16_is_near_float32():
+    torch.manual_seed(0)
+    gradients = torch.randn(4, 24, 60)
+    exact, rough = orthogonalise(gradients), orthogonalise(gradients.bfloat16()).float()
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.99
 
 
 def test_every_parameter_has_one_rule():
@@ -193,8 +195,8 @@ def test_a_fused_matrix_is_orthogonalised_map_by_map():
     for p in named.values():
         p.grad = torch.randn(p.shape)
     alone["h.0.q"].grad = named["h.0.fused"].grad[:5].clone()
-    Muon(list(named.items())[:4], rows=ROWS, weight_decay=0.0).step(0.1)
-    Muon(list(alone.items()), rows={}, weight_decay=0.0).step(0.1)
+    muon_alone(list(named.items())[:4]).step(0.1)
+    muon_alone(list(alone.items())).step(0.1)
     torch.testing.assert_close(named["h.0.fused"][:5], alone["h.0.q"], rtol=1e-4, atol=1e-5)
 
 
@@ -204,7 +206,7 @@ def test_cautious_decay_pulls_only_where_the_update_does_not_push_outwards():
         torch.manual_seed(3)
         for p in named.values():
             p.grad = torch.randn(p.shape)
-        Muon(list(named.items())[:1], rows={}, weight_decay=decay).step(0.1)
+        muon_alone(list(named.items())[:1], decay).step(0.1)
     before = matrices()["h.0.wide"].detach()
     update = before - plain["h.0.wide"].detach()  # what is subtracted
     pull = plain["h.0.wide"].detach() - decayed["h.0.wide"].detach()

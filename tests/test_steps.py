@@ -8,16 +8,14 @@ import torch
 from nanogpt import data, runtime, steps
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, IGNORE, GPTConfig
-from nanogpt.optim import Optimizer, build
+from nanogpt.optim import OptimConfig, Optimizer, build
 
 CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
 MACHINE = runtime.setup("cpu", "float32", 32)
 
 
 def adamw(model) -> Optimizer:
-    return build(
-        model.named_parameters(), kind="adamw", betas=(0.9, 0.95), weight_decay=0.1, learning_rate=1e-3
-    )
+    return build(OptimConfig(), model.named_parameters())
 
 
 def parts(dropout=0.0, dtype="float32"):
