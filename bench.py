@@ -12,9 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import trange
 
 from nanogpt import data, files, optim, parallel, runtime, steps
-from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, read
+from nanogpt.config import ROOT, Count, Fraction, Positive, Range, Rate, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.flops import flops_per_token, peak_flops
 from nanogpt.model import GPT, GPTConfig
@@ -48,9 +48,20 @@ class Config:
     n_embd: Positive = 768  # channels
     dropout: Fraction = 0.0  # costs time where it is not 0
     bias: bool = False  # biases in linear layers and norms, as GPT-2 has
-    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"  # GPT-2's, or nanoGPT's, which is exact
+    n_kv_head: Count = 0  # heads of keys and values, shared by queries; 0: n_head
+    head_dim: Count = 0  # channels a head; 0: n_embd / n_head
+    position: Literal["learned", "rope", "alibi"] = "learned"  # how the order of tokens is known
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # GPT-2's; gelu is nanoGPT's
+    qk_norm: bool = False  # normalise queries and keys
+    tied: bool = True  # the head is the token embedding
+    softcap: Rate = 0.0  # keep logits within +- this; 0: free
+    init: Literal["gpt2", "zero", "depth"] = "gpt2"  # of weights
     vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this
-    # optimizer (AdamW)
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks, AdamW for the rest
+    muon_turns: Annotated[int, Range(1, 5)] = 5  # of orthogonalisation; fewer cost less
+    muon_weight_decay: Rate = 0.0  # of Muon's matrices
     grad_clip: Rate = 1.0  # clip the norm of the gradient; 0: don't
     # machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
@@ -108,13 +119,15 @@ class Bench:
 
     def __init__(self, config: Config, machine: runtime.Machine, tokens: data.Tokens):
         self.config, self.machine = config, machine
-        names = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(config)}
-        shape = {name: getattr(config, name) for name in names} | {"vocab_size": tokens.vocab_size}
-        if problems := GPTConfig(**shape).problems():
+        shape = picked(GPTConfig, config, vocab_size=tokens.vocab_size)
+        if problems := shape.problems():
             raise UserError("; ".join(problems))
         torch.manual_seed(config.seed)
-        self.model = GPT(GPTConfig(**shape)).to(machine.device)
-        self.optimizer = optim.build(optim.OptimConfig(learning_rate=1e-4), self.model.named_parameters())
+        self.model = GPT(shape).to(machine.device)
+        rules = picked(optim.OptimConfig, config, learning_rate=1e-4)
+        self.optimizer = optim.build(
+            rules, self.model.named_parameters(), self.model.fused_rows(), machine.half
+        )
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
         self.batches = data.TrainBatches(
             tokens,

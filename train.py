@@ -325,9 +325,8 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
     else:
         torch.manual_seed(config.seed)
         model = GPT(picked(GPTConfig, config, vocab_size=dataset.vocab_size)).to(machine.device)
-    half = torch.bfloat16 if runtime.has_bfloat16(machine.device) else torch.float32
     rules = picked(OptimConfig, config)
-    optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), half)
+    optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), machine.half)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     progress = resumed.progress if resumed else Progress()
     if resumed:
