@@ -1,12 +1,12 @@
-# The laptop version of train_shakespeare_char.py: the options of nanoGPT's README for a CPU.
+# The laptop version of train_shakespeare_char_nanogpt.py: the options of nanoGPT's README for a CPU.
 #
 #   python data/shakespeare_char/prepare.py
-#   python train.py config/train_shakespeare_char_cpu.py
+#   python train.py config/train_shakespeare_char_cpu_nanogpt.py
 #
 # Measured on two cores of an AMD EPYC: 90 s, validation loss 1.911 (exact, mean of three seeds, from 1.907 to
 # 1.913); nanoGPT's own run with the same options 93 s, 1.905 (three seeds, from 1.898 to 1.913).
 
-out_dir = "out-shakespeare-char"
+out_dir = "out-shakespeare-char-nanogpt"
 eval_interval = 250
 eval_iters = 20
 log_interval = 10

@@ -1,11 +1,12 @@
-# A small character-level GPT on 1 MB of Shakespeare; nanoGPT's preset, number for number.
+# A small character-level GPT on 1 MB of Shakespeare: nanoGPT's preset, number for number.
 #
 #   python data/shakespeare_char/prepare.py
-#   python train.py config/train_shakespeare_char.py
+#   python train.py config/train_shakespeare_char_nanogpt.py
 #
-# On a CPU: --device=cpu --batch_size=32 works, and takes hours; config/train_shakespeare_char_cpu.py minutes.
+# On a CPU that takes hours; config/train_shakespeare_char_cpu_nanogpt.py takes minutes. Not measured here
+# yet; nanoGPT reports a validation loss of 1.4697 after some 3 minutes on an A100.
 
-out_dir = "out-shakespeare-char"
+out_dir = "out-shakespeare-char-nanogpt"
 eval_interval = 250  # often, because it overfits
 eval_iters = 200
 log_interval = 10
@@ -23,6 +24,7 @@ block_size = 256
 n_layer = 6
 n_head = 6
 n_embd = 384
+activation = "gelu"  # nanoGPT's
 dropout = 0.2
 
 learning_rate = 1e-3  # small models bear more

@@ -1,11 +1,11 @@
-"""GPT: a decoder-only transformer in two presets of one block.
+"""GPT: a decoder-only transformer; one block from GPT-2 to the fast recipe.
 
 `gpt2` is exactly GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU in its tanh form, a head
 that shares its weights with the token embedding. Parameters carry the names of OpenAI's and Hugging
-Face's release. `modern` is what trains fastest for its lines (docs/ablations.md): rotary positions,
-RMSNorm without gains, QK-norm, ReLU², projections that begin at zero, a head of its own, a soft cap on the
-logits. The file needs torch and positions, nothing else: devices, optimizers, files and text are other
-modules'.
+Face's release. The modern switches (docs/results.md says what each is worth): rotary positions or ALiBi,
+RMSNorm, QK-norm, ReLU² or SwiGLU, grouped queries, projections that begin at zero, a head of its own, a soft
+cap on the logits. The file needs torch and positions, nothing else: devices, optimizers, files and text
+are other modules'.
 
 Shapes: B batch, T tokens, C channels (n_embd), nh heads, hs channels a head, V vocabulary.
 """
