@@ -70,7 +70,7 @@ class Checkpoint:
             pairs = "; ".join(f"{n}: model {expected.get(n)}, file {found.get(n)}" for n in wrong)
             raise UserError(f"{self.path} does not fit its own state.json: {pairs}")
         model.load_state_dict(tensors, assign=True)
-        return model.requires_grad_().eval()
+        return model.requires_grad_().eval().to(device)  # the weights are there; tables of positions follow
 
     def moved(self, environment: dict[str, Any]) -> str:
         """What has changed since the checkpoint was saved, of what bits depend on beside the options."""

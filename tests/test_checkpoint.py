@@ -57,6 +57,19 @@ def test_round_trip(tmp_path, model):
     assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state().items())
 
 
+def test_tables_of_positions_are_there_though_not_saved(tmp_path):
+    for position in ("rope", "alibi"):
+        torch.manual_seed(0)
+        shape = {"vocab_size": 11, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
+        model = GPT(GPTConfig(**shape, position=position)).eval()
+        put_at = tmp_path / position
+        checkpoint.save(put_at, model, {"steps": torch.zeros(())}, {"iter_num": 1, "val_loss": None})
+        loaded = checkpoint.find(put_at)[0].load_model()
+        assert {b.device.type for b in loaded.buffers()} == {"cpu"} and list(loaded.buffers())
+        idx = torch.randint(11, (2, 8))
+        assert torch.equal(loaded(idx)[0], model(idx)[0])
+
+
 def test_keeps_the_best_and_the_two_newest(tmp_path, model):
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5}
     kept = {10: [10], 20: [10, 20], 30: [20, 30], 40: [20, 30, 40], 50: [20, 40, 50]}
