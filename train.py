@@ -12,6 +12,7 @@ with --init_from=auto goes on. The run folder holds everything needed to sample,
 import math
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -134,14 +135,18 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if resumed and run.progress.iter_num >= config.max_iters:
             print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
             return
-        with open_folder(run, resumed), run.machine.memory_errors():
-            loop(run, stop)
+        lock = open_folder(run, resumed)
+        try:
+            with closing(open_log(run)) as log, run.machine.memory_errors():
+                loop(run, log, stop)
+        finally:
+            lock.release()
 
 
 # ----------------------------------------------------------------------------- the loop
 
 
-def loop(run: Run, stop: runtime.StopRequest) -> None:
+def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Update the weights until max_iters; evaluate, log and save on the way."""
     config, progress = run.config, run.progress
     shape = (config.batch_size, config.block_size)
@@ -149,7 +154,6 @@ def loop(run: Run, stop: runtime.StopRequest) -> None:
     model, notice = parallel.wrap(run.model, compile=config.compile, device=run.machine.device, trial=trial)
     if notice:
         print(notice)
-    log = open_log(run)
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=None, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at = progress.iter_num if progress.iter_num else -1
@@ -170,7 +174,6 @@ def loop(run: Run, stop: runtime.StopRequest) -> None:
             saved_at = progress.iter_num
         if leaving:
             bar.close()
-            log.close()
             if not last:
                 place = f"iteration {progress.iter_num}"
                 raise Stopped(f"stopped by {stop.reason} at {place}, saved; go on with --init_from=resume")

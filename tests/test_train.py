@@ -185,6 +185,14 @@ def test_the_same_command_twice_loses_nothing(config, capsys):
     assert checkpoint.find(Path(config.out_dir))[0].iter_num == 5
 
 
+def test_a_run_that_was_stopped_lets_its_folder_go(config):
+    """Also while somebody, a notebook say, still holds the exception and with it every local name."""
+    with pytest.raises(Stopped) as kept:
+        train.main(replace(config, max_minutes=1e-9))
+    files.lock(Path(config.out_dir)).release()
+    assert kept.value
+
+
 def test_auto_starts_and_resumes(config, capsys):
     config = replace(config, init_from="auto", max_iters=3)
     train.main(config)
