@@ -31,9 +31,8 @@ class Optimizer:
         self.names = {p: name for name, p in named}
         self.parts = parts
         self.lr = 0.0  # set before each step
-        self.param_groups: list[dict[str, Any]] = [
-            {"params": list(self.names)}
-        ]  # for torch's gradient scaler
+        # What torch's gradient scaler looks at.
+        self.param_groups: list[dict[str, Any]] = [{"params": list(self.names)}]
 
     @torch.no_grad()
     def step(self) -> None:
