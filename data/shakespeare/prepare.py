@@ -33,7 +33,7 @@ def main(config: Config) -> None:
     if summary.texts.sources[0].sha256 != download.SHAKESPEARE_SHA256:
         print(f"note: {text} is not the usual tinyshakespeare.txt")
     dataset = summary.option if config.out else "--dataset=shakespeare"
-    print("python train.py config/finetune_shakespeare.py", dataset)
+    print("python train.py config/quickstart.py --out_dir=out-shakespeare", dataset)
 
 
 if __name__ == "__main__":
