@@ -12,9 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -22,14 +21,15 @@ from torch import Tensor
 from tqdm import trange
 
 from nanogpt import data, files, optim, parallel, runtime, steps
-from nanogpt.config import ROOT, Count, Fraction, Positive, Range, Rate, picked, read
+from nanogpt.config import ROOT, Count, Positive, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.flops import flops_per_token, peak_flops
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelOptions, OptimizerOptions, MachineOptions):
     # what to time
     steps: Positive = 20  # steps that are timed
     warmup_steps: Count = 10  # steps before, which are not
@@ -42,32 +42,6 @@ class Config:
     gradient_accumulation_steps: Positive = 1  # micro-batches a step
     batch_size: Positive = 12  # windows a micro-batch
     block_size: Positive = 1024  # tokens a window: the context of the model
-    # model
-    n_layer: Positive = 12  # blocks
-    n_head: Positive = 12  # attention heads a block
-    n_embd: Positive = 768  # channels
-    dropout: Fraction = 0.0  # costs time where it is not 0
-    bias: bool = False  # biases in linear layers and norms, as GPT-2 has
-    n_kv_head: Count = 0  # heads of keys and values, shared by queries; 0: n_head
-    head_dim: Count = 0  # channels a head; 0: n_embd / n_head
-    position: Literal["learned", "rope", "alibi"] = "learned"  # how the order of tokens is known
-    norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
-    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # GPT-2's; gelu is nanoGPT's
-    qk_norm: bool = False  # normalise queries and keys
-    tied: bool = True  # the head is the token embedding
-    softcap: Rate = 0.0  # keep logits within +- this; 0: free
-    init: Literal["gpt2", "zero", "depth"] = "gpt2"  # of weights
-    vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this
-    # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks, AdamW for the rest
-    muon_turns: Annotated[int, Range(1, 5)] = 5  # of orthogonalisation; fewer cost less
-    muon_weight_decay: Rate = 0.0  # of Muon's matrices
-    grad_clip: Rate = 1.0  # clip the norm of the gradient; 0: don't
-    # machine
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
-    seed: Count = 1337  # of weights, batches and dropout
 
 
 PROFILED_STEPS = 3
@@ -124,7 +98,7 @@ class Bench:
             raise UserError("; ".join(problems))
         torch.manual_seed(config.seed)
         self.model = GPT(shape).to(machine.device)
-        rules = picked(optim.OptimConfig, config, learning_rate=1e-4)
+        rules = picked(optim.OptimConfig, config)
         self.optimizer = optim.build(
             rules, self.model.named_parameters(), self.model.fused_rows(), machine.half
         )
@@ -170,7 +144,7 @@ class Bench:
             self.optimizer,
             watched(self.batches.step(self.iter_num), waits),
             micro_steps=self.config.gradient_accumulation_steps,
-            lr=1e-4,
+            lr=self.config.learning_rate,
             grad_clip=self.config.grad_clip,
             seed=self.config.seed,
             iter_num=self.iter_num,
@@ -258,10 +232,11 @@ def profile(bench: Bench, trace: Path) -> None:
 
 
 def options_of_train() -> frozenset[str]:
-    """The names of train.py's options, read from its source: no program imports another."""
+    """The names of the options that only train.py has, read from its source: no program imports another."""
     tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
     config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    return frozenset(ast.unparse(line.target) for line in config.body if isinstance(line, ast.AnnAssign))
+    own = {ast.unparse(line.target) for line in config.body if isinstance(line, ast.AnnAssign)}
+    return frozenset(own - {f.name for f in fields(Config)})
 
 
 if __name__ == "__main__":

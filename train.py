@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from filelock import FileLock
@@ -24,16 +24,17 @@ from tqdm import tqdm
 
 from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps
 from nanogpt.checkpoint import Checkpoint, Progress
-from nanogpt.config import ROOT, Count, Fraction, Positive, Range, Rate, changed, inherit, load, picked
+from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, inherit, load, picked
 from nanogpt.errors import Stopped, UserError, run_program
 from nanogpt.flops import flops_per_token, peak_flops
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
 from nanogpt.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelOptions, OptimizerOptions, MachineOptions):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
     init_from: Literal["scratch", "resume", "auto"] = "scratch"  # auto: resume if there is a run
@@ -54,34 +55,9 @@ class Config:
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
     batch_size: Positive = 12  # windows a micro-batch
     block_size: Positive = 1024  # tokens a window: the context of the model
-    # model
-    n_layer: Positive = 12  # blocks
-    n_head: Positive = 12  # attention heads a block
-    n_embd: Positive = 768  # channels
-    dropout: Fraction = 0.0  # 0 is good for pre-training, try 0.1 or more for finetuning
-    bias: bool = False  # biases in linear layers and norms, as GPT-2 has
-    n_kv_head: Count = 0  # heads of keys and values, shared by queries; 0: n_head
-    head_dim: Count = 0  # channels a head; 0: n_embd / n_head
-    position: Literal["learned", "rope", "alibi"] = "learned"  # how the order of tokens is known
-    norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
-    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # GPT-2's; gelu is nanoGPT's
-    qk_norm: bool = False  # normalise queries and keys
-    tied: bool = True  # the head is the token embedding
-    softcap: Rate = 0.0  # keep logits within +- this; 0: free
-    init: Literal["gpt2", "zero", "depth"] = "gpt2"  # of weights; zero: projections begin at 0
-    vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this; the padding is never used
-    # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks, AdamW for the rest
-    learning_rate: Rate = 6e-4  # the highest, of AdamW
-    muon_lr: Rate = 0.02  # the highest, of Muon
-    muon_weight_decay: Rate = 0.0  # of Muon's matrices
-    muon_turns: Annotated[int, Range(1, 5)] = 5  # of orthogonalisation; fewer cost less
+    # length
     max_iters: Count = 600000  # iterations in all
     max_minutes: Rate = 0.0  # stop, save and leave after this long; 0: no limit
-    weight_decay: Rate = 1e-1  # of AdamW's matrices; vectors have none
-    beta1: Fraction = 0.9  # decay of the mean of gradients
-    beta2: Fraction = 0.95  # decay of the mean of their squares
-    grad_clip: Rate = 1.0  # clip the norm of the gradient; 0: don't
     # learning-rate schedule
     decay_lr: bool = True  # False: learning_rate all the time
     lr_schedule: Schedule = "cosine"  # how it falls after the warm-up; wsd holds first
@@ -89,12 +65,8 @@ class Config:
     lr_decay_iters: Count = 0  # where it reaches min_lr; 0: at max_iters
     min_lr: Rate = 6e-5  # the lowest
     lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
-    # machine
-    backend: Literal["nccl", "gloo"] = "nccl"  # how processes talk, for torchrun
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
-    seed: Count = 1337  # of weights, batches and dropout
+    # processes
+    backend: Literal["nccl", "gloo"] = "nccl"  # how they talk, for torchrun
 
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.

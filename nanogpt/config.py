@@ -255,12 +255,13 @@ def _shown(path: Path) -> str:
 
 
 def help_text(cls: type) -> str:
-    """The options of `cls` in the order of its source, with the comments there as their meaning."""
+    """The options of `cls`, then those it inherits, with the comments in the source as their meaning."""
     module = inspect.getmodule(cls)
     lines = [inspect.cleandoc((module.__doc__ if module else None) or ""), "", "Options (--name=value):"]
     defaults = {field.name: field.default for field in fields(cls)}
     types = typing.get_type_hints(cls, include_extras=True)
-    for line in inspect.getsource(cls).splitlines():
+    classes = [base for base in cls.__mro__ if base is not object]
+    for line in "\n".join(inspect.getsource(base) for base in classes).splitlines():
         if heading := re.match(r"    # (.+)", line):
             lines.append(f"\n  {heading[1]}")
         elif option := re.match(r"    (\w+): .*?  # (.+)", line):

@@ -10,7 +10,7 @@ LAYERS = [
     {"errors"},
     {"files", "download"},
     {"config", "schedule", "flops", "tokenizer"},
-    {"text", "runtime", "data", "metrics", "position"},
+    {"options", "text", "runtime", "data", "metrics", "position"},
     {"corpus", "model"},
     {"optim", "parallel", "checkpoint", "generate"},
     {"steps"},
@@ -21,7 +21,7 @@ PYTHON = [
     *PROGRAMS,
     *(p for d in ("nanogpt", "tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"text", "corpus"}  # they do without torch
+PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"options", "text", "corpus"}  # they do without torch
 
 
 def imported(path: Path) -> set[str]:

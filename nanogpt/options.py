@@ -1,0 +1,52 @@
+"""Options that several programs share: the model, its optimizer, the machine.
+
+A program's own options are a dataclass at its top, which inherits from these; the comments are their help.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from nanogpt.config import Count, Fraction, Positive, Range, Rate
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    # model
+    n_layer: Positive = 12  # blocks
+    n_head: Positive = 12  # attention heads a block
+    n_embd: Positive = 768  # channels
+    dropout: Fraction = 0.0  # 0 is good for pre-training, try 0.1 or more for finetuning
+    bias: bool = False  # biases in linear layers and norms, as GPT-2 has
+    n_kv_head: Count = 0  # heads of keys and values, shared by queries; 0: n_head
+    head_dim: Count = 0  # channels a head; 0: n_embd / n_head
+    position: Literal["learned", "rope", "alibi"] = "learned"  # how the order of tokens is known
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # GPT-2's; gelu is nanoGPT's
+    qk_norm: bool = False  # normalise queries and keys
+    tied: bool = True  # the head is the token embedding
+    softcap: Rate = 0.0  # keep logits within +- this; 0: free
+    init: Literal["gpt2", "zero", "depth"] = "gpt2"  # of weights; zero: projections begin at 0
+    vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this; the padding is never used
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks, AdamW for the rest
+    learning_rate: Rate = 6e-4  # the highest, of AdamW
+    muon_lr: Rate = 0.02  # the highest, of Muon
+    muon_weight_decay: Rate = 0.0  # of Muon's matrices
+    muon_turns: Annotated[int, Range(1, 5)] = 5  # of orthogonalisation; fewer cost less
+    weight_decay: Rate = 1e-1  # of AdamW's matrices; vectors have none
+    beta1: Fraction = 0.9  # decay of the mean of gradients
+    beta2: Fraction = 0.95  # decay of the mean of their squares
+    grad_clip: Rate = 1.0  # clip the norm of the gradient; 0: don't
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    # machine
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
+    seed: Count = 1337  # of weights, batches and dropout
