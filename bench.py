@@ -113,7 +113,7 @@ class Bench:
         )
         window = (config.batch_size, config.block_size)
         self.function, notice = parallel.wrap(
-            self.model,
+            machine.in_dtype(self.model),
             compile=config.compile,
             device=machine.device,
             trial=lambda f: steps.try_out(f, self.optimizer, window, machine),

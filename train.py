@@ -123,7 +123,9 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     config, progress = run.config, run.progress
     shape = (config.batch_size, config.block_size)
     trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
-    model, notice = parallel.wrap(run.model, compile=config.compile, device=run.machine.device, trial=trial)
+    model, notice = parallel.wrap(
+        run.machine.in_dtype(run.model), compile=config.compile, device=run.machine.device, trial=trial
+    )
     if notice:
         print(notice)
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=None, unit="it")

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from nanogpt.errors import UserError
 
@@ -31,6 +33,25 @@ class Machine:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
+
+    def in_dtype(self, model: nn.Module) -> Callable[..., Any]:
+        """`model`, computing in `dtype` from float32 weights, which get float32 gradients.
+
+        On a CPU all of it runs in bfloat16, the weights cast once a pass: autocast's casts of every
+        activation cost more than they gain there (docs/results.md). Elsewhere it is autocast.
+        """
+        if self.dtype == "float32":
+            return model
+
+        def cast(*inputs: Tensor) -> Any:
+            weights = {name: p.to(DTYPES[self.dtype]) for name, p in model.named_parameters()}
+            return functional_call(model, weights, inputs)
+
+        def autocast(*inputs: Tensor) -> Any:
+            with self.autocast():
+                return model(*inputs)
+
+        return cast if self.device.type == "cpu" else autocast
 
     def seed(self, seed: int) -> None:
         """Seed this device's random numbers (dropout). torch.manual_seed would seed every kind of
@@ -136,7 +157,7 @@ def _dtype(device: torch.device, width: int) -> tuple[str, str]:
     native = has_bfloat16(device)
     # Of the float32 step on two AVX512-BF16 cores (benchmarks in docs/results.md): 1.0 at 128 channels,
     # 0.62 at 256, 0.57 at 384, 0.49 at 768. Without the instructions bfloat16 is emulated, and slow.
-    if native and width >= 256:
+    if native and width >= 128:
         return "bfloat16", "this CPU multiplies it natively"
     return "float32", "casts cost more than bfloat16 saves" if native else "this CPU has no bfloat16"
 

@@ -54,14 +54,14 @@ def train_step(
 ) -> StepResult:
     """Update the weights once, with the mean gradient of `micro_steps` micro-batches of equal size.
 
+    `model` as Machine.in_dtype gives it.
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
     steps changes them, and a resumed run draws the same.
     """
     machine.seed(seed * 1_000_003 + iter_num)
     total: Tensor | None = None
     for idx, targets in batches:
-        with machine.autocast():
-            _, loss = model(idx, targets)
+        _, loss = model(idx, targets)
         loss = loss / micro_steps
         scaler.scale(loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
@@ -84,8 +84,7 @@ def try_out(
 ) -> None:
     """One forward and backward pass of idx with `shape` (B, T), to compile a model; leaves no trace."""
     zeros = torch.zeros(shape, dtype=torch.long, device=machine.device)
-    with machine.autocast():
-        _, loss = model(zeros, zeros)
+    _, loss = model(zeros, zeros)
     loss.backward()
     optimizer.zero_grad()
 
@@ -113,18 +112,17 @@ def evaluate(
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """The mean loss over all scored tokens of `batches`; None if `stopped` became true meanwhile."""
-    was_training = model.training
+    was_training, compute = model.training, machine.in_dtype(model)
     model.eval()
     sums, counts = [], []
     for idx, targets in batches:
         if stopped():
             break
-        with machine.autocast():
-            logits, _ = model(idx)
-            losses = F.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
-            )
-        sums.append(losses.view_as(targets).float().sum(dim=1).double())
+        logits, _ = compute(idx)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+        )
+        sums.append(losses.view_as(targets).sum(dim=1).double())
         counts.append((targets != IGNORE).sum(dim=1))
     model.train(was_training)
     if stopped():

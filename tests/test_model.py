@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt.model import GPT, GPT2_SIZES, IGNORE, GPTConfig
+from nanogpt.model import GPT, GPT2_SIZES, IGNORE, GPTConfig, attention
+from nanogpt.position import POSITIONS
 
 SMALL = GPTConfig(vocab_size=37, block_size=16, n_layer=3, n_head=4, n_embd=32)
 
@@ -250,7 +251,8 @@ def test_a_switch_starts_near_guessing_and_counts_its_parameters(switches):
     norm = (1 + config.bias) * C if config.norm == "layer" else 0
     positions = 16 * C if config.position == "learned" else 0
     embeddings = 37 * C * (1 if config.tied else 2)
-    assert model.n_params() == layers * (block + 2 * norm) + norm + positions + embeddings
+    expected = layers * (block + 2 * norm) + norm + positions + embeddings
+    assert model.n_params() == expected
 
 
 def test_zero_initialised_projections_pass_the_embedding_through():
@@ -285,6 +287,34 @@ def test_grouped_queries_equal_repeated_keys_and_values():
         full.load_state_dict(shared, strict=False)
     idx, _ = batch()
     torch.testing.assert_close(grouped(idx)[0], full(idx)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_of_bfloat16_is_that_of_float32(kv_heads, biased):
+    """The two ways that a CPU computes it, forward and backward, on the same rounded numbers."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 24, 16) for heads in (4, kv_heads, kv_heads)]
+    exact = [torch.randn(shape, generator=draw).bfloat16().float().requires_grad_() for shape in shapes]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    bias = POSITIONS["alibi"](24, 64, 4, 16).bias(24) if biased else None
+    for inputs in (exact, rounded):
+        y = attention(*inputs, bias if bias is None else bias.to(inputs[0].dtype), 0.0)
+        assert y.shape == shapes[0]
+        (y.float() * torch.linspace(-1, 1, 16)).sum().backward()
+    with torch.no_grad():
+        y, z = (attention(*x, bias if bias is None else bias.to(x[0].dtype), 0.0) for x in (exact, rounded))
+    torch.testing.assert_close(z.float(), y, rtol=0.03, atol=0.03)
+    for a, b in zip(exact, rounded, strict=True):
+        torch.testing.assert_close(b.grad.float(), a.grad, rtol=0.05, atol=0.12)
+
+
+def test_dropout_of_attention_in_bfloat16():
+    q = torch.randn(2, 4, 24, 16, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    dropped = torch.stack([attention(q, q, q, None, 0.5).float() for _ in range(400)])
+    torch.testing.assert_close(dropped.mean(0), attention(q, q, q, None, 0.0).float(), rtol=0, atol=0.6)
+    assert dropped.std(0).mean() > 0.1
 
 
 @pytest.mark.parametrize("switches", [{}, MODERN], ids=["gpt2", "modern"])

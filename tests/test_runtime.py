@@ -23,7 +23,7 @@ def test_bfloat16_on_a_cpu_only_where_it_pays(monkeypatch):
     for native in (False, True):
         for name in runtime.NATIVE_BFLOAT16:
             monkeypatch.setattr(torch.cpu, name, lambda native=native: native, raising=False)
-        assert runtime.setup("cpu", "auto", 128).dtype == "float32"
+        assert runtime.setup("cpu", "auto", 64).dtype == "float32"
         assert runtime.setup("cpu", "auto", 384).dtype == ("bfloat16" if native else "float32")
 
 
@@ -50,6 +50,21 @@ def test_autocast_multiplies_in_the_asked_format():
     for dtype in ("float32", "bfloat16", "float16"):
         with runtime.setup("cpu", dtype, 32).autocast():
             assert (a @ a).dtype == runtime.DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_computes_in_the_asked_format_from_float32_weights(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 8)
+    x = torch.randn(4, 64)
+    compute = runtime.setup("cpu", dtype, 64).in_dtype(model)
+    y = compute(x.to(runtime.DTYPES[dtype]))
+    assert y.dtype == runtime.DTYPES[dtype]
+    torch.testing.assert_close(y.float(), model(x), rtol=0.02, atol=0.02)
+    for _ in range(2):  # gradients add up where the weights are, in float32
+        compute(x.to(runtime.DTYPES[dtype])).float().sum().backward()
+    assert model.weight.dtype == model.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(model.weight.grad, 2 * x.sum(0).expand(8, 64), rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

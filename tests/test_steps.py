@@ -29,7 +29,7 @@ def parts(dropout=0.0, dtype="float32"):
 
 def step(model, optimizer, machine, scaler, batches, iter_num=0, lr=1e-3, grad_clip=1.0):
     return steps.train_step(
-        model,
+        machine.in_dtype(model),
         optimizer,
         batches,
         micro_steps=len(batches),
