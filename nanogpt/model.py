@@ -43,6 +43,7 @@ class GPTConfig:
     qk_norm: bool = False  # normalise queries and keys (Henry et al. 2020)
     tied: bool = True  # the head is the token embedding
     softcap: float = 0.0  # logits stay within +- this: cap * tanh(logits / cap) (Gemma 2); 0: they are free
+    smear: bool = False  # a token's embedding gets some of the one before it
     init: str = "gpt2"
 
     def problems(self) -> list[str]:
@@ -153,6 +154,19 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
+class Smear(nn.Module):
+    """Adds to each embedding its predecessor's, times a learned weight a channel that begins at 0: what
+    two neighbours mean together is seen from the first block on (as the token shift of Peng et al. 2023,
+    RWKV, does in every block)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight * F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -193,6 +207,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding.from_pretrained(table, freeze=False)
         shape = (config.block_size, config.n_embd, config.n_head, config.head_size)
         self.position = POSITIONS[config.position](*shape)
+        self.smear = Smear(config) if config.smear else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)
@@ -225,7 +240,7 @@ class GPT(nn.Module):
         length = idx.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens do not fit in block_size={self.config.block_size}")
-        x = self.drop(self.position.embed(self.wte(idx)))
+        x = self.drop(self.position.embed(self.smear(self.wte(idx))))
         for block in self.h:
             x = block(x, self.position)
         return self.ln_f(x)
@@ -263,7 +278,7 @@ def init_gpt2(model: GPT) -> None:
     """GPT-2's: N(0, 0.02), and 1/sqrt(2 n_layer) of that for the projections into the residual stream,
     so that its variance does not grow with depth. Biases 0, gains 1."""
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "smear.weight")):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)

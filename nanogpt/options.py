@@ -25,6 +25,7 @@ class ModelOptions:
     qk_norm: bool = False  # normalise queries and keys
     tied: bool = True  # the head is the token embedding
     softcap: Rate = 0.0  # keep logits within +- this; 0: free
+    smear: bool = False  # a token's embedding gets some of the one before it
     init: Literal["gpt2", "zero", "depth"] = "gpt2"  # of weights; zero: projections begin at 0
     vocab_multiple: Positive = 64  # pad the embedding table to a multiple of this; the padding is never used
 

@@ -201,10 +201,11 @@ SWITCHES = [
     {"n_kv_head": 2},
     {"n_kv_head": 1, "position": "rope"},
     {"head_dim": 12},
+    {"smear": True},
     {"init": "zero"},
     {"init": "depth"},
     MODERN,
-    MODERN | {"activation": "swiglu", "n_kv_head": 2, "head_dim": 16, "vocab_multiple": 64},
+    MODERN | {"activation": "swiglu", "n_kv_head": 2, "head_dim": 16, "vocab_multiple": 64, "smear": True},
 ]
 
 
@@ -251,7 +252,7 @@ def test_a_switch_starts_near_guessing_and_counts_its_parameters(switches):
     norm = (1 + config.bias) * C if config.norm == "layer" else 0
     positions = 16 * C if config.position == "learned" else 0
     embeddings = 37 * C * (1 if config.tied else 2)
-    expected = layers * (block + 2 * norm) + norm + positions + embeddings
+    expected = layers * (block + 2 * norm) + norm + positions + embeddings + config.smear * C
     assert model.n_params() == expected
 
 
