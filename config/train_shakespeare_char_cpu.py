@@ -8,13 +8,13 @@
 # seeds, 1.860 to 1.909); nanoGPT's CPU command took 107 s on the same day, to 1.905.
 
 out_dir = "out-shakespeare-char"
-eval_interval = 250
-eval_iters = 20
+eval_interval = 130
+eval_iters = 10
 log_interval = 10
 
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
-batch_size = 12
+batch_size = 20
 block_size = 64
 
 n_layer = 4
@@ -25,17 +25,18 @@ position = "rope"
 activation = "relu2"
 tied = False
 softcap = 15.0
+smear = True
 init = "zero"
 
 optimizer = "muon"
-muon_lr = 0.02
+muon_lr = 0.03
 muon_turns = 3
-learning_rate = 0.01  # of AdamW: embedding, head and norms
+learning_rate = 0.02  # of AdamW: embedding, head and norms
 weight_decay = 0.0
 beta2 = 0.95
 grad_clip = 0.0
 
-max_iters = 250
+max_iters = 130
 lr_schedule = "wsd"
 lr_cooldown = 0.7
 warmup_iters = 0

@@ -1,0 +1,149 @@
+"""How long until a validation loss: nanoGPT and ours, from the start of the process, in turn.
+
+    python -m benchmarks.time_to_loss path/to/nanoGPT
+    python -m benchmarks.time_to_loss path/to/nanoGPT --target=1.6 --ours="config/x.py --max_iters=500"
+
+The checkout needs its data/shakespeare_char prepared. Both train.py run as they are, one after the
+other, with everything that they do: imports, evaluations, checkpoints. A copy of each checkpoint is
+kept with its time, and scored afterwards on the whole validation split, in windows of the model's own
+block_size, both by the same code in float32. Neither program's own estimate of its loss is used.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import table
+from nanogpt import checkpoint, data, runtime, steps
+from nanogpt.config import ROOT, Positive, Rate, read
+from nanogpt.errors import UserError, run_program
+from nanogpt.model import GPT, IGNORE, GPTConfig
+
+# What nanoGPT's README gives for a laptop. It ends at 1.905 (mean of seeds), which it prints as 1.89.
+THEIRS = (
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+    "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+    "--lr_decay_iters=2000 --dropout=0.0"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    target: Rate = 1.88  # the validation loss to reach
+    seeds: Positive = 3  # runs of each side
+    ours: str = "config/train_shakespeare_char_cpu.py"  # preset and options of our train.py
+    theirs: str = THEIRS  # and of nanoGPT's
+
+
+@dataclass(frozen=True)
+class Run:
+    total_s: float  # from start to end
+    reached_s: float | None  # when the first checkpoint at or below the target was complete
+    best: float  # the lowest loss of its checkpoints
+
+
+def main(config: Config, arguments: list[str]) -> None:
+    """Run, score and print. Raises UserError if the checkout is not one, or a side fails."""
+    if len(arguments) != 1 or not (Path(arguments[0]) / "train.py").is_file():
+        raise UserError("name one checkout of nanoGPT: python -m benchmarks.time_to_loss path/to/nanoGPT")
+    theirs = Path(arguments[0]).resolve()
+    folder = theirs / "data" / "shakespeare_char"
+    if not (folder / "train.bin").is_file():
+        raise UserError(f"{folder} is not prepared: run its prepare.py")
+    val = data.load(folder).val
+    found: dict[str, list[Run]] = {"nanoGPT": [], "ours": []}
+    for seed in range(1337, 1337 + config.seeds):
+        sides = {
+            "nanoGPT": (theirs / "train.py", config.theirs.split()),
+            "ours": (ROOT / "train.py", [*config.ours.split(), f"--dataset={folder}", f"--seed={seed}"]),
+        }
+        for name, (program, options) in sides.items():
+            found[name].append(run(program, options, seed, val, config.target))
+            print(f"{name}, seed {seed}: {found[name][-1]}", flush=True)
+    report(config, found)
+
+
+def run(program: Path, options: list[str], seed: int, val: data.Tokens, target: float) -> Run:
+    """One run of `program`; UserError if it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copies = Path(scratch, "copies")
+        copies.mkdir()
+        watcher = Path(__file__).with_name("milestones.py")
+        started = time.time()
+        command = [sys.executable, str(watcher), str(started), str(program), str(copies), str(seed)]
+        ended = subprocess.run(
+            [*command, *options, f"--out_dir={scratch}/out"],
+            cwd=program.parent,
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        total_s = time.time() - started
+        if ended.returncode:
+            raise UserError(f"{program} ended with {ended.returncode}; see above")
+        losses = {float(copy.name): exact_loss(copy, val) for copy in copies.iterdir()}
+    reached = [at for at, loss in losses.items() if loss <= target]
+    return Run(total_s, min(reached, default=None), min(losses.values()))
+
+
+def exact_loss(copy: Path, val: data.Tokens) -> float:
+    """The mean loss of a checkpoint over all of `val`, in float32."""
+    model = checkpoint.verify(copy).load_model() if copy.is_dir() else load_nanogpt(copy)
+    windows = (len(val) - 1) // model.config.block_size
+    machine = runtime.setup("cpu", "float32", model.config.n_embd)
+    batches = data.eval_batches(val, model.config.block_size, 64, windows, IGNORE, machine.device)
+    result = steps.evaluate(model, batches, machine)
+    assert result
+    return result.loss
+
+
+def load_nanogpt(path: Path) -> GPT:
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model = GPT(GPTConfig(**saved["model_args"], activation="gelu"))
+    names = {"transformer.": "", "wpe.": "position.wpe."}
+    weights = {}
+    for name, tensor in saved["model"].items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        weights[name] = tensor
+    weights.pop("lm_head.weight")  # tied
+    model.load_state_dict(weights)
+    return model
+
+
+def report(config: Config, found: dict[str, list[Run]]) -> None:
+    """Print the table. A run that never came down to the target counts with its whole time, as a bound."""
+    rows, times = [], {}
+    for name, runs in found.items():
+        took = np.array([run.total_s if run.reached_s is None else run.reached_s for run in runs])
+        short = sum(run.reached_s is None for run in runs)
+        losses = np.array([run.best for run in runs])
+        times[name] = took
+        rows.append(
+            [
+                name,
+                f"{np.median(took):.1f} s",
+                f"{took.min():.1f} to {took.max():.1f} s",
+                f"{losses.mean():.4f} ({losses.min():.4f} to {losses.max():.4f})",
+                f"{len(runs) - short} of {len(runs)}",
+            ]
+        )
+    title = f"From the start of the process to a validation loss of {config.target:g}"
+    table.show(title, ["", "median", "from, to", "lowest loss, mean", "reached it"], rows)
+    ratios = times["nanoGPT"] / times["ours"]
+    print(f"\nnanoGPT / ours, seed by seed: {' '.join(f'{ratio:.1f}' for ratio in ratios)}")
+    print("a run that did not reach it counts with all of its time")
+
+
+def command_line(argv: list[str]) -> tuple[Config, list[str]]:
+    options = read(Config, argv, arguments=True)
+    return Config(**options.values), options.arguments
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(*command_line(sys.argv[1:])))
