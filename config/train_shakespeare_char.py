@@ -32,6 +32,7 @@ position = "rope"
 activation = "relu2"
 tied = False
 softcap = 15.0
+smear = True
 init = "zero"
 
 optimizer = "muon"
