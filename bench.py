@@ -124,7 +124,7 @@ class Bench:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.batch_size * self.config.gradient_accumulation_steps * self.config.block_size
+        return self.batches.full * self.config.block_size
 
     def describe(self) -> str:
         config = self.config
@@ -143,7 +143,7 @@ class Bench:
             self.function,
             self.optimizer,
             watched(self.batches.step(self.iter_num), waits),
-            micro_steps=self.config.gradient_accumulation_steps,
+            windows=self.batches.windows(self.iter_num),
             lr=self.config.learning_rate,
             grad_clip=self.config.grad_clip,
             seed=self.config.seed,

@@ -55,6 +55,8 @@ class Config(ModelOptions, OptimizerOptions, MachineOptions):
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
     batch_size: Positive = 12  # windows a micro-batch
     block_size: Positive = 1024  # tokens a window: the context of the model
+    batch_ramp_tokens: Count = 0  # the batch grows linearly while these are read; 0: it is full at once
+    batch_ramp_start: Fraction = 0.1  # the share of the full batch with which it begins
     # length
     max_iters: Count = 600000  # iterations in all
     max_minutes: Rate = 0.0  # stop, save and leave after this long; 0: no limit
@@ -132,6 +134,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at = progress.iter_num if progress.iter_num else -1
     unlogged_s, unlogged, verdict = 0.0, 0, None
+    logged_at = run.batches.tokens_before(progress.iter_num)  # in tokens
     while True:
         # between two updates: evaluate, save, see whether to stop
         improved = False
@@ -155,12 +158,12 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
 
         # one update
         started = time.perf_counter()
-        lr = learning_rate_of(config, progress.iter_num)
+        lr = learning_rate_of(config, progress.iter_num, run.batches)
         result = steps.train_step(
             model,
             run.optimizer,
             run.batches.step(progress.iter_num),
-            micro_steps=config.gradient_accumulation_steps,
+            windows=run.batches.windows(progress.iter_num),
             lr=lr,
             grad_clip=config.grad_clip,
             seed=config.seed,
@@ -176,21 +179,27 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         progress.elapsed_s += took_s
         unlogged_s, unlogged = unlogged_s + took_s, unlogged + 1
         if is_logged:
+            read = run.batches.tokens_before(progress.iter_num + 1)
             log.step(
                 progress.iter_num,
                 step_s=unlogged_s / unlogged,
+                step_tokens=(read - logged_at) / unlogged,
+                tokens=read,
                 lr=lr,
                 elapsed_s=progress.elapsed_s,
                 **result.row(config.grad_clip),
             )
-            unlogged_s, unlogged = 0.0, 0
+            unlogged_s, unlogged, logged_at = 0.0, 0, read
         progress.iter_num += 1
         progress.val_loss = None
         bar.update()
 
 
-def learning_rate_of(config: Config, iter_num: int) -> float:
-    return schedule.learning_rate(
+def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) -> float:
+    """The scheduled rate, times the square root of the batch's share of a full one: the noise of the
+    gradient grows as the batch gets smaller (Malladi et al. 2022)."""
+    smaller = math.sqrt(batches.windows(iter_num) / batches.full)
+    return smaller * schedule.learning_rate(
         iter_num,
         config.lr_schedule if config.decay_lr else "constant",
         peak=config.learning_rate,
@@ -214,6 +223,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     if log:
         log.evaluation(
             progress.iter_num,
+            run.batches.tokens_before(progress.iter_num),
             train_loss=train.loss,
             val_loss=val.loss,
             val_stderr=val.stderr,
@@ -289,8 +299,14 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
     data.require_window(dataset.train, config.block_size, "training")
     data.require_window(dataset.val, config.block_size, "validation")
     micro_steps = config.gradient_accumulation_steps
+    ramp = schedule.batch_ramp(
+        config.batch_size * micro_steps,
+        config.batch_ramp_start,
+        config.batch_ramp_tokens // config.block_size,
+        unit=config.batch_size if micro_steps > 1 else 1,  # whole micro-batches, where there are several
+    )
     batches = data.TrainBatches(
-        dataset.train, config.block_size, config.batch_size, micro_steps, config.seed, machine.device
+        dataset.train, config.block_size, config.batch_size, micro_steps, config.seed, machine.device, ramp
     )
     if resumed and resumed.state["tokenizer"] != dataset.fingerprint:
         raise UserError(
@@ -339,18 +355,19 @@ def open_log(run: Run) -> metrics.Log:
     tracker = metrics.tracker(config.wandb_log, config.wandb_project, config.wandb_run_name, asdict(config))
     cost = flops_per_token(run.model.n_params(positions=False), shape.n_layer, shape.n_embd, shape.block_size)
     peak = peak_flops(run.machine.name())
-    return metrics.Log(
-        Path(config.out_dir), tracker, run.batches.tokens_per_step, cost / peak if peak else None
-    )
+    return metrics.Log(Path(config.out_dir), tracker, cost / peak if peak else None)
 
 
 def describe(run: Run) -> str:
     """What is about to be trained, on what, in a few lines."""
-    dataset, iters = run.dataset, run.config.max_iters
+    dataset, iters, batches = run.dataset, run.config.max_iters, run.batches
+    batch = f"{batches.full * batches.block_size:,} tokens an iteration"
+    if batches.ramp:
+        batch += f", from {batches.ramp[0] * batches.block_size:,} at first to all at {len(batches.ramp)}"
     return (
         f"machine: {run.machine.reason}\ndata: {dataset.folder}, {len(dataset.train):,} training and "
         f"{len(dataset.val):,} validation tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model: {run.model.n_params():,} parameters; {run.batches.tokens_per_step:,} tokens an iteration; "
+        f"model: {run.model.n_params():,} parameters; {batch}; "
         f"{iters:,} iterations read the text {run.batches.epochs(iters):.2f} times"
     )
 

@@ -9,14 +9,12 @@ with every batch until the whole file is resident.
 """
 
 import bisect
-import functools
 import io
 import itertools
-import math
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from nanogpt import files, tokenizer
 from nanogpt.errors import UserError
+from nanogpt.order import BatchOrder
 
 FORMAT = "nanogpt-data-1"
 CHECKED_AT_START = 1 << 30  # bytes of a split whose ids are all checked before the first step
@@ -235,70 +234,6 @@ def _short(path: Path, root: Path) -> str:
     return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(root) else str(path)
 
 
-# ----------------------------------------------------------------------------- order
-
-
-class BatchOrder:
-    """Which window of the data is sample number n: every window once an epoch, in an order drawn anew.
-
-    An epoch cuts the split into windows of `block_size` tokens from a phase drawn for the epoch (so
-    borders between windows move) and walks them in a keyed permutation. Nothing is stored: any sample
-    is found in constant time and memory, which makes resume exact on any number of processes.
-    """
-
-    def __init__(self, n_tokens: int, block_size: int, seed: int):
-        self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed
-        fitting = (n_tokens - 1) // block_size  # a window is its tokens and the one after them
-        self.n_windows = fitting - 1 if fitting > 1 else fitting  # one is given up to leave a phase room
-        assert self.n_windows > 0, "require_window comes first"
-
-    def starts(self, first: int, count: int) -> np.ndarray:
-        """Where samples first .. first + count begin in the data, int64 (count,)."""
-        samples = np.arange(first, first + count, dtype=np.uint64)
-        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
-        starts = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            slack = self.n_tokens - 1 - self.n_windows * self.block_size
-            phase = int(_mix(_key(self.seed, int(epoch), 0))) % (min(slack, self.block_size - 1) + 1)
-            windows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
-            starts[here] = windows.astype(np.int64) * self.block_size + phase
-        return starts
-
-
-def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
-    """Entries `places` (uint64) of the permutation of 0 .. n - 1 that belongs to `key`.
-
-    A Feistel network of four rounds on the next even power of two, walked until the value falls
-    below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
-    """
-    half = np.uint64(max(1, math.ceil(math.log2(n) / 2)) if n > 1 else 1)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    values = places.astype(np.uint64)
-    outside = np.ones(len(values), dtype=bool)
-    while outside.any():
-        left, right = values[outside] >> half, values[outside] & mask
-        for turn in range(4):
-            left, right = right, left ^ (_mix(right + key + np.uint64(turn)) & mask)
-        values[outside] = (left << half) | right
-        outside = values >= n
-    return values
-
-
-@functools.lru_cache(maxsize=8)
-def _key(seed: int, epoch: int, purpose: int) -> np.uint64:
-    words = np.random.SeedSequence([seed, epoch, purpose]).generate_state(1, np.uint64)
-    return words[0]
-
-
-def _mix(value: Any) -> Any:
-    """A bijection of uint64 that spreads every bit (the finaliser of splitmix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
-
-
 # ----------------------------------------------------------------------------- batches
 
 
@@ -318,7 +253,10 @@ def gather(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[Tensor,
 
 
 class TrainBatches:
-    """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch."""
+    """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch.
+
+    `ramp` holds the sizes in windows of the first batches; later ones have batch_size * micro_steps.
+    """
 
     def __init__(
         self,
@@ -328,25 +266,35 @@ class TrainBatches:
         micro_steps: int,
         seed: int,
         device: torch.device,
+        ramp: Sequence[int] = (),
     ):
         self.order = BatchOrder(len(tokens), block_size, seed)
         self.tokens, self.block_size, self.device = tokens, block_size, device
-        self.batch_size, self.micro_steps = batch_size, micro_steps
+        self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
+        self.read = [0, *itertools.accumulate(ramp)]  # windows before each of the first batches
 
     def step(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The micro-batches of update number `step`, on the device: idx, targets (batch_size, T)."""
-        first = step * self.batch_size * self.micro_steps
-        for micro_step in range(self.micro_steps):
-            starts = self.order.starts(first + micro_step * self.batch_size, self.batch_size)
+        """The micro-batches of update number `step`, on the device: idx, targets (B, T), B at most
+        batch_size."""
+        first, windows = self.windows_before(step), self.windows(step)
+        for done in range(0, windows, self.batch_size):
+            starts = self.order.starts(first + done, min(self.batch_size, windows - done))
             yield to_device(gather(self.tokens, starts, self.block_size), self.device)
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.micro_steps * self.block_size
+    def windows(self, step: int) -> int:
+        """The size of the batch of update number `step`."""
+        return self.ramp[step] if step < len(self.ramp) else self.full
+
+    def windows_before(self, step: int) -> int:
+        return self.read[min(step, len(self.ramp))] + max(0, step - len(self.ramp)) * self.full
+
+    def tokens_before(self, step: int) -> int:
+        """How many tokens have been read when update number `step` begins."""
+        return self.windows_before(step) * self.block_size
 
     def epochs(self, step: int) -> float:
         """How often the text has been read after `step` updates."""
-        return step * self.batch_size * self.micro_steps / self.order.n_windows
+        return self.windows_before(step) / self.order.n_windows
 
 
 def eval_batches(

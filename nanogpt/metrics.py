@@ -53,27 +53,27 @@ class Log:
     the number of updates done for an evaluation.
     """
 
-    def __init__(self, run: Path, tracker: Tracker, tokens_per_iter: int, peak_share: float | None):
+    def __init__(self, run: Path, tracker: Tracker, peak_share: float | None):
         """`peak_share`: the share of the chip's peak FLOP/s that one token a second takes, if known."""
         self._file = (run / NAME).open("a", encoding="utf-8", newline="\n")
         self._tracker = tracker
-        self._tokens_per_iter, self._peak_share = tokens_per_iter, peak_share
+        self._peak_share = peak_share
 
-    def step(self, iter_num: int, *, step_s: float, loss: float, **values: Any) -> None:
-        """Update number `iter_num`, which took `step_s` seconds."""
-        speed = self._tokens_per_iter / step_s
+    def step(
+        self, iter_num: int, *, step_s: float, step_tokens: float, tokens: int, loss: float, **values: Any
+    ) -> None:
+        """Update number `iter_num`: `step_tokens` in `step_s` seconds, `tokens` since the run began."""
+        speed = step_tokens / step_s
         line = f"iter {iter_num}: loss {loss:.4f}, time {step_s * 1000:.2f}ms, {speed:,.0f} tok/s"
         if self._peak_share:
             line += f", mfu {speed * self._peak_share:.1%}"
         tqdm.write(line)
-        tokens = (iter_num + 1) * self._tokens_per_iter
-        self._write(
-            "step", iter_num, tokens, {"loss": loss, "step_s": step_s, "tokens_per_s": speed} | values
-        )
+        row = {"loss": loss, "step_s": step_s, "tokens_per_s": speed} | values
+        self._write("step", iter_num, tokens, row)
 
-    def evaluation(self, iter_num: int, **values: Any) -> None:
-        """The weights after `iter_num` updates; train.py has printed it."""
-        self._write("eval", iter_num, iter_num * self._tokens_per_iter, values)
+    def evaluation(self, iter_num: int, tokens: int, **values: Any) -> None:
+        """The weights after `iter_num` updates and `tokens`; train.py has printed it."""
+        self._write("eval", iter_num, tokens, values)
 
     def _write(self, event: str, iter_num: int, tokens: int, values: dict[str, Any]) -> None:
         row = {"event": event, "iter": iter_num, "tokens": tokens, **values}

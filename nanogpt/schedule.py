@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step, so that a resumed run needs no state of them."""
+"""Learning rates and batch sizes as pure functions of the step, so that a resumed run needs no state."""
 
 import math
 from typing import Literal
@@ -47,3 +47,17 @@ def learning_rate(
     done = min(1.0, max(0.0, (step - start) / max(1, decay_iters - start)))
     left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
     return floor + (peak - floor) * left
+
+
+def batch_ramp(full: int, start: float, windows: int, unit: int) -> list[int]:
+    """The batch sizes, in windows, of the first updates: each grows linearly with the windows read before
+    it, from the share `start` of `full` to `full` after about `windows` of them (Brown et al. 2020, GPT-3,
+    appendix B). Multiples of `unit`, at least one; the list ends before the first full batch.
+    """
+    sizes: list[int] = []
+    read = 0
+    while read < windows:
+        size = full * (start + (1 - start) * read / windows)
+        sizes.append(min(full, max(unit, round(size / unit) * unit)))
+        read += sizes[-1]
+    return sizes

@@ -44,7 +44,7 @@ def train_step(
     optimizer: Optimizer,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    micro_steps: int,
+    windows: int,
     lr: float,
     grad_clip: float,
     seed: int,
@@ -52,7 +52,7 @@ def train_step(
     machine: Machine,
     scaler: torch.amp.GradScaler,
 ) -> StepResult:
-    """Update the weights once, with the mean gradient of `micro_steps` micro-batches of equal size.
+    """Update the weights once, with the mean gradient of micro-batches that have `windows` rows in all.
 
     `model` as Machine.in_dtype gives it.
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
@@ -62,7 +62,7 @@ def train_step(
     total: Tensor | None = None
     for idx, targets in batches:
         _, loss = model(idx, targets)
-        loss = loss / micro_steps
+        loss = loss * (len(idx) / windows)
         scaler.scale(loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None, "a step needs a micro-batch"

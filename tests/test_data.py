@@ -3,7 +3,6 @@
 import json
 import pickle
 import struct
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,56 +22,6 @@ def tokens_of(values, tmp_path: Path, vocab_size=65536) -> data.Tokens:
     return data.Tokens([data.TokenFile(path, np.dtype("<u2"), 0, len(values))], vocab_size)
 
 
-# ----------------------------------------------------------------------------- order
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 1023, 1025])
-def test_permutation_has_every_place_once(n):
-    for key in (0, 1, 2**63 + 11):
-        got = data.permute(np.arange(n, dtype=np.uint64), n, np.uint64(key))
-        assert sorted(got.tolist()) == list(range(n))
-
-
-def test_permutations_differ_and_shuffle():
-    n = 1000
-    drawn = [data.permute(np.arange(n, dtype=np.uint64), n, np.uint64(key)).astype(int) for key in range(20)]
-    for a, b in pairwise(drawn):
-        assert np.mean(a == b) < 0.02
-    for order in drawn:  # as unlike the identity as random orders are: correlation about 0 +- 0.03
-        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.15
-    firsts = np.array([data.permute(np.zeros(1, np.uint64), n, np.uint64(k))[0] for k in range(2000)])
-    counts, _ = np.histogram(firsts.astype(int), bins=10, range=(0, n))
-    assert ((counts - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
-
-
-@pytest.mark.parametrize(("n_tokens", "block_size"), [(1000, 16), (33, 16), (17, 16), (5000, 7), (64, 31)])
-def test_each_token_once_an_epoch(n_tokens, block_size):
-    order = data.BatchOrder(n_tokens, block_size, seed=5)
-    phases = set()
-    for epoch in range(8):
-        starts = order.starts(epoch * order.n_windows, order.n_windows)
-        assert (starts >= 0).all() and (starts + block_size < n_tokens).all()
-        covered = np.zeros(n_tokens, dtype=int)
-        for start in starts:
-            covered[start : start + block_size] += 1
-        assert covered.max() == 1
-        assert n_tokens - covered.sum() <= 2 * block_size
-        phases.add(int(starts.min()))
-    assert len(phases) > 1 or n_tokens == block_size + 1
-
-
-def test_samples_do_not_depend_on_how_they_are_asked_for():
-    order = data.BatchOrder(3000, 16, seed=1)
-    whole = order.starts(0, 1000)
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        first, count = int(rng.integers(0, 900)), int(rng.integers(1, 100))
-        assert (order.starts(first, count) == whole[first : first + count]).all()
-    assert (data.BatchOrder(3000, 16, seed=2).starts(0, 1000) != whole).any()
-    far = order.starts(10**12, 3)  # entered anywhere, in constant time
-    assert (far == data.BatchOrder(3000, 16, seed=1).starts(10**12 - 1, 5)[1:4]).all()
-
-
 @pytest.mark.parametrize("split", [(12, 1), (6, 2), (4, 3), (1, 12)])
 def test_a_step_sees_the_same_samples_at_any_micro_batch(tmp_path, split):
     tokens = tokens_of(np.arange(4000) % 5000, tmp_path)
@@ -82,6 +31,20 @@ def test_a_step_sees_the_same_samples_at_any_micro_batch(tmp_path, split):
     whole = data.TrainBatches(tokens, 8, 12, 1, 1, CPU)
     for rows, step in zip(got, (0, 1, 77), strict=True):
         assert torch.equal(rows, next(whole.step(step))[0])
+
+
+def test_a_ramp_reads_every_sample_once_and_in_order(tmp_path):
+    """Whatever the sizes of the first batches: no window is left out or read twice."""
+    tokens = tokens_of(np.arange(4000) % 5000, tmp_path)
+    ramp = data.TrainBatches(tokens, 8, 5, 3, 1, CPU, ramp=[2, 5, 7, 13])
+    plain = data.TrainBatches(tokens, 8, 1, 1, 1, CPU)
+    got = [[idx for idx, _ in ramp.step(step)] for step in range(7)]
+    assert [[len(idx) for idx in micro] for micro in got[:4]] == [[2], [5], [5, 2], [5, 5, 3]]
+    assert [sum(map(len, micro)) for micro in got] == [ramp.windows(i) for i in range(7)]
+    rows = torch.cat([idx for micro in got for idx in micro])
+    assert len(rows) == 2 + 5 + 7 + 13 + 3 * 15 == ramp.windows_before(7)
+    assert torch.equal(rows, torch.cat([next(plain.step(i))[0] for i in range(len(rows))]))
+    assert ramp.tokens_before(4) == 27 * 8 and ramp.tokens_before(0) == 0
 
 
 def test_targets_are_the_next_tokens(tmp_path):

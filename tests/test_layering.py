@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"files", "download"},
-    {"config", "schedule", "flops", "tokenizer"},
+    {"config", "schedule", "flops", "tokenizer", "order"},
     {"options", "text", "runtime", "data", "metrics", "position"},
     {"corpus", "model"},
     {"optim", "parallel", "checkpoint", "generate"},

@@ -21,9 +21,9 @@ class Recorder:
 
 def test_rows_lines_and_tracker(tmp_path, capsys):
     recorder = Recorder()
-    log = metrics.Log(tmp_path, recorder, tokens_per_iter=100, peak_share=1e-4)
-    log.step(3, step_s=0.05, loss=2.5, lr=1e-3)
-    log.evaluation(4, val_loss=float("nan"))
+    log = metrics.Log(tmp_path, recorder, peak_share=1e-4)
+    log.step(3, step_s=0.05, step_tokens=100, tokens=400, loss=2.5, lr=1e-3)
+    log.evaluation(4, 400, val_loss=float("nan"))
     log.close()
     assert capsys.readouterr().out == "iter 3: loss 2.5000, time 50.00ms, 2,000 tok/s, mfu 20.0%\n"
     step, evaluation = metrics.read(tmp_path)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from nanogpt.schedule import learning_rate
+from nanogpt.schedule import batch_ramp, learning_rate
 
 KINDS = ["cosine", "linear", "wsd", "constant"]
 
@@ -49,3 +49,19 @@ def test_wsd_holds_then_falls():
 def test_degenerate_lengths(kind):
     assert rates(kind, n=3, warmup=0, decay=0)[0] > 0
     assert all(math.isfinite(value) for value in rates(kind, n=50, warmup=30, decay=10))
+
+
+def test_the_batch_grows_linearly_with_what_was_read():
+    sizes = batch_ramp(full=100, start=0.1, windows=10_000, unit=1)
+    read = 0
+    for size in sizes:
+        assert abs(size - (10 + 90 * read / 10_000)) <= 0.5
+        read += size
+    assert read - sizes[-1] < 10_000 <= read
+    assert sizes[0] == 10 and sizes[-1] in (99, 100)
+
+
+def test_a_ramp_of_whole_micro_batches():
+    sizes = batch_ramp(full=40, start=0.0, windows=1000, unit=8)
+    assert set(sizes) == {8, 16, 24, 32, 40} and sizes == sorted(sizes)
+    assert batch_ramp(full=40, start=0.5, windows=0, unit=8) == []

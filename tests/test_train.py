@@ -104,7 +104,8 @@ def test_resumed_is_the_same_run_to_the_bit(config, tmp_path, monkeypatch, all_t
 
 def test_the_modern_recipe_resumes_to_the_bit(config, tmp_path, monkeypatch, all_threads):
     modern = {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False}
-    modern |= {"softcap": 15.0, "init": "zero", "optimizer": "muon", "muon_weight_decay": 0.1}
+    modern |= {"softcap": 15.0, "init": "zero", "optimizer": "muon", "muon_weight_decay": 0.1, "smear": True}
+    modern |= {"batch_ramp_tokens": 2000, "dtype": "bfloat16"}
     straight = replace(config, out_dir=str(tmp_path / "straight"), **modern)
     train.main(straight)
     broken = replace(straight, out_dir=str(tmp_path / "broken"), save_interval=5)

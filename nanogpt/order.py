@@ -1,0 +1,68 @@
+"""The order in which a run reads its data: a pure function of (seed, sample number)."""
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+
+class BatchOrder:
+    """Which window of the data is sample number n: every window once an epoch, in an order drawn anew.
+
+    An epoch cuts the split into windows of `block_size` tokens from a phase drawn for the epoch (so
+    borders between windows move) and walks them in a keyed permutation. Nothing is stored: any sample
+    is found in constant time and memory, which makes resume exact on any number of processes.
+    """
+
+    def __init__(self, n_tokens: int, block_size: int, seed: int):
+        self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed
+        fitting = (n_tokens - 1) // block_size  # a window is its tokens and the one after them
+        self.n_windows = fitting - 1 if fitting > 1 else fitting  # one is given up to leave a phase room
+        assert self.n_windows > 0, "require_window comes first"
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Where samples first .. first + count begin in the data, int64 (count,)."""
+        samples = np.arange(first, first + count, dtype=np.uint64)
+        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            slack = self.n_tokens - 1 - self.n_windows * self.block_size
+            phase = int(_mix(_key(self.seed, int(epoch), 0))) % (min(slack, self.block_size - 1) + 1)
+            windows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
+            starts[here] = windows.astype(np.int64) * self.block_size + phase
+        return starts
+
+
+def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
+    """Entries `places` (uint64) of the permutation of 0 .. n - 1 that belongs to `key`.
+
+    A Feistel network of four rounds on the next even power of two, walked until the value falls
+    below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = np.uint64(max(1, math.ceil(math.log2(n) / 2)) if n > 1 else 1)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    values = places.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(right + key + np.uint64(turn)) & mask)
+        values[outside] = (left << half) | right
+        outside = values >= n
+    return values
+
+
+@functools.lru_cache(maxsize=8)
+def _key(seed: int, epoch: int, purpose: int) -> np.uint64:
+    words = np.random.SeedSequence([seed, epoch, purpose]).generate_state(1, np.uint64)
+    return words[0]
+
+
+def _mix(value: Any) -> Any:
+    """A bijection of uint64 that spreads every bit (the finaliser of splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
