@@ -73,7 +73,7 @@ class Config(ModelOptions, OptimizerOptions, MachineOptions):
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
-SHAPE = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Config)}
+SHAPE = ({f.name for f in fields(GPTConfig)} & {f.name for f in fields(Config)}) - {"dropout", "init"}
 
 
 @dataclass
@@ -314,7 +314,7 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
             f"than that of {dataset.folder} ({dataset.vocab_size} ids); give the --dataset it was trained on"
         )
     if resumed:
-        model = resumed.load_model(machine.device).train()
+        model = resumed.load_model(machine.device, config.dropout).train()
     else:
         torch.manual_seed(config.seed)
         model = GPT(picked(GPTConfig, config, vocab_size=dataset.vocab_size)).to(machine.device)

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,10 @@ class Checkpoint:
     def model_config(self) -> GPTConfig:
         return GPTConfig(**self.state["model"])
 
-    def load_model(self, device: torch.device | str = "cpu") -> GPT:
-        """The model with these weights, in evaluation mode."""
+    def load_model(self, device: torch.device | str = "cpu", dropout: float = 0.0) -> GPT:
+        """The model with these weights, in evaluation mode; training goes on with `dropout`."""
         with torch.device("meta"):
-            model = GPT(self.model_config)
+            model = GPT(replace(self.model_config, dropout=dropout))
         tensors = load_file(self.path / "model.safetensors", device=str(device))
         expected = {name: list(p.shape) for name, p in model.named_parameters()}
         found = {name: list(t.shape) for name, t in tensors.items()}

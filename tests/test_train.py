@@ -203,6 +203,16 @@ def test_auto_starts_and_resumes(config, capsys):
     assert sorted(logged(config.out_dir)) == [0, 1, 2, 3, 4]
 
 
+def test_dropout_may_change_on_the_way(config, capsys):
+    train.main(replace(config, max_iters=5, dropout=0.2))
+    train.main(
+        replace(config, max_iters=10, dropout=0.0, init_from="resume"),
+        {"dropout": "--dropout=0", "max_iters": ""},
+    )
+    assert "dropout = 0.0 from now on; it was 0.2" in capsys.readouterr().out
+    assert checkpoint.find(Path(config.out_dir))[0].model_config.dropout == 0.0
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(config, capsys):
     train.main(replace(config, max_iters=20))
     weights = Path(config.out_dir) / "step-000020" / "model.safetensors"
