@@ -23,7 +23,6 @@ from tqdm import trange
 from nanogpt import data, files, optim, parallel, runtime, steps
 from nanogpt.config import ROOT, Count, Positive, picked, read
 from nanogpt.errors import UserError, run_program
-from nanogpt.flops import flops_per_token, peak_flops
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
 
@@ -114,9 +113,9 @@ class Bench:
         window = (config.batch_size, config.block_size)
         self.function, notice = parallel.wrap(
             machine.in_dtype(self.model),
-            compile=config.compile,
-            device=machine.device,
+            compile=machine.device.type == "cuda" if config.compile == "auto" else config.compile,
             trial=lambda f: steps.try_out(f, self.optimizer, window, machine),
+            blocks=self.model.h,
         )
         self.iter_num = 0
         if notice:
@@ -175,9 +174,8 @@ def watched(batches: Iterable[tuple[Tensor, Tensor]], waits: list[float]) -> Ite
 def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
     """Print the time of a step, the speed, and how near that is to what the machine can do."""
     low, median, high = np.percentile(step_s, [10, 50, 90])
-    config, machine = bench.model.config, bench.machine
-    multiplying = bench.model.n_params(positions=False)
-    cost = flops_per_token(multiplying, config.n_layer, config.n_embd, config.block_size)
+    machine = bench.machine
+    cost = steps.flops_per_token(bench.model)
     achieved = cost * bench.tokens_per_step / median
     side, possible = matmul_speed(machine)
     print(
@@ -189,7 +187,7 @@ def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
         f"arithmetic: {achieved / 1e12:.3g} TFLOP/s, {achieved / possible:.1%} of a {side} x {side} matrix "
         f"product in {machine.dtype} here ({possible / 1e12:.3g} TFLOP/s)"
     )
-    if peak := peak_flops(machine.name()):
+    if peak := machine.peak_flops():
         print(f"data sheet: {achieved / peak:.1%} of the {peak / 1e12:.0f} TFLOP/s of {machine.name()}")
 
 

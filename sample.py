@@ -62,7 +62,6 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     next_logits, notice = parallel.wrap(
         model.next_logits,
         compile=config.compile,
-        device=machine.device,
         trial=lambda f: f(idx),
         dynamic=True,
     )

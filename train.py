@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,6 @@ from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, 
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, inherit, load, picked
 from nanogpt.errors import Stopped, UserError, run_program
-from nanogpt.flops import flops_per_token, peak_flops
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
@@ -101,6 +100,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         config, resumed = choose_start(config, origins)
         check(config)
         run = build(config, resumed)
+        flops = run.batches.tokens_before(config.max_iters) * steps.flops_per_token(run.model)
+        compile = parallel.choose_compile(config.compile, run.machine.device, flops, run.machine.peak_flops())
+        run.config = config = replace(config, compile=compile)  # a resumed run inherits what was chosen
         print("\n".join(["options that differ from the defaults:", *changed(config, origins)]))
         print(describe(run))
         if config.eval_only:
@@ -126,7 +128,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     shape = (config.batch_size, config.block_size)
     trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
     model, notice = parallel.wrap(
-        run.machine.in_dtype(run.model), compile=config.compile, device=run.machine.device, trial=trial
+        run.machine.in_dtype(run.model), compile=config.compile, trial=trial, blocks=run.model.h
     )
     if notice:
         print(notice)
@@ -351,10 +353,9 @@ def open_folder(run: Run, resumed: Checkpoint | None) -> FileLock:
 
 
 def open_log(run: Run) -> metrics.Log:
-    config, shape = run.config, run.model.config
+    config = run.config
     tracker = metrics.tracker(config.wandb_log, config.wandb_project, config.wandb_run_name, asdict(config))
-    cost = flops_per_token(run.model.n_params(positions=False), shape.n_layer, shape.n_embd, shape.block_size)
-    peak = peak_flops(run.machine.name())
+    cost, peak = steps.flops_per_token(run.model), run.machine.peak_flops()
     return metrics.Log(Path(config.out_dir), tracker, cost / peak if peak else None)
 
 

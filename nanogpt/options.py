@@ -49,5 +49,5 @@ class MachineOptions:
     # machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
+    compile: Literal["auto", True, False, "blocks"] = "auto"  # torch.compile; auto: on CUDA, if it pays
     seed: Count = 1337  # of weights, batches and dropout

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nanogpt import flops
 from nanogpt.errors import UserError
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, where it has them
@@ -92,6 +93,10 @@ class Machine:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type}, {torch.get_num_threads()} threads"
+
+    def peak_flops(self) -> float | None:
+        """FLOP/s by the data sheet, where flops.py knows the chip."""
+        return flops.peak_flops(self.name())
 
     def environment(self) -> dict[str, Any]:
         """What the bits of a result depend on beside the options."""

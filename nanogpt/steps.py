@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanogpt import flops
 from nanogpt.data import Dataset, eval_batches
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, IGNORE
@@ -74,6 +75,13 @@ def train_step(
     scaler.update()
     optimizer.zero_grad()
     return StepResult(total, grad_norm)
+
+
+def flops_per_token(model: GPT) -> int:
+    """What a training step costs (flops.flops_per_token)."""
+    shape = model.config
+    multiplying = model.n_params(positions=False)
+    return flops.flops_per_token(multiplying, shape.n_layer, shape.n_embd, shape.block_size)
 
 
 def try_out(

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -87,14 +88,17 @@ def test_the_first_signal_asks_and_the_second_acts(number, capsys):
 
 
 def run_wrap(function, trial, **changes):
-    usual = {"compile": True, "device": torch.device("cpu")}
-    return parallel.wrap(function, trial=trial, **{**usual, **changes})
+    return parallel.wrap(function, trial=trial, **{"compile": True, **changes})
 
 
-def test_compile_is_left_out_where_it_does_not_pay():
-    model = torch.nn.Linear(2, 2)
-    assert run_wrap(model, None, compile=False) == (model, "")
-    assert run_wrap(model, None, compile="auto") == (model, "")
+def test_compiling_pays_in_long_runs_on_a_gpu():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    chosen = partial(parallel.choose_compile, "auto")
+    shakespeare, gpt2 = 5000 * 16384 * 71e6, 600_000 * 491_520 * 860e6  # nanoGPT's two presets, in FLOPs
+    assert not chosen(cuda, shakespeare, 989e12)
+    assert chosen(cuda, gpt2, 989e12) and chosen(cuda, gpt2, None)
+    assert not chosen(cpu, gpt2, None)
+    assert run_wrap(torch.nn.Identity(), None, compile=False)[1] == ""
 
 
 def test_without_a_compiler_training_goes_on_plain(monkeypatch):
@@ -106,6 +110,8 @@ def test_without_a_compiler_training_goes_on_plain(monkeypatch):
     function, notice = run_wrap(model, broken)
     assert function is model
     assert notice == "torch.compile does not work here (no compiler found); running without it"
+    function, notice = run_wrap(model, broken, compile="blocks", blocks=[model])
+    assert function is model and notice and "forward" not in vars(model)
 
 
 def test_git_commit(tmp_path):

@@ -254,12 +254,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
     assert checkpoint.find(Path(config.out_dir))[0].iter_num == 5
 
 
-def test_compile_trains_the_same_model(config):
+@pytest.mark.parametrize("compile", [True, "blocks"])
+def test_compile_trains_the_same_model(config, compile):
     """With a C++ compiler the losses agree to rounding; without one the run falls back and is equal."""
     config = replace(config, max_iters=3, dropout=0.0, gradient_accumulation_steps=1)
     train.main(replace(config, compile=False))
     plain = logged(config.out_dir)
-    train.main(replace(config, compile=True))
+    train.main(replace(config, compile=compile))
     for iteration, (loss, _, norm) in logged(config.out_dir).items():
         assert loss == pytest.approx(plain[iteration][0], abs=1e-4)
         assert norm == pytest.approx(plain[iteration][2], rel=1e-3)
