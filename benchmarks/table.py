@@ -10,9 +10,11 @@ import torch
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(f"\n{title} ({machine()}):\n")
-    for cells in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(cells) + " |")
+    print(f"\n{title} ({machine()}):\n\n{markdown(header, rows)}")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def machine() -> str:

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks import table
-from nanogpt import checkpoint, data, runtime, steps
+from benchmarks.exact import exact_loss
+from nanogpt import data
 from nanogpt.config import ROOT, Positive, Rate, read
 from nanogpt.errors import UserError, run_program
-from nanogpt.model import GPT, IGNORE, GPTConfig
 
 # What nanoGPT's README gives for a laptop. It ends at 1.905 (mean of seeds), which it prints as 1.89.
 THEIRS = (
@@ -89,31 +88,6 @@ def run(program: Path, options: list[str], seed: int, val: data.Tokens, target: 
         losses = {float(copy.name): exact_loss(copy, val) for copy in copies.iterdir()}
     reached = [at for at, loss in losses.items() if loss <= target]
     return Run(total_s, min(reached, default=None), min(losses.values()))
-
-
-def exact_loss(copy: Path, val: data.Tokens) -> float:
-    """The mean loss of a checkpoint over all of `val`, in float32."""
-    model = checkpoint.verify(copy).load_model() if copy.is_dir() else load_nanogpt(copy)
-    windows = (len(val) - 1) // model.config.block_size
-    machine = runtime.setup("cpu", "float32", model.config.n_embd)
-    batches = data.eval_batches(val, model.config.block_size, 64, windows, IGNORE, machine.device)
-    result = steps.evaluate(model, batches, machine)
-    assert result
-    return result.loss
-
-
-def load_nanogpt(path: Path) -> GPT:
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    model = GPT(GPTConfig(**saved["model_args"], activation="gelu"))
-    names = {"transformer.": "", "wpe.": "position.wpe."}
-    weights = {}
-    for name, tensor in saved["model"].items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        weights[name] = tensor
-    weights.pop("lm_head.weight")  # tied
-    model.load_state_dict(weights)
-    return model
 
 
 def report(config: Config, found: dict[str, list[Run]]) -> None:
