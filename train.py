@@ -54,6 +54,7 @@ class Config(ModelOptions, OptimizerOptions, MachineOptions):
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
     batch_size: Positive = 12  # windows a micro-batch
     block_size: Positive = 1024  # tokens a window: the context of the model
+    data_on_device: bool = False  # hold all tokens in the device's memory (4 bytes each)
     batch_ramp_tokens: Count = 0  # the batch grows linearly while these are read; 0: it is full at once
     batch_ramp_start: Fraction = 0.1  # the share of the full batch with which it begins
     # length
@@ -300,6 +301,9 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
     dataset = data.load(data.find(config.dataset, ROOT))
     data.require_window(dataset.train, config.block_size, "training")
     data.require_window(dataset.val, config.block_size, "validation")
+    if config.data_on_device:
+        dataset.train.keep_on(machine.device)
+        dataset.val.keep_on(machine.device)
     micro_steps = config.gradient_accumulation_steps
     ramp = schedule.batch_ramp(
         config.batch_size * micro_steps,

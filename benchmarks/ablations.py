@@ -29,8 +29,8 @@ ADAMW = "--optimizer=adamw --weight_decay=0.1 --grad_clip=1"
 COSINE = "--lr_schedule=cosine --warmup_iters=10"
 # nanoGPT's model and optimizer, at the preset's length
 GPT2 = (
-    f"--position=learned --activation=gelu --tied=True --softcap=0 --smear=False --init=gpt2 {ADAMW} {COSINE} "
-    "--learning_rate=0.001 --min_lr=0.0001 --beta2=0.99"
+    "--position=learned --activation=gelu --tied=True --softcap=0 --smear=False --init=gpt2 "
+    f"{ADAMW} --learning_rate=0.001 --beta2=0.99 {COSINE} --min_lr=0.0001"
 )
 
 # Each ingredient: what leaves it out of the preset. The opposite is the preset's own value.

@@ -49,6 +49,7 @@ class Tokens:
         self.parts = parts
         self.vocab_size = vocab_size
         self.ends = list(itertools.accumulate(part.tokens for part in parts))
+        self.resident: Tensor | None = None  # all of them, if `keep_on` was called
         self._open: dict[int, io.FileIO] = {}
         self._lock = threading.Lock()
 
@@ -92,6 +93,14 @@ class Tokens:
         if got != raw.nbytes:
             raise UserError(f"{part.path} became shorter while it was read; prepare it again")
         return raw
+
+    def keep_on(self, device: torch.device) -> None:
+        """Hold all tokens in the memory of `device`, so that batches are put together there."""
+        pieces, chunk = [], 1 << 22
+        for start in range(0, len(self), chunk):
+            piece = torch.from_numpy(self.read(start, min(chunk, len(self) - start)))
+            pieces.append(piece.to(device, torch.int32))
+        self.resident = torch.cat(pieces)
 
     def check(self) -> None:
         """Read the ids of up to CHECKED_AT_START bytes; later ones are checked as they are used."""
@@ -248,7 +257,11 @@ def require_window(tokens: Tokens, block_size: int, split: str) -> None:
 
 def gather(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
     """The windows at `starts`: idx and targets, int64 (len(starts), block_size), targets one token on."""
-    rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
+    if (held := tokens.resident) is None:
+        rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
+    else:
+        places = torch.from_numpy(starts).to(held.device)[:, None]
+        rows = held[places + torch.arange(block_size + 1, device=held.device)].long()
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -319,7 +332,7 @@ def eval_batches(
 
 def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Copy a batch; to CUDA from pinned memory, so that the copy runs beside the computation."""
-    if device.type == "cuda":
+    if device.type == "cuda" and batch[0].device.type == "cpu":
         idx, targets = (part.contiguous().pin_memory().to(device, non_blocking=True) for part in batch)
         return idx, targets
     return batch[0].contiguous().to(device), batch[1].contiguous().to(device)
