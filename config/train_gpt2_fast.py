@@ -1,4 +1,4 @@
-# GPT-2's size (124M and a head of its own) by the fast recipe: half of the tokens of nanoGPT's run, or fewer.
+# GPT-2's size (124M parameters, and a head of its own) by the fast recipe, for fewer tokens than nanoGPT's.
 #
 #   python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
