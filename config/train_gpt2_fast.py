@@ -4,7 +4,7 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fast.py
 #
 # Not measured yet. The rates are those that published runs of this size and recipe use with batches of half a
-# million tokens; expected is GPT-2's own 3.28 on FineWeb after about 1.7 billion tokens (3,250 updates), where
+# million tokens, with which they reach 3.28 on FineWeb after some 1.7 billion tokens (3,250 updates), where
 # AdamW with the GPT-2 block takes some 10 billion. Number for number nanoGPT's: config/train_gpt2.py.
 
 out_dir = "out-gpt2-fast"
