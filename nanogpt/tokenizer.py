@@ -1,7 +1,8 @@
-"""Text to token ids and back: characters, bytes, or GPT-2's byte-pair encoding.
+"""Text to token ids and back: characters, bytes, GPT-2's byte pairs, or any tokenizer.json.
 
 A tokenizer saves itself as one JSON file that lies beside the data and in every run folder; nothing
-else is needed to decode a model's output, wherever the folder is moved.
+else is needed to decode a model's output, wherever the folder is moved. That of a tokenizer of Hugging
+Face is its own tokenizer.json.
 """
 
 import hashlib
@@ -13,14 +14,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanogpt import download
+from nanogpt import bpe, download
 from nanogpt.errors import UserError
 
 FORMAT = "nanogpt-tokenizer-1"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of encoder.json
 END_OF_TEXT = "<|endoftext|>"
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # under which names it is found
 BLANKS = 1 << 18  # tiktoken's pattern overflows its stack, and panics, at a million blanks on end
 GPT2_VOCAB_SIZE = 50257
 GPT2_BY_NAME = json.dumps({"format": FORMAT, "type": "gpt2"})  # for data that came without a tokenizer
@@ -30,7 +32,9 @@ class Tokenizer(Protocol):
     kind: str
     vocab_size: int
     end_of_text: int | None  # the id between documents, where the vocabulary has one
+    words: bool  # tokens depend on their surroundings: a text is cut between words only
 
+    def accelerate(self) -> None: ...  # prepare for much text: the same ids, faster
     def encode(self, text: str) -> np.ndarray: ...  # -> int64 (n,); special tokens are ordinary text
     def encode_prompt(self, text: str) -> list[int]: ...  # as `encode`, with <|endoftext|> recognised
     def decode_bytes(self, ids: Iterable[int]) -> bytes: ...  # UTF-8, perhaps cut inside a character
@@ -41,6 +45,7 @@ class CharTokenizer:
     """One id a character, in the order of their code points (as nanoGPT numbers them)."""
 
     kind = "char"
+    words = False
     end_of_text: int | None = None
 
     def __init__(self, characters: Sequence[str]):
@@ -49,6 +54,9 @@ class CharTokenizer:
         points = np.array([ord(character) for character in self.characters], dtype=np.uint32)
         self._id_of = np.full(int(points.max(initial=0)) + 2, -1, dtype=np.int64)
         self._id_of[points] = np.arange(self.vocab_size)
+
+    def accelerate(self) -> None:
+        pass  # as fast as it gets
 
     def encode(self, text: str) -> np.ndarray:
         """UserError shows the characters that are not in the vocabulary."""
@@ -78,8 +86,12 @@ class ByteTokenizer:
     """One id a byte of the UTF-8 text: any text, no vocabulary to learn."""
 
     kind = "byte"
+    words = False
     vocab_size = 256
     end_of_text: int | None = None
+
+    def accelerate(self) -> None:
+        pass
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
@@ -98,23 +110,28 @@ class GPT2Tokenizer:
     """GPT-2's byte-pair encoding of 50,257 tokens, by tiktoken, built from the list of its merges."""
 
     kind = "gpt2"
+    words = True
 
     def __init__(self, merges: str):
         import tiktoken
 
         self.merges = merges
-        ranks = _ranks(merges)
+        ranks = bpe.ranks(merges)
         self.end_of_text: int | None = len(ranks)
         self.vocab_size = len(ranks) + 1
         self._encoding = tiktoken.Encoding(
             "gpt2",
-            pat_str=GPT2_PATTERN,
+            pat_str=bpe.PATTERN,
             mergeable_ranks=ranks,
             special_tokens={END_OF_TEXT: len(ranks)},
         )
+        self._ordinary: bpe.Encode = self._encoding.encode_ordinary
+
+    def accelerate(self) -> None:
+        self._ordinary = bpe.accelerated(bpe.as_hugging_face(self.merges), self._encoding.encode_ordinary)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encoding.encode_ordinary(_few_blanks(text)), dtype=np.int64)
+        return np.asarray(self._ordinary(_few_blanks(text)), dtype=np.int64)
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._encoding.encode(_few_blanks(text), allowed_special={END_OF_TEXT})
@@ -124,6 +141,50 @@ class GPT2Tokenizer:
 
     def to_json(self) -> dict[str, Any]:
         return {"merges": self.merges}
+
+
+class HuggingFaceTokenizer:
+    """Any tokenizer.json of Hugging Face, by the tokenizers library; also what `bpe.train` makes."""
+
+    kind = "hf"
+    words = True
+
+    def __init__(self, text: str, name: str = "tokenizer.json"):
+        self.text = text
+        self._plain = bpe.load(text, name)
+        self._plain.encode_special_tokens = True  # special tokens are ordinary text
+        self._special = bpe.load(text, name)
+        self.vocab_size = bpe.vocab_size(json.loads(text))
+        self.end_of_text: int | None = next(
+            (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
+        )
+        self._bytes_of = bpe.bytes_of_tokens(json.loads(text))
+        self._ordinary: bpe.Encode = self._library
+
+    def _is_special(self, name: str) -> bool:
+        added = self._plain.get_added_tokens_decoder().values()
+        return any(token.content == name and token.special for token in added)
+
+    def _library(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def accelerate(self) -> None:
+        if alone := bpe.without_special_tokens(json.loads(self.text)):
+            self._ordinary = bpe.accelerated(alone, self._library)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._ordinary(text), dtype=np.int64)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._special.encode(text, add_special_tokens=False).ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        if self._bytes_of:
+            return b"".join(self._bytes_of.get(i, b"") for i in ids)
+        return self._plain.decode(list(ids), skip_special_tokens=False).encode("utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(self.text)
 
 
 def _few_blanks(text: str) -> str:
@@ -146,7 +207,8 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 def to_text(tokenizer: Tokenizer) -> str:
     """The JSON text that `from_text` reads."""
-    value = {"format": FORMAT, "type": tokenizer.kind, **tokenizer.to_json()}
+    own = {} if tokenizer.kind == "hf" else {"format": FORMAT, "type": tokenizer.kind}
+    value = {**own, **tokenizer.to_json()}
     return json.dumps(value, ensure_ascii=True) + "\n"
 
 
@@ -154,6 +216,8 @@ def from_text(text: str, name: str = "tokenizer.json") -> Tokenizer:
     """The tokenizer of a JSON text; UserError names the file if it is not one of ours."""
     identify(text, name)
     value = json.loads(text)
+    if bpe.is_hugging_face(value):
+        return HuggingFaceTokenizer(text, name)
     if value["type"] == "char":
         return CharTokenizer(value["characters"])
     if value["type"] == "byte":
@@ -172,6 +236,8 @@ def identify(text: str, name: str = "tokenizer.json") -> Identity:
     """What the JSON text of a tokenizer describes, without building it; UserError as `from_text`."""
     try:
         value = json.loads(text)
+        if bpe.is_hugging_face(value):
+            return Identity("hf", bpe.vocab_size(value), _sha256(json.dumps(value, sort_keys=True)))
         if value["format"] != FORMAT:
             raise ValueError(f"format {value['format']!r}")
         kind = value["type"]
@@ -205,7 +271,8 @@ def _sha256(text: str) -> str:
 def gpt2(path: str = "") -> GPT2Tokenizer:
     """GPT-2's tokenizer from `path` (vocab.bpe or its folder), the cache, or the net.
 
-    UserError says where the file can be put when it is nowhere. The SHA-256 is checked always.
+    UserError says where the file can be put when it is nowhere. The SHA-256 is checked always, that of
+    encoder.json too where it lies beside (its ids follow from the merges, so it is not needed).
     """
     file = Path(path) / "vocab.bpe" if path and Path(path).is_dir() else Path(path)
     if path and not file.is_file():
@@ -214,26 +281,25 @@ def gpt2(path: str = "") -> GPT2Tokenizer:
         file = download.cache_folder() / "gpt2" / "vocab.bpe"
         instead = f"put that file at {file}, or use --tokenizer=char or byte, which need no download"
         download.fetch(GPT2_URL, GPT2_SHA256, file, instead)
-    content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != GPT2_SHA256:
-        raise UserError(f"{file} is not GPT-2's vocab.bpe: its SHA-256 is not {GPT2_SHA256}")
+    content = _known(file, GPT2_SHA256)
+    if (file.parent / "encoder.json").is_file():
+        _known(file.parent / "encoder.json", GPT2_ENCODER_SHA256)
     return GPT2Tokenizer(content.decode("utf-8"))
 
 
-def _ranks(merges: str) -> dict[bytes, int]:
-    """Token bytes -> id from the lines of vocab.bpe.
+def _known(file: Path, sha256: str) -> bytes:
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{file} is not GPT-2's {file.name}: its SHA-256 is not {sha256}")
+    return content
 
-    GPT-2 writes bytes as printable characters: those that print stand for themselves, the others are
-    numbered upwards from U+0100. Ids are the 256 bytes in that order, then the merges in theirs
-    (Radford et al. 2019, `encoder.py` of the release).
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
-    ranks = {bytes([byte]): i for i, byte in enumerate(printable + others)}
-    for line in merges.split("\n")[1:]:  # the first line names the version
-        if line:
-            token = bytes(byte_of[character] for part in line.split(" ") for character in part)
-            ranks[token] = len(ranks)
-    return ranks
+
+def from_file(path: Path) -> Tokenizer:
+    """The tokenizer of a file: one of ours, or any tokenizer.json of Hugging Face (or its folder)."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no tokenizer at {file}; give a tokenizer.json or the folder that holds it")
+    try:
+        return from_text(file.read_text(encoding="utf-8"), str(file))
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a tokenizer: it is no UTF-8 text") from None

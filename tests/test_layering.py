@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
-    {"files", "download"},
+    {"files", "download", "bpe"},
     {"config", "schedule", "flops", "tokenizer", "order"},
     {"options", "text", "runtime", "data", "metrics", "position"},
     {"corpus", "model"},

@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nanogpt import tokenizer
+from nanogpt import bpe, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +122,169 @@ def test_merges_are_checked_and_their_absence_is_explained(data_folder, tmp_path
     monkeypatch.setattr(tokenizer, "GPT2_URL", "http://127.0.0.1:9/vocab.bpe")  # nothing listens there
     with pytest.raises(UserError, match=r"could not be downloaded.*put that file at .*vocab\.bpe"):
         tokenizer.gpt2()
+
+
+def test_encoder_json_is_checked_where_it_is_given(data_folder, tmp_path):
+    for name in ("vocab.bpe", "encoder.json"):
+        (tmp_path / name).write_bytes((data_folder / "gpt2" / name).read_bytes())
+    assert tokenizer.gpt2(str(tmp_path)).vocab_size == 50257
+    (tmp_path / "encoder.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"encoder\.json is not GPT-2's encoder\.json"):
+        tokenizer.gpt2(str(tmp_path))
+
+
+# ----------------------------------------------------------------------------- tokenizers of Hugging Face
+
+
+@pytest.fixture(scope="session")
+def trained(data_folder: Path) -> str:
+    """A byte-level BPE of 1,000 tokens, learnt from Shakespeare."""
+    text = raw_text(data_folder / "tinyshakespeare.txt")
+    return bpe.train((text[i : i + 2000] for i in range(0, 300_000, 2000)), 1000)
+
+
+def test_training_gives_the_same_file_on_any_number_of_threads(data_folder, trained):
+    code = (
+        "import sys; from nanogpt import bpe\n"
+        "text = open(sys.argv[1], encoding='utf-8', newline='').read()\n"
+        "sys.stdout.write(bpe.train((text[i : i + 2000] for i in range(0, 300_000, 2000)), 1000))"
+    )
+    for threads in ("1", "2", "3"):
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(data_folder / "tinyshakespeare.txt")],
+            env={**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"},
+            cwd=ROOT,
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        assert run.stdout == trained
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_text_comes_back_from_a_trained_vocabulary(seed, trained):
+    tokens = tokenizer.from_text(trained)
+    assert (tokens.kind, tokens.vocab_size, tokens.end_of_text) == ("hf", 1000, 0)
+    text = random_text(seed) + "<|endoftext|>"
+    assert tokens.decode_bytes(tokens.encode(text)) == text.encode("utf-8")
+    assert tokenizer.decode(tokens, tokens.encode(text)[:-1]).startswith(text[:50])
+    assert 0 not in tokens.encode(text) and tokens.encode_prompt(text)[-1] == 0
+    copy = tokenizer.from_text(tokenizer.to_text(tokens))
+    assert np.array_equal(copy.encode(text), tokens.encode(text))
+    assert tokenizer.fingerprint(copy) == tokenizer.fingerprint(tokens)
+
+
+def test_gpt2_as_a_tokenizer_json_gives_the_same_ids(data_folder, gpt2):
+    value = json.loads(bpe.as_hugging_face(gpt2.merges))
+    special = {"id": 50256, "content": "<|endoftext|>", "single_word": False, "lstrip": False}
+    special |= {"rstrip": False, "normalized": False, "special": True}
+    tokens = tokenizer.from_text(json.dumps({**value, "added_tokens": [special]}))
+    assert (tokens.vocab_size, tokens.end_of_text) == (50257, 50256)
+    for name in ("odd/whitespace.txt", "odd/many_scripts_udhr.txt", "odd/endoftext_literal.txt"):
+        text = raw_text(data_folder / name)
+        assert np.array_equal(tokens.encode(text), gpt2.encode(text)), name
+        assert tokenizer.decode(tokens, tokens.encode(text)) == text
+    assert tokens.encode_prompt("a<|endoftext|>b") == gpt2.encode_prompt("a<|endoftext|>b")
+
+
+def test_a_vocabulary_that_is_not_of_bytes_works_too():
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "cat": 2}, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokens = tokenizer.from_text(made.to_str())
+    assert tokens.encode("the cat ran").tolist() == [1, 2, 0] and tokens.end_of_text is None
+    assert tokenizer.decode(tokens, [1, 2]) == "the cat"
+    tokens.accelerate()
+    assert tokens.encode("the cat").tolist() == [1, 2]
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for content, reason in [
+        (b"{}", "is not a tokenizer"),
+        (b'{"model": {}}', "is not a tokenizer"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0}}}', "library can read"),
+        (b"\xff", "no UTF-8"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=reason) as error:
+            tokenizer.from_file(tmp_path)
+        assert str(path) in str(error.value)
+    with pytest.raises(UserError, match="no tokenizer at"):
+        tokenizer.from_file(tmp_path / "nowhere")
+
+
+# ----------------------------------------------------------------------------- the fast encoder
+
+
+# The planes that hold text, and the tags; surrogates are no characters.
+CHARACTERS = [chr(i) for i in (*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200))]
+
+
+def class_of(character: str, parts: list[str]) -> str:
+    """What a character is, told from how `x.1x.!` with it is divided into words."""
+    if parts[0] == f"x{character}":
+        return "letter"
+    if parts[1] == f"{character}1":
+        return "number"
+    return "blank" if parts[-1] == "!" else "other"
+
+
+def test_the_fast_encoder_divides_at_the_same_characters_but_for_those_that_are_left_out():
+    import gigatoken
+    import tiktoken
+    import tokenizers
+
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    single = {bytes([i]): i for i in range(256)}
+    of_tiktoken = {}
+    for name, pattern in (("letter", r"\p{L}"), ("number", r"\p{N}"), ("blank", r"\s")):
+        only = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=single, special_tokens={})
+        matching = only.decode(only.encode_ordinary("".join(CHARACTERS)))  # it drops what does not match
+        of_tiktoken |= dict.fromkeys(matching, name)
+    for character in CHARACTERS:
+        if character == " " or bpe.has_new_characters(f"a{character}é"):
+            continue
+        text = f"x{character}1x{character}!"
+        fast = [part.decode() for part in gigatoken.pretokenizer(text.encode())]
+        slow = [text[a:b] for _, (a, b) in level.pre_tokenize_str(text)]
+        expected = of_tiktoken.get(character, "other")
+        assert class_of(character, fast) == class_of(character, slow) == expected, hex(ord(character))
+    assert not bpe.has_new_characters("plain, é, 中文, 🦊")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "trained"])
+def test_the_fast_encoder_gives_the_same_ids(kind, data_folder, trained, monkeypatch):
+    def made() -> tokenizer.Tokenizer:
+        return tokenizer.gpt2(str(data_folder / "gpt2")) if kind == "gpt2" else tokenizer.from_text(trained)
+
+    slow, fast = made(), made()
+    monkeypatch.setattr(bpe, "TRIAL", 0)  # or the slow one would be compared with itself
+    fast.accelerate()
+    assert "accelerated" in fast._ordinary.__qualname__
+    texts = [random_text(seed, 100) for seed in range(400)]
+    texts += ["\U00032848\u8830", "a\u088fb", "x<|endoftext|>y", "", " " * 5000 + "x", "a" * 5000]
+    awkward = "  \n\t\x0b\x1c\x85\xa0\u2003''sdmtlvre.,1½²éß中の，。🦊\u0301"
+    texts += ["".join(random.Random(i).choices(awkward, k=40)) for i in range(2000)]
+    for name in sorted((data_folder / "odd").glob("*.txt")):
+        texts += [name.read_bytes().decode("utf-8", "replace")[:20_000]]
+    for text in texts:
+        assert np.array_equal(fast.encode(text), slow.encode(text)), text[:80]
+
+
+def test_a_fast_encoder_that_differs_is_not_used(monkeypatch):
+    class Wrong:
+        def encode(self, text: str) -> list[int]:
+            return [1]
+
+    import gigatoken
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda text: Wrong())
+    encode = bpe.accelerated("{}", lambda text: [len(text)])
+    assert [encode("a"), encode("ab"), encode("abc")] == [[1], [2], [3]]
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    assert bpe.accelerated("{}", len) is len  # as if it were not installed
 
 
 # ----------------------------------------------------------------------------- its file

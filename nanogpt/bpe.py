@@ -1,0 +1,169 @@
+"""Byte pairs: GPT-2's tables, tokenizers of Hugging Face, training one, and encoding fast.
+
+Byte-level vocabularies write bytes as printable characters: those that print stand for themselves, the
+others are numbered upwards from U+0100 (Radford et al. 2019, `encoder.py` of the release).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from nanogpt.errors import UserError
+
+Encode = Callable[[str], Any]  # -> ids, a list or an array
+
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+END_OF_TEXT = "<|endoftext|>"
+TRIAL = 1 << 18  # characters for which a fast encoder is compared with the one it replaces
+
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = _PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE]  # by id
+_SHOWN = [chr(byte) for byte in _PRINTABLE] + [chr(256 + i) for i in range(256 - len(_PRINTABLE))]
+BYTE_OF = dict(zip(_SHOWN, _BYTES, strict=True))
+
+
+def ranks(merges: str) -> dict[bytes, int]:
+    """Token bytes -> id from the lines of vocab.bpe: the 256 bytes, then the merges in their order."""
+    return {bytes(BYTE_OF[shown] for shown in token): i for token, i in _vocabulary(merges).items()}
+
+
+def _vocabulary(merges: str) -> dict[str, int]:
+    tokens = [*_SHOWN, *(line.replace(" ", "") for line in _lines(merges))]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def _lines(merges: str) -> list[str]:
+    return [line for line in merges.split("\n")[1:] if line]  # the first line names the version
+
+
+def as_hugging_face(merges: str) -> str:
+    """GPT-2's encoding, without its special token, as a tokenizer.json."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": _vocabulary(merges), "merges": _lines(merges)}
+    value = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
+    return json.dumps(value)
+
+
+# ----------------------------------------------------------------------------- fast
+
+# Letters and numbers that are new in Unicode 17: gigatoken 0.10 knows them, tiktoken 0.14 and tokenizers
+# 0.23 do not yet, so they divide words differently there. A test compares the classes of all characters.
+_NEW = re.compile(
+    "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7"
+    "\U00011db0-\U00011ddb\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3"
+    "\U00016ff2-\U00016ff6\U000187f8-\U000187ff\U00018d09-\U00018d1e\U00018d80-\U00018df2"
+    "\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6e2\U0001e6e4\U0001e6e5\U0001e6e7-\U0001e6ed"
+    "\U0001e6f0-\U0001e6f4\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
+    "\U000323b0-\U00033479]"
+)
+_NEW_BYTES = re.compile(rb"\xe0\xa2\x8f|\xe0[\xb1\xb3]\x9c|\xea\x9f|\xf0")  # how those begin in UTF-8
+
+
+def has_new_characters(text: str) -> bool:
+    return not text.isascii() and bool(_NEW_BYTES.search(text.encode("utf-8")) and _NEW.search(text))
+
+
+def accelerated(hugging_face: str, slow: Encode) -> Encode:
+    """`slow`, or a faster function with the same ids if the package gigatoken is there.
+
+    Its first 262,144 characters are encoded by both; at any difference `slow` stays in use.
+    """
+    try:
+        import gigatoken
+    except ImportError:
+        return slow
+    try:
+        fast: Encode | None = gigatoken.Tokenizer.from_json(hugging_face).encode
+    except (ValueError, RuntimeError, NotImplementedError):  # a kind of tokenizer that it does not know
+        return slow
+    left = TRIAL
+
+    def encode(text: str) -> Any:
+        nonlocal fast, left
+        if fast is None or has_new_characters(text):
+            return slow(text)
+        ids = fast(text)
+        if left > 0:
+            left -= len(text)
+            if list(ids) != slow(text):
+                fast = None
+                return slow(text)
+        return ids
+
+    return encode
+
+
+# ----------------------------------------------------------------------------- tokenizer.json
+
+
+def is_hugging_face(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("model"), dict) and "format" not in value
+
+
+def load(text: str, name: str) -> Any:
+    """A tokenizers.Tokenizer; UserError names the file if its text is none."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(f"{name} needs a package: pip install tokenizers") from None
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{name} is not a tokenizer that the tokenizers library can read: {error}") from None
+
+
+def vocab_size(value: dict[str, Any]) -> int:
+    """One more than the largest id; ValueError or TypeError if there are no ids."""
+    vocab = value["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    return max([*ids, *(token["id"] for token in value.get("added_tokens") or [])]) + 1
+
+
+def bytes_of_tokens(value: dict[str, Any]) -> dict[int, bytes]:
+    """Id -> bytes for a byte-level vocabulary; empty for other kinds, whose tokens are not bytes alone."""
+    if (value.get("decoder") or {}).get("type") != "ByteLevel" or not isinstance(
+        value["model"]["vocab"], dict
+    ):
+        return {}
+    special = {token["id"]: token["content"].encode("utf-8") for token in value.get("added_tokens") or []}
+    ordinary = {i: token for token, i in value["model"]["vocab"].items() if i not in special}
+    try:
+        return {i: bytes(BYTE_OF[shown] for shown in token) for i, token in ordinary.items()} | special
+    except KeyError:
+        return {}
+
+
+def without_special_tokens(value: dict[str, Any]) -> str:
+    """The tokenizer.json without its special tokens, if it is byte-level and divides words as GPT-2's
+    does, so that it can be accelerated; else ""."""
+    level, model = value.get("pre_tokenizer") or {}, value["model"]
+    plain = level.get("type") == "ByteLevel" and level.get("use_regex", True)
+    plain = plain and not level.get("add_prefix_space") and not value.get("normalizer")
+    plain = plain and model.get("type") == "BPE" and not model.get("dropout")
+    if not plain or not all(token["special"] for token in value.get("added_tokens") or []):
+        return ""
+    return json.dumps({**value, "added_tokens": [], "post_processor": None})
+
+
+def train(texts: Iterable[str], size: int) -> str:
+    """The tokenizer.json of a byte-level BPE of `size` tokens, learnt from `texts`.
+
+    The first id is <|endoftext|>, the next 256 are the bytes; words are divided as GPT-2 does. The same
+    texts give the same file, on any number of threads.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("--tokenizer=bpe:SIZE needs a package: pip install tokenizers") from None
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(BYTE_OF),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
