@@ -103,6 +103,6 @@ def lock(folder: Path) -> FileLock:
         held.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"another process is writing to {folder}; wait for it, or choose another --out_dir"
+            f"another process is writing to {folder}; wait for it, or choose another folder"
         ) from None
     return held

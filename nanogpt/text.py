@@ -1,29 +1,30 @@
-"""Text files to documents: any usual encoding, any newline, any size, in constant memory.
+"""Which files are text, and in what encoding: any usual one, any newline, any size, in constant memory.
 
-A document is one text file, or one row of a JSONL file (its field `text`). A file is read a megabyte
-at a time, so one that is larger than the memory is no special case. An encoding is taken only on
-evidence, for a wrong guess trains on garbage without a sign: a byte order mark, UTF-8 that is valid
-to the last byte, UTF-16 by its NUL bytes, GB18030 by the commonest characters of Chinese. The rest
-is refused, with the place and the option that names the encoding.
+A file is read a megabyte at a time, so one that is larger than the memory is no special case. An
+encoding is taken only on evidence, for a wrong guess trains on garbage without a sign: a byte order
+mark, UTF-8 that is valid to the last byte, UTF-16 by its NUL bytes, GB18030 by the commonest characters
+of Chinese. The rest is refused, with the place and the option that names the encoding. Files with a
+document a row (JSONL, Parquet, Arrow) are only found here; the module `sources` reads both.
 """
 
 import codecs
+import glob
 import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from nanogpt import files
 from nanogpt.errors import UserError
 
 Advance = Callable[[int], object]  # is told how many bytes were read
 
 BLOCK = 1 << 20  # bytes read at a time
-LONGEST_ROW = 1 << 24  # characters in a line of JSONL, which has to be parsed whole
 MARKS = {  # byte order marks, UTF-32 before UTF-16, whose mark is the beginning of the other
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -31,57 +32,67 @@ MARKS = {  # byte order marks, UTF-32 before UTF-16, whose mark is the beginning
     codecs.BOM_UTF16_BE: "utf-16-be",
     codecs.BOM_UTF8: "utf-8",
 }
+ROWS = {  # files with a document a row, by the ends of their names
+    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"), "jsonl"),
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_LOWER = bytes(range(256)).lower()
+_LEFT_OUT = bytes(byte for byte in range(128) if not chr(byte).isalnum())
+
+
+@dataclass(frozen=True)
+class Document:
+    """Length and fingerprints of a text."""
+
+    characters: int
+    exact: bytes  # SHA-256 of its UTF-8: decides on which side of the split it falls
+    folded: int  # 63 bits that stay the same when case, blanks and punctuation (of ASCII) change
+
+
+class Digest:
+    """The `Document` of a text that comes in chunks."""
+
+    def __init__(self) -> None:
+        self._characters = 0
+        self._exact, self._folded = hashlib.sha256(), hashlib.blake2b(digest_size=8)
+
+    def add(self, text: str) -> bytes:
+        """Returns the text as UTF-8."""
+        data = text.encode("utf-8")
+        self._characters += len(text)
+        self._exact.update(data)
+        self._folded.update(data.translate(_LOWER, _LEFT_OUT))
+        return data
+
+    def document(self) -> Document:
+        folded = int.from_bytes(self._folded.digest(), "little") >> 1
+        return Document(self._characters, self._exact.digest(), folded)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file that was read to its end and is text."""
+    """A file, or a dataset of the hub, that was found and can be read."""
 
     path: Path
     name: str  # what is shown and recorded: relative to the path that was given
-    encoding: str
-    mark: int  # length in bytes of the byte order mark, which is not text
+    kind: str  # text (one document), jsonl, parquet, arrow, hub
     bytes: int
     sha256: str
     modified_ns: int
+    encoding: str = "utf-8"
+    mark: int = 0  # length in bytes of the byte order mark, which is not text
+    document: Document | None = None  # of a text
+    newlines_changed: bool = False  # of a text that had CRLF or CR
+    instead: str = ""  # of a dataset of the hub: what to do when it cannot be reached
 
 
 @dataclass
 class Texts:
-    """The text files that `find` found; `documents` reads them, as often as it is called."""
+    """What `find` found, and what it left out."""
 
     sources: list[Source] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # the name of a file and why
-    newlines_changed: bool = False  # known after a reading: some text had CRLF or CR
-    empty_rows: int = 0  # known after a reading: JSONL rows without a character
-
-    def documents(self, advance: Advance = lambda count: None) -> Iterator[Iterator[str]]:
-        """Each document as chunks of text with newlines "\\n"; read one to its end before the next.
-
-        `advance` is called with the number of bytes read. UserError names the file and the line of a
-        broken row, or the file that has changed since `find`.
-        """
-        self.empty_rows = 0
-        for source in self.sources:
-            status = source.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (source.bytes, source.modified_ns):
-                raise UserError(f"{source.path} changed while it was being read; run this again")
-            chunks = _decoded(source.path, source.encoding, source.mark, advance)
-            if source.path.suffix.lower() != ".jsonl":
-                yield self._with_newlines(chunks)
-                continue
-            for text in _rows(source.path, chunks):
-                self.empty_rows += not text
-                if text:
-                    yield self._with_newlines(text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
-
-    def _with_newlines(self, chunks: Iterable[str]) -> Iterator[str]:
-        """CRLF and CR become LF, as Python's text mode has it; U+2028, U+0085 and such stay."""
-        decoder = io.IncrementalNewlineDecoder(None, translate=True)
-        for chunk in chunks:
-            yield decoder.decode(chunk)
-        yield decoder.decode("", final=True)
-        self.newlines_changed |= decoder.newlines not in (None, "\n")
 
 
 class _NotText(UserError):
@@ -98,35 +109,60 @@ def find(
     keep: Callable[[Path], bool] = lambda file: True,
     advance: Advance = lambda count: None,
 ) -> Texts:
-    """Read every file once, to its end, and say what is text.
+    """Read every text file once, to its end, and say what is text; files of rows are only hashed.
 
-    Folders are searched in the order of names, without hidden files and those that `keep` rejects.
-    What is not text is skipped there and listed, but refused (UserError) if it was named itself; then
-    some NUL characters may pass. `encoding` replaces the recognition. `advance` is called with the
-    number of bytes read.
+    A path may be a pattern such as `data/*.parquet`. Folders are searched in the order of names,
+    without hidden files and those that `keep` rejects. What is not text is skipped there and listed,
+    but refused (UserError) if it was named itself; then some NUL characters may pass. `encoding`
+    replaces the recognition. `advance` is called with the number of bytes read.
     """
     _check_name(encoding)
     found = Texts()
     seen: set[str] = set()
     for path in paths:
-        if not path.exists():
+        matches = [path] if path.exists() else [Path(name) for name in sorted(_matching(str(path)))]
+        if not matches:
             raise UserError(f"{path}: there is no such file or folder")
-        folder = path.is_dir()
-        for file in filter(keep, _files(path)) if folder else [path]:
-            relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
-            name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
-            real = os.path.realpath(file)
-            if real in seen:
-                found.skipped.append((name, "given twice"))
-                continue
-            seen.add(real)
-            try:
-                found.sources.append(_inspect(file, name, encoding, advance, 0.0 if folder else 0.1))
-            except _NotText as reason:
-                if not folder:
-                    raise UserError(f"{path}: {reason}") from None
-                found.skipped.append((name, str(reason)))
+        for match in matches:
+            _search(match, encoding, keep, advance, found, seen)
     return found
+
+
+def _matching(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else []
+
+
+def _search(
+    path: Path, encoding: str, keep: Callable[[Path], bool], advance: Advance, found: Texts, seen: set[str]
+) -> None:
+    """Add to `found` the file `path`, or those of the folder."""
+    folder = path.is_dir()
+    listed = list(filter(keep, _files(path))) if folder else [path]
+    # The folder of a dataset has a README and lists beside its tables, which are no documents.
+    tables = folder and any(rows_kind(file) in ("parquet", "arrow") for file in listed)
+    for file in listed:
+        relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
+        name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+        real = os.path.realpath(file)
+        if real in seen:
+            found.skipped.append((name, "given twice"))
+            continue
+        seen.add(real)
+        if tables and not rows_kind(file):
+            found.skipped.append((name, "not a table, as others in its folder are"))
+            continue
+        try:
+            found.sources.append(_inspect(file, name, encoding, advance, 0.0 if folder else 0.1))
+        except _NotText as problem:
+            if not folder:
+                raise UserError(f"{file}: {problem}") from None
+            found.skipped.append((name, str(problem)))
+
+
+def rows_kind(path: Path) -> str:
+    """How to read a file with a document a row, or "" for any other."""
+    name = path.name.lower()
+    return next((kind for end, kind in ROWS.items() if name.endswith(end)), "")
 
 
 def code_points(text: str) -> np.ndarray:
@@ -154,28 +190,40 @@ def _inspect(path: Path, name: str, forced: str, advance: Advance, nul_share: fl
     with path.open("rb") as file:
         head = file.read(1 << 16)
     encodings, mark = _candidates(head, forced)
+    if kind := rows_kind(path):
+        if not head:
+            raise _NotText("empty")
+        encoding, mark = (encodings[0], mark) if path.suffix.lower() == ".jsonl" else (forced or "utf-8", 0)
+        sha256 = files.sha256(path)
+        return Source(path, name, kind, status.st_size, sha256, status.st_mtime_ns, encoding, mark)
     problems = []
     for encoding in encodings:
-        digest = hashlib.sha256(head[:mark])
-        chunks = _decoded(path, encoding, mark, advance, digest.update)
+        raw, digest, newlines = hashlib.sha256(head[:mark]), Digest(), set[Any]()
+        chunks = decoded(path, encoding, mark, advance, raw.update)
+        chunks = _chinese(chunks) if encoding == "gb18030" != forced else chunks
         try:
-            _check_text(_chinese(chunks) if encoding == "gb18030" != forced else chunks, nul_share)
+            for chunk in with_newlines(_checked(chunks, nul_share), newlines):
+                digest.add(chunk)
         except _Undecodable as problem:
             problems.append(problem)
             continue
-        return Source(path, name, encoding, mark, status.st_size, digest.hexdigest(), status.st_mtime_ns)
+        about = (status.st_size, raw.hexdigest(), status.st_mtime_ns, encoding, mark, digest.document())
+        return Source(path, name, "text", *about, bool(newlines - {None, "\n"}))
     expected = "neither UTF-8 nor UTF-16 nor GB18030" if len(encodings) > 1 else f"not {encodings[0]}"
     raise _NotText(f"{problems[0]} is {expected}; convert it or name its encoding: --encoding=latin-1")
 
 
-def _decoded(
+def decoded(
     path: Path,
     encoding: str,
     mark: int,
     advance: Advance,
     see: Callable[[bytes], object] = lambda block: None,
 ) -> Iterator[str]:
-    """The text after the byte order mark in chunks; `see` is called with each block of bytes."""
+    """The text after the byte order mark in chunks; `see` is called with each block of bytes.
+
+    UserError names the first byte that is not of the encoding.
+    """
     decoder = codecs.getincrementaldecoder(encoding)()
     end = mark
     with path.open("rb") as file:
@@ -196,21 +244,34 @@ def _decoded(
             yield text
 
 
-def _check_text(chunks: Iterable[str], nul_share: float) -> None:
-    """_NotText if there is no text, or if more than `nul_share` of its characters are NUL."""
+def with_newlines(chunks: Iterable[str], found: set[Any] | None = None) -> Iterator[str]:
+    """CRLF and CR become LF, as Python's text mode has it; U+2028, U+0085 and such stay.
+
+    Which ends of lines there were is added to `found` (`io.TextIOBase.newlines`)."""
+    decoder = io.IncrementalNewlineDecoder(None, translate=True)
+    for chunk in chunks:
+        yield decoder.decode(chunk)
+    yield decoder.decode("", final=True)
+    if found is not None:
+        found.add(decoder.newlines)
+
+
+def _checked(chunks: Iterable[str], nul_share: float) -> Iterator[str]:
+    """Pass on `chunks`; _NotText if there is no text, or if more than `nul_share` of it is NUL."""
     length = nul = 0
     for chunk in chunks:
         length += len(chunk)
         nul += chunk.count("\0")
-        if surrogate := _lone_surrogate(chunk):  # UTF-7, for one, can produce them
+        if surrogate := lone_surrogate(chunk):  # UTF-7, for one, can produce them
             raise _NotText(f"{surrogate}, which is no text")
+        yield chunk
     if not length:
         raise _NotText("empty")
     if nul > nul_share * length:
         raise _NotText(f"binary: {nul:,} of {length:,} characters are NUL")
 
 
-def _lone_surrogate(text: str) -> str:
+def lone_surrogate(text: str) -> str:
     try:
         text.isascii() or text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -284,38 +345,3 @@ def _chinese(chunks: Iterable[str]) -> Iterator[str]:
         yield chunk
     if found < 0.05 * wide:
         raise _Undecodable("the whole of it")
-
-
-# ----------------------------------------------------------------------------- JSONL
-
-
-def _rows(path: Path, chunks: Iterable[str]) -> Iterator[str]:
-    """The field `text` of each line; UserError names the first line without one."""
-    for number, line in enumerate(_lines(path, chunks), 1):
-        where = f"{path}, line {number}"
-        if not line or line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not valid JSON: {error}") from None
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f'{where} has no string `text`; each line must be like {{"text": "..."}}')
-        if surrogate := _lone_surrogate(text):
-            raise UserError(f"{where} has {surrogate}, which is no text")
-        yield text
-
-
-def _lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
-    number, rest = 1, ""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split("\n")
-        yield from lines
-        number += len(lines)
-        if len(rest) > LONGEST_ROW:
-            raise UserError(
-                f"{path}, line {number} is longer than {LONGEST_ROW:,} characters; "
-                "put such a text in a file of its own"
-            )
-    yield rest

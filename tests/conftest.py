@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import tokenizer
+from nanogpt import encode, sources, tokenizer
+from nanogpt.errors import UserError
+from nanogpt.text import Texts
 
 # The models here are so small that two threads spend their time waiting for each other.
 ALL_THREADS = torch.get_num_threads()
@@ -60,6 +62,24 @@ def write_dataset(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer.to_text(chars), encoding="utf-8")
     return folder
+
+
+def documents(texts: Texts) -> list[str]:
+    """Each document of `texts`, whole; UserError for a broken row."""
+    found = texts.sources
+    kinds, known = tuple(s.kind for s in found), tuple(s.document for s in found)
+    encode.start_counting(encode.Job("", kinds, known, encode.Split(0.1), several=True))
+    whole: list[str] = []
+    for piece in sources.pieces(found, sources.Reading()):
+        result = encode.Encoded()
+        for body, offset, _ in encode.bodies(piece, result):
+            if offset:
+                whole[-1] += body
+            else:
+                whole.append(body)
+        for row in result.bad:
+            raise UserError(f"{found[piece.source].path}, line {row.number} {row.reason}")
+    return whole
 
 
 def words(count: int, seed: int = 0) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 import sample
 import train
+from nanogpt import corpus
 from nanogpt.errors import UserError
 
 
@@ -112,3 +113,32 @@ def test_folders_that_cannot_be_sampled(config, tmp_path):
     tokenizer.unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         sample.main(config)
+
+
+@pytest.mark.parametrize("kind", ["bpe:300", "gpt2"])
+def test_every_kind_of_token_comes_with_the_run(kind, tmp_path, capsys, request):
+    if kind == "gpt2":
+        bpe = str(request.getfixturevalue("data_folder") / "gpt2")
+    options = {"kind": kind, "gpt2_bpe": bpe if kind == "gpt2" else ""}
+    text = tmp_path / "x.txt"
+    text.write_text("Grüße an 世界 🦊, und noch einmal: Grüße!\n" * 200, encoding="utf-8")
+    corpus.prepare([text], tmp_path / "dataset", **options)
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16, "batch_size": 2}
+    train.main(
+        train.Config(
+            out_dir=str(tmp_path / "out"),
+            dataset=str(tmp_path / "dataset"),
+            device="cpu",
+            gradient_accumulation_steps=1,
+            max_iters=2,
+            warmup_iters=0,
+            eval_iters=1,
+            **sizes,
+        )
+    )
+    shutil.rmtree(tmp_path / "dataset")
+    capsys.readouterr()
+    config = sample.Config(out_dir=str(tmp_path / "out"), num_samples=2, max_new_tokens=30, device="cpu")
+    found = texts(replace(config, start="Grüße, 🦊<|endoftext|>"), capsys)
+    assert len(found) == 2 and all(text.startswith("Grüße, 🦊<|endoftext|>") for text in found)
+    assert len(texts(replace(config, start=""), capsys)) == 2

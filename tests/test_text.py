@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import text
+from nanogpt import sources, text
 from nanogpt.errors import UserError
+from tests.conftest import documents
 
 ENGLISH = "It was a dark and stormy night;\nthe rain fell in torrents.\n" * 20
 GERMAN = "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich schön größer.\n" * 20
@@ -20,7 +21,7 @@ GERMAN = "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand e
 def read(paths, **options) -> list[str]:
     """The documents of `paths`, whole."""
     paths = [paths] if isinstance(paths, Path) else paths
-    return ["".join(document) for document in text.find(paths, **options).documents()]
+    return documents(text.find(paths, **options))
 
 
 def refusal(paths, **options) -> str:
@@ -182,13 +183,11 @@ def test_newlines_become_lf_and_nothing_else_changes(block, tmp_path, monkeypatc
     monkeypatch.setattr(text, "BLOCK", block)
     body = "a\r\nb\rc\nd\r\r\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\r"
     texts = text.find([written(tmp_path, "x.txt", body)])
-    assert ["".join(d) for d in texts.documents()] == [
-        "a\nb\nc\nd\n\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\n"
-    ]
-    assert texts.newlines_changed
+    assert documents(texts) == ["a\nb\nc\nd\n\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\n"]
+    assert texts.sources[0].newlines_changed
     texts = text.find([written(tmp_path, "x.txt", "a\nb\u2028c\n")])
-    assert ["".join(d) for d in texts.documents()] == ["a\nb\u2028c\n"]
-    assert not texts.newlines_changed
+    assert documents(texts) == ["a\nb\u2028c\n"]
+    assert not texts.sources[0].newlines_changed
 
 
 # ----------------------------------------------------------------------------- JSONL
@@ -205,13 +204,6 @@ def test_each_row_of_jsonl_is_a_document(tmp_path, monkeypatch):
     assert read(written(tmp_path, "x.jsonl", codecs.BOM_UTF8 + rows[0].encode())) == ["one"]
 
 
-def test_rows_without_a_character_are_counted(tmp_path):
-    texts = text.find([written(tmp_path, "x.jsonl", '{"text": ""}\n{"text": "a"}\n{"text": ""}\n')])
-    for _ in range(2):
-        assert ["".join(document) for document in texts.documents()] == ["a"]
-        assert texts.empty_rows == 2
-
-
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -222,11 +214,11 @@ def test_rows_without_a_character_are_counted(tmp_path):
         ('{"text": 3}', "has no string `text`"),
         ('["text"]', "has no string `text`"),
         ('{"text": "a\\ud800b"}', r"half of a surrogate pair, U\+D800"),
-        ('{"text": "' + "x" * 3000 + '"}', "is longer than 2,000 characters"),
+        ('{"text": "' + "x" * 3000 + '"}', "is longer than 2,000 bytes"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "LONGEST_ROW", 2000)
+    monkeypatch.setattr(sources, "LONGEST_ROW", 2000)
     monkeypatch.setattr(text, "BLOCK", 500)
     path = written(tmp_path, "x.jsonl", '{"text": "fine"}\n\n' + row + '\n{"text": "fine"}\n')
     assert re.search(rf"x\.jsonl, line 3,? .*{reason}", refusal(path))
@@ -262,7 +254,7 @@ def test_what_is_not_text_in_a_folder_is_skipped_with_the_reason(tmp_path):
     (tmp_path / "above").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "same.txt").symlink_to(tmp_path / "good.txt")
     texts = text.find([tmp_path])
-    assert ["".join(document) for document in texts.documents()] == [ENGLISH]
+    assert documents(texts) == [ENGLISH]
     reasons = {Path(name).name: reason for name, reason in texts.skipped}
     assert reasons.pop("image.png").startswith("byte 0x89 at offset 0 is neither")
     assert reasons.pop("latin.txt").startswith("byte 0xe4 at offset ")
@@ -303,4 +295,4 @@ def test_a_text_that_changes_meanwhile_is_noticed(tmp_path):
     texts = text.find([path])
     path.write_text(ENGLISH + "more", encoding="utf-8")
     with pytest.raises(UserError, match="changed while it was being read"):
-        list(texts.documents())
+        documents(texts)

@@ -27,7 +27,7 @@ class Config:
 def main(config: Config) -> None:
     text = Path(config.input) if config.input else download.tiny_shakespeare(config.url)
     summary = corpus.prepare([text], Path(config.out or Path(__file__).parent), kind="char")
-    print("all the unique characters:", summary.survey.alphabet)
+    print("all the unique characters:", summary.alphabet)
     print("\n".join(summary.lines()))
     if summary.texts.sources[0].sha256 != download.SHAKESPEARE_SHA256:
         print(f"note: {text} is not the usual tinyshakespeare.txt")

@@ -1,0 +1,234 @@
+"""Token ids to the files of a dataset: `train.bin` and `val.bin`, or shards that llm.c can read too.
+
+Files grow in a hidden folder of the dataset's. Now and then their length is recorded, with whatever
+else is needed to go on from there; after a kill, all beyond that record is cut off again. At the end
+they get their names, in an order that never shows a part of a dataset.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nanogpt import files
+from nanogpt.errors import UserError
+
+FORMAT = "nanogpt-unfinished-1"
+SPLITS = ("train", "val")
+UNFINISHED = ".unfinished"  # the folder in that of the dataset
+HEADER = 256  # int32 at the beginning of a shard of llm.c: magic number, version, number of tokens
+MAGIC, VERSION = 20240520, 1
+AT_A_TIME = 4_000_000  # fingerprints of documents compared at once
+
+
+def header(tokens: int) -> bytes:
+    """How a shard of llm.c (uint16) begins."""
+    values = np.zeros(HEADER, "<i4")
+    values[:3] = MAGIC, VERSION, tokens
+    return values.tobytes()
+
+
+class InUse(UserError):
+    """Another process is writing to the folder."""
+
+
+class Writer:
+    """The files of both splits, of `shard_tokens` tokens each (0: one file a split)."""
+
+    def __init__(self, out: Path, dtype: str, shard_tokens: int):
+        self.folder = out / UNFINISHED
+        self.tokens = dict.fromkeys(SPLITS, 0)
+        self._size = np.dtype(dtype).itemsize
+        self._shard_tokens = shard_tokens
+        self._header = HEADER * 4 if shard_tokens and dtype == "uint16" else 0
+        self._open: dict[str, BinaryIO] = {}
+        self._folded = 0  # bytes
+        self._lock: Any = None
+
+    def begin(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Take the folder; returns what an interrupted run with the same `options` had recorded, or {}.
+
+        UserError if another process is writing there. Files of a run with other options are deleted.
+        """
+        try:
+            self._lock = files.lock(self.folder)
+        except UserError as error:
+            raise InUse(str(error)) from None
+        state = {}
+        if (self.folder / "state.json").is_file():
+            state = files.read_json(self.folder / "state.json")
+        if state.get("options") != options:
+            for path in self.folder.iterdir():
+                if path.name != ".lock":
+                    files.remove(path)
+            self._record = {"format": FORMAT, "options": options}
+            return {}
+        self._record = {"format": FORMAT, "options": options}
+        self.tokens = dict(state["tokens"])
+        for split in SPLITS:
+            with self._file(split):  # makes it if the next shard had not begun
+                pass
+            for path in self.folder.glob(f"{split}-*"):
+                number = int(path.name.rpartition("-")[2])
+                if number > self._number(split):
+                    files.remove(path)
+                    continue
+                tokens = self._rest(split) if number == self._number(split) else self._shard_tokens
+                os.truncate(path, self._header + tokens * self._size)
+        self._folded = state["folded"]
+        with self._file("folded") as file:
+            file.truncate(self._folded)
+        return state["progress"]
+
+    def add(self, split: str, ids: bytes) -> None:
+        """Append little-endian ids."""
+        while ids:
+            room = len(ids)
+            if self._shard_tokens:
+                room = (self._shard_tokens - self._rest(split)) * self._size
+            if split not in self._open:
+                self._open[split] = self._file(split)
+                self._open[split].seek(0, os.SEEK_END)
+            self._open[split].write(ids[:room])
+            self.tokens[split] += min(room, len(ids)) // self._size
+            ids = ids[room:]
+            if self._shard_tokens and not self._rest(split):
+                self._flush(split)
+                self._open.pop(split).close()
+
+    def add_folded(self, data: bytes) -> None:
+        """Append what `duplicates` compares: 8 bytes a document."""
+        if "folded" not in self._open:
+            self._open["folded"] = self._file("folded")
+            self._open["folded"].seek(0, os.SEEK_END)
+        self._open["folded"].write(data)
+        self._folded += len(data)
+
+    def _flush(self, split: str) -> None:
+        self._open[split].flush()
+        os.fsync(self._open[split].fileno())
+
+    def record(self, progress: dict[str, Any]) -> None:
+        """Make what was added durable, with the `progress` of whoever adds."""
+        for split in self._open:
+            self._flush(split)
+        state = {**self._record, "tokens": self.tokens, "folded": self._folded, "progress": progress}
+        files.write_json(self.folder / "state.json", state)
+
+    @property
+    def recorded(self) -> bool:
+        return (self.folder / "state.json").is_file()
+
+    def finish(self) -> dict[str, list[tuple[str, Path, int]]]:
+        """Close the files; by split, (final name, path, tokens) of each."""
+        done: dict[str, list[tuple[str, Path, int]]] = {}
+        self.close()
+        for split in SPLITS:
+            done[split] = []
+            for number in range(self._number(split) + 1):
+                full = self._shard_tokens and number < self._number(split)
+                tokens = self._shard_tokens if full else self._rest(split)
+                path = self._path(split, number)
+                if not tokens and (number or self.tokens[split]):  # the last shard was filled to its end
+                    files.remove(path)
+                    continue
+                if self._header:
+                    with path.open("r+b") as file:
+                        file.write(header(tokens))
+                name = f"tokens_{split}_{number:06}.bin" if self._shard_tokens else f"{split}.bin"
+                done[split].append((name, path, tokens))
+        return done
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def give_up(self, keep: bool) -> None:
+        """Leave the folder to a later run, or remove it."""
+        self.close()
+        if not keep:
+            files.remove(self.folder)
+        if self._lock:
+            self._lock.release()
+
+    def _number(self, split: str) -> int:
+        return self.tokens[split] // self._shard_tokens if self._shard_tokens else 0
+
+    def _rest(self, split: str) -> int:
+        return self.tokens[split] % self._shard_tokens if self._shard_tokens else self.tokens[split]
+
+    def _path(self, split: str, number: int) -> Path:
+        return self.folder / f"{split}-{number:06}"
+
+    @property
+    def folded(self) -> Path:
+        return self.folder / "folded"
+
+    def _file(self, name: str) -> BinaryIO:
+        path = self.folded if name == "folded" else self._path(name, self._number(name))
+        if not path.exists():
+            path.write_bytes(b"" if name == "folded" else bytes(self._header))
+        return path.open("r+b", buffering=1 << 20)
+
+
+def publish(out: Path, drafts: dict[str, Path]) -> None:
+    """Rename `drafts` (final name -> path) into `out`, the last of them last, over what was there.
+
+    A reader finds the old dataset, none, or the new one.
+    """
+    for draft in drafts.values():  # a full disk shows here at the latest; the old data is whole yet
+        files.sync(draft)
+    for path in token_files(out):  # old tokens must not meet the new tokenizer
+        files.remove(path)
+    files.sync(out)
+    for name, draft in drafts.items():
+        files.rename(draft, out / name)
+
+
+def token_files(out: Path) -> list[Path]:
+    """The files of tokens in `out` that an earlier run has published."""
+    names = [f"{split}.bin" for split in SPLITS]
+    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
+        splits = files.read_json(out / "meta.json")["splits"]
+        names += [file["name"] for split in SPLITS for file in splits[split]["files"]]
+    return [out / name for name in dict.fromkeys(names) if (out / name).is_file()]
+
+
+def duplicates(folded: Path, one_split: bool = False) -> int:
+    """How many documents of val are also in train, but for case, blanks and punctuation; in `one_split`,
+    how many are like another one.
+
+    `folded` is a file of uint64: fingerprint << 1 | whether the document is val's. Memory does not grow
+    with its length: large files are gone through several times, a share of the fingerprints each.
+    """
+    size = folded.stat().st_size if folded.is_file() else 0
+    if one_split:
+        counts = np.unique(np.fromfile(folded, "<u8") >> 1, return_counts=True)[1]
+        return int(counts[counts > 1].sum())
+    turns = -(-size // (8 * AT_A_TIME)) or 1
+    return sum(_duplicates(folded, turn, turns) for turn in range(turns) if size)
+
+
+def _duplicates(folded: Path, turn: int, turns: int) -> int:
+    val, counts = np.unique(
+        np.concatenate([some[some & 1 == 1] >> 1 for some in _fingerprints(folded, turn, turns)]),
+        return_counts=True,
+    )
+    met = np.zeros(len(val), dtype=bool)
+    for some in _fingerprints(folded, turn, turns):
+        train = some[some & 1 == 0] >> 1
+        if len(val):
+            places = np.minimum(np.searchsorted(val, train), len(val) - 1)
+            met[places[val[places] == train]] = True
+    return int(counts[met].sum())
+
+
+def _fingerprints(folded: Path, turn: int, turns: int) -> Iterator[np.ndarray]:
+    with folded.open("rb") as file:
+        while block := file.read(8 << 20):
+            some = np.frombuffer(block, "<u8")
+            yield some[(some >> 1) % turns == turn]

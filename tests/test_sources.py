@@ -1,0 +1,178 @@
+"""Readers: the same documents from every kind of file, from any place on, and clear words otherwise."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from nanogpt import sources, text
+from nanogpt.errors import UserError
+from nanogpt.text import Texts
+from tests.conftest import documents, words
+
+BODIES = [f"document {i}: {words(1 + i % 40, seed=i)}é 🦊" for i in range(700)]
+
+
+def lines(bodies: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": body}) + "\n" for body in bodies).encode()
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=90)
+
+
+def write(path: Path, bodies: list[str]) -> Path:
+    """`bodies` as a file of the kind that its name says."""
+    table = pa.table({"id": list(range(len(bodies))), "text": bodies})
+    writers = {
+        ".jsonl": lambda: path.write_bytes(lines(bodies)),
+        ".gz": lambda: path.write_bytes(gzip.compress(lines(bodies))),
+        ".xz": lambda: path.write_bytes(lzma.compress(lines(bodies))),
+        ".zst": lambda: path.write_bytes(  # two frames, as parallel compressors write
+            zstandard.compress(lines(bodies[:300])) + zstandard.compress(lines(bodies[300:]))
+        ),
+        ".parquet": lambda: pq.write_table(table, path, row_group_size=120),
+        ".arrow": lambda: write_arrow(path, table),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writers[path.suffix]()
+    return path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset as a repository of the hub holds it: two Parquet files in data/, and a README."""
+    folder = tmp_path / "repository"
+    write(folder / "data" / "train-00000-of-00002.parquet", BODIES[:400])
+    write(folder / "data" / "train-00001-of-00002.parquet", BODIES[400:])
+    (folder / "README.md").write_text("# A dataset\n", encoding="utf-8")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+NAMES = ["x.jsonl", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.zst", "x.parquet", "x.arrow"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_file_holds_the_same_documents(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", 5000)
+    assert documents(text.find([write(tmp_path / name, BODIES)])) == BODIES
+
+
+def test_datasets_of_the_hub_are_streamed(hub):
+    found = sources.hub(str(hub), "text", "")
+    assert documents(Texts([found])) == BODIES
+
+
+@pytest.mark.parametrize("name", [*NAMES, "x.txt", "hub"])
+def test_reading_goes_on_from_any_place(name, tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", 20_000)
+    monkeypatch.setattr(sources, "ROWS", 64)
+    if name == "hub":
+        found = [sources.hub(str(hub), "text", "")]
+    elif name == "x.txt":
+        (tmp_path / "x.txt").write_text("".join(BODIES), encoding="utf-8")
+        found = text.find([tmp_path / "x.txt"]).sources
+    else:
+        found = text.find([write(tmp_path / name, BODIES)]).sources
+    found = [*found, *text.find([write(tmp_path / "last.jsonl", ["the last"])]).sources]
+    reading = sources.Reading()
+
+    def bodies(pieces):
+        for piece in pieces:
+            kind = found[piece.source].kind
+            yield from piece.content if kind == "text" else sources.rows(piece, kind, "text")
+
+    pieces = list(sources.pieces(found, reading))
+    whole = list(bodies(pieces))
+    assert len(pieces) >= 3 and "".join(whole) == "".join([*BODIES, "the last"])
+    for i in (0, 1, len(pieces) // 2, len(pieces) - 2):
+        place = json.loads(json.dumps(pieces[i].place))  # as it lies in a file
+        rest = bodies(sources.pieces(found, reading, (pieces[i].source, place)))
+        assert list(rest) == list(bodies(pieces[i + 1 :]))
+
+
+def test_patterns_and_folders_find_files_of_rows(tmp_path):
+    for i, name in enumerate(NAMES):
+        write(tmp_path / "a" / "b" / f"{i}-{name}", BODIES[i * 100 : i * 100 + 100])
+    assert len(documents(text.find([tmp_path / "a" / "*" / "*.jsonl*"]))) == 400
+    assert documents(text.find([tmp_path / "**" / "*-x.parquet"])) == BODIES[400:500]
+    assert documents(text.find([tmp_path / "a"])) == BODIES[:600]
+    with pytest.raises(UserError, match=r"\*\.nothing: there is no such file"):
+        text.find([tmp_path / "*.nothing"])
+
+
+def test_a_readme_beside_tables_is_no_document(hub):
+    found = text.find([hub])
+    assert documents(found) == BODIES
+    assert found.skipped == [("repository/README.md", "not a table, as others in its folder are")]
+
+
+def test_empty_and_missing_values_are_rows_without_a_character(tmp_path):
+    pq.write_table(pa.table({"text": ["one", "", None, "two"]}), tmp_path / "x.parquet")
+    assert documents(text.find([tmp_path / "x.parquet"])) == ["one", "two"]
+
+
+# ----------------------------------------------------------------------------- bad input
+
+
+def refusal(path: Path, text_key: str = "text") -> str:
+    with pytest.raises(UserError) as error:
+        found = text.find([path])
+        sources.check_columns(found.sources, text_key)
+        documents(found)
+    assert "\n" not in str(error.value) and path.name in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_a_table_without_the_column_says_which_there_are(name, tmp_path):
+    said = refusal(write(tmp_path / name, BODIES), "body")
+    assert "the column 'body' is not there; the columns there are: id (int64), text (string)" in said
+    assert "'id' is of type int64" in refusal(tmp_path / name, "id")
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_half_a_file_is_named(name, tmp_path):
+    path = write(tmp_path / name, BODIES)
+    path.write_bytes(path.read_bytes()[:-2000])
+    said = refusal(path)
+    assert "fetch it again" in said and ("damaged" in said or "no whole" in said)
+
+
+def test_a_broken_line_is_found_in_a_compressed_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", 3000)
+    path = tmp_path / "x.jsonl.xz"
+    path.write_bytes(lzma.compress(lines(BODIES[:200]) + b"\n{broken\n" + lines(BODIES)))
+    assert "x.jsonl.xz, line 202 is not valid JSON" in refusal(path)
+    path.write_bytes(lzma.compress(lines(BODIES[:3]) + b'{"text": "\xff"}\n'))
+    assert "x.jsonl.xz, line 4 is not valid JSON: 'utf-8' codec can't decode" in refusal(path)
+    path.write_bytes(lzma.compress(b'{"body": "a", "id": 3}\n'))
+    assert "choose with --text_key among body" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no-such-dataset-anywhere", r"--hub=no-such-dataset-anywhere: .*; put it there"),
+        ("{hub}:another", "'another' not found. Available: .*default"),
+        ("{hub}::test", "Bad split: test"),
+    ],
+)
+def test_a_dataset_that_cannot_be_had_is_one_line(name, reason, hub, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=reason) as error:
+        sources.hub(name.format(hub=hub), "text", "put it there")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"'body' is not there; the columns there are: id \(int64\), text"):
+        sources.hub(str(hub), "body", "")
