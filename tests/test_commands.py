@@ -29,6 +29,7 @@ TINY = {
     "bench.py": "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --device=cpu --steps=3 --warmup_steps=1",
     "data/shakespeare_char/prepare.py": "--input={texts}/tinyshakespeare.txt",
     "data/shakespeare/prepare.py": "--input={texts}/tinyshakespeare.txt",
+    "data/openwebtext/prepare.py": "--source={texts}/english/sample.jsonl --val_fraction=0.1",
 }
 CPU_COMMAND = (
     "python train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
@@ -43,6 +44,7 @@ NOW = [  # in the order of a reader's first day
     "python sample.py --out_dir=out-shakespeare-char",
     "python sample.py --out_dir=out-shakespeare-char --device=cpu",
     "python data/shakespeare/prepare.py",
+    "python data/openwebtext/prepare.py",
     "python train.py config/train_gpt2.py",
     "python train.py",
     "python train.py --batch_size=32 --compile=False",
@@ -51,7 +53,6 @@ NOW = [  # in the order of a reader's first day
     "python bench.py",
 ]
 NOT_YET = {
-    "python data/openwebtext/prepare.py": "the pipeline for large data sets",
     "torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py": "many processes",
     "torchrun --standalone --nproc_per_node=4 train.py": "many processes",
     "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 "
@@ -84,7 +85,7 @@ def checkout(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     folder = checkout(tmp_path_factory.mktemp("clone"))
-    (folder / "data" / "openwebtext").mkdir()
+    (folder / "data" / "openwebtext").mkdir(exist_ok=True)
     ids = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")
     for split in ("train", "val"):  # as nanoGPT leaves them
         ids.tofile(folder / "data" / "openwebtext" / f"{split}.bin")
@@ -146,7 +147,7 @@ def commands_in(document: str) -> list[str]:
     return [line for line in lines if re.match(r"(python|torchrun) ", line)]
 
 
-PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/data.md"]
 OURS = [(page, command) for page in PAGES for command in commands_in(page)]
 PARSERS = {"train.py": train.Config, "sample.py": sample.Config}
 

@@ -1,0 +1,137 @@
+"""The programs that prepare much text, on little of the same format."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanogpt import data, tokenizer
+from nanogpt.errors import UserError
+from tests.conftest import words
+from tests.test_prepare import assert_refused, prepare
+
+
+@pytest.fixture(scope="module")
+def texts(data_folder: Path) -> list[str]:
+    lines = (data_folder / "english" / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def repository(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset as it lies on the hub: Parquet files in a folder, and a README."""
+    folder = tmp_path_factory.mktemp("repository")
+    for i, part in enumerate((texts[:200], texts[200:])):
+        path = folder / "data" / f"train-0000{i}-of-00002.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": [f"<{n}>" for n in range(len(part))], "text": part}), path)
+    (folder / "README.md").write_text("# Web pages\n", encoding="utf-8")
+    return folder
+
+
+def documents_of(out: Path) -> list[list[int]]:
+    """The documents of both splits, sorted."""
+    loaded = data.load(out)
+    found = []
+    for tokens in (loaded.train, loaded.val):
+        ids = tokens.read(0, len(tokens))
+        ends = np.flatnonzero(ids == 50256)
+        assert ends[-1] == len(ids) - 1
+        found += [part[part != 50256].tolist() for part in np.split(ids, ends + 1)[:-1]]
+    return sorted(found)
+
+
+def test_web_pages_become_the_tokens_of_gpt2(repository, texts, tmp_path, data_folder):
+    common = ["--val_fraction=0.05", "--seed=1", f"--gpt2_bpe={data_folder / 'gpt2'}"]
+    splits = []
+    for name, source in [
+        ("openwebtext", f"--source={repository}"),
+        ("openwebtext", f"--hub={repository}"),
+        ("fineweb_edu", f"--source={repository / 'data'}/*.parquet"),
+    ]:
+        out = tmp_path / str(len(splits))
+        shard = ["--shard_tokens=50000"] if name == "fineweb_edu" else []
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+        run = prepare(f"{name}/prepare.py", source, f"--out={out}", *common, *shard, **offline)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert "326 documents" in run.stdout and "bytes per token: 4." in run.stdout
+        loaded = data.load(out)
+        splits.append([part.read(0, len(part)) for part in (loaded.train, loaded.val)])
+    for train, val in splits[1:]:
+        assert np.array_equal(train, splits[0][0]) and np.array_equal(val, splits[0][1])
+    assert len(list(out.glob("tokens_train_*.bin"))) > 5
+    tokens = tokenizer.gpt2(str(data_folder / "gpt2"))
+    assert documents_of(out) == sorted(tokens.encode(text).tolist() for text in texts)
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+def test_without_the_net_one_line_says_what_to_do(name, tmp_path, data_folder):
+    out = tmp_path / "out"
+    bpe = f"--gpt2_bpe={data_folder / 'gpt2'}"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    assert_refused(
+        prepare(f"{name}/prepare.py", f"--out={out}", bpe, **offline),
+        "put its parquet files into a folder and give --source=FOLDER",
+        out,
+    )
+    if name == "fineweb_edu":
+        return
+    nowhere = {**offline, "NANOGPT_CACHE": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    assert_refused(prepare(f"{name}/prepare.py", f"--out={out}", **nowhere), "put that file at", out)
+
+
+def test_a_vocabulary_is_trained_and_used_again(tmp_path):
+    bodies = [f"Grüße {i}, 世界! {words(60, seed=i)}" for i in range(200)]
+    lines = "".join(json.dumps({"body": body}) + "\n" for body in bodies)
+    (tmp_path / "x.jsonl").write_text(lines, encoding="utf-8")
+    text = [tmp_path / "x.jsonl", "--text_key=body"]
+    run = prepare("prepare.py", *text, f"--out={tmp_path / 'a'}", "--tokenizer=bpe:400")
+    assert run.returncode == 0 and "tokenizer: hf, vocab size: 400" in run.stdout, run.stderr
+    whole = sum(len(body.encode()) for body in bodies)
+    loaded = data.load(tmp_path / "a")
+    tokens = len(loaded.train) + len(loaded.val)
+    assert f"bytes per token: {whole / tokens:.2f}" in run.stdout
+    for again in (tmp_path / "a", tmp_path / "a" / "tokenizer.json"):
+        run = prepare("prepare.py", *text, f"--out={tmp_path / 'b'}", f"--tokenizer={again}")
+        assert run.returncode == 0, run.stderr
+        for name in ("train.bin", "val.bin", "meta.json"):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    made = tokenizer.from_file(tmp_path / "a")
+    ids = loaded.train.read(0, len(loaded.train))
+    back = tokenizer.decode(made, ids.tolist()).split("<|endoftext|>")
+    assert len(back) > 150 and set(back[:-1]) <= set(bodies) and back[-1] == ""
+
+
+def test_new_options_are_checked_and_explained(tmp_path):
+    text, out = tmp_path / "x.txt", tmp_path / "out"
+    text.write_text("some text " * 200, encoding="utf-8")
+    pq.write_table(pa.table({"content": ["a"], "n": [1]}), tmp_path / "x.parquet")
+    for arguments, reason in [
+        ([text, "--tokenizer=bpe:many"], "give a number of tokens above 257, as in bpe:8192"),
+        ([text, "--tokenizer=bpe:257"], "give a number of tokens above 257"),
+        ([text, "--tokenizer=no/tokenizer.json"], "and no tokenizer.json"),
+        ([text, f"--tokenizer={text}"], "is not a tokenizer"),
+        ([text, "--workers=-1"], "a whole number >= 0"),
+        ([tmp_path / "x.parquet"], "the columns there are: content (string), n (int64)"),
+        ([tmp_path / "x.parquet", "--text_key=n"], "'n' is of type int64"),
+        ([tmp_path / "*.zst"], "there is no such file"),
+        ([f"--hub={tmp_path / 'nothing'}"], "--hub="),
+    ]:
+        assert_refused(prepare("prepare.py", *arguments, f"--out={out}", HF_HUB_OFFLINE="1"), reason, out)
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("pyarrow", "x.parquet"), ("zstandard", "x.jsonl.zst"), ("datasets", "--hub=x")]
+)
+def test_a_package_that_is_missing_is_named(package, name, tmp_path, monkeypatch):
+    from nanogpt import corpus
+
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd" + b"x" * 100)
+    paths, hub = ([], "x") if name.startswith("--") else ([tmp_path / name], "")
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        corpus.prepare(paths, tmp_path / "out", hub=hub)
+    assert not (tmp_path / "out").exists()
