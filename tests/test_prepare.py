@@ -118,7 +118,7 @@ def test_options_are_checked_and_explained(tmp_path):
         ([text, "--out="], "name a text to prepare"),
         ([tmp_path / "no.txt", f"--out={out}"], "there is no such file"),
         ([text, f"--out={out}", "--val_fraction=1"], "must lie between 0 and 1"),
-        ([text, f"--out={out}", "--tokenizer=morse"], "one of auto, char, byte, gpt2"),
+        ([text, f"--out={out}", "--tokenizer=morse"], "none of auto, char, byte, gpt2"),
         ([text, f"--out={out}", "--encoding=latin-99"], "there is no such encoding"),
         ([text, f"--out={out}", "--gpt2_bpe=vocab.bpe"], "needs --tokenizer=gpt2"),
     ]:
