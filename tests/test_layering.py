@@ -9,11 +9,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"files", "download"},
-    {"config", "schedule", "flops", "tokenizer", "order"},
-    {"options", "text", "runtime", "data", "metrics", "position"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance"},
+    {"options", "text", "runtime", "data", "metrics", "position", "tasks"},
     {"corpus", "model"},
-    {"optim", "parallel", "checkpoint", "generate"},
-    {"steps"},
+    {"optim", "parallel", "checkpoint", "generate", "scoring"},
+    {"steps", "evals", "harness"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
@@ -21,7 +21,7 @@ PYTHON = [
     *PROGRAMS,
     *(p for d in ("nanogpt", "tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"options", "text", "corpus"}  # they do without torch
+PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2] | {"options", "text", "corpus", "tasks"}  # they do without torch
 
 
 def imported(path: Path) -> set[str]:
