@@ -1,6 +1,5 @@
 """Scores: against lm-eval's own code, against a plain reference, and the same in any batch."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -9,11 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt import evals, scoring, tasks, tokenizer
+from benchmarks.against_lm_eval import by_lm_eval, given_by, likelihoods, same_prediction
+from nanogpt import evals, harness, scoring, tasks, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import generate
 from nanogpt.scoring import Ids, Requests, Subject, Windows
-from tests.subjects import LETTERS, by_lm_eval, lm_eval_task, subject_of
+from tests.subjects import LETTERS, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +221,8 @@ def test_an_item_without_context(letters, gpt2):
 # ----------------------------------------------------------------------------- lm-eval says the same
 
 
-def lines(path, count: int) -> list[dict]:
-    with tasks._open(path) as file:
-        return [json.loads(line) for _, line in zip(range(count), file, strict=False)]
+def first_rows(path, count: int) -> list[dict]:
+    return [row for _, (_, row) in zip(range(count), tasks.file_rows(path), strict=False)]
 
 
 @pytest.mark.parametrize(
@@ -231,81 +230,31 @@ def lines(path, count: int) -> list[dict]:
     [("hellaswag_val_raw500.jsonl", 40, True), ("hellaswag_val.jsonl.xz", 10, False)],
 )
 def test_hellaswag_equals_lm_eval(gpt2, data_folder, tmp_path, file, count, are_cut):
-    from lm_eval.tasks.hellaswag.utils import preprocess
-
-    from nanogpt import harness
-
-    def process(rows):
-        def one(row):
-            return {
-                "query": preprocess(row["activity_label"] + ": " + row["ctx"]),
-                "choices": [preprocess(ending) for ending in row["endings"]],
-                "gold": int(row["label"]),
-            }
-
-        return rows.map(one)
-
     path = data_folder / "hellaswag" / file
-    theirs_task = lm_eval_task(
-        tmp_path,
-        "hellaswag_local",
-        lines(path, count),
-        process_docs=process,
-        output_type="multiple_choice",
-        doc_to_text="{{query}}",
-        doc_to_target="{{label}}",
-        doc_to_choice="choices",
-        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
-    )
-    samples, scores = by_lm_eval(theirs_task, harness.adapter(gpt2))
+    samples, scores = by_lm_eval(tmp_path, "hellaswag", first_rows(path, count), harness.adapter(gpt2))
     report = evals.run_task(tasks.load(f"hellaswag:{path}", limit=count), gpt2)
     for row, sample in zip(report.rows, samples, strict=True):
-        theirs = [value for value, _ in sample["filtered_resps"]]
-        np.testing.assert_allclose(row["loglikelihoods"], theirs, atol=1e-3)
-        assert (row["prediction"] == row["label"]) == bool(sample["acc"])
-        assert (row["prediction_norm"] == row["label"]) == bool(sample["acc_norm"])
+        np.testing.assert_allclose(likelihoods(row), given_by(sample), atol=1e-3)
+        assert same_prediction(row, sample)
     for name in ("acc", "acc_norm"):
         assert report.metrics[name].value == pytest.approx(scores[f"{name},none"])
-    assert (0 < report.counts["endings cut to fit the context"] < 160) == are_cut
+    assert (0 < report.counts["endings cut to fit the context"] < 4 * count) == are_cut
 
 
 def test_lambada_equals_lm_eval(gpt2, data_folder, tmp_path):
-    from nanogpt import harness
-
     path = data_folder / "lambada" / "lambada_test_0001-1000.jsonl"
-    theirs_task = lm_eval_task(
-        tmp_path,
-        "lambada_local",
-        lines(path, 50),
-        output_type="loglikelihood",
-        doc_to_text="{{text.split(' ')[:-1]|join(' ')}}",
-        doc_to_target="{{' '+text.split(' ')[-1]}}",
-        metric_list=[{"metric": "perplexity"}, {"metric": "acc"}],
-    )
-    samples, scores = by_lm_eval(theirs_task, harness.adapter(gpt2))
+    samples, scores = by_lm_eval(tmp_path, "lambada", first_rows(path, 50), harness.adapter(gpt2))
     report = evals.run_task(tasks.load(f"lambada:{path}", limit=50), gpt2)
     for row, sample in zip(report.rows, samples, strict=True):
-        value, greedy = sample["filtered_resps"][0]
-        assert row["loglikelihood"] == pytest.approx(value, abs=1e-3) and row["correct"] == greedy
+        np.testing.assert_allclose(likelihoods(row), given_by(sample), atol=1e-3)
+        assert same_prediction(row, sample)
     assert report.metrics["acc"].value == pytest.approx(scores["acc,none"])
     assert report.metrics["perplexity"].value == pytest.approx(scores["perplexity,none"], rel=1e-4)
 
 
 def test_perplexity_equals_lm_eval(gpt2, data_folder, tmp_path):
-    from nanogpt import harness
-
     text = (data_folder / "wikitext-2" / "valid.txt").read_text(encoding="utf-8")[:6000]
-    names = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-    task = lm_eval_task(
-        tmp_path,
-        "text_local",
-        [{"page": text}],
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{page}}",
-        metric_list=[{"metric": name} for name in names],
-    )
-    _, scores = by_lm_eval(task, harness.adapter(gpt2))
+    _, scores = by_lm_eval(tmp_path, "text", [{"page": text}], harness.adapter(gpt2))
     ids = scoring.encode_text(text, gpt2.tokenizer)
     report = evals.run_text("x", Windows([ids], 96, 96), gpt2, words=evals.count_words(text))
     for name in ("word_perplexity", "bits_per_byte"):

@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
+from benchmarks.against_lm_eval import by_lm_eval
 from nanogpt import harness, scoring
 from nanogpt.errors import UserError
-from tests.subjects import LETTERS, by_lm_eval, lm_eval_task, subject_of
+from tests.subjects import LETTERS, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +41,17 @@ def test_generation_stops_where_it_is_told(letters):
 
 def test_lm_eval_asks_for_text(letters, tmp_path):
     rows = [{"q": "abc", "a": greedy(letters, "abc", 6)}, {"q": "fed ", "a": "not this"}]
-    task = lm_eval_task(
+    samples, scores = by_lm_eval(
         tmp_path,
         "generation",
         rows,
+        harness.adapter(letters),
         output_type="generate_until",
         doc_to_text="{{q}}",
         doc_to_target="{{a}}",
         generation_kwargs={"until": ["Z"], "max_gen_toks": 6},
-        metric_list=[{"metric": "exact_match"}],
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
-    samples, scores = by_lm_eval(task, harness.adapter(letters))
     assert scores["exact_match,none"] == 0.5
     assert samples[1]["filtered_resps"] == [greedy(letters, "fed ", 6)]
 
