@@ -14,6 +14,7 @@ LAYERS = [
     {"corpus", "model"},
     {"optim", "parallel", "checkpoint", "generate", "scoring"},
     {"steps", "evals", "harness"},
+    {"watch"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
