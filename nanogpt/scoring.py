@@ -6,8 +6,9 @@ out of any batch size but for rounding. The head is applied to scored positions 
 with 50,257 ids it would else cost more than the rest of a small model, and more memory than a large one.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from nanogpt.errors import UserError
 from nanogpt.model import GPT
-from nanogpt.runtime import Machine
+from nanogpt.runtime import DTYPES, Machine
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # of a batch where none is asked for
@@ -187,6 +188,7 @@ def score(
 
     `advance` is told how many rows are done.
     """
+    subject = _lowered(subject)
     for numbers in batches(rows.lengths, subject.budget, rank, world_size):
         picked = [rows[int(i)] for i in numbers]
         ids = np.zeros((len(picked), max(len(row) for row, _ in picked)), dtype=np.int64)
@@ -201,6 +203,15 @@ def score(
             yield int(number), losses[start:end], bool(first[start:end].all())
             start = end
         advance(len(picked))
+
+
+def _lowered(subject: Subject) -> Subject:
+    """With a copy of the model in the number format of its machine's CPU, as Machine.in_dtype computes."""
+    machine = subject.machine
+    if machine.device.type != "cpu" or machine.dtype == "float32":
+        return subject
+    model = copy.deepcopy(subject.model).to(DTYPES[machine.dtype])
+    return replace(subject, model=model, machine=replace(machine, dtype="float32"))
 
 
 def _losses(subject: Subject, ids: Tensor, scored: Tensor, greedy: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -65,6 +65,23 @@ def test_the_head_works_in_parts(letters, monkeypatch):
         np.testing.assert_allclose(nats, expected, atol=1e-5)
 
 
+def test_bfloat16_scores_what_train_py_scores_in_it(letters):
+    """The weights in bfloat16 and all that follows, and the model itself left as it was."""
+    before = {name: tensor.clone() for name, tensor in letters.model.state_dict().items()}
+    subject = replace(letters, machine=replace(letters.machine, dtype="bfloat16"))
+    rows = Requests(random_pairs(20), 24)
+    compute = subject.machine.in_dtype(letters.model)
+    for number, nats, _ in scoring.score(subject, rows):
+        ids, scored = rows[number]
+        idx = torch.from_numpy(ids)[None]
+        with torch.no_grad():
+            logits = compute(idx[:, :-1])[0][0]
+        expected = F.cross_entropy(logits, idx[0, 1:], reduction="none")[-scored:]
+        np.testing.assert_allclose(nats, expected.numpy(), atol=0.05)
+    assert {p.dtype for p in letters.model.parameters()} == {torch.float32}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in letters.model.state_dict().items())
+
+
 def test_rows_are_cut_from_the_left(letters):
     rows = Requests([([1] * 30, [2, 3]), ([1], list(range(9)) * 4), ([4], [5])], 24)
     assert rows.cut.tolist() == [True, True, False]
