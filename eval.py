@@ -6,6 +6,7 @@
     python eval.py out-mine --tasks=hellaswag:hellaswag_val.jsonl,questions.jsonl
     python eval.py out-mine --tasks=lm_eval:arc_easy,piqa     # by lm-eval: pip install 'nanogpt[lm-eval]'
     python eval.py out-a --against=out-b --tasks=hellaswag    # the same items: is a better than b?
+    python eval.py out-a --against=out-a/step-001000          # has it still learned since?
 
 docs/evaluation.md has the fields of task files and says what each number means.
 """
@@ -31,7 +32,7 @@ class Config:
     # which model
     out_dir: str = "out"  # a run folder of train.py; `eval.py FOLDER` is the same
     which: str = "best"  # its checkpoint: best (lowest validation loss), last, or a step number
-    against: str = ""  # another run folder: the same items, the difference and its significance
+    against: str = ""  # another run, or one of its step-... folders: the difference and its significance
     # what to score it on; nothing: the validation split of the dataset it was trained on
     dataset: str = ""  # a folder in data/, or any path that data/prepare.py wrote
     split: Literal["val", "train"] = "val"  # which of its splits
@@ -100,13 +101,18 @@ def check(config: Config, has_lm_eval: bool) -> None:
 
 
 def open_model(name: str, config: Config) -> Opened:
-    """The checkpoint --which of the run folder `name`; UserError if there is none or it lacks a part."""
+    """The checkpoint --which of the run folder `name`, or the checkpoint folder `name`; UserError if there
+    is none or it lacks a part."""
     out = Path(name)
-    found, damage = checkpoint.find(out, config.which)
-    for line in damage:
-        print(f"skipped a damaged checkpoint: {line}", file=sys.stderr)
-    if found is None:
-        raise UserError(f"no checkpoint in {out}: give the --out_dir of a run that train.py has saved")
+    if (out / "manifest.json").is_file():
+        found, out = checkpoint.verify(out), out.parent
+    else:
+        newest, damage = checkpoint.find(out, config.which)
+        for line in damage:
+            print(f"skipped a damaged checkpoint: {line}", file=sys.stderr)
+        if newest is None:
+            raise UserError(f"no checkpoint in {out}: give the --out_dir of a run that train.py has saved")
+        found = newest
     path = out / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: a run folder holds one; copy it from the run or its dataset")
