@@ -61,14 +61,20 @@ def _shown(metric: Metric) -> str:
 
 
 def run_task(task: Task, subject: Subject, advance: Advance = lambda count: None) -> Report:
-    """Score every item of `task`; `advance` is told how many endings are done.
+    """Score every item of `task`; `advance` is told how many endings are done. UserError for an item that
+    the tokenizer cannot read.
 
     Multiple choice: `acc` takes the ending of the highest likelihood, `acc_norm` divides its logarithm by
     the ending's characters (lm-eval's), `acc_norm_tokens` by its tokens (build-nanogpt's). Cloze: `acc`
     wants every token of the ending to be the first choice; `perplexity` is that of the whole ending.
     """
     started = time.perf_counter()
-    pairs = [pair for item in task.items for pair in encode_item(item, subject.tokenizer)]
+    pairs: list[Pair] = []
+    for number, item in enumerate(task.items, 1):
+        try:
+            pairs += encode_item(item, subject.tokenizer)
+        except UserError as error:  # a character that the vocabulary lacks
+            raise UserError(f"{task.name}, item {number}: {error}") from None
     requests = Requests(pairs, subject.block_size)
     likelihoods, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
     for i, nats, first in score(subject, requests, greedy=task.kind == "cloze", advance=advance):

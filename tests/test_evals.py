@@ -204,6 +204,12 @@ def test_choices_by_hand(letters, monkeypatch):
     assert report.to_json()["items"] == 3 and report.describe().startswith("t: acc 0.6667 ± 0.3333")
 
 
+def test_an_item_that_the_vocabulary_lacks(letters):
+    items = [tasks.Item("ab", ("c",)), tasks.Item("ab", ("Käse",))]
+    with pytest.raises(UserError, match=r"^t, item 2: .*'K'"):
+        evals.run_task(tasks.Task("t", "cloze", items), letters)
+
+
 def test_a_cloze_is_right_if_the_model_would_write_it(letters):
     start = LETTERS.encode_prompt("abc def")
     made = generate(
