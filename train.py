@@ -30,10 +30,11 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
 from nanogpt.schedule import Schedule
+from nanogpt.watch import Watch, WatchOptions
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions):
+class Config(ModelOptions, OptimizerOptions, MachineOptions, WatchOptions):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
     init_from: Literal["scratch", "resume", "auto"] = "scratch"  # auto: resume if there is a run
@@ -88,6 +89,7 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    watch: Watch
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -144,6 +146,9 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         last = progress.iter_num >= config.max_iters
         if (progress.iter_num % config.eval_interval == 0 or last) and progress.val_loss is None:
             improved = evaluate(run, stop, log)
+        write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
+        for line in run.watch.look(run.model, progress.iter_num, last, write, stop.asked):
+            tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
         leaving = last or bool(stop.reason)
@@ -333,7 +338,8 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
         scaler.load_state_dict(resumed.state["scaler"])
         if moved := resumed.moved(machine.environment()):
             print(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
-    return Run(config, machine, dataset, batches, model, optimizer, scaler, progress)
+    watch = Watch(config, Path(config.out_dir), config.eval_interval, dataset.tokenizer, machine)
+    return Run(config, machine, dataset, batches, model, optimizer, scaler, progress, watch)
 
 
 def open_folder(run: Run, resumed: Checkpoint | None) -> FileLock:
@@ -344,6 +350,7 @@ def open_folder(run: Run, resumed: Checkpoint | None) -> FileLock:
         print(notice)
     if resumed:
         metrics.rewind(out, resumed.iter_num, evaluated=run.progress.val_loss is not None)
+        run.watch.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
     about = {
         "options": asdict(run.config),

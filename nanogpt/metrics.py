@@ -49,8 +49,8 @@ def tracker(wandb_log: bool, project: str, name: str, config: dict[str, Any]) ->
 class Log:
     """Where a run's numbers go: the console, metrics.jsonl (a JSON object a line, flushed), a tracker.
 
-    A row has "event" ("step" or "eval") and "iter": the number of the update it describes for a step,
-    the number of updates done for an evaluation.
+    A row has "event" ("step", "eval" or "tasks") and "iter": the number of the update it describes for a
+    step, the number of updates done for the others.
     """
 
     def __init__(self, run: Path, tracker: Tracker, peak_share: float | None):
@@ -74,6 +74,10 @@ class Log:
     def evaluation(self, iter_num: int, tokens: int, **values: Any) -> None:
         """The weights after `iter_num` updates and `tokens`; train.py has printed it."""
         self._write("eval", iter_num, tokens, values)
+
+    def tasks(self, iter_num: int, tokens: int, **values: Any) -> None:
+        """Scores of the weights after `iter_num` updates and `tokens`."""
+        self._write("tasks", iter_num, tokens, values)
 
     def _write(self, event: str, iter_num: int, tokens: int, values: dict[str, Any]) -> None:
         row = {"event": event, "iter": iter_num, "tokens": tokens, **values}
@@ -102,11 +106,11 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 def rewind(run: Path, iter_num: int, evaluated: bool) -> None:
     """Forget the rows that a resumed run will write again: those after update `iter_num`, and the
-    evaluation there unless the checkpoint was `evaluated`."""
+    evaluation there unless the checkpoint was `evaluated`. Scores of tasks there are of its weights."""
     if not (run / NAME).is_file():
         return
-    last_eval = iter_num if evaluated else iter_num - 1
-    kept = [r for r in read(run) if r["iter"] <= (last_eval if r["event"] == "eval" else iter_num - 1)]
+    last = {"eval": iter_num if evaluated else iter_num - 1, "tasks": iter_num}
+    kept = [row for row in read(run) if row["iter"] <= last.get(row["event"], iter_num - 1)]
     files.write_text(run / NAME, "".join(json.dumps(row) + "\n" for row in kept))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import bench
+import eval as evaluation
 import sample
 import train
 from nanogpt.config import assignments, read
@@ -26,6 +27,7 @@ SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --gra
 TINY = {
     "train.py": f"{SMALL} --max_iters=2 --eval_iters=1 --warmup_iters=1 --lr_decay_iters=2 --device=cpu",
     "sample.py": "--num_samples=2 --max_new_tokens=5 --device=cpu",
+    "eval.py": "--device=cpu --limit=5",
     "bench.py": "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --device=cpu --steps=3 --warmup_steps=1",
     "data/shakespeare_char/prepare.py": "--input={texts}/tinyshakespeare.txt",
     "data/shakespeare/prepare.py": "--input={texts}/tinyshakespeare.txt",
@@ -147,7 +149,7 @@ def commands_in(document: str) -> list[str]:
     return [line for line in lines if re.match(r"(python|torchrun) ", line)]
 
 
-PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/data.md"]
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/data.md", "docs/evaluation.md"]
 OURS = [(page, command) for page in PAGES for command in commands_in(page)]
 PARSERS = {"train.py": train.Config, "sample.py": sample.Config}
 
@@ -159,6 +161,8 @@ def test_commands_of_our_own_pages_have_valid_options(page, command):
     assert (ROOT / program).is_file()
     if program in PARSERS:
         read(PARSERS[program], given)
+    if program == "eval.py":
+        read(evaluation.Config, given, arguments=True)
     if program == "bench.py":
         read(bench.Config, given, other_keys=frozenset(vars(train.Config)))
 

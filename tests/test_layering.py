@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"files", "download", "bpe", "pool"},
-    {"config", "schedule", "flops", "tokenizer", "order"},
-    {"options", "text", "shards", "runtime", "data", "metrics", "position"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance"},
+    {"options", "text", "shards", "runtime", "data", "metrics", "position", "tasks"},
     {"sources", "model"},
-    {"encode", "optim", "parallel", "checkpoint", "generate"},
-    {"survey", "steps"},
-    {"corpus"},
+    {"encode", "optim", "parallel", "checkpoint", "generate", "scoring"},
+    {"survey", "steps", "evals", "harness"},
+    {"corpus", "watch"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
@@ -22,9 +22,8 @@ PYTHON = [
     *PROGRAMS,
     *(p for d in ("nanogpt", "tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = (
-    LAYERS[0] | LAYERS[1] | LAYERS[2] | {"options", "text", "shards", "sources", "encode", "survey", "corpus"}
-)  # they do without torch
+PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2]  # they do without torch
+PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks"}
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,246 @@
+"""Scores of a model: tasks (multiple choice, cloze) and the perplexity of texts, each with its error.
+
+The same rules as lm-eval's, so the same numbers (tests/test_evals.py compares): how contexts are joined
+and cut, how texts longer than the context are windowed, what acc_norm divides by.
+"""
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nanogpt import significance
+from nanogpt.errors import UserError
+from nanogpt.scoring import Advance, Pair, Requests, Subject, Windows, beginning, score
+from nanogpt.significance import Difference, Metric
+from nanogpt.tasks import Item, Task
+from nanogpt.tokenizer import Tokenizer
+
+Totals = dict[str, tuple[np.ndarray, np.ndarray | None]]  # metric -> values (n,), and sizes if not 1
+STRETCH = 2048  # bytes of text that count as one item for standard errors; fewer in a short text
+STRETCHES = 100  # so many there should be
+
+
+@dataclass(frozen=True)
+class Report:
+    """One task or text: its metrics, and what a paired comparison and --items need."""
+
+    name: str
+    kind: str  # "choice", "cloze" or "text"
+    metrics: dict[str, Metric]
+    counts: dict[str, int]
+    seconds: float
+    totals: Totals  # of items, for each metric that can be compared
+    rows: list[dict[str, Any]]  # of items
+
+    def describe(self) -> str:
+        """One line: acc 0.2533 ± 0.0043, ...; 10,042 items in 80 s."""
+        parts = [f"{name} {_shown(metric)}" for name, metric in self.metrics.items()]
+        counts = [f"{count:,} {what}" for what, count in self.counts.items() if count]
+        return f"{self.name}: {', '.join(parts)}; {', '.join(counts)} in {self.seconds:.1f} s"
+
+    def to_json(self) -> dict[str, Any]:
+        """Metrics and their standard errors by name (null where there is none), and the counts."""
+        found: dict[str, Any] = {"kind": self.kind}
+        for name, metric in self.metrics.items():
+            for key, value in ((name, metric.value), (f"{name}_stderr", metric.stderr)):
+                found[key] = value if math.isfinite(value) else None
+        return found | self.counts | {"seconds": round(self.seconds, 3)}
+
+
+def _shown(metric: Metric) -> str:
+    digits = 4 if abs(metric.value) < 100 else 2
+    error = f" ± {metric.stderr:.{digits}f}" if math.isfinite(metric.stderr) else ""
+    return f"{metric.value:.{digits}f}{error}"
+
+
+# ----------------------------------------------------------------------------- tasks
+
+
+def run_task(task: Task, subject: Subject, advance: Advance = lambda count: None) -> Report:
+    """Score every item of `task`; `advance` is told how many endings are done. UserError for an item that
+    the tokenizer cannot read.
+
+    Multiple choice: `acc` takes the ending of the highest likelihood, `acc_norm` divides its logarithm by
+    the ending's characters (lm-eval's), `acc_norm_tokens` by its tokens (build-nanogpt's). Cloze: `acc`
+    wants every token of the ending to be the first choice; `perplexity` is that of the whole ending.
+    """
+    started = time.perf_counter()
+    pairs: list[Pair] = []
+    for number, item in enumerate(task.items, 1):
+        try:
+            pairs += encode_item(item, subject.tokenizer)
+        except UserError as error:  # a character that the vocabulary lacks
+            raise UserError(f"{task.name}, item {number}: {error}") from None
+    requests = Requests(pairs, subject.block_size)
+    likelihoods, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
+    for i, nats, first in score(subject, requests, greedy=task.kind == "cloze", advance=advance):
+        likelihoods[i], greedy[i] = -nats.sum(), first
+    summarise = _choices if task.kind == "choice" else _clozes
+    metrics, totals, rows = summarise(task.items, pairs, likelihoods, greedy)
+    counts = {"items": len(task.items), "endings cut to fit the context": int(requests.cut.sum())}
+    return Report(task.name, task.kind, metrics, counts, time.perf_counter() - started, totals, rows)
+
+
+def encode_item(item: Item, tokens: Tokenizer) -> list[Pair]:
+    """Context and continuation ids of each ending.
+
+    As in lm-eval blanks at the end of the context belong to the continuation, and the boundary is where
+    the context's own ids end. An empty context is the end of a text, or a new line.
+    """
+    stripped = item.context.rstrip()
+    blanks = item.context[len(stripped) :] + item.joint
+    if not stripped:
+        start = np.array([beginning(tokens)])
+        return [(start, tokens.encode(ending)) for ending in item.endings]
+    border = len(tokens.encode(stripped))
+    pairs = []
+    for ending in item.endings:
+        whole = tokens.encode(stripped + blanks + ending)
+        cut = min(border, len(whole) - 1)
+        pairs.append((whole[:cut], whole[cut:]))
+    return pairs
+
+
+Summary = tuple[dict[str, Metric], Totals, list[dict[str, Any]]]
+
+
+def _choices(items: list[Item], pairs: list[Pair], likelihoods: np.ndarray, greedy: np.ndarray) -> Summary:
+    names = ("acc", "acc_norm", "acc_norm_tokens")
+    right = {name: np.zeros(len(items), dtype=bool) for name in names}
+    rows, start = [], 0
+    for number, item in enumerate(items):
+        own = slice(start, start := start + len(item.endings))
+        sums = likelihoods[own]
+        sizes = (
+            np.ones(len(sums)),
+            np.array([len(ending) for ending in item.endings]),
+            np.array([len(continuation) for _, continuation in pairs[own]]),
+        )
+        chosen = {name: int(np.argmax(sums / size)) for name, size in zip(names, sizes, strict=True)}
+        for name in names:
+            right[name][number] = chosen[name] == item.label
+        rows.append(
+            {
+                "item": number,
+                "label": item.label,
+                **{name.replace("acc", "prediction"): choice for name, choice in chosen.items()},
+                "loglikelihoods": [float(value) for value in sums],
+            }
+        )
+    metrics = {name: significance.mean(right[name]) for name in names}
+    return metrics, {name: (right[name], None) for name in names}, rows
+
+
+def _clozes(items: list[Item], pairs: list[Pair], likelihoods: np.ndarray, greedy: np.ndarray) -> Summary:
+    loss = significance.mean(-likelihoods)
+    metrics = {"acc": significance.mean(greedy), "perplexity": _exp(loss)}
+    rows = [
+        {"item": i, "target": item.endings[0], "correct": bool(right), "loglikelihood": float(value)}
+        for i, (item, right, value) in enumerate(zip(items, greedy, likelihoods, strict=True))
+    ]
+    return metrics, {"acc": (greedy, None), "loss": (-likelihoods, None)}, rows
+
+
+def _exp(loss: Metric) -> Metric:
+    """The perplexity of a loss; its error to first order."""
+    value = math.exp(min(loss.value, 700))
+    return Metric(value, value * loss.stderr)
+
+
+# ----------------------------------------------------------------------------- texts
+
+
+def run_text(
+    name: str,
+    windows: Windows,
+    subject: Subject,
+    words: int = 0,
+    advance: Advance = lambda count: None,
+) -> Report:
+    """Loss (nats a token), perplexity, bits a byte, and with `words` the perplexity of a word.
+
+    Bytes are those of the scored tokens; special tokens have none. Standard errors come from the spread
+    between stretches of up to STRETCH bytes, for neighbouring tokens are not independent. `advance` is
+    told how many windows are done.
+    """
+    started = time.perf_counter()
+    sizes = token_bytes(subject.tokenizer)
+    losses: list[np.ndarray] = [np.zeros(0)] * len(windows)
+    lengths: list[np.ndarray] = [np.zeros(0)] * len(windows)
+    for i, nats, _ in score(subject, windows, advance=advance):
+        losses[i] = nats.astype(np.float32)
+        ids, scored = windows[i]
+        lengths[i] = sizes[ids[len(ids) - scored :]].astype(np.int32)
+    nats, text_bytes = np.concatenate(losses), np.concatenate(lengths)
+    totals, rows = _stretches(nats, text_bytes)
+    loss = significance.mean(*totals["loss"])
+    metrics = {"loss": loss, "perplexity": _exp(loss)}
+    if text_bytes.any():
+        metrics["bits_per_byte"] = significance.mean(*totals["bits_per_byte"])
+    else:
+        del totals["bits_per_byte"]
+    if words:
+        total = float(nats.sum(dtype=np.float64))
+        error = loss.stderr * len(nats) / words
+        metrics["word_perplexity"] = _exp(Metric(total / words, error))
+    counts = {"tokens": len(nats), "bytes": int(text_bytes.sum()), "windows": len(windows)}
+    return Report(name, "text", metrics, counts, time.perf_counter() - started, totals, rows)
+
+
+def _stretches(nats: np.ndarray, text_bytes: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Totals of consecutive stretches of at most STRETCH bytes, each some tokens, not one (where bytes
+    are unknown a token counts as 4)."""
+    sizes = text_bytes.astype(np.int64) if text_bytes.any() else np.full(len(nats), 4)
+    wanted = max(1, int(sizes.sum()) // STRETCHES)
+    stretch = min(STRETCH, max(32, 1 << wanted.bit_length() - 1))  # a power of two: models cut alike
+    number = np.maximum(np.cumsum(sizes) - 1, 0) // stretch
+    _, starts = np.unique(number, return_index=True)
+    sums = np.add.reduceat(nats.astype(np.float64), starts)
+    tokens = np.diff(np.append(starts, len(nats)))
+    found = np.add.reduceat(text_bytes.astype(np.int64), starts)
+    totals = {"loss": (sums, tokens), "bits_per_byte": (sums / math.log(2), found)}
+    rows = [
+        {"item": i, "tokens": int(t), "bytes": int(b), "nats": float(n)}
+        for i, (n, t, b) in enumerate(zip(sums, tokens, found, strict=True))
+    ]
+    return totals, rows
+
+
+def token_bytes(tokens: Tokenizer) -> np.ndarray:
+    """UTF-8 bytes of each id, int64 (V,); the id between documents has none."""
+    sizes = np.array([len(tokens.decode_bytes([i])) for i in range(tokens.vocab_size)], dtype=np.int64)
+    if tokens.end_of_text is not None:
+        sizes[tokens.end_of_text] = 0
+    return sizes
+
+
+def count_words(text: str) -> int:
+    """Words as lm-eval counts them for the perplexity of a word."""
+    return len(re.split(r"\s+", text))
+
+
+# ----------------------------------------------------------------------------- two models
+
+
+def compare(a: Report, b: Report) -> dict[str, Difference]:
+    """a minus b, metric by metric, on the same items; UserError if they are not the same."""
+    found = {}
+    for name, (values, sizes) in a.totals.items():
+        others, other_sizes = b.totals.get(name, (None, None))
+        if others is None:
+            continue
+        if len(values) != len(others):
+            counts = f"{len(values)} and {len(others)}"
+            raise UserError(f"{a.name}: the models were not scored on the same items ({counts} of them)")
+        if (
+            sizes is not None and other_sizes is not None and not np.array_equal(sizes, other_sizes)
+        ):  # different tokenizers
+            if name != "bits_per_byte":
+                continue  # a token is not a token
+            values, others, sizes = values / sizes, others / other_sizes, None
+        found[name] = significance.difference(values, others, sizes)
+    return found

@@ -1,0 +1,144 @@
+"""lm-eval's tasks on our models: an adapter that gives EleutherAI's harness what it asks of a model.
+
+https://github.com/EleutherAI/lm-evaluation-harness: some thousand tasks, the HELM-type ones among them.
+It is an optional package: pip install 'nanogpt[lm-eval]'.
+"""
+
+import difflib
+from typing import Any
+
+import numpy as np
+
+from nanogpt.errors import UserError
+from nanogpt.generate import generate
+from nanogpt.scoring import Requests, Subject, Windows, beginning, encode_text, score
+from nanogpt.tasks import quiet_hub
+from nanogpt.tokenizer import decode
+
+MAX_NEW_TOKENS = 256  # where a task does not say
+
+
+def run(names: list[str], subject: Subject, limit: int = 0) -> dict[str, dict[str, Any]]:
+    """The results of lm-eval's tasks `names` (or paths of its YAML files), by task and metric.
+
+    UserError if the package is missing, a name is unknown, or a data set cannot be had.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("--tasks=lm_eval:... needs a package: pip install 'nanogpt[lm-eval]'") from None
+    are_files = all(name.endswith((".yaml", ".yml")) for name in names)
+    manager = TaskManager(include_defaults=not are_files)  # some 15,000 files to read
+    for name in names:
+        if not name.endswith((".yaml", ".yml")) and name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"lm-eval has no task {name!r}; {hint}lm_eval ls tasks lists them")
+    quiet_hub()
+    try:
+        loaded = manager.load(names)
+    except Exception as error:  # whatever the net, the hub, or a task's own code raise
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise UserError(
+            f"lm-eval cannot load {', '.join(names)} ({type(error).__name__}: {reason}); its data come from "
+            f"the hub: run it once with a net, then HF_HUB_OFFLINE=1 finds them in the cache (HF_HOME)"
+        ) from None
+    inside = {child for children in loaded["group_map"].values() for child in children}
+    wanted = {**loaded["groups"], **loaded["tasks"]}
+    found = simple_evaluate(
+        model=adapter(subject),
+        tasks=[task for name, task in wanted.items() if name not in inside],
+        limit=limit or None,
+        task_manager=manager,
+        log_samples=False,
+    )
+    return {name: _plain(values) for name, values in found["results"].items()}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's "acc,none" is our "acc"; a value that is no number ("N/A") is left out."""
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {key.removesuffix(",none"): value for key, value in numbers.items()}
+
+
+def describe(results: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each task: arc_easy: acc 0.2541 ± 0.0089, ..."""
+    lines = []
+    for task, values in results.items():
+        parts = []
+        for name, value in values.items():
+            if "_stderr" not in name and name != "sample_len":
+                error = values.get(f"{name}_stderr")
+                parts.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+        lines.append(f"{task}: {', '.join(parts)} (lm-eval)")
+    return lines
+
+
+def adapter(subject: Subject) -> Any:
+    """`subject` as an lm_eval.api.model.LM."""
+    from lm_eval.api.model import TemplateLM
+
+    class Adapter(TemplateLM):
+        tokenizer_name = subject.tokenizer.kind
+
+        @property
+        def eot_token_id(self) -> int:
+            return beginning(subject.tokenizer)
+
+        def tok_encode(self, string: str, **unused: Any) -> list[int]:
+            return subject.tokenizer.encode(string).tolist()
+
+        def _loglikelihood_tokens(self, requests: Any, **unused: Any) -> list[tuple[float, bool]]:
+            pairs = [(np.array(context), np.array(after)) for _, context, after in requests]
+            rows = Requests(pairs, subject.block_size)
+            found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+            for i, nats, greedy in score(subject, rows, greedy=True):
+                found[i] = (-float(nats.sum()), greedy)
+            return found
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            texts = {i: encode_text(r.args[0], subject.tokenizer) for i, r in enumerate(requests)}
+            texts = {i: text for i, text in texts.items() if len(text) > 1}  # of an empty text it is 0
+            found = [0.0] * len(requests)
+            if texts:
+                windows = Windows(texts.values(), subject.block_size, subject.block_size)
+                numbers = list(texts)
+                for i, nats, _ in score(subject, windows):
+                    found[numbers[windows.place(i)[0]]] -= float(nats.sum())
+            return found
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return [continuation(subject, *request.args) for request in requests]
+
+    return Adapter()
+
+
+def continuation(subject: Subject, context: str, options: dict[str, Any]) -> str:
+    """What the model writes after `context`, up to the first of the stop texts `until` of lm-eval's
+    generation options."""
+    until = options.get("until") or []
+    stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+    prompt = subject.tokenizer.encode_prompt(context) if context else []
+    limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
+    new_tokens = generate(
+        subject.model.next_logits,
+        prompt or [beginning(subject.tokenizer)],
+        block_size=subject.block_size,
+        num_samples=1,
+        max_new_tokens=limit,
+        temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
+        top_k=int(options.get("top_k") or 0),
+        seed=1337,
+        machine=subject.machine,
+    )
+    ids: list[int] = []
+    for token in new_tokens:
+        ids.append(int(token[0]))
+        text = decode(subject.tokenizer, ids)
+        ends = [text.index(stop) for stop in stops if stop in text]
+        if ends:
+            return text[: min(ends)]
+        if ids[-1] == subject.tokenizer.end_of_text:
+            return decode(subject.tokenizer, ids[:-1])
+    return decode(subject.tokenizer, ids)

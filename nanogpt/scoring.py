@@ -1,0 +1,234 @@
+"""How likely a model finds given text: token by token, in batches of rows of nearly equal length.
+
+A row is the ids of a text, of which the last `scored` are to be predicted. Rows are sorted by length and
+padded on the right: attention is causal, so a row does not see its padding, and the same numbers come
+out of any batch size but for rounding. The head is applied to scored positions only, some at a time:
+with 50,257 ids it would else cost more than the rest of a small model, and more memory than a large one.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanogpt.errors import UserError
+from nanogpt.model import GPT
+from nanogpt.runtime import DTYPES, Machine
+from nanogpt.tokenizer import Tokenizer
+
+BATCH_TOKENS = 8192  # of a batch where none is asked for
+LOGITS_AT_ONCE = {"cuda": 1 << 28, "mps": 1 << 26, "cpu": 1 << 24}  # on a CPU 64 MB, near its caches
+Advance = Callable[[int], object]
+Pair = tuple[np.ndarray, np.ndarray]  # ids of a context, and of what follows it
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and how."""
+
+    model: GPT  # in evaluation mode
+    tokenizer: Tokenizer
+    machine: Machine
+    batch_size: int = 0  # windows of the whole context a batch, shorter rows more; 0: BATCH_TOKENS
+
+    @property
+    def block_size(self) -> int:
+        return self.model.config.block_size
+
+    @property
+    def budget(self) -> int:
+        """Tokens a batch."""
+        return self.batch_size * self.block_size or BATCH_TOKENS
+
+
+# ----------------------------------------------------------------------------- rows
+
+
+class Rows(Protocol):
+    """Texts to score: `lengths` (n,) of their ids, and each one by its number."""
+
+    lengths: np.ndarray
+
+    def __getitem__(self, i: int, /) -> tuple[np.ndarray, int]: ...  # ids int64 (length,), scored
+
+
+class Requests:
+    """Rows of context and continuation ids, cut from the left to `block_size` inputs as lm-eval does;
+    `cut` (n,) says which."""
+
+    def __init__(self, pairs: Sequence[Pair], block_size: int):
+        self.rows = []
+        self.cut = np.zeros(len(pairs), dtype=bool)
+        for i, (context, continuation) in enumerate(pairs):
+            ids = np.concatenate([context, continuation]).astype(np.int64)
+            self.cut[i] = len(ids) > block_size + 1
+            ids = ids[-(block_size + 1) :]
+            self.rows.append((ids, min(len(continuation), len(ids) - 1)))
+        self.lengths = np.array([len(ids) for ids, _ in self.rows], dtype=np.int64)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.rows[i]
+
+
+class Source(Protocol):
+    """Ids of a text that can be read piece by piece; data.Tokens is one."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, count: int) -> np.ndarray: ...
+
+
+class Ids:
+    """A Source in memory."""
+
+    def __init__(self, ids: np.ndarray):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return self.ids[start : start + count]
+
+
+class Windows:
+    """Rows that score every id of `texts` once, but for the first of each text.
+
+    The first window scores all of its ids, each further one `stride` more. It has `block_size` inputs
+    where the text is long enough, so it looks back over ids that were scored before (lm-eval's rolling
+    log-likelihood with context_len = block_size - stride + 1). `limit` takes that many windows, evenly
+    spread. UserError if no text has two ids.
+    """
+
+    def __init__(self, texts: Iterable[Source], block_size: int, stride: int, limit: int = 0):
+        self.texts = [text for text in texts if len(text) > 1]
+        if not self.texts:
+            raise UserError("the text is empty: there is no token to predict from another")
+        self.block_size, self.stride = block_size, stride
+        sizes = np.array([len(text) for text in self.texts])
+        self.counts = 1 - -np.maximum(0, sizes - 1 - block_size) // stride
+        self.ends = np.cumsum(self.counts)
+        every = int(self.ends[-1])
+        self.chosen = np.arange(every)
+        if limit and limit < every:
+            self.chosen = np.linspace(0, every - 1, limit).astype(np.int64)
+        which = np.searchsorted(self.ends, self.chosen, side="right")
+        self.lengths = np.minimum(sizes[which], block_size + 1)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def place(self, i: int) -> tuple[int, int, int]:
+        """The text of window i, where its scored ids begin, and where they end."""
+        number = int(self.chosen[i])
+        which = int(np.searchsorted(self.ends, number, side="right"))
+        turn = number - int(self.ends[which] - self.counts[which])
+        size = len(self.texts[which])
+        first_end = min(size, self.block_size + 1)
+        if turn == 0:
+            return which, 1, first_end
+        begin = first_end + (turn - 1) * self.stride
+        return which, begin, min(size, begin + self.stride)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        which, begin, end = self.place(i)
+        start = max(0, end - self.block_size - 1)
+        return self.texts[which].read(start, end - start), end - begin
+
+
+def encode_text(text: str, tokens: Tokenizer) -> Ids:
+    """The ids of a text after the id that stands before one, where the vocabulary has it: then every
+    token of the text is scored, else all but the first."""
+    start = [] if tokens.end_of_text is None else [tokens.end_of_text]
+    return Ids(np.concatenate([np.array(start, dtype=np.int64), tokens.encode(text)]))
+
+
+def beginning(tokens: Tokenizer) -> int:
+    """The id that stands before a text without context: the end of the one before, else a new line.
+    UserError if the vocabulary has neither."""
+    if tokens.end_of_text is not None:
+        return tokens.end_of_text
+    try:
+        return tokens.encode_prompt("\n")[0]
+    except UserError:
+        raise UserError(f"the {tokens.kind} tokenizer has no id with which a text could begin") from None
+
+
+# ----------------------------------------------------------------------------- scores
+
+
+def batches(lengths: np.ndarray, budget: int, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
+    """The rows (their numbers) of each batch: the longest first, at most `budget` tokens with the padding
+    (one row at least). Of several processes each takes every world_size-th row, so all have equal work."""
+    order = np.argsort(-lengths, kind="stable")[rank::world_size]
+    first = 0
+    while first < len(order):
+        count = max(1, budget // int(lengths[order[first]]))
+        yield order[first : first + count]
+        first += count
+
+
+@torch.inference_mode()
+def score(
+    subject: Subject,
+    rows: Rows,
+    *,
+    greedy: bool = False,
+    advance: Advance = lambda count: None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """For each row its number, the nats of each scored id, float64 (scored,), and with `greedy` whether
+    all of them are the model's first choice. Rows come in the order of `batches`.
+
+    `advance` is told how many rows are done.
+    """
+    subject = _lowered(subject)
+    for numbers in batches(rows.lengths, subject.budget, rank, world_size):
+        picked = [rows[int(i)] for i in numbers]
+        ids = np.zeros((len(picked), max(len(row) for row, _ in picked)), dtype=np.int64)
+        scored = np.zeros(ids.shape, dtype=bool)
+        for i, (row, count) in enumerate(picked):
+            ids[i, : len(row)] = row
+            scored[i, len(row) - count : len(row)] = True
+        losses, first = _losses(subject, torch.from_numpy(ids), torch.from_numpy(scored), greedy)
+        start = 0
+        for number, (_, count) in zip(numbers, picked, strict=True):
+            end = start + count
+            yield int(number), losses[start:end], bool(first[start:end].all())
+            start = end
+        advance(len(picked))
+
+
+def _lowered(subject: Subject) -> Subject:
+    """With a copy of the model in the number format of its machine's CPU, as Machine.in_dtype computes."""
+    machine = subject.machine
+    if machine.device.type != "cpu" or machine.dtype == "float32":
+        return subject
+    model = copy.deepcopy(subject.model).to(DTYPES[machine.dtype])
+    return replace(subject, model=model, machine=replace(machine, dtype="float32"))
+
+
+def _losses(subject: Subject, ids: Tensor, scored: Tensor, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of the `scored` ones of ids (B, T), row after row, and whether each is the likeliest."""
+    model, machine = subject.model, subject.machine
+    ids, scored = ids.to(machine.device), scored.to(machine.device)
+    with machine.autocast():
+        hidden = model.hidden(ids[:, :-1])[scored[:, 1:]]
+    targets = ids[scored]
+    losses, first = [], []
+    at_once = max(1, LOGITS_AT_ONCE[machine.device.type] // model.config.vocab_size)
+    for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+        with machine.autocast():
+            logits = model.head(part)
+        logits = logits.float()
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        if greedy:
+            first.append(logits.argmax(dim=-1) == target)
+    verdicts = torch.cat(first) if greedy else torch.zeros(len(targets), dtype=torch.bool)
+    return torch.cat(losses).double().cpu().numpy(), verdicts.cpu().numpy()

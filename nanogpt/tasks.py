@@ -1,0 +1,327 @@
+"""Task files to items: multiple-choice and cloze questions from JSONL or from the Hugging Face hub.
+
+    hellaswag            from the hub, or the file that was put into the cache folder
+    hellaswag:FILE       from a file: .jsonl, plain or packed (.gz, .xz, .zst)
+    choice:FILE          any multiple-choice file; cloze:FILE any file of texts to be continued
+    FILE                 either, recognised by its fields
+    choice:hub:OWNER/NAME/SPLIT, or OWNER/NAME/CONFIG/SPLIT
+
+Prompts are made as lm-eval makes them, so that scores can be compared: HellaSwag's activity label comes
+before the context, the marks of its WikiHow half are taken out, LAMBADA's target is the last word.
+"""
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from nanogpt import download
+from nanogpt.errors import UserError
+
+Row = dict[str, Any]
+CONTEXT = ("ctx", "context", "question", "query", "prompt")
+ENDINGS = ("endings", "choices")
+LABEL = ("label", "gold", "answer", "answerKey")
+TARGET = ("target", "completion", "response", "answer")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A context and what may follow it; of a cloze item there is one ending, the right one."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int = 0  # the right ending
+    joint: str = " "  # between context and ending
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    kind: str  # "choice" or "cloze"
+    items: list[Item]
+
+
+class _Misfit(ValueError):
+    """What a row lacks, without its place."""
+
+
+# ----------------------------------------------------------------------------- rows to items
+
+
+def hellaswag(row: Row) -> Item:
+    """Zellers et al. 2019. Either `ctx_a` and `ctx_b`, or `ctx`, which is both."""
+    if "ctx_a" in row and "ctx_b" in row:
+        context = _text(row, ("ctx_a",)) + " " + _text(row, ("ctx_b",), empty=True).capitalize()
+    else:
+        context = _text(row, ("ctx",))
+    about = f"{_text(row, ('activity_label',))}: {context}"
+    endings = [_unmarked(ending) for ending in _endings(row)]
+    return _choice(_unmarked(about), endings, _label(row, endings), " ")
+
+
+def _unmarked(text: str) -> str:
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def lambada(row: Row) -> Item:
+    """Paperno et al. 2016, in OpenAI's variant: `text`, whose last word is to be predicted."""
+    context, blank, word = _text(row, ("text",)).rpartition(" ")
+    if not context.strip() or not blank or not word:
+        raise _Misfit("`text` must be words with blanks between them, the last one to be predicted")
+    return Item(context, (word,))
+
+
+def choice(row: Row) -> Item:
+    """Any multiple-choice row; ARC's form too, where `choices` holds `text` and `label`."""
+    endings = _endings(row)
+    context = _text(row, CONTEXT, empty=True)
+    return _choice(context, endings, _label(row, endings), _joint(context, endings))
+
+
+def cloze(row: Row) -> Item:
+    """A context and its continuation, or a `text` whose last word is the continuation."""
+    if "text" in row and not any(name in row for name in CONTEXT):
+        return lambada(row)
+    context, target = _text(row, CONTEXT, empty=True), _text(row, TARGET)
+    return Item(context, (target,), joint=_joint(context, [target]))
+
+
+def _choice(context: str, endings: list[str], label: int, joint: str) -> Item:
+    for number, ending in enumerate(endings):
+        if not ending.strip():
+            raise _Misfit(f"ending {number} is empty")
+    return Item(context, tuple(endings), label, joint)
+
+
+def _joint(context: str, endings: list[str]) -> str:
+    """A blank, unless the file has put one there."""
+    there = context[-1:].isspace() or all(ending[:1].isspace() for ending in endings)
+    return "" if there else " "
+
+
+def _text(row: Row, names: tuple[str, ...], empty: bool = False) -> str:
+    value = _first(row, names)
+    if not isinstance(value, str) or not (value.strip() or empty):
+        wrong = "is empty" if isinstance(value, str) else f"is {value!r:.40}, not text"
+        raise _Misfit(f"`{next(name for name in names if name in row)}` {wrong}")
+    return value
+
+
+def _endings(row: Row) -> list[str]:
+    value = _first(row, ENDINGS)
+    if isinstance(value, dict):
+        value = value.get("text")
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
+        raise _Misfit(f"`{'` or `'.join(ENDINGS)}` must be a list of at least two texts")
+    return value
+
+
+def _label(row: Row, endings: list[str]) -> int:
+    value, choices = _first(row, LABEL), row.get("choices")
+    if isinstance(choices, dict) and isinstance(choices.get("label"), list) and value in choices["label"]:
+        return choices["label"].index(value)
+    try:
+        label = int(value)
+    except (TypeError, ValueError):
+        label = -1
+    if isinstance(value, bool | float) or not 0 <= label < len(endings):
+        raise _Misfit(f"the label is {value!r:.40}, but the endings are numbered 0 to {len(endings) - 1}")
+    return label
+
+
+def _first(row: Row, names: tuple[str, ...]) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    raise _Misfit(f"no `{'` or `'.join(names)}`")
+
+
+# ----------------------------------------------------------------------------- known tasks
+
+
+@dataclass(frozen=True)
+class Known:
+    kind: str
+    item: Callable[[Row], Item]
+    fields: str  # what a row must have, for the message
+    hub: str = ""  # OWNER/NAME/CONFIG/SPLIT
+    file: str = ""  # its name in the cache folder, for machines without a net
+
+
+KNOWN = {
+    "hellaswag": Known(
+        "choice",
+        hellaswag,
+        "`activity_label`, `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label`",
+        "Rowan/hellaswag/validation",
+        "hellaswag_val.jsonl",
+    ),
+    "lambada": Known(
+        "cloze", lambada, "`text`", "EleutherAI/lambada_openai/default/test", "lambada_test.jsonl"
+    ),
+    "choice": Known(
+        "choice",
+        choice,
+        f"a context (`{'`, `'.join(CONTEXT)}`), `endings` or `choices`, and `label` (from 0) or `answerKey`",
+    ),
+    "cloze": Known(
+        "cloze", cloze, f"a context (`{'`, `'.join(CONTEXT)}`) and `target`, or `text` with the last word"
+    ),
+}
+
+
+def load(spec: str, limit: int = 0) -> Task:
+    """The items of `spec` (see the top of this file), the first `limit` of them if that is not 0.
+
+    UserError for an unknown name, a row that is no item (file, line, the fields it has and those it
+    needs), and a hub that cannot be reached (what to put where).
+    """
+    name, colon, place = spec.partition(":")
+    if not colon and name not in KNOWN:
+        if not Path(spec).is_file():
+            raise UserError(f"no task {spec!r}{_nearest(spec)}")
+        name, place = "", spec
+    elif name not in KNOWN:
+        raise UserError(f"no task {name!r} in {spec!r}{_nearest(name)}")
+    elif not place:
+        place = _place(name)
+    rows = hub_rows(place[4:], name) if place.startswith("hub:") else file_rows(Path(place))
+    kind, items = "", []
+    for where, row in islice(rows, limit or None):
+        name = name or _recognised(row)
+        kind = KNOWN[name].kind
+        try:
+            items.append(KNOWN[name].item(row))
+        except _Misfit as problem:
+            there = ", ".join(row) or "none"
+            raise UserError(
+                f"{where} is no {name} item: {problem}. It has the fields {there}; "
+                f"expected: {KNOWN[name].fields}"
+            ) from None
+    if not items:
+        raise UserError(f"{place} holds no items; give a file with one JSON object a line")
+    shown = name if name not in ("choice", "cloze") else Path(place).name.split(".")[0]
+    return Task(shown, kind, items)
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, KNOWN, n=1)
+    hint = f"; did you mean {near[0]!r}" if near else ""
+    return f"{hint}; there are {', '.join(KNOWN)} (NAME or NAME:FILE), a JSONL file, and lm_eval:NAME"
+
+
+def _recognised(row: Row) -> str:
+    if "activity_label" in row:
+        return "hellaswag"
+    return "choice" if any(name in row for name in ENDINGS) else "cloze"
+
+
+def _place(name: str) -> str:
+    """Where a task without a file is: in the cache folder, else on the hub."""
+    known = KNOWN[name]
+    if not known.hub:
+        raise UserError(f"--tasks={name} needs a file: --tasks={name}:FILE.jsonl")
+    for ending in ("", *PACKED):
+        if (file := _cached(known.file + ending)).is_file():
+            return str(file)
+    return f"hub:{known.hub}"
+
+
+def _cached(file: str) -> Path:
+    return download.cache_folder() / "tasks" / file
+
+
+# ----------------------------------------------------------------------------- where rows come from
+
+
+PACKED = (".gz", ".xz", ".zst")
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each object of a JSONL file and its place; UserError names the line of a broken one."""
+    if not path.is_file():
+        raise UserError(f"no task file at {path}")
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except RecursionError:
+                    raise UserError(f"{where} is nested too deeply") from None
+                except ValueError as error:
+                    raise UserError(f"{where} is not valid JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise UserError(f'{where} is not a JSON object; each line must be like {{"...": "..."}}')
+                yield where, row
+    except UserError:
+        raise
+    except Exception as error:  # a packed file that is cut or is none raises one of a dozen kinds
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise UserError(
+            f"{path} cannot be read after line {number}: {error or type(error).__name__}"
+        ) from None
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".xz":
+        import lzma
+
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    if path.suffix == ".gz":
+        import gzip
+
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{path} needs a package: pip install zstandard, or unpack it") from None
+        return zstandard.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def hub_rows(place: str, name: str) -> Iterator[tuple[str, Row]]:
+    """Each row of a data set OWNER/NAME/SPLIT or OWNER/NAME/CONFIG/SPLIT of the Hugging Face hub."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{_elsewhere(place, name)}; the hub itself needs: pip install datasets") from None
+    parts = place.split("/")
+    if len(parts) not in (3, 4):
+        raise UserError(f"hub:{place}: write hub:OWNER/NAME/SPLIT or hub:OWNER/NAME/CONFIG/SPLIT")
+    datasets.disable_progress_bars()
+    quiet_hub()
+    try:
+        found = datasets.load_dataset("/".join(parts[:2]), *parts[2:-1], split=parts[-1])
+    except Exception as error:  # whatever the net, the hub or a missing split raise
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise UserError(
+            f"the hub does not give {place} ({type(error).__name__}: {reason}); {_elsewhere(place, name)}"
+        ) from None
+    for number, row in enumerate(found, 1):
+        yield f"{place}, row {number}", row
+
+
+def quiet_hub() -> None:
+    """Let the hub's client not log a line for each of its five tries; the error that follows says it."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _elsewhere(place: str, name: str) -> str:
+    known = KNOWN.get(name)
+    if known and known.hub == place:
+        put = f"put {known.file} at {_cached(known.file)}"
+        return f"without a net {put}, or name the file: --tasks={name}:FILE.jsonl"
+    return f"without a net name a file with these rows: --tasks={name}:FILE.jsonl"

@@ -1,0 +1,137 @@
+"""Looking on while a model is trained: scores of tasks and samples from a fixed prompt, every so often.
+
+As build-nanogpt does (HellaSwag, and "Hello, I'm a language model,"). It changes nothing in the run: scoring
+and sampling draw from no generator of the run and leave the weights alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanogpt import evals, files, metrics, tasks, tokenizer
+from nanogpt.config import Count, Positive
+from nanogpt.errors import UserError
+from nanogpt.generate import generate
+from nanogpt.model import GPT
+from nanogpt.runtime import Machine
+from nanogpt.scoring import Subject
+
+SEPARATOR = "-" * 15
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    # looking on: rows in metrics.jsonl, files in samples/; the run stays the same to the bit
+    eval_tasks: str = ""  # score these too, as eval.py's --tasks: hellaswag, lambada:FILE, quiz.jsonl
+    eval_tasks_items: Positive = 500  # of each task at most so many, evenly spread, always the same
+    eval_tasks_interval: Count = 0  # every so many iterations; 0: eval_interval
+    sample_prompt: str = ""  # continue this text, such as "Hello, I'm a language model,"
+    sample_interval: Count = 0  # every so many iterations; 0: eval_interval
+    sample_count: Positive = 4  # how many continuations
+    sample_tokens: Positive = 32  # tokens in each
+
+
+class _Stopped(Exception):
+    pass
+
+
+class Watch:
+    """Reads what it needs when it is made, so that what is wrong is said before the first step."""
+
+    def __init__(
+        self, options: WatchOptions, run: Path, eval_interval: int, tokenizer_json: str, machine: Machine
+    ):
+        self.options, self.run, self.eval_interval, self.machine = options, run, eval_interval, machine
+        self.tasks: list[tasks.Task] = []
+        self.scored: set[int] = set()  # iterations whose scores are in metrics.jsonl
+        if not options.eval_tasks and not options.sample_prompt:
+            return
+        self.tokenizer = tokenizer.from_text(tokenizer_json)
+        for spec in options.eval_tasks.split(",") if options.eval_tasks else []:
+            if spec.startswith("lm_eval:"):
+                raise UserError(f"--eval_tasks={spec}: lm-eval's tasks are for eval.py, after training")
+            task = tasks.load(spec)
+            self.tasks.append(replace(task, items=_spread(task.items, options.eval_tasks_items)))
+        if options.sample_prompt:
+            self.prompt = self.tokenizer.encode_prompt(options.sample_prompt)
+
+    def resume(self) -> None:
+        """Remember what the rows of the run have already."""
+        self.scored = {row["iter"] for row in metrics.read(self.run) if row["event"] == "tasks"}
+
+    def look(
+        self, model: GPT, iter_num: int, last: bool, write: Callable[..., None], stopped: Callable[[], bool]
+    ) -> Iterator[str]:
+        """Score and sample if it is time; yields the lines to print. `write` gets the scores, a value for
+        each name. They are given up once `stopped` becomes true: a resumed run makes them."""
+        options = self.options
+        scores = self.tasks and iter_num not in self.scored
+        scores = scores and self._due(options.eval_tasks_interval, iter_num, last)
+        samples = options.sample_prompt and self._due(options.sample_interval, iter_num, last)
+        if not scores and not samples:
+            return
+        was_training = model.training
+        model.eval()
+        # Blocks that parallel.wrap compiled for the shape of a step would be compiled anew for each length.
+        compiled = [(block, block.__dict__.pop("forward", None)) for block in model.h]
+        try:
+            if scores:
+                yield from self._score(model, iter_num, write, stopped)
+            if samples:
+                yield from self._sample(model, iter_num)
+        finally:
+            for block, forward in compiled:
+                if forward:
+                    block.forward = forward
+            model.train(was_training)
+
+    def _due(self, interval: int, iter_num: int, last: bool) -> bool:
+        return last or iter_num % (interval or self.eval_interval) == 0
+
+    def _score(
+        self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
+    ) -> Iterator[str]:
+        def advance(count: int) -> None:
+            if stopped():
+                raise _Stopped
+
+        subject = Subject(model, self.tokenizer, self.machine)
+        values = {}
+        try:
+            for task in self.tasks:
+                report = evals.run_task(task, subject, advance)
+                yield f"step {iter_num}: {report.describe()}"
+                for name, metric in report.metrics.items():
+                    values[f"{task.name}_{name}"] = metric.value
+                    values[f"{task.name}_{name}_stderr"] = metric.stderr
+        except _Stopped:
+            return
+        write(**values)
+        self.scored.add(iter_num)
+
+    def _sample(self, model: GPT, iter_num: int) -> Iterator[str]:
+        """Temperature 1 among the 50 likeliest, as build-nanogpt draws."""
+        new_tokens = generate(
+            model.next_logits,
+            self.prompt,
+            block_size=model.config.block_size,
+            num_samples=self.options.sample_count,
+            max_new_tokens=self.options.sample_tokens,
+            temperature=1.0,
+            top_k=50,
+            seed=42,
+            machine=self.machine,
+        )
+        rows = torch.stack(list(new_tokens)).T.tolist()
+        texts = [tokenizer.decode(self.tokenizer, [*self.prompt, *row]) for row in rows]
+        (self.run / "samples").mkdir(exist_ok=True)
+        content = "".join(f"{text}\n{SEPARATOR}\n" for text in texts)
+        files.write_text(self.run / "samples" / f"step-{iter_num:06d}.txt", content)
+        yield from (f"step {iter_num}: {text!r}" for text in texts)
+
+
+def _spread(items: list[tasks.Item], count: int) -> list[tasks.Item]:
+    """`count` of the items at most, evenly over the file: its parts may differ in difficulty."""
+    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]

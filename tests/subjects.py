@@ -1,0 +1,21 @@
+"""What tests of scores share: a small model that has opinions."""
+
+import torch
+
+from nanogpt import runtime, tokenizer
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.scoring import Subject
+
+LETTERS = tokenizer.CharTokenizer("\n abcdefgh")
+
+
+def subject_of(tokens, block_size: int, **options) -> Subject:
+    """A model whose weights are so large that it has opinions."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32} | options
+    model = GPT(GPTConfig(vocab_size=tokens.vocab_size, block_size=block_size, **shape)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return Subject(model, tokens, runtime.Machine(torch.device("cpu"), "float32", "test"))

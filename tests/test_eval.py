@@ -1,0 +1,217 @@
+"""The evaluation program."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import eval as program
+import train
+from nanogpt import evals, files
+from nanogpt.errors import UserError
+
+QUESTIONS = [{"context": "", "choices": ["abc", "fgh"], "label": i % 2} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A dataset, and the folder of a run on it with two checkpoints."""
+    from tests.conftest import words, write_dataset
+
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = write_dataset(folder / "dataset", words(1800))
+    train.main(
+        train.Config(
+            out_dir=str(folder / "out"),
+            dataset=str(dataset),
+            device="cpu",
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            block_size=16,
+            gradient_accumulation_steps=1,
+            max_iters=200,
+            learning_rate=1e-2,
+            min_lr=1e-3,
+            warmup_iters=5,
+            eval_interval=100,
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def config(trained, tmp_path):
+    return program.Config(out_dir=str(trained / "out"), device="cpu", out=str(tmp_path / "out.json"))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
+    return str(path)
+
+
+def result(config) -> dict:
+    program.main(config)
+    return json.loads(Path(config.out).read_text(encoding="utf-8"))
+
+
+def test_alone_it_scores_the_validation_split(config, trained, capsys):
+    found = result(config)
+    scores = found["results"]["dataset/val"]
+    state = files.read_json(Path(found["model"]) / "state.json")
+    assert scores["loss"] == pytest.approx(state["val_loss"], abs=1e-5)  # train.py's own, on all of it
+    assert scores["bits_per_byte"] == pytest.approx(state["val_loss"] / 0.6931472, abs=1e-5)
+    assert 0 < scores["loss_stderr"] < 0.1
+    printed = capsys.readouterr().out
+    assert f"dataset/val: loss {scores['loss']:.4f} ± " in printed and "context 16" in printed
+    assert result(replace(config, split="train"))["results"]["dataset/train"]["tokens"] > scores["tokens"]
+
+
+def test_a_text_file_and_the_data_made_of_it_score_alike(config, trained, tmp_path):
+    from tests.conftest import words
+
+    text = words(1800)
+    (tmp_path / "val.txt").write_text(text[int(len(text) * 0.9) :], encoding="utf-8")
+    found = result(replace(config, text=str(tmp_path / "val.txt"), dataset=str(trained / "dataset")))[
+        "results"
+    ]
+    assert found["val.txt"]["loss"] == pytest.approx(found["dataset/val"]["loss"], abs=1e-6)
+    assert found["val.txt"]["tokens"] == found["dataset/val"]["tokens"]
+    near = result(replace(config, text=str(tmp_path / "val.txt"), stride=1))["results"]["val.txt"]
+    assert near["tokens"] == found["val.txt"]["tokens"] == near["windows"] + 15
+    few = result(replace(config, text=str(tmp_path / "val.txt"), limit=3))["results"]["val.txt"]
+    assert few["windows"] == 3 and few["tokens"] == 40 and "word_perplexity" not in few
+
+
+def test_rows_of_jsonl_are_texts_of_their_own(config, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "abcdef gh"}\n{"text": "a"}\n{"text": "fe"}\n', encoding="utf-8")
+    assert result(replace(config, text=str(path)))["results"]["texts.jsonl"]["tokens"] == 8 + 1
+
+
+def test_tasks_and_their_items(config, questions, tmp_path):
+    items = tmp_path / "items.jsonl"
+    found = result(replace(config, tasks=questions, items=str(items)))
+    scores = found["results"]["questions"]
+    assert scores["acc"] == 0.5 and scores["items"] == 6  # labels alternate, the questions are the same
+    rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
+    assert [row["label"] for row in rows] == [0, 1] * 3 and len(rows[0]["loglikelihoods"]) == 2
+    assert {row["task"] for row in rows} == {"questions"} and rows[0]["model"] == found["model"]
+    assert result(replace(config, tasks=questions, limit=4))["results"]["questions"]["items"] == 4
+
+
+def test_batch_sizes_score_alike(config, questions):
+    options = {"tasks": questions, "dataset": ""}
+    one, many = (result(replace(config, batch_size=n, **options))["results"]["questions"] for n in (1, 50))
+    assert {k: v for k, v in one.items() if k != "seconds"} == {
+        k: v for k, v in many.items() if k != "seconds"
+    }
+
+
+def test_a_model_against_itself_is_no_better(config, questions, capsys):
+    found = result(replace(config, against=config.out_dir, tasks=questions))
+    assert found["against"]["results"]["questions"]["acc"] == found["results"]["questions"]["acc"]
+    assert all(one["value"] == 0 and one["p"] == 1 for one in found["differences"]["questions"].values())
+    assert "questions: acc +0.0000 ± 0.0000 (p = 1, McNemar's exact test)" in capsys.readouterr().out
+
+
+def test_training_longer_is_surely_better(config, trained):
+    found = result(replace(config, against=str(trained / "out" / "step-000100")))
+    difference = found["differences"]["dataset/val"]["loss"]
+    assert difference["value"] < 0 and difference["p"] < 1e-3
+    own, other = (found[k]["results"] if k else found["results"] for k in ("", "against"))
+    expected = own["dataset/val"]["loss"] - other["dataset/val"]["loss"]
+    assert difference["value"] == pytest.approx(expected)
+
+
+def test_other_tokenizers_are_compared_by_bytes():
+    """The same text in tokens of one and of two bytes: only bits a byte can be compared."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    ones, twos = draw.random(40_000), draw.random(20_000)
+    reports = []
+    for nats, width in ((ones, 1), (twos, 2)):
+        totals, rows = evals._stretches(nats, np.full(len(nats), width))
+        reports.append(evals.Report("x", "text", {}, {}, 0, totals, rows))
+    found = evals.compare(*reports)
+    assert list(found) == ["bits_per_byte"] and found["bits_per_byte"].p < 1e-3
+    assert found["bits_per_byte"].value == pytest.approx(0.5 / 0.6931 - 0.25 / 0.6931, abs=0.01)
+
+
+def test_lm_eval_tasks(config, tmp_path, capsys):
+    """A task of lm-eval's from a file, with local rows: the score is ours."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "abc def"}\n{"text": "gh abcd ef"}\n', encoding="utf-8")
+    task = tmp_path / "own_task.yaml"
+    lines = [
+        "task: own_task",
+        "dataset_path: json",
+        "dataset_kwargs: {data_files: {test: '" + str(rows) + "'}}",
+        "test_split: test",
+        "output_type: loglikelihood",
+        "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\"",
+        "doc_to_target: \"{{' '+text.split(' ')[-1]}}\"",
+        "metric_list: [{metric: perplexity}, {metric: acc}]",
+    ]
+    task.write_text("\n".join(lines), encoding="utf-8")
+    found = result(replace(config, tasks=f"lambada:{rows},lm_eval:{task}"))
+    theirs, ours = found["lm_eval"]["own_task"], found["results"]["lambada"]
+    assert theirs["acc"] == ours["acc"]
+    assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-4)
+    assert "own_task: " in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out_dir": "nowhere"}, "no checkpoint in nowhere"),
+        ({"tasks": "helaswag"}, "did you mean 'hellaswag'"),
+        ({"text": "nowhere.txt"}, "nowhere.txt"),
+        ({"dataset": "nowhere"}, "no dataset at 'nowhere'"),
+        ({"stride": 17}, "--stride=17 is more than the context of 16 tokens"),
+        ({"against": "out", "tasks": "lm_eval:piqa"}, "--against compares item by item"),
+        ({"items": "no/such/folder/x.jsonl"}, "make its folder first"),
+        ({"which": "7"}, "no checkpoint '7'"),
+    ],
+)
+def test_what_cannot_be_done(config, options, message):
+    with pytest.raises(UserError, match=message):
+        program.main(replace(config, **options))
+    assert not Path(config.out).exists()
+
+
+def test_texts_that_are_none(config, tmp_path):
+    for name, content in (("empty.txt", ""), ("rows.jsonl", '{"text": ""}\n'), ("one.txt", "a")):
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"empty|no text"):
+            program.main(replace(config, text=str(path)))
+    (tmp_path / "odd.txt").write_text("abc Z", encoding="utf-8")
+    with pytest.raises(UserError, match="'Z'"):
+        program.main(replace(config, text=str(tmp_path / "odd.txt")))
+
+
+def test_data_of_another_tokenizer(config, tmp_path):
+    from tests.conftest import write_dataset
+
+    write_dataset(tmp_path / "other", "xyz " * 300)
+    with pytest.raises(UserError, match="another tokenizer"):
+        program.main(replace(config, dataset=str(tmp_path / "other")))
+
+
+def test_the_model_may_be_named_without_an_option(monkeypatch, config):
+    given = []
+    monkeypatch.setattr(program, "main", given.append)
+    monkeypatch.setattr("sys.argv", ["eval.py", "out-mine", "--limit=3"])
+    program.program()
+    assert given == [program.Config(out_dir="out-mine", limit=3)]
+    monkeypatch.setattr("sys.argv", ["eval.py", "out-a", "out-b"])
+    with pytest.raises(UserError, match="--against=FOLDER"):
+        program.program()

@@ -1,0 +1,284 @@
+"""Scores: against lm-eval's own code, against a plain reference, and the same in any batch."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.against_lm_eval import by_lm_eval, given_by, likelihoods, same_prediction
+from nanogpt import evals, harness, scoring, tasks, tokenizer
+from nanogpt.errors import UserError
+from nanogpt.generate import generate
+from nanogpt.scoring import Ids, Requests, Subject, Windows
+from tests.subjects import LETTERS, subject_of
+
+
+@pytest.fixture(scope="module")
+def letters() -> Subject:
+    return subject_of(LETTERS, block_size=24)
+
+
+@pytest.fixture(scope="module")
+def gpt2(data_folder) -> Subject:
+    return subject_of(tokenizer.gpt2(str(data_folder / "gpt2")), block_size=96)
+
+
+def reference(subject: Subject, ids: np.ndarray, scored: int) -> tuple[np.ndarray, bool]:
+    """The same of one row, from the logits of all positions."""
+    idx = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        logits = subject.model(idx[:, :-1])[0].double()
+    losses = F.cross_entropy(logits[0], idx[0, 1:], reduction="none")
+    return losses[-scored:].numpy(), bool((logits[0].argmax(-1) == idx[0, 1:])[-scored:].all())
+
+
+def random_pairs(count: int) -> list[scoring.Pair]:
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(1, 20, (count, 2))
+    return [tuple(draw.integers(0, 10, size) for size in pair) for pair in sizes]
+
+
+# ----------------------------------------------------------------------------- rows and batches
+
+
+@pytest.mark.parametrize("options", [{}, {"position": "alibi"}, {"position": "rope", "softcap": 5.0}])
+def test_every_batch_size_gives_the_scores_of_a_row_alone(options):
+    subject = subject_of(LETTERS, 24, **options)
+    rows = Requests(random_pairs(60), 24)
+    expected = [reference(subject, *rows[i]) for i in range(60)]
+    for batch_size in (1, 3, 100):
+        found = sorted(scoring.score(replace(subject, batch_size=batch_size), rows, greedy=True))
+        assert [i for i, _, _ in found] == list(range(60))
+        for (_, nats, greedy), (expected_nats, expected_greedy) in zip(found, expected, strict=True):
+            np.testing.assert_allclose(nats, expected_nats, atol=1e-4)
+            assert greedy == expected_greedy
+
+
+def test_the_head_works_in_parts(letters, monkeypatch):
+    rows = Requests(random_pairs(20), 24)
+    whole = [nats for _, nats, _ in scoring.score(letters, rows)]
+    monkeypatch.setitem(scoring.LOGITS_AT_ONCE, "cpu", 25)  # two positions of ten ids
+    for nats, expected in zip((n for _, n, _ in scoring.score(letters, rows)), whole, strict=True):
+        np.testing.assert_allclose(nats, expected, atol=1e-5)
+
+
+def test_bfloat16_scores_what_train_py_scores_in_it(letters):
+    """The weights in bfloat16 and all that follows, and the model itself left as it was."""
+    before = {name: tensor.clone() for name, tensor in letters.model.state_dict().items()}
+    subject = replace(letters, machine=replace(letters.machine, dtype="bfloat16"))
+    rows = Requests(random_pairs(20), 24)
+    compute = subject.machine.in_dtype(letters.model)
+    for number, nats, _ in scoring.score(subject, rows):
+        ids, scored = rows[number]
+        idx = torch.from_numpy(ids)[None]
+        with torch.no_grad():
+            logits = compute(idx[:, :-1])[0][0]
+        expected = F.cross_entropy(logits, idx[0, 1:], reduction="none")[-scored:]
+        np.testing.assert_allclose(nats, expected.numpy(), atol=0.05)
+    assert {p.dtype for p in letters.model.parameters()} == {torch.float32}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in letters.model.state_dict().items())
+
+
+def test_rows_are_cut_from_the_left(letters):
+    rows = Requests([([1] * 30, [2, 3]), ([1], list(range(9)) * 4), ([4], [5])], 24)
+    assert rows.cut.tolist() == [True, True, False]
+    assert rows[0][0].tolist() == [1] * 23 + [2, 3] and rows[0][1] == 2
+    assert len(rows[1][0]) == 25 and rows[1][1] == 24  # its ending alone is too long: the last of it
+    assert rows[2][0].tolist() == [4, 5]
+
+
+def test_batches_stay_within_the_budget_and_shares_cover_all():
+    lengths = np.random.default_rng(0).integers(1, 50, 300)
+    shares = [list(scoring.batches(lengths, 200, rank, 3)) for rank in range(3)]
+    for batch in (batch for share in shares for batch in share):
+        assert len(batch) * lengths[batch].max() <= 200
+    assert sorted(np.concatenate([np.concatenate(share) for share in shares])) == list(range(300))
+    work = [sum(int(lengths[batch].sum()) for batch in share) for share in shares]
+    assert max(work) - min(work) <= 50
+    padded = sum(len(batch) * int(lengths[batch].max()) for share in shares for batch in share)
+    assert padded < 1.1 * lengths.sum()
+
+
+# ----------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("size", [2, 9, 10, 11, 37, 40, 41])
+@pytest.mark.parametrize("stride", [1, 3, 10])
+def test_windows_score_every_id_once_with_as_much_context_as_there_is(size, stride):
+    windows = Windows([Ids(np.arange(size)), Ids(np.arange(100, 105))], 10, stride)
+    seen = []
+    for i in range(len(windows)):
+        ids, scored = windows[i]
+        assert len(ids) == windows.lengths[i] and np.all(np.diff(ids) == 1)
+        seen += ids[-scored:].tolist()
+        first = 100 if ids[0] >= 100 else 0
+        assert len(ids) == 11 or ids[0] == first
+        assert scored <= stride or ids[0] == first
+    assert seen == [*range(1, size), *range(101, 105)]
+
+
+def test_windows_are_those_of_lm_eval():
+    from lm_eval.utils import get_rolling_token_windows
+
+    for size in (1, 5, 10, 11, 33):
+        for stride in (1, 4, 10):
+            ids = list(range(1, size + 1))
+            theirs = list(get_rolling_token_windows(ids, 0, max_seq_len=10, context_len=10 - stride + 1))
+            windows = Windows([Ids(np.arange(size + 1))], 10, stride)
+            assert len(theirs) == len(windows)
+            for i, (inputs, targets) in enumerate(theirs):
+                row, scored = windows[i]
+                assert row[:-1].tolist() == inputs and row[-scored:].tolist() == targets
+
+
+def test_a_part_of_the_windows_is_spread_over_the_text():
+    windows = Windows([Ids(np.arange(1000))], 10, 10, limit=5)
+    assert len(windows) == 5 and windows.place(0)[1] == 1 and windows.place(4)[2] == 1000
+
+
+def test_a_text_without_two_ids_is_refused():
+    with pytest.raises(UserError, match="the text is empty"):
+        Windows([Ids(np.arange(1))], 10, 10)
+
+
+def test_loss_of_a_text_is_the_mean_over_its_tokens(letters):
+    text = "abc dead\nbeef " * 40
+    ids = scoring.encode_text(text, LETTERS)
+    report = evals.run_text("x", Windows([ids], 24, 24), letters, words=evals.count_words(text))
+    nats = np.concatenate([reference(letters, *Windows([ids], 24, 24)[i])[0] for i in range(24)])
+    assert len(nats) == len(text) - 1 == report.counts["tokens"] == report.counts["bytes"]
+    assert report.metrics["loss"].value == pytest.approx(nats.mean(), abs=1e-4)
+    assert report.metrics["perplexity"].value == pytest.approx(math.exp(nats.mean()), rel=1e-4)
+    assert report.metrics["bits_per_byte"].value == pytest.approx(nats.mean() / math.log(2), abs=1e-4)
+    expected = math.exp(nats.sum() / 121)  # 120 words, and the empty one after the last blank
+    assert report.metrics["word_perplexity"].value == pytest.approx(expected, rel=1e-3)
+
+
+def test_more_context_does_not_change_what_has_it_all(letters):
+    """With stride 1 every id has a full context behind it: the loss of each from a window of its own."""
+    ids = scoring.encode_text("abcdefgh deaf" * 5, LETTERS)
+    report = evals.run_text("x", Windows([ids], 24, 1), letters)
+    nats = [reference(letters, ids.ids[max(0, i - 24) : i + 1], 1)[0][0] for i in range(1, len(ids))]
+    assert report.metrics["loss"].value == pytest.approx(np.mean(nats), abs=1e-4)
+
+
+def test_bytes_are_those_of_the_text(gpt2):
+    text = "Der Käse, 三国演义, and a <|endoftext|> that is text.\n" * 90
+    ids = scoring.encode_text(text, gpt2.tokenizer)
+    report = evals.run_text("x", Windows([ids], 96, 96), gpt2)
+    assert report.counts["bytes"] == len(text.encode())
+    sizes = [row["bytes"] for row in report.rows]
+    assert sum(sizes) == len(text.encode()) and all(20 < size < 50 for size in sizes[:-1])
+    assert sum(row["nats"] for row in report.rows) == pytest.approx(
+        report.metrics["loss"].value * len(ids.ids[1:]), rel=1e-6
+    )
+
+
+# ----------------------------------------------------------------------------- tasks
+
+
+def test_choices_by_hand(letters, monkeypatch):
+    """Every number from its definition, with likelihoods that are set."""
+    given = [[-4.0, -3.0], [-2.0, -9.0], [-6.0, -5.0]]
+    items = [
+        tasks.Item("a", ("bbbb", "c"), 0),  # acc wrong (1), by characters -1 against -3: right
+        tasks.Item("a", ("b", "cc"), 0),
+        tasks.Item("a", ("bb", "c"), 1),
+    ]
+    flat = [value for pair in given for value in pair]
+
+    def fake(subject, rows, **unused):
+        for i, value in enumerate(flat):
+            yield i, np.array([-value]), False
+
+    monkeypatch.setattr(evals, "score", fake)
+    report = evals.run_task(tasks.Task("t", "choice", items), letters)
+    assert report.metrics["acc"].value == pytest.approx(2 / 3)
+    assert report.metrics["acc"].stderr == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))  # lm-eval's
+    assert report.metrics["acc_norm"].value == pytest.approx(2 / 3)
+    assert [row["prediction"] for row in report.rows] == [1, 0, 1]
+    assert [row["prediction_norm"] for row in report.rows] == [0, 0, 0]
+    assert report.to_json()["items"] == 3 and report.describe().startswith("t: acc 0.6667 ± 0.3333")
+
+
+def test_an_item_that_the_vocabulary_lacks(letters):
+    items = [tasks.Item("ab", ("c",)), tasks.Item("ab", ("Käse",))]
+    with pytest.raises(UserError, match=r"^t, item 2: .*'K'"):
+        evals.run_task(tasks.Task("t", "cloze", items), letters)
+
+
+def test_a_cloze_is_right_if_the_model_would_write_it(letters):
+    start = LETTERS.encode_prompt("abc def")
+    made = generate(
+        letters.model.next_logits,
+        start,
+        block_size=24,
+        num_samples=1,
+        max_new_tokens=4,
+        temperature=0,
+        top_k=0,
+        seed=0,
+        machine=letters.machine,
+    )
+    written = "".join(LETTERS.characters[int(token)] for token in made)
+    wrong = written[:-1] + ("a" if written[-1] != "a" else "b")
+    items = [tasks.Item("abc def", (target,), joint="") for target in (written, wrong, written[:2])]
+    report = evals.run_task(tasks.Task("t", "cloze", items), letters)
+    assert [row["correct"] for row in report.rows] == [True, False, True]
+    losses = [-row["loglikelihood"] for row in report.rows]
+    assert report.metrics["perplexity"].value == pytest.approx(math.exp(np.mean(losses)))
+
+
+def test_an_item_without_context(letters, gpt2):
+    item = tasks.Item("", ("ab",), joint="")
+    [(context, continuation)] = evals.encode_item(item, LETTERS)
+    assert context.tolist() == [0] and continuation.tolist() == [2, 3]  # after a new line
+    assert evals.encode_item(item, gpt2.tokenizer)[0][0] == [50256]
+    with pytest.raises(UserError, match="no id with which a text could begin"):
+        evals.encode_item(item, tokenizer.CharTokenizer("ab"))
+
+
+# ----------------------------------------------------------------------------- lm-eval says the same
+
+
+def first_rows(path, count: int) -> list[dict]:
+    return [row for _, (_, row) in zip(range(count), tasks.file_rows(path), strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("file", "count", "are_cut"),
+    [("hellaswag_val_raw500.jsonl", 40, True), ("hellaswag_val.jsonl.xz", 10, False)],
+)
+def test_hellaswag_equals_lm_eval(gpt2, data_folder, tmp_path, file, count, are_cut):
+    path = data_folder / "hellaswag" / file
+    samples, scores = by_lm_eval(tmp_path, "hellaswag", first_rows(path, count), harness.adapter(gpt2))
+    report = evals.run_task(tasks.load(f"hellaswag:{path}", limit=count), gpt2)
+    for row, sample in zip(report.rows, samples, strict=True):
+        np.testing.assert_allclose(likelihoods(row), given_by(sample), atol=1e-3)
+        assert same_prediction(row, sample)
+    for name in ("acc", "acc_norm"):
+        assert report.metrics[name].value == pytest.approx(scores[f"{name},none"])
+    assert (0 < report.counts["endings cut to fit the context"] < 4 * count) == are_cut
+
+
+def test_lambada_equals_lm_eval(gpt2, data_folder, tmp_path):
+    path = data_folder / "lambada" / "lambada_test_0001-1000.jsonl"
+    samples, scores = by_lm_eval(tmp_path, "lambada", first_rows(path, 50), harness.adapter(gpt2))
+    report = evals.run_task(tasks.load(f"lambada:{path}", limit=50), gpt2)
+    for row, sample in zip(report.rows, samples, strict=True):
+        np.testing.assert_allclose(likelihoods(row), given_by(sample), atol=1e-3)
+        assert same_prediction(row, sample)
+    assert report.metrics["acc"].value == pytest.approx(scores["acc,none"])
+    assert report.metrics["perplexity"].value == pytest.approx(scores["perplexity,none"], rel=1e-4)
+
+
+def test_perplexity_equals_lm_eval(gpt2, data_folder, tmp_path):
+    text = (data_folder / "wikitext-2" / "valid.txt").read_text(encoding="utf-8")[:6000]
+    _, scores = by_lm_eval(tmp_path, "text", [{"page": text}], harness.adapter(gpt2))
+    ids = scoring.encode_text(text, gpt2.tokenizer)
+    report = evals.run_text("x", Windows([ids], 96, 96), gpt2, words=evals.count_words(text))
+    for name in ("word_perplexity", "bits_per_byte"):
+        assert report.metrics[name].value == pytest.approx(scores[f"{name},none"], rel=1e-4)

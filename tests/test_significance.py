@@ -1,0 +1,80 @@
+"""Standard errors and paired tests, against their definitions."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from nanogpt import significance
+from nanogpt.significance import difference, mcnemar, mean, sign_flips
+
+
+def test_mean_and_its_error():
+    values = np.random.default_rng(0).normal(2, 3, 500)
+    found = mean(values)
+    assert found.value == pytest.approx(values.mean())
+    assert found.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(500))
+    assert math.isnan(mean(values[:1]).stderr)
+
+
+def test_items_of_different_size():
+    """The ratio's error is what its scatter over drawn samples is."""
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(2000):
+        sizes = draw.integers(1, 20, 100)
+        found.append(mean(sizes * 0.5 + draw.normal(0, 1, 100) * np.sqrt(sizes), sizes))
+    assert np.mean([one.value for one in found]) == pytest.approx(0.5, abs=0.01)
+    scatter = np.std([one.value for one in found])
+    assert np.mean([one.stderr for one in found]) == pytest.approx(scatter, rel=0.05)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 5), (3, 9), (9, 3), (10, 10), (40, 61)])
+def test_mcnemar_counts_coins(counts):
+    a, b = counts
+    n = a + b
+    tail = sum(math.comb(n, k) for k in range(min(a, b) + 1)) / 2**n
+    assert mcnemar(a, b) == pytest.approx(min(1, 2 * tail) if a != b else 1)
+    assert mcnemar(30_000, 31_000) == pytest.approx(
+        math.erfc(999 / math.sqrt(61_000) / math.sqrt(2)), rel=0.02
+    )
+
+
+def test_sign_flips_of_few_items_are_all_tried():
+    moved = np.array([3.0, -1.0, 2.0, 0.5, 4.0, 0.0])
+    signs = list(itertools.product((1, -1), repeat=5))
+    sums = [abs(float(np.dot(pattern, moved[:5]))) for pattern in signs]
+    assert sign_flips(moved) == pytest.approx(np.mean([total >= 8.5 for total in sums]))
+    assert sign_flips(np.zeros(4)) == 1 and sign_flips(np.ones(5)) == pytest.approx(2 / 32)
+
+
+def test_sign_flips_of_many_items_agree_with_the_normal_distribution():
+    draw = np.random.default_rng(1)
+    for shift in (0.0, 0.1, 0.2):
+        moved = draw.normal(shift, 1, 400)
+        z = abs(moved.sum()) / math.sqrt((moved**2).sum())
+        assert sign_flips(moved) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
+    assert sign_flips(moved) == sign_flips(moved)
+
+
+def test_a_difference_is_found_where_it_is_and_rarely_where_it_is_not():
+    draw = np.random.default_rng(2)
+    hard = draw.normal(0, 5, 300)  # what makes an item hard for both
+    a, b = hard + draw.normal(0.2, 0.5, 300), hard + draw.normal(0, 0.5, 300)
+    found = difference(a, b)
+    assert found.p < 0.05 and found.value == pytest.approx((a - b).mean())
+    assert found.stderr < 0.2 * mean(a).stderr
+    by_chance = [
+        difference(draw.random(200) < 0.5, draw.random(200) < 0.5).p for _ in range(300)
+    ]  # exact tests are cautious
+    assert 0.01 < np.mean(np.array(by_chance) < 0.05) < 0.06
+
+
+def test_right_and_wrong_go_to_mcnemar():
+    a = np.array([True] * 30 + [False] * 20)
+    b = np.array([True] * 18 + [False] * 32)
+    found = difference(a, b)
+    assert found.p == mcnemar(12, 0) and found.value == pytest.approx(0.24)
+    assert "McNemar" in found.describe() and found.describe().startswith("+0.2400 ± ")
+    assert significance.difference(a, a).p == 1

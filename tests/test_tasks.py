@@ -1,0 +1,219 @@
+"""Task files: what is read from them, and what is said of those that are none."""
+
+import gzip
+import json
+import lzma
+import sys
+
+import pytest
+
+from nanogpt import tasks
+from nanogpt.errors import UserError
+from nanogpt.tasks import Item
+
+ARC = {
+    "question": "Which is a gas?",
+    "choices": {"text": ["iron", "air", "wood"], "label": ["A", "B", "C"]},
+    "answerKey": "B",
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to(name: str, *rows) -> str:
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return str(path)
+
+    return to
+
+
+def one(spec: str) -> Item:
+    task = tasks.load(spec)
+    assert len(task.items) == 1
+    return task.items[0]
+
+
+# ----------------------------------------------------------------------------- what is read
+
+
+def test_hellaswag_takes_out_the_marks(write):
+    row = {"activity_label": "Cooking", "label": "1"}
+    row["endings"] = ["[substeps] Boil it.", "Wait. [step] Then  eat."]
+    whole = {**row, "ctx": "[header] How to cook [title] Begin. [step] Take a pot"}
+    parts = {**row, "ctx_a": "[header] How to cook [title] Begin. [step] Take a pot", "ctx_b": "the cook"}
+    item = one("hellaswag:" + write("whole.jsonl", whole))
+    assert item.context == "Cooking:  How to cook. Begin. Take a pot".replace("  ", " ")
+    assert item.endings == (" Boil it.", "Wait. Then eat.") and item.label == 1
+    item = one(write("parts.jsonl", parts))  # recognised by its fields
+    assert item.context == "Cooking: How to cook. Begin. Take a pot The cook" and item.joint == " "
+
+
+def test_lambada_predicts_the_last_word(write):
+    text = 'He said:\n"I can make it, Shane'
+    for spec in ("lambada:", "cloze:", ""):
+        item = one(spec + write("l.jsonl", {"text": text}))
+        assert item == Item('He said:\n"I can make it,', ("Shane",))
+
+
+def test_multiple_choice_in_several_dialects(write):
+    expected = Item("Which is a gas?", ("iron", "air", "wood"), 1)
+    plain = {"query": "Which is a gas?", "choices": ["iron", "air", "wood"], "gold": 1}
+    swag = {"ctx": "Which is a gas?", "endings": ["iron", "air", "wood"], "label": "1"}
+    for row in (ARC, plain, swag):
+        assert one("choice:" + write("c.jsonl", row)) == expected
+        assert one(write("c.jsonl", row)) == expected
+
+
+def test_blanks_that_are_there_are_not_doubled(write):
+    row = {"question": "Q: \n", "choices": ["a", "b"], "label": 0}
+    assert one(write("c.jsonl", row)).joint == ""
+    row = {"question": "Q:", "choices": [" a", " b"], "label": 0}
+    assert one(write("c.jsonl", row)).joint == ""
+    row = {"prompt": "Once", "target": ", long ago"}
+    assert one(write("c.jsonl", row)) == Item("Once", (", long ago",), joint=" ")
+
+
+def test_packed_files_and_limits(tmp_path):
+    content = "".join(json.dumps({"text": f"a{i} b c"}) + "\n" for i in range(5)).encode()
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(content))
+    for name in ("x.jsonl.gz", "x.jsonl.xz"):
+        assert len(tasks.load(f"lambada:{tmp_path / name}").items) == 5
+        task = tasks.load(f"cloze:{tmp_path / name}", limit=2)
+        assert [item.context for item in task.items] == ["a0 b", "a1 b"] and task.name == "x"
+
+
+def test_the_real_files(data_folder):
+    folder = data_folder / "hellaswag"
+    packed, raw = (
+        tasks.load(f"hellaswag:{folder / name}")
+        for name in ("hellaswag_val.jsonl.xz", "hellaswag_val_raw500.jsonl")
+    )
+    assert len(packed.items) == 10042 and len(raw.items) == 500
+    assert [sum(item.label == i for item in packed.items) for i in range(4)] == [2515, 2485, 2584, 2458]
+    assert not any("[" in item.context for item in raw.items if "[header]" in item.context)
+    assert (
+        len(tasks.load(f"lambada:{data_folder / 'lambada' / 'lambada_test_0001-1000.jsonl'}").items) == 1000
+    )
+
+
+def test_a_name_alone_finds_the_file_in_the_cache(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    write("tasks/lambada_test.jsonl", {"text": "a b c"})
+    assert one("lambada").endings == ("c",)
+
+
+# ----------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("helaswag", "no task 'helaswag'; did you mean 'hellaswag'"),
+        ("helaswag:x.jsonl", "no task 'helaswag' in .*; did you mean 'hellaswag'"),
+        ("nothing_like_it", "no task 'nothing_like_it'; there are hellaswag, lambada, choice, cloze"),
+        ("choice", "needs a file: --tasks=choice:FILE.jsonl"),
+        ("lambada:nowhere.jsonl", "no task file at nowhere.jsonl"),
+    ],
+)
+def test_names_that_are_none(spec, message):
+    with pytest.raises(UserError, match=message):
+        tasks.load(spec)
+
+
+HELLASWAG = {"activity_label": "a", "ctx": "b", "endings": ["c", "d"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        (
+            "hellaswag",
+            {"ctx": "b", "endings": ["c", "d"], "label": 0},
+            "no `activity_label`.* has the fields ctx,",
+        ),
+        ("hellaswag", {**HELLASWAG, "label": 2}, "the label is 2, but the endings are numbered 0 to 1"),
+        ("hellaswag", {**HELLASWAG, "label": -1}, "the label is -1"),
+        ("hellaswag", {**HELLASWAG, "label": "x"}, "the label is 'x'"),
+        ("hellaswag", {**HELLASWAG, "endings": ["c", "[step]"]}, "ending 1 is empty"),
+        ("hellaswag", {**HELLASWAG, "endings": "c"}, "must be a list of at least two texts"),
+        ("hellaswag", {**HELLASWAG, "ctx": " "}, "`ctx` is empty"),
+        ("hellaswag", {**HELLASWAG, "ctx": 7}, "`ctx` is 7, not text"),
+        ("choice", {"a": 1, "b": 2}, "no `endings` or `choices`.*fields a, b; expected: a context"),
+        ("choice", {**ARC, "answerKey": "D"}, "the label is 'D'"),
+        ("choice", {**ARC, "answerKey": True}, "the label is True"),
+        ("cloze", {"prompt": "a"}, "no `target` or `completion`"),
+        ("cloze", {"prompt": "a", "target": ""}, "`target` is empty"),
+        ("lambada", {"text": ""}, "`text` is empty"),
+        ("lambada", {"text": "word"}, "the last one to be predicted"),
+        ("lambada", {"text": "ends in a blank "}, "the last one to be predicted"),
+        ("lambada", {}, "has the fields none"),
+    ],
+)
+def test_rows_that_are_no_items(write, kind, row, message):
+    good = {"hellaswag": HELLASWAG, "choice": ARC, "cloze": {"text": "a b"}, "lambada": {"text": "a b"}}[kind]
+    path = write("t.jsonl", good, "", row)
+    with pytest.raises(UserError, match=rf"t\.jsonl, line 3 is no {kind} item: .*{message}"):
+        tasks.load(f"{kind}:{path}")
+
+
+def test_files_that_are_no_jsonl(write, tmp_path):
+    with pytest.raises(UserError, match=r"t\.jsonl, line 2 is not valid JSON"):
+        tasks.load("lambada:" + write("t.jsonl", {"text": "a b"}, '{"text": "a'))
+    with pytest.raises(UserError, match=r"t\.jsonl, line 1 is not a JSON object"):
+        tasks.load("lambada:" + write("t.jsonl", "[1, 2]"))
+    with pytest.raises(UserError, match=r"line 1 is nested too deeply|line 1 is not"):
+        tasks.load("lambada:" + write("t.jsonl", "[" * 100_000))
+    with pytest.raises(UserError, match=r"holds no items"):
+        tasks.load("lambada:" + write("t.jsonl", ""))
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "\xff b"}\n')
+    with pytest.raises(UserError, match=r"cannot be read after line 0: .*can't decode"):
+        tasks.load(f"lambada:{tmp_path / 't.jsonl'}")
+    for packer, suffix in ((gzip, "gz"), (lzma, "xz")):
+        path = tmp_path / f"t.jsonl.{suffix}"
+        path.write_bytes(packer.compress(b'{"text": "a b"}\n' * 5000)[:60])
+        with pytest.raises(UserError, match=r"cannot be read after line"):
+            tasks.load(f"lambada:{path}")
+        path.write_bytes(b"not packed")
+        with pytest.raises(UserError, match=r"cannot be read after line 0"):
+            tasks.load(f"lambada:{path}")
+
+
+# ----------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    """The `datasets` package, with a hub of its own."""
+    import datasets
+
+    def load_dataset(name, config=None, *, split):
+        if name != "owner/questions":
+            raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+        return datasets.Dataset.from_list([{**ARC, "question": f"{config} {split} {i}"} for i in range(3)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_rows_from_the_hub(fake_hub):
+    task = tasks.load("choice:hub:owner/questions/easy/test", limit=2)
+    assert [item.context for item in task.items] == ["easy test 0", "easy test 1"]
+    assert tasks.load("choice:hub:owner/questions/test").items[2].context == "None test 2"
+
+
+def test_without_a_net_it_says_what_to_put_where(fake_hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"ConnectionError: Couldn't reach.*put hellaswag_val.jsonl at .*tasks"
+    ):
+        tasks.load("hellaswag")
+    with pytest.raises(UserError, match=r"name a file with these rows: --tasks=choice:FILE.jsonl"):
+        tasks.load("choice:hub:owner/other/test")
+    with pytest.raises(UserError, match=r"write hub:OWNER/NAME/SPLIT"):
+        tasks.load("choice:hub:other")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"put lambada_test.jsonl at .*pip install datasets"):
+        tasks.load("lambada")

@@ -1,0 +1,148 @@
+"""Looking on while a model is trained: what is written, and that the run does not change."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import train
+from nanogpt import metrics, runtime, watch
+from nanogpt.errors import Stopped, UserError
+from nanogpt.model import GPT, GPTConfig
+from tests.test_train import bits, logged
+
+
+@pytest.fixture
+def config(dataset, tmp_path):
+    return train.Config(
+        out_dir=str(tmp_path / "out"),
+        dataset=str(dataset),
+        device="cpu",
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        block_size=16,
+        batch_size=4,
+        gradient_accumulation_steps=4,
+        dropout=0.1,
+        warmup_iters=5,
+        eval_interval=10,
+        eval_iters=2,
+    )
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"context": "abc", "choices": ["abc", "fgh"], "label": i % 2} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def watched(config, questions, tmp_path):
+    return replace(
+        config,
+        out_dir=str(tmp_path / "watched"),
+        eval_tasks=questions,
+        eval_tasks_items=7,
+        eval_tasks_interval=4,
+        sample_prompt="abc",
+        sample_interval=8,
+        sample_tokens=5,
+    )
+
+
+def scores(config) -> list[dict]:
+    return [row for row in metrics.read(Path(config.out_dir)) if row["event"] == "tasks"]
+
+
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
+def test_a_watched_run_is_the_same_to_the_bit(config, watched, position):
+    plain = replace(config, max_iters=20, position=position)
+    train.main(plain)
+    train.main(replace(watched, max_iters=20, position=position))
+    assert bits(plain.out_dir, 20) == bits(watched.out_dir, 20)
+    assert logged(plain.out_dir) == logged(watched.out_dir)
+    assert logged(plain.out_dir, "eval") == logged(watched.out_dir, "eval")
+
+
+def test_what_is_written(watched, capsys):
+    train.main(replace(watched, max_iters=10))
+    rows = scores(watched)
+    assert [row["iter"] for row in rows] == [0, 4, 8, 10]  # and at the end
+    for row in rows:
+        assert row["questions_acc"] * 7 == pytest.approx(round(row["questions_acc"] * 7))
+        assert row["tokens"] == row["iter"] * 256 and "questions_acc_norm_stderr" in row
+    samples = sorted((Path(watched.out_dir) / "samples").iterdir())
+    assert [path.name for path in samples] == ["step-000000.txt", "step-000008.txt", "step-000010.txt"]
+    texts = samples[-1].read_text(encoding="utf-8").split("\n" + "-" * 15 + "\n")
+    assert len(texts) == 5 and all(text.startswith("abc") and len(text) == 8 for text in texts[:4])
+    out = capsys.readouterr().out
+    assert "step 4: questions: acc 0." in out and f"step 10: {texts[0]!r}" in out
+
+
+def test_resumed_it_scores_nothing_twice_and_misses_nothing(watched, tmp_path, monkeypatch):
+    whole = replace(watched, max_iters=12)
+    train.main(whole)
+    parts = replace(whole, out_dir=str(tmp_path / "parts"), save_interval=1)
+    step, stop = train.steps.train_step, {}
+    enter = runtime.StopRequest.__enter__
+    monkeypatch.setattr(
+        runtime.StopRequest, "__enter__", lambda self: stop.setdefault("request", enter(self))
+    )
+
+    def at_eight(*given, **options):
+        if options["iter_num"] == 7:  # asked to stop before the scores after update 8 are made
+            stop["request"].reason = "a test"
+        return step(*given, **options)
+
+    monkeypatch.setattr(train.steps, "train_step", at_eight)
+    with pytest.raises(Stopped):
+        train.main(parts)
+    monkeypatch.undo()
+    assert [row["iter"] for row in scores(parts)] == [0, 4]
+    for _ in range(2):
+        train.main(replace(parts, init_from="resume"))
+    assert scores(whole) == scores(parts)
+    assert bits(whole.out_dir, 12) == bits(parts.out_dir, 12)
+
+
+def test_blocks_compiled_for_a_step_are_left_alone(watched, dataset):
+    text = (dataset / "tokenizer.json").read_text(encoding="utf-8")
+    options = replace(watched, sample_prompt="")
+    look = watch.Watch(options, Path(watched.out_dir), 10, text, runtime.setup("cpu", "bfloat16", 32))
+    model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32))
+    seen, plain = [], []
+    lines = list(look.look(model, 0, False, lambda **values: plain.append(values), lambda: False))
+    look.scored.clear()
+    for block in model.h:
+        block.forward = lambda *given: pytest.fail("a length of its own would be compiled")
+    forwards = [block.forward for block in model.h]
+    assert len(list(look.look(model, 0, False, lambda **values: seen.append(values), lambda: False))) == len(
+        lines
+    )
+    assert seen == plain and [block.forward for block in model.h] == forwards and model.training
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(watched):
+    for options, message in (
+        ({"eval_tasks": "helaswag"}, "did you mean 'hellaswag'"),
+        ({"eval_tasks": "lm_eval:piqa"}, "for eval.py, after training"),
+        ({"sample_prompt": "Z"}, "'Z'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.main(replace(watched, **options))
+    assert not Path(watched.out_dir).exists()
+
+
+def test_the_items_are_spread_over_the_file():
+    assert watch._spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert watch._spread([1, 2], 4) == [1, 2]
+
+
+def test_nothing_is_loaded_when_nothing_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch.tokenizer, "from_text", lambda text: pytest.fail("a tokenizer was built"))
+    machine = runtime.setup("cpu", "float32", 16)
+    watch.Watch(watch.WatchOptions(), tmp_path, 10, "", machine)
