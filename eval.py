@@ -15,12 +15,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, evals, files, harness, runtime, tasks, text, tokenizer
+from nanogpt import checkpoint, data, evals, files, harness, runtime, sources, tasks, text, tokenizer
 from nanogpt.config import ROOT, Count, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.evals import Report
@@ -180,8 +181,16 @@ def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:
 
 def read_texts(path: str) -> list[str]:
     """The texts of a file, not encoded yet; UserError if there is none."""
-    found = text.find([Path(path)])
-    documents = ["".join(chunks) for chunks in found.documents()]
+    found = text.find([Path(path)]).sources
+    documents: list[str] = []
+    for source, pieces in groupby(sources.pieces(found, sources.Reading()), lambda piece: found[piece.source]):
+        if source.kind == "text":
+            documents.append("".join(str(piece.content) for piece in pieces))
+            continue
+        for row in (row for piece in pieces for row in sources.rows(piece, source.kind, "text")):
+            if isinstance(row, sources.BadRow):
+                raise UserError(f"{source.path}, line {row.number} {row.reason}")
+            documents.append(row)
     if not any(documents):
         raise UserError(f"--text={path} holds no text")
     return documents
