@@ -12,8 +12,8 @@ LAYERS = [
     {"config", "schedule", "flops", "tokenizer", "order"},
     {"options", "text", "runtime", "data", "metrics", "position"},
     {"corpus", "model"},
-    {"optim", "parallel", "checkpoint", "generate"},
-    {"steps"},
+    {"optim", "parallel", "checkpoint", "generate", "pretrained"},
+    {"steps", "hf"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
