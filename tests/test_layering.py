@@ -10,10 +10,11 @@ LAYERS = [
     {"errors"},
     {"files", "download"},
     {"config", "schedule", "flops", "tokenizer", "order"},
-    {"options", "text", "runtime", "data", "metrics", "position"},
+    {"options", "text", "runtime", "data", "metrics", "position", "hf_tokenizer"},
     {"corpus", "model"},
-    {"optim", "parallel", "checkpoint", "generate", "pretrained"},
-    {"steps", "hf", "ckpt"},
+    {"optim", "parallel", "checkpoint", "generate", "pretrained", "modeling_nanogpt"},
+    {"steps", "hf", "hf_export", "ckpt"},
+    {"weights"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
