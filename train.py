@@ -4,6 +4,7 @@
     python train.py config/train_shakespeare_char.py --batch_size=32
     python train.py --dataset=data/mine --out_dir=out-mine        # your own text (data/prepare.py)
     python train.py --out_dir=out-mine --init_from=resume         # go on where it stopped
+    python train.py config/finetune_shakespeare.py                # from GPT-2's weights
 
 Ctrl-C, SIGTERM and --max_minutes finish the step, save, and leave with exit code 75: the same command
 with --init_from=auto goes on. The run folder holds everything needed to sample, resume or export.
@@ -22,13 +23,14 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps
+from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps, weights
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, inherit, load, picked
 from nanogpt.errors import Stopped, UserError, run_program
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
+from nanogpt.pretrained import Pretrained
 from nanogpt.schedule import Schedule
 
 
@@ -36,7 +38,7 @@ from nanogpt.schedule import Schedule
 class Config(ModelOptions, OptimizerOptions, MachineOptions):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
-    init_from: Literal["scratch", "resume", "auto"] = "scratch"  # auto: resume if there is a run
+    init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
     overwrite: bool = False  # from scratch: replace the run in out_dir instead of moving it aside
     eval_only: bool = False  # evaluate once and leave; nothing is written
     # how often (in iterations)
@@ -97,9 +99,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
     with runtime.StopRequest() as stop:
-        config, resumed = choose_start(config, origins)
+        config, resumed, found = choose_start(config, origins)
         check(config)
-        run = build(config, resumed)
+        run = build(config, resumed, found)
         flops = run.batches.tokens_before(config.max_iters) * steps.flops_per_token(run.model)
         compile = parallel.choose_compile(config.compile, run.machine.device, flops, run.machine.peak_flops())
         run.config = config = replace(config, compile=compile)  # a resumed run inherits what was chosen
@@ -262,16 +264,26 @@ def save(run: Run) -> None:
 # ----------------------------------------------------------------------------- set-up
 
 
-def choose_start(config: Config, origins: dict[str, str]) -> tuple[Config, Checkpoint | None]:
-    """What --init_from asks to resume, and the options of that run with those given now over them."""
+def choose_start(
+    config: Config, origins: dict[str, str]
+) -> tuple[Config, Checkpoint | None, Pretrained | None]:
+    """What --init_from asks to resume, or the weights that it names; and the options of that run or the
+    shape of those weights, with what is given now over them."""
     if config.init_from == "scratch":
-        return config, None
+        return config, None, None
+    if config.init_from not in ("resume", "auto"):
+        found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir))
+        print("".join(f"{line}\n" for line in found.notices), end="")
+        taken = SHAPE | {"init"}  # from the weights
+        shape = found.adopted(vars(config), taken & set(origins))
+        origins |= {name: found.origin for name in taken - set(origins)}
+        return replace(config, **{name: getattr(shape, name) for name in taken}), None, found
     out = Path(config.out_dir)
     resumed, damage = checkpoint.find(out)
     if resumed is None:
         if config.init_from == "resume":
             raise UserError(f"no checkpoint in {out}: train first, or say --init_from=auto or scratch")
-        return config, None
+        return config, None, None
     for line in damage:
         print(f"skipped a damaged checkpoint: {line}")
     config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
@@ -281,7 +293,7 @@ def choose_start(config: Config, origins: dict[str, str]) -> tuple[Config, Check
         )
     for key, (old, new) in differing.items():
         print(f"{key} = {new!r} from now on; it was {old!r} when the run was saved")
-    return config, resumed
+    return config, resumed, None
 
 
 def check(config: Config) -> None:
@@ -294,8 +306,8 @@ def check(config: Config) -> None:
         raise UserError("\n       ".join(wrong))
 
 
-def build(config: Config, resumed: Checkpoint | None) -> Run:
-    """Open the data, and make the model: new weights from the seed, or those of the checkpoint."""
+def build(config: Config, resumed: Checkpoint | None, found: Pretrained | None) -> Run:
+    """Open the data, and make the model: new weights from the seed, or those of the checkpoint or `found`."""
     machine = runtime.setup(config.device, config.dtype, config.n_embd)
     dataset = data.load(data.find(config.dataset, ROOT))
     data.require_window(dataset.train, config.block_size, "training")
@@ -315,8 +327,14 @@ def build(config: Config, resumed: Checkpoint | None) -> Run:
             f"{config.out_dir} was trained with another tokenizer ({resumed.model_config.vocab_size} ids) "
             f"than that of {dataset.folder} ({dataset.vocab_size} ids); give the --dataset it was trained on"
         )
+    if found:
+        found.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
+        dataset.tokenizer = max(dataset.tokenizer, found.tokenizer, key=len)  # the one with its merges
     if resumed:
         model = resumed.load_model(machine.device, config.dropout).train()
+    elif found:
+        shape = picked(GPTConfig, config, vocab_size=dataset.vocab_size)
+        model = found.load(shape, machine.device).train()
     else:
         torch.manual_seed(config.seed)
         model = GPT(picked(GPTConfig, config, vocab_size=dataset.vocab_size)).to(machine.device)
