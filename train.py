@@ -339,7 +339,10 @@ def build(config: Config, resumed: Checkpoint | None, found: Pretrained | None) 
         torch.manual_seed(config.seed)
         model = GPT(picked(GPTConfig, config, vocab_size=dataset.vocab_size)).to(machine.device)
     rules = picked(OptimConfig, config)
-    optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), machine.half)
+    trained = model.named_parameters()
+    if config.eval_only:  # without the optimizer's state, which takes twice the memory of the weights
+        trained = ((name, parameter.to("meta")) for name, parameter in trained)
+    optimizer = optim.build(rules, trained, model.fused_rows(), machine.half)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     progress = resumed.progress if resumed else Progress()
     if resumed:

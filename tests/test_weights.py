@@ -65,8 +65,11 @@ def test_finetuning_begins_with_the_weights_and_can_be_resumed(config, gpt2, tmp
         train.main(replace(config, init_from="resume", out_dir=str(tmp_path / "other")))
 
 
-def test_evaluating_weights_writes_nothing(config, gpt2, capsys):
+def test_evaluating_weights_writes_nothing(config, gpt2, capsys, monkeypatch):
+    built, build = [], train.optim.build
+    monkeypatch.setattr(train.optim, "build", lambda *given: built.append(build(*given)) or built[-1])
     train.main(replace(config, init_from=str(gpt2), eval_only=True))
+    assert {tensor.device.type for tensor in built[0].state().values()} == {"meta"}  # takes no memory
     start = opened(gpt2)
     dataset = train.data.load(Path(config.dataset))
     machine = setup("cpu", "auto", 16)
