@@ -36,8 +36,9 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return hf.open_folder(hf.find(name))
     raise UserError(
-        f"--init_from={name}: no such file or folder; it can be {', '.join(hf.NAMES)}, the folder of a "
-        f"Hugging Face GPT-2, owner/name of one on the hub, a run folder, or nanoGPT's ckpt.pt"
+        f"--init_from={name}: no such file or folder; it can be resume (in train.py scratch and auto, too), "
+        f"{', '.join(hf.NAMES)}, the folder of a Hugging Face GPT-2, owner/name of one on the hub, "
+        f"a run folder, or nanoGPT's ckpt.pt"
     )
 
 

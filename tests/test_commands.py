@@ -153,7 +153,7 @@ def commands_in(document: str) -> list[str]:
     return [line for line in lines if re.match(r"(python|torchrun) ", line)]
 
 
-PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/weights.md"]
 OURS = [(page, command) for page in PAGES for command in commands_in(page)]
 PARSERS = {"train.py": train.Config, "sample.py": sample.Config, "export.py": export.Config}
 

@@ -283,7 +283,7 @@ def test_nanogpts_format(run, tmp_path, capsys):
         ({"format": "nanogpt", "custom_code": True}, "--dtype and --custom_code are for --format=hf"),
         (
             {"init_from": "nowhere"},
-            r"--init_from=nowhere: no such file or folder; it can be gpt2, gpt2-medium",
+            r"--init_from=nowhere: no such file or folder; it can be resume",
         ),
         ({"out_dir": "nowhere"}, "no checkpoint in nowhere"),
         ({"which": "7"}, "no checkpoint '7'"),
