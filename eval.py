@@ -7,6 +7,7 @@
     python eval.py out-mine --tasks=lm_eval:arc_easy,piqa     # by lm-eval: pip install 'nanogpt[lm-eval]'
     python eval.py out-a --against=out-b --tasks=hellaswag    # the same items: is a better than b?
     python eval.py out-a --against=out-a/step-001000          # has it still learned since?
+    python eval.py gpt2 --tasks=hellaswag                     # OpenAI's weights
 
 docs/evaluation.md has the fields of task files and says what each number means.
 """
@@ -21,7 +22,20 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, evals, files, harness, runtime, sources, tasks, text, tokenizer
+from nanogpt import (
+    checkpoint,
+    data,
+    evals,
+    files,
+    harness,
+    hf,
+    runtime,
+    sources,
+    tasks,
+    text,
+    tokenizer,
+    weights,
+)
 from nanogpt.config import ROOT, Count, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.evals import Report
@@ -31,7 +45,7 @@ from nanogpt.scoring import Advance, Subject, Windows, encode_text
 @dataclass(frozen=True)
 class Config:
     # which model
-    out_dir: str = "out"  # a run folder of train.py; `eval.py FOLDER` is the same
+    out_dir: str = "out"  # a run folder, gpt2 .. gpt2-xl, or any folder; `eval.py FOLDER` is the same
     which: str = "best"  # its checkpoint: best (lowest validation loss), last, or a step number
     against: str = ""  # another run, or one of its step-... folders: the difference and its significance
     # what to score it on; nothing: the validation split of the dataset it was trained on
@@ -54,7 +68,7 @@ class Config:
 class Opened:
     """A model with its tokenizer, ready to be scored."""
 
-    path: Path
+    path: str
     subject: Subject
     dataset: str  # the one it was trained on, "" if that is not known
     description: str
@@ -102,30 +116,19 @@ def check(config: Config, has_lm_eval: bool) -> None:
 
 
 def open_model(name: str, config: Config) -> Opened:
-    """The checkpoint --which of the run folder `name`, or the checkpoint folder `name`; UserError if there
-    is none or it lacks a part."""
-    out = Path(name)
-    if (out / "manifest.json").is_file():
-        found, out = checkpoint.verify(out), out.parent
-    else:
-        newest, damage = checkpoint.find(out, config.which)
-        for line in damage:
-            print(f"skipped a damaged checkpoint: {line}", file=sys.stderr)
-        if newest is None:
-            raise UserError(f"no checkpoint in {out}: give the --out_dir of a run that train.py has saved")
-        found = newest
-    path = out / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: a run folder holds one; copy it from the run or its dataset")
-    content = path.read_text(encoding="utf-8")
-    if tokenizer.identify(content, str(path)).sha256 != found.state["tokenizer"]:
-        raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")
-    machine = runtime.setup(config.device, config.dtype, found.model_config.n_embd)
-    model = found.load_model(machine.device)
-    subject = Subject(model, tokenizer.from_text(content, str(path)), machine, config.batch_size)
+    """What `name` stands for: a run folder (its checkpoint --which) or one of its checkpoints, gpt2 to
+    gpt2-xl, a folder of Hugging Face, nanoGPT's ckpt.pt; UserError if it is nothing or lacks a part."""
+    run = Path(name)
+    is_run = bool(checkpoint.steps(run)) or not (run.exists() or name in hf.NAMES)
+    found = weights.open_weights("resume" if is_run else name, ROOT, run, config.which)
+    print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
+    if not found.tokenizer:
+        raise UserError(f"nothing beside {found.origin} tells its tokenizer")
+    machine = runtime.setup(config.device, config.dtype, found.config.n_embd)
+    model = found.load(found.fitted(), machine.device)
+    subject = Subject(model, tokenizer.from_text(found.tokenizer, found.origin), machine, config.batch_size)
     size = f"{model.n_params():,} parameters, context {subject.block_size:,}"
-    dataset = found.state.get("options", {}).get("dataset", "")
-    return Opened(found.path, subject, dataset, f"{found.path}: {size}; {machine.reason}")
+    return Opened(found.origin, subject, found.dataset, f"{found.origin}: {size}; {machine.reason}")
 
 
 # ----------------------------------------------------------------------------- scores
@@ -183,7 +186,7 @@ def read_texts(path: str) -> list[str]:
     """The texts of a file, not encoded yet; UserError if there is none."""
     found = text.find([Path(path)]).sources
     documents: list[str] = []
-    for source, pieces in groupby(sources.pieces(found, sources.Reading()), lambda piece: found[piece.source]):
+    for source, pieces in groupby(sources.pieces(found, sources.Reading()), lambda p: found[p.source]):
         if source.kind == "text":
             documents.append("".join(str(piece.content) for piece in pieces))
             continue

@@ -3,8 +3,9 @@
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+    python sample.py --init_from=gpt2-xl --start="The meaning of life is"
 
-It needs the run folder only. Samples are separated by a line of 15 dashes.
+Of a run it needs the folder only. Samples are separated by a line of 15 dashes.
 """
 
 import sys
@@ -14,8 +15,8 @@ from typing import Annotated, Literal
 
 import torch
 
-from nanogpt import checkpoint, parallel, runtime, tokenizer
-from nanogpt.config import Count, Positive, Range, load
+from nanogpt import parallel, runtime, tokenizer, weights
+from nanogpt.config import ROOT, Count, Positive, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.generate import generate
 
@@ -23,7 +24,7 @@ from nanogpt.generate import generate
 @dataclass(frozen=True)
 class Config:
     # which model
-    init_from: Literal["resume"] = "resume"  # from the run folder out_dir
+    init_from: str = "resume"  # the run folder out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
     out_dir: str = "out"  # a run folder of train.py
     which: str = "best"  # its checkpoint: best (lowest validation loss), last, or a step number
     # what to write
@@ -42,22 +43,16 @@ class Config:
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Print the samples. Raises UserError for a missing run or a prompt the model cannot read."""
-    out = Path(config.out_dir)
-    found, damage = checkpoint.find(out, config.which)
-    for line in damage:
-        print(f"skipped a damaged checkpoint: {line}", file=sys.stderr)
-    if found is None:
-        raise UserError(f"no checkpoint in {out}: give the --out_dir of a run that train.py has saved")
-    path = out / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: a run folder holds one; copy it from the run or its dataset")
-    text = path.read_text(encoding="utf-8")
-    if tokenizer.identify(text, str(path)).sha256 != found.state["tokenizer"]:
-        raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")
-    tokens = tokenizer.from_text(text, str(path))
+    found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir), config.which)
+    print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
+    if not found.tokenizer:
+        raise UserError(
+            f"nothing beside {found.origin} tells its tokenizer: put meta.pkl (nanoGPT) or merges.txt there"
+        )
+    tokens = tokenizer.from_text(found.tokenizer, found.origin)
     prompt = encode(config.start, tokens)
-    machine = runtime.setup(config.device, config.dtype, found.model_config.n_embd)
-    model = found.load_model(machine.device)
+    machine = runtime.setup(config.device, config.dtype, found.config.n_embd)
+    model = found.load(found.fitted(), machine.device)
     idx = torch.tensor([prompt], device=machine.device)
     next_logits, notice = parallel.wrap(
         model.next_logits,
@@ -65,7 +60,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         trial=lambda f: f(idx),
         dynamic=True,
     )
-    print("\n".join([f"{found.path}; {machine.reason}", notice]).strip(), file=sys.stderr)
+    print("\n".join([f"{found.origin}; {machine.reason}", notice]).strip(), file=sys.stderr)
     new_tokens = generate(
         next_logits,
         prompt,

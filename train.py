@@ -4,6 +4,7 @@
     python train.py config/train_shakespeare_char.py --batch_size=32
     python train.py --dataset=data/mine --out_dir=out-mine        # your own text (data/prepare.py)
     python train.py --out_dir=out-mine --init_from=resume         # go on where it stopped
+    python train.py config/finetune_shakespeare.py                # from GPT-2's weights
 
 Ctrl-C, SIGTERM and --max_minutes finish the step, save, and leave with exit code 75: the same command
 with --init_from=auto goes on. The run folder holds everything needed to sample, resume or export.
@@ -13,31 +14,27 @@ import math
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from filelock import FileLock
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps
-from nanogpt.checkpoint import Checkpoint, Progress
-from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, inherit, load, picked
-from nanogpt.errors import Stopped, UserError, run_program
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig, Optimizer
+from nanogpt import checkpoint, data, metrics, parallel, runtime, schedule, steps
+from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
+from nanogpt.errors import Stopped, run_program
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
+from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
-from nanogpt.watch import Watch, WatchOptions
+from nanogpt.watch import WatchOptions
 
 
 @dataclass(frozen=True)
 class Config(ModelOptions, OptimizerOptions, MachineOptions, WatchOptions):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
-    init_from: Literal["scratch", "resume", "auto"] = "scratch"  # auto: resume if there is a run
+    init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
     overwrite: bool = False  # from scratch: replace the run in out_dir instead of moving it aside
     eval_only: bool = False  # evaluate once and leave; nothing is written
     # how often (in iterations)
@@ -72,26 +69,6 @@ class Config(ModelOptions, OptimizerOptions, MachineOptions, WatchOptions):
     backend: Literal["nccl", "gloo"] = "nccl"  # how they talk, for torchrun
 
 
-# A resumed run takes these from the command, and all others from the saved run unless they are given again.
-NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
-SHAPE = ({f.name for f in fields(GPTConfig)} & {f.name for f in fields(Config)}) - {"dropout", "init"}
-
-
-@dataclass
-class Run:
-    """The parts of a run under way."""
-
-    config: Config
-    machine: runtime.Machine
-    dataset: data.Dataset
-    batches: data.TrainBatches
-    model: GPT  # the plain one, which is evaluated and saved
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    progress: Progress
-    watch: Watch
-
-
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Train as `config` says; `origins` names the options that were given, and where.
 
@@ -100,23 +77,21 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
     with runtime.StopRequest() as stop:
-        config, resumed = choose_start(config, origins)
-        check(config)
-        run = build(config, resumed)
-        flops = run.batches.tokens_before(config.max_iters) * steps.flops_per_token(run.model)
-        compile = parallel.choose_compile(config.compile, run.machine.device, flops, run.machine.peak_flops())
-        run.config = config = replace(config, compile=compile)  # a resumed run inherits what was chosen
-        print("\n".join(["options that differ from the defaults:", *changed(config, origins)]))
-        print(describe(run))
+        run = build(config, origins)
+        config = run.config
+        print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
+        print(run.describe())
         if config.eval_only:
             evaluate(run, stop)
             return
-        if resumed and run.progress.iter_num >= config.max_iters:
+        if run.resumed and run.progress.iter_num >= config.max_iters:
             print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
             return
-        lock = open_folder(run, resumed)
+        lock, notice = run.open_folder(sys.argv)
+        if notice:
+            print(notice)
         try:
-            with closing(open_log(run)) as log, run.machine.memory_errors():
+            with closing(run.open_log()) as log, run.machine.memory_errors():
                 loop(run, log, stop)
         finally:
             lock.release()
@@ -263,125 +238,6 @@ def save(run: Run) -> None:
     }
     path = checkpoint.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
     tqdm.write(f"saved {path}")
-
-
-# ----------------------------------------------------------------------------- set-up
-
-
-def choose_start(config: Config, origins: dict[str, str]) -> tuple[Config, Checkpoint | None]:
-    """What --init_from asks to resume, and the options of that run with those given now over them."""
-    if config.init_from == "scratch":
-        return config, None
-    out = Path(config.out_dir)
-    resumed, damage = checkpoint.find(out)
-    if resumed is None:
-        if config.init_from == "resume":
-            raise UserError(f"no checkpoint in {out}: train first, or say --init_from=auto or scratch")
-        return config, None
-    for line in damage:
-        print(f"skipped a damaged checkpoint: {line}")
-    config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
-    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in SHAPE]:
-        raise UserError(
-            f"{out} holds another model: {'; '.join(wrong)}; leave these out, or choose another --out_dir"
-        )
-    for key, (old, new) in differing.items():
-        print(f"{key} = {new!r} from now on; it was {old!r} when the run was saved")
-    return config, resumed
-
-
-def check(config: Config) -> None:
-    """Refuse combinations that make no sense, all at once."""
-    wrong = picked(GPTConfig, config).problems() + picked(OptimConfig, config).problems()
-    if config.decay_lr:
-        ends = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
-        wrong += schedule.problems(config.lr_schedule, *ends)
-    if wrong:
-        raise UserError("\n       ".join(wrong))
-
-
-def build(config: Config, resumed: Checkpoint | None) -> Run:
-    """Open the data, and make the model: new weights from the seed, or those of the checkpoint."""
-    machine = runtime.setup(config.device, config.dtype, config.n_embd)
-    dataset = data.load(data.find(config.dataset, ROOT))
-    data.require_window(dataset.train, config.block_size, "training")
-    data.require_window(dataset.val, config.block_size, "validation")
-    if config.data_on_device:
-        dataset.train.keep_on(machine.device)
-        dataset.val.keep_on(machine.device)
-    micro_steps = config.gradient_accumulation_steps
-    ramp = schedule.batch_ramp(
-        config.batch_size * micro_steps,
-        config.batch_ramp_start,
-        config.batch_ramp_tokens // config.block_size,
-        unit=config.batch_size if micro_steps > 1 else 1,  # whole micro-batches, where there are several
-    )
-    batches = data.TrainBatches(
-        dataset.train, config.block_size, config.batch_size, micro_steps, config.seed, machine.device, ramp
-    )
-    if resumed and resumed.state["tokenizer"] != dataset.fingerprint:
-        raise UserError(
-            f"{config.out_dir} was trained with another tokenizer ({resumed.model_config.vocab_size} ids) "
-            f"than that of {dataset.folder} ({dataset.vocab_size} ids); give the --dataset it was trained on"
-        )
-    if resumed:
-        model = resumed.load_model(machine.device, config.dropout).train()
-    else:
-        torch.manual_seed(config.seed)
-        model = GPT(picked(GPTConfig, config, vocab_size=dataset.vocab_size)).to(machine.device)
-    rules = picked(OptimConfig, config)
-    optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), machine.half)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-    progress = resumed.progress if resumed else Progress()
-    if resumed:
-        resumed.load_optimizer(optimizer.state())
-        scaler.load_state_dict(resumed.state["scaler"])
-        if moved := resumed.moved(machine.environment()):
-            print(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
-    watch = Watch(config, Path(config.out_dir), config.eval_interval, dataset.tokenizer, machine)
-    return Run(config, machine, dataset, batches, model, optimizer, scaler, progress, watch)
-
-
-def open_folder(run: Run, resumed: Checkpoint | None) -> FileLock:
-    """Make out_dir ours, with the tokenizer and the options in it; returns the lock to hold."""
-    out = Path(run.config.out_dir)
-    lock, notice = checkpoint.claim(out, resumed, run.config.overwrite)
-    if notice:
-        print(notice)
-    if resumed:
-        metrics.rewind(out, resumed.iter_num, evaluated=run.progress.val_loss is not None)
-        run.watch.resume()
-    files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
-    about = {
-        "options": asdict(run.config),
-        "model": asdict(run.model.config),
-        "command": sys.argv,
-        "commit": runtime.git_commit(ROOT),
-        **run.machine.environment(),
-    }
-    files.write_json(out / "config.json", about)
-    return lock
-
-
-def open_log(run: Run) -> metrics.Log:
-    config = run.config
-    tracker = metrics.tracker(config.wandb_log, config.wandb_project, config.wandb_run_name, asdict(config))
-    cost, peak = steps.flops_per_token(run.model), run.machine.peak_flops()
-    return metrics.Log(Path(config.out_dir), tracker, cost / peak if peak else None)
-
-
-def describe(run: Run) -> str:
-    """What is about to be trained, on what, in a few lines."""
-    dataset, iters, batches = run.dataset, run.config.max_iters, run.batches
-    batch = f"{batches.full * batches.block_size:,} tokens an iteration"
-    if batches.ramp:
-        batch += f", from {batches.ramp[0] * batches.block_size:,} at first to all at {len(batches.ramp)}"
-    return (
-        f"machine: {run.machine.reason}\ndata: {dataset.folder}, {len(dataset.train):,} training and "
-        f"{len(dataset.val):,} validation tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model: {run.model.n_params():,} parameters; {batch}; "
-        f"{iters:,} iterations read the text {run.batches.epochs(iters):.2f} times"
-    )
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def load(folder: Path) -> Dataset:
             raise UserError(f"{folder / 'meta.json'} is not of format {FORMAT}; prepare the data again")
         text = _own_tokenizer(folder, meta)
     elif (folder / "meta.pkl").is_file():
-        text = tokenizer.to_text(_nanogpt_characters(folder / "meta.pkl"))
+        text = tokenizer.to_text(nanogpt_characters(folder / "meta.pkl"))
     identity = tokenizer.identify(text)
     splits = {}
     for split in ("train", "val"):
@@ -230,7 +230,8 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _nanogpt_characters(path: Path) -> tokenizer.CharTokenizer:
+def nanogpt_characters(path: Path) -> tokenizer.CharTokenizer:
+    """The characters of nanoGPT's meta.pkl; UserError if it is anything else."""
     try:
         with path.open("rb") as file:
             itos = _PlainUnpickler(file).load()["itos"]

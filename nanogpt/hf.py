@@ -1,0 +1,282 @@
+"""Weights and tokenizer out of a Hugging Face folder of a GPT-2, without their libraries.
+
+A folder holds config.json, model.safetensors (or shards and model.safetensors.index.json) and the
+tokenizer's files. Everything that can be wrong is found from the headers, before a weight is read.
+huggingface_hub is needed for models given by name only, to find or fill its cache.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanogpt import files, tokenizer
+from nanogpt.errors import UserError
+from nanogpt.model import GPTConfig
+from nanogpt.pretrained import (
+    OWN_TOKENIZER,
+    Pretrained,
+    mismatches,
+    ours,
+    parameter_shapes,
+    stored_tensor,
+    theirs,
+    with_vocabulary,
+)
+
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+TOKENIZER_FILES = ["merges.txt", "vocab.json", "tokenizer.json", OWN_TOKENIZER]
+ACTIVATION_OF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
+FLAGS = {  # settings of GPT2Config that change the arithmetic, and the value that is GPT-2's
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old versions saved
+CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # stored (in, out), as OpenAI's code had it
+
+
+# ----------------------------------------------------------------------------- where a model lies
+
+
+def find(name: str) -> Path:
+    """The folder of a model of the hub ("gpt2", or "owner/name"): from the cache, else downloaded.
+
+    UserError says in one line what to put where.
+    """
+    repo = f"openai-community/{name}" if name in NAMES else name
+    try:
+        import huggingface_hub
+        from huggingface_hub import constants
+    except ImportError:
+        raise UserError(
+            f"--init_from={name} needs a package: pip install huggingface_hub; or give the path of a folder "
+            f"with {_what_to_put(repo)}"
+        ) from None
+    for known in dict.fromkeys([repo, name]):  # old caches know gpt2 by its short name
+        try:
+            folder = Path(huggingface_hub.snapshot_download(known, local_files_only=True))
+            weight_files(folder)
+            return folder
+        except Exception:  # not there, or not whole
+            continue
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=WANTED + TOKENIZER_FILES))
+    except Exception as error:  # whatever the net, a proxy or the hub may raise
+        reason = _reason(error)
+        raise UserError(
+            f"{name} is not whole in the cache ({constants.HF_HUB_CACHE}) and could not be downloaded "
+            f"({reason}); put {_what_to_put(repo)} in a folder, "
+            f"and give --init_from=FOLDER"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """What lies at the bottom of an error of the hub's library, in one short line."""
+    while error.__cause__:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+
+
+def _what_to_put(repo: str) -> str:
+    return f"config.json, model.safetensors and merges.txt of https://huggingface.co/{repo}"
+
+
+# ----------------------------------------------------------------------------- one folder
+
+
+def open_folder(folder: Path) -> Pretrained:
+    """A GPT-2 in Hugging Face's layout.
+
+    Raises UserError for another architecture, for tensors that are missing, left over or misshapen, for
+    files that are not there or cut short, and for weights that are pickled.
+    """
+    about = files.read_json(folder / "config.json")
+    stored_config = shape(about, folder / "config.json")
+    stored = _headers(weight_files(folder))
+    tied_copy = stored_config.tied and "lm_head.weight" in stored
+    expected = _expected(stored_config)
+    if tied_copy:
+        expected["lm_head.weight"] = expected["wte.weight"]
+    if problems := mismatches(expected, {name: place[2] for name, place in stored.items()}):
+        raise UserError(f"{folder} is not the GPT-2 that its config.json describes: {problems}")
+    own = about.get("nanogpt")
+    no_bias = isinstance(own, dict) and own.get("bias") is False
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        if tied_copy and not _equal(stored["lm_head.weight"], stored["wte.weight"]):
+            raise UserError(
+                f"{folder}: lm_head.weight differs from wte.weight, but config.json says that they are one; "
+                f"set tie_word_embeddings to false there"
+            )
+        for name, place in stored.items():
+            if name == "lm_head.weight" and tied_copy:
+                continue
+            tensor = stored_tensor(*place[:2])
+            if no_bias and name.endswith(".bias"):
+                if tensor.any():
+                    raise UserError(f"{folder}: {name} is not 0, but config.json says that all are")
+                continue
+            yield ours(name), tensor.t() if CONV1D.fullmatch(name) else tensor
+
+    text = find_tokenizer(folder, stored_config.vocab_size)
+    config = with_vocabulary(stored_config, text, str(folder))
+    config = replace(config, bias=not no_bias)
+    return Pretrained(str(folder), config, text, tokenizer.identify(text).sha256 if text else "", read)
+
+
+def shape(about: Any, path: Path) -> GPTConfig:
+    """The model that a config.json of Hugging Face describes; UserError if it is no GPT-2."""
+    kind = about.get("model_type") if isinstance(about, dict) else None
+    if kind != "gpt2":
+        raise UserError(f"{path} describes a model of type {kind!r}; only gpt2 can be read here")
+    wrong = [f"{k}={about[k]!r} (GPT-2: {v!r})" for k, v in FLAGS.items() if k in about and about[k] != v]
+    activation = about.get("activation_function", "gelu_new")
+    if activation not in ACTIVATION_OF:
+        wrong.append(f"activation_function={activation!r} (known: {', '.join(ACTIVATION_OF)})")
+    sizes = {key: about.get(key, getattr(GPTConfig, key)) for key in ("n_layer", "n_head", "n_embd")}
+    sizes |= {"vocab_size": about.get("vocab_size", 50257), "block_size": about.get("n_positions", 1024)}
+    wrong += [f"{k}={v!r} (a whole number)" for k, v in sizes.items() if type(v) is not int or v < 1]
+    if not wrong and about.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        wrong.append(f"n_inner={about['n_inner']!r} (GPT-2: four times n_embd)")
+    if wrong:
+        raise UserError(f"{path} sets what this program does not compute: {'; '.join(wrong)}")
+    tied = about.get("tie_word_embeddings", True)
+    config = GPTConfig(**sizes, activation=ACTIVATION_OF[activation], tied=tied)
+    if problems := config.problems():
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards of its index; UserError if one is missing, or all are pickled."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        about = files.read_json(index)
+        try:
+            names = sorted(set(about["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is not an index of shards; download it again") from None
+        if outside:
+            raise UserError(f"{index} names a file outside its folder: {outside[0]}")
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise UserError(
+                f"{folder} holds {len(names) - len(absent)} of {len(names)} shards: {absent[0]} is missing; "
+                f"download the rest"
+            )
+        return [folder / name for name in names]
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled:
+        raise UserError(
+            f"{folder} holds pickled weights only ({pickled[0]}), and reading a pickle can run any code; "
+            f"convert them once:\n{conversion(folder)}"
+        )
+    if list(folder.glob("*.ckpt.index")):
+        raise UserError(
+            f"{folder} holds OpenAI's TensorFlow checkpoint, which is not read; the same weights are at "
+            f"https://huggingface.co/openai-community"
+        )
+    raise UserError(f"{folder} holds no model.safetensors")
+
+
+def conversion(folder: Path) -> str:
+    """The command that turns the pickled weights of `folder` into safetensors; it reads tensors only."""
+    code = (
+        "import glob, torch, safetensors.torch as s; w = {}; "
+        "[w.update(torch.load(p, weights_only=True)) for p in glob.glob('pytorch_model*.bin')]; "
+        "s.save_file({k: v.clone() for k, v in w.items()}, 'model.safetensors')"
+    )
+    return f'cd "{folder}" && python -c "{code}"'
+
+
+# ----------------------------------------------------------------------------- tensors
+
+Place = tuple[Path, str, list[int]]  # file, name in it, shape
+
+
+def _headers(parts: list[Path]) -> dict[str, Place]:
+    """Where each tensor lies, by its name without prefix; nothing but headers is read."""
+    found: dict[str, Place] = {}
+    for part in parts:
+        try:
+            with safe_open(part, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    plain = name.removeprefix("transformer.")
+                    if not BUFFERS.fullmatch(plain):
+                        found[plain] = (part, name, file.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise UserError(f"{part} is damaged or only half downloaded ({error}){_pointer(part)}") from None
+    return found
+
+
+def _equal(one: Place, other: Place) -> bool:
+    return torch.equal(stored_tensor(*one[:2]), stored_tensor(*other[:2]))
+
+
+def _pointer(path: Path) -> str:
+    with path.open("rb") as file:
+        is_pointer = file.read(20).startswith(b"version https://git-")
+    return (
+        ": it is a pointer of Git LFS; git lfs pull fetches the file" if is_pointer else "; download it again"
+    )
+
+
+def _expected(config: GPTConfig) -> dict[str, list[int]]:
+    found = {theirs(n).removeprefix("transformer."): s for n, s in parameter_shapes(config).items()}
+    return {name: size[::-1] if CONV1D.fullmatch(name) else size for name, size in found.items()}
+
+
+# ----------------------------------------------------------------------------- the tokenizer
+
+
+def find_tokenizer(folder: Path, vocab_size: int) -> str:
+    """The text of our tokenizer.json for the folder's: the one that export.py left, else GPT-2's, with
+    its merges; empty if there is none. UserError for files that are another tokenizer's."""
+    if (folder / OWN_TOKENIZER).is_file():
+        text = (folder / OWN_TOKENIZER).read_text(encoding="utf-8")
+        tokenizer.identify(text, str(folder / OWN_TOKENIZER))
+        return text
+    present = [path for path in (folder / "merges.txt", folder / "tokenizer.json") if path.is_file()]
+    for path in present:
+        merges = _plain_merges(path) if path.suffix == ".txt" else _json_merges(path)
+        lines = "\n".join(line for line in merges if not line.startswith("#version"))
+        value = {"format": tokenizer.FORMAT, "type": "gpt2", "merges": f"#version: 0.2\n{lines}\n"}
+        if text := _if_known(json.dumps(value)):
+            return text + "\n"
+    if present and (text := _if_known(present[-1].read_text(encoding="utf-8", errors="replace"))):
+        return text
+    if present:
+        raise UserError(f"{present[-1]} is no tokenizer that can be read here: it is not GPT-2's")
+    return tokenizer.GPT2_BY_NAME if vocab_size in (50257, 50304) else ""
+
+
+def _if_known(text: str) -> str:
+    try:
+        tokenizer.identify(text)
+    except UserError:
+        return ""
+    return text
+
+
+def _plain_merges(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _json_merges(path: Path) -> list[str]:
+    """The merges in a file of the tokenizers library; none if it holds another kind of tokenizer."""
+    about = files.read_json(path)
+    try:
+        return [merge if isinstance(merge, str) else " ".join(merge) for merge in about["model"]["merges"]]
+    except (KeyError, TypeError):
+        return []

@@ -1,0 +1,253 @@
+"""A model as a Hugging Face folder that transformers loads, where one of its classes computes the same.
+
+GPT-2's shape becomes GPT2LMHeadModel. The fast recipe (but for the smear) becomes VaultGemmaForCausalLM,
+which has rotary positions and a soft cap on the logits, by rewritings that change no result but rounding:
+
+- relu(x)² is relu(x) * x, a gated unit whose gate and value are the same matrix;
+- LayerNorm is RMSNorm of a residual stream whose mean is zero, so the mean is taken out of everything
+  that writes into the stream (Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers");
+- embeddings there are multiplied by sqrt(C), and gains stored less 1.
+
+Every other model can be written with its own code beside it, which is then the very model.py.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanogpt import files, hf_tokenizer, tokenizer
+from nanogpt.errors import UserError
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.pretrained import OWN_TOKENIZER, theirs, unlike
+
+HERE = Path(__file__).resolve().parent
+CODE = ("modeling_nanogpt.py", "model.py", "position.py")
+RMS_EPS = torch.finfo(torch.float32).eps  # of F.rms_norm, and 1e-5 of LayerNorm
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A class of transformers: what it cannot be, and how a model becomes it."""
+
+    architecture: str
+    refusals: Callable[[GPTConfig], list[str]]
+    settings: Callable[[GPTConfig], dict[str, Any]]
+    weights: Callable[[GPTConfig, Weights], Weights]
+
+
+def _unknown(config: GPTConfig, known: dict[str, tuple[Any, ...] | None]) -> list[str]:
+    return [f"{name}={getattr(config, name)}" for name in unlike(config, known)]
+
+
+# ----------------------------------------------------------------------------- GPT-2
+
+
+def _gpt2_refusals(config: GPTConfig) -> list[str]:
+    known: dict[str, tuple[Any, ...] | None]
+    known = {"activation": tuple(ACTIVATIONS), "bias": None, "tied": None}
+    known |= {"n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd // config.n_head)}
+    return _unknown(config, known)
+
+
+ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu2": "relu2"}
+
+
+def _gpt2_settings(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_positions": config.block_size,
+        "activation_function": ACTIVATIONS[config.activation],
+        "layer_norm_epsilon": 1e-5,
+        **{name: config.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+        "tie_word_embeddings": config.tied,
+        "nanogpt": {"bias": config.bias},  # False: the biases of the file are all 0
+    }
+
+
+def _gpt2_weights(config: GPTConfig, weights: Weights) -> Weights:
+    found = {}
+    for name, tensor in weights.items():
+        is_matrix = name.startswith("h.") and tensor.dim() == 2
+        found[theirs(name)] = tensor.t() if is_matrix else tensor
+        if not config.bias and name.endswith("weight") and name.startswith(("h.", "ln_f")):
+            found[theirs(name).removesuffix("weight") + "bias"] = torch.zeros(len(tensor))
+    return found
+
+
+# ----------------------------------------------------------------------------- the fast recipe
+
+GATES = {"relu2": "relu", "swiglu": "silu"}
+
+
+def _vault_refusals(config: GPTConfig) -> list[str]:
+    known: dict[str, tuple[Any, ...] | None]
+    known = dict.fromkeys(("norm", "tied", "softcap", "n_kv_head", "head_dim"))
+    wrong = _unknown(config, known | {"position": ("rope",), "activation": tuple(GATES), "bias": (False,)})
+    if config.n_embd % config.n_head:
+        wrong.append(f"n_embd={config.n_embd} with n_head={config.n_head}")
+    return wrong
+
+
+def _vault_settings(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "model_type": "vaultgemma",
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head or config.n_head,
+        "head_dim": config.head_size,
+        "query_pre_attn_scalar": config.head_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": _hidden(config),
+        "hidden_activation": GATES[config.activation],
+        "max_position_embeddings": config.block_size,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-5 if config.norm == "layer" else RMS_EPS,
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "layer_types": ["full_attention"] * config.n_layer,
+        "final_logit_softcapping": config.softcap or None,
+        "attn_logit_softcapping": None,
+        "tie_word_embeddings": False,
+    }
+
+
+def _hidden(config: GPTConfig) -> int:
+    with torch.device("meta"):
+        return GPT(replace(config, n_layer=1)).h[0].mlp.c_proj.in_features  # type: ignore[union-attr, return-value]
+
+
+def _vault_weights(config: GPTConfig, weights: Weights) -> Weights:
+    centred = config.norm == "layer"
+
+    def into_stream(tensor: Tensor, dim: int) -> Tensor:
+        tensor = tensor.double()
+        return (tensor - tensor.mean(dim, keepdim=True) if centred else tensor).float()
+
+    def gain(name: str) -> Tensor:
+        return weights[name] - 1 if centred else torch.zeros(config.n_embd)
+
+    wte = weights["wte.weight"]
+    found = {
+        "model.embed_tokens.weight": into_stream(wte.double() / config.n_embd**0.5, 1),
+        "model.norm.weight": gain("ln_f.weight"),
+        "lm_head.weight": weights.get("lm_head.weight", wte),
+    }
+    kv = (config.n_kv_head or config.n_head) * config.head_size
+    for i in range(config.n_layer):
+        old, new = f"h.{i}.", f"model.layers.{i}."
+        parts = weights[f"{old}attn.c_attn.weight"].split([config.n_head * config.head_size, kv, kv])
+        found |= {f"{new}self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
+        found[f"{new}self_attn.o_proj.weight"] = into_stream(weights[f"{old}attn.c_proj.weight"], 0)
+        fc = weights[f"{old}mlp.c_fc.weight"]
+        gate, up = (fc, fc) if config.activation == "relu2" else fc.chunk(2)
+        found[f"{new}mlp.gate_proj.weight"], found[f"{new}mlp.up_proj.weight"] = gate, up
+        found[f"{new}mlp.down_proj.weight"] = into_stream(weights[f"{old}mlp.c_proj.weight"], 0)
+        found[f"{new}input_layernorm.weight"] = gain(f"{old}ln_1.weight")
+        found[f"{new}pre_feedforward_layernorm.weight"] = gain(f"{old}ln_2.weight")
+    return found
+
+
+# ----------------------------------------------------------------------------- our own code
+
+
+def _own_settings(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "model_type": "nanogpt",
+        "gpt": asdict(replace(config, vocab_multiple=1)),
+        "auto_map": {
+            "AutoConfig": "modeling_nanogpt.NanoGPTConfig",
+            "AutoModelForCausalLM": "modeling_nanogpt.NanoGPTForCausalLM",
+        },
+        "tie_word_embeddings": False,  # for transformers: a tied head is no tensor of its own here
+    }
+
+
+TARGETS = (
+    Target("GPT2LMHeadModel", _gpt2_refusals, _gpt2_settings, _gpt2_weights),
+    Target("VaultGemmaForCausalLM", _vault_refusals, _vault_settings, _vault_weights),
+)
+OWN_CODE = Target(
+    "NanoGPTForCausalLM",
+    lambda config: [],
+    _own_settings,
+    lambda config, weights: {f"gpt.{name}": tensor for name, tensor in weights.items()},
+)
+
+
+def choose(config: GPTConfig, custom_code: bool) -> Target:
+    """The class that computes what `config` describes; UserError with the reason for each if none does."""
+    if custom_code:
+        return OWN_CODE
+    reasons = []
+    for target in TARGETS:
+        if not (wrong := target.refusals(config)):
+            return target
+        reasons.append(f"{target.architecture} does not know {', '.join(wrong)}")
+    raise UserError(
+        f"no class of transformers computes this model: {'; '.join(reasons)}. --custom_code=True puts the "
+        f"model's own code beside the weights; it then loads with trust_remote_code=True only"
+    )
+
+
+# ----------------------------------------------------------------------------- the folder
+
+
+def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: bool) -> list[str]:
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer `text` (of
+    tokenizer.json; empty: none) into `folder`, which exists.
+
+    The rows of a padded vocabulary are left out. Returns what is to be said about it. Raises UserError as
+    `choose`.
+    """
+    config = model.config
+    target = choose(config, custom_code)
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    for table in ("wte.weight", "lm_head.weight"):
+        if table in weights:
+            weights[table] = weights[table][: config.vocab_size]
+    tensors = target.weights(config, weights)
+    # A clone: the file must not hold one storage under two names.
+    ready = {name: tensor.to(DTYPES[dtype]).contiguous().clone() for name, tensor in tensors.items()}
+    save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library lets nobody else read it
+    said = [f"{target.architecture}, {sum(tensor.numel() for tensor in ready.values()):,} numbers in {dtype}"]
+    tokens = None
+    try:
+        tokens = tokenizer.from_text(text) if text else None
+        if not tokens:
+            said.append("without a tokenizer: nothing tells which one the model was trained with")
+    except UserError as error:  # GPT-2's, by name, and its merges are not to be had
+        said.append(f"without a tokenizer: {error}")
+    end = tokens.end_of_text if tokens else tokenizer.GPT2_VOCAB_SIZE - 1 if text else None
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    about = {"architectures": [target.architecture], "vocab_size": config.vocab_size, "dtype": dtype, **ends}
+    files.write_json(folder / "config.json", about | target.settings(config))
+    files.write_json(folder / "generation_config.json", ends)
+    if custom_code:
+        _write_code(folder)
+        said.append("it holds code, modeling_nanogpt.py, and loads with trust_remote_code=True only")
+    if tokens:
+        files.write_text(folder / OWN_TOKENIZER, tokenizer.to_text(tokens))
+        try:
+            hf_tokenizer.write(folder, tokens)
+        except UserError as error:
+            said.append(f"without Hugging Face's tokenizer: {error}")
+    return said
+
+
+def _write_code(folder: Path) -> None:
+    """The model's own code, its imports made relative: transformers copies these files elsewhere."""
+    for name in CODE:
+        source = (HERE / name).read_text(encoding="utf-8")
+        files.write_text(folder / name, re.sub(r"^from nanogpt\.", "from .", source, flags=re.MULTILINE))

@@ -1,0 +1,88 @@
+"""Our tokenizers as Hugging Face's: the same ids for the same text, by the tokenizers library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nanogpt import files
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+
+# What encodes an ordinary text without a bound, as a model's own length does not bound a text.
+UNBOUNDED = int(1e30)
+
+
+def write(folder: Path, tokens: Tokenizer) -> None:
+    """Write tokenizer.json and tokenizer_config.json, and for GPT-2's vocab.json and merges.txt too.
+
+    UserError for a tokenizer that the library cannot match exactly, or if it is not installed.
+    """
+    built = build(tokens)
+    about: dict[str, Any] = {
+        "tokenizer_class": "GPT2Tokenizer" if tokens.kind == "gpt2" else "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": UNBOUNDED,
+    }
+    if tokens.end_of_text is not None:
+        name = built.id_to_token(tokens.end_of_text)
+        about |= {"bos_token": name, "eos_token": name, "unk_token": name}
+    if isinstance(tokens, GPT2Tokenizer):
+        about["add_prefix_space"] = False
+        vocabulary = built.get_vocab(with_added_tokens=True)
+        files.write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+        files.write_text(folder / "merges.txt", tokens.merges)
+    files.write_text(folder / "tokenizer.json", built.to_str(pretty=True))
+    files.write_json(folder / "tokenizer_config.json", about)
+
+
+def build(tokens: Tokenizer) -> Any:
+    """A tokenizers.Tokenizer with the ids of `tokens`; UserError as `write`."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("writing Hugging Face's tokenizer needs a package: pip install tokenizers") from None
+    if isinstance(tokens, CharTokenizer):
+        return _characters(tokenizers, tokens)
+    if isinstance(tokens, ByteTokenizer):
+        return _byte_level(tokenizers, _bytes(), [], use_regex=False)
+    if isinstance(tokens, GPT2Tokenizer):
+        return _gpt2(tokenizers, tokens)
+    if tokens.kind == "hf":  # it is one of the library's already
+        return tokenizers.Tokenizer.from_str(json.dumps(tokens.to_json()))
+    raise UserError(f"a tokenizer of type {tokens.kind} has no equal among Hugging Face's")
+
+
+def _characters(library: Any, tokens: CharTokenizer) -> Any:
+    if unwritable := [c for c in tokens.characters if "\ud800" <= c <= "\udfff"]:
+        raise UserError(f"the vocabulary holds {unwritable[0]!r}, which UTF-8 cannot write")
+    # Without an unknown token an unknown character is an error there as here.
+    built = library.Tokenizer(library.models.WordLevel({c: i for i, c in enumerate(tokens.characters)}))
+    every = library.Regex(r"[\s\S]")
+    built.pre_tokenizer = library.pre_tokenizers.Split(every, "isolated")
+    built.decoder = library.decoders.Fuse()
+    return built
+
+
+def _gpt2(library: Any, tokens: GPT2Tokenizer) -> Any:
+    merges = [tuple(line.split(" ")) for line in tokens.merges.split("\n")[1:] if line]
+    vocabulary = {character: i for i, character in enumerate(_bytes())} | {
+        a + b: 256 + i for i, (a, b) in enumerate(merges)
+    }
+    built = _byte_level(library, vocabulary, merges, use_regex=True)
+    built.add_special_tokens([library.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return built
+
+
+def _byte_level(library: Any, vocabulary: dict[str, int], merges: list, use_regex: bool) -> Any:
+    built = library.Tokenizer(library.models.BPE(vocabulary, merges))
+    built.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    built.decoder = library.decoders.ByteLevel()
+    return built
+
+
+def _bytes() -> dict[str, int]:
+    """The printable character that stands for each byte, in GPT-2's order (those that print, then the
+    others from U+0100 on), and its byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,205 @@
+"""A run of train.py: its parts, put together from its options, and its folder.
+
+`config` is the Config of train.py, whose options are not this module's to define.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps, weights
+from nanogpt.checkpoint import Checkpoint, Progress
+from nanogpt.config import ROOT, inherit, picked
+from nanogpt.errors import UserError
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import OptimConfig, Optimizer
+from nanogpt.pretrained import Pretrained
+from nanogpt.watch import Watch
+
+# A resumed run takes these from the command, and all others from the saved run unless they are given again.
+NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
+SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
+
+
+@dataclass
+class Run:
+    """The parts of a run under way."""
+
+    config: Any
+    machine: runtime.Machine
+    dataset: data.Dataset
+    batches: data.TrainBatches
+    model: GPT  # the plain one, which is evaluated and saved
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    watch: Watch
+    resumed: Checkpoint | None
+    notices: list[str] = field(default_factory=list)  # what the user should know of how it was put together
+
+    def describe(self) -> str:
+        """What is about to be trained, on what, in a few lines."""
+        dataset, batches, iters = self.dataset, self.batches, self.config.max_iters
+        batch = f"{batches.full * batches.block_size:,} tokens an iteration"
+        if batches.ramp:
+            batch += f", from {batches.ramp[0] * batches.block_size:,} at first to all at {len(batches.ramp)}"
+        return (
+            f"machine: {self.machine.reason}\ndata: {dataset.folder}, {len(dataset.train):,} training and "
+            f"{len(dataset.val):,} validation tokens, vocabulary {dataset.vocab_size:,}\n"
+            f"model: {self.model.n_params():,} parameters; {batch}; "
+            f"{iters:,} iterations read the text {batches.epochs(iters):.2f} times"
+        )
+
+    def open_folder(self, command: list[str]) -> tuple[FileLock, str]:
+        """Make out_dir ours, with the tokenizer and the options in it; returns the lock to hold, and what
+        became of a run that was there ("" if none was)."""
+        out = Path(self.config.out_dir)
+        lock, notice = checkpoint.claim(out, self.resumed, self.config.overwrite)
+        if self.resumed:
+            metrics.rewind(out, self.resumed.iter_num, evaluated=self.progress.val_loss is not None)
+            self.watch.resume()
+        files.write_text(out / "tokenizer.json", self.dataset.tokenizer)
+        about = {
+            "options": asdict(self.config),
+            "model": asdict(self.model.config),
+            "command": command,
+            "commit": runtime.git_commit(ROOT),
+            **self.machine.environment(),
+        }
+        files.write_json(out / "config.json", about)
+        return lock, notice
+
+    def open_log(self) -> metrics.Log:
+        config = self.config
+        tracker = metrics.tracker(
+            config.wandb_log, config.wandb_project, config.wandb_run_name, asdict(config)
+        )
+        cost, peak = steps.flops_per_token(self.model), self.machine.peak_flops()
+        return metrics.Log(Path(config.out_dir), tracker, cost / peak if peak else None)
+
+
+def build(config: Any, origins: dict[str, str]) -> Run:
+    """The run that `config` asks for; `origins` says which of its options were given, and where, and gets
+    those that weights decide. Nothing is written. UserError says all that is wrong with the options."""
+    notices: list[str] = []
+    config, resumed, found = choose_start(config, origins, notices)
+    check(config)
+    machine = runtime.setup(config.device, config.dtype, config.n_embd)
+    dataset = open_data(config, machine)
+    batches = open_batches(config, dataset, machine)
+    if found:
+        found.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
+        dataset.tokenizer = max(dataset.tokenizer, found.tokenizer, key=len)  # the one with its merges
+    if resumed:
+        require_same_tokenizer(resumed, dataset)
+    model = make_model(config, resumed, found, dataset, machine)
+    rules = picked(OptimConfig, config)
+    trained: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
+    if config.eval_only:  # without the optimizer's state, which takes twice the memory of the weights
+        trained = ((name, parameter.to("meta")) for name, parameter in trained)
+    optimizer = optim.build(rules, trained, model.fused_rows(), machine.half)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
+    if resumed:
+        resumed.load_optimizer(optimizer.state())
+        scaler.load_state_dict(resumed.state["scaler"])
+        if moved := resumed.moved(machine.environment()):
+            notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
+    progress = resumed.progress if resumed else Progress()
+    watch = Watch(config, Path(config.out_dir), config.eval_interval, dataset.tokenizer, machine)
+    flops = batches.tokens_before(config.max_iters) * steps.flops_per_token(model)
+    chosen = parallel.choose_compile(config.compile, machine.device, flops, machine.peak_flops())
+    config = replace(config, compile=chosen)  # a resumed run inherits what was chosen
+    return Run(config, machine, dataset, batches, model, optimizer, scaler, progress, watch, resumed, notices)
+
+
+def choose_start(
+    config: Any, origins: dict[str, str], notices: list[str]
+) -> tuple[Any, Checkpoint | None, Pretrained | None]:
+    """What --init_from asks to resume, or the weights that it names; and the options of that run or the
+    shape of those weights, with what is given now over them."""
+    if config.init_from == "scratch":
+        return config, None, None
+    if config.init_from not in ("resume", "auto"):
+        found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir))
+        notices += found.notices
+        taken = SHAPE | {"init"}  # from the weights
+        shape = found.adopted(vars(config), taken & set(origins))
+        origins |= {name: found.origin for name in taken - set(origins)}
+        return replace(config, **{name: getattr(shape, name) for name in taken}), None, found
+    out = Path(config.out_dir)
+    resumed, damage = checkpoint.find(out)
+    if resumed is None:
+        if config.init_from == "resume":
+            raise UserError(f"no checkpoint in {out}: train first, or say --init_from=auto or scratch")
+        return config, None, None
+    notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
+    config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
+    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in SHAPE]:
+        raise UserError(
+            f"{out} holds another model: {'; '.join(wrong)}; leave these out, or choose another --out_dir"
+        )
+    for key, (old, new) in differing.items():
+        notices.append(f"{key} = {new!r} from now on; it was {old!r} when the run was saved")
+    return config, resumed, None
+
+
+def check(config: Any) -> None:
+    """Refuse combinations that make no sense, all at once."""
+    wrong = picked(GPTConfig, config).problems() + picked(OptimConfig, config).problems()
+    if config.decay_lr:
+        ends = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
+        wrong += schedule.problems(config.lr_schedule, *ends)
+    if wrong:
+        raise UserError("\n       ".join(wrong))
+
+
+def open_data(config: Any, machine: runtime.Machine) -> data.Dataset:
+    dataset = data.load(data.find(config.dataset, ROOT))
+    data.require_window(dataset.train, config.block_size, "training")
+    data.require_window(dataset.val, config.block_size, "validation")
+    if config.data_on_device:
+        dataset.train.keep_on(machine.device)
+        dataset.val.keep_on(machine.device)
+    return dataset
+
+
+def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -> data.TrainBatches:
+    micro_steps = config.gradient_accumulation_steps
+    ramp = schedule.batch_ramp(
+        config.batch_size * micro_steps,
+        config.batch_ramp_start,
+        config.batch_ramp_tokens // config.block_size,
+        unit=config.batch_size if micro_steps > 1 else 1,  # whole micro-batches, where there are several
+    )
+    return data.TrainBatches(
+        dataset.train, config.block_size, config.batch_size, micro_steps, config.seed, machine.device, ramp
+    )
+
+
+def require_same_tokenizer(resumed: Checkpoint, dataset: data.Dataset) -> None:
+    if resumed.state["tokenizer"] != dataset.fingerprint:
+        raise UserError(
+            f"{resumed.path} was trained with another tokenizer ({resumed.model_config.vocab_size} ids) than "
+            f"that of {dataset.folder} ({dataset.vocab_size} ids); give the --dataset it was trained on"
+        )
+
+
+def make_model(
+    config: Any,
+    resumed: Checkpoint | None,
+    found: Pretrained | None,
+    dataset: data.Dataset,
+    machine: runtime.Machine,
+) -> GPT:
+    """With the weights of the checkpoint, or those that were found, or new ones from the seed."""
+    if resumed:
+        return resumed.load_model(machine.device, config.dropout).train()
+    shape = picked(GPTConfig, config, vocab_size=dataset.vocab_size)
+    if found:
+        return found.load(shape, machine.device).train()
+    torch.manual_seed(config.seed)
+    return GPT(shape).to(machine.device)

@@ -1,0 +1,73 @@
+"""What `--init_from` may name: a run folder, a model of the hub, a folder, a checkpoint of nanoGPT."""
+
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+
+from nanogpt import checkpoint, ckpt, hf, tokenizer
+from nanogpt.errors import UserError
+from nanogpt.pretrained import Pretrained, stored_tensor
+
+
+def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretrained:
+    """The model that `name` stands for, checked, its weights not yet read: "resume" (the checkpoint
+    `which` of `run`), gpt2 to gpt2-xl, "owner/name" of the hub, a Hugging Face folder, another run folder
+    or one of its checkpoints, nanoGPT's ckpt.pt or its folder.
+
+    Datasets of nanoGPT's checkpoints are looked for in data/ here and in `root`. UserError says what is
+    wrong, and what the name can be.
+    """
+    path = Path(name)
+    if name == "resume":
+        return _open_run(run, which)
+    if name in hf.NAMES:
+        return hf.open_folder(hf.find(name))
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(f"--init_from={name} is one file of a model; give its folder: {path.parent}")
+    if path.is_file() or (path / "ckpt.pt").is_file():
+        return ckpt.open_file(path if path.is_file() else path / "ckpt.pt", [Path("data"), root / "data"])
+    if (path / "manifest.json").is_file():
+        return _open_checkpoint(checkpoint.verify(path), path.parent, [])
+    if checkpoint.steps(path):
+        return _open_run(path, which)
+    if path.is_dir():
+        return hf.open_folder(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return hf.open_folder(hf.find(name))
+    raise UserError(
+        f"--init_from={name}: no such file or folder; it can be resume (in train.py scratch and auto, too), "
+        f"{', '.join(hf.NAMES)}, the folder of a Hugging Face GPT-2, owner/name of one on the hub, "
+        f"a run folder, or nanoGPT's ckpt.pt"
+    )
+
+
+def _open_run(run: Path, which: str) -> Pretrained:
+    found, damage = checkpoint.find(run, which)
+    if found is None:
+        raise UserError(f"no checkpoint in {run}: give the --out_dir of a run that train.py has saved")
+    return _open_checkpoint(found, run, damage)
+
+
+def _open_checkpoint(found: checkpoint.Checkpoint, run: Path, damage: list[str]) -> Pretrained:
+    """The weights of our own checkpoint; UserError if the tokenizer of its run is missing or another."""
+    path = run / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: a run folder holds one; copy it from the run or its dataset")
+    text = path.read_text(encoding="utf-8")
+    if tokenizer.identify(text, str(path)).sha256 != found.state["tokenizer"]:
+        raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")
+    file = found.path / "model.safetensors"
+    with safe_open(file, "pt") as listing:
+        names = list(listing.keys())
+    return Pretrained(
+        str(found.path),
+        found.model_config,
+        text,
+        found.state["tokenizer"],
+        lambda: ((name, stored_tensor(file, name)) for name in names),
+        notices=tuple(f"skipped a damaged checkpoint: {line}" for line in damage),
+        iter_num=found.iter_num,
+        val_loss=found.progress.val_loss,
+        dataset=str(found.state["options"].get("dataset", "")),
+    )

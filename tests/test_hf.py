@@ -1,0 +1,311 @@
+"""Hugging Face folders of GPT-2: the same logits as transformers', and every folder that is not whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from nanogpt import hf, runtime
+from nanogpt.errors import UserError
+from nanogpt.generate import generate
+from nanogpt.model import GPT2_SIZES
+from tests import hf_folders
+
+ROOT = Path(__file__).resolve().parent.parent
+SHRUNK = {  # layers and channels fewer, heads as they are
+    name: GPT2Config(
+        n_layer=2, n_head=size.n_head, n_embd=4 * size.n_head, n_positions=48, vocab_size=300, bos_token_id=0
+    )
+    for name, size in GPT2_SIZES.items()
+}
+
+
+def reference(config: GPT2Config, folder: Path, **save) -> GPT2LMHeadModel:
+    """A random model of transformers, no two of its numbers alike, saved in `folder`."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def loaded(folder: Path, **fit):
+    found = hf.open_folder(folder)
+    return found.load(found.fitted(**fit))
+
+
+@torch.no_grad()
+def agree(model, theirs, length: int = 40) -> None:
+    idx = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    theirs = reference(SHRUNK[name], tmp_path)
+    agree(loaded(tmp_path), theirs)
+
+
+def test_the_real_shape_in_little_memory(tmp_path):
+    """GPT-2 (124M): equal logits; loading takes at most 1.2 GB in a process of its own."""
+    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
+    hf_folders.write(tmp_path, **shape)
+    code = (
+        "import sys, pathlib, torch; from nanogpt import hf; f = hf.open_folder(pathlib.Path(sys.argv[1]));"
+        "m = f.load(f.fitted(vocab_multiple=64)); assert m.n_params() == 124439808, m.n_params();"
+        "print(pathlib.Path('/proc/self/status').read_text() if sys.platform == 'linux' else '');"
+        "torch.save(m(torch.arange(0, 50000, 5000)[None])[0].detach(), sys.argv[1] + '/logits')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    if sys.platform == "linux":
+        peak_kib = int(done.stdout.split("VmHWM:")[1].split()[0])
+        assert peak_kib * 1024 < 1.2e9
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel(GPT2Config()).eval()
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    theirs.load_state_dict(weights, assign=True)
+    expected = theirs(torch.arange(0, 50000, 5000)[None]).logits
+    torch.testing.assert_close(
+        torch.load(tmp_path / "logits", weights_only=True), expected, rtol=0, atol=1e-5
+    )
+    (tmp_path / "model.safetensors").unlink()  # half a gigabyte that pytest would keep
+
+
+def without_prefix(folder: Path) -> GPT2LMHeadModel:
+    model = reference(SHRUNK["gpt2"], folder)
+    model.transformer.save_pretrained(folder)
+    assert isinstance(model.transformer, GPT2Model)
+    assert "wte.weight" in load_file(folder / "model.safetensors")
+    return model
+
+
+def with_buffers_and_head(folder: Path) -> GPT2LMHeadModel:
+    """As the files that transformers 4 converted: causal masks, and the head a second time."""
+    model = reference(SHRUNK["gpt2"], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    for i in range(2):
+        weights[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+        weights[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(weights, folder / "model.safetensors")
+    return model
+
+
+def untied(folder: Path) -> GPT2LMHeadModel:
+    config = GPT2Config(**SHRUNK["gpt2"].to_dict() | {"tie_word_embeddings": False})
+    model = reference(config, folder)
+    assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+    return model
+
+
+def in_shards(folder: Path) -> GPT2LMHeadModel:
+    model = reference(SHRUNK["gpt2"], folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return model
+
+
+def exact_gelu(folder: Path) -> GPT2LMHeadModel:
+    return reference(GPT2Config(**SHRUNK["gpt2"].to_dict() | {"activation_function": "gelu"}), folder)
+
+
+@pytest.mark.parametrize("make", [without_prefix, with_buffers_and_head, untied, in_shards, exact_gelu])
+def test_layouts(make, tmp_path):
+    theirs = make(tmp_path)
+    agree(loaded(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_become_float32(dtype, tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(SHRUNK["gpt2"]).to(dtype).save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model = loaded(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    agree(model, theirs)
+
+
+def test_a_shorter_context(tmp_path):
+    theirs = reference(SHRUNK["gpt2"], tmp_path)
+    model = loaded(tmp_path, block_size=16)
+    assert model.config.block_size == 16 and model.position.wpe.weight.shape == (16, 48)
+    agree(model, theirs, length=16)
+    with pytest.raises(UserError, match=r"block_size=64 given, but .* has 48 positions"):
+        hf.open_folder(tmp_path).fitted(block_size=64)
+
+
+def test_a_padded_vocabulary_changes_nothing_and_is_never_sampled(tmp_path):
+    hf_folders.write(tmp_path, vocab_size=50257)
+    plain, padded = loaded(tmp_path), loaded(tmp_path, vocab_multiple=64)
+    assert padded.wte.weight.shape[0] == 50304 and not padded.wte.weight[50257:].any()
+    idx = torch.arange(20)[None]
+    assert torch.equal(plain(idx)[0], padded(idx)[0])
+    with torch.no_grad():  # as likely as can be, if anything looked at it
+        padded.wte.weight[50257:] = 100 * plain.ln_f.weight
+    machine = runtime.setup("cpu", "float32", 16)
+    drawn = generate(
+        padded.next_logits,
+        [1, 2],
+        block_size=32,
+        num_samples=8,
+        max_new_tokens=20,
+        temperature=5.0,
+        top_k=0,
+        seed=0,
+        machine=machine,
+    )
+    assert max(int(token.max()) for token in drawn) < 50257
+
+
+def test_rows_that_the_tokenizer_does_not_know_are_padding(tmp_path):
+    """A table of 50,304 rows, as nanoGPT's exports have: GPT-2's tokens are 50,257 of them."""
+    found = hf.open_folder(hf_folders.write(tmp_path, vocab_size=50304))
+    assert (found.config.vocab_size, found.config.padded_vocab_size) == (50257, 50304)
+    kept = found.load(found.fitted()).wte.weight
+    assert torch.equal(
+        kept, hf_folders.tensors(**hf_folders.SMALL | {"vocab_size": 50304})["transformer.wte.weight"]
+    )
+
+
+def test_loading_is_not_a_view_of_the_file(tmp_path):
+    model = loaded(hf_folders.write(tmp_path))
+    before = model.wte.weight.clone()
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * (tmp_path / "model.safetensors").stat().st_size)
+    assert torch.equal(model.wte.weight, before)
+
+
+# ----------------------------------------------------------------------------- tokenizers
+
+
+def test_the_tokenizer_comes_along(tmp_path, data_folder):
+    from nanogpt import tokenizer
+
+    folder = hf_folders.write(tmp_path / "a", merges=data_folder / "gpt2" / "vocab.bpe")
+    text = hf.open_folder(folder).tokenizer
+    assert json.loads(text)["merges"] == (data_folder / "gpt2" / "vocab.bpe").read_text(encoding="utf-8")
+    expected = tokenizer.gpt2(str(data_folder / "gpt2"))
+    assert (
+        tokenizer.from_text(text).encode("Hello world!").tolist() == expected.encode("Hello world!").tolist()
+    )
+
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+    for form in (merges, [merge.split(" ") for merge in merges]):  # older and newer files
+        (folder / "merges.txt").unlink(missing_ok=True)
+        about = {"model": {"type": "BPE", "merges": form}}
+        (folder / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
+        assert hf.open_folder(folder).tokenizer == text
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    hf_folders.write(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"merges\.txt is no tokenizer that can be read here"):
+        hf.open_folder(tmp_path)
+
+
+# ----------------------------------------------------------------------------- folders that are not whole
+
+
+def edited(folder: Path, edit) -> Path:
+    weights = load_file(hf_folders.write(folder, vocab_size=300) / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop("transformer.h.1.mlp.c_fc.bias"), r"1 missing: h\.1\.mlp\.c_fc\.bias$"),
+        (lambda w: [w.pop(name) for name in list(w) if ".ln_" in name], r"10 missing: h\.0\.ln_1.*, \.\.\."),
+        (lambda w: w.update({"h.2.extra": torch.zeros(3)}), r"1 not expected: h\.2\.extra$"),
+        (
+            lambda w: w.update({"transformer.wpe.weight": torch.zeros(31, 16)}),
+            r"1 of another shape: wpe\.weight \[31, 16\], expected \[32, 16\]",
+        ),
+        (
+            lambda w: w.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(64, 16)}),
+            r"h\.0\.mlp\.c_fc\.weight \[64, 16\], expected \[16, 64\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(edit, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        hf.open_folder(edited(tmp_path, edit))
+
+
+def test_a_head_that_should_be_the_embedding_and_is_not(tmp_path):
+    edited(tmp_path, lambda w: w.update({"lm_head.weight": torch.ones(300, 16)}))
+    with pytest.raises(UserError, match="set tie_word_embeddings to false"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "a model of type 'llama'; only gpt2"),
+        ({"layer_norm_epsilon": 1e-6}, r"layer_norm_epsilon=1e-06 \(GPT-2: 1e-05\)"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"activation_function": "tanh"}, r"activation_function='tanh' \(known: gelu_new"),
+        ({"n_inner": 99}, "n_inner=99"),
+        ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
+        ({"n_layer": "two"}, r"n_layer='two' \(a whole number\)"),
+    ],
+)
+def test_models_that_are_not_gpt2(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        hf.open_folder(hf_folders.write(tmp_path, changes, vocab_size=300))
+
+
+def test_files_that_are_missing_or_cut_short(tmp_path):
+    folder = hf_folders.write(tmp_path / "half", vocab_size=300)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"damaged or only half downloaded .*; download it again"):
+        hf.open_folder(folder)
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid x", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="pointer of Git LFS"):
+        hf.open_folder(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        hf.open_folder(folder)
+    (folder / "model.ckpt.index").touch()
+    with pytest.raises(UserError, match="TensorFlow checkpoint, which is not read"):
+        hf.open_folder(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        hf.open_folder(folder)
+
+
+def test_a_missing_shard(tmp_path):
+    in_shards(tmp_path)
+    lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(UserError, match=rf"holds \d of \d shards: {lost.name} is missing; download the rest"):
+        hf.open_folder(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"wte.weight": "../other.safetensors"}}', encoding="utf-8")
+    with pytest.raises(UserError, match="names a file outside its folder"):
+        hf.open_folder(tmp_path)
+
+
+def test_pickled_weights_are_refused_and_the_conversion_works(tmp_path):
+    theirs = reference(SHRUNK["gpt2"], tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled weights only") as caught:
+        hf.open_folder(tmp_path)
+    command = str(caught.value).split("\n")[-1].replace("python -c", f'"{sys.executable}" -c')
+    subprocess.run(command, shell=True, check=True)
+    agree(loaded(tmp_path), theirs)
