@@ -160,11 +160,11 @@ def _dtype(device: torch.device, width: int) -> tuple[str, str]:
     if device.type == "mps":
         return "float32", "try --dtype=bfloat16 for larger models"
     native = has_bfloat16(device)
-    # Of the float32 step on two AVX512-BF16 cores (benchmarks in docs/results.md): 1.0 at 128 channels,
-    # 0.62 at 256, 0.57 at 384, 0.49 at 768. Without the instructions bfloat16 is emulated, and slow.
+    # Of the float32 step on two AVX512-BF16 cores (docs/results.md): 0.8 at 128 channels, 0.6 at 256,
+    # 0.5 at 384, 0.45 at 768. Without the instructions bfloat16 is emulated, and slow.
     if native and width >= 128:
         return "bfloat16", "this CPU multiplies it natively"
-    return "float32", "casts cost more than bfloat16 saves" if native else "this CPU has no bfloat16"
+    return "float32", "too narrow for bfloat16 to pay" if native else "this CPU has no bfloat16"
 
 
 def has_bfloat16(device: torch.device) -> bool:
