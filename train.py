@@ -76,8 +76,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop:
-        run = build(config, origins)
+    with runtime.StopRequest() as stop, closing(runtime.join(config.device, config.backend)) as world:
+        run = world.agree(lambda: build(config, origins, world))
         config = run.config
         print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
         print(run.describe())
@@ -87,14 +87,13 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.resumed and run.progress.iter_num >= config.max_iters:
             print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
             return
-        lock, notice = run.open_folder(sys.argv)
-        if notice:
+        if notice := world.lead(lambda: run.open_folder(sys.argv)):
             print(notice)
         try:
             with closing(run.open_log()) as log, run.machine.memory_errors():
                 loop(run, log, stop)
         finally:
-            lock.release()
+            run.close_folder()
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -110,7 +109,10 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     )
     if notice:
         print(notice)
-    bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=None, unit="it")
+    model = parallel.replicate(model, run.model, run.machine)
+    world = run.machine.world
+    hidden = None if world.leads else True  # None: where a terminal shows it
+    bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at = progress.iter_num if progress.iter_num else -1
     unlogged_s, unlogged, verdict = 0.0, 0, None
@@ -126,17 +128,18 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
-        leaving = last or bool(stop.reason)
+        leaving = world.any(bool(stop.reason)) or last  # all leave at the same step
         if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
             if verdict:
                 verdict()
-            save(run)
+            world.lead(lambda: save(run))
             saved_at = progress.iter_num
         if leaving:
             bar.close()
             if not last:
                 place = f"iteration {progress.iter_num}"
-                raise Stopped(f"stopped by {stop.reason} at {place}, saved; go on with --init_from=resume")
+                reason = stop.reason or "another process"
+                raise Stopped(f"stopped by {reason} at {place}, saved; go on with --init_from=resume")
             return
 
         # one update

@@ -14,7 +14,7 @@ import itertools
 import os
 import pickle
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,13 @@ def gather(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[Tensor,
     return rows[:, :-1], rows[:, 1:]
 
 
+Share = Callable[[int], tuple[int, int]]  # of so many things: the first of this process's, and how many
+
+
+def everything(count: int) -> tuple[int, int]:
+    return 0, count
+
+
 class TrainBatches:
     """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch.
 
@@ -281,16 +288,19 @@ class TrainBatches:
         seed: int,
         device: torch.device,
         ramp: Sequence[int] = (),
+        share: Share = everything,
     ):
         self.order = BatchOrder(len(tokens), block_size, seed)
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
+        self.share = share  # of the windows of a batch, this process's
         self.read = [0, *itertools.accumulate(ramp)]  # windows before each of the first batches
 
     def step(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The micro-batches of update number `step`, on the device: idx, targets (B, T), B at most
-        batch_size."""
-        first, windows = self.windows_before(step), self.windows(step)
+        """This process's micro-batches of update number `step`, on the device: idx, targets (B, T), B at
+        most batch_size."""
+        start, windows = self.share(self.windows(step))
+        first = self.windows_before(step) + start
         for done in range(0, windows, self.batch_size):
             starts = self.order.starts(first + done, min(self.batch_size, windows - done))
             yield to_device(gather(self.tokens, starts, self.block_size), self.device)
@@ -312,16 +322,25 @@ class TrainBatches:
 
 
 def eval_batches(
-    tokens: Tokens, block_size: int, batch_size: int, max_windows: int, ignore: int, device: torch.device
+    tokens: Tokens,
+    block_size: int,
+    batch_size: int,
+    max_windows: int,
+    ignore: int,
+    device: torch.device,
+    share: Share = everything,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same windows at every call: all of the split if it has at most `max_windows`, each token
-    scored once (the last window looks back, its repeated targets are `ignore`); else `max_windows`
-    of them, evenly spread."""
+    """This process's share of the same windows at every call: all of the split if it has at most
+    `max_windows`, each token scored once (the last window looks back, its repeated targets are
+    `ignore`); else `max_windows` of them, evenly spread."""
     n_windows, rest = divmod(len(tokens) - 1, block_size)
     if n_windows > max_windows:
         starts, rest = np.linspace(0, n_windows - 1, max_windows).astype(np.int64) * block_size, 0
     else:
         starts = np.arange(n_windows) * block_size
+    begin, count = share(len(starts))
+    rest = rest if begin + count == len(starts) else 0  # the last process has the odd end
+    starts = starts[begin : begin + count]
     for first in range(0, len(starts), batch_size):
         yield to_device(gather(tokens, starts[first : first + batch_size], block_size), device)
     if rest:

@@ -14,6 +14,7 @@ Every program ends through `run_program`, so one cause has one exit code everywh
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -29,6 +30,9 @@ class Stopped(Exception):
     """The program left early on purpose; its state is saved and can be resumed."""
 
 
+SHARED = "every process of the run has this error"  # a note on it
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Call `main` and leave with its exit code; an expected failure is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
@@ -39,20 +43,24 @@ def run_program(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        leave(2, f"error: {error}")
+        leave(2, error, f"error: {error}")
     except Diverged as error:
-        leave(70, f"diverged: {error}")
+        leave(70, error, f"diverged: {error}")
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        leave(74, f"input/output error: {error}")
+        leave(74, error, f"input/output error: {error}")
     except Stopped as error:
-        leave(75, str(error))
-    except KeyboardInterrupt:
-        leave(130, "interrupted")
+        leave(75, error, str(error))
+    except KeyboardInterrupt as error:
+        leave(130, error, "interrupted")
 
 
-def leave(code: int, message: str) -> None:
+def leave(code: int, error: BaseException, message: str) -> None:
+    """Leave with `code`, and `message` for stderr; of an error that all processes share, one tells."""
     sys.stdout.flush()
-    print(message, file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0" and SHARED in getattr(error, "__notes__", ()):
+        time.sleep(2)  # the first to leave makes torchrun end the others: let it be the one that tells
+    else:
+        print(message, file=sys.stderr)
     sys.exit(code)

@@ -53,9 +53,10 @@ class Log:
     step, the number of updates done for the others.
     """
 
-    def __init__(self, run: Path, tracker: Tracker, peak_share: float | None):
-        """`peak_share`: the share of the chip's peak FLOP/s that one token a second takes, if known."""
-        self._file = (run / NAME).open("a", encoding="utf-8", newline="\n")
+    def __init__(self, path: Path, tracker: Tracker, peak_share: float | None):
+        """`path`: the file; `peak_share`: the share of the chip's peak FLOP/s that one token a second
+        takes, if known."""
+        self._file = path.open("a", encoding="utf-8", newline="\n")
         self._tracker = tracker
         self._peak_share = peak_share
 

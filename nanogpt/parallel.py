@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt import download
+from nanogpt.runtime import Machine
 
 Function = Callable[..., Any]
 
@@ -28,6 +30,32 @@ def choose_compile(asked: bool | str, device: torch.device, flops: float, peak: 
         return asked
     plain_s = flops / (EAGER_MFU * (peak or UNKNOWN_PEAK))
     return device.type == "cuda" and SAVED * plain_s > COMPILING_S
+
+
+def replicate(function: Function, model: nn.Module, machine: Machine) -> Function:
+    """`function`, which runs `model`, so that its backward pass averages the gradients of all processes."""
+    if machine.world.size == 1:
+        return function
+    on = [machine.device] if machine.device.type == "cuda" else None
+    return DistributedDataParallel(_Calls(function, model), device_ids=on)
+
+
+class _Calls(nn.Module):
+    """A function as a module that owns the parameters it uses, as DistributedDataParallel wants it."""
+
+    def __init__(self, function: Function, model: nn.Module):
+        super().__init__()
+        self.function, self.model = function, model
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+def average_next(function: Function, wanted: bool) -> None:
+    """Whether the next pass of a replicated function averages gradients: only the last micro-batch should.
+    The forward pass looks at it, too."""
+    if isinstance(function, DistributedDataParallel):
+        function.require_backward_grad_sync = wanted
 
 
 def wrap(

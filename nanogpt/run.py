@@ -3,6 +3,7 @@
 `config` is the Config of train.py, whose options are not this module's to define.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.pretrained import Pretrained
-from nanogpt.watch import Watch
+from nanogpt.watch import Watch, WatchOptions
+from nanogpt.world import World
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
@@ -39,6 +41,7 @@ class Run:
     progress: Progress
     watch: Watch
     resumed: Checkpoint | None
+    lock: FileLock | None = None  # on out_dir
     notices: list[str] = field(default_factory=list)  # what the user should know of how it was put together
 
     def describe(self) -> str:
@@ -54,11 +57,11 @@ class Run:
             f"{iters:,} iterations read the text {batches.epochs(iters):.2f} times"
         )
 
-    def open_folder(self, command: list[str]) -> tuple[FileLock, str]:
-        """Make out_dir ours, with the tokenizer and the options in it; returns the lock to hold, and what
+    def open_folder(self, command: list[str]) -> str:
+        """Make out_dir ours, with the tokenizer and the options in it, until `close_folder`; returns what
         became of a run that was there ("" if none was)."""
         out = Path(self.config.out_dir)
-        lock, notice = checkpoint.claim(out, self.resumed, self.config.overwrite)
+        self.lock, notice = checkpoint.claim(out, self.resumed, self.config.overwrite)
         if self.resumed:
             metrics.rewind(out, self.resumed.iter_num, evaluated=self.progress.val_loss is not None)
             self.watch.resume()
@@ -71,24 +74,28 @@ class Run:
             **self.machine.environment(),
         }
         files.write_json(out / "config.json", about)
-        return lock, notice
+        return notice
+
+    def close_folder(self) -> None:
+        if self.lock:
+            self.lock.release()
 
     def open_log(self) -> metrics.Log:
-        config = self.config
-        tracker = metrics.tracker(
-            config.wandb_log, config.wandb_project, config.wandb_run_name, asdict(config)
-        )
+        config, leads = self.config, self.machine.world.leads
+        wanted = config.wandb_log and leads
+        tracker = metrics.tracker(wanted, config.wandb_project, config.wandb_run_name, asdict(config))
+        path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
         cost, peak = steps.flops_per_token(self.model), self.machine.peak_flops()
-        return metrics.Log(Path(config.out_dir), tracker, cost / peak if peak else None)
+        return metrics.Log(path, tracker, cost / peak if peak else None)
 
 
-def build(config: Any, origins: dict[str, str]) -> Run:
+def build(config: Any, origins: dict[str, str], world: World) -> Run:
     """The run that `config` asks for; `origins` says which of its options were given, and where, and gets
     those that weights decide. Nothing is written. UserError says all that is wrong with the options."""
     notices: list[str] = []
     config, resumed, found = choose_start(config, origins, notices)
     check(config)
-    machine = runtime.setup(config.device, config.dtype, config.n_embd)
+    machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
     dataset = open_data(config, machine)
     batches = open_batches(config, dataset, machine)
     if found:
@@ -109,11 +116,13 @@ def build(config: Any, origins: dict[str, str]) -> Run:
         if moved := resumed.moved(machine.environment()):
             notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
     progress = resumed.progress if resumed else Progress()
-    watch = Watch(config, Path(config.out_dir), config.eval_interval, dataset.tokenizer, machine)
+    options = config if world.leads else WatchOptions()  # one process looks on
+    watch = Watch(options, Path(config.out_dir), config.eval_interval, dataset.tokenizer, machine)
     flops = batches.tokens_before(config.max_iters) * steps.flops_per_token(model)
     chosen = parallel.choose_compile(config.compile, machine.device, flops, machine.peak_flops())
     config = replace(config, compile=chosen)  # a resumed run inherits what was chosen
-    return Run(config, machine, dataset, batches, model, optimizer, scaler, progress, watch, resumed, notices)
+    parts = (machine, dataset, batches, model, optimizer, scaler, progress, watch, resumed)
+    return Run(config, *parts, notices=notices)
 
 
 def choose_start(
@@ -175,8 +184,21 @@ def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -
         config.batch_ramp_tokens // config.block_size,
         unit=config.batch_size if micro_steps > 1 else 1,  # whole micro-batches, where there are several
     )
+    world = machine.world
+    if (fewest := min([*ramp, config.batch_size * micro_steps])) < world.size:
+        raise UserError(
+            f"{world.size} processes for a batch of {fewest} windows; start fewer, or raise --batch_size or "
+            f"--gradient_accumulation_steps"
+        )
     return data.TrainBatches(
-        dataset.train, config.block_size, config.batch_size, micro_steps, config.seed, machine.device, ramp
+        dataset.train,
+        config.block_size,
+        config.batch_size,
+        micro_steps,
+        config.seed,
+        machine.device,
+        ramp,
+        world.share,
     )
 
 

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from nanogpt import flops
 from nanogpt.errors import UserError
+from nanogpt.world import World, meet
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, where it has them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,6 +30,7 @@ class Machine:
     device: torch.device
     dtype: str  # in which matrices are multiplied; weights and optimizer state are float32
     reason: str  # one line: what was chosen, and why
+    world: World = World()  # noqa: RUF009 - frozen
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype == "float32":
@@ -110,26 +112,32 @@ class Machine:
         }
 
 
-def setup(device: str, dtype: str, width: int) -> Machine:
+def join(device: str, backend: str) -> World:
+    """The processes that torchrun started, if it did; UserError as `setup`, or if they do not meet."""
+    return meet(_device(device).type, backend)
+
+
+def setup(device: str, dtype: str, width: int, world: World | None = None) -> Machine:
     """Choose device and number format for a model of `width` channels; "auto" takes what serves both.
 
-    Raises UserError for a device that this machine, or this build of torch, does not have, and for
-    more than one process.
+    A program that brings no `world` runs in one process. Raises UserError for a device that this machine,
+    or this build of torch, does not have.
     """
-    if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(
-            f"torchrun started {world_size} processes, but training on several is not built yet; "
-            f"start one: python train.py ..."
-        )
+    if not world and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(f"torchrun started {processes} processes of a program that runs in one; use python")
+    world = world or World()
     chosen = _device(device)
+    if chosen.type == "cuda" and chosen.index is None and world.size > 1:
+        chosen = _device(f"cuda:{world.local_rank}")
+        torch.cuda.set_device(chosen)
     if chosen.type == "cpu":
         keep_freed_memory()
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where a matrix is left in float32
     if dtype != "auto":
-        return Machine(chosen, dtype, f"{_named(chosen)}, {dtype} as asked")
+        return Machine(chosen, dtype, f"{_named(chosen, world)}, {dtype} as asked", world)
     best, why = _dtype(chosen, width)
-    return Machine(chosen, best, f"{_named(chosen)}, {best}: {why}")
+    return Machine(chosen, best, f"{_named(chosen, world)}, {best}: {why}", world)
 
 
 def _device(name: str) -> torch.device:
@@ -174,8 +182,9 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in NATIVE_BFLOAT16)
 
 
-def _named(device: torch.device) -> str:
-    return "all CPU cores" if device.type == "cpu" else str(device)
+def _named(device: torch.device, world: World) -> str:
+    several = f"{world.size} processes, " if world.size > 1 else ""
+    return several + ("all CPU cores" if device.type == "cpu" else device.type if several else str(device))
 
 
 def keep_freed_memory() -> None:

@@ -14,6 +14,7 @@ from nanogpt.data import Dataset, eval_batches
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, IGNORE
 from nanogpt.optim import Optimizer, clip_gradients
+from nanogpt.parallel import average_next
 from nanogpt.runtime import Machine
 
 
@@ -59,14 +60,16 @@ def train_step(
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
     steps changes them, and a resumed run draws the same.
     """
-    machine.seed(seed * 1_000_003 + iter_num)
-    total: Tensor | None = None
+    machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
+    world = machine.world
+    total, left = torch.zeros((), device=machine.device), world.share(windows)[1]
     for idx, targets in batches:
+        left -= len(idx)
+        average_next(model, wanted=left == 0)
         _, loss = model(idx, targets)
-        loss = loss * (len(idx) / windows)
+        loss = loss * (len(idx) * world.size / windows)  # the mean over processes divides by their number
         scaler.scale(loss).backward()
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None, "a step needs a micro-batch"
+        total += loss.detach()
     stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
     scaler.unscale_(stepped)
     grad_norm = clip_gradients(optimizer.names, grad_clip)
@@ -74,7 +77,7 @@ def train_step(
     scaler.step(stepped)
     scaler.update()
     optimizer.zero_grad()
-    return StepResult(total, grad_norm)
+    return StepResult(world.sum(total) / world.size, grad_norm)
 
 
 def flops_per_token(model: GPT) -> int:
@@ -133,14 +136,19 @@ def evaluate(
         sums.append(losses.view_as(targets).sum(dim=1).double())
         counts.append((targets != IGNORE).sum(dim=1))
     model.train(was_training)
-    if stopped():
+    if machine.world.any(stopped()):  # asked once, by all: they may have different numbers of batches
         return None
+    sums.append(torch.zeros(0, dtype=torch.float64, device=machine.device))  # for a process without a window
+    counts.append(torch.zeros(0, dtype=torch.int64, device=machine.device))
     window_sums, window_counts = torch.cat(sums), torch.cat(counts)
-    tokens = int(window_counts.sum())
-    loss = float(window_sums.sum() / tokens)
-    spread = (window_sums / window_counts - loss).square().mul(window_counts).sum() / tokens
-    stderr = float((spread / max(1, len(window_sums) - 1)).sqrt())
-    return Evaluation(loss, stderr, tokens)
+    squares = window_sums.square() / window_counts
+    parts = torch.stack(
+        [window_sums.sum(), squares.sum(), window_counts.sum(), window_sums.new_tensor(len(window_sums))]
+    )
+    total, square, tokens, windows = machine.world.sum(parts.double()).tolist()
+    loss = total / tokens
+    spread = max(0.0, square / tokens - loss**2)  # between windows, weighted by their tokens
+    return Evaluation(loss, math.sqrt(spread / max(1, windows - 1)), int(tokens))
 
 
 def evaluate_splits(
@@ -157,7 +165,9 @@ def evaluate_splits(
     windows = min(max_batches * batch_size, (len(dataset.val) - 1) // block_size)
     found = []
     for tokens in (dataset.train, dataset.val):
-        batches = eval_batches(tokens, block_size, batch_size, windows, IGNORE, machine.device)
+        batches = eval_batches(
+            tokens, block_size, batch_size, windows, IGNORE, machine.device, machine.world.share
+        )
         found.append(evaluate(model, batches, machine, stopped))
     train, val = found
     return None if train is None or val is None else (train, val)

@@ -21,7 +21,7 @@ class Recorder:
 
 def test_rows_lines_and_tracker(tmp_path, capsys):
     recorder = Recorder()
-    log = metrics.Log(tmp_path, recorder, peak_share=1e-4)
+    log = metrics.Log(tmp_path / metrics.NAME, recorder, peak_share=1e-4)
     log.step(3, step_s=0.05, step_tokens=100, tokens=400, loss=2.5, lr=1e-3)
     log.evaluation(4, 400, val_loss=float("nan"))
     log.close()

@@ -42,7 +42,7 @@ def test_cuda_without_a_gpu():
 
 def test_several_processes_are_refused_and_not_run_as_strangers(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun started 2 processes"):
+    with pytest.raises(UserError, match="torchrun started 2 processes of a program that runs in one"):
         runtime.setup("cpu", "auto", 32)
 
 

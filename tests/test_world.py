@@ -1,0 +1,145 @@
+"""Several processes on one machine train as one does. torchrun and gloo, as a user starts them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt import checkpoint, metrics
+from nanogpt.config import ROOT
+from nanogpt.world import World
+from tests.conftest import words, write_dataset
+
+SHAPE = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --dropout=0 --device=cpu --compile=False "
+    "--dtype=float32 "
+    "--learning_rate=1e-3 --warmup_iters=5 --max_iters=50 --eval_interval=25 --eval_iters=1000"
+    " --log_interval=1"
+)
+MODERN = "--position=rope --tied=False --init=zero --optimizer=muon"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "words", words(3000))
+
+
+def start(processes: int, out: Path, *options: str) -> subprocess.Popen:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*run, "train.py", *SHAPE.split(), *options, f"--out_dir={out}"]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def train(processes: int, out: Path, *options: str) -> tuple[int, str, str]:
+    process = start(processes, out, *options)
+    try:
+        said, error = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said, error
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in metrics.read(out) if row["event"] == "step"]
+
+
+def val_losses(out: Path) -> list[float]:
+    return [row["val_loss"] for row in metrics.read(out) if row["event"] == "eval"]
+
+
+@pytest.fixture(scope="module")
+def alone(dataset, tmp_path_factory) -> Path:
+    """One process, one micro-batch of 12 windows."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    code, _, error = train(
+        1, out, f"--dataset={dataset}", "--batch_size=12", "--gradient_accumulation_steps=1"
+    )
+    assert code == 0, error
+    return out
+
+
+@pytest.mark.parametrize(("processes", "batch_size", "accumulation"), [(2, 3, 4), (4, 3, 4), (2, 4, 3)])
+def test_any_split_of_the_batch_is_the_same_run(
+    dataset, alone, tmp_path, processes, batch_size, accumulation
+):
+    """Also where the parts are uneven: 12 windows in micro-batches of 4 are 4 + 2 for each of two."""
+    options = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
+    code, said, error = train(processes, tmp_path / "run", f"--dataset={dataset}", *options)
+    assert code == 0, error
+    assert f"machine: {processes} processes" in said and said.count("step 50:") == 1
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(tmp_path / "run")[:10] == pytest.approx(losses(alone)[:10], rel=1e-6)
+    assert val_losses(tmp_path / "run") == pytest.approx(val_losses(alone), rel=1e-5)
+
+
+def test_twice_the_same_to_the_bit_and_resumed_on_other_numbers(dataset, tmp_path):
+    """The fast recipe on two: again the same bits; stopped half-way and resumed by one, the same losses."""
+    options = [f"--dataset={dataset}", "--batch_size=6", "--gradient_accumulation_steps=1", *MODERN.split()]
+    for name in ("a", "b"):
+        code, _, error = train(2, tmp_path / name, *options)
+        assert code == 0, error
+    first, second = (checkpoint.find(tmp_path / name)[0].path for name in ("a", "b"))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    code, _, error = train(2, tmp_path / "c", *options, "--max_iters=30", "--lr_decay_iters=50")
+    assert code == 0, error
+    code, _, error = train(1, tmp_path / "c", "--init_from=resume", "--max_iters=50", *options)
+    assert code == 0, error
+    assert losses(tmp_path / "c") == pytest.approx(losses(tmp_path / "a"), rel=1e-2)
+    assert losses(tmp_path / "c")[:30] == losses(tmp_path / "a")[:30]
+
+
+def test_a_signal_to_one_process_saves_and_ends_all(dataset, tmp_path):
+    options = [f"--dataset={dataset}", "--batch_size=6", "--max_iters=100000", "--save_interval=1000000"]
+    process = start(2, tmp_path / "run", *options)
+    try:
+        while not (tmp_path / "run" / metrics.NAME).is_file() or len(losses(tmp_path / "run")) < 5:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "saved; go on with --init_from=resume" in error
+    saved, damage = checkpoint.find(tmp_path / "run")
+    assert saved and saved.iter_num >= 5 and not damage
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--n_embd=30", "--n_head=4"], "error: n_embd=30 is not divisible by n_head=4"),
+        (["--batch_size=1", "--gradient_accumulation_steps=1"], "2 processes for a batch of 1 windows"),
+    ],
+)
+def test_an_error_is_told_once(dataset, tmp_path, options, message):
+    code, _, error = train(2, tmp_path / "run", f"--dataset={dataset}", *options)
+    assert code != 0
+    assert error.count(message) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_shares_cover_everything_once():
+    for size in (1, 2, 3, 7):
+        for count in (0, 1, 6, 7, 20):
+            shares = [World(rank, size).share(count) for rank in range(size)]
+            assert [first for first, _ in shares] == [sum(n for _, n in shares[:i]) for i in range(size)]
+            assert sum(n for _, n in shares) == count
+            assert max(n for _, n in shares) - min(n for _, n in shares) <= 1
+
+
+def test_alone_everything_is_its_own():
+    world = World()
+    assert world.share(5) == (0, 5) and world.any(True) and not world.any(False)
+    assert world.agree(lambda: 3) == world.lead(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        world.lead(lambda: 1 // 0)
