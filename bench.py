@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from nanogpt import data, files, optim, parallel, runtime, steps
+from nanogpt import data, files, optim, options, parallel, runtime, steps
 from nanogpt.config import ROOT, Count, Positive, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPT, GPTConfig
@@ -234,6 +234,9 @@ def options_of_train() -> frozenset[str]:
     tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
     config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     own = {ast.unparse(line.target) for line in config.body if isinstance(line, ast.AnnAssign)}
+    for shared in vars(options).values():
+        if is_dataclass(shared) and shared.__module__ == options.__name__:
+            own |= {f.name for f in fields(shared)}
     return frozenset(own - {f.name for f in fields(Config)})
 
 

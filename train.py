@@ -24,10 +24,9 @@ from tqdm import tqdm
 from nanogpt import checkpoint, data, metrics, parallel, runtime, schedule, steps
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, WatchOptions
 from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
-from nanogpt.watch import WatchOptions
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,20 @@ and sampling draw from no generator of the run and leave the weights alone.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nanogpt import evals, files, metrics, tasks, tokenizer
-from nanogpt.config import Count, Positive
 from nanogpt.errors import UserError
 from nanogpt.generate import generate
 from nanogpt.model import GPT
+from nanogpt.options import WatchOptions
 from nanogpt.runtime import Machine
 from nanogpt.scoring import Subject
 
 SEPARATOR = "-" * 15
-
-
-@dataclass(frozen=True)
-class WatchOptions:
-    # looking on: rows in metrics.jsonl, files in samples/; the run stays the same to the bit
-    eval_tasks: str = ""  # score these too, as eval.py's --tasks: hellaswag, lambada:FILE, quiz.jsonl
-    eval_tasks_items: Positive = 500  # of each task at most so many, evenly spread, always the same
-    eval_tasks_interval: Count = 0  # every so many iterations; 0: eval_interval
-    sample_prompt: str = ""  # continue this text, such as "Hello, I'm a language model,"
-    sample_interval: Count = 0  # every so many iterations; 0: eval_interval
-    sample_count: Positive = 4  # how many continuations
-    sample_tokens: Positive = 32  # tokens in each
 
 
 class _Stopped(Exception):
