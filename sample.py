@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-
-from nanogpt import parallel, runtime, tokenizer, weights
+from nanogpt import runtime, tokenizer, weights
 from nanogpt.config import ROOT, Count, Positive, Range, load
 from nanogpt.errors import UserError, run_program
-from nanogpt.generate import generate
+from nanogpt.generate import Decoder, Text
+from nanogpt.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Config:
     # machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
-    compile: bool = False  # torch.compile the model
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -53,28 +51,16 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     prompt = encode(config.start, tokens)
     machine = runtime.setup(config.device, config.dtype, found.config.n_embd)
     model = found.load(found.fitted(), machine.device)
-    idx = torch.tensor([prompt], device=machine.device)
-    next_logits, notice = parallel.wrap(
-        model.next_logits,
-        compile=config.compile,
-        trial=lambda f: f(idx),
-        dynamic=True,
-    )
-    print("\n".join([f"{found.origin}; {machine.reason}", notice]).strip(), file=sys.stderr)
-    new_tokens = generate(
-        next_logits,
-        prompt,
-        block_size=model.config.block_size,
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        seed=config.seed,
-        machine=machine,
-    )
-    rows = [idx.repeat(config.num_samples, 1).T, *(row[None] for row in new_tokens)]
-    for ids in torch.cat(rows).T.tolist():
-        print(tokenizer.decode(tokens, ids))
+    model.to(runtime.DTYPES[machine.dtype])
+    print(f"{found.origin}; {machine.reason}", file=sys.stderr)
+    sampling = SamplingOptions(temperature=config.temperature, top_k=config.top_k)
+    texts = [Text(prompt, sampling, config.seed + i) for i in range(config.num_samples)]
+    decoder = Decoder(model, len(texts), len(prompt) + config.max_new_tokens)
+    decoder.add(texts)
+    for _ in range(config.max_new_tokens):
+        decoder.step()
+    for text in texts:
+        print(tokenizer.decode(tokens, text.ids))
         print("-" * 15)
 
 
