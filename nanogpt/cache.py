@@ -66,7 +66,7 @@ class Layer(NamedTuple):
 class Prefill:
     """Reads texts from their beginnings into `slots`; row i has `lengths[i]` tokens, then padding."""
 
-    at = None
+    at: Tensor | None = None
 
     def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]):
         self.cache, self.slots, self.lengths = cache, slots, lengths
@@ -98,10 +98,10 @@ class Step:
         self.cache, self.count, self.length = cache, len(positions), max(positions) + 1
         device = cache.keys.device
         positions_, rows = torch.tensor([positions, range(len(positions))], device=device)
-        self.at = positions_[:, None]
+        self.at: Tensor | None = positions_[:, None]
         self.alike = min(positions) + 1 == self.length
         if bias is None and not self.alike:
-            masked = torch.arange(self.length, device=device) > self.at
+            masked = torch.arange(self.length, device=device) > positions_[:, None]
             bias = torch.zeros(masked.shape, dtype=cache.keys.dtype, device=device)
             bias = bias.masked_fill_(masked, -torch.inf)[:, None, None]
         self.bias = bias if bias is None else bias.to(cache.keys.dtype)

@@ -148,7 +148,7 @@ class CausalSelfAttention(nn.Module):
         # Queries and keys lie side by side and are treated alike: one call for both.
         parts = self.c_attn(x).split([self.widths[0] + self.widths[1], self.widths[2]], dim=2)
         qk, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
-        q, k = position.rotate(self.qk_norm(qk), past and past.at).split(self.heads, dim=1)
+        q, k = position.rotate(self.qk_norm(qk), past.at if past else None).split(self.heads, dim=1)
         bias = position.bias(T)
         bias = bias if bias is None else bias.to(q.dtype)
         attend = partial(attention, bias=bias, dropout=self.dropout if self.training else 0.0)
@@ -214,6 +214,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)
+        self.packed_head: nn.Module | None = None  # the head's matrix in another form (quantize.py)
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -247,16 +248,19 @@ class GPT(nn.Module):
         x = self.wte(idx)
         if self.smear is not None:
             x = self.smear(x, past)
-        x = self.drop(self.position.embed(x, past and past.at))
+        x = self.drop(self.position.embed(x, past.at if past else None))
         for number, block in enumerate(self.h):
-            x = block(x, self.position, past and past.layer(number))
+            x = block(x, self.position, past.layer(number) if past else None)
         return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C). The padding of the vocabulary is cut off
         before anything sees it: its rows get no probability, no gradient and no sample."""
-        table = (self.lm_head or self.wte).weight
-        logits = F.linear(x, table[: self.config.vocab_size])
+        if self.packed_head is not None:
+            logits = self.packed_head(x)
+        else:
+            table = (self.lm_head or self.wte).weight
+            logits = F.linear(x, table[: self.config.vocab_size])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # their softmax sums many
         cap = self.config.softcap
         return cap * torch.tanh(logits / cap) if cap else logits

@@ -9,6 +9,7 @@ Shapes: B texts, V vocabulary, k candidates.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ from torch import Tensor
 from nanogpt.errors import UserError
 
 SHORTLIST = 1024  # candidates that are sorted first for top-p; all are when these have not enough mass
+
+
+class Controls(TypedDict, total=False):
+    """SamplingOptions as keywords."""
+
+    repetition_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ LAYERS = [
     {"options", "text", "shards", "runtime", "data", "metrics", "position", "tasks", "hf_tokenizer"}
     | {"cache", "sampling", "stream"},
     {"sources", "model"},
-    {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"},
+    {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
+    | {"quantize"},
     {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"},
     {"corpus", "watch", "weights"},
-    {"run"},
+    {"run", "api"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
