@@ -112,7 +112,7 @@ class Step:
         last = self.cache.embeddings[: self.count]
         before = last.clone()
         last.copy_(x[:, 0])
-        return before[:, None]
+        return before[:, None].to(x.dtype)
 
     def layer(self, number: int) -> Layer:
         return Layer(self.at, partial(self._attend, number))
@@ -131,6 +131,6 @@ class Step:
         bias = self.bias
         if bias is not None and bias.shape[1] > 1:
             bias = bias.view(*groups, self.length)
-        q = q.reshape(*groups, hs).to(keys.dtype)  # autocast may have made it another
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-        return y.view(B, heads, 1, hs)
+        rows = q.reshape(*groups, hs).to(keys.dtype)
+        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
+        return y.view(B, heads, 1, hs).to(q.dtype)

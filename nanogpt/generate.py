@@ -96,7 +96,8 @@ class Decoder:
             n_kv_head=config.n_kv_head or config.n_head,
             head_size=config.head_size,
             n_embd=config.n_embd,
-            dtype=table.dtype,
+            # One bfloat16 query on a CPU takes 670 us where a float32 one takes 91 (12 heads, 525 keys).
+            dtype=torch.float32 if table.device.type == "cpu" else table.dtype,
             device=table.device,
         )
         self.texts: list[Text] = []  # text i is in slot i
