@@ -55,6 +55,7 @@ class Config:
     batch_size: Positive = 16  # texts written at once, at most
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights
+    compile: Literal[False] = False  # nanoGPT's option: here there is nothing to compile
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
