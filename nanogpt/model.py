@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt.cache import Layer, Prefill, Step
 from nanogpt.position import POSITIONS, Position
 
 IGNORE = -1  # a target with this value is not scored
@@ -142,15 +143,16 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, position: Position) -> Tensor:
+    def forward(self, x: Tensor, position: Position, past: Layer | None = None) -> Tensor:
         B, T, _ = x.shape
         # Queries and keys lie side by side and are treated alike: one call for both.
         parts = self.c_attn(x).split([self.widths[0] + self.widths[1], self.widths[2]], dim=2)
         qk, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
-        q, k = position.rotate(self.qk_norm(qk)).split(self.heads, dim=1)
+        q, k = position.rotate(self.qk_norm(qk), past.at if past else None).split(self.heads, dim=1)
         bias = position.bias(T)
         bias = bias if bias is None else bias.to(q.dtype)
-        y = attention(q, k, v, bias, self.dropout if self.training else 0.0)
+        attend = partial(attention, bias=bias, dropout=self.dropout if self.training else 0.0)
+        y = attend(q, k, v) if past is None else past.attend(q, k, v, attend)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
@@ -163,8 +165,9 @@ class Smear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight * F.pad(x, (0, 0, 1, 0))[:, :-1]
+    def forward(self, x: Tensor, past: Prefill | Step | None = None) -> Tensor:
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if past is None else past.before(x)
+        return x + self.weight * before
 
 
 class MLP(nn.Module):
@@ -191,8 +194,8 @@ class Block(nn.Module):
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, position: Position) -> Tensor:
-        x = x + self.attn(self.ln_1(x), position)
+    def forward(self, x: Tensor, position: Position, past: Layer | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), position, past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -207,10 +210,11 @@ class GPT(nn.Module):
         self.wte = nn.Embedding.from_pretrained(table, freeze=False)
         shape = (config.block_size, config.n_embd, config.n_head, config.head_size)
         self.position = POSITIONS[config.position](*shape)
-        self.smear = Smear(config) if config.smear else nn.Identity()
+        self.smear = Smear(config) if config.smear else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)
+        self.packed_head: nn.Module | None = None  # the head's matrix in another form (quantize.py)
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -235,21 +239,28 @@ class GPT(nn.Module):
         """Logits (B, V) of the token after idx (B, T)."""
         return self.head(self.hidden(idx)[:, -1])
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """What the last block leaves, normalised: (B, T, C) from idx (B, T)."""
+    def hidden(self, idx: Tensor, past: Prefill | Step | None = None) -> Tensor:
+        """What the last block leaves, normalised: (B, T, C) from idx (B, T), the first tokens of each
+        text; or from what `past` says they are, and with what it remembers."""
         length = idx.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens do not fit in block_size={self.config.block_size}")
-        x = self.drop(self.position.embed(self.smear(self.wte(idx))))
-        for block in self.h:
-            x = block(x, self.position)
+        x = self.wte(idx)
+        if self.smear is not None:
+            x = self.smear(x, past)
+        x = self.drop(self.position.embed(x, past.at if past else None))
+        for number, block in enumerate(self.h):
+            x = block(x, self.position, past.layer(number) if past else None)
         return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C). The padding of the vocabulary is cut off
         before anything sees it: its rows get no probability, no gradient and no sample."""
-        table = (self.lm_head or self.wte).weight
-        logits = F.linear(x, table[: self.config.vocab_size])
+        if self.packed_head is not None:
+            logits = self.packed_head(x)
+        else:
+            table = (self.lm_head or self.wte).weight
+            logits = F.linear(x, table[: self.config.vocab_size])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # their softmax sums many
         cap = self.config.softcap
         return cap * torch.tanh(logits / cap) if cap else logits

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from nanogpt import evals, files, metrics, tasks, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.generate import generate
+from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT
 from nanogpt.options import WatchOptions
 from nanogpt.runtime import Machine
+from nanogpt.sampling import SamplingOptions
 from nanogpt.scoring import Subject
 
 SEPARATOR = "-" * 15
@@ -101,19 +100,15 @@ class Watch:
 
     def _sample(self, model: GPT, iter_num: int) -> Iterator[str]:
         """Temperature 1 among the 50 likeliest, as build-nanogpt draws."""
-        new_tokens = generate(
-            model.next_logits,
-            self.prompt,
-            block_size=model.config.block_size,
-            num_samples=self.options.sample_count,
-            max_new_tokens=self.options.sample_tokens,
-            temperature=1.0,
-            top_k=50,
-            seed=42,
-            machine=self.machine,
-        )
-        rows = torch.stack(list(new_tokens)).T.tolist()
-        texts = [tokenizer.decode(self.tokenizer, [*self.prompt, *row]) for row in rows]
+        options = self.options
+        sampling = SamplingOptions(temperature=1.0, top_k=50)
+        written = [Text(self.prompt, sampling, seed=42 + i) for i in range(options.sample_count)]
+        with self.machine.autocast():
+            decoder = Decoder(model, len(written), len(self.prompt) + options.sample_tokens)
+            decoder.add(written)
+            for _ in range(options.sample_tokens):
+                decoder.step()
+        texts = [tokenizer.decode(self.tokenizer, text.ids) for text in written]
         (self.run / "samples").mkdir(exist_ok=True)
         content = "".join(f"{text}\n{SEPARATOR}\n" for text in texts)
         files.write_text(self.run / "samples" / f"step-{iter_num:06d}.txt", content)
