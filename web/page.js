@@ -101,6 +101,7 @@ for (const id of Object.keys(meaning)) {
   });
   show();
 }
+if (matchMedia("(max-width: 860px)").matches) $("controls").open = false; // the texts come first on a phone
 const setting = (id) => meaning[id]($(id).value)[0];
 
 // ------------------------------------------------------------------ writing
@@ -299,9 +300,8 @@ function alternativesTable(token) {
   const ranked = Object.entries(token.top).sort((a, b) => b[1] - a[1]);
   for (const [content, logprob] of ranked.slice(0, 11)) {
     const row = make("tr", content === token.content ? "chosen" : "");
-    const bar = make("meter");
-    bar.value = Math.exp(logprob);
-    bar.setAttribute("aria-hidden", "true");
+    const bar = make("span", "bar");
+    bar.style.setProperty("--p", Math.exp(logprob - ranked[0][1]).toFixed(4)); // of the likeliest
     const cell = make("td");
     cell.append(bar);
     row.append(make("td", "", visible(content)), cell, make("td", "", percent(Math.exp(logprob))));
@@ -446,7 +446,7 @@ function ticks(low, high, count) {
   return found;
 }
 
-const short = (n) => new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 2 }).format(n);
+const short = (n) => new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(n);
 const time = (s) => (s < 120 ? `${Math.round(s)} s` : s < 7200 ? `${(s / 60).toFixed(1)} min` : `${(s / 3600).toFixed(1)} h`);
 
 function draw() {
@@ -556,8 +556,8 @@ function numbers() {
   const losses = run.evals.map((row) => row.val_loss).filter(Number.isFinite);
   const rows = [
     ["iteration", step && step.iter.toLocaleString("en")],
-    ["training loss", Number.isFinite(step?.loss) && step.loss.toFixed(4)],
-    ["best validation loss", losses.length > 0 && Math.min(...losses).toFixed(4)],
+    ["training", Number.isFinite(step?.loss) && step.loss.toFixed(4)],
+    ["best validation", losses.length > 0 && Math.min(...losses).toFixed(4)],
     ["tokens read", step?.tokens && short(step.tokens)],
     ["tokens a second", step?.tokens_per_s && short(step.tokens_per_s)],
     ["time", step?.elapsed_s && time(step.elapsed_s)],
