@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from nanogpt import runtime, tokenizer, weights
+import torch
+
+from nanogpt import api, files
 from nanogpt.config import ROOT, Positive, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.generate import Decoder
-from nanogpt.pretrained import Pretrained
+from nanogpt.model import GPT
 
 if TYPE_CHECKING:
     from nanogpt.server import Served
@@ -49,7 +51,7 @@ class Config:
     max_tokens: Positive = 4096  # the longest answer
     # machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -70,7 +72,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         port = listener.getsockname()[1]
         served = open_model(config)
         app = server.build(served, port=port, local=local, token=token)
-        logging.basicConfig(format="%(levelname)s: %(message)s")
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # not what clients do
         settings = uvicorn.Config(
             app,
             http=transport.DeadlineProtocol,
@@ -113,36 +115,35 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def open_model(config: Config) -> "Served":
-    """The model, ready to be served. UserError as weights.open_weights."""
+    """The model, ready to be served. UserError as api.load."""
     from nanogpt.completions import Limits
     from nanogpt.meters import Meters
     from nanogpt.scheduler import Scheduler
     from nanogpt.server import Served
 
-    found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir), config.which)
-    print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
-    if not found.tokenizer:
-        raise UserError(
-            f"nothing beside {found.origin} tells its tokenizer: put meta.pkl (nanoGPT) or merges.txt there"
-        )
-    tokens = tokenizer.from_text(found.tokenizer, found.origin)
-    machine = runtime.setup(config.device, config.dtype, found.config.n_embd)
-    model = found.load(found.fitted(), machine.device).to(runtime.DTYPES[machine.dtype])
+    loaded = api.load(
+        config.init_from,
+        run=Path(config.out_dir),
+        which=config.which,
+        device=config.device,
+        dtype=config.dtype,
+        notice=lambda line: print(line, file=sys.stderr),
+    )
     meters = Meters(
         {
             "active": ("Texts that are written now.", lambda: scheduler.active),
             "waiting": ("Texts that wait for a slot.", lambda: scheduler.waiting),
         }
     )
-    scheduler = Scheduler(Decoder(model, config.slots), tokens, config.queue, meters)
+    scheduler = Scheduler(Decoder(loaded.model, config.slots), loaded.tokenizer, config.queue, meters)
     run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     return Served(
         name=name_of(config),
-        tokenizer=tokens,
+        tokenizer=loaded.tokenizer,
         scheduler=scheduler,
         meters=meters,
-        limits=Limits(found.config.block_size, config.max_tokens, min(64, config.queue)),
-        about=describe(found, name_of(config), tokens, machine, model.n_params(), config),
+        limits=Limits(loaded.model.config.block_size, config.max_tokens, min(64, config.queue)),
+        about=describe(loaded, config),
         run=run if (run / "metrics.jsonl").is_file() else None,
         web=ROOT / "web",
     )
@@ -154,24 +155,24 @@ def name_of(config: Config) -> str:
     return path.resolve().name if path.exists() else config.init_from
 
 
-def describe(
-    found: Pretrained, name: str, tokens: Any, machine: runtime.Machine, parameters: int, config: Config
-) -> dict[str, Any]:
+def describe(loaded: api.LanguageModel, config: Config) -> dict[str, Any]:
     """What the page shows."""
+    with torch.device("meta"):  # int8 weights are no parameters
+        parameters = GPT(loaded.model.config).n_params()
+    state = Path(loaded.origin) / "state.json"
+    progress = files.read_json(state) if state.is_file() else {}
     return {
-        "name": name,
-        "origin": found.origin,
-        "machine": machine.reason,
+        "name": name_of(config),
+        "origin": loaded.origin,
+        "machine": loaded.machine.reason,
         "created": int(time.time()),
         "parameters": parameters,
-        "block_size": found.config.block_size,
-        "vocab_size": tokens.vocab_size,
-        "tokenizer": tokens.kind,
-        "iter": found.iter_num,
-        "val_loss": found.val_loss,
-        "dataset": found.dataset,
+        "block_size": loaded.model.config.block_size,
+        "vocab_size": loaded.tokenizer.vocab_size,
+        "tokenizer": loaded.tokenizer.kind,
+        "iter": progress.get("iter_num", 0),
+        "val_loss": progress.get("val_loss"),
         "max_tokens": config.max_tokens,
-        "slots": config.slots,
     }
 
 

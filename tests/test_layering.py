@@ -15,8 +15,7 @@ LAYERS = [
     {"sources", "model"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
-    {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
-    | {"completions", "scheduler"},
+    {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"} | {"completions", "scheduler"},
     {"corpus", "watch", "weights"},
     {"run", "api", "follow"},
     {"server"},
