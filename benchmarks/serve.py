@@ -252,7 +252,7 @@ def load_(server: Server) -> str:
             statuses.append(answer[9:12] if whole else b"cut")
 
     def watch() -> None:
-        time.sleep(config.seconds / 4)  # warm by then
+        time.sleep(config.seconds / 3)  # warm by then
         sizes[0] = server.resident()
         while time.perf_counter() < end:
             started = time.perf_counter()

@@ -34,6 +34,7 @@ PAGE = {
     "/style.css": ("style.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
+SHORT = 1 << 14  # bytes of a request that is read at once
 PUBLIC = frozenset([*PAGE, "/health"])  # these say nothing of the model
 
 
@@ -146,8 +147,11 @@ class _Routes:
     async def complete(self, request: Request) -> Response:
         served = self.served
         body = await request.body()
-        # In a thread: encoding a long text takes a while.
-        asked = await asyncio.to_thread(completions.parse, body, served.tokenizer, served.name, served.limits)
+        known = (body, served.tokenizer, served.name, served.limits)
+        if len(body) > SHORT:  # encoding a long text takes a while, in which others want their tokens
+            asked = await asyncio.to_thread(completions.parse, *known)
+        else:
+            asked = completions.parse(*known)
         if not served.scheduler.alive:
             raise Refusal(503, "the model has failed; see the server's log and start it again")
         answer = _Answer(served, asked)
