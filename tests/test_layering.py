@@ -8,16 +8,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
-    {"files", "download", "bpe", "pool"},
-    {"config", "schedule", "flops", "tokenizer", "order", "significance"},
+    {"files", "download", "bpe", "pool", "refusal", "meters"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance"} | {"guard", "transport"},
     {"options", "text", "shards", "runtime", "data", "metrics", "position", "tasks", "hf_tokenizer"}
     | {"cache", "sampling", "stream"},
     {"sources", "model"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
-    {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"},
+    {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"} | {"completions", "scheduler"},
     {"corpus", "watch", "weights"},
-    {"run", "api"},
+    {"run", "api", "follow"},
+    {"server"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
