@@ -21,9 +21,10 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, metrics, parallel, runtime, schedule, steps
+from nanogpt import checkpoint, data, finetune, lora, metrics, parallel, runtime, schedule, steps
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
+from nanogpt.finetune import FinetuneOptions
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
 from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
@@ -31,7 +32,7 @@ from nanogpt.watch import WatchOptions
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions, WatchOptions):
+class Config(ModelOptions, OptimizerOptions, FinetuneOptions, MachineOptions, WatchOptions):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
     init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
@@ -87,6 +88,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.resumed and run.progress.iter_num >= config.max_iters:
             print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
             return
+        if run.exhausted:
+            print(f"{config.out_dir} has stopped by --patience={config.patience}; raise it to go on")
+            return
         lock, notice = run.open_folder(sys.argv)
         if notice:
             print(notice)
@@ -121,6 +125,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         last = progress.iter_num >= config.max_iters
         if (progress.iter_num % config.eval_interval == 0 or last) and progress.val_loss is None:
             improved = evaluate(run, stop, log)
+            last = last or run.exhausted
         write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run.watch.look(run.model, progress.iter_num, last, write, stop.asked):
             tqdm.write(line)
@@ -137,6 +142,9 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             if not last:
                 place = f"iteration {progress.iter_num}"
                 raise Stopped(f"stopped by {stop.reason} at {place}, saved; go on with --init_from=resume")
+            if run.exhausted:
+                print(f"stopped: no better validation loss in {progress.stale} evaluations (--patience)")
+            print(finetune.gap(metrics.read(Path(config.out_dir))))
             return
 
         # one update
@@ -214,6 +222,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
         )
     progress.val_loss = val.loss
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
+    progress.stale = 0 if improved else progress.stale + 1
     if improved:
         progress.best_val_loss = val.loss
     return improved
@@ -233,6 +242,7 @@ def save(run: Run) -> None:
         **asdict(run.progress),
         "options": asdict(run.config),
         "scaler": run.scaler.state_dict(),
+        "lora": lora.to_state(run.config.adapters()),
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }

@@ -11,7 +11,20 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps, weights
+from nanogpt import (
+    checkpoint,
+    data,
+    files,
+    finetune,
+    lora,
+    metrics,
+    optim,
+    parallel,
+    runtime,
+    schedule,
+    steps,
+    weights,
+)
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, inherit, picked
 from nanogpt.errors import UserError
@@ -40,6 +53,11 @@ class Run:
     watch: Watch
     resumed: Checkpoint | None
     notices: list[str] = field(default_factory=list)  # what the user should know of how it was put together
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many evaluations have brought nothing that the run is to end."""
+        return 0 < self.config.patience <= self.progress.stale
 
     def describe(self) -> str:
         """What is about to be trained, on what, in a few lines."""
@@ -97,7 +115,12 @@ def build(config: Any, origins: dict[str, str]) -> Run:
     if resumed:
         require_same_tokenizer(resumed, dataset)
     model = make_model(config, resumed, found, dataset, machine)
+    notices += finetune.choose_trained(model, config)
     rules = picked(OptimConfig, config)
+    if rules.optimizer == "muon" and not any(
+        p.requires_grad and optim.is_for_muon(name, p) for name, p in model.named_parameters()
+    ):
+        notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
     trained: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
     if config.eval_only:  # without the optimizer's state, which takes twice the memory of the weights
         trained = ((name, parameter.to("meta")) for name, parameter in trained)
@@ -138,7 +161,8 @@ def choose_start(
         return config, None, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
     config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
-    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in SHAPE]:
+    fixed = SHAPE | finetune.FIXED
+    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in fixed]:
         raise UserError(
             f"{out} holds another model: {'; '.join(wrong)}; leave these out, or choose another --out_dir"
         )
@@ -150,6 +174,7 @@ def choose_start(
 def check(config: Any) -> None:
     """Refuse combinations that make no sense, all at once."""
     wrong = picked(GPTConfig, config).problems() + picked(OptimConfig, config).problems()
+    wrong += finetune.problems(config)
     if config.decay_lr:
         ends = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
         wrong += schedule.problems(config.lr_schedule, *ends)
@@ -195,11 +220,14 @@ def make_model(
     dataset: data.Dataset,
     machine: runtime.Machine,
 ) -> GPT:
-    """With the weights of the checkpoint, or those that were found, or new ones from the seed."""
+    """With the weights of the checkpoint, or those that were found, or new ones from the seed; with new
+    adapters, if the options ask for them."""
     if resumed:
         return resumed.load_model(machine.device, config.dropout).train()
     shape = picked(GPTConfig, config, vocab_size=dataset.vocab_size)
-    if found:
-        return found.load(shape, machine.device).train()
     torch.manual_seed(config.seed)
-    return GPT(shape).to(machine.device)
+    model = found.load(shape, machine.device).train() if found else GPT(shape).to(machine.device)
+    if adapters := config.adapters():
+        lora.adapt(model, adapters)
+        lora.initialise(model, config.seed)
+    return model
