@@ -25,14 +25,14 @@ from nanogpt import checkpoint, data, finetune, lora, metrics, parallel, runtime
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, TokenOptions
 from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
 from nanogpt.watch import WatchOptions
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, FinetuneOptions, MachineOptions, WatchOptions):
+class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, MachineOptions, WatchOptions):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
     init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
@@ -155,6 +155,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             run.optimizer,
             run.batches.step(progress.iter_num),
             windows=run.batches.windows(progress.iter_num),
+            targets=run.batches.targets(progress.iter_num) if run.dataset.train.scored else 0,
             lr=lr,
             grad_clip=config.grad_clip,
             seed=config.seed,
@@ -205,7 +206,8 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     shape = (config.batch_size, config.block_size)
-    both = steps.evaluate_splits(run.model, run.dataset, shape, config.eval_iters, run.machine, stop.asked)
+    how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
+    both = steps.evaluate_splits(run.model, run.dataset, shape, *how)
     if both is None:  # stopped meanwhile; a resumed run evaluates here again
         return False
     train, val = both

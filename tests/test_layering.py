@@ -11,7 +11,7 @@ LAYERS = [
     {"files", "download", "bpe", "pool"},
     {"config", "schedule", "flops", "tokenizer", "order", "significance"},
     {"options", "text", "shards", "runtime", "data", "metrics", "position", "tasks", "hf_tokenizer", "lora"},
-    {"sources", "model", "finetune"},
+    {"sources", "model", "finetune", "documents"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"},
     {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"},
     {"corpus", "watch", "weights"},
