@@ -142,9 +142,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             if not last:
                 place = f"iteration {progress.iter_num}"
                 raise Stopped(f"stopped by {stop.reason} at {place}, saved; go on with --init_from=resume")
-            if run.exhausted:
-                print(f"stopped: no better validation loss in {progress.stale} evaluations (--patience)")
-            print(finetune.gap(metrics.read(Path(config.out_dir))))
+            say_how_it_ended(run)
             return
 
         # one update
@@ -155,7 +153,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             run.optimizer,
             run.batches.step(progress.iter_num),
             windows=run.batches.windows(progress.iter_num),
-            targets=run.batches.targets(progress.iter_num) if run.dataset.train.scored else 0,
+            targets=run.batches.targets(progress.iter_num),
             lr=lr,
             grad_clip=config.grad_clip,
             seed=config.seed,
@@ -228,6 +226,12 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     if improved:
         progress.best_val_loss = val.loss
     return improved
+
+
+def say_how_it_ended(run: Run) -> None:
+    if run.exhausted:
+        print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
+    print(finetune.gap(metrics.read(Path(run.config.out_dir))))
 
 
 def is_time_to_save(run: Run, improved: bool) -> bool:

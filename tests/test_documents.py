@@ -1,5 +1,6 @@
 """Windows that start at a document, masks between documents, and batches counted in tokens."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,11 @@ import pytest
 import torch
 
 import train
-from nanogpt import checkpoint, corpus, data, documents
+from nanogpt import checkpoint, data, documents
 from nanogpt import run as runs
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.order import RowOrder
-from tests.conftest import words
 
 END = 50256
 
@@ -98,7 +98,7 @@ def test_rows_start_at_documents_and_never_overlap(folder, monkeypatch):
     assert begins[0] == 0 and (raw[begins[1:]] == END).all()
     assert (np.diff(begins) >= 16).all() and begins[-1] + 17 <= len(raw)
     ends = np.concatenate([[0], np.flatnonzero(raw == END)])
-    for here, after in zip(begins[:-1], begins[1:], strict=True):  # no document was passed over
+    for here, after in itertools.pairwise(begins):  # no document was passed over
         assert after == ends[ends >= here + 16][0]
     monkeypatch.setattr(documents, "CHUNK", 37)
     assert (documents.rows(tokens, END, 16) == begins).all()
@@ -175,9 +175,3 @@ def test_a_flag_beats_a_file_and_two_flags_are_refused(config):
     assert found.max_iters == 5
     with pytest.raises(UserError, match="say the same"):
         counted(both, max_tokens="--max_tokens=320", max_iters="--max_iters=6")
-
-
-# ----------------------------------------------------------------------------- prompt and response
-
-
-ROW = '{{"prompt": "{0} ?", "response": " {1}"}}\n'
