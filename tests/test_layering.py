@@ -13,7 +13,7 @@ LAYERS = [
     {"options", "text", "shards", "runtime", "data", "metrics", "position", "tasks", "hf_tokenizer", "lora"},
     {"sources", "model", "finetune", "documents"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"},
-    {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"},
+    {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"},
     {"corpus", "watch", "weights"},
     {"run"},
 ]
