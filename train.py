@@ -21,16 +21,17 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, metrics, parallel, runtime, schedule, steps
+from nanogpt import checkpoint, data, finetune, lora, metrics, parallel, runtime, schedule, steps
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, WatchOptions
+from nanogpt.finetune import FinetuneOptions
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, TokenOptions, WatchOptions
 from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions, WatchOptions):
+class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, MachineOptions, WatchOptions):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
     init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
@@ -86,6 +87,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.resumed and run.progress.iter_num >= config.max_iters:
             print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
             return
+        if run.exhausted:
+            print(f"{config.out_dir} has stopped by --patience={config.patience}; raise it to go on")
+            return
         lock, notice = run.open_folder(sys.argv)
         if notice:
             print(notice)
@@ -120,6 +124,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         last = progress.iter_num >= config.max_iters
         if (progress.iter_num % config.eval_interval == 0 or last) and progress.val_loss is None:
             improved = evaluate(run, stop, log)
+            last = last or run.exhausted
         write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run.watch.look(run.model, progress.iter_num, last, write, stop.asked):
             tqdm.write(line)
@@ -136,6 +141,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             if not last:
                 place = f"iteration {progress.iter_num}"
                 raise Stopped(f"stopped by {stop.reason} at {place}, saved; go on with --init_from=resume")
+            say_how_it_ended(run)
             return
 
         # one update
@@ -146,6 +152,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             run.optimizer,
             run.batches.step(progress.iter_num),
             windows=run.batches.windows(progress.iter_num),
+            targets=run.batches.targets(progress.iter_num),
             lr=lr,
             grad_clip=config.grad_clip,
             seed=config.seed,
@@ -196,7 +203,8 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     shape = (config.batch_size, config.block_size)
-    both = steps.evaluate_splits(run.model, run.dataset, shape, config.eval_iters, run.machine, stop.asked)
+    how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
+    both = steps.evaluate_splits(run.model, run.dataset, shape, *how)
     if both is None:  # stopped meanwhile; a resumed run evaluates here again
         return False
     train, val = both
@@ -213,9 +221,16 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
         )
     progress.val_loss = val.loss
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
+    progress.stale = 0 if improved else progress.stale + 1
     if improved:
         progress.best_val_loss = val.loss
     return improved
+
+
+def say_how_it_ended(run: Run) -> None:
+    if run.exhausted:
+        print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
+    print(finetune.gap(metrics.read(Path(run.config.out_dir))))
 
 
 def is_time_to_save(run: Run, improved: bool) -> bool:
@@ -232,6 +247,7 @@ def save(run: Run) -> None:
         **asdict(run.progress),
         "options": asdict(run.config),
         "scaler": run.scaler.state_dict(),
+        "lora": lora.to_state(run.config.adapters()),
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }

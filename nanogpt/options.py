@@ -31,6 +31,14 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class TokenOptions:
+    # tokens
+    documents: Literal["stream", "rows", "masked"] = "stream"  # rows start at one; masked: none sees another
+    batch_tokens: Count = 0  # tokens an iteration, instead of gradient_accumulation_steps; 0: those
+    max_tokens: Count = 0  # tokens in all, instead of max_iters; 0: those
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks, AdamW for the rest

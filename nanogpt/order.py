@@ -35,6 +35,24 @@ class BatchOrder:
         return starts
 
 
+class RowOrder:
+    """As BatchOrder, of windows that begin at given places: each once an epoch, in an order drawn anew."""
+
+    def __init__(self, begins: np.ndarray, seed: int):
+        self.begins, self.n_windows, self.seed = begins, len(begins), seed
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Where samples first .. first + count begin in the data, int64 (count,)."""
+        samples = np.arange(first, first + count, dtype=np.uint64)
+        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
+            starts[here] = self.begins[rows.astype(np.int64)]
+        return starts
+
+
 def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
     """Entries `places` (uint64) of the permutation of 0 .. n - 1 that belongs to `key`.
 

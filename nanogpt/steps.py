@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nanogpt import flops
 from nanogpt.data import Dataset, eval_batches
-from nanogpt.errors import Diverged
+from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, IGNORE
 from nanogpt.optim import Optimizer, clip_gradients
 from nanogpt.runtime import Machine
@@ -43,9 +43,10 @@ class StepResult:
 def train_step(
     model: Callable[..., tuple[Tensor, Tensor]],
     optimizer: Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     *,
     windows: int,
+    targets: int = 0,
     lr: float,
     grad_clip: float,
     seed: int,
@@ -53,7 +54,8 @@ def train_step(
     machine: Machine,
     scaler: torch.amp.GradScaler,
 ) -> StepResult:
-    """Update the weights once, with the mean gradient of micro-batches that have `windows` rows in all.
+    """Update the weights once, with the mean gradient of micro-batches (idx, targets and perhaps documents)
+    that have `windows` rows in all. Where not every target is scored, `targets` are, and weigh the same.
 
     `model` as Machine.in_dtype gives it.
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
@@ -61,9 +63,10 @@ def train_step(
     """
     machine.seed(seed * 1_000_003 + iter_num)
     total: Tensor | None = None
-    for idx, targets in batches:
-        _, loss = model(idx, targets)
-        loss = loss * (len(idx) / windows)
+    for batch in batches:
+        _, loss = model(*batch)
+        share = (batch[1] != IGNORE).sum() / targets if targets else len(batch[0]) / windows
+        loss = loss * share
         scaler.scale(loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None, "a step needs a micro-batch"
@@ -115,7 +118,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: GPT,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     machine: Machine,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
@@ -123,10 +126,10 @@ def evaluate(
     was_training, compute = model.training, machine.in_dtype(model)
     model.eval()
     sums, counts = [], []
-    for idx, targets in batches:
+    for idx, targets, *documents in batches:
         if stopped():
             break
-        logits, _ = compute(idx)
+        logits, _ = compute(idx, None, *documents) if documents else compute(idx)
         losses = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
         )
@@ -137,8 +140,10 @@ def evaluate(
         return None
     window_sums, window_counts = torch.cat(sums), torch.cat(counts)
     tokens = int(window_counts.sum())
+    if not tokens:
+        raise UserError("no target of the text is scored: its windows hold prompts only; give more text")
     loss = float(window_sums.sum() / tokens)
-    spread = (window_sums / window_counts - loss).square().mul(window_counts).sum() / tokens
+    spread = (window_sums / window_counts.clamp(min=1) - loss).square().mul(window_counts).sum() / tokens
     stderr = float((spread / max(1, len(window_sums) - 1)).sqrt())
     return Evaluation(loss, stderr, tokens)
 
@@ -150,6 +155,7 @@ def evaluate_splits(
     max_batches: int,
     machine: Machine,
     stopped: Callable[[], bool],
+    separator: int | None = None,
 ) -> tuple[Evaluation, Evaluation] | None:
     """The training and the validation split, on at most `max_batches` of `shape` (B, T) each, the same
     ones at every call. The training split is scored on no more windows than the validation split has."""
@@ -157,7 +163,7 @@ def evaluate_splits(
     windows = min(max_batches * batch_size, (len(dataset.val) - 1) // block_size)
     found = []
     for tokens in (dataset.train, dataset.val):
-        batches = eval_batches(tokens, block_size, batch_size, windows, IGNORE, machine.device)
+        batches = eval_batches(tokens, block_size, batch_size, windows, IGNORE, machine.device, separator)
         found.append(evaluate(model, batches, machine, stopped))
     train, val = found
     return None if train is None or val is None else (train, val)

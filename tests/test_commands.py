@@ -18,6 +18,7 @@ import pytest
 import bench
 import eval as evaluation
 import export
+import plan
 import sample
 import serve
 import train
@@ -161,6 +162,7 @@ def commands_in(document: str) -> list[str]:
 PAGES = [
     *("README.md", "README.zh-CN.md", "CONTRIBUTING.md"),
     *("docs/data.md", "docs/evaluation.md", "docs/weights.md", "docs/serving.md"),
+    *("docs/finetuning.md", "docs/reproduce.md"),
 ]
 OURS = [(page, command) for page in PAGES for command in commands_in(page)]
 PARSERS = {
@@ -174,12 +176,16 @@ PARSERS = {
 @pytest.mark.parametrize(("page", "command"), OURS)
 def test_commands_of_our_own_pages_have_valid_options(page, command):
     """Programs that exist, options that exist, presets that exist; README's are run below."""
-    program, *given = shlex.split(command)[1:]
+    given = shlex.split(command)
+    program = next(word for word in given if word.endswith(".py"))
+    given = given[given.index(program) + 1 :]
     assert (ROOT / program).is_file()
     if program in PARSERS:
         read(PARSERS[program], given)
     if program == "eval.py":
         read(evaluation.Config, given, arguments=True)
+    if program == "plan.py":
+        read(plan.Config, given, other_keys=frozenset(vars(train.Config)))
     if program == "bench.py":
         read(bench.Config, given, other_keys=frozenset(vars(train.Config)))
 

@@ -9,13 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"files", "download", "bpe", "pool", "refusal", "meters"},
-    {"config", "schedule", "flops", "tokenizer", "order", "significance"} | {"guard", "transport"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
     {"options", "text", "shards", "runtime", "data", "metrics", "position", "tasks", "hf_tokenizer"}
-    | {"cache", "sampling", "stream"},
-    {"sources", "model"},
+    | {"cache", "sampling", "stream", "lora"},
+    {"sources", "model", "finetune", "documents"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
-    {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"} | {"completions", "scheduler"},
+    {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
+    | {"completions", "scheduler"},
     {"corpus", "watch", "weights"},
     {"run", "api", "follow"},
     {"server"},
