@@ -240,8 +240,7 @@ def load_(server: Server) -> str:
     config = server.config
     statuses: list[bytes] = []
     health: list[float] = []
-    end = time.perf_counter() + config.seconds
-    sizes = [0]
+    end = time.perf_counter() + config.seconds / 3
 
     def work(number: int) -> None:
         draw = random.Random(number)
@@ -252,8 +251,6 @@ def load_(server: Server) -> str:
             statuses.append(answer[9:12] if whole else b"cut")
 
     def watch() -> None:
-        time.sleep(config.seconds / 3)  # warm by then
-        sizes[0] = server.resident()
         while time.perf_counter() < end:
             started = time.perf_counter()
             server.get("/health")
@@ -261,11 +258,14 @@ def load_(server: Server) -> str:
             time.sleep(0.2)
 
     handles, threads = server.descriptors(), server.threads()
+    together(config.clients, work)  # and all leave: the libraries have seen every size of a batch then
+    warm = server.resident()
+    end = time.perf_counter() + config.seconds
     watcher = threading.Thread(target=watch)
     watcher.start()
     together(config.clients, work)
     watcher.join()
-    grown = server.resident() / sizes[0] - 1
+    grown = server.resident() / warm - 1
     counts = {status.decode(): statuses.count(status) for status in sorted(set(statuses))}
     time.sleep(1)
     return (

@@ -70,18 +70,18 @@ class Choice:
         self._completion = Completion(text, known, self.max_tokens, self.stop, known.end_of_text)
         return text
 
-    def accept(self, token: Token, end_of_text: int | None) -> bool:
-        """Emit what `token` adds; whether it was the last."""
+    def accept(self, token: Token, end_of_text: int | None) -> Piece | None:
+        """What `token` adds, if that is certain; its `finish` is set if it was the last."""
         assert self._completion
         self.written += 1
         text = self._completion.take(token)
         if token.id != end_of_text:
             self._pending.append(token)
         finish = self._completion.finish_reason or None
-        if text or finish:
-            self.emit(self, Piece(text, self._pending, finish))
-            self._pending = []
-        return bool(finish)
+        if not text and not finish:
+            return None
+        tokens, self._pending = self._pending, []
+        return Piece(text, tokens, finish)
 
 
 class Scheduler:
@@ -178,8 +178,11 @@ class Scheduler:
                 choice = self._active[text]
                 if choice.written == 0:
                     self._observer.first_token(now - choice.submitted)
-                if choice.accept(token, self._known.end_of_text):
-                    self._leave(text)
+                piece = choice.accept(token, self._known.end_of_text)
+                if piece and piece.finish:
+                    self._leave(text)  # before its client knows: whoever comes then finds the slot free
+                if piece:
+                    choice.emit(choice, piece)
 
     def _taken(self) -> list[Choice]:
         """The choices that join now: as many as fit the slots and PROMPT_TOKENS."""
