@@ -7,12 +7,11 @@
 Presets of train.py are read; what only concerns a whole run (intervals, schedule, folders) is ignored.
 """
 
-import ast
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor
 from tqdm import trange
 
 from nanogpt import data, files, optim, parallel, runtime, steps
-from nanogpt.config import ROOT, Count, Positive, picked, read
+from nanogpt.config import ROOT, Count, Positive, options_of, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
@@ -229,13 +228,5 @@ def profile(bench: Bench, trace: Path) -> None:
         print(f"{cost / 1e3 / PROFILED_STEPS:10.3f} {cost / total:6.1%} {calls:8.0f}  {event.key[:80]}")
 
 
-def options_of_train() -> frozenset[str]:
-    """The names of the options that only train.py has, read from its source: no program imports another."""
-    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
-    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    own = {ast.unparse(line.target) for line in config.body if isinstance(line, ast.AnnAssign)}
-    return frozenset(own - {f.name for f in fields(Config)})
-
-
 if __name__ == "__main__":
-    run_program(lambda: main(Config(**read(Config, sys.argv[1:], other_keys=options_of_train()).values)))
+    run_program(lambda: main(Config(**read(Config, sys.argv[1:], other_keys=options_of("train.py")).values)))

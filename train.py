@@ -13,25 +13,27 @@ with --init_from=auto goes on. The run folder holds everything needed to sample,
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, metrics, parallel, runtime, schedule, steps
+from nanogpt import checkpoint, data, finetune, lora, metrics, parallel, runtime, schedule, steps
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
+from nanogpt.finetune import FinetuneOptions
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, TokenOptions, WatchOptions
 from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
-from nanogpt.watch import WatchOptions
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions, WatchOptions):
+class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, MachineOptions, WatchOptions):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
     init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
@@ -87,6 +89,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.resumed and run.progress.iter_num >= config.max_iters:
             print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
             return
+        if run.exhausted:
+            print(f"{config.out_dir} has stopped by --patience={config.patience}; raise it to go on")
+            return
         if notice := world.lead(lambda: run.open_folder(sys.argv)):
             print(notice)
         try:
@@ -101,17 +106,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Update the weights until max_iters; evaluate, log and save on the way."""
-    config, progress = run.config, run.progress
-    shape = (config.batch_size, config.block_size)
-    trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
-    model, notice = parallel.wrap(
-        run.machine.in_dtype(run.model), compile=config.compile, trial=trial, blocks=run.model.h
-    )
-    if notice:
-        print(notice)
-    model = parallel.replicate(model, run.model, run.machine)
-    world = run.machine.world
-    hidden = None if world.leads else True  # None: where a terminal shows it
+    config, progress, world = run.config, run.progress, run.machine.world
+    model = ready(run)
+    hidden = None if world.leads else True  # None: where no terminal shows it
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at = progress.iter_num if progress.iter_num else -1
@@ -123,6 +120,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         last = progress.iter_num >= config.max_iters
         if (progress.iter_num % config.eval_interval == 0 or last) and progress.val_loss is None:
             improved = evaluate(run, stop, log)
+            last = last or run.exhausted
         write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run.watch.look(run.model, progress.iter_num, last, write, stop.asked):
             tqdm.write(line)
@@ -138,8 +136,9 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             bar.close()
             if not last:
                 place = f"iteration {progress.iter_num}"
-                reason = stop.reason or "another process"
-                raise Stopped(f"stopped by {reason} at {place}, saved; go on with --init_from=resume")
+                by = stop.reason or "another process"
+                raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
+            say_how_it_ended(run)
             return
 
         # one update
@@ -150,6 +149,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             run.optimizer,
             run.batches.step(progress.iter_num),
             windows=run.batches.windows(progress.iter_num),
+            targets=run.batches.targets(progress.iter_num),
             lr=lr,
             grad_clip=config.grad_clip,
             seed=config.seed,
@@ -181,6 +181,18 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         bar.update()
 
 
+def ready(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The model as it is trained: in its number format, compiled if that was chosen, one of the copies."""
+    shape = (run.config.batch_size, run.config.block_size)
+    trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
+    model, notice = parallel.wrap(
+        run.machine.in_dtype(run.model), compile=run.config.compile, trial=trial, blocks=run.model.h
+    )
+    if notice:
+        print(notice)
+    return parallel.replicate(model, run.model, run.machine)
+
+
 def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) -> float:
     """The scheduled rate, times the square root of the batch's share of a full one: the noise of the
     gradient grows as the batch gets smaller (Malladi et al. 2022)."""
@@ -200,7 +212,8 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     shape = (config.batch_size, config.block_size)
-    both = steps.evaluate_splits(run.model, run.dataset, shape, config.eval_iters, run.machine, stop.asked)
+    how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
+    both = steps.evaluate_splits(run.model, run.dataset, shape, *how)
     if both is None:  # stopped meanwhile; a resumed run evaluates here again
         return False
     train, val = both
@@ -217,9 +230,16 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
         )
     progress.val_loss = val.loss
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
+    progress.stale = 0 if improved else progress.stale + 1
     if improved:
         progress.best_val_loss = val.loss
     return improved
+
+
+def say_how_it_ended(run: Run) -> None:
+    if run.exhausted:
+        print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
+    print(finetune.gap(metrics.read(Path(run.config.out_dir))))
 
 
 def is_time_to_save(run: Run, improved: bool) -> bool:
@@ -236,6 +256,7 @@ def save(run: Run) -> None:
         **asdict(run.progress),
         "options": asdict(run.config),
         "scaler": run.scaler.state_dict(),
+        "lora": lora.to_state(run.config.adapters()),
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }

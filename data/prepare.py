@@ -3,6 +3,7 @@
     python data/prepare.py novel.txt --out=data/novel
     python data/prepare.py essays/ letters.jsonl --out=data/mine --tokenizer=gpt2
     python data/prepare.py 'crawl/*.jsonl.zst' more.parquet --out=data/crawl --tokenizer=bpe:8192
+    python data/prepare.py questions.jsonl --text_key=prompt+response --out=data/questions --tokenizer=gpt2
     python data/prepare.py --hub=NAME:CONFIG:SPLIT --out=data/web --tokenizer=gpt2 --shard_tokens=100000000
 
 Read are text in any usual encoding, .jsonl (also .gz, .xz, .zst), .parquet and .arrow; a folder is
@@ -26,7 +27,7 @@ class Config:
     # what to read
     out: str  # the dataset folder to write, such as data/mine
     hub: str = ""  # NAME[:CONFIG[:SPLIT]][@REVISION] of a Hugging Face dataset, streamed
-    text_key: str = "text"  # the field of JSONL or the column of a table that holds the text
+    text_key: str = "text"  # field of JSONL or column that holds the text; prompt+response: learn the latter
     encoding: str = ""  # of text files, where it is none of UTF-8, UTF-16 and GB18030
     skip_bad: bool = False  # leave out rows that cannot be read, and count them
     # tokens

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt import files
+from nanogpt import files, lora
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -37,6 +37,7 @@ class Progress:
     elapsed_s: float = 0.0  # in updates, over all processes of the run
     best_val_loss: float | None = None
     val_loss: float | None = None  # of these very weights, once they are evaluated
+    stale: int = 0  # evaluations since the best
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,24 @@ class Checkpoint:
 
     @property
     def progress(self) -> Progress:
-        return Progress(**{field.name: self.state[field.name] for field in fields(Progress)})
+        known = {field.name for field in fields(Progress)}
+        return Progress(**{name: value for name, value in self.state.items() if name in known})
 
     @property
     def model_config(self) -> GPTConfig:
         return GPTConfig(**self.state["model"])
 
+    @property
+    def adapters(self) -> lora.Adapters | None:
+        return lora.from_state(self.state.get("lora"))
+
     def load_model(self, device: torch.device | str = "cpu", dropout: float = 0.0) -> GPT:
-        """The model with these weights, in evaluation mode; training goes on with `dropout`."""
+        """The model with these weights and its adapters, if it has any, in evaluation mode; training goes
+        on with `dropout`."""
         with torch.device("meta"):
             model = GPT(replace(self.model_config, dropout=dropout))
+            if self.adapters:
+                lora.adapt(model, self.adapters)
         tensors = load_file(self.path / "model.safetensors", device=str(device))
         expected = {name: list(p.shape) for name, p in model.named_parameters()}
         found = {name: list(t.shape) for name, t in tensors.items()}

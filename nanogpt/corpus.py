@@ -85,6 +85,8 @@ class Summary:
             f"split: {self._split()}",
             f"bytes per token: {(train['text_bytes'] + val['text_bytes']) / tokens:.2f}",
         ]
+        if "mask" in train:
+            lines.append("loss on responses only (train.mask.bin, val.mask.bin)")
         if self.resumed:
             lines.append("went on where an interrupted run had stopped")
         if self.bytes_by_default:
@@ -155,6 +157,8 @@ def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
     """Check the options; the tokenizer, unless it depends on the text."""
     if not 0 < wanted.val_fraction < 1:
         raise UserError(f"--val_fraction={wanted.val_fraction} must lie between 0 and 1; 0.1 is usual")
+    if wanted.pairs and wanted.shard_tokens:
+        raise UserError("--shard_tokens: prompts and responses are written to one file; leave it out")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; name a folder, new or not")
     if wanted.kind.startswith("bpe:"):
@@ -181,7 +185,8 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
 
     def not_ours(file: Path) -> bool:  # what an earlier run has written
         name = file.name.split(files.TEMPORARY)[0]
-        ours = name in NAMES or name.startswith(("tokens_train_", "tokens_val_"))
+        ours = name in (*NAMES, "train.mask.bin", "val.mask.bin")
+        ours = ours or name.startswith(("tokens_train_", "tokens_val_"))
         return keep(file) and not (ours and os.path.realpath(file.parent) == own)
 
     with survey.progress("checking") as bar:
@@ -217,9 +222,15 @@ def _write(
         done = writer.finish()
         in_both = shards.duplicates(writer.folded, one_split=job.split.few)
         meta = _meta(texts, encoder, counts, writer.folder, done)
+        if wanted.pairs:
+            for split in SPLITS:
+                mask = writer.scored(split)
+                meta["splits"][split]["mask"] = {"name": mask.name, "sha256": files.sha256(mask)}
         drafts = {name: writer.folder / name for name in ("tokenizer.json", "meta.json")}
         drafts["meta.json"].write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8", newline="\n")
         drafts["tokenizer.json"].write_text(tokenizer.to_text(encoder), encoding="utf-8", newline="\n")
+        if wanted.pairs:
+            drafts |= {writer.scored(split).name: writer.scored(split) for split in SPLITS}
         for split in reversed(SPLITS):
             drafts |= {name: path for name, path, _ in done[split]}
         shards.publish(out, drafts)
@@ -252,6 +263,8 @@ def _encode(
             counts.add(encoded)
             for split in SPLITS:
                 writer.add(split, encoded.ids[split])
+                if wanted.pairs:
+                    writer.add_scored(split, encoded.scored[split])
             writer.add_folded(encoded.folded)
             bar.set_postfix_str(f"{sum(writer.tokens.values()) / 1e6:,.1f}M tokens", refresh=False)
             if time.monotonic() - recorded >= RECORD_S:

@@ -14,7 +14,7 @@ import itertools
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from torch import Tensor
 
 from nanogpt import files, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.order import BatchOrder
+from nanogpt.order import BatchOrder, RowOrder, Share, everything
 
 FORMAT = "nanogpt-data-1"
+IGNORE = -1  # a target that is not scored, as in model.py
 CHECKED_AT_START = 1 << 30  # bytes of a split whose ids are all checked before the first step
 
 
@@ -50,6 +51,7 @@ class Tokens:
         self.vocab_size = vocab_size
         self.ends = list(itertools.accumulate(part.tokens for part in parts))
         self.resident: Tensor | None = None  # all of them, if `keep_on` was called
+        self.scored: Tokens | None = None  # 1 where a token is a target; None: everywhere
         self._open: dict[int, io.FileIO] = {}
         self._lock = threading.Lock()
 
@@ -101,6 +103,8 @@ class Tokens:
             piece = torch.from_numpy(self.read(start, min(chunk, len(self) - start)))
             pieces.append(piece.to(device, torch.int32))
         self.resident = torch.cat(pieces)
+        if self.scored:
+            self.scored.keep_on(device)
 
     def check(self) -> None:
         """Read the ids of up to CHECKED_AT_START bytes; later ones are checked as they are used."""
@@ -161,7 +165,11 @@ def load(folder: Path) -> Dataset:
         splits[split] = Tokens(parts, identity.vocab_size)
         _check_size(splits[split], folder, split, meta)
         splits[split].check()
+        if mask := meta.get("splits", {}).get(split, {}).get("mask"):
+            splits[split].scored = _scored(folder / mask["name"], len(splits[split]))
     about_val = meta.get("splits", {}).get("val", {})
+    if splits["val"].scored:  # the bytes are those of the whole text
+        about_val = {}
     bytes_per_token = about_val["text_bytes"] / about_val["tokens"] if about_val.get("text_bytes") else None
     return Dataset(
         folder, splits["train"], splits["val"], text, identity.vocab_size, identity.sha256, bytes_per_token
@@ -196,6 +204,13 @@ def _token_file(path: Path, meta: dict[str, Any]) -> TokenFile:
     if rest or (expected is not None and tokens != expected):
         raise UserError(f"{path} is truncated: {size} bytes are no whole file; prepare it again")
     return TokenFile(path, dtype, offset, tokens)
+
+
+def _scored(path: Path, tokens: int) -> Tokens:
+    """The mask beside a token file: a byte a token, 1 where it is a target."""
+    if not path.is_file() or path.stat().st_size != tokens:
+        raise UserError(f"{path} is missing or not of {tokens} bytes, one a token; prepare the data again")
+    return Tokens([TokenFile(path, np.dtype("u1"), 0, tokens)], 2)
 
 
 def _check_size(tokens: Tokens, folder: Path, split: str, meta: dict[str, Any]) -> None:
@@ -256,27 +271,31 @@ def require_window(tokens: Tokens, block_size: int, split: str) -> None:
         )
 
 
-def gather(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-    """The windows at `starts`: idx and targets, int64 (len(starts), block_size), targets one token on."""
+def gather(
+    tokens: Tokens, starts: np.ndarray, block_size: int, separator: int | None = None
+) -> tuple[Tensor, ...]:
+    """The windows at `starts`: idx and targets, int64 (len(starts), block_size), targets one token on and
+    IGNORE where they are not scored; with a `separator`, which opens documents, also the number of the
+    document of each token of idx."""
     if (held := tokens.resident) is None:
         rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
     else:
         places = torch.from_numpy(starts).to(held.device)[:, None]
         rows = held[places + torch.arange(block_size + 1, device=held.device)].long()
-    return rows[:, :-1], rows[:, 1:]
-
-
-Share = Callable[[int], tuple[int, int]]  # of so many things: the first of this process's, and how many
-
-
-def everything(count: int) -> tuple[int, int]:
-    return 0, count
+    idx, targets = rows[:, :-1], rows[:, 1:]
+    if tokens.scored:
+        targets = targets.masked_fill(gather(tokens.scored, starts, block_size)[1] == 0, IGNORE)
+    if separator is None:
+        return idx, targets
+    return idx, targets, (idx == separator).cumsum(dim=1)
 
 
 class TrainBatches:
     """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch.
 
     `ramp` holds the sizes in windows of the first batches; later ones have batch_size * micro_steps.
+    `begins`: windows begin there, and nowhere else. `separator`: micro-batches say which document a token
+    belongs to.
     """
 
     def __init__(
@@ -288,22 +307,42 @@ class TrainBatches:
         seed: int,
         device: torch.device,
         ramp: Sequence[int] = (),
+        separator: int | None = None,
+        begins: np.ndarray | None = None,
         share: Share = everything,
     ):
-        self.order = BatchOrder(len(tokens), block_size, seed)
+        self.order = BatchOrder(len(tokens), block_size, seed) if begins is None else RowOrder(begins, seed)
+        self.separator = separator
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
         self.share = share  # of the windows of a batch, this process's
         self.read = [0, *itertools.accumulate(ramp)]  # windows before each of the first batches
 
-    def step(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def step(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's micro-batches of update number `step`, on the device: idx, targets (B, T), B at
-        most batch_size."""
+        most batch_size; with a separator, documents (B, T). Those without a scored target are left out."""
+        for starts in self._starts(step):
+            batch = gather(self.tokens, starts, self.block_size, self.separator)
+            if self.tokens.scored is None or bool((batch[1] != IGNORE).any()):
+                yield to_device(batch, self.device)
+
+    def targets(self, step: int) -> int:
+        """How many targets of update number `step` are scored, 0 for all of them; UserError if none is."""
+        if self.tokens.scored is None:
+            return 0
+        masks = (gather(self.tokens.scored, starts, self.block_size)[1] for starts in self._starts(step))
+        if not (count := sum(int(mask.sum()) for mask in masks)):
+            raise UserError(
+                f"none of the {self.windows(step)} windows of iteration {step} holds a token of a response; "
+                f"give a larger --block_size or --batch_size"
+            )
+        return count
+
+    def _starts(self, step: int) -> Iterator[np.ndarray]:
         start, windows = self.share(self.windows(step))
         first = self.windows_before(step) + start
         for done in range(0, windows, self.batch_size):
-            starts = self.order.starts(first + done, min(self.batch_size, windows - done))
-            yield to_device(gather(self.tokens, starts, self.block_size), self.device)
+            yield self.order.starts(first + done, min(self.batch_size, windows - done))
 
     def windows(self, step: int) -> int:
         """The size of the batch of update number `step`."""
@@ -328,8 +367,9 @@ def eval_batches(
     max_windows: int,
     ignore: int,
     device: torch.device,
+    separator: int | None = None,
     share: Share = everything,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, ...]]:
     """This process's share of the same windows at every call: all of the split if it has at most
     `max_windows`, each token scored once (the last window looks back, its repeated targets are
     `ignore`); else `max_windows` of them, evenly spread."""
@@ -342,17 +382,17 @@ def eval_batches(
     rest = rest if begin + count == len(starts) else 0  # the last process has the odd end
     starts = starts[begin : begin + count]
     for first in range(0, len(starts), batch_size):
-        yield to_device(gather(tokens, starts[first : first + batch_size], block_size), device)
+        yield to_device(gather(tokens, starts[first : first + batch_size], block_size, separator), device)
     if rest:
-        idx, targets = gather(tokens, np.array([len(tokens) - 1 - block_size]), block_size)
+        start = np.array([len(tokens) - 1 - block_size])
+        idx, targets, *documents = gather(tokens, start, block_size, separator)
         targets = targets.clone()
         targets[:, : block_size - rest] = ignore
-        yield to_device((idx, targets), device)
+        yield to_device((idx, targets, *documents), device)
 
 
-def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
     """Copy a batch; to CUDA from pinned memory, so that the copy runs beside the computation."""
     if device.type == "cuda" and batch[0].device.type == "cpu":
-        idx, targets = (part.contiguous().pin_memory().to(device, non_blocking=True) for part in batch)
-        return idx, targets
-    return batch[0].contiguous().to(device), batch[1].contiguous().to(device)
+        return tuple(part.contiguous().pin_memory().to(device, non_blocking=True) for part in batch)
+    return tuple(part.contiguous().to(device) for part in batch)

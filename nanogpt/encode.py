@@ -11,7 +11,7 @@ import numpy as np
 from nanogpt import sources, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.sources import BadRow, Piece
-from nanogpt.text import Digest, Document, code_points, with_newlines
+from nanogpt.text import Digest, Document, Pair, code_points, with_newlines
 
 PIECE = 1 << 20  # characters encoded at a time
 LONGEST_WORD = 1 << 21  # characters without a place where byte pairs can be cut
@@ -62,6 +62,9 @@ class Encoded:
     source: int = 0
     place: Any = None  # where reading goes on after it
     ids: dict[str, bytes] = field(default_factory=lambda: {"train": b"", "val": b""})
+    scored: dict[str, bytes] = field(
+        default_factory=lambda: {"train": b"", "val": b""}
+    )  # of pairs: a byte an id
     text_bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     characters: int = 0
@@ -98,6 +101,15 @@ def encode(piece: Piece) -> Encoded:
         train_length = _job.split.train_length(document)
         cut = min(max(train_length - offset, 0), len(body))
         ends = offset + len(body) >= document.characters
+        if isinstance(body, Pair):
+            split = "train" if train_length else "val"
+            for part, is_response in ((body.prompt, False), (body.response, True)):
+                found = b"".join(_part(part, is_response, split, result))
+                ids[split].append(found)
+                result.scored[split] += bytes([is_response]) * (len(found) // np.dtype(_dtype).itemsize)
+            result.documents[split] += 1
+            folded.append(document.folded << 1 | (split == "val"))
+            continue
         train_ends = offset + len(body) >= min(train_length, document.characters)
         ids["train"] += _part(body[:cut], train_ends, "train", result)
         ids["val"] += _part(body[cut:], ends, "val", result)
@@ -126,7 +138,9 @@ def bodies(piece: Piece, result: Encoded) -> Iterator[tuple[str, int, Document]]
             result.empty_rows += 1
         else:
             if "\r" in row:
-                row, result.newlines_changed = "".join(with_newlines([row])), True
+                plain = [row.prompt, row.response] if isinstance(row, Pair) else [row]
+                plain = ["".join(with_newlines([part])) for part in plain]
+                row, result.newlines_changed = Pair(*plain) if len(plain) == 2 else plain[0], True
             digest = Digest()
             digest.add(row)
             yield row, 0, digest.document()

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from nanogpt.errors import UserError
-from nanogpt.generate import generate
+from nanogpt.generate import Completion, Decoder, Text, complete
+from nanogpt.sampling import SamplingOptions
 from nanogpt.scoring import Requests, Subject, Windows, beginning, encode_text, score
 from nanogpt.tasks import quiet_hub
-from nanogpt.tokenizer import decode
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 
@@ -121,24 +121,13 @@ def continuation(subject: Subject, context: str, options: dict[str, Any]) -> str
     stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
     prompt = subject.tokenizer.encode_prompt(context) if context else []
     limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
-    new_tokens = generate(
-        subject.model.next_logits,
-        prompt or [beginning(subject.tokenizer)],
-        block_size=subject.block_size,
-        num_samples=1,
-        max_new_tokens=limit,
+    sampling = SamplingOptions(
         temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
         top_k=int(options.get("top_k") or 0),
-        seed=1337,
-        machine=subject.machine,
     )
-    ids: list[int] = []
-    for token in new_tokens:
-        ids.append(int(token[0]))
-        text = decode(subject.tokenizer, ids)
-        ends = [text.index(stop) for stop in stops if stop in text]
-        if ends:
-            return text[: min(ends)]
-        if ids[-1] == subject.tokenizer.end_of_text:
-            return decode(subject.tokenizer, ids[:-1])
-    return decode(subject.tokenizer, ids)
+    text = Text(prompt or [beginning(subject.tokenizer)], sampling, seed=1337)
+    completion = Completion(text, subject.tokenizer, limit, stops, subject.tokenizer.end_of_text)
+    with subject.machine.autocast():
+        for _ in complete(Decoder(subject.model, 1, len(text.ids) + limit), [completion]):
+            pass
+    return completion.string

@@ -27,7 +27,7 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import OWN_TOKENIZER, theirs, unlike
 
 HERE = Path(__file__).resolve().parent
-CODE = ("modeling_nanogpt.py", "model.py", "position.py")
+CODE = ("modeling_nanogpt.py", "model.py", "cache.py", "position.py")
 RMS_EPS = torch.finfo(torch.float32).eps  # of F.rms_norm, and 1e-5 of LayerNorm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Weights = dict[str, Tensor]

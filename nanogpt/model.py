@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt.cache import Layer, Prefill, Step
 from nanogpt.position import POSITIONS, Position
 
 IGNORE = -1  # a target with this value is not scored
@@ -112,7 +113,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """What each query gets of the values: (B, nh, T, hs) from q of that shape, k and v (B, n_kv_head, T, hs).
 
-    `bias` (nh, T, T) is added to the scores, with the causal mask in it; None: the mask alone.
+    `bias` ((B,) nh or 1, T, T) is added to the scores, with the causal mask in it; None: the mask alone.
     """
     grouped, T = k.shape[1] != q.shape[1], q.shape[2]
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or T > 512:
@@ -129,6 +130,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
     return F.dropout(torch.softmax(scores, dim=-1), dropout) @ v
 
 
+def keep_apart(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias (B, 1, T, T) by which a token sees those before it of its own document: documents (B, T)."""
+    seen = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -142,15 +149,20 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, position: Position) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Position, past: Layer | None = None, apart: Tensor | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         # Queries and keys lie side by side and are treated alike: one call for both.
         parts = self.c_attn(x).split([self.widths[0] + self.widths[1], self.widths[2]], dim=2)
         qk, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
-        q, k = position.rotate(self.qk_norm(qk)).split(self.heads, dim=1)
+        q, k = position.rotate(self.qk_norm(qk), past.at if past else None).split(self.heads, dim=1)
         bias = position.bias(T)
+        if apart is not None:  # (B, 1, T, T)
+            bias = apart if bias is None else apart + bias
         bias = bias if bias is None else bias.to(q.dtype)
-        y = attention(q, k, v, bias, self.dropout if self.training else 0.0)
+        attend = partial(attention, bias=bias, dropout=self.dropout if self.training else 0.0)
+        y = attend(q, k, v) if past is None else past.attend(q, k, v, attend)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
@@ -163,8 +175,9 @@ class Smear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight * F.pad(x, (0, 0, 1, 0))[:, :-1]
+    def forward(self, x: Tensor, past: Prefill | Step | None = None) -> Tensor:
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if past is None else past.before(x)
+        return x + self.weight * before
 
 
 class MLP(nn.Module):
@@ -191,8 +204,10 @@ class Block(nn.Module):
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, position: Position) -> Tensor:
-        x = x + self.attn(self.ln_1(x), position)
+    def forward(
+        self, x: Tensor, position: Position, past: Layer | None = None, apart: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), position, past, apart)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -207,10 +222,11 @@ class GPT(nn.Module):
         self.wte = nn.Embedding.from_pretrained(table, freeze=False)
         shape = (config.block_size, config.n_embd, config.n_head, config.head_size)
         self.position = POSITIONS[config.position](*shape)
-        self.smear = Smear(config) if config.smear else nn.Identity()
+        self.smear = Smear(config) if config.smear else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)
+        self.packed_head: nn.Module | None = None  # the head's matrix in another form (quantize.py)
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -219,13 +235,16 @@ class GPT(nn.Module):
         ):  # shapes only: weights come from a file (and torch would import sympy)
             INITS[config.init](self)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Score each position's next token.
 
-        idx, targets: int64 (B, T), T at most block_size; targets equal to IGNORE are left out.
+        idx, targets: int64 (B, T), T at most block_size; targets equal to IGNORE are left out. documents:
+        int64 (B, T), the number of each token's document; none sees another one. Positions go on.
         Returns logits (B, T, V) and, with targets, their mean cross-entropy in nats.
         """
-        logits = self.head(self.hidden(idx))
+        logits = self.head(self.hidden(idx, documents=documents))
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
@@ -235,21 +254,35 @@ class GPT(nn.Module):
         """Logits (B, V) of the token after idx (B, T)."""
         return self.head(self.hidden(idx)[:, -1])
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """What the last block leaves, normalised: (B, T, C) from idx (B, T)."""
+    def hidden(
+        self, idx: Tensor, past: Prefill | Step | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """What the last block leaves, normalised: (B, T, C) from idx (B, T), the first tokens of each
+        text; or from what `past` says they are, and with what it remembers. `documents` (B, T) numbers
+        each token's document, to keep them apart."""
         length = idx.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens do not fit in block_size={self.config.block_size}")
-        x = self.drop(self.position.embed(self.smear(self.wte(idx))))
-        for block in self.h:
-            x = block(x, self.position)
+        x = tokens = self.wte(idx)
+        if self.smear is not None:
+            x = self.smear(x, past)
+        apart = None
+        if documents is not None:
+            first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+            x, apart = torch.where(first[..., None], tokens, x), keep_apart(documents, x.dtype)
+        x = self.drop(self.position.embed(x, past.at if past else None))
+        for number, block in enumerate(self.h):
+            x = block(x, self.position, past.layer(number) if past else None, apart)
         return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C). The padding of the vocabulary is cut off
         before anything sees it: its rows get no probability, no gradient and no sample."""
-        table = (self.lm_head or self.wte).weight
-        logits = F.linear(x, table[: self.config.vocab_size])
+        if self.packed_head is not None:
+            logits = self.packed_head(x)
+        else:
+            table = (self.lm_head or self.wte).weight
+            logits = F.linear(x, table[: self.config.vocab_size])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # their softmax sums many
         cap = self.config.softcap
         return cap * torch.tanh(logits / cap) if cap else logits

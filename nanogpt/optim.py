@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nanogpt import lora
+
 Named = Sequence[tuple[str, Tensor]]
 
 
@@ -77,16 +79,21 @@ def build(
 ) -> Optimizer:
     """The optimizer of the parameters that are trained.
 
-    muon takes the matrices of blocks (names that begin with "h."); embeddings, head and vectors go to
-    AdamW. `rows` splits a fused matrix, by name; matrices are orthogonalised in `dtype`.
+    muon takes the matrices of blocks (names that begin with "h."); embeddings, head, vectors and adapters
+    go to AdamW. `rows` splits a fused matrix, by name; matrices are orthogonalised in `dtype`.
     """
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and n.startswith("h.") and p.dim() == 2]
+    to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
     to_adam = [(n, p) for n, p in named if all(p is not other for _, other in to_muon)]
-    parts: list[tuple[Part, float]] = [(AdamW(config, to_adam), 1.0)]
+    parts: list[tuple[Part, float]] = [(AdamW(config, to_adam), 1.0)] if to_adam else []
     if to_muon:
         parts.append((Muon(config, to_muon, rows or {}, dtype), config.muon_lr / config.learning_rate))
     return Optimizer(named, parts)
+
+
+def is_for_muon(name: str, parameter: Tensor) -> bool:
+    # The low rank of an adapter is what it is for: to move all its directions by as much undoes it.
+    return name.startswith("h.") and parameter.dim() == 2 and not lora.is_adapter(name)
 
 
 class AdamW:

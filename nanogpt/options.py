@@ -31,6 +31,14 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class TokenOptions:
+    # tokens
+    documents: Literal["stream", "rows", "masked"] = "stream"  # rows start at one; masked: none sees another
+    batch_tokens: Count = 0  # tokens an iteration, instead of gradient_accumulation_steps; 0: those
+    max_tokens: Count = 0  # tokens in all, instead of max_iters; 0: those
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks, AdamW for the rest
@@ -51,3 +59,15 @@ class MachineOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
     compile: Literal["auto", True, False, "blocks"] = "auto"  # torch.compile; auto: on CUDA, if it pays
     seed: Count = 1337  # of weights, batches and dropout
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    # looking on: rows in metrics.jsonl, files in samples/; the run stays the same to the bit
+    eval_tasks: str = ""  # score these too, as eval.py's --tasks: hellaswag, lambada:FILE, quiz.jsonl
+    eval_tasks_items: Positive = 500  # of each task at most so many, evenly spread, always the same
+    eval_tasks_interval: Count = 0  # every so many iterations; 0: eval_interval
+    sample_prompt: str = ""  # continue this text, such as "Hello, I'm a language model,"
+    sample_interval: Count = 0  # every so many iterations; 0: eval_interval
+    sample_count: Positive = 4  # how many continuations
+    sample_tokens: Positive = 32  # tokens in each

@@ -2,9 +2,16 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+Share = Callable[[int], tuple[int, int]]  # of so many things: the first of this process's, and how many
+
+
+def everything(count: int) -> tuple[int, int]:
+    return 0, count
 
 
 class BatchOrder:
@@ -32,6 +39,24 @@ class BatchOrder:
             phase = int(_mix(_key(self.seed, int(epoch), 0))) % (min(slack, self.block_size - 1) + 1)
             windows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
             starts[here] = windows.astype(np.int64) * self.block_size + phase
+        return starts
+
+
+class RowOrder:
+    """As BatchOrder, of windows that begin at given places: each once an epoch, in an order drawn anew."""
+
+    def __init__(self, begins: np.ndarray, seed: int):
+        self.begins, self.n_windows, self.seed = begins, len(begins), seed
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Where samples first .. first + count begin in the data, int64 (count,)."""
+        samples = np.arange(first, first + count, dtype=np.uint64)
+        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
+            starts[here] = self.begins[rows.astype(np.int64)]
         return starts
 
 

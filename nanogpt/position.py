@@ -1,10 +1,13 @@
 """How a model knows the order of tokens: learned vectors, rotation, or a bias on distance.
 
-Three classes with the same three hooks, each doing nothing unless a scheme needs it:
+Three classes with the same hooks, each doing nothing unless a scheme needs it:
 
-    embed(x)     what is added to the token embeddings x (B, T, C)
-    rotate(x)    what is done to queries and keys x (B, nh, T, hs)
-    bias(T)      what is added to the attention scores, (nh, T, T), causal mask included; None: none
+    embed(x, at)     what is added to the token embeddings x (B, T, C)
+    rotate(x, at)    what is done to queries and keys x (B, nh, T, hs)
+    bias(T)          what is added to the attention scores, (nh, T, T), causal mask included; None: none
+    bias_at(at, T)   the same for single queries at positions `at` (B, 1): (B, nh, 1, T)
+
+`at`, int64 (B, T), says where the tokens stand; None: at 0 ... T-1.
 """
 
 import math
@@ -19,13 +22,16 @@ class Position(nn.Module):
     def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int):
         super().__init__()
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         return x
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         return x
 
     def bias(self, length: int) -> Tensor | None:
+        return None
+
+    def bias_at(self, at: Tensor, length: int) -> Tensor | None:
         return None
 
 
@@ -37,8 +43,8 @@ class Learned(Position):
         # from_pretrained: drawn by the model's initialisation, not here too
         self.wpe = nn.Embedding.from_pretrained(torch.empty(block_size, n_embd), freeze=False)
 
-    def embed(self, x: Tensor) -> Tensor:
-        return x + self.wpe.weight[: x.shape[1]]
+    def embed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        return x + (self.wpe.weight[: x.shape[1]] if at is None else self.wpe(at))
 
 
 class Rotary(Position):
@@ -58,9 +64,10 @@ class Rotary(Position):
         self.register_buffer("cos", torch.cat([cos, cos], dim=-1), persistent=False)
         self.register_buffer("sin", torch.cat([-sin, sin], dim=-1), persistent=False)
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         length = x.shape[-2]
-        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
+        where = slice(length) if at is None else at[:, None]  # the same for all heads
+        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
         left, right = x.chunk(2, dim=-1)
         return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
 
@@ -82,6 +89,9 @@ class ALiBi(Position):
 
     def bias(self, length: int) -> Tensor | None:
         return self.scores[:, :length, :length]
+
+    def bias_at(self, at: Tensor, length: int) -> Tensor | None:
+        return self.scores[:, at, :length].transpose(0, 1)
 
 
 def alibi_slopes(n_head: int) -> list[float]:

@@ -12,7 +12,21 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from nanogpt import checkpoint, data, files, metrics, optim, parallel, runtime, schedule, steps, weights
+from nanogpt import (
+    checkpoint,
+    data,
+    documents,
+    files,
+    finetune,
+    lora,
+    metrics,
+    optim,
+    parallel,
+    runtime,
+    schedule,
+    steps,
+    weights,
+)
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, inherit, picked
 from nanogpt.errors import UserError
@@ -44,12 +58,24 @@ class Run:
     lock: FileLock | None = None  # on out_dir
     notices: list[str] = field(default_factory=list)  # what the user should know of how it was put together
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many evaluations have brought nothing that the run is to end."""
+        return 0 < self.config.patience <= self.progress.stale
+
     def describe(self) -> str:
         """What is about to be trained, on what, in a few lines."""
         dataset, batches, iters = self.dataset, self.batches, self.config.max_iters
         batch = f"{batches.full * batches.block_size:,} tokens an iteration"
         if batches.ramp:
             batch += f", from {batches.ramp[0] * batches.block_size:,} at first to all at {len(batches.ramp)}"
+        scored = len(dataset.train) - 1
+        if self.config.documents == "rows":
+            kept = batches.order.n_windows * batches.block_size
+            batch += (
+                f"; rows that start at a document keep {kept:,} of {scored:,} tokens and leave out "
+                f"{1 - kept / scored:.1%}"
+            )
         return (
             f"machine: {self.machine.reason}\ndata: {dataset.folder}, {len(dataset.train):,} training and "
             f"{len(dataset.val):,} validation tokens, vocabulary {dataset.vocab_size:,}\n"
@@ -95,6 +121,7 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     notices: list[str] = []
     config, resumed, found = choose_start(config, origins, notices)
     check(config)
+    config = count_tokens(config, origins)
     machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
     dataset = open_data(config, machine)
     batches = open_batches(config, dataset, machine)
@@ -104,7 +131,12 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     if resumed:
         require_same_tokenizer(resumed, dataset)
     model = make_model(config, resumed, found, dataset, machine)
+    notices += finetune.choose_trained(model, config)
     rules = picked(OptimConfig, config)
+    if rules.optimizer == "muon" and not any(
+        p.requires_grad and optim.is_for_muon(name, p) for name, p in model.named_parameters()
+    ):
+        notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
     trained: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
     if config.eval_only:  # without the optimizer's state, which takes twice the memory of the weights
         trained = ((name, parameter.to("meta")) for name, parameter in trained)
@@ -147,7 +179,8 @@ def choose_start(
         return config, None, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
     config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
-    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in SHAPE]:
+    fixed = SHAPE | finetune.FIXED
+    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in fixed]:
         raise UserError(
             f"{out} holds another model: {'; '.join(wrong)}; leave these out, or choose another --out_dir"
         )
@@ -159,11 +192,55 @@ def choose_start(
 def check(config: Any) -> None:
     """Refuse combinations that make no sense, all at once."""
     wrong = picked(GPTConfig, config).problems() + picked(OptimConfig, config).problems()
+    wrong += finetune.problems(config)
     if config.decay_lr:
         ends = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
         wrong += schedule.problems(config.lr_schedule, *ends)
     if wrong:
         raise UserError("\n       ".join(wrong))
+
+
+def count_tokens(config: Any, origins: dict[str, str]) -> Any:
+    """`config` with the accumulation and the iterations that its numbers of tokens come to.
+
+    A flag beats a file: --max_iters=10 cuts a preset with max_tokens short. UserError if a batch is no
+    whole number of micro-batches, and for two flags that say the same thing.
+    """
+    for tokens, steps_ in (("batch_tokens", "gradient_accumulation_steps"), ("max_tokens", "max_iters")):
+        if getattr(config, tokens) and origins.get(steps_, "").startswith("--"):
+            if origins.get(tokens, "").startswith("--"):
+                raise UserError(f"{origins[tokens]} and {origins[steps_]} say the same; give one of them")
+            config = replace(config, **{tokens: 0})
+    if config.batch_tokens:
+        micro = config.batch_size * config.block_size
+        turns, rest = divmod(config.batch_tokens, micro)
+        if rest or not turns:
+            near = " or ".join(f"{n * micro:,}".replace(",", "_") for n in (turns, turns + 1) if n)
+            raise UserError(
+                f"--batch_tokens={config.batch_tokens} is no whole number of micro-batches of "
+                f"batch_size * block_size = {config.batch_size} * {config.block_size} = {micro} tokens; "
+                f"give {near}, or another --batch_size"
+            )
+        config = replace(config, gradient_accumulation_steps=turns)
+        origins["gradient_accumulation_steps"] = f"batch_tokens={config.batch_tokens}"
+    if config.max_tokens:
+        full = config.batch_size * config.gradient_accumulation_steps * config.block_size
+        sizes = [windows * config.block_size for windows in ramp_of(config)]
+        iters = len(sizes) + max(0, -(-(config.max_tokens - sum(sizes)) // full))
+        config = replace(config, max_iters=iters)
+        origins["max_iters"] = f"max_tokens={config.max_tokens}"
+    return config
+
+
+def ramp_of(config: Any) -> list[int]:
+    """The sizes in windows of the batches before the first full one."""
+    micro_steps = config.gradient_accumulation_steps
+    return schedule.batch_ramp(
+        config.batch_size * micro_steps,
+        config.batch_ramp_start,
+        config.batch_ramp_tokens // config.block_size,
+        unit=config.batch_size if micro_steps > 1 else 1,  # whole micro-batches, where there are several
+    )
 
 
 def open_data(config: Any, machine: runtime.Machine) -> data.Dataset:
@@ -177,28 +254,27 @@ def open_data(config: Any, machine: runtime.Machine) -> data.Dataset:
 
 
 def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -> data.TrainBatches:
-    micro_steps = config.gradient_accumulation_steps
-    ramp = schedule.batch_ramp(
-        config.batch_size * micro_steps,
-        config.batch_ramp_start,
-        config.batch_ramp_tokens // config.block_size,
-        unit=config.batch_size if micro_steps > 1 else 1,  # whole micro-batches, where there are several
-    )
-    world = machine.world
-    if (fewest := min([*ramp, config.batch_size * micro_steps])) < world.size:
+    """The batches of --documents; UserError for data that has no documents, or for too many processes."""
+    separator, begins = None, None
+    if config.documents != "stream":
+        separator = documents.separator(dataset, config.documents)
+    if separator is not None and config.documents == "rows":
+        begins = documents.rows(dataset.train, separator, config.block_size)
+        if not len(begins):
+            raise UserError(f"no document begins {config.block_size} tokens before the end of the text")
+        separator = None
+    world, ramp = machine.world, ramp_of(config)
+    fewest = min([*ramp, config.batch_size * config.gradient_accumulation_steps])
+    if fewest < world.size:
         raise UserError(
             f"{world.size} processes for a batch of {fewest} windows; start fewer, or raise --batch_size or "
             f"--gradient_accumulation_steps"
         )
+    if world.size > 1 and dataset.train.scored is not None:
+        raise UserError("prompts and responses are learned by one process so far: start it with python")
+    shape = (config.block_size, config.batch_size, config.gradient_accumulation_steps)
     return data.TrainBatches(
-        dataset.train,
-        config.block_size,
-        config.batch_size,
-        micro_steps,
-        config.seed,
-        machine.device,
-        ramp,
-        world.share,
+        dataset.train, *shape, config.seed, machine.device, ramp, separator, begins, world.share
     )
 
 
@@ -217,11 +293,14 @@ def make_model(
     dataset: data.Dataset,
     machine: runtime.Machine,
 ) -> GPT:
-    """With the weights of the checkpoint, or those that were found, or new ones from the seed."""
+    """With the weights of the checkpoint, or those that were found, or new ones from the seed; with new
+    adapters, if the options ask for them."""
     if resumed:
         return resumed.load_model(machine.device, config.dropout).train()
     shape = picked(GPTConfig, config, vocab_size=dataset.vocab_size)
-    if found:
-        return found.load(shape, machine.device).train()
     torch.manual_seed(config.seed)
-    return GPT(shape).to(machine.device)
+    model = found.load(shape, machine.device).train() if found else GPT(shape).to(machine.device)
+    if adapters := config.adapters():
+        lora.adapt(model, adapters)
+        lora.initialise(model, config.seed)
+    return model

@@ -78,6 +78,9 @@ class Writer:
                     continue
                 tokens = self._rest(split) if number == self._number(split) else self._shard_tokens
                 os.truncate(path, self._header + tokens * self._size)
+        for split in SPLITS:
+            if (path := self.scored(split)).exists():
+                os.truncate(path, self.tokens[split])
         self._folded = state["folded"]
         with self._file("folded") as file:
             file.truncate(self._folded)
@@ -99,12 +102,19 @@ class Writer:
                 self._flush(split)
                 self._open.pop(split).close()
 
+    def add_scored(self, split: str, data: bytes) -> None:
+        """Append a byte for each id of `split`: whether it is a target."""
+        self._append(self.scored(split).name, data)
+
+    def _append(self, name: str, data: bytes) -> None:
+        if name not in self._open:
+            self._open[name] = self._file(name)
+            self._open[name].seek(0, os.SEEK_END)
+        self._open[name].write(data)
+
     def add_folded(self, data: bytes) -> None:
         """Append what `duplicates` compares: 8 bytes a document."""
-        if "folded" not in self._open:
-            self._open["folded"] = self._file("folded")
-            self._open["folded"].seek(0, os.SEEK_END)
-        self._open["folded"].write(data)
+        self._append("folded", data)
         self._folded += len(data)
 
     def _flush(self, split: str) -> None:
@@ -168,10 +178,13 @@ class Writer:
     def folded(self) -> Path:
         return self.folder / "folded"
 
+    def scored(self, split: str) -> Path:
+        return self.folder / f"{split}.mask.bin"
+
     def _file(self, name: str) -> BinaryIO:
-        path = self.folded if name == "folded" else self._path(name, self._number(name))
+        path = self._path(name, self._number(name)) if name in SPLITS else self.folder / name
         if not path.exists():
-            path.write_bytes(b"" if name == "folded" else bytes(self._header))
+            path.write_bytes(bytes(self._header) if name in SPLITS else b"")
         return path.open("r+b", buffering=1 << 20)
 
 
@@ -191,7 +204,7 @@ def publish(out: Path, drafts: dict[str, Path]) -> None:
 
 def token_files(out: Path) -> list[Path]:
     """The files of tokens in `out` that an earlier run has published."""
-    names = [f"{split}.bin" for split in SPLITS]
+    names = [f"{split}{kind}.bin" for split in SPLITS for kind in ("", ".mask")]
     with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
         splits = files.read_json(out / "meta.json")["splits"]
         names += [file["name"] for split in SPLITS for file in splits[split]["files"]]

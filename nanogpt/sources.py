@@ -88,11 +88,12 @@ def _row(line: bytes, number: int, text_key: str) -> str | BadRow:
     except (ValueError, RecursionError) as error:
         return BadRow(number, f"is not valid JSON: {error}")
     body = row.get(text_key) if isinstance(row, dict) else None
+    prompt, plus, response = text_key.partition("+")
+    if plus and body is None:
+        body = text.pair(row, prompt, response)
     if not isinstance(body, str):
-        return BadRow(
-            number,
-            f'has no string `{text_key}`; each line must be like {{"{text_key}": "..."}}{_others(row)}',
-        )
+        keys = f'"{prompt}": "...", "{response}": "..."' if plus else f'"{text_key}": "..."'
+        return BadRow(number, f"has no string `{text_key}`; each line must be like {{{keys}}}{_others(row)}")
     if surrogate := text.lone_surrogate(body):
         return BadRow(number, f"has {surrogate}, which is no text")
     return body
@@ -100,6 +101,8 @@ def _row(line: bytes, number: int, text_key: str) -> str | BadRow:
 
 def _others(row: Any) -> str:
     names = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+    if {"prompt", "response"} <= set(names):
+        return " (or learn the responses to prompts with --text_key=prompt+response)"
     return f" (or choose with --text_key among {', '.join(names[:20])})" if names else ""
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nanogpt import flops
 from nanogpt.data import Dataset, eval_batches
-from nanogpt.errors import Diverged
+from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, IGNORE
 from nanogpt.optim import Optimizer, clip_gradients
 from nanogpt.parallel import average_next
@@ -44,9 +44,10 @@ class StepResult:
 def train_step(
     model: Callable[..., tuple[Tensor, Tensor]],
     optimizer: Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     *,
     windows: int,
+    targets: int = 0,
     lr: float,
     grad_clip: float,
     seed: int,
@@ -54,7 +55,8 @@ def train_step(
     machine: Machine,
     scaler: torch.amp.GradScaler,
 ) -> StepResult:
-    """Update the weights once, with the mean gradient of micro-batches that have `windows` rows in all.
+    """Update the weights once, with the mean gradient of micro-batches (idx, targets and perhaps documents)
+    that have `windows` rows in all. Where not every target is scored, `targets` are, and weigh the same.
 
     `model` as Machine.in_dtype gives it.
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
@@ -63,11 +65,12 @@ def train_step(
     machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
     world = machine.world
     total, left = torch.zeros((), device=machine.device), world.share(windows)[1]
-    for idx, targets in batches:
-        left -= len(idx)
+    for batch in batches:
+        left -= len(batch[0])
         average_next(model, wanted=left == 0)
-        _, loss = model(idx, targets)
-        loss = loss * (len(idx) * world.size / windows)  # the mean over processes divides by their number
+        _, loss = model(*batch)
+        share = (batch[1] != IGNORE).sum() / targets if targets else len(batch[0]) / windows
+        loss = loss * share * world.size  # the mean over processes divides by their number
         scaler.scale(loss).backward()
         total += loss.detach()
     stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
@@ -118,7 +121,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: GPT,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     machine: Machine,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
@@ -126,10 +129,10 @@ def evaluate(
     was_training, compute = model.training, machine.in_dtype(model)
     model.eval()
     sums, counts = [], []
-    for idx, targets in batches:
+    for idx, targets, *documents in batches:
         if stopped():
             break
-        logits, _ = compute(idx)
+        logits, _ = compute(idx, None, *documents) if documents else compute(idx)
         losses = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
         )
@@ -141,11 +144,13 @@ def evaluate(
     sums.append(torch.zeros(0, dtype=torch.float64, device=machine.device))  # for a process without a window
     counts.append(torch.zeros(0, dtype=torch.int64, device=machine.device))
     window_sums, window_counts = torch.cat(sums), torch.cat(counts)
-    squares = window_sums.square() / window_counts
+    squares = window_sums.square() / window_counts.clamp(min=1)
     parts = torch.stack(
         [window_sums.sum(), squares.sum(), window_counts.sum(), window_sums.new_tensor(len(window_sums))]
     )
     total, square, tokens, windows = machine.world.sum(parts.double()).tolist()
+    if not tokens:
+        raise UserError("no target of the text is scored: its windows hold prompts only; give more text")
     loss = total / tokens
     spread = max(0.0, square / tokens - loss**2)  # between windows, weighted by their tokens
     return Evaluation(loss, math.sqrt(spread / max(1, windows - 1)), int(tokens))
@@ -158,6 +163,7 @@ def evaluate_splits(
     max_batches: int,
     machine: Machine,
     stopped: Callable[[], bool],
+    separator: int | None = None,
 ) -> tuple[Evaluation, Evaluation] | None:
     """The training and the validation split, on at most `max_batches` of `shape` (B, T) each, the same
     ones at every call. The training split is scored on no more windows than the validation split has."""
@@ -166,7 +172,14 @@ def evaluate_splits(
     found = []
     for tokens in (dataset.train, dataset.val):
         batches = eval_batches(
-            tokens, block_size, batch_size, windows, IGNORE, machine.device, machine.world.share
+            tokens,
+            block_size,
+            batch_size,
+            windows,
+            IGNORE,
+            machine.device,
+            separator,
+            machine.world.share,
         )
         found.append(evaluate(model, batches, machine, stopped))
     train, val = found

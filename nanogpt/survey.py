@@ -31,6 +31,11 @@ class Options:
     workers: int = 0  # processes; 0: one a core if the text is large
     shard_tokens: int = 0  # a file; 0: one file a split
 
+    @property
+    def pairs(self) -> bool:
+        """Whether rows hold a prompt and a response, of which only the response is learnt."""
+        return "+" in self.text_key
+
 
 def look(texts: Texts, wanted: Options) -> tuple[Split, bool]:
     """How to split, and whether there are several documents; UserError if a split would be empty.
@@ -48,7 +53,7 @@ def look(texts: Texts, wanted: Options) -> tuple[Split, bool]:
             refuse_bad(result, rows, wanted)
             if len(found) >= FEW:
                 break
-    split = Split(wanted.val_fraction, wanted.seed, few=len(found) < FEW)
+    split = Split(wanted.val_fraction, wanted.seed, few=len(found) < FEW and not wanted.pairs)
     if split.few:
         characters = sum(document.characters for document in found)
         if characters < 2:

@@ -345,3 +345,26 @@ def _chinese(chunks: Iterable[str]) -> Iterator[str]:
         yield chunk
     if found < 0.05 * wide:
         raise _Undecodable("the whole of it")
+
+
+# ----------------------------------------------------------------------------- prompts and responses
+
+
+class Pair(str):
+    """A prompt and a response, one text; only the response is to be learnt."""
+
+    prompt: str
+    response: str
+
+    def __new__(cls, prompt: str, response: str) -> "Pair":
+        pair = super().__new__(cls, prompt + response)
+        pair.prompt, pair.response = prompt, response
+        return pair
+
+
+def pair(row: Any, prompt: str, response: str) -> Pair | None:
+    """The texts of a `row` of JSON under these keys; None unless both are there, and something to learn."""
+    if not isinstance(row, dict):
+        return None
+    asked, answer = row.get(prompt), row.get(response)
+    return Pair(asked, answer) if isinstance(asked, str) and isinstance(answer, str) and answer else None

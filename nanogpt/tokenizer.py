@@ -159,6 +159,7 @@ class HuggingFaceTokenizer:
             (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
         )
         self._bytes_of = bpe.bytes_of_tokens(json.loads(text))
+        self.bytewise = bool(self._bytes_of)  # each token is some bytes, whatever stands beside it
         self._ordinary: bpe.Encode = self._library
 
     def _is_special(self, name: str) -> bool:

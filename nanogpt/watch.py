@@ -5,32 +5,19 @@ and sampling draw from no generator of the run and leave the weights alone.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from nanogpt import evals, files, metrics, tasks, tokenizer
-from nanogpt.config import Count, Positive
 from nanogpt.errors import UserError
-from nanogpt.generate import generate
+from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT
+from nanogpt.options import WatchOptions
 from nanogpt.runtime import Machine
+from nanogpt.sampling import SamplingOptions
 from nanogpt.scoring import Subject
 
 SEPARATOR = "-" * 15
-
-
-@dataclass(frozen=True)
-class WatchOptions:
-    # looking on: rows in metrics.jsonl, files in samples/; the run stays the same to the bit
-    eval_tasks: str = ""  # score these too, as eval.py's --tasks: hellaswag, lambada:FILE, quiz.jsonl
-    eval_tasks_items: Positive = 500  # of each task at most so many, evenly spread, always the same
-    eval_tasks_interval: Count = 0  # every so many iterations; 0: eval_interval
-    sample_prompt: str = ""  # continue this text, such as "Hello, I'm a language model,"
-    sample_interval: Count = 0  # every so many iterations; 0: eval_interval
-    sample_count: Positive = 4  # how many continuations
-    sample_tokens: Positive = 32  # tokens in each
 
 
 class _Stopped(Exception):
@@ -113,19 +100,15 @@ class Watch:
 
     def _sample(self, model: GPT, iter_num: int) -> Iterator[str]:
         """Temperature 1 among the 50 likeliest, as build-nanogpt draws."""
-        new_tokens = generate(
-            model.next_logits,
-            self.prompt,
-            block_size=model.config.block_size,
-            num_samples=self.options.sample_count,
-            max_new_tokens=self.options.sample_tokens,
-            temperature=1.0,
-            top_k=50,
-            seed=42,
-            machine=self.machine,
-        )
-        rows = torch.stack(list(new_tokens)).T.tolist()
-        texts = [tokenizer.decode(self.tokenizer, [*self.prompt, *row]) for row in rows]
+        options = self.options
+        sampling = SamplingOptions(temperature=1.0, top_k=50)
+        written = [Text(self.prompt, sampling, seed=42 + i) for i in range(options.sample_count)]
+        with self.machine.autocast():
+            decoder = Decoder(model, len(written), len(self.prompt) + options.sample_tokens)
+            decoder.add(written)
+            for _ in range(options.sample_tokens):
+                decoder.step()
+        texts = [tokenizer.decode(self.tokenizer, text.ids) for text in written]
         (self.run / "samples").mkdir(exist_ok=True)
         content = "".join(f"{text}\n{SEPARATOR}\n" for text in texts)
         files.write_text(self.run / "samples" / f"step-{iter_num:06d}.txt", content)

@@ -1,11 +1,13 @@
 """What `--init_from` may name: a run folder, a model of the hub, a folder, a checkpoint of nanoGPT."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
+from torch import Tensor
 
-from nanogpt import checkpoint, ckpt, hf, tokenizer
+from nanogpt import checkpoint, ckpt, hf, lora, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.pretrained import Pretrained, stored_tensor
 
@@ -60,12 +62,19 @@ def _open_checkpoint(found: checkpoint.Checkpoint, run: Path, damage: list[str])
     file = found.path / "model.safetensors"
     with safe_open(file, "pt") as listing:
         names = list(listing.keys())
+    adapters = found.adapters
+
+    def read() -> Iterable[tuple[str, Tensor]]:
+        if adapters:
+            return lora.merged(names, lambda name: stored_tensor(file, name), adapters)
+        return ((name, stored_tensor(file, name)) for name in names)
+
     return Pretrained(
         str(found.path),
         found.model_config,
         text,
         found.state["tokenizer"],
-        lambda: ((name, stored_tensor(file, name)) for name in names),
+        read,
         notices=tuple(f"skipped a damaged checkpoint: {line}" for line in damage),
         iter_num=found.iter_num,
         val_loss=found.progress.val_loss,

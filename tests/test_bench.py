@@ -10,7 +10,7 @@ import torch
 import bench
 import train
 from nanogpt import runtime, steps
-from nanogpt.config import read
+from nanogpt.config import options_of, read
 from nanogpt.errors import UserError
 
 TINY = bench.Config(
@@ -131,11 +131,10 @@ def test_bad_input_is_one_line(dataset, tmp_path, monkeypatch):
 
 
 def test_presets_of_train_py_are_read(tmp_path):
-    shared = {f.name for f in fields(bench.Config)}
-    assert bench.options_of_train() == {f.name for f in fields(train.Config)} - shared
+    assert options_of("train.py") == {f.name for f in fields(train.Config)}
     preset = tmp_path / "preset.py"
     preset.write_text("n_layer = 3\nmax_iters = 7\nout_dir = 'x'\n", encoding="utf-8")
-    options = read(bench.Config, [str(preset), "--steps=5"], other_keys=bench.options_of_train())
+    options = read(bench.Config, [str(preset), "--steps=5"], other_keys=options_of("train.py"))
     assert options.values == {"n_layer": 3, "steps": 5}
     assert set(options.ignored) == {"max_iters", "out_dir"}
 

@@ -18,7 +18,9 @@ import pytest
 import bench
 import eval as evaluation
 import export
+import plan
 import sample
+import serve
 import train
 from nanogpt import hf
 from nanogpt import run as runs
@@ -65,14 +67,14 @@ NOW = [  # in the order of a reader's first day
     "python train.py config/finetune_shakespeare.py",
     'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and '
     'everything?" --num_samples=5 --max_new_tokens=100',
+    "torchrun --standalone --nproc_per_node=4 train.py",
+    "torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py",
 ]
 NOT_YET = {
-    "torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py": "many processes",
-    "torchrun --standalone --nproc_per_node=4 train.py": "many processes",
     "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 "
-    "--master_port=1234 train.py": "many processes",
+    "--master_port=1234 train.py": "two machines",
     "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=123.456.123.456 "
-    "--master_port=1234 train.py": "many processes",
+    "--master_port=1234 train.py": "two machines",
 }
 
 
@@ -101,7 +103,9 @@ def clone(tmp_path_factory):
 
 def run(command: str, folder: Path, texts: Path) -> str:
     program = next(word for word in shlex.split(command) if word.endswith(".py"))
-    words_given = shlex.split(command)[1:] + shlex.split(TINY.get(program, "").format(texts=texts))
+    launcher, *words_given = shlex.split(command) + shlex.split(TINY.get(program, "").format(texts=texts))
+    if launcher == "torchrun":  # a window for each of eight processes
+        words_given = ["-m", "torch.distributed.run", *words_given, "--gradient_accumulation_steps=4"]
     cache = folder / "cache" / "gpt2"
     if not cache.exists():
         cache.mkdir(parents=True)
@@ -159,21 +163,31 @@ def commands_in(document: str) -> list[str]:
 
 PAGES = [
     *("README.md", "README.zh-CN.md", "CONTRIBUTING.md"),
-    *("docs/data.md", "docs/evaluation.md", "docs/weights.md"),
+    *("docs/data.md", "docs/evaluation.md", "docs/weights.md", "docs/serving.md"),
+    *("docs/finetuning.md", "docs/reproduce.md"),
 ]
 OURS = [(page, command) for page in PAGES for command in commands_in(page)]
-PARSERS = {"train.py": train.Config, "sample.py": sample.Config, "export.py": export.Config}
+PARSERS = {
+    "train.py": train.Config,
+    "sample.py": sample.Config,
+    "export.py": export.Config,
+    "serve.py": serve.Config,
+}
 
 
 @pytest.mark.parametrize(("page", "command"), OURS)
 def test_commands_of_our_own_pages_have_valid_options(page, command):
     """Programs that exist, options that exist, presets that exist; README's are run below."""
-    program, *given = shlex.split(command)[1:]
+    given = shlex.split(command)
+    program = next(word for word in given if word.endswith(".py"))
+    given = given[given.index(program) + 1 :]
     assert (ROOT / program).is_file()
     if program in PARSERS:
         read(PARSERS[program], given)
     if program == "eval.py":
         read(evaluation.Config, given, arguments=True)
+    if program == "plan.py":
+        read(plan.Config, given, other_keys=frozenset(vars(train.Config)))
     if program == "bench.py":
         read(bench.Config, given, other_keys=frozenset(vars(train.Config)))
 
@@ -189,5 +203,5 @@ def test_readmes_commands_run_in_their_order(tmp_path, data_folder):
     (folder / "prompt.txt").write_text("ab", encoding="utf-8")
     write_dataset(folder / "data" / "python_stdlib", words(3000))
     for command in commands_in("README.md"):
-        if "python_stdlib" not in command:
+        if "python_stdlib" not in command and "serve.py" not in command:  # that one goes on for ever
             run(command, folder, data_folder)

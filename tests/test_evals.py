@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from benchmarks.against_lm_eval import by_lm_eval, given_by, likelihoods, same_prediction
 from nanogpt import evals, harness, scoring, tasks, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.generate import generate
+from nanogpt.generate import Decoder, Text
+from nanogpt.sampling import SamplingOptions
 from nanogpt.scoring import Ids, Requests, Subject, Windows
 from tests.subjects import LETTERS, subject_of
 
@@ -212,18 +213,12 @@ def test_an_item_that_the_vocabulary_lacks(letters):
 
 def test_a_cloze_is_right_if_the_model_would_write_it(letters):
     start = LETTERS.encode_prompt("abc def")
-    made = generate(
-        letters.model.next_logits,
-        start,
-        block_size=24,
-        num_samples=1,
-        max_new_tokens=4,
-        temperature=0,
-        top_k=0,
-        seed=0,
-        machine=letters.machine,
-    )
-    written = "".join(LETTERS.characters[int(token)] for token in made)
+    text = Text(start, SamplingOptions(temperature=0))
+    decoder = Decoder(letters.model, 1)
+    decoder.add([text])
+    for _ in range(4):
+        decoder.step()
+    written = "".join(LETTERS.characters[token] for token in text.new)
     wrong = written[:-1] + ("a" if written[-1] != "a" else "b")
     items = [tasks.Item("abc def", (target,), joint="") for target in (written, wrong, written[:2])]
     report = evals.run_task(tasks.Task("t", "cloze", items), letters)

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import export
 import train
-from nanogpt import checkpoint, hf, hf_export, hf_tokenizer, runtime, tokenizer
+from nanogpt import checkpoint, hf, hf_export, hf_tokenizer, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.generate import generate
+from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.sampling import SamplingOptions
 from tests import hf_folders
 from tests.conftest import words, write_dataset
 
@@ -43,18 +44,12 @@ def exported(folder: Path, model: GPT, text: str = BYTES, custom_code: bool = Fa
 
 
 def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
-    new = generate(
-        model.next_logits,
-        prompt,
-        block_size=model.config.block_size,
-        num_samples=1,
-        max_new_tokens=count,
-        temperature=0,
-        top_k=0,
-        seed=0,
-        machine=runtime.setup("cpu", "float32", model.config.n_embd),
-    )
-    return [int(token) for token in new]
+    text = Text(prompt, SamplingOptions(temperature=0))
+    decoder = Decoder(model, 1)
+    decoder.add([text])
+    for _ in range(count):
+        decoder.step()
+    return text.new
 
 
 @torch.no_grad()

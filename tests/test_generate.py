@@ -1,90 +1,211 @@
-"""Sampling: the distribution, the seed, the context."""
+"""Texts written with a cache are those written without one, in any company and at any length."""
+
+import math
+import random
 
 import pytest
 import torch
 
-from nanogpt import runtime
-from nanogpt.generate import draw, generate, keep_top_k
+from nanogpt.generate import Completion, Decoder, Text, complete, packed, score, window_start
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.sampling import SamplingOptions
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 
-MACHINE = runtime.setup("cpu", "float32", 32)
+GREEDY = SamplingOptions(temperature=0.0)
+BLOCK = 16
+V = 50
+SWITCHES = {
+    "gpt2": {},
+    "odd context": {"block_size": 7, "vocab_multiple": 64},
+    "context of one": {"block_size": 1, "smear": True},
+    "rope, fast recipe": {
+        "position": "rope",
+        "norm": "rms",
+        "activation": "relu2",
+        "qk_norm": True,
+        "tied": False,
+        "softcap": 15.0,
+        "smear": True,
+        "bias": False,
+    },
+    "alibi, grouped": {"position": "alibi", "n_kv_head": 2, "smear": True, "activation": "swiglu"},
+    "rope, one head of keys": {"position": "rope", "n_kv_head": 1, "head_dim": 4},
+}
 
 
-def options(**changes):
-    usual = {
-        "block_size": 8,
-        "num_samples": 3,
-        "max_new_tokens": 20,
-        "temperature": 1.0,
-        "top_k": 0,
-        "seed": 1,
-    }
-    return {**usual, "machine": MACHINE, **changes}
-
-
-@pytest.fixture
-def model():
+def model_of(**changes) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=37, block_size=8, n_layer=1, n_head=2, n_embd=16, vocab_multiple=64))
+    usual = {"vocab_size": V, "block_size": BLOCK, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    model = GPT(GPTConfig(**{**usual, **changes})).eval()
     with torch.no_grad():
-        model.wte.weight.normal_()
-    return model.eval()
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
 
 
-def text(model, prompt=(1, 2), **changes):
-    return torch.stack(list(generate(model.next_logits, list(prompt), **options(**changes))), dim=1)
+def prompts(count: int, longest: int) -> list[list[int]]:
+    draw = random.Random(1)
+    return [[draw.randrange(V) for _ in range(1 + i * longest // count)] for i in range(count)]
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (2.0, 3)])
-def test_tokens_are_drawn_from_the_softmax(temperature, top_k):
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -3.0])
-    n = 4000
-    generators = [torch.Generator().manual_seed(i) for i in range(n)]
-    drawn = draw(logits.repeat(n, 1), temperature, top_k, generators)
-    kept = logits.clone()
-    if top_k:
-        kept[logits.argsort(descending=True)[top_k:]] = -torch.inf
-    expected = (kept / temperature).softmax(-1) * n
-    counts = torch.bincount(drawn, minlength=5).float()
-    assert not counts[expected == 0].any()
-    there = expected > 0
-    chi_square = ((counts - expected)[there].square() / expected[there]).sum()
-    assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
+@torch.inference_mode()
+def uncached(model: GPT, ids: list[int]) -> torch.Tensor:
+    """Logits (V,) after `ids`, all computed anew."""
+    return model.next_logits(torch.tensor([ids[window_start(len(ids), model.config.block_size) :]]))[0]
 
 
-def test_top_k_keeps_the_highest():
-    logits = torch.tensor([[1.0, 5.0, 3.0, 3.0], [0.0, -1.0, -2.0, -3.0]])
-    assert keep_top_k(logits, 1).isfinite().tolist() == [
-        [False, True, False, False],
-        [True, False, False, False],
-    ]
-    assert keep_top_k(logits, 2).isfinite().sum(-1).tolist() == [3, 2]  # a tie stays
-    assert torch.equal(keep_top_k(logits, 99), logits)
+def write(model: GPT, texts: list[Text], count: int, slots: int = 0) -> list[list[int]]:
+    """`count` new tokens of each, with as many slots as texts."""
+    decoder = Decoder(model, slots or len(texts))
+    done = [Completion(text, ByteTokenizer(), count) for text in texts]
+    for _ in complete(decoder, done):
+        pass
+    assert decoder.texts == []
+    return [text.new for text in texts]
 
 
-def test_one_seed_gives_the_same_text_at_any_number_of_samples(model):
-    alone = text(model, num_samples=1)
-    assert torch.equal(text(model, num_samples=5)[:1], alone)
-    assert torch.equal(text(model, num_samples=3, seed=2)[0], text(model, num_samples=5)[1])
-    assert not torch.equal(text(model, seed=77, num_samples=1), alone)
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_with_and_without_a_cache(switches):
+    """200 prompts of 1 to twice the context, in mixed company: the same tokens, logits to 1e-5."""
+    model = model_of(**switches)
+    block_size = model.config.block_size
+    waiting = [Text(ids, GREEDY) for ids in prompts(200, 2 * block_size)]
+    random.Random(2).shuffle(waiting)
+    decoder = Decoder(model, slots=16)
+    logits: list[torch.Tensor] = []
+    head = model.head
+    model.head = lambda x: logits.append(head(x)) or logits[-1]
+    while waiting or decoder.texts:
+        decoder.add([waiting.pop() for _ in range(min(decoder.free, len(waiting)))])
+        before = [list(text.ids) for text in decoder.texts]
+        found = decoder.step()
+        for ids, row, (text, token) in zip(before, logits.pop(), found, strict=True):
+            expected = uncached(model, ids)
+            logits.clear()
+            torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+            assert token.id == expected.argmax()
+            if len(text.new) == 6:
+                decoder.remove(text)
 
 
-def test_temperature_0_is_greedy(model):
-    rows = text(model, temperature=0.0)
-    assert torch.equal(rows[0], rows[1])
-    idx = torch.tensor([[1, 2]])
-    for token in rows[0]:
-        assert token == model.next_logits(idx[:, -8:]).argmax()
-        idx = torch.cat([idx, token.view(1, 1)], dim=1)
+def test_the_window_is_at_least_half_of_a_context_and_moves_by_halves():
+    for block_size in (1, 2, 7, 16):
+        starts = [window_start(n, block_size) for n in range(1, 5 * block_size)]
+        assert starts[: block_size + 1] == [0] * block_size + [max(1, block_size // 2)]
+        assert starts == sorted(starts)
+        for n, start in enumerate(starts, 1):
+            assert n <= block_size or block_size - max(1, block_size // 2) < n - start <= block_size
+    assert len({window_start(n, 16) for n in range(1, 161)}) == 1 + (160 - 16) // 8
 
 
-def test_ids_stay_in_the_vocabulary(model):
-    """10,000 tokens of a model of 37 ids, whose table is padded to 64."""
-    rows = text(model, num_samples=50, max_new_tokens=200, temperature=5.0)
-    assert rows.min() >= 0 and rows.max() == 36
+def test_a_prompt_may_be_cut_anywhere():
+    """What is seen depends on the number of tokens, not on which of them were the prompt."""
+    model = model_of()
+    (whole,) = write(model, [Text([1, 2, 3], GREEDY)], 60)
+    for cut in (1, 13, 14, 30, 45):
+        assert write(model, [Text([1, 2, 3, *whole[:cut]], GREEDY)], 60 - cut) == [whole[cut:]]
 
 
-def test_a_prompt_longer_than_the_context_is_cut_from_the_left(model):
-    long = list(range(30))
-    assert torch.equal(text(model, prompt=long), text(model, prompt=long[-8:]))
-    assert text(model, max_new_tokens=0 + 1).shape == (3, 1)
+def test_one_seed_gives_the_same_text_in_any_company():
+    model = model_of(position="rope", smear=True)
+    options = [SamplingOptions(temperature=0.9, top_k=k, repetition_penalty=r) for k, r in ((0, 1), (9, 1.3))]
+    everyone = [(ids, options[i % 2], i) for i, ids in enumerate(prompts(8, 2 * BLOCK))]
+    alone = [write(model, [Text(*one)], 50)[0] for one in everyone]
+    assert len({tuple(new) for new in alone}) == 8
+    assert write(model, [Text(*one) for one in everyone], 50) == alone
+    assert write(model, [Text(*one) for one in everyone], 50, slots=3) == alone  # one comes as one goes
+    assert write(model, [Text(everyone[3][0], everyone[3][1], seed=99)], 50)[0] != alone[3]
+
+
+def test_samples_of_one_prompt_are_read_once():
+    model = model_of(smear=True)
+    reads = []
+    hidden = model.hidden
+    model.hidden = lambda idx, past=None: reads.append(tuple(idx.shape)) or hidden(idx, past)
+    prompt = prompts(1, 1)[0] * 12
+    together = write(model, [Text(prompt, seed=i) for i in range(5)], 30)
+    assert reads[:2] == [(1, 11), (5, 1)]
+    assert together == [write(model, [Text(prompt, seed=i)], 30)[0] for i in range(5)]
+
+
+def test_texts_come_and_go_at_any_time():
+    model = model_of(position="alibi", n_kv_head=2, smear=True)
+    draw = random.Random(3)
+    expected = {ids: write(model, [Text(list(ids), GREEDY)], 40)[0] for ids in map(tuple, prompts(30, 30))}
+    waiting = [(Text(list(ids), GREEDY), new) for ids, new in expected.items()]
+    decoder, right = Decoder(model, 5), dict[Text, list[int]]()
+    while waiting or decoder.texts:
+        for _ in range(draw.randint(0, min(decoder.free, len(waiting)))):
+            text, new = waiting.pop()
+            right[text] = new
+            decoder.add([text])
+        assert len(decoder.texts) + decoder.free == 5
+        for text, token in decoder.step():
+            assert token.id == right[text][len(text.new) - 1]
+            if draw.random() < 0.1 or len(text.new) == 40:
+                decoder.remove(text)
+
+
+def test_log_probabilities_are_the_models_and_sum_to_one():
+    model = model_of(softcap=5.0)
+    text = Text([1, 2, 3], SamplingOptions(temperature=0.3, top_k=5, repetition_penalty=1.5), logprobs=V)
+    decoder = Decoder(model, 1)
+    decoder.add([text])
+    tokens = [decoder.step()[0][1] for _ in range(40)]
+    for n, token in enumerate(tokens):
+        expected = uncached(model, text.ids[: 3 + n]).log_softmax(-1)
+        assert token.logprob == pytest.approx(expected[token.id].item(), abs=1e-5)
+        assert dict(token.top)[token.id] == token.logprob
+        values = [value for _, value in token.top]
+        assert values == sorted(values, reverse=True)
+        assert sum(math.exp(value) for value in values) == pytest.approx(1, abs=1e-5)
+    scored = score(model, text.ids, alternatives=2)
+    assert [token.id for token in scored] == text.ids[1:]
+    assert [t.logprob for t in scored[2:]] == pytest.approx([t.logprob for t in tokens], abs=1e-5)
+    assert [[i for i, _ in t.top] for t in scored[2:]] == [[i for i, _ in t.top[:2]] for t in tokens]
+    assert score(model, [7]) == []
+
+
+def test_a_completion_ends_where_it_should():
+    model, letters = model_of(vocab_size=26), CharTokenizer("abcdefghijklmnopqrstuvwxyz")
+    (new,) = write(model, [Text([0], GREEDY)], 20)
+    whole = "".join(chr(97 + token) for token in new)
+
+    def run(**options) -> Completion:
+        completion = Completion(Text([0], GREEDY), letters, 20, **options)
+        pieces = [piece for _, _, piece in complete(Decoder(model, 1), [completion])]
+        assert "".join(pieces) == completion.string
+        return completion
+
+    assert (run().string, run().finish_reason) == (whole, "length")
+    stop = whole[4:7]
+    found = run(stop=[stop, "ÿ"])
+    assert (found.string, found.finish_reason) == (whole[: whole.index(stop)], "stop")
+    end = new[5]
+    found = run(end_of_text=end)
+    assert (found.string, found.finish_reason) == (whole[: new.index(end)], "stop")
+    assert [token.id for token in found.tokens] == new[: new.index(end)]
+
+
+def test_closing_the_iterator_frees_the_slots():
+    decoder = Decoder(model_of(), 2)
+    writing = complete(decoder, [Completion(Text([1]), ByteTokenizer(), 9) for _ in range(4)])
+    next(writing)
+    assert decoder.free == 0
+    writing.close()
+    assert decoder.free == 2
+
+
+def test_prompts_read_together_are_padded_little():
+    texts = [(0,) * n for n in [1, 1, 2, 3, 3, 3, 40, 41, 300, 4000, 4001]]
+    groups = list(packed(texts))
+    assert [ids for group in groups for ids in group] == texts
+    for group in groups:
+        assert len(group) == 1 or len(group[-1]) * len(group) <= min(4096, 1.5 * sum(map(len, group)))
+
+
+def test_ids_stay_in_the_vocabulary():
+    """10,000 tokens of a model whose table is padded."""
+    model = model_of(vocab_multiple=64)
+    new = write(model, [Text([1], SamplingOptions(temperature=5.0), i) for i in range(50)], 200)
+    assert {token for row in new for token in row} == set(range(V))

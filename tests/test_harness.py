@@ -8,6 +8,7 @@ import torch
 from benchmarks.against_lm_eval import by_lm_eval
 from nanogpt import harness, scoring
 from nanogpt.errors import UserError
+from nanogpt.generate import window_start
 from tests.subjects import LETTERS, subject_of
 
 
@@ -17,11 +18,13 @@ def letters():
 
 
 def greedy(subject, context: str, count: int) -> str:
-    """By hand: the likeliest character after all that there is, `count` times."""
+    """By hand: the likeliest character after all that is seen, `count` times."""
     ids = LETTERS.encode_prompt(context)
     for _ in range(count):
         with torch.no_grad():
-            ids.append(int(subject.model.next_logits(torch.tensor([ids[-24:]])).argmax()))
+            ids.append(
+                int(subject.model.next_logits(torch.tensor([ids[window_start(len(ids), 24) :]])).argmax())
+            )
     return "".join(LETTERS.characters[i] for i in ids[len(LETTERS.encode_prompt(context)) :])
 
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from nanogpt import hf, runtime
+from nanogpt import hf
 from nanogpt.errors import UserError
-from nanogpt.generate import generate
+from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT2_SIZES
+from nanogpt.sampling import SamplingOptions
 from tests import hf_folders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,19 +151,12 @@ def test_a_padded_vocabulary_changes_nothing_and_is_never_sampled(tmp_path):
     assert torch.equal(plain(idx)[0], padded(idx)[0])
     with torch.no_grad():  # as likely as can be, if anything looked at it
         padded.wte.weight[50257:] = 100 * plain.ln_f.weight
-    machine = runtime.setup("cpu", "float32", 16)
-    drawn = generate(
-        padded.next_logits,
-        [1, 2],
-        block_size=32,
-        num_samples=8,
-        max_new_tokens=20,
-        temperature=5.0,
-        top_k=0,
-        seed=0,
-        machine=machine,
-    )
-    assert max(int(token.max()) for token in drawn) < 50257
+    texts = [Text([1, 2], SamplingOptions(temperature=5.0), seed=i) for i in range(8)]
+    decoder = Decoder(padded, 8)
+    decoder.add(texts)
+    for _ in range(20):
+        decoder.step()
+    assert max(token for text in texts for token in text.new) < 50257
 
 
 def test_rows_that_the_tokenizer_does_not_know_are_padding(tmp_path):

@@ -8,14 +8,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
-    {"files", "download", "bpe", "pool"},
-    {"config", "schedule", "flops", "tokenizer", "order", "significance"},
-    {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"},
-    {"sources", "model", "runtime"},
-    {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"},
-    {"survey", "steps", "evals", "harness", "hf", "hf_export", "ckpt"},
+    {"files", "download", "bpe", "pool", "refusal", "meters"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
+    {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
+    | {"cache", "sampling", "stream", "lora"},
+    {"sources", "model", "finetune", "documents", "runtime"},
+    {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
+    | {"quantize"},
+    {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
+    | {"completions", "scheduler"},
     {"corpus", "watch", "weights"},
-    {"run"},
+    {"run", "api", "follow"},
+    {"server"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
@@ -64,7 +68,16 @@ def test_plain_modules_do_without_torch():
 
 
 def test_the_model_knows_torch_and_nothing_else():
-    allowed = {"math", "torch", "dataclasses", "functools", "collections", "nanogpt.position", "typing"}
+    allowed = {
+        "math",
+        "torch",
+        "dataclasses",
+        "functools",
+        "collections",
+        "nanogpt.cache",
+        "nanogpt.position",
+        "typing",
+    }
     names = imported(ROOT / "nanogpt" / "model.py")
     assert {
         name for name in names if not any(name == a or name.startswith(a + ".") for a in allowed)

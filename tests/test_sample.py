@@ -1,5 +1,7 @@
 """The sampling program."""
 
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import sample
 import train
 from nanogpt import corpus
+from nanogpt.config import load
 from nanogpt.errors import UserError
 
 
@@ -81,6 +84,107 @@ def test_prompt_from_a_file(config, capsys, tmp_path):
     assert all(text.startswith("abc\nd") for text in found)
     with pytest.raises(UserError, match="give a UTF-8 text file"):
         sample.main(replace(config, start="FILE:nowhere.txt"))
+
+
+def rows(config, capsys) -> list[dict]:
+    sample.main(config)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_json_has_every_token_with_its_probability(config, capsys):
+    found = rows(replace(config, json=True, logprobs=3, start="abc"), capsys)
+    plain = texts(replace(config, start="abc"), capsys)
+    assert ["abc" + row["text"] for row in found] == plain
+    assert [(row["prompt"], row["prompt_number"], row["sample"]) for row in found] == [
+        ("abc", 0, i) for i in range(3)
+    ]
+    for row in found:
+        assert row["finish_reason"] == "length"
+        assert "".join(token["text"] for token in row["tokens"]) == row["text"]
+        for token in row["tokens"]:
+            assert token["logprob"] <= token["top"][0]["logprob"] <= 0 and len(token["top"]) == 3
+    assert "top" not in rows(replace(config, json=True), capsys)[0]["tokens"][0]
+
+
+def test_prompts_of_a_file(config, capsys, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "abc", "id": 7}\n\n"d"\n', encoding="utf-8")
+    together = replace(config, prompts=str(file), num_samples=2)
+    found = texts(together, capsys)
+    alone = [texts(replace(config, start=start, num_samples=2), capsys) for start in ("abc", "d")]
+    assert found == alone[0] + alone[1]
+    assert texts(replace(together, batch_size=1), capsys) == found
+    for wrong, message in [
+        ("{", "line 1 is no JSON"),
+        ('{"text": "a"}', 'line 1: expected {"prompt"'),
+        ("3", "line 1: expected"),
+        ("\n", "holds no prompt"),
+    ]:
+        file.write_text(wrong, encoding="utf-8")
+        with pytest.raises(UserError, match=re.escape(message)):
+            sample.main(together)
+
+
+def test_streamed_text_is_the_text(config, capsys):
+    assert texts(replace(config, stream=True, start="ab"), capsys) == texts(
+        replace(config, start="ab"), capsys
+    )
+
+
+def test_a_dialogue(config, capsys, monkeypatch):
+    lines = ["d", "Z", "abc"]
+
+    def typed(prompt: str) -> str:
+        if not lines:
+            raise EOFError
+        return lines.pop()
+
+    monkeypatch.setattr("builtins.input", typed)
+    sample.main(replace(config, interactive=True, temperature=0.0, max_new_tokens=20, stop=" "))
+    captured = capsys.readouterr()
+    expected = [
+        texts(replace(config, start=s, temperature=0.0, max_new_tokens=20, num_samples=1), capsys)[0][
+            len(s) :
+        ]
+        for s in ("abc", "d")
+    ]
+    assert captured.out == "".join(text.split(" ")[0] + "\n" for text in expected) + "\n"
+    assert "'Z'" in captured.err  # and it went on
+
+
+def test_stop_strings(config, capsys):
+    whole = texts(replace(config, start="a"), capsys)
+    for stop, cut in (("b", ["b"]), ('["b", " "]', ["b", " "])):
+        found = texts(replace(config, start="a", stop=stop), capsys)
+        for text, full in zip(found, whole, strict=True):
+            assert text == "a" + re.split("|".join(cut), full[1:])[0]
+    for wrong in ("[1]", '[""]', "[a"):
+        with pytest.raises(UserError, match=re.escape(f"--stop={wrong}")):
+            sample.main(replace(config, stop=wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top_p": 0.0}, "top_p=0.0 given"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 given"),
+        ({"stream": True, "json": True}, "--stream and --json cannot be had together"),
+        ({"prompts": "nowhere.jsonl"}, "--prompts=nowhere.jsonl"),
+    ],
+)
+def test_options_that_mean_nothing(config, wrong, message):
+    with pytest.raises(UserError, match=message):
+        sample.main(replace(config, **wrong))
+
+
+def test_the_command_line_refuses_what_is_out_of_range():
+    for wrong in ("--temperature=-1", "--top_p=2", "--top_k=-3", "--num_samples=0", "--dtype=int4"):
+        with pytest.raises(UserError, match=re.escape(wrong)):
+            load(sample.Config, [wrong])
+
+
+def test_nothing_may_be_asked_for(config, capsys):
+    assert texts(replace(config, max_new_tokens=0, start="ab"), capsys) == ["ab"] * 3
 
 
 def test_an_empty_prompt_starts_a_line(config, capsys):

@@ -1,0 +1,173 @@
+"""Tokens a second, beside nanoGPT's own sampling and transformers' generate, all in one call.
+
+    python benchmarks/decode.py                                  # ours alone
+    python benchmarks/decode.py --nanogpt=NANOGPT --rounds=5     # NANOGPT: a clone of karpathy/nanoGPT
+    python benchmarks/decode.py --only=char --nanogpt=NANOGPT
+
+A GPT-2 of 124M random weights writes after prompts of 16 and 500 tokens at batch 1, and ten samples of
+500 tokens come of the character model (6 layers of 384 channels, context 256). The sides take turns; each
+figure is the best of its rounds, as neighbours on the machine only ever slow it down. "Decode" leaves the
+reading of the prompt out. The share is of the speed at which this machine reads memory, measured here,
+if every weight is read once a token.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from nanogpt.config import Positive, load
+from nanogpt.errors import UserError, run_program
+from nanogpt.generate import Decoder, Text
+from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
+from nanogpt.quantize import cast
+from nanogpt.sampling import SamplingOptions
+
+SAMPLING = SamplingOptions(temperature=0.8, top_k=200)
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+CHARACTERS = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
+
+
+@dataclass(frozen=True)
+class Config:
+    nanogpt: str = ""  # a clone of nanoGPT; empty: left out
+    transformers: bool = True  # its generate, if it is installed
+    only: Literal["", "16", "500", "char"] = ""  # one of the three comparisons
+    rounds: Positive = 3  # of each side, in turn
+
+
+@dataclass
+class Taken:
+    whole_s: float  # prompt and tokens
+    decode_s: float  # tokens alone, 0: not known
+    cpu_s: float  # processor time of the whole
+
+
+def bandwidth() -> float:
+    """Bytes a second at which all threads read memory."""
+    block = torch.ones(64 << 20)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - start)
+    return block.numel() * 4 / min(times)
+
+
+def ours(model: GPT, context: int, count: int, texts: int = 1) -> Taken:
+    cpu, start = time.process_time(), time.perf_counter()
+    prompt = [(7 * i) % model.config.vocab_size for i in range(context)]
+    decoder = Decoder(model, texts, context + count)
+    decoder.add([Text(prompt, SAMPLING, seed=i) for i in range(texts)])
+    read = time.perf_counter()
+    for _ in range(count):
+        decoder.step()
+    end = time.perf_counter()
+    return Taken(end - start, end - read, time.process_time() - cpu)
+
+
+def timed(run: Callable[[], object]) -> Taken:
+    cpu, start = time.process_time(), time.perf_counter()
+    with torch.inference_mode():
+        run()
+    return Taken(time.perf_counter() - start, 0.0, time.process_time() - cpu)
+
+
+def theirs(folder: str, config: GPTConfig) -> Any:
+    """nanoGPT's model of the shape `config`, with random weights."""
+    sys.path.insert(0, folder)
+    try:
+        import model as nanogpt_model
+    except ImportError:
+        raise UserError(f"--nanogpt={folder} holds no model.py; give a clone of karpathy/nanoGPT") from None
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    return nanogpt_model.GPT(nanogpt_model.GPTConfig(**{n: getattr(config, n) for n in names})).eval()
+
+
+def hugging_face(dtype: torch.dtype) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None)).to(dtype).eval()
+
+
+def gpt2_sides(config: Config, context: int, count: int) -> dict[str, Callable[[], Taken]]:
+    sides: dict[str, Callable[[], Taken]] = {}
+    for dtype in BYTES:
+        model = cast(GPT(GPT2_SIZES["gpt2"]).eval(), dtype)
+        sides[f"ours {dtype}"] = lambda model=model: ours(model, context, count)
+    idx = torch.arange(context)[None]
+    mask = torch.ones_like(idx)
+    if config.nanogpt:
+        model = theirs(config.nanogpt, GPT2_SIZES["gpt2"])
+        sides["nanoGPT float32"] = lambda model=model: timed(
+            lambda: model.generate(idx, count, temperature=0.8, top_k=200)
+        )
+    if config.transformers:
+        try:
+            models = {dtype: hugging_face(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        except ImportError:
+            print("transformers is not installed: left out (pip install transformers)")
+            models = {}
+        for dtype, model in models.items():
+            options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": True, "top_k": 200}
+            sides[f"transformers {str(dtype)[6:]}"] = lambda model=model, options=options: timed(
+                lambda: model.generate(idx, attention_mask=mask, temperature=0.8, **options)
+            )
+    return sides
+
+
+def character_sides(config: Config) -> dict[str, Callable[[], Taken]]:
+    """Ten samples of 500 tokens after a new line, without the start of a program."""
+    sides: dict[str, Callable[[], Taken]] = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        model = cast(GPT(CHARACTERS).eval(), dtype)
+        sides[f"ours {dtype}"] = lambda model=model: ours(model, 1, 500, texts=10)
+    if config.nanogpt:
+        model = theirs(config.nanogpt, CHARACTERS)
+        idx = torch.zeros((1, 1), dtype=torch.int64)
+        sides["nanoGPT float32"] = lambda: timed(
+            lambda: [model.generate(idx, 500, temperature=0.8, top_k=200) for _ in range(10)]
+        )
+    return sides
+
+
+def compare(
+    sides: dict[str, Callable[[], Taken]], tokens: int, rounds: int, speed: float, matrices: int
+) -> None:
+    taken: dict[str, list[Taken]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            taken[name].append(run())
+    for name, runs in taken.items():
+        whole = min(run.whole_s for run in runs)
+        decode = min(run.decode_s for run in runs)
+        line = f"{name:24} {tokens / whole:8.1f} tok/s"
+        if decode:
+            line += f"   decode {tokens / decode:7.1f}"
+        if decode and matrices:
+            share = matrices * BYTES[name.split()[1]] * tokens / decode / speed
+            line += f" ({share:4.0%} of reading memory)"
+        print(
+            f"{line}   processor {min(run.cpu_s for run in runs) / tokens * 1e3:6.1f} ms a token", flush=True
+        )
+
+
+def main(config: Config, origins: dict[str, str] | None = None) -> None:
+    torch.manual_seed(0)
+    speed = bandwidth()
+    print(f"{torch.get_num_threads()} threads read {speed / 1e9:.1f} GB/s; torch {torch.__version__}")
+    matrices = GPT(GPT2_SIZES["gpt2"]).n_params(positions=False)
+    for name, context, count in (("16", 16, 100), ("500", 500, 50)):
+        if config.only in ("", name):
+            print(f"\nGPT-2 (124M), batch 1, {context} + {count} tokens")
+            compare(gpt2_sides(config, context, count), count, config.rounds, speed, matrices)
+    if config.only in ("", "char"):
+        print("\nCharacter model (6 x 384), ten samples of 500 tokens")
+        compare(character_sides(config), 5000, config.rounds, speed, 0)
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(*load(Config, sys.argv[1:])))

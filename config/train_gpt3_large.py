@@ -1,0 +1,31 @@
+# The shape of GPT-3 large (760M parameters), context 2,048. For 8 GPUs of 80 GB; not measured.
+#
+#   python data/fineweb_edu/prepare.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt3_large.py
+#
+# Sizes, rate, batch and lengths are those of Brown et al. 2020, table 2.1 and appendix B; its data is not to
+# be had, and its sparse layers are dense here.
+# Before you rent: python plan.py config/train_gpt3_large.py --gpu=H100 --gpus=8
+
+out_dir = "out-gpt3-large"
+wandb_run_name = "gpt3-large"
+dataset = "fineweb_edu"
+
+n_layer = 24
+n_head = 16
+n_embd = 1536
+bias = True
+
+batch_size = 4
+block_size = 2048
+batch_tokens = 524288
+max_tokens = 300e9
+
+learning_rate = 2.5e-4
+min_lr = 2.5e-4 / 10
+warmup_iters = 375e6 // batch_tokens
+lr_decay_iters = 260e9 // batch_tokens
+
+eval_interval = 1000
+eval_iters = 100
+log_interval = 10

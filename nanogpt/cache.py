@@ -1,0 +1,136 @@
+"""The keys and values of the tokens that a model has read: each token is computed once.
+
+A cache has a fixed number of slots, one text in each, at lengths of their own. A model is run through it
+in two ways, each an object that `GPT.hidden` takes as `past`:
+
+    Prefill    reads the first tokens of some texts at once, as in training, and keeps their keys and values
+    Step       reads one more token of each of the first B slots
+
+Texts of a prefill are padded on the right: attention is causal, so what comes after a token is nothing to
+it, and every text begins at position 0.
+
+Shapes: S slots, B texts, T tokens, C channels, n_kv_head heads of keys and values, hs channels a head.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class KVCache:
+    """Room for `slots` texts of `length` tokens: (n_layer, S, n_kv_head, length, hs), keys and values."""
+
+    def __init__(
+        self,
+        slots: int,
+        length: int,
+        *,
+        n_layer: int,
+        n_kv_head: int,
+        head_size: int,
+        n_embd: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (n_layer, slots, n_kv_head, length, head_size)
+        # Zeros: what is masked must still be a number, and pages nobody writes cost no memory.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.embeddings = torch.zeros((slots, n_embd), dtype=dtype, device=device)  # of the last tokens
+
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Give slots `targets` the first `length` tokens of slot `source`."""
+        for target in targets:
+            self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+            self.values[:, target, :, :length] = self.values[:, source, :, :length]
+            self.embeddings[target] = self.embeddings[source]
+
+    def clear(self, slot: int) -> None:
+        """Make `slot` one whose text has not begun."""
+        self.embeddings[slot] = 0
+
+
+class Layer(NamedTuple):
+    """What a layer's attention needs of a Prefill or a Step."""
+
+    at: Tensor | None  # positions of the tokens that are read, int64 (B, 1); None: 0 ... T-1
+    attend: Callable[[Tensor, Tensor, Tensor, Attention], Tensor]  # of q, k, v; and how it is done uncached
+
+
+class Prefill:
+    """Reads texts from their beginnings into `slots`; row i has `lengths[i]` tokens, then padding."""
+
+    at: Tensor | None = None
+
+    def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]):
+        self.cache, self.slots, self.lengths = cache, slots, lengths
+
+    def before(self, x: Tensor) -> Tensor:
+        """The embedding before each of x (B, T, C), zeros before the first."""
+        for row, (slot, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
+            self.cache.embeddings[slot] = x[row, length - 1]
+        return F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+    def layer(self, number: int) -> Layer:
+        return Layer(None, partial(self._attend, number))
+
+    def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
+        for row, (slot, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
+            self.cache.keys[number, slot, :, :length] = k[row, :, :length]
+            self.cache.values[number, slot, :, :length] = v[row, :, :length]
+        return plain(q, k, v)
+
+
+class Step:
+    """Reads one token in each of the first B slots; that of slot i has position `positions[i]`.
+
+    `bias` (B, nh, 1, T) is added to the scores, with the mask in it, T being the highest position + 1;
+    None: there is none but the mask.
+    """
+
+    def __init__(self, cache: KVCache, positions: Sequence[int], bias: Tensor | None = None):
+        self.cache, self.count, self.length = cache, len(positions), max(positions) + 1
+        device = cache.keys.device
+        positions_, rows = torch.tensor([positions, range(len(positions))], device=device)
+        self.at: Tensor | None = positions_[:, None]
+        self.alike = min(positions) + 1 == self.length
+        if bias is None and not self.alike:
+            masked = torch.arange(self.length, device=device) > positions_[:, None]
+            bias = torch.zeros(masked.shape, dtype=cache.keys.dtype, device=device)
+            bias = bias.masked_fill_(masked, -torch.inf)[:, None, None]
+        self.bias = bias if bias is None else bias.to(cache.keys.dtype)
+        self.index = (rows, slice(None), positions_)
+
+    def before(self, x: Tensor) -> Tensor:
+        """The embeddings before x (B, 1, C), the new tokens' being kept."""
+        last = self.cache.embeddings[: self.count]
+        before = last.clone()
+        last.copy_(x[:, 0])
+        return before[:, None].to(x.dtype)
+
+    def layer(self, number: int) -> Layer:
+        return Layer(self.at, partial(self._attend, number))
+
+    def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
+        keys, values = self.cache.keys[number], self.cache.values[number]
+        if self.alike:
+            last = self.length - 1
+            keys[: self.count, :, last : self.length], values[: self.count, :, last : self.length] = k, v
+        else:
+            keys[self.index], values[self.index] = k[:, :, 0].to(keys.dtype), v[:, :, 0].to(keys.dtype)
+        keys, values = keys[: self.count, :, : self.length], values[: self.count, :, : self.length]
+        # The queries that share a head of keys are the rows of one matrix.
+        B, heads, _, hs = q.shape
+        groups = (B, keys.shape[1], heads // keys.shape[1])
+        bias = self.bias
+        if bias is not None and bias.shape[1] > 1:
+            bias = bias.view(*groups, self.length)
+        rows = q.reshape(*groups, hs).to(keys.dtype)
+        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
+        return y.view(B, heads, 1, hs).to(q.dtype)

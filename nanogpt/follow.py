@@ -1,0 +1,74 @@
+"""Reading a run's folder while train.py writes it: only what is new since the last look."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nanogpt import metrics
+from nanogpt.watch import SEPARATOR
+
+KEYS = ("event", "iter", "tokens", "elapsed_s", "loss", "train_loss", "val_loss", "lr", "tokens_per_s")
+CHUNK = 1 << 20  # bytes of metrics.jsonl in one look
+SAMPLES = 60  # files of samples in one look, the newest
+SAMPLE_BYTES = 1 << 16
+
+
+def rows_since(run: Path, position: str) -> tuple[list[dict[str, Any]], str, bool]:
+    """The complete rows of metrics.jsonl after `position` ("" for the beginning), what they hold of KEYS.
+
+    Returns also the position after them, and whether they begin anew: the file is another one (a resumed
+    run has rewound it) or has been cut. At most CHUNK bytes are read; the next call goes on.
+    """
+    try:
+        with (run / metrics.NAME).open("rb") as file:
+            identity = _identity(file.fileno())
+            offset, _, before = position.partition("-")
+            anew = before != identity[0] or not offset.isdigit() or int(offset[:18]) > identity[1]
+            start = 0 if anew else int(offset)
+            file.seek(start)
+            content = file.read(CHUNK)
+    except OSError:
+        return [], "", True
+    end = content.rfind(b"\n") + 1
+    if not end and len(content) == CHUNK:  # no row of ours is so long
+        end = CHUNK
+    return (
+        [row for line in content[:end].splitlines() if (row := _row(line))],
+        f"{start + end}-{identity[0]}",
+        anew,
+    )
+
+
+def _identity(descriptor: int) -> tuple[str, int]:
+    status = os.fstat(descriptor)
+    return f"{status.st_ino:x}", status.st_size
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict) and row.get("event") in ("step", "eval"):
+            return {key: row[key] for key in KEYS if isinstance(row.get(key), int | float | str)}
+    except (ValueError, RecursionError):
+        pass
+    return None
+
+
+def samples(run: Path, after: int = -1) -> list[dict[str, Any]]:
+    """The newest texts that train.py drew on its way (--sample_prompt), of iterations above `after`."""
+
+    found = []
+    for path in run.glob("samples/step-*.txt"):
+        number = path.stem[5:]
+        if number.isdigit() and int(number) > after and path.is_file():
+            found.append((int(number), path))
+    result = []
+    for iter_num, path in sorted(found)[-SAMPLES:]:
+        try:
+            text = path.read_bytes()[:SAMPLE_BYTES].decode("utf-8", "replace")
+        except OSError:
+            continue
+        texts = text.removesuffix(f"\n{SEPARATOR}\n").split(f"\n{SEPARATOR}\n")
+        result.append({"iter": iter_num, "texts": texts})
+    return result

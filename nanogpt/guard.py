@@ -1,0 +1,154 @@
+"""What stands before the server's routes: who may ask, from which page, and how much.
+
+A web page that a user has open in another tab can reach every port of the machine. It cannot forge the
+headers Host, Origin and Sec-Fetch-Site, so these decide (DNS rebinding: CVE-2024-28224). Plain ASGI.
+"""
+
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from nanogpt.refusal import Refusal
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_BODY = 1 << 20  # bytes
+MAX_HEAD = 1 << 14  # bytes of the address, and of all headers
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+SECURITY_HEADERS = [
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+]
+
+
+class Guard:
+    """Wraps an app: refuses what it should not see, bounds bodies, adds the security headers."""
+
+    def __init__(self, app: App, *, port: int, local: bool, token: str, public: frozenset[str]):
+        """`local`: reached by this machine's own names only; else by any, with the token. `public`:
+        paths that need no token."""
+        self._app = app
+        self._hosts = {f"{name}:{port}" for name in LOOPBACK} if local else set()
+        if local and port == 80:
+            self._hosts |= set(LOOPBACK)
+        self._token = token
+        self._public = public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)  # start and end of the server
+            return
+
+        started = False
+
+        async def send_secured(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, bounded(receive), send_secured)
+        except Refusal as refusal:
+            if started:
+                raise
+            await send_refusal(refusal, send_secured)
+
+    def _check(self, scope: Scope) -> None:
+        # The server's own limit holds for heads that come in parts.
+        if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HEAD:
+            raise Refusal(414, f"the address is too long: at most {MAX_HEAD} bytes")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
+            raise Refusal(431, f"the headers are too large: at most {MAX_HEAD} bytes")
+        headers = _single(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if not host or (self._hosts and host not in self._hosts):
+            expected = " or ".join(sorted(self._hosts)) or "one"
+            raise Refusal(403, f"Host is {host[:80]!r}, expected {expected}", code="forbidden_host")
+        origin = headers.get(b"origin")
+        if origin is not None and origin.decode("latin-1").lower() != f"{scope['scheme']}://{host}":
+            raise Refusal(403, "another web page may not use this server", code="forbidden_origin")
+        if headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
+            raise Refusal(403, "another web page may not use this server", code="forbidden_origin")
+        if scope["method"] not in ("GET", "HEAD", "POST"):
+            raise Refusal(405, f"method {scope['method'][:20]} is not used here; use GET or POST")
+        if scope["method"] == "POST":
+            _check_body(headers)
+        if self._token and scope["path"] not in self._public:
+            self._check_token(headers.get(b"authorization", b""))
+
+    def _check_token(self, given: bytes) -> None:
+        scheme, _, token = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token.encode()):
+            raise Refusal(
+                401, "give the server's token as 'Authorization: Bearer ...'", code="invalid_api_key"
+            )
+
+
+def _single(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """The headers that decide, each at most once: of two, a proxy might believe the other."""
+    found: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in found and name in (
+            b"host",
+            b"origin",
+            b"sec-fetch-site",
+            b"content-type",
+            b"authorization",
+        ):
+            raise Refusal(400, f"the header {name.decode('latin-1')} came twice")
+        found[name] = value
+    return found
+
+
+def _check_body(headers: dict[bytes, bytes]) -> None:
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise Refusal(415, f"Content-Type is {kind[:80].decode('latin-1')!r}, expected application/json")
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise Refusal(415, "a compressed body is not read; send it plain")
+    if (
+        headers.get(b"content-length", b"0").isdigit()
+        and int(headers.get(b"content-length", b"0")[:20]) > MAX_BODY
+    ):
+        raise _too_large()
+
+
+def _too_large() -> Refusal:
+    return Refusal(413, f"the body is too large: at most {MAX_BODY} bytes")
+
+
+def bounded(receive: Receive) -> Receive:
+    """`receive`, which refuses the rest of a body once it is larger than MAX_BODY."""
+    size = 0
+
+    async def counted() -> Message:
+        nonlocal size
+        message = await receive()
+        if message["type"] == "http.request":
+            size += len(message.get("body", b""))
+            if size > MAX_BODY:
+                raise _too_large()
+        return message
+
+    return counted
+
+
+async def send_refusal(refusal: Refusal, send: Send) -> None:
+    await send({"type": "http.response.start", "status": refusal.status, "headers": refusal.headers()})
+    await send({"type": "http.response.body", "body": refusal.body()})

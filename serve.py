@@ -1,0 +1,180 @@
+"""Serve a model on this machine: a page to play with it, and OpenAI's completions for other programs.
+
+    python serve.py --out_dir=out-shakespeare-char          # then open http://127.0.0.1:8000
+    python serve.py --init_from=gpt2
+    python serve.py --out_dir=out --host=0.0.0.0            # for other machines: with a token
+
+    from openai import OpenAI
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+
+While train.py trains the run, the page draws its curves. docs/serving.md says more.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+
+from nanogpt import api, files
+from nanogpt.config import ROOT, Positive, Range, load
+from nanogpt.errors import UserError, run_program
+from nanogpt.generate import Decoder
+from nanogpt.model import GPT
+
+if TYPE_CHECKING:
+    from nanogpt.server import Served
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+TOKEN = "NANOGPT_TOKEN"
+
+
+@dataclass(frozen=True)
+class Config:
+    # which model
+    init_from: str = "resume"  # the run folder out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
+    out_dir: str = "out"  # a run folder of train.py
+    which: str = "best"  # its checkpoint: best (lowest validation loss), last, or a step number
+    # where
+    host: str = "127.0.0.1"  # 0.0.0.0: for other machines too, who then need a token
+    port: Annotated[int, Range(0, 65535)] = 8000  # 0: any that is free
+    token: str = ""  # that clients must give; seen by all users of this machine, so better in NANOGPT_TOKEN
+    # how much
+    slots: Positive = 16  # texts written at the same time
+    queue: Positive = 128  # texts that may wait for a slot; beyond that clients are told to come again
+    max_tokens: Positive = 4096  # the longest answer
+    # machine
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights
+
+
+def main(config: Config, origins: dict[str, str] | None = None) -> None:
+    """Serve until a signal. Raises UserError for a missing run, a port in use, missing packages."""
+    try:
+        import uvicorn
+
+        from nanogpt import server, transport
+    except ImportError as error:
+        raise UserError(
+            f"serve.py needs {error.name}: pip install -c constraints.txt -e '.[serve]'"
+        ) from None
+    local = config.host in LOOPBACK
+    token = config.token or os.environ.get(TOKEN, "") or ("" if local else secrets.token_urlsafe(24))
+    if not token.isascii() or any(character.isspace() for character in token):
+        raise UserError(f"the token (--token or {TOKEN}) must be of ASCII characters without blanks")
+    with bind(config.host, config.port) as listener:
+        port = listener.getsockname()[1]
+        served = open_model(config)
+        app = server.build(served, port=port, local=local, token=token)
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # not what clients do
+        settings = uvicorn.Config(
+            app,
+            http=transport.DeadlineProtocol,
+            ws="none",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=800,
+            h11_max_incomplete_event_size=1 << 14,
+            timeout_graceful_shutdown=2,
+        )
+        print(f"{served.about['origin']}; {served.about['machine']}", file=sys.stderr)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"http://{socket.gethostname() if config.host in ('0.0.0.0', '[::]') else host}:{port}"
+        print(f"serving at {address}/{f'#token={token}' if token else ''}  (Ctrl-C ends it)")
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there; UserError if it cannot."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, number)
+    except OSError as error:
+        raise UserError(f"--host={host}: {error.strerror}; give an address of this machine") from None
+    try:
+        if os.name != "nt":  # there it would let two servers share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or error
+        raise UserError(f"--host={host} --port={port}: {reason}; give another --port, or 0 for any") from None
+    return listener
+
+
+def open_model(config: Config) -> "Served":
+    """The model, ready to be served. UserError as api.load."""
+    from nanogpt.completions import Limits
+    from nanogpt.meters import Meters
+    from nanogpt.scheduler import Scheduler
+    from nanogpt.server import Served
+
+    loaded = api.load(
+        config.init_from,
+        run=Path(config.out_dir),
+        which=config.which,
+        device=config.device,
+        dtype=config.dtype,
+        notice=lambda line: print(line, file=sys.stderr),
+    )
+    meters = Meters(
+        {
+            "active": ("Texts that are written now.", lambda: scheduler.active),
+            "waiting": ("Texts that wait for a slot.", lambda: scheduler.waiting),
+        }
+    )
+    scheduler = Scheduler(Decoder(loaded.model, config.slots), loaded.tokenizer, config.queue, meters)
+    run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    return Served(
+        name=name_of(config),
+        tokenizer=loaded.tokenizer,
+        scheduler=scheduler,
+        meters=meters,
+        limits=Limits(loaded.model.config.block_size, config.max_tokens, min(64, config.queue)),
+        about=describe(loaded, config),
+        run=run if (run / "metrics.jsonl").is_file() else None,
+        web=ROOT / "web",
+    )
+
+
+def name_of(config: Config) -> str:
+    """What clients call the model: the name of its folder, or gpt2 and so on."""
+    path = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    return path.resolve().name if path.exists() else config.init_from
+
+
+def describe(loaded: api.LanguageModel, config: Config) -> dict[str, Any]:
+    """What the page shows."""
+    with torch.device("meta"):  # int8 weights are no parameters
+        parameters = GPT(loaded.model.config).n_params()
+    state = Path(loaded.origin) / "state.json"
+    progress = files.read_json(state) if state.is_file() else {}
+    return {
+        "name": name_of(config),
+        "origin": loaded.origin,
+        "machine": loaded.machine.reason,
+        "created": int(time.time()),
+        "parameters": parameters,
+        "block_size": loaded.model.config.block_size,
+        "vocab_size": loaded.tokenizer.vocab_size,
+        "tokenizer": loaded.tokenizer.kind,
+        "iter": progress.get("iter_num", 0),
+        "val_loss": progress.get("val_loss"),
+        "max_tokens": config.max_tokens,
+    }
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(*load(Config, sys.argv[1:])))

@@ -1,0 +1,152 @@
+"""Prompts and responses: only responses (and the ends of documents) are learnt and scored."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import train
+from nanogpt import corpus, data, steps, tokenizer
+from nanogpt.errors import UserError
+from nanogpt.model import GPT, IGNORE, GPTConfig
+from tests.conftest import words
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    texts = words(6 * count).split("\n")
+    return [{"prompt": text[:9] + "?\r\n", "response": " " + text[9:]} for text in texts if len(text) > 12]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(300)), encoding="utf-8")
+    return file
+
+
+def prepare(file, out, **options):
+    return corpus.prepare([file], out, kind="bpe:300", text_key="prompt+response", **options)
+
+
+def test_the_mask_is_the_responses_and_their_ends(questions, tmp_path):
+    summary = prepare(questions, tmp_path / "out")
+    assert "loss on responses only" in "\n".join(summary.lines())
+    dataset = data.load(tmp_path / "out")
+    assert dataset.bytes_per_token is None
+    tokens = tokenizer.from_text(dataset.tokenizer)
+    seen = []
+    for split in (dataset.train, dataset.val):
+        ids, scored = split.read(0, len(split)), split.scored.read(0, len(split))
+        ends = np.flatnonzero(ids == tokens.end_of_text)
+        assert ends[-1] == len(ids) - 1 and scored[ends].all()
+        for first, end in zip([0, *(ends[:-1] + 1)], ends, strict=True):
+            cut = first + int((scored[first:end] == 0).sum())
+            assert not scored[first:cut].any() and scored[cut:end].all()
+            seen.append(tuple(tokenizer.decode(tokens, part) for part in (ids[first:cut], ids[cut:end])))
+    assert sorted(seen) == sorted((row["prompt"].replace("\r\n", "\n"), row["response"]) for row in rows(300))
+
+
+def test_processes_change_no_byte_and_other_data_leaves_no_mask(questions, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    prepare(questions, one)
+    prepare(questions, two, workers=2)
+    names = sorted(path.name for path in one.iterdir())
+    assert "train.mask.bin" in names and "val.mask.bin" in names
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    corpus.prepare([questions], two, kind="byte", text_key="response")
+    assert not list(two.glob("*mask*")) and data.load(two).train.scored is None
+
+
+def test_rows_without_a_response_are_refused(tmp_path, questions):
+    with questions.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "why", "response": ""}\n')
+    with pytest.raises(
+        UserError, match=r"line 3\d\d has no string `prompt\+response`.*\"response\": \"...\""
+    ):
+        prepare(questions, tmp_path / "out")
+    assert prepare(questions, tmp_path / "out", skip_bad=True).counts.bad_rows == 1
+    with pytest.raises(UserError, match=r"--text_key=prompt\+response"):
+        corpus.prepare([questions], tmp_path / "other")
+    mask = tmp_path / "out" / "train.mask.bin"
+    mask.write_bytes(mask.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"train.mask.bin is missing or not of \d+ bytes"):
+        data.load(tmp_path / "out")
+
+
+@pytest.fixture
+def config(questions, tmp_path):
+    prepare(questions, tmp_path / "data")
+    return train.Config(
+        out_dir=str(tmp_path / "out"),
+        dataset=str(tmp_path / "data"),
+        device="cpu",
+        n_layer=1,
+        n_head=2,
+        n_embd=32,
+        block_size=32,
+        batch_size=3,
+        gradient_accumulation_steps=4,
+        max_iters=4,
+        warmup_iters=0,
+        learning_rate=1e-3,
+        eval_interval=4,
+        eval_iters=4,
+    )
+
+
+def batches(config, batch_size: int) -> data.TrainBatches:
+    tokens = data.load(train.Path(config.dataset)).train
+    return data.TrainBatches(tokens, 32, batch_size, 12 // batch_size, 1, torch.device("cpu"))
+
+
+def test_the_gradient_is_the_responses_whatever_the_micro_batch(config):
+    """Two ways to cut 12 windows give the gradient of one sum over all scored targets."""
+    found = []
+    for size in (12, 3, 1):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=32))
+        plan = batches(config, size)
+        total = 0.0
+        for idx, targets in plan.step(0):
+            share = (targets != IGNORE).sum() / plan.targets(0)
+            loss = model(idx, targets)[1] * share
+            loss.backward()
+            total += float(loss.detach())
+        found.append((total, model.wte.weight.grad.clone()))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=32))
+    plan = batches(config, 12)
+    tokens, starts = plan.tokens, plan.order.starts(0, 12)
+    raw, mask = (torch.from_numpy(part.windows(starts, 33)) for part in (tokens, tokens.scored))
+    losses = F.cross_entropy(model(raw[:, :-1])[0].flatten(0, 1), raw[:, 1:].flatten(), reduction="none")
+    expected = losses[mask[:, 1:].flatten() == 1].mean()
+    expected.backward()
+    for total, gradient in found:
+        assert total == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert torch.allclose(gradient, model.wte.weight.grad, atol=1e-6)
+
+
+def test_train_py_learns_responses_only(config, capsys, monkeypatch):
+    seen = []
+    real = steps.train_step
+
+    def spy(model, optimizer, micro, **options):
+        micro = list(micro)
+        seen.append((sum(int((batch[1] != IGNORE).sum()) for batch in micro), options["targets"]))
+        return real(model, optimizer, micro, **options)
+
+    monkeypatch.setattr(steps, "train_step", spy)
+    for mode in ("stream", "rows", "masked"):
+        train.main(replace(config, documents=mode, overwrite=True))
+        assert "val loss" in capsys.readouterr().out
+    assert len(seen) == 12 and all(0 < found == told < 12 * 32 for found, told in seen)
+
+
+def test_a_step_without_a_response_says_so(config, tmp_path):
+    mask = tmp_path / "data" / "train.mask.bin"
+    mask.write_bytes(bytes(mask.stat().st_size))
+    with pytest.raises(UserError, match="none of the 12 windows of iteration 0 holds a token of a response"):
+        batches(config, 3).targets(0)
