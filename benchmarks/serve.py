@@ -1,7 +1,7 @@
 """The server under load and attack, at length: one line for each figure.
 
-    python benchmarks/serve.py --out_dir=out-shakespeare-char                    # starts serve.py itself
-    python benchmarks/serve.py --out_dir=out-shakespeare-char --only=speed,fuzz
+    python -m benchmarks.serve --out_dir=out-shakespeare-char                    # starts serve.py itself
+    python -m benchmarks.serve --out_dir=out-shakespeare-char --only=speed,fuzz
 
 speed: 16 clients against one; load: 100 clients for a minute; fuzz: 10,000 mutated requests; slow: 500
 sockets that never finish a request; leave: 100 clients that go away while they are served. Linux only.
@@ -20,11 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from nanogpt.config import Positive, load  # noqa: E402
-from nanogpt.errors import UserError, run_program  # noqa: E402
+from nanogpt.config import ROOT, Positive, load
+from nanogpt.errors import UserError, run_program
 
 
 @dataclass(frozen=True)
