@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +30,7 @@ class Machine:
     device: torch.device
     dtype: str  # in which matrices are multiplied; weights and optimizer state are float32
     reason: str  # one line: what was chosen, and why
-    world: World = World()  # noqa: RUF009 - frozen
+    world: World = field(default_factory=World)
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype == "float32":
