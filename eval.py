@@ -122,11 +122,10 @@ def open_model(name: str, config: Config) -> Opened:
     is_run = bool(checkpoint.steps(run)) or not (run.exists() or name in hf.NAMES)
     found = weights.open_weights("resume" if is_run else name, ROOT, run, config.which)
     print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
-    if not found.tokenizer:
-        raise UserError(f"nothing beside {found.origin} tells its tokenizer")
+    tokens = found.open_tokenizer()
     machine = runtime.setup(config.device, config.dtype, found.config.n_embd)
     model = found.load(found.fitted(), machine.device)
-    subject = Subject(model, tokenizer.from_text(found.tokenizer, found.origin), machine, config.batch_size)
+    subject = Subject(model, tokens, machine, config.batch_size)
     size = f"{model.n_params():,} parameters, context {subject.block_size:,}"
     return Opened(found.origin, subject, found.dataset, f"{found.origin}: {size}; {machine.reason}")
 

@@ -182,11 +182,7 @@ def load(
     found = weights.open_weights(str(name), ROOT, run, which)
     for line in found.notices:
         notice(line)
-    if not found.tokenizer:
-        raise UserError(
-            f"nothing beside {found.origin} tells its tokenizer: put meta.pkl (nanoGPT) or merges.txt there"
-        )
-    tokens = tokenizer.from_text(found.tokenizer, found.origin)
+    tokens = found.open_tokenizer()
     machine = runtime.setup(device, "bfloat16" if dtype == "int8" else dtype, found.config.n_embd)
     model = found.load(found.fitted(), machine.device)
     with torch.no_grad():

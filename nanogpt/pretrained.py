@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nanogpt import tokenizer
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import Tokenizer, from_text
 
 OWN_TOKENIZER = "tokenizer.nanogpt.json"  # ours beside Hugging Face's, in the folders that we write
 POSITIONS = "position.wpe.weight"
@@ -83,6 +84,15 @@ class Pretrained:
                 f"{self.origin} was trained with another tokenizer ({self.config.vocab_size} ids) than that "
                 f"of {folder} ({vocab_size} ids); give a --dataset prepared with its own"
             )
+
+    def open_tokenizer(self) -> Tokenizer:
+        """What turns its ids into text; UserError where nothing tells."""
+        if not self.tokenizer:
+            raise UserError(
+                f"nothing beside {self.origin} tells its tokenizer: put meta.pkl (nanoGPT) or merges.txt "
+                f"there"
+            )
+        return from_text(self.tokenizer, self.origin)
 
     def load(self, config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
         """A model of the shape `config` (from `fitted`) with these weights in float32, in evaluation
