@@ -22,24 +22,14 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import (
-    checkpoint,
-    data,
-    evals,
-    files,
-    harness,
-    hf,
-    runtime,
-    sources,
-    tasks,
-    text,
-    tokenizer,
-    weights,
-)
+from nanogpt import checkpoint, data, files, runtime, tokenizer
 from nanogpt.config import ROOT, Count, read
 from nanogpt.errors import UserError, run_program
-from nanogpt.evals import Report
-from nanogpt.scoring import Advance, Subject, Windows, encode_text
+from nanogpt.exchange import hf, weights
+from nanogpt.prepare import sources, text
+from nanogpt.score import evals, harness, tasks
+from nanogpt.score.evals import Report
+from nanogpt.score.scoring import Advance, Subject, Windows, encode_text
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt import ckpt, files, hf_export, weights
+from nanogpt import files
 from nanogpt.config import ROOT, load
 from nanogpt.errors import UserError, run_program
+from nanogpt.exchange import ckpt, hf_export, weights
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from nanogpt.generate import Decoder
 from nanogpt.model import GPT
 
 if TYPE_CHECKING:
-    from nanogpt.server import Served
+    from nanogpt.serving.server import Served
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TOKEN = "NANOGPT_TOKEN"
@@ -59,7 +59,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     try:
         import uvicorn
 
-        from nanogpt import server, transport
+        from nanogpt.serving import server, transport
     except ImportError as error:
         raise UserError(
             f"serve.py needs {error.name}: pip install -c constraints.txt -e '.[serve]'"
@@ -116,10 +116,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 def open_model(config: Config) -> "Served":
     """The model, ready to be served. UserError as api.load."""
-    from nanogpt.completions import Limits
-    from nanogpt.meters import Meters
-    from nanogpt.scheduler import Scheduler
-    from nanogpt.server import Served
+    from nanogpt.serving.completions import Limits
+    from nanogpt.serving.meters import Meters
+    from nanogpt.serving.scheduler import Scheduler
+    from nanogpt.serving.server import Served
 
     loaded = api.load(
         config.init_from,

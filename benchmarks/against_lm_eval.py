@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import table
-from nanogpt import checkpoint, evals, files, runtime, scoring, tasks, tokenizer
+from nanogpt import checkpoint, files, runtime, tokenizer
 from nanogpt.config import Count, load
 from nanogpt.errors import UserError, run_program
+from nanogpt.score import evals, scoring, tasks
 
 
 @dataclass(frozen=True)

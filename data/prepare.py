@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts only this folder there
 
-from nanogpt import corpus
 from nanogpt.config import Count, read
 from nanogpt.errors import UserError, run_program
+from nanogpt.prepare import corpus
 
 
 @dataclass

@@ -17,9 +17,10 @@ from typing import Unpack
 
 import torch
 
-from nanogpt import quantize, runtime, tokenizer, weights
+from nanogpt import quantize, runtime, tokenizer
 from nanogpt.config import ROOT
 from nanogpt.errors import UserError
+from nanogpt.exchange import weights
 from nanogpt.generate import Completion, Decoder, Text, Token, complete, score
 from nanogpt.model import GPT
 from nanogpt.sampling import Controls, SamplingOptions

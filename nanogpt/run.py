@@ -25,14 +25,14 @@ from nanogpt import (
     runtime,
     schedule,
     steps,
-    weights,
 )
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, inherit, picked
 from nanogpt.errors import UserError
+from nanogpt.exchange import weights
+from nanogpt.exchange.pretrained import Pretrained
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
-from nanogpt.pretrained import Pretrained
 from nanogpt.watch import Watch, WatchOptions
 from nanogpt.world import World
 

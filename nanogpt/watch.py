@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nanogpt import evals, files, metrics, tasks, tokenizer
+from nanogpt import files, metrics, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT
 from nanogpt.options import WatchOptions
 from nanogpt.runtime import Machine
 from nanogpt.sampling import SamplingOptions
-from nanogpt.scoring import Subject
+from nanogpt.score import evals, tasks
+from nanogpt.score.scoring import Subject
 
 SEPARATOR = "-" * 15
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import encode, sources, tokenizer
+from nanogpt import tokenizer
 from nanogpt.errors import UserError
-from nanogpt.text import Texts
+from nanogpt.prepare import encode, sources
+from nanogpt.prepare.text import Texts
 
 # The models here are so small that two threads spend their time waiting for each other.
 ALL_THREADS = torch.get_num_threads()

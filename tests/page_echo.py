@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import serve
-from nanogpt.completions import Limits
 from nanogpt.config import ROOT
 from nanogpt.generate import Text, Token
-from nanogpt.meters import Meters
-from nanogpt.scheduler import Scheduler
-from nanogpt.server import Served, build
+from nanogpt.serving.completions import Limits
+from nanogpt.serving.meters import Meters
+from nanogpt.serving.scheduler import Scheduler
+from nanogpt.serving.server import Served, build
 from nanogpt.tokenizer import CharTokenizer
 
 

@@ -4,7 +4,7 @@ import torch
 
 from nanogpt import runtime, tokenizer
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.scoring import Subject
+from nanogpt.score.scoring import Subject
 
 LETTERS = tokenizer.CharTokenizer("\n abcdefgh")
 

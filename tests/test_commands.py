@@ -22,9 +22,9 @@ import plan
 import sample
 import serve
 import train
-from nanogpt import hf
 from nanogpt import run as runs
 from nanogpt.config import assignments, read
+from nanogpt.exchange import hf
 from tests import hf_folders
 from tests.conftest import words, write_dataset
 

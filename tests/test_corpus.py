@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import corpus, data, encode, files, shards, text, tokenizer
+from nanogpt import data, files, tokenizer
 from nanogpt.errors import UserError
+from nanogpt.prepare import corpus, encode, shards, text
 from tests.conftest import words
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,9 @@ import pytest
 
 import eval as program
 import train
-from nanogpt import evals, files
+from nanogpt import files
 from nanogpt.errors import UserError
+from nanogpt.score import evals
 
 QUESTIONS = [{"context": "", "choices": ["abc", "fgh"], "label": i % 2} for i in range(6)]
 

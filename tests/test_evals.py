@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.against_lm_eval import by_lm_eval, given_by, likelihoods, same_prediction
-from nanogpt import evals, harness, scoring, tasks, tokenizer
+from nanogpt import tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.sampling import SamplingOptions
-from nanogpt.scoring import Ids, Requests, Subject, Windows
+from nanogpt.score import evals, harness, scoring, tasks
+from nanogpt.score.scoring import Ids, Requests, Subject, Windows
 from tests.subjects import LETTERS, subject_of
 
 

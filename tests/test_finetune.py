@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 import export
 import sample
 import train
-from nanogpt import checkpoint, finetune, lora, weights
+from nanogpt import checkpoint, finetune, lora
 from nanogpt.errors import Stopped, UserError
+from nanogpt.exchange import weights
 from tests.conftest import words, write_dataset
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.against_lm_eval import by_lm_eval
-from nanogpt import harness, scoring
 from nanogpt.errors import UserError
 from nanogpt.generate import window_start
+from nanogpt.score import harness, scoring
 from tests.subjects import LETTERS, subject_of
 
 

@@ -22,10 +22,13 @@ LAYERS = [
     {"server"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+LIBRARY = {path.stem: path for path in (ROOT / "nanogpt").rglob("*.py") if path.stem != "__init__"}
+PACKAGES = {path.parent.name for path in (ROOT / "nanogpt").glob("*/__init__.py")}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
 PYTHON = [
     *PROGRAMS,
-    *(p for d in ("nanogpt", "tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
+    *LIBRARY.values(),
+    *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
 PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2]  # they do without torch
 PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks"}
@@ -43,16 +46,20 @@ def imported(path: Path) -> set[str]:
 
 
 def ours(names: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("nanogpt.")} & set(LAYER_OF)
+    """The modules of the library among `names`: the first part that is not a package."""
+    parts = [name.split(".")[1:] for name in names if name.startswith("nanogpt.")]
+    found = {next((part for part in path if part not in PACKAGES), "") for path in parts}
+    return found & set(LAYER_OF)
 
 
 def test_every_module_has_a_layer():
-    assert {p.stem for p in (ROOT / "nanogpt").glob("*.py")} - {"__init__"} == set(LAYER_OF)
+    assert set(LIBRARY) == set(LAYER_OF)
+    assert len(LIBRARY) == len([p for p in (ROOT / "nanogpt").rglob("*.py") if p.stem != "__init__"])
 
 
 @pytest.mark.parametrize("module", sorted(LAYER_OF))
 def test_imports_point_downwards(module):
-    for name in ours(imported(ROOT / "nanogpt" / f"{module}.py")):
+    for name in ours(imported(LIBRARY[module])):
         assert LAYER_OF[name] < LAYER_OF[module], f"{module} imports {name}"
 
 
@@ -64,7 +71,7 @@ def test_programs_never_import_one_another():
 
 def test_plain_modules_do_without_torch():
     for module in PLAIN:
-        assert not {name for name in imported(ROOT / "nanogpt" / f"{module}.py") if name.startswith("torch")}
+        assert not {name for name in imported(LIBRARY[module]) if name.startswith("torch")}
 
 
 def test_the_model_knows_torch_and_nothing_else():
@@ -101,11 +108,11 @@ def test_sizes_and_dangers(path):
 
 
 def test_pickle_is_read_in_one_guarded_place():
-    users = [path.name for path in (ROOT / "nanogpt").glob("*.py") if "pickle" in imported(path)]
+    users = [path.name for path in LIBRARY.values() if "pickle" in imported(path)]
     assert sorted(users) == ["ckpt.py", "data.py"]
-    used = {ast.unparse(n) for n in ast.walk(tree("ckpt.py")) if isinstance(n, ast.Attribute)}
+    used = {ast.unparse(n) for n in ast.walk(tree("ckpt")) if isinstance(n, ast.Attribute)}
     assert {name for name in used if name.startswith("pickle.")} == {"pickle.dumps", "pickle.UnpicklingError"}
 
 
 def tree(module: str) -> ast.Module:
-    return ast.parse((ROOT / "nanogpt" / module).read_text(encoding="utf-8"))
+    return ast.parse(LIBRARY[module].read_text(encoding="utf-8"))

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import corpus, data, encode, files, pool, shards, text, tokenizer
+from nanogpt import data, files, tokenizer
 from nanogpt.errors import Stopped, UserError
+from nanogpt.prepare import corpus, encode, pool, shards, text
 from tests.conftest import words
 from tests.test_sources import write
 

@@ -127,7 +127,7 @@ def test_new_options_are_checked_and_explained(tmp_path):
     ("package", "name"), [("pyarrow", "x.parquet"), ("zstandard", "x.jsonl.zst"), ("datasets", "--hub=x")]
 )
 def test_a_package_that_is_missing_is_named(package, name, tmp_path, monkeypatch):
-    from nanogpt import corpus
+    from nanogpt.prepare import corpus
 
     monkeypatch.setitem(__import__("sys").modules, package, None)
     (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd" + b"x" * 100)

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 import train
-from nanogpt import corpus, data, steps, tokenizer
+from nanogpt import data, steps, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, IGNORE, GPTConfig
+from nanogpt.prepare import corpus
 from tests.conftest import words
 
 

@@ -10,9 +10,9 @@ import pytest
 
 import sample
 import train
-from nanogpt import corpus
 from nanogpt.config import load
 from nanogpt.errors import UserError
+from nanogpt.prepare import corpus
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from nanogpt import checkpoint, hf_tokenizer, tokenizer
+from nanogpt import checkpoint, tokenizer
 from nanogpt.config import ROOT
+from nanogpt.exchange import hf_tokenizer
 from nanogpt.generate import score
 from tests.serving import serving, train_small
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from nanogpt import sources, text
 from nanogpt.errors import UserError
-from nanogpt.text import Texts
+from nanogpt.prepare import sources, text
+from nanogpt.prepare.text import Texts
 from tests.conftest import documents, words
 
 BODIES = [f"document {i}: {words(1 + i % 40, seed=i)}é 🦊" for i in range(700)]

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from nanogpt import tasks
 from nanogpt.errors import UserError
-from nanogpt.tasks import Item
+from nanogpt.score import tasks
+from nanogpt.score.tasks import Item
 
 ARC = {
     "question": "Which is a gas?",

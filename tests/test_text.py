@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import sources, text
 from nanogpt.errors import UserError
+from nanogpt.prepare import sources, text
 from tests.conftest import documents
 
 ENGLISH = "It was a dark and stormy night;\nthe rain fell in torrents.\n" * 20

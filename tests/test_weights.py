@@ -10,8 +10,9 @@ import torch
 
 import sample
 import train
-from nanogpt import checkpoint, optim, tokenizer, weights
+from nanogpt import checkpoint, optim, tokenizer
 from nanogpt.errors import UserError
+from nanogpt.exchange import weights
 from nanogpt.runtime import setup
 from nanogpt.steps import evaluate_splits
 from tests import hf_folders

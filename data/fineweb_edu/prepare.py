@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
 
-from nanogpt import corpus
 from nanogpt.config import Count, load
 from nanogpt.errors import run_program
+from nanogpt.prepare import corpus
 
 HUB = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
 HERE = Path(__file__).resolve().parent

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
 
-from nanogpt import corpus
 from nanogpt.config import load
 from nanogpt.errors import UserError, run_program
+from nanogpt.prepare import corpus
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])  # that of the Python behind a virtual environment, too
 LEFT_OUT = {

@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
 
-from nanogpt import corpus, download
+from nanogpt import download
 from nanogpt.config import load
 from nanogpt.errors import run_program
+from nanogpt.prepare import corpus
 
 
 @dataclass

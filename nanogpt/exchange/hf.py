@@ -18,8 +18,7 @@ from torch import Tensor
 
 from nanogpt import files, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.model import GPTConfig
-from nanogpt.pretrained import (
+from nanogpt.exchange.pretrained import (
     OWN_TOKENIZER,
     Pretrained,
     mismatches,
@@ -29,6 +28,7 @@ from nanogpt.pretrained import (
     theirs,
     with_vocabulary,
 )
+from nanogpt.model import GPTConfig
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import significance
 from nanogpt.errors import UserError
-from nanogpt.scoring import Advance, Pair, Requests, Subject, Windows, beginning, score
-from nanogpt.significance import Difference, Metric
-from nanogpt.tasks import Item, Task
+from nanogpt.score import significance
+from nanogpt.score.scoring import Advance, Pair, Requests, Subject, Windows, beginning, score
+from nanogpt.score.significance import Difference, Metric
+from nanogpt.score.tasks import Item, Task
 from nanogpt.tokenizer import Tokenizer
 
 Totals = dict[str, tuple[np.ndarray, np.ndarray | None]]  # metric -> values (n,), and sizes if not 1

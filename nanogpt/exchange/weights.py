@@ -7,9 +7,10 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from nanogpt import checkpoint, ckpt, hf, lora, tokenizer
+from nanogpt import checkpoint, lora, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.pretrained import Pretrained, stored_tensor
+from nanogpt.exchange import ckpt, hf
+from nanogpt.exchange.pretrained import Pretrained, stored_tensor
 
 
 def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretrained:

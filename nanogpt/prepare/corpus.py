@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt import encode, files, pool, shards, sources, survey, tokenizer
-from nanogpt.encode import Encoded, Job, Split
+from nanogpt import files, tokenizer
 from nanogpt.errors import Stopped, UserError
-from nanogpt.shards import SPLITS
-from nanogpt.survey import Options, counted
-from nanogpt.text import Texts, find
+from nanogpt.prepare import encode, pool, shards, sources, survey
+from nanogpt.prepare.encode import Encoded, Job, Split
+from nanogpt.prepare.shards import SPLITS
+from nanogpt.prepare.survey import Options, counted
+from nanogpt.prepare.text import Texts, find
 
 FORMAT = "nanogpt-data-1"
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # the first is the last to appear

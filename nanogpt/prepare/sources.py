@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nanogpt import text
 from nanogpt.errors import UserError
-from nanogpt.text import Advance, Source
+from nanogpt.prepare import text
+from nanogpt.prepare.text import Advance, Source
 
 LONGEST_ROW = 1 << 24  # bytes in a line of JSONL, which has to be parsed whole
 ROWS = 256  # of a table read at a time

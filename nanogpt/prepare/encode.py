@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import sources, tokenizer
+from nanogpt import tokenizer
 from nanogpt.errors import UserError
-from nanogpt.sources import BadRow, Piece
-from nanogpt.text import Digest, Document, Pair, code_points, with_newlines
+from nanogpt.prepare import sources
+from nanogpt.prepare.sources import BadRow, Piece
+from nanogpt.prepare.text import Digest, Document, Pair, code_points, with_newlines
 
 PIECE = 1 << 20  # characters encoded at a time
 LONGEST_WORD = 1 << 21  # characters without a place where byte pairs can be cut

@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanogpt import files, hf_tokenizer, tokenizer
+from nanogpt import files, tokenizer
 from nanogpt.errors import UserError
+from nanogpt.exchange import hf_tokenizer
+from nanogpt.exchange.pretrained import OWN_TOKENIZER, theirs, unlike
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.pretrained import OWN_TOKENIZER, theirs, unlike
 
-HERE = Path(__file__).resolve().parent
-CODE = ("modeling_nanogpt.py", "model.py", "cache.py", "position.py")
+LIBRARY = Path(__file__).resolve().parent.parent
+CODE = ("exchange/modeling_nanogpt.py", "model.py", "cache.py", "position.py")
 RMS_EPS = torch.finfo(torch.float32).eps  # of F.rms_norm, and 1e-5 of LayerNorm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Weights = dict[str, Tensor]
@@ -249,5 +250,6 @@ def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: b
 def _write_code(folder: Path) -> None:
     """The model's own code, its imports made relative: transformers copies these files elsewhere."""
     for name in CODE:
-        source = (HERE / name).read_text(encoding="utf-8")
-        files.write_text(folder / name, re.sub(r"^from nanogpt\.", "from .", source, flags=re.MULTILINE))
+        source = LIBRARY / name
+        text = re.sub(r"^from nanogpt\.", "from .", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        files.write_text(folder / source.name, text)

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from nanogpt import data, tokenizer
 from nanogpt.errors import UserError
+from nanogpt.exchange.pretrained import (
+    Pretrained,
+    mismatches,
+    ours,
+    parameter_shapes,
+    theirs,
+    unlike,
+    with_vocabulary,
+)
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.pretrained import Pretrained, mismatches, ours, parameter_shapes, theirs, unlike, with_vocabulary
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 NEVER = 1e9  # nanoGPT's loss of what was not evaluated

@@ -15,8 +15,8 @@ from typing import Any
 from nanogpt import tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import Token
-from nanogpt.refusal import Refusal
 from nanogpt.sampling import SamplingOptions
+from nanogpt.serving.refusal import Refusal
 from nanogpt.tokenizer import Tokenizer
 
 IGNORED = {"user", "metadata", "store"}  # what changes no answer

@@ -21,12 +21,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from nanogpt import completions, follow
-from nanogpt.completions import CompletionRequest, Limits, LogProbs
-from nanogpt.guard import Guard, Receive, Scope, Send
-from nanogpt.meters import Meters
-from nanogpt.refusal import Refusal
-from nanogpt.scheduler import Choice, Full, Piece, PromptScores, Scheduler
+from nanogpt.serving import completions, follow
+from nanogpt.serving.completions import CompletionRequest, Limits, LogProbs
+from nanogpt.serving.guard import Guard, Receive, Scope, Send
+from nanogpt.serving.meters import Meters
+from nanogpt.serving.refusal import Refusal
+from nanogpt.serving.scheduler import Choice, Full, Piece, PromptScores, Scheduler
 from nanogpt.tokenizer import Tokenizer
 
 PAGE = {

@@ -1,0 +1,1 @@
+"""Text to a dataset: readers, tokens, shards. The programs of data/ are made of it."""
