@@ -13,33 +13,14 @@ import train
 from nanogpt.config import load
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus
+from tests.conftest import train_until_it_knows
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    from tests.conftest import words, write_dataset
-
-    folder = tmp_path_factory.mktemp("trained")
-    dataset = write_dataset(folder / "dataset", words(1800))
-    train.main(
-        train.Config(
-            out_dir=str(folder / "out"),
-            dataset=str(dataset),
-            device="cpu",
-            n_layer=2,
-            n_head=2,
-            n_embd=32,
-            block_size=16,
-            gradient_accumulation_steps=1,
-            max_iters=400,
-            learning_rate=1e-2,
-            min_lr=1e-3,
-            warmup_iters=5,
-            eval_interval=100,
-        )
-    )
-    shutil.rmtree(dataset)  # a run folder needs nothing else
-    return folder / "out"
+    config = train_until_it_knows(tmp_path_factory.mktemp("trained"), max_iters=400)
+    shutil.rmtree(config.dataset)  # a run folder needs nothing else
+    return Path(config.out_dir)
 
 
 @pytest.fixture
