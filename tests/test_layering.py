@@ -18,7 +18,7 @@ LAYERS = [
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
     | {"completions", "scheduler"},
     {"corpus", "watch", "weights"},
-    {"run", "api", "follow"},
+    {"run", "api", "follow", "web"},
     {"server"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -31,7 +31,7 @@ PYTHON = [
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
 PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2]  # they do without torch
-PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks"}
+PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks", "web"}
 
 
 def imported(path: Path) -> set[str]:
