@@ -68,8 +68,13 @@ class Rotary(Position):
         length = x.shape[-2]
         where = slice(length) if at is None else at[:, None]  # the same for all heads
         cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
-        left, right = x.chunk(2, dim=-1)
-        return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
+        return turned(x, cos, sin)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., hs) turned by the angles of `Rotary`'s tables."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
 
 
 class ALiBi(Position):
