@@ -26,6 +26,8 @@ from nanogpt.model import GPT
 from nanogpt.sampling import Controls, SamplingOptions
 from nanogpt.tokenizer import Tokenizer
 
+SEEDS = 1 << 63  # of torch's generators
+
 
 @dataclass(frozen=True)
 class Score:
@@ -58,6 +60,9 @@ class LanguageModel:
                 return self.tokenizer.encode_prompt(prompt)
             except UserError as error:
                 raise UserError(f"the prompt has characters that the model cannot read: {error}") from None
+            except UnicodeEncodeError as error:
+                found = f"{prompt[error.start]!r} at character {error.start}"
+                raise UserError(f"the prompt is no text in UTF-8: {found}; give one that is") from None
         end = self.tokenizer.end_of_text
         return [end] if end is not None else self.encode("\n")
 
@@ -83,6 +88,8 @@ class LanguageModel:
             raise UserError(
                 f"max_new_tokens={max_new_tokens}, num_samples={num_samples} given; at least 0 and 1"
             )
+        if not -SEEDS <= seed < SEEDS - num_samples:
+            raise UserError(f"seed={seed} given; a seed has 63 bits at most")
         if logprobs is not None and logprobs < 0:
             raise UserError(f"logprobs={logprobs} given; it must be 0 (of the tokens written) or more")
         stops = [stop] if isinstance(stop, str) else list(stop)
