@@ -118,7 +118,7 @@ def open_model(config: Config) -> "Served":
     """The model, ready to be served. UserError as api.load."""
     from nanogpt.serving.completions import Limits
     from nanogpt.serving.meters import Meters
-    from nanogpt.serving.scheduler import Scheduler
+    from nanogpt.serving.scheduler import PROMPT_TOKENS, Scheduler
     from nanogpt.serving.server import Served
 
     loaded = api.load(
@@ -135,7 +135,9 @@ def open_model(config: Config) -> "Served":
             "waiting": ("Texts that wait for a slot.", lambda: scheduler.waiting),
         }
     )
-    scheduler = Scheduler(Decoder(loaded.model, config.slots), loaded.tokenizer, config.queue, meters)
+    decoder = Decoder(loaded.model, config.slots)
+    decoder.warm(PROMPT_TOKENS)
+    scheduler = Scheduler(decoder, loaded.tokenizer, config.queue, meters)
     run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     return Served(
         name=name_of(config),
