@@ -16,8 +16,8 @@ batching); each step gives every text one more token:
 `complete` is that loop for any number of completions.
 
 A step runs slots 0 to len(decoder.texts) - 1: `remove` moves the last text into the hole, so that it never
-computes more texts than there are. What a text has in common with the beginning of another one, or of the
-one that was in its slot before, is not read again (samples of one prompt, a preamble of many). As a text
+computes more texts than there are. What a text has in common with the beginning of another one, or of one
+that was in a slot before, is not read again (samples of one prompt, a preamble of many). As a text
 has nothing to do with its neighbours and its random numbers come from its own seed, it is the same alone and
 in company: to the bit of what the matrix products give, see docs/generation.md.
 
@@ -119,6 +119,12 @@ class Decoder:
         self.texts += texts
         self._read(range(first, len(self.texts)))
 
+    def read(self, ids: Sequence[int]) -> None:
+        """Read what a text will begin with, ahead of `add`, which then finds it in a free slot."""
+        text = Text([*ids, ids[-1]])  # the last token is never read
+        self.add([text])
+        self.remove(text)
+
     def remove(self, text: Text) -> None:
         """Free the slot of `text`."""
         slot, last = self.texts.index(text), len(self.texts) - 1
@@ -200,6 +206,7 @@ class Decoder:
         for slot in alike.pop((), []):
             self.cache.clear(slot)
         held = {i: t.ids[t.start : -1] for i, t in enumerate(self.texts) if i not in slots}
+        held |= {i: self._left[i] for i in range(len(self.texts), self.slots)}
         fresh, partly = [], []
         for ids in sorted(alike, key=len):
             slot = alike[ids][0]

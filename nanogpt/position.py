@@ -95,7 +95,7 @@ class ALiBi(Position):
     def bias(self, length: int) -> Tensor | None:
         return self.scores[:, :length, :length]
 
-    def bias_at(self, at: Tensor, length: int) -> Tensor | None:
+    def bias_at(self, at: Tensor, length: int) -> Tensor:
         return self.scores[:, at, :length].transpose(0, 1)
 
 
