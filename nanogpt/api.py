@@ -11,11 +11,9 @@ model.score("To be, or not to be").perplexity
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
-
-import torch
 
 from nanogpt import quantize, runtime, tokenizer
 from nanogpt.config import ROOT
@@ -192,7 +190,8 @@ def load(
         notice(line)
     tokens = found.open_tokenizer()
     machine = runtime.setup(device, "bfloat16" if dtype == "int8" else dtype, found.config.n_embd)
+    if dtype == "int8":
+        machine = replace(machine, reason=machine.reason.replace("bfloat16", "int8"))
     model = found.load(found.fitted(), machine.device)
-    with torch.no_grad():
-        quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
+    quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
     return LanguageModel(model, tokens, machine, found.origin)

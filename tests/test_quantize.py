@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nanogpt import quantize
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.quantize import FEW, FEWEST, Int8Linear, Int8Portable, PackedLinear, cast, has_int8, rounded
@@ -101,10 +102,12 @@ def test_a_model_of_int8_is_nearly_the_same(switches):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_other_formats_are_cast_and_packed(dtype):
+@pytest.mark.parametrize("least", [0, 3000, 1 << 30])
+def test_other_formats_are_cast_and_packed(dtype, least, monkeypatch):
+    monkeypatch.setattr(quantize, "PACKED_FROM", dict.fromkeys(("float32", "bfloat16"), least))
     idx = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(1))
-    exact = model_of(position="rope")(idx)[0]
-    model = cast(model_of(position="rope"), dtype)
+    exact = model_of(position="rope", tied=False)(idx)[0]
+    model = cast(model_of(position="rope", tied=False), dtype)
     assert {p.dtype for p in model.parameters()} == {DTYPES[dtype]}
     error = (model(idx)[0] - exact).abs().max() / exact.std()
     assert error < {"float32": 1e-5, "bfloat16": 0.2, "float16": 0.02}[dtype]
@@ -113,7 +116,8 @@ def test_other_formats_are_cast_and_packed(dtype):
     assert len(decoder.step()) == 1
 
 
-def test_a_packed_model_writes_what_the_plain_one_does():
+def test_a_packed_model_writes_what_the_plain_one_does(monkeypatch):
+    monkeypatch.setattr(quantize, "PACKED_FROM", {"float32": 0})
     texts = [[Text(list(range(1 + 3 * i)), seed=i) for i in range(9)] for _ in range(2)]
     for model, written in zip((model_of(), cast(model_of(), "float32")), texts, strict=True):
         decoder = Decoder(model, 9)
