@@ -23,7 +23,7 @@ from typing import Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, finetune, lora, metrics, parallel, runtime, schedule, steps
+from nanogpt import data, finetune, lora, metrics, parallel, runtime, schedule, steps
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
@@ -45,6 +45,7 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, Mach
     log_interval: Positive = 1  # print a line and write a row
     save_interval: Count = 0  # save a checkpoint; 0: at each evaluation
     always_save_checkpoint: bool = True  # False: after an evaluation save only if it is the best so far
+    background_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     # trackers beside metrics.jsonl
     wandb_log: bool = False  # send rows to Weights & Biases too
     wandb_project: str = "owt"  # its project
@@ -99,6 +100,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
                 loop(run, log, stop)
         finally:
             run.close_folder()
+            tell_saved(run)
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -126,19 +128,16 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
-        leaving = world.any(bool(stop.reason)) or last  # all leave at the same step
+        leaving = world.any(bool(stop.reason) or run.writer.failed) or last  # all leave at the same step
         if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
             if verdict:
                 verdict()
             world.lead(lambda: save(run))
             saved_at = progress.iter_num
+        tell_saved(run)
         if leaving:
             bar.close()
-            if not last:
-                place = f"iteration {progress.iter_num}"
-                by = stop.reason or "another process"
-                raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
-            say_how_it_ended(run)
+            finish(run, stop, last)
             return
 
         # one update
@@ -236,7 +235,14 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     return improved
 
 
-def say_how_it_ended(run: Run) -> None:
+def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
+    """Wait for what is being written, and say how it ended; raises Stopped before the last iteration."""
+    run.machine.world.lead(run.writer.wait)
+    tell_saved(run)
+    if not last:
+        by = stop.reason or "another process"
+        place = f"iteration {run.progress.iter_num}"
+        raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
     if run.exhausted:
         print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
     print(finetune.gap(metrics.read(Path(run.config.out_dir))))
@@ -260,8 +266,12 @@ def save(run: Run) -> None:
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }
-    path = checkpoint.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
-    tqdm.write(f"saved {path}")
+    run.writer.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
+
+
+def tell_saved(run: Run) -> None:
+    for path in run.writer.complete():
+        tqdm.write(f"saved {path}")
 
 
 if __name__ == "__main__":

@@ -204,6 +204,23 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def free_memory() -> int | None:
+    """Bytes that this process can still take, by the system and by its control group, if they tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))  # files' pages are given up when needed
+    except (OSError, ValueError, KeyError):  # no limit ("max"), or another kind of group
+        pass
+    return free
+
+
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into `reason`, to be read where it is safe to stop.
 

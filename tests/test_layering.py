@@ -16,7 +16,7 @@ LAYERS = [
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
-    | {"completions", "scheduler"},
+    | {"completions", "scheduler", "writer"},
     {"corpus", "watch", "weights"},
     {"run", "api", "follow"},
     {"server"},
