@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import data, finetune, lora, metrics, parallel, runtime, schedule, steps
-from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
+from nanogpt.config import Count, Fraction, Positive, Rate, Seconds, changed, load
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, TokenOptions, WatchOptions
@@ -70,6 +70,8 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, Mach
     lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
     # processes
     backend: Literal["nccl", "gloo"] = "nccl"  # how they talk, for torchrun
+    meet_timeout_s: Seconds = 300.0  # wait so long at the start until all are there
+    timeout_s: Seconds = 600.0  # end the run, and say where each is, when one has not moved for so long
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -79,7 +81,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, closing(runtime.join(config.device, config.backend)) as world:
+    with runtime.StopRequest() as stop, runtime.join(config) as world:
+        if not config.eval_only:
+            world.require_visible(Path(config.out_dir))
         run = world.agree(lambda: build(config, origins, world))
         config = run.config
         print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
@@ -210,6 +214,7 @@ def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
+    run.machine.world.at(progress.iter_num, "evaluating")
     shape = (config.batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = steps.evaluate_splits(run.model, run.dataset, shape, *how)
@@ -266,6 +271,7 @@ def save(run: Run) -> None:
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }
+    run.machine.world.at(run.progress.iter_num, "saving")
     run.writer.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
 
 

@@ -38,7 +38,8 @@ from nanogpt.world import World
 from nanogpt.writer import Writer
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
-NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes", "background_save"}
+NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
+NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "background_save"}
 SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
 
 

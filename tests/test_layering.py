@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"files", "download", "bpe", "pool", "refusal", "meters"},
-    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
+    | {"heartbeat", "meeting"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora"},
     {"sources", "model", "finetune", "documents", "runtime"},
