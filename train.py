@@ -23,8 +23,8 @@ from typing import Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, finetune, lora, metrics, parallel, runtime, schedule, steps
-from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
+from nanogpt import data, finetune, lora, metrics, parallel, runtime, schedule, steps
+from nanogpt.config import Count, Fraction, Positive, Rate, Seconds, changed, load
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, TokenOptions, WatchOptions
@@ -45,6 +45,7 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, Mach
     log_interval: Positive = 1  # print a line and write a row
     save_interval: Count = 0  # save a checkpoint; 0: at each evaluation
     always_save_checkpoint: bool = True  # False: after an evaluation save only if it is the best so far
+    background_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     # trackers beside metrics.jsonl
     wandb_log: bool = False  # send rows to Weights & Biases too
     wandb_project: str = "owt"  # its project
@@ -69,6 +70,8 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, Mach
     lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
     # processes
     backend: Literal["nccl", "gloo"] = "nccl"  # how they talk, for torchrun
+    meet_timeout_s: Seconds = 300.0  # wait so long at the start until all are there
+    timeout_s: Seconds = 600.0  # end the run, and say where each is, when one has not moved for so long
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -78,7 +81,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, closing(runtime.join(config.device, config.backend)) as world:
+    with runtime.StopRequest() as stop, runtime.join(config) as world:
+        if not config.eval_only:
+            world.require_visible(Path(config.out_dir))
         run = world.agree(lambda: build(config, origins, world))
         config = run.config
         print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
@@ -99,6 +104,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
                 loop(run, log, stop)
         finally:
             run.close_folder()
+            tell_saved(run)
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -126,19 +132,16 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
-        leaving = world.any(bool(stop.reason)) or last  # all leave at the same step
+        leaving = world.any(bool(stop.reason) or run.writer.failed) or last  # all leave at the same step
         if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
             if verdict:
                 verdict()
             world.lead(lambda: save(run))
             saved_at = progress.iter_num
+        tell_saved(run)
         if leaving:
             bar.close()
-            if not last:
-                place = f"iteration {progress.iter_num}"
-                by = stop.reason or "another process"
-                raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
-            say_how_it_ended(run)
+            finish(run, stop, last)
             return
 
         # one update
@@ -211,6 +214,7 @@ def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
+    run.machine.world.at(progress.iter_num, "evaluating")
     shape = (config.batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = steps.evaluate_splits(run.model, run.dataset, shape, *how)
@@ -236,7 +240,14 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     return improved
 
 
-def say_how_it_ended(run: Run) -> None:
+def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
+    """Wait for what is being written, and say how it ended; raises Stopped before the last iteration."""
+    run.machine.world.lead(run.writer.wait)
+    tell_saved(run)
+    if not last:
+        by = stop.reason or "another process"
+        place = f"iteration {run.progress.iter_num}"
+        raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
     if run.exhausted:
         print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
     print(finetune.gap(metrics.read(Path(run.config.out_dir))))
@@ -260,8 +271,13 @@ def save(run: Run) -> None:
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }
-    path = checkpoint.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
-    tqdm.write(f"saved {path}")
+    run.machine.world.at(run.progress.iter_num, "saving")
+    run.writer.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
+
+
+def tell_saved(run: Run) -> None:
+    for path in run.writer.complete():
+        tqdm.write(f"saved {path}")
 
 
 if __name__ == "__main__":

@@ -95,36 +95,59 @@ class Checkpoint:
             tensor.copy_(saved[name])
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> "Content":
+        """Raises Diverged for a weight that is not finite."""
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise Diverged(
+                f"{bad[0]} holds non-finite weights at iteration {state['iter_num']}; they were not saved. "
+                f"Go on from the last checkpoint with a smaller --learning_rate (--init_from=resume)"
+            )
+        return cls(weights, optimizer, {**state, "model": asdict(model.config)})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for part in (self.weights, self.optimizer) for tensor in part.values())
+
+    def write(self, run: Path) -> Path:
+        """Write it into the folder `run`, then delete the checkpoints no longer needed; OSError when the disk
+        fails, which leaves the older ones untouched."""
+        path = run / f"step-{self.state['iter_num']:06d}"
+        with files.staged(path) as draft:
+            draft.mkdir(parents=True)
+            _save_tensors(self.weights, draft / "model.safetensors")
+            _save_tensors(self.optimizer, draft / "optimizer.safetensors")
+            files.write_json(draft / "state.json", self.state)
+            names = ["model.safetensors", "optimizer.safetensors", "state.json"]
+            listing = {
+                name: {"bytes": (draft / name).stat().st_size, "sha256": files.sha256(draft / name)}
+                for name in names
+            }
+            for name in names:
+                files.sync(draft / name)
+            files.write_json(draft / "manifest.json", {"format": FORMAT, "files": listing})
+            files.remove(path)
+        prune(run)
+        return path
+
+
 def save(run: Path, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> Path:
     """Write the checkpoint of `state["iter_num"]`, then delete those no longer needed.
 
     Raises Diverged instead of saving a weight that is not finite, OSError when the disk fails; the
     older checkpoints are untouched by either.
     """
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
-        raise Diverged(
-            f"{bad[0]} holds non-finite weights at iteration {state['iter_num']}; they were not saved. "
-            f"Go on from the last checkpoint with a smaller --learning_rate (--init_from=resume)"
-        )
-    path = run / f"step-{state['iter_num']:06d}"
-    with files.staged(path) as draft:
-        draft.mkdir(parents=True)
-        _save_tensors(weights, draft / "model.safetensors")
-        _save_tensors(optimizer, draft / "optimizer.safetensors")
-        files.write_json(draft / "state.json", {**state, "model": asdict(model.config)})
-        names = ["model.safetensors", "optimizer.safetensors", "state.json"]
-        listing = {
-            name: {"bytes": (draft / name).stat().st_size, "sha256": files.sha256(draft / name)}
-            for name in names
-        }
-        for name in names:
-            files.sync(draft / name)
-        files.write_json(draft / "manifest.json", {"format": FORMAT, "files": listing})
-        files.remove(path)
-    prune(run)
-    return path
+    return Content.of(model, optimizer, state).write(run)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

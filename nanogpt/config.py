@@ -38,6 +38,7 @@ class Range:
 Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
 Rate = Annotated[float, Range(0)]
+Seconds = Annotated[float, Range(1)]  # to wait
 Fraction = Annotated[float, Range(0, 1)]
 
 

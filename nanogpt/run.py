@@ -35,9 +35,11 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.watch import Watch, WatchOptions
 from nanogpt.world import World
+from nanogpt.writer import Writer
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
+NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "background_save"}
 SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
 
 
@@ -55,6 +57,7 @@ class Run:
     progress: Progress
     watch: Watch
     resumed: Checkpoint | None
+    writer: Writer  # of its checkpoints, in the first process
     lock: FileLock | None = None  # on out_dir
     notices: list[str] = field(default_factory=list)  # what the user should know of how it was put together
 
@@ -103,6 +106,7 @@ class Run:
         return notice
 
     def close_folder(self) -> None:
+        self.writer.close()
         if self.lock:
             self.lock.release()
 
@@ -154,7 +158,7 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     chosen = parallel.choose_compile(config.compile, machine.device, flops, machine.peak_flops())
     config = replace(config, compile=chosen)  # a resumed run inherits what was chosen
     parts = (machine, dataset, batches, model, optimizer, scaler, progress, watch, resumed)
-    return Run(config, *parts, notices=notices)
+    return Run(config, *parts, Writer(config.background_save), notices=notices)
 
 
 def choose_start(

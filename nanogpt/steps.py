@@ -65,7 +65,9 @@ def train_step(
     machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
     world = machine.world
     total, left = torch.zeros((), device=machine.device), world.share(windows)[1]
+    world.at(iter_num, "reading data")
     for batch in batches:
+        world.at(iter_num, "computing")
         left -= len(batch[0])
         average_next(model, wanted=left == 0)
         _, loss = model(*batch)
@@ -73,6 +75,8 @@ def train_step(
         loss = loss * share * world.size  # the mean over processes divides by their number
         scaler.scale(loss).backward()
         total += loss.detach()
+        world.at(iter_num, "reading data")
+    world.at(iter_num, "updating")
     stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
     scaler.unscale_(stepped)
     grad_norm = clip_gradients(optimizer.names, grad_clip)
@@ -132,6 +136,7 @@ def evaluate(
     for idx, targets, *documents in batches:
         if stopped():
             break
+        machine.world.moved()
         logits, _ = compute(idx, None, *documents) if documents else compute(idx)
         losses = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"

@@ -82,6 +82,7 @@ class Watch:
         self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
     ) -> Iterator[str]:
         def advance(count: int) -> None:
+            self.machine.world.moved()
             if stopped():
                 raise _Stopped
 
@@ -108,6 +109,7 @@ class Watch:
             decoder = Decoder(model, len(written), len(self.prompt) + options.sample_tokens)
             decoder.add(written)
             for _ in range(options.sample_tokens):
+                self.machine.world.moved()
                 decoder.step()
         texts = [tokenizer.decode(self.tokenizer, text.ids) for text in written]
         (self.run / "samples").mkdir(exist_ok=True)

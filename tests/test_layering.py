@@ -9,14 +9,15 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"files", "download", "bpe", "pool", "refusal", "meters"},
-    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
+    | {"heartbeat", "meeting"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora"},
     {"sources", "model", "finetune", "documents", "runtime", "decode_step"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
-    | {"completions", "scheduler"},
+    | {"completions", "scheduler", "writer"},
     {"corpus", "watch", "weights"},
     {"run", "api", "follow", "web"},
     {"server"},
