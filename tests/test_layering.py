@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora"},
-    {"sources", "model", "finetune", "documents", "runtime"},
+    {"sources", "model", "finetune", "documents", "runtime", "layout"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
