@@ -116,6 +116,10 @@ class Layout:
         """What this process holds of a weight or gradient; a view."""
         return tensor
 
+    def with_gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Plain tensors whose `grad` is what this process holds of the gradient of each parameter."""
+        return parameters
+
     def pieces_of(self, model: nn.Module) -> dict[str, Piece]:
         """The weights of `model`, by name."""
         return {name: Piece(p.shape, [(0, p.numel())], 0, p.detach()) for name, p in model.named_parameters()}
@@ -255,6 +259,14 @@ class Sharded(_Shared):
     def local(self, tensor: Tensor) -> Tensor:
         with torch.no_grad():
             return cast(Any, tensor).to_local()
+
+    def with_gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+        found = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                found.append(self.local(parameter).detach())
+                found[-1].grad = self.local(parameter.grad)
+        return found
 
     def pieces_of(self, model: nn.Module) -> dict[str, Piece]:
         for unit in model.modules():

@@ -34,8 +34,11 @@ class Optimizer:
         self.names = {p: name for name, p in named}
         self.parts, self.layout = parts, layout or Layout()
         self.lr = 0.0  # set before each step
-        # What torch's gradient scaler looks at.
-        self.param_groups: list[dict[str, Any]] = [{"params": list(self.names)}]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What torch's gradient scaler looks at."""
+        return [{"params": self.layout.with_gradients(list(self.names))}]
 
     @torch.no_grad()
     def step(self) -> None:

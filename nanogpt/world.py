@@ -26,6 +26,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
+    on_node: int = 1  # processes on this machine
     control: Any = None  # a group on the CPU for flags and objects, so that asking never waits for a GPU
 
     def share(self, count: int) -> tuple[int, int]:
@@ -112,4 +113,5 @@ def meet(device_type: str, backend: str) -> World:
     rank = dist.get_rank()
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), control)
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), on_node, control)
