@@ -6,9 +6,11 @@ In what order, and why:
    each block a unit, what is outside of blocks the last one), so the optimizer is made of the parts, and a
    model that fits on no device is never whole on one. Under ddp nothing happens to the model.
 2. `in_dtype`: the number format. Under fsdp and hsdp it belongs to the units, which send weights in it.
-3. `wrap`: torch.compile, of the whole function or of each block. A unit is compiled inside its hooks: weights
-   are gathered outside of compiled code.
-4. `connect`: DDP around what was compiled, so that the hooks on its parameters see gradients that are
+3. `recompute`: activation checkpointing of each block, inside the hooks of its unit, which has its weights
+   there again when the backward pass wants them.
+4. `wrap`: torch.compile, of the whole function or of each block, around the checkpointing, so that the
+   compiler sees it. A unit is compiled inside its hooks: weights are gathered outside of compiled code.
+5. `connect`: DDP around what was compiled, so that the hooks on its parameters see gradients that are
    complete. A switch says which backward pass is the last of a step; only that one averages gradients.
 
 Nobody outside this module and layout.py asks which of them it is.
@@ -17,6 +19,7 @@ Nobody outside this module and layout.py asks which of them it is.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -234,6 +237,23 @@ def average_next(function: Function, wanted: bool) -> None:
         function.switch(wanted)
 
 
+def recompute(model: GPT, machine: Machine) -> None:
+    """Keep of each block's forward pass the input alone, and run it again in the backward pass: a third more
+    arithmetic, a fraction of the activations (Chen et al. 2016).
+
+    UserError where Machine.in_dtype lends the model its weights for the forward pass alone.
+    """
+    if machine.device.type == "cpu" and machine.dtype != "float32" and not is_sharded(model):
+        raise UserError(
+            f"--recompute in {machine.dtype} on a CPU works with --parallel=fsdp alone; "
+            f"else give --dtype=float32"
+        )
+    from torch.utils.checkpoint import checkpoint
+
+    for block in model.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def wrap(
     function: Function,
     *,
@@ -258,14 +278,17 @@ def wrap(
     # torch's own place for what it compiled is lost with the system's temporary files
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(download.cache_folder() / "compiled"))
     parts = blocks if compile == "blocks" or sharded else []
+    before = [vars(block).get("forward") for block in parts]
     for block in parts:
         block.forward = torch.compile(block.forward, dynamic=dynamic)
     compiled = function if parts else torch.compile(function, dynamic=dynamic)
     try:
         trial(compiled)
     except Exception as error:  # the compiler raises whatever its back end does
-        for block in parts:
+        for block, forward in zip(parts, before, strict=True):
             del block.forward  # the class's own shows again
+            if forward:
+                block.forward = forward
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if sharded:
             raise UserError(

@@ -164,6 +164,8 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     ):
         notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
     layout = parallel.lay_out(model, machine, division)
+    if config.recompute:
+        parallel.recompute(model, machine)
     if config.eval_only:  # without the optimizer's state, which takes twice the memory of the weights
         empty = ((n, torch.empty(p.shape, device="meta"), p) for n, p in model.named_parameters())
         shapes = ((n, shape.requires_grad_(p.requires_grad)) for n, shape, p in empty)

@@ -63,6 +63,7 @@ JOBS = [
     Job("lora-alone", 1, [*SHORT, "--lora_rank=2", *LOOKING]),
     Job("bfloat16-ddp", 2, [*SHORT, "--dtype=bfloat16", "--parallel=ddp"]),
     Job("bfloat16-fsdp", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp"]),
+    Job("bfloat16-recompute", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp", "--recompute=True"]),
     Job("float16-ddp", 2, [*SHORT, "--dtype=float16", "--parallel=ddp"]),
     Job("float16-fsdp", 2, [*SHORT, "--dtype=float16", "--parallel=fsdp"]),
     Job("eval-1", 1, ["--eval_only=True", "--init_from=resume"], resumes="adamw-15-fsdp"),
@@ -144,6 +145,10 @@ def test_units_compute_as_the_machine_does(folder, dtype):
     assert len(ddp) == 4 and ddp[-1] < ddp[0]
 
 
+def test_recomputed_units_gather_their_weights_again(folder):
+    assert losses(folder / "bfloat16-recompute") == losses(folder / "bfloat16-fsdp")
+
+
 def test_evaluation_alone(folder):
     lines = [
         [line for line in processes.said(folder, name).splitlines() if line.startswith("step 50:")]
@@ -205,6 +210,30 @@ def test_only_the_last_pass_averages_and_the_switch_comes_first():
             counted.append(rows)
         assert order == [thing for switch in expected for thing in (switch, "forward")]
         assert sum(counted) == own
+
+
+def test_recomputing_changes_no_gradient_and_keeps_less():
+    def kept_and_gradients(recompute):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=4, n_head=2, n_embd=32, dropout=0.2))
+        if recompute:
+            parallel.recompute(model, Machine(torch.device("cpu"), "float32", "test"))
+        idx, kept = torch.randint(10, (8, 16)), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            _, loss = model(idx, idx)
+        loss.backward()
+        return sum(kept), [p.grad for p in model.parameters()]
+
+    (plain, gradients), (less, same) = kept_and_gradients(False), kept_and_gradients(True)
+    assert less < plain / 3
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+def test_recomputing_needs_the_weights_that_were_used():
+    with pytest.raises(UserError, match="--recompute in bfloat16 on a CPU"):
+        parallel.recompute(
+            GPT(GPTConfig(vocab_size=10, n_layer=1)), Machine(torch.device("cpu"), "bfloat16", "")
+        )
 
 
 def test_owners_have_about_as_much_to_do():
