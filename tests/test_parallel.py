@@ -44,6 +44,7 @@ def job(name: str, number: int, *options: str, resumes: str = "") -> Job:
 
 
 FEW = ["--max_iters=12", "--eval_interval=12"]
+EVALUATE = ["--eval_only=True", "--init_from=resume", "--batch_size=4"]
 STOP, GO_ON = ["--max_iters=10"], ["--init_from=resume", "--max_iters=25"]
 JOBS = [
     job("adamw-15", 1, "--batch_size=15"),
@@ -66,8 +67,8 @@ JOBS = [
     Job("bfloat16-recompute", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp", "--recompute=True"]),
     Job("float16-ddp", 2, [*SHORT, "--dtype=float16", "--parallel=ddp"]),
     Job("float16-fsdp", 2, [*SHORT, "--dtype=float16", "--parallel=fsdp"]),
-    Job("eval-1", 1, ["--eval_only=True", "--init_from=resume"], resumes="adamw-15-fsdp"),
-    Job("eval-4", 4, ["--eval_only=True", "--init_from=resume", "--parallel=fsdp"], resumes="adamw-15-fsdp"),
+    Job("eval-1", 1, EVALUATE, resumes="adamw-15-fsdp"),
+    Job("eval-4", 4, [*EVALUATE, "--parallel=fsdp"], resumes="adamw-15-fsdp"),
 ]
 
 
@@ -186,30 +187,46 @@ def test_groups_that_cannot_be(size, shard_size):
         choose("hsdp", shard_size, size, on_node=2 if size == 7 else 8)
 
 
-def test_only_the_last_pass_averages_and_the_switch_comes_first():
-    """The erratum of nanoGPT's loop: the forward pass looks at the switch, too."""
+class Deaf(World):
+    """One of several processes, that hears nothing of the others."""
+
+    def sum(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("windows", "batch_size", "switches"),
+    [(8, 2, [False, True]), (7, 2, [False, True]), (3, 1, [False, True]), (2, 2, [True])],
+)
+def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_size, switches):
+    """The erratum of nanoGPT's loop: the forward pass looks at the switch, too. And a process makes as many
+    passes as the one that has most to do."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8))
-    order: list[object] = []
+    machine, order = Machine(torch.device("cpu"), "float32", "test", Deaf(1, 2)), []
 
     def function(*batch):
         order.append("forward")
         return model(*batch)
 
-    for windows, batch_size, expected in ((4, 2, [False, True]), (3, 1, [False, True]), (2, 2, [True])):
-        order.clear()
-        machine = Machine(torch.device("cpu"), "float32", "test", World(1, 2))
-        own = machine.world.share(windows)[1]
-        idx = torch.randint(10, (own, 4))
-        batches = [(part, part) for part in idx.split(batch_size)]
-        seen = steps.passes(batches, windows, batch_size, machine.world)
-        counted = []
-        for batch, rows, last in seen:
-            parallel.average_next(connected := parallel.Connected(function, order.append), last)
-            connected(*batch)
-            counted.append(rows)
-        assert order == [thing for switch in expected for thing in (switch, "forward")]
-        assert sum(counted) == own
+    own = machine.world.share(windows)[1]
+    batches = [(part, part) for part in torch.randint(10, (own, 4)).split(batch_size)]
+    result = steps.train_step(
+        parallel.Connected(function, order.append),
+        build(OptimConfig(), model.named_parameters()),
+        batches,
+        windows=windows,
+        batch_size=batch_size,
+        lr=0.0,
+        grad_clip=0.0,
+        seed=1,
+        iter_num=0,
+        machine=machine,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+    assert order == [thing for switch in switches for thing in (switch, "forward")]
+    idx = torch.cat([part for part, _ in batches])
+    assert float(result.loss) == pytest.approx(float(model(idx, idx)[1]) * own / windows, rel=1e-6)
 
 
 def test_recomputing_changes_no_gradient_and_keeps_less():
