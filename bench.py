@@ -110,6 +110,8 @@ class Bench:
             machine.device,
         )
         window = (config.batch_size, config.block_size)
+        if config.recompute:
+            parallel.recompute(self.model, machine)
         self.function, notice = parallel.wrap(
             machine.in_dtype(self.model),
             compile=machine.device.type == "cuda" if config.compile == "auto" else config.compile,

@@ -13,7 +13,7 @@ with --init_from=auto goes on. The run folder holds everything needed to sample,
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -69,6 +69,8 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, Mach
     min_lr: Rate = 6e-5  # the lowest
     lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
     # processes
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # what each holds; auto: ddp if the model fits
+    shard_size: Count = 0  # hsdp: processes that share one copy of the model; 0: those of a machine
     backend: Literal["nccl", "gloo"] = "nccl"  # how they talk, for torchrun
     meet_timeout_s: Seconds = 300.0  # wait so long at the start until all are there
     timeout_s: Seconds = 600.0  # end the run, and say where each is, when one has not moved for so long
@@ -128,7 +130,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             improved = evaluate(run, stop, log)
             last = last or run.exhausted
         write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
-        for line in run.watch.look(run.model, progress.iter_num, last, write, stop.asked):
+        for line in look(run, last, write, stop):
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
@@ -136,7 +138,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
             if verdict:
                 verdict()
-            world.lead(lambda: save(run))
+            save(run)
             saved_at = progress.iter_num
         tell_saved(run)
         if leaving:
@@ -153,6 +155,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             run.batches.step(progress.iter_num),
             windows=run.batches.windows(progress.iter_num),
             targets=run.batches.targets(progress.iter_num),
+            batch_size=config.batch_size,
             lr=lr,
             grad_clip=config.grad_clip,
             seed=config.seed,
@@ -189,11 +192,22 @@ def ready(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
     shape = (run.config.batch_size, run.config.block_size)
     trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
     model, notice = parallel.wrap(
-        run.machine.in_dtype(run.model), compile=run.config.compile, trial=trial, blocks=run.model.h
+        parallel.in_dtype(run.model, run.machine),
+        compile=run.config.compile,
+        trial=trial,
+        blocks=run.model.h,
     )
     if notice:
         print(notice)
-    return parallel.replicate(model, run.model, run.machine)
+    return parallel.connect(model, run.model, run.machine)
+
+
+def look(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
+    """What the first process sees in the model, if it is time (watch.py); the others help to gather it."""
+    iter_num = run.progress.iter_num
+    if run.watches and run.machine.world.any(run.watch.due(iter_num, last)) and (model := run.whole_model()):
+        model = model.to(run.machine.device)  # where it is, unless it was gathered
+        yield from run.watch.look(model, iter_num, last, write, stop.asked)
 
 
 def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) -> float:
@@ -263,6 +277,8 @@ def is_time_to_save(run: Run, improved: bool) -> bool:
 
 
 def save(run: Run) -> None:
+    """Gather what several processes hold, and let the first one write it; the others wait."""
+    model, optimizer = run.whole_model(), run.optimizer.state()
     state = {
         **asdict(run.progress),
         "options": asdict(run.config),
@@ -271,8 +287,9 @@ def save(run: Run) -> None:
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }
-    run.machine.world.at(run.progress.iter_num, "saving")
-    run.writer.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
+    world = run.machine.world
+    world.at(run.progress.iter_num, "saving")
+    world.lead(lambda: run.writer.save(Path(run.config.out_dir), model, optimizer, state))
 
 
 def tell_saved(run: Run) -> None:

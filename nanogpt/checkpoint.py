@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt import files, lora
 from nanogpt.errors import Diverged, UserError
+from nanogpt.layout import Piece
 from nanogpt.model import GPT, GPTConfig
 
 FORMAT = "nanogpt-checkpoint-1"
@@ -86,13 +87,14 @@ class Checkpoint:
         before = self.state["environment"]
         return "; ".join(f"{k} {before.get(k)} -> {v}" for k, v in environment.items() if before.get(k) != v)
 
-    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the optimizer's state `tensors` (by name) in place."""
-        saved = load_file(self.path / "optimizer.safetensors")
-        if saved.keys() != tensors.keys():
-            raise UserError(f"{self.path / 'optimizer.safetensors'} belongs to another optimizer or model")
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+    def load_optimizer(self, tensors: Mapping[str, Tensor | Piece]) -> None:
+        """Fill the optimizer's state (by name), or what this process has of it, in place."""
+        path = self.path / "optimizer.safetensors"
+        with safe_open(path, "pt") as saved:
+            if set(saved.keys()) != tensors.keys():
+                raise UserError(f"{path} belongs to another optimizer or model")
+            for name, tensor in tensors.items():
+                tensor.copy_(saved.get_tensor(name))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class MachineOptions:
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
     compile: Literal["auto", True, False, "blocks"] = "auto"  # torch.compile; auto: on CUDA, if it pays
+    recompute: bool = False  # run blocks again in the backward pass: less memory, a third more arithmetic
     seed: Count = 1337  # of weights, batches and dropout
 
 

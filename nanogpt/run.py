@@ -4,7 +4,6 @@
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from nanogpt import (
     checkpoint,
     data,
     documents,
+    estimate,
     files,
     finetune,
     lora,
@@ -39,7 +39,7 @@ from nanogpt.writer import Writer
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
-NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "background_save"}
+NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "background_save", "parallel", "shard_size"}
 SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
 
 
@@ -58,6 +58,7 @@ class Run:
     watch: Watch
     resumed: Checkpoint | None
     writer: Writer  # of its checkpoints, in the first process
+    division: str  # how several processes divide the model, and why; nothing for one
     lock: FileLock | None = None  # on out_dir
     notices: list[str] = field(default_factory=list)  # what the user should know of how it was put together
 
@@ -65,6 +66,27 @@ class Run:
     def exhausted(self) -> bool:
         """Whether so many evaluations have brought nothing that the run is to end."""
         return 0 < self.config.patience <= self.progress.stale
+
+    @property
+    def watches(self) -> bool:
+        """Whether the first process looks on (watch.py): known in all."""
+        return bool(self.config.eval_tasks or self.config.sample_prompt)
+
+    def whole_model(self) -> GPT | None:
+        """The model with all its weights: itself or, where it is sharded, a copy of it in the first process
+        and None in the others, which all must ask for together."""
+        layout = self.optimizer.layout
+        if not layout.sharded:
+            return self.model
+        tensors = layout.gather(layout.pieces_of(self.model))
+        if not self.machine.world.leads:
+            return None
+        with torch.device("meta"):
+            whole = GPT(self.model.config)
+            if adapters := self.config.adapters():
+                lora.adapt(whole, adapters)
+        whole.load_state_dict(tensors, assign=True)
+        return whole.requires_grad_(False).train()
 
     def describe(self) -> str:
         """What is about to be trained, on what, in a few lines."""
@@ -79,9 +101,11 @@ class Run:
                 f"; rows that start at a document keep {kept:,} of {scored:,} tokens and leave out "
                 f"{1 - kept / scored:.1%}"
             )
+        divided = f"parallel: {self.division}\n" if self.division else ""
         return (
-            f"machine: {self.machine.reason}\ndata: {dataset.folder}, {len(dataset.train):,} training and "
-            f"{len(dataset.val):,} validation tokens, vocabulary {dataset.vocab_size:,}\n"
+            f"machine: {self.machine.reason}\n{divided}"
+            f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
+            f"tokens, vocabulary {dataset.vocab_size:,}\n"
             f"model: {self.model.n_params():,} parameters; {batch}; "
             f"{iters:,} iterations read the text {batches.epochs(iters):.2f} times"
         )
@@ -134,20 +158,26 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
         dataset.tokenizer = max(dataset.tokenizer, found.tokenizer, key=len)  # the one with its merges
     if resumed:
         require_same_tokenizer(resumed, dataset)
-    model = make_model(config, resumed, found, dataset, machine)
-    notices += finetune.choose_trained(model, config)
     rules = picked(OptimConfig, config)
+    division = choose_division(config, rules, resumed, dataset, machine)
+    model = make_model(config, resumed, found, dataset, division.home(machine.device))
+    notices += finetune.choose_trained(model, config)
     if rules.optimizer == "muon" and not any(
         p.requires_grad and optim.is_for_muon(name, p) for name, p in model.named_parameters()
     ):
         notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
-    trained: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
+    layout = parallel.lay_out(model, machine, division)
+    if config.recompute:
+        parallel.recompute(model, machine)
     if config.eval_only:  # without the optimizer's state, which takes twice the memory of the weights
-        trained = ((name, parameter.to("meta")) for name, parameter in trained)
-    optimizer = optim.build(rules, trained, model.fused_rows(), machine.half)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
+        empty = ((n, torch.empty(p.shape, device="meta"), p) for n, p in model.named_parameters())
+        shapes = ((n, shape.requires_grad_(p.requires_grad)) for n, shape, p in empty)
+        optimizer = optim.build(rules, shapes, model.fused_rows(), machine.half)
+    else:
+        optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), machine.half, layout)
+    scaler = parallel.make_scaler(machine, layout)
     if resumed:
-        resumed.load_optimizer(optimizer.state())
+        resumed.load_optimizer(optimizer.pieces())
         scaler.load_state_dict(resumed.state["scaler"])
         if moved := resumed.moved(machine.environment()):
             notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
@@ -158,7 +188,7 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     chosen = parallel.choose_compile(config.compile, machine.device, flops, machine.peak_flops())
     config = replace(config, compile=chosen)  # a resumed run inherits what was chosen
     parts = (machine, dataset, batches, model, optimizer, scaler, progress, watch, resumed)
-    return Run(config, *parts, Writer(config.background_save), notices=notices)
+    return Run(config, *parts, Writer(config.background_save), division.why, notices=notices)
 
 
 def choose_start(
@@ -290,20 +320,34 @@ def require_same_tokenizer(resumed: Checkpoint, dataset: data.Dataset) -> None:
         )
 
 
+def choose_division(
+    config: Any,
+    rules: OptimConfig,
+    resumed: Checkpoint | None,
+    dataset: data.Dataset,
+    machine: runtime.Machine,
+) -> parallel.Division:
+    """What each process holds (parallel.choose)."""
+    shape = resumed.model_config if resumed else picked(GPTConfig, config, vocab_size=dataset.vocab_size)
+    need = estimate.memory(shape, rules, config.batch_size)
+    sizes = (need.weights, need.optimizer, parallel.device_memory(machine))
+    return parallel.choose(config.parallel, config.shard_size, machine.world, *sizes)
+
+
 def make_model(
     config: Any,
     resumed: Checkpoint | None,
     found: Pretrained | None,
     dataset: data.Dataset,
-    machine: runtime.Machine,
+    device: torch.device,
 ) -> GPT:
     """With the weights of the checkpoint, or those that were found, or new ones from the seed; with new
     adapters, if the options ask for them."""
     if resumed:
-        return resumed.load_model(machine.device, config.dropout).train()
+        return resumed.load_model(device, config.dropout).train()
     shape = picked(GPTConfig, config, vocab_size=dataset.vocab_size)
     torch.manual_seed(config.seed)
-    model = found.load(shape, machine.device).train() if found else GPT(shape).to(machine.device)
+    model = found.load(shape, device).train() if found else GPT(shape).to(device)
     if adapters := config.adapters():
         lora.adapt(model, adapters)
         lora.initialise(model, config.seed)

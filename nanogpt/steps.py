@@ -1,7 +1,7 @@
 """One update and one evaluation: what train.py, bench.py and eval.py share."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,8 +14,9 @@ from nanogpt.data import Dataset, eval_batches
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, IGNORE
 from nanogpt.optim import Optimizer, clip_gradients
-from nanogpt.parallel import average_next
+from nanogpt.parallel import average_next, in_dtype, in_step
 from nanogpt.runtime import Machine
+from nanogpt.world import World
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def train_step(
     *,
     windows: int,
     targets: int = 0,
+    batch_size: int = 0,
     lr: float,
     grad_clip: float,
     seed: int,
@@ -58,20 +60,19 @@ def train_step(
     """Update the weights once, with the mean gradient of micro-batches (idx, targets and perhaps documents)
     that have `windows` rows in all. Where not every target is scored, `targets` are, and weigh the same.
 
-    `model` as Machine.in_dtype gives it.
+    `model` as parallel.connect gives it, or Machine.in_dtype in one process. Several processes say how many
+    rows a micro-batch has (`batch_size`; the last ones fewer).
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
     steps changes them, and a resumed run draws the same.
     """
     machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
-    world = machine.world
-    total, left = torch.zeros((), device=machine.device), world.share(windows)[1]
+    world, total = machine.world, torch.zeros((), device=machine.device)
     world.at(iter_num, "reading data")
-    for batch in batches:
+    for batch, counted, last in passes(batches, windows, batch_size, world):
         world.at(iter_num, "computing")
-        left -= len(batch[0])
-        average_next(model, wanted=left == 0)
+        average_next(model, wanted=last)
         _, loss = model(*batch)
-        share = (batch[1] != IGNORE).sum() / targets if targets else len(batch[0]) / windows
+        share = (batch[1] != IGNORE).sum() / targets if targets else counted / windows
         loss = loss * share * world.size  # the mean over processes divides by their number
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -79,12 +80,33 @@ def train_step(
     world.at(iter_num, "updating")
     stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
     scaler.unscale_(stepped)
-    grad_norm = clip_gradients(optimizer.names, grad_clip)
+    grad_norm = clip_gradients(optimizer.names, grad_clip, optimizer.layout)
     optimizer.lr = lr
     scaler.step(stepped)
     scaler.update()
     optimizer.zero_grad()
     return StepResult(world.sum(total) / world.size, grad_norm)
+
+
+def passes(
+    batches: Iterable[tuple[Tensor, ...]], windows: int, batch_size: int, world: World
+) -> Iterator[tuple[tuple[Tensor, ...], int, bool]]:
+    """Each micro-batch of this process's share of `windows`, how many of its rows count, and whether it is
+    the last. All processes make the same number of passes, because those of a sharded model need one
+    another: who has a micro-batch fewer runs a row again, which counts nothing."""
+    left, made = world.share(windows)[1], 0
+    largest = -(-windows // world.size)
+    wanted = -(-largest // batch_size) if world.size > 1 else 0
+    source = iter(batches)
+    batch = next(source, None)
+    while batch is not None:
+        following, made = next(source, None), made + 1
+        if following is None and made < wanted:
+            following = tuple(part[:1] for part in batch)
+        counted = min(left, len(batch[0]))
+        left -= counted
+        yield batch, counted, following is None
+        batch = following
 
 
 def flops_per_token(model: GPT) -> int:
@@ -130,13 +152,15 @@ def evaluate(
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """The mean loss over all scored tokens of `batches`; None if `stopped` became true meanwhile."""
-    was_training, compute = model.training, machine.in_dtype(model)
+    was_training, compute = model.training, in_dtype(model, machine)
     model.eval()
     sums, counts = [], []
-    for idx, targets, *documents in batches:
-        if stopped():
-            break
+    for batch in in_step(model, batches, machine.world, stopped):
         machine.world.moved()
+        if batch is None:
+            compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
+            continue
+        idx, targets, *documents = batch
         logits, _ = compute(idx, None, *documents) if documents else compute(idx)
         losses = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"

@@ -35,6 +35,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
+    on_node: int = 1  # processes on this machine
     control: Any = None  # a group on the CPU for flags and objects, so that asking never waits for a GPU
     heart: Heartbeat | None = None  # of several processes: tells the others where this one is
 
@@ -224,7 +225,10 @@ def meet(
     heart = Heartbeat(_own_client(word), rank, size, timeout_s, address, run / "stuck")
     heart.record = lambda: _dump_recorder(run, rank)
     heart.start()
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), control, heart)
+    local, on_node = (
+        int(os.environ.get(name, of)) for name, of in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
+    )
+    return World(rank, size, local, on_node, control, heart)
 
 
 def _own_client(word: str) -> dist.Store:
