@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"files", "download", "bpe", "pool", "refusal", "meters"},
-    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
+    | {"tokenfiles"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora"},
     {"sources", "model", "finetune", "documents", "runtime"},
@@ -30,7 +31,7 @@ PYTHON = [
     *LIBRARY.values(),
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2]  # they do without torch
+PLAIN = (LAYERS[0] | LAYERS[1] | LAYERS[2]) - {"tokenfiles"}  # they do without torch
 PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks"}
 
 
