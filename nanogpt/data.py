@@ -20,7 +20,7 @@ from torch import Tensor
 from nanogpt import files, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.order import BatchOrder, RowOrder, Share, everything
-from nanogpt.tokenfiles import TokenFile, Tokens, split_files, token_file
+from nanogpt.tokenfiles import TokenFile, Tokens, open_split, split_files
 
 FORMAT = "nanogpt-data-1"
 IGNORE = -1  # a target that is not scored, as in model.py
@@ -76,8 +76,10 @@ def load(folder: Path) -> Dataset:
         paths = split_files(folder, split)
         if not paths:
             raise UserError(f"{folder} has no {split}.bin; prepare the data again")
-        parts = [token_file(path, meta) for path in paths]
-        splits[split] = Tokens(parts, identity.vocab_size)
+        about = meta.get("splits", {}).get(split, {}).get("files", [])
+        listed = {file["name"]: int(file["tokens"]) for file in about}
+        dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+        splits[split] = Tokens(open_split(paths, dtype, listed), identity.vocab_size)
         _check_size(splits[split], folder, split, meta)
         splits[split].check()
         if mask := meta.get("splits", {}).get(split, {}).get("mask"):
