@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from nanogpt import data, files, optim, parallel, runtime, steps
+from nanogpt import data, files, mixture, optim, parallel, runtime, steps
 from nanogpt.config import ROOT, Count, Positive, options_of, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPT, GPTConfig
@@ -67,13 +67,13 @@ def open_tokens(config: Config, scratch: Path) -> data.Tokens:
     """The training tokens of the dataset; or, said in a line, random ones in a file in `scratch`."""
     if config.real_data:
         try:
-            folder = data.find(config.dataset, ROOT)
+            dataset = mixture.load(config.dataset, ROOT)
         except UserError as error:
             if config.dataset != Config.dataset:
                 raise
             print(f"data: random tokens below --vocab_size={config.vocab_size}, because {error}")
         else:
-            tokens = data.load(folder).train
+            folder, tokens = dataset.folder, dataset.train
             data.require_window(tokens, config.block_size, "training")
             print(f"data: {folder}, vocabulary {tokens.vocab_size:,}")
             return tokens

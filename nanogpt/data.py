@@ -8,7 +8,7 @@ llm.c's `.bin` and `.npy` arrays (tokenfiles.py).
 import itertools
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanogpt import files, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.order import BatchOrder, RowOrder, Share, everything
+from nanogpt.order import BatchOrder, MixedOrder, Order, Share, everything
 from nanogpt.tokenfiles import TokenFile, Tokens, open_split, split_files
 
 FORMAT = "nanogpt-data-1"
@@ -149,13 +149,23 @@ def _short(path: Path, root: Path) -> str:
 # ----------------------------------------------------------------------------- batches
 
 
-def require_window(tokens: Tokens, block_size: int, split: str) -> None:
-    """UserError if the split is shorter than one window and its last target."""
-    if len(tokens) <= block_size:
+def require_window(tokens: Tokens, block_size: int, split: str, name: str = "") -> None:
+    """UserError if the split, or one of several datasets', is shorter than a window and its last target."""
+    if tokens.mixture:
+        for member, part in zip(tokens.mixture.names, tokens.mixture.members, strict=True):
+            require_window(part, block_size, split, f" of {member}")
+    elif len(tokens) <= block_size:
         raise UserError(
-            f"the {split} text has {len(tokens)} tokens, fewer than one window of block_size + 1 = "
+            f"the {split} text{name} has {len(tokens)} tokens, fewer than one window of block_size + 1 = "
             f"{block_size + 1}; use more text or a smaller --block_size"
         )
+
+
+def order_of(tokens: Tokens, of_one: Callable[[Tokens], Order]) -> Order:
+    """The order `of_one` text; of several, theirs by weight."""
+    if not (mixture := tokens.mixture):
+        return of_one(tokens)
+    return MixedOrder([of_one(text) for text in mixture.members], mixture.weights, mixture.offsets)
 
 
 def gather(
@@ -181,7 +191,7 @@ class TrainBatches:
     """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch.
 
     `ramp` holds the sizes in windows of the first batches; later ones have batch_size * micro_steps.
-    `begins`: windows begin there, and nowhere else. `separator`: micro-batches say which document a token
+    `order`: another than `order_of`. `separator`: micro-batches say which document a token
     belongs to.
     """
 
@@ -195,10 +205,10 @@ class TrainBatches:
         device: torch.device,
         ramp: Sequence[int] = (),
         separator: int | None = None,
-        begins: np.ndarray | None = None,
+        order: Order | None = None,
         share: Share = everything,
     ):
-        self.order = BatchOrder(len(tokens), block_size, seed) if begins is None else RowOrder(begins, seed)
+        self.order = order or order_of(tokens, lambda text: BatchOrder(len(text), block_size, seed))
         self.separator = separator
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
@@ -242,9 +252,9 @@ class TrainBatches:
         """How many tokens have been read when update number `step` begins."""
         return self.windows_before(step) * self.block_size
 
-    def epochs(self, step: int) -> float:
-        """How often the text has been read after `step` updates."""
-        return self.windows_before(step) / self.order.n_windows
+    def epochs(self, step: int) -> list[float]:
+        """How often the text, or each of several, has been read after `step` updates."""
+        return self.order.epochs(self.windows_before(step))
 
 
 def eval_batches(

@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,27 @@ class TokenFile:
     seen: bool = True  # False: its size and header are not known, but follow from its neighbours
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Texts that lie one behind another, and how often a window of each is drawn."""
+
+    names: list[str]
+    weights: list[Fraction]
+    members: "list[Tokens]"
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each begins."""
+        return [0, *itertools.accumulate(len(tokens) for tokens in self.members)][:-1]
+
+
 class Tokens:
     """The tokens of a split, in one or more files, as one sequence."""
 
-    def __init__(self, parts: list[TokenFile], vocab_size: int):
+    def __init__(self, parts: list[TokenFile], vocab_size: int, mixture: Mixture | None = None):
         self.parts = parts
         self.vocab_size = vocab_size
+        self.mixture = mixture  # what the parts belong to, where that is not one text
         self.ends = list(itertools.accumulate(part.tokens for part in parts))
         self.resident: Tensor | None = None  # all of them, if `keep_on` was called
         self.scored: Tokens | None = None  # 1 where a token is a target; None: everywhere
@@ -116,6 +132,9 @@ class Tokens:
             piece = torch.from_numpy(self.read(start, min(CHUNK, len(self) - start)))
             pieces.append(piece.to(device, torch.int32))
         self.resident = torch.cat(pieces)
+        if self.mixture:
+            for offset, member in zip(self.mixture.offsets, self.mixture.members, strict=True):
+                member.resident = self.resident[offset : offset + len(member)]
         if self.scored:
             self.scored.keep_on(device)
 
