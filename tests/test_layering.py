@@ -18,7 +18,7 @@ LAYERS = [
     | {"quantize"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
     | {"completions", "scheduler"},
-    {"corpus", "watch", "weights"},
+    {"corpus", "watch", "weights", "scaling"},
     {"run", "api", "follow"},
     {"server"},
 ]
