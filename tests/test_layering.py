@@ -13,7 +13,7 @@ LAYERS = [
     | {"tokenfiles"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora"},
-    {"sources", "model", "finetune", "documents", "runtime", "mixture"},
+    {"sources", "model", "finetune", "documents", "runtime", "mixture", "interconnect"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
