@@ -51,7 +51,7 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, Mach
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # the name of the run there
     # data
-    dataset: str = "openwebtext"  # a folder in data/, or any path that data/prepare.py wrote
+    dataset: str = "openwebtext"  # a folder that data/prepare.py wrote, in data/ or a path; a:0.7,b:0.3 mixes
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
     batch_size: Positive = 12  # windows a micro-batch
     block_size: Positive = 1024  # tokens a window: the context of the model
@@ -244,6 +244,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
             train_loss=train.loss,
             val_loss=val.loss,
             val_stderr=val.stderr,
+            **({"val_losses": val.parts} if val.parts else {}),
             elapsed_s=progress.elapsed_s,
         )
     progress.val_loss = val.loss

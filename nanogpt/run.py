@@ -5,6 +5,7 @@
 
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanogpt import (
     finetune,
     lora,
     metrics,
+    mixture,
     optim,
     parallel,
     runtime,
@@ -33,6 +35,7 @@ from nanogpt.exchange import weights
 from nanogpt.exchange.pretrained import Pretrained
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
+from nanogpt.order import RowOrder
 from nanogpt.watch import Watch, WatchOptions
 from nanogpt.world import World
 from nanogpt.writer import Writer
@@ -107,8 +110,16 @@ class Run:
             f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
             f"tokens, vocabulary {dataset.vocab_size:,}\n"
             f"model: {self.model.n_params():,} parameters; {batch}; "
-            f"{iters:,} iterations read the text {batches.epochs(iters):.2f} times"
+            f"{iters:,} iterations read {self._epochs(iters)}"
         )
+
+    def _epochs(self, iters: int) -> str:
+        """What so many iterations read, and how often."""
+        read, several = self.batches.epochs(iters), self.dataset.train.mixture
+        if not several:
+            return f"the text {read[0]:.2f} times"
+        texts = zip(several.names, several.weights, read, strict=True)
+        return ", ".join(f"{name} ({float(part):.1%}) {times:.2f} times" for name, part, times in texts)
 
     def open_folder(self, command: list[str]) -> str:
         """Make out_dir ours, with the tokenizer and the options in it, until `close_folder`; returns what
@@ -278,7 +289,7 @@ def ramp_of(config: Any) -> list[int]:
 
 
 def open_data(config: Any, machine: runtime.Machine) -> data.Dataset:
-    dataset = data.load(data.find(config.dataset, ROOT))
+    dataset = mixture.load(config.dataset, ROOT)
     data.require_window(dataset.train, config.block_size, "training")
     data.require_window(dataset.val, config.block_size, "validation")
     if config.data_on_device:
@@ -289,13 +300,12 @@ def open_data(config: Any, machine: runtime.Machine) -> data.Dataset:
 
 def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -> data.TrainBatches:
     """The batches of --documents; UserError for data that has no documents, or for too many processes."""
-    separator, begins = None, None
+    separator, order = None, None
     if config.documents != "stream":
         separator = documents.separator(dataset, config.documents)
     if separator is not None and config.documents == "rows":
-        begins = documents.rows(dataset.train, separator, config.block_size)
-        if not len(begins):
-            raise UserError(f"no document begins {config.block_size} tokens before the end of the text")
+        rows = partial(documents.rows, separator=separator, block_size=config.block_size)
+        order = data.order_of(dataset.train, lambda text: RowOrder(rows(text), config.seed))
         separator = None
     world, ramp = machine.world, ramp_of(config)
     fewest = min([*ramp, config.batch_size * config.gradient_accumulation_steps])
@@ -308,7 +318,7 @@ def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -
         raise UserError("prompts and responses are learned by one process so far: start it with python")
     shape = (config.block_size, config.batch_size, config.gradient_accumulation_steps)
     return data.TrainBatches(
-        dataset.train, *shape, config.seed, machine.device, ramp, separator, begins, world.share
+        dataset.train, *shape, config.seed, machine.device, ramp, separator, order, world.share
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from nanogpt.model import GPT, IGNORE
 from nanogpt.optim import Optimizer, clip_gradients
 from nanogpt.parallel import average_next, in_dtype, in_step
 from nanogpt.runtime import Machine
+from nanogpt.tokenfiles import Mixture
 from nanogpt.world import World
 
 
@@ -134,6 +135,7 @@ class Evaluation:
     loss: float  # mean over tokens, in nats
     stderr: float  # standard error of `loss`, from the spread between windows
     tokens: int
+    parts: dict[str, float] = field(default_factory=dict)  # the loss on each of several datasets
 
     def describe(self, bytes_per_token: float | None) -> str:
         """Perplexity and, where the text's bytes are known, bits a byte: the figure that compares
@@ -141,7 +143,7 @@ class Evaluation:
         words = f"perplexity {math.exp(min(self.loss, 700)):.4g}"
         if bytes_per_token:
             words += f", {self.loss / math.log(2) / bytes_per_token:.4f} bits a byte"
-        return words
+        return words + "".join(f", {name} {loss:.4f}" for name, loss in self.parts.items())
 
 
 @torch.no_grad()
@@ -195,21 +197,45 @@ def evaluate_splits(
     separator: int | None = None,
 ) -> tuple[Evaluation, Evaluation] | None:
     """The training and the validation split, on at most `max_batches` of `shape` (B, T) each, the same
-    ones at every call. The training split is scored on no more windows than the validation split has."""
+    ones at every call. The training split is scored on no more windows than the validation split has.
+
+    Of several datasets each is scored, on its part of the batches; their mean by weight is the loss."""
     batch_size, block_size = shape
-    windows = min(max_batches * batch_size, (len(dataset.val) - 1) // block_size)
+    train, val = dataset.train, dataset.val
+    of_train, of_val = train.mixture, val.mixture
+    texts, most = [(train, val)], max_batches * batch_size
+    if of_train and of_val:
+        texts = list(zip(of_train.members, of_val.members, strict=True))
+        most = max(1, most // len(texts))
     found = []
-    for tokens in (dataset.train, dataset.val):
-        batches = eval_batches(
-            tokens,
-            block_size,
-            batch_size,
-            windows,
-            IGNORE,
-            machine.device,
-            separator,
-            machine.world.share,
-        )
-        found.append(evaluate(model, batches, machine, stopped))
-    train, val = found
-    return None if train is None or val is None else (train, val)
+    for text in texts:
+        windows = min(most, (len(text[1]) - 1) // block_size)
+        for tokens in text:
+            batches = eval_batches(
+                tokens,
+                block_size,
+                batch_size,
+                windows,
+                IGNORE,
+                machine.device,
+                separator,
+                machine.world.share,
+            )
+            found.append(evaluate(model, batches, machine, stopped))
+            if found[-1] is None:
+                return None
+    scores = cast(list[Evaluation], found)
+    if of_train and of_val:
+        return weighted(of_train, scores[::2]), weighted(of_val, scores[1::2])
+    return scores[0], scores[1]
+
+
+def weighted(mixture: Mixture, found: list[Evaluation]) -> Evaluation:
+    """The mean by weight of what was `found` on each dataset."""
+    weights = [float(weight) for weight in mixture.weights]
+    return Evaluation(
+        sum(weight * one.loss for weight, one in zip(weights, found, strict=True)),
+        math.hypot(*(weight * one.stderr for weight, one in zip(weights, found, strict=True))),
+        sum(one.tokens for one in found),
+        {name: one.loss for name, one in zip(mixture.names, found, strict=True)},
+    )

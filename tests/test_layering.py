@@ -10,15 +10,25 @@ LAYERS = [
     {"errors"},
     {"files", "download", "bpe", "pool", "refusal", "meters"},
     {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
-    | {"heartbeat", "meeting"},
+    | {"heartbeat", "meeting", "tokenfiles"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora"},
-    {"sources", "model", "finetune", "documents", "runtime", "decode_step", "layout"},
+    {
+        "sources",
+        "model",
+        "finetune",
+        "documents",
+        "runtime",
+        "decode_step",
+        "layout",
+        "mixture",
+        "interconnect",
+    },
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
     | {"completions", "scheduler", "writer"},
-    {"corpus", "watch", "weights"},
+    {"corpus", "watch", "weights", "scaling"},
     {"run", "api", "follow", "web"},
     {"server"},
 ]
@@ -31,7 +41,7 @@ PYTHON = [
     *LIBRARY.values(),
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2]  # they do without torch
+PLAIN = (LAYERS[0] | LAYERS[1] | LAYERS[2]) - {"tokenfiles"}  # they do without torch
 PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks", "web"}
 
 
