@@ -99,8 +99,9 @@ def activations_per_token(shape: GPTConfig, number_bytes: int) -> int:
 
     A block keeps what its operations want to see again: the input of each norm (float32), of each linear map
     and of the activation; queries, keys, values and what attention made of them. Scores are recomputed by the
-    fused kernels; dropout adds a byte of mask for each of its numbers. Logits are there in float32 four
-    times: they, their logarithm of softmax, and two gradients.
+    fused kernels; dropout adds a byte of mask for each of its numbers. (On a CPU they do neither ALiBi nor
+    dropout, and scores are kept, which is not counted.) Logits are there in float32 four times: they, their
+    logarithm of softmax, and two gradients; once more with a soft cap.
     """
     C, hs = shape.n_embd, shape.head_size
     kv = shape.n_kv_head or shape.n_head
@@ -112,7 +113,7 @@ def activations_per_token(shape: GPTConfig, number_bytes: int) -> int:
     kept = 2 * C + heads + shape.n_head * hs + hidden
     block = number_bytes * kept + FLOAT * (2 * C + 4 + shape.n_head) + 2 * C * bool(shape.dropout)
     ends = FLOAT * C + number_bytes * C + 8 * 2
-    return shape.n_layer * block + ends + 4 * FLOAT * shape.vocab_size
+    return shape.n_layer * block + ends + (4 + bool(shape.softcap)) * FLOAT * shape.vocab_size
 
 
 def flops_per_token(shape: GPTConfig) -> int:

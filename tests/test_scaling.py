@@ -76,7 +76,8 @@ SWITCHES = [
     {"bias": True},
     {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False},
     {"activation": "swiglu"},
-    {"vocab_size": 5000},
+    {"vocab_size": 5000, "softcap": 15.0},
+    {"n_kv_head": 2, "position": "rope"},
 ]
 
 
