@@ -111,6 +111,8 @@ def strike(run: "Launch", fault: str, rank: int, result: Result) -> None:
     took_s = time.monotonic() - began
     named = re.search(r"lost: process (\d+) has not answered", run.said()[said:])
     right = bool(named) and named[1] == str(rank)
+    with contextlib.suppress(ProcessLookupError):  # torchrun would wait 30 s for one that does not listen
+        os.kill(pid, signal.SIGKILL)
     run.wait(lambda: run.pids().get(rank, pid) != pid, "no new process")
     run.go_on(0)
     if fault == "kill":
@@ -129,7 +131,7 @@ class Launch:
         options = [f"--dataset={folder / 'data'}", f"--out_dir={self.out}", f"--max_iters={steps}"]
         torchrun = f"-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts={restarts}"
         options += [*RUN.split(), f"--timeout_s={config.timeout_s}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "4"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *torchrun.split(), "train.py", *options],

@@ -15,7 +15,7 @@ PORT=${PORT:-29500}
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 RESTARTS=${RESTARTS:-20}
 
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-20}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 exec torchrun --nnodes="$NODES" --node_rank="$NODE" --nproc_per_node="$GPUS" \

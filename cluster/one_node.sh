@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 RESTARTS=${RESTARTS:-20}
 
-# How long torchrun waits for a process that it has asked to leave; one that hangs does not listen.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-20}
+# How long torchrun, when it is stopped itself, lets the processes finish the step and save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 exec torchrun --standalone --nproc_per_node="$GPUS" --max_restarts="$RESTARTS" \
