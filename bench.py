@@ -12,10 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,12 +24,12 @@ from nanogpt import data, estimate, files, interconnect, mixture, optim, paralle
 from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions
 from nanogpt.world import World
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions):
+class Config(ModelOptions, OptimizerOptions, MachineOptions, ProcessOptions):
     # what to time
     steps: Positive = 20  # steps that are timed
     warmup_steps: Count = 10  # steps before, which are not
@@ -42,7 +40,6 @@ class Config(ModelOptions, OptimizerOptions, MachineOptions):
     comm_bytes: Positive = 1 << 28  # of the largest message
     mfu: Fraction = 0.0  # share of the data sheet's FLOP/s that a step reaches; 0: time a step here
     overlap: Fraction = 0.9  # share of the backward pass behind which gradients can be sent
-    backend: Literal["nccl", "gloo"] = "nccl"  # how processes talk; a CPU needs gloo whatever it says
     # data
     real_data: bool = True  # False: random tokens, from a file too
     dataset: str = "openwebtext"  # a folder in data/, or any path that data/prepare.py wrote
@@ -61,7 +58,8 @@ def main(config: Config) -> None:
     if config.profile and not Path(config.trace).absolute().parent.is_dir():
         raise UserError(f"--trace={config.trace}: there is no such folder to write it in")
     if config.comm:
-        with closing(runtime.join(config.device, config.backend)) as world:
+        scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        with scratch as folder, runtime.join(config, Path(folder)) as world:
             communicate(config, world)
         return
     machine = runtime.setup(config.device, config.dtype, config.n_embd)

@@ -24,16 +24,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import data, finetune, lora, metrics, parallel, runtime, schedule, steps
-from nanogpt.config import Count, Fraction, Positive, Rate, Seconds, changed, load
+from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, TokenOptions, WatchOptions
+from nanogpt.options import (
+    MachineOptions,
+    ModelOptions,
+    OptimizerOptions,
+    ProcessOptions,
+    TokenOptions,
+    WatchOptions,
+)
 from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, MachineOptions, WatchOptions):
+class Config(
+    ModelOptions,
+    OptimizerOptions,
+    TokenOptions,
+    FinetuneOptions,
+    MachineOptions,
+    ProcessOptions,
+    WatchOptions,
+):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
     init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
@@ -71,9 +86,6 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, Mach
     # processes
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # what each holds; auto: ddp if the model fits
     shard_size: Count = 0  # hsdp: processes that share one copy of the model; 0: those of a machine
-    backend: Literal["nccl", "gloo"] = "nccl"  # how they talk, for torchrun
-    meet_timeout_s: Seconds = 300.0  # wait so long at the start until all are there
-    timeout_s: Seconds = 600.0  # end the run, and say where each is, when one has not moved for so long
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -83,7 +95,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, runtime.join(config) as world:
+    with runtime.StopRequest() as stop, runtime.join(config, Path(config.out_dir)) as world:
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
         run = world.agree(lambda: build(config, origins, world))

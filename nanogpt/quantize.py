@@ -20,9 +20,8 @@ from torch.nn import functional as F
 from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES, has_bfloat16
 
-FEW = (
-    8  # rows up to which torch's fused product is the faster one: at (16, 768) to 3072, half as fast as below
-)
+# rows up to which torch's fused product is the faster one: at (16, 768) to 3072, half as fast as below
+FEW = 8
 # oneDNN reads a bfloat16 matrix for one row at 10 GB/s, for four at 16 (one thread, GPT-2's blocks).
 FEWEST = {torch.float32: 1, torch.bfloat16: 4}
 # A packed product costs 20 us beside its work, a plain one 3: matrices that stay in the cache are not packed.

@@ -115,9 +115,10 @@ class Machine:
         }
 
 
-def join(config: Any) -> World:
-    """The processes that torchrun started, if it did, for the options of train.py; UserError as `setup`, or
-    if the processes do not meet, or are not the same."""
+def join(config: Any, run: Path) -> World:
+    """The processes that torchrun started, if it did, for a program's options, ProcessOptions among them;
+    UserError as `setup`, or if the processes do not meet, or are not the same. What is left of one that hangs
+    is written into the folder `run`."""
     kind = _device(config.device).type
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
@@ -127,7 +128,7 @@ def join(config: Any) -> World:
         "options": asdict(config),
     }
     waits = (config.meet_timeout_s, config.timeout_s)
-    return meet(kind, config.backend, about, Path(config.out_dir), *waits)
+    return meet(kind, config.backend, about, run, *waits)
 
 
 def setup(device: str, dtype: str, width: int, world: World | None = None) -> Machine:
