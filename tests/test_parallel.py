@@ -26,7 +26,8 @@ SHAPE = (
     "--lr_decay_iters=50 --eval_interval=50 --save_interval=25 --eval_iters=1000 --log_interval=1 "
     "--gradient_accumulation_steps=1"
 )
-UNEVEN = ["--batch_size=3", "--gradient_accumulation_steps=5"]  # 15 windows on 2: 8 and 7, in 3 passes each
+# 15 windows on 2: 8 and 7, in 3 passes each
+UNEVEN = ["--batch_size=3", "--gradient_accumulation_steps=5", "--eval_iters=10"]
 RAGGED = ["--batch_size=2", "--gradient_accumulation_steps=5"]  # 10 on 4: 3, 3, 2, 2, in 2 passes and in 1
 SHORT = [
     "--max_iters=4",
@@ -43,12 +44,12 @@ def job(name: str, number: int, *options: str, resumes: str = "") -> Job:
     return Job(name, number, [f"--optimizer={name.split('-')[0]}", *options], resumes)
 
 
-FEW = ["--max_iters=12", "--eval_interval=12"]
+FEW = ["--max_iters=8", "--eval_interval=8"]
 EVALUATE = ["--eval_only=True", "--init_from=resume", "--batch_size=4"]
 STOP, GO_ON = ["--max_iters=10"], ["--init_from=resume", "--max_iters=25"]
 JOBS = [
-    job("adamw-15", 1, "--batch_size=15"),
-    job("muon-15", 1, "--batch_size=15"),
+    job("adamw-15", 1, "--batch_size=15", "--eval_iters=2"),
+    job("muon-15", 1, "--batch_size=15", "--eval_iters=2"),
     job("muon-10", 1, "--batch_size=10", *FEW, "--eval_iters=1"),
     job("adamw-15-fsdp", 2, *UNEVEN, "--parallel=fsdp"),
     job("muon-15-ddp", 2, *UNEVEN, "--parallel=ddp"),
@@ -103,9 +104,9 @@ def test_every_division_trains_as_one_process(folder, name):
     run, alone = folder / name, folder / like
     assert f"parallel: {mode}" in processes.said(folder, name)
     assert losses(run) == pytest.approx(losses(alone), rel=1e-6)
-    assert losses(run, key="grad_norm")[:10] == pytest.approx(losses(alone, key="grad_norm")[:10], rel=1e-4)
+    assert losses(run, key="grad_norm") == pytest.approx(losses(alone, key="grad_norm"), rel=1e-4)
     assert losses(run, "eval", "val_loss") == pytest.approx(losses(alone, "eval", "val_loss"), rel=1e-6)
-    assert len(losses(run)) == len(losses(alone)) == (50 if "15" in name else 12)
+    assert len(losses(run)) == len(losses(alone)) == (50 if "15" in name else 8)
     found, expected = saved(run), saved(alone)
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
     for tensor, whole in found.items():
@@ -226,7 +227,7 @@ def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_s
     )
     assert order == [thing for switch in switches for thing in (switch, "forward")]
     idx = torch.cat([part for part, _ in batches])
-    assert float(result.loss) == pytest.approx(float(model(idx, idx)[1]) * own / windows, rel=1e-6)
+    assert float(result.loss) == pytest.approx(model(idx, idx)[1].item() * own / windows, rel=1e-6)
 
 
 def test_recomputing_changes_no_gradient_and_keeps_less():
