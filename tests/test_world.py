@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,13 @@ SHAPE = (
     "--learning_rate=1e-3 --warmup_iters=5 --max_iters=50 --eval_interval=25 --eval_iters=1000"
     " --log_interval=1"
 )
+# nanoGPT's README, for two machines
+MACHINES = [
+    "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 "
+    "--master_port=1234 train.py",
+    "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=123.456.123.456 "
+    "--master_port=1234 train.py",
+]
 MODERN = "--position=rope --tied=False --init=zero --optimizer=muon"
 
 
@@ -77,6 +85,38 @@ def test_any_split_of_the_batch_is_the_same_run(
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
     assert losses(tmp_path / "run")[:10] == pytest.approx(losses(alone)[:10], rel=1e-6)
     assert val_losses(tmp_path / "run") == pytest.approx(val_losses(alone), rel=1e-5)
+
+
+def test_two_machines_are_the_same_run(dataset, alone, tmp_path):
+    """Played by one: a process for eight, and its own address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [*SHAPE.split(), f"--dataset={dataset}", "--batch_size=3", "--gradient_accumulation_steps=4"]
+    started = []
+    for command in MACHINES:
+        here = command.replace("123.456.123.456", "127.0.0.1").replace("=1234", f"={port}")
+        launcher, *rest = here.replace("node=8", "node=1").split()
+        assert launcher == "torchrun"
+        words_given = [sys.executable, "-m", "torch.distributed.run", *rest, *options]
+        started.append(
+            subprocess.Popen(
+                [*words_given, f"--out_dir={tmp_path / 'run'}"],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in started] == [0, 0], errors
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_twice_the_same_to_the_bit_and_resumed_on_other_numbers(dataset, tmp_path):
