@@ -21,7 +21,7 @@ Named = Sequence[tuple[str, Tensor]]
 class Part(Protocol):
     """Some of the parameters and the rule that updates them."""
 
-    def step(self, lr: float) -> None: ...
+    def step(self, lr: float | Tensor) -> None: ...  # a tensor: a scalar on the device
 
     def state(self) -> dict[str, Tensor]: ...  # by name; not copied
 
@@ -32,7 +32,7 @@ class Optimizer:
     def __init__(self, named: Named, parts: Sequence[tuple[Part, float]]):
         self.names = {p: name for name, p in named}
         self.parts = parts
-        self.lr = 0.0  # set before each step
+        self.lr: float | Tensor = 0.0  # set before each step
         # What torch's gradient scaler looks at.
         self.param_groups: list[dict[str, Any]] = [{"params": list(self.names)}]
 
@@ -110,7 +110,7 @@ class AdamW:
         self.exp_avg_sq = {p: torch.zeros_like(p) for _, p in named}
         self.steps = torch.zeros((), dtype=torch.float32, device=named[0][1].device)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         self.steps += 1
         for params, decay in self.groups:
             torch._fused_adamw_(
@@ -168,12 +168,15 @@ class Muon:
         ]
         self.steps = torch.zeros((), dtype=torch.float32, device=named[0][1].device)
 
-    def step(self, lr: float) -> None:
-        momentum = 0.85 + 0.1 * min(1.0, float(self.steps) / 300)
+    def step(self, lr: float | Tensor) -> None:
+        # Worked out on the device: to read `steps` here would be to wait for a GPU. In float64, so that
+        # what is rounded is what Python's own numbers would be.
+        momentum = 0.85 + 0.1 * (self.steps.double() / 300).clamp(max=1.0)
+        new, momentum = (1 - momentum).float(), momentum.float()
         self.steps += 1
         for group, buffer in self.stacks:
             gradients = torch.stack([p.grad[rows] for _, p, rows in group if p.grad is not None])
-            buffer.lerp_(gradients, 1 - momentum)
+            buffer.lerp_(gradients, new)
             update = gradients.lerp_(buffer, momentum).to(self.dtype)
             update = orthogonalise(update, self.config.muon_turns).to(buffer.dtype)
             height, width = update.shape[1:]
@@ -181,10 +184,8 @@ class Muon:
             if self.config.muon_weight_decay:
                 inwards = torch.stack(weights)
                 inwards *= inwards * update > 0
-                torch._foreach_add_(
-                    weights, list(inwards.unbind()), alpha=-lr * self.config.muon_weight_decay
-                )
-            torch._foreach_add_(weights, list(update.unbind()), alpha=-lr * max(1.0, height / width) ** 0.5)
+                add(weights, inwards, -lr * self.config.muon_weight_decay)
+            add(weights, update, -lr * max(1.0, height / width) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
         tensors = {"muon.steps": self.steps}
@@ -192,6 +193,13 @@ class Muon:
             for (label, _, _), momentum in zip(group, buffer, strict=True):
                 tensors[f"{label}.momentum"] = momentum
         return tensors
+
+
+def add(weights: list[Tensor], stack: Tensor, factor: float | Tensor) -> None:
+    """Add `factor` times each matrix of `stack` (n, r, c) to each of the n `weights`."""
+    if isinstance(factor, Tensor):
+        stack, factor = stack * factor, 1.0
+    torch._foreach_add_(weights, list(stack.unbind()), alpha=factor)
 
 
 # Amsel et al. 2025, "The Polar Express": the polynomials a x + b x^3 + c x^5 that bring singular values
