@@ -62,13 +62,45 @@ def train_step(
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
     steps changes them, and a resumed run draws the same.
     """
+    reseed(machine, seed, iter_num)
+    return update(
+        model,
+        optimizer,
+        batches,
+        windows=windows,
+        targets=targets,
+        lr=lr,
+        grad_clip=grad_clip,
+        machine=machine,
+        scaler=scaler,
+    )
+
+
+def reseed(machine: Machine, seed: int, iter_num: int) -> None:
+    """Draw the random numbers of update `iter_num` next."""
     machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
+
+
+def update(
+    model: Callable[..., tuple[Tensor, Tensor]],
+    optimizer: Optimizer,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    windows: int,
+    targets: int = 0,
+    lr: float | Tensor,
+    grad_clip: float,
+    machine: Machine,
+    scaler: torch.amp.GradScaler,
+) -> StepResult:
+    """As `train_step`, with the random numbers as they come and a rate that may lie on the device. Nothing
+    in it waits for the device, unless the loss is scaled (float16) or not every target is scored."""
     world = machine.world
     total, left = torch.zeros((), device=machine.device), world.share(windows)[1]
     for batch in batches:
         left -= len(batch[0])
         average_next(model, wanted=left == 0)
-        _, loss = model(*batch)
+        loss = model(*batch)[1]  # the logits are let go at once
         share = (batch[1] != IGNORE).sum() / targets if targets else len(batch[0]) / windows
         loss = loss * share * world.size  # the mean over processes divides by their number
         scaler.scale(loss).backward()
@@ -98,7 +130,8 @@ def try_out(
 ) -> None:
     """One forward and backward pass of idx with `shape` (B, T), to compile a model; leaves no trace."""
     zeros = torch.zeros(shape, dtype=torch.long, device=machine.device)
-    _, loss = model(zeros, zeros)
+    # Two tensors: one that comes twice is a case of its own for a compiler, and would be all it compiles.
+    _, loss = model(zeros, zeros.clone())
     loss.backward()
     optimizer.zero_grad()
 
@@ -129,7 +162,7 @@ def evaluate(
     was_training, compute = model.training, machine.in_dtype(model)
     model.eval()
     sums, counts = [], []
-    for idx, targets, *documents in batches:
+    for idx, targets, *documents in in_parts(batches, model.loss_rows):
         if stopped():
             break
         logits, _ = compute(idx, None, *documents) if documents else compute(idx)
@@ -154,6 +187,13 @@ def evaluate(
     loss = total / tokens
     spread = max(0.0, square / tokens - loss**2)  # between windows, weighted by their tokens
     return Evaluation(loss, math.sqrt(spread / max(1, windows - 1)), int(tokens))
+
+
+def in_parts(batches: Iterable[tuple[Tensor, ...]], tokens: int) -> Iterable[tuple[Tensor, ...]]:
+    """`batches` in parts of about so many tokens, whole windows; 0: as they are."""
+    for batch in batches:
+        rows = max(1, tokens // batch[0].shape[1]) if tokens else len(batch[0])
+        yield from zip(*(part.split(rows) for part in batch), strict=True)
 
 
 def evaluate_splits(

@@ -11,7 +11,7 @@ LAYERS = [
     {"files", "download", "bpe", "pool", "refusal", "meters"},
     {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
-    | {"cache", "sampling", "stream", "lora"},
+    | {"cache", "sampling", "stream", "lora", "loss"},
     {"sources", "model", "finetune", "documents", "runtime"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize"},
@@ -82,6 +82,7 @@ def test_the_model_knows_torch_and_nothing_else():
         "functools",
         "collections",
         "nanogpt.cache",
+        "nanogpt.loss",
         "nanogpt.position",
         "typing",
     }
