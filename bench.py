@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from nanogpt import data, files, optim, parallel, runtime, steps
+from nanogpt import data, files, graphs, kernels, optim, parallel, runtime, steps
 from nanogpt.config import ROOT, Count, Positive, options_of, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, SpeedOptions
+from nanogpt.prefetch import Prefetched
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions):
+class Config(ModelOptions, OptimizerOptions, MachineOptions, SpeedOptions):
     # what to time
     steps: Positive = 20  # steps that are timed
     warmup_steps: Count = 10  # steps before, which are not
@@ -49,11 +50,14 @@ def main(config: Config) -> None:
     """Print what is timed, and the figures. Raises UserError for options that fit nothing here."""
     if config.profile and not Path(config.trace).absolute().parent.is_dir():
         raise UserError(f"--trace={config.trace}: there is no such folder to write it in")
-    machine = runtime.setup(config.device, config.dtype, config.n_embd)
+    machine = replace(runtime.setup(config.device, config.dtype, config.n_embd), casting=config.casting)
+    if config.cuda_graph:
+        graphs.require_recordable(config, machine, scored=False)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         print(f"machine: {machine.reason}")
         tokens = open_tokens(config, Path(scratch))
-        with machine.memory_errors():
+        how = kernels.chosen(config.attention, config.deterministic)
+        with machine.memory_errors(), how, runtime.held_garbage(config.hold_gc):
             bench = Bench(config, machine, tokens)
             print(bench.describe())
             count = config.warmup_steps + config.steps
@@ -96,12 +100,15 @@ class Bench:
             raise UserError("; ".join(problems))
         torch.manual_seed(config.seed)
         self.model = GPT(shape).to(machine.device)
+        self.model.loss_rows = config.loss_rows
+        shown = (shape, machine, config.block_size, shape.position == "alibi")
+        self.attention = kernels.require_attention(config.attention, *shown)
         rules = picked(optim.OptimConfig, config)
         self.optimizer = optim.build(
             rules, self.model.named_parameters(), self.model.fused_rows(), machine.half
         )
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-        self.batches = data.TrainBatches(
+        self.batches = (Prefetched if config.prefetch else data.TrainBatches)(
             tokens,
             config.block_size,
             config.batch_size,
@@ -111,11 +118,13 @@ class Bench:
         )
         window = (config.batch_size, config.block_size)
         self.function, notice = parallel.wrap(
-            machine.in_dtype(self.model),
+            parallel.without_logits(machine.in_dtype(self.model)),
             compile=machine.device.type == "cuda" if config.compile == "auto" else config.compile,
             trial=lambda f: steps.try_out(f, self.optimizer, window, machine),
             blocks=self.model.h,
+            head=self.model if machine.device.type == "cuda" else None,
         )
+        self.graph = graphs.StepGraph(self.batches.full, machine) if config.cuda_graph else None
         self.iter_num = 0
         if notice:
             print(notice)
@@ -127,7 +136,7 @@ class Bench:
     def describe(self) -> str:
         config = self.config
         return (
-            f"model: {self.model.n_params():,} parameters\n"
+            f"model: {self.model.n_params():,} parameters; attention: {self.attention}\n"
             f"step: {config.gradient_accumulation_steps} x {config.batch_size} x {config.block_size} "
             f"= {self.tokens_per_step:,} tokens; {config.steps} steps timed after {config.warmup_steps}"
         )
@@ -137,7 +146,7 @@ class Bench:
         waits: list[float] = []
         self.machine.synchronize()
         started = time.perf_counter()
-        result = steps.train_step(
+        result = (self.graph or steps.train_step)(
             self.function,
             self.optimizer,
             watched(self.batches.step(self.iter_num), waits),

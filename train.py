@@ -23,17 +23,44 @@ from typing import Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, finetune, lora, metrics, parallel, runtime, schedule, steps
+from nanogpt import (
+    checkpoint,
+    data,
+    finetune,
+    graphs,
+    kernels,
+    lora,
+    metrics,
+    parallel,
+    runtime,
+    schedule,
+    steps,
+)
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, TokenOptions, WatchOptions
+from nanogpt.options import (
+    MachineOptions,
+    ModelOptions,
+    OptimizerOptions,
+    SpeedOptions,
+    TokenOptions,
+    WatchOptions,
+)
 from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, MachineOptions, WatchOptions):
+class Config(
+    ModelOptions,
+    OptimizerOptions,
+    TokenOptions,
+    FinetuneOptions,
+    MachineOptions,
+    SpeedOptions,
+    WatchOptions,
+):
     # what goes where
     out_dir: str = "out"  # the run folder: checkpoints, options, metrics
     init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
@@ -52,7 +79,7 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions, FinetuneOptions, Mach
     # data
     dataset: str = "openwebtext"  # a folder in data/, or any path that data/prepare.py wrote
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
-    batch_size: Positive = 12  # windows a micro-batch
+    batch_size: Positive | Literal["auto"] = 12  # windows a micro-batch; auto: as many as fit in a GPU
     block_size: Positive = 1024  # tokens a window: the context of the model
     data_on_device: bool = False  # hold all tokens in the device's memory (4 bytes each)
     batch_ramp_tokens: Count = 0  # the batch grows linearly while these are read; 0: it is full at once
@@ -95,7 +122,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if notice := world.lead(lambda: run.open_folder(sys.argv)):
             print(notice)
         try:
-            with closing(run.open_log()) as log, run.machine.memory_errors():
+            how = kernels.chosen(config.attention, config.deterministic)
+            held = runtime.held_garbage(config.hold_gc)
+            with closing(run.open_log()) as log, run.machine.memory_errors(), how, held:
                 loop(run, log, stop)
         finally:
             run.close_folder()
@@ -108,6 +137,9 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Update the weights until max_iters; evaluate, log and save on the way."""
     config, progress, world = run.config, run.progress, run.machine.world
     model = ready(run)
+    take_step = steps.train_step
+    if config.cuda_graph:
+        take_step = graphs.StepGraph(run.batches.full, run.machine)
     hidden = None if world.leads else True  # None: where no terminal shows it
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
@@ -144,7 +176,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         # one update
         started = time.perf_counter()
         lr = learning_rate_of(config, progress.iter_num, run.batches)
-        result = steps.train_step(
+        result = take_step(
             model,
             run.optimizer,
             run.batches.step(progress.iter_num),
@@ -185,9 +217,9 @@ def ready(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
     """The model as it is trained: in its number format, compiled if that was chosen, one of the copies."""
     shape = (run.config.batch_size, run.config.block_size)
     trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
-    model, notice = parallel.wrap(
-        run.machine.in_dtype(run.model), compile=run.config.compile, trial=trial, blocks=run.model.h
-    )
+    function = parallel.without_logits(run.machine.in_dtype(run.model))
+    parts = {"blocks": run.model.h, "head": run.model if run.machine.device.type == "cuda" else None}
+    model, notice = parallel.wrap(function, compile=run.config.compile, trial=trial, **parts)
     if notice:
         print(notice)
     return parallel.replicate(model, run.model, run.machine)
@@ -211,6 +243,7 @@ def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
+    runtime.collect_garbage()
     shape = (config.batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = steps.evaluate_splits(run.model, run.dataset, shape, *how)

@@ -18,6 +18,9 @@ from nanogpt import (
     documents,
     files,
     finetune,
+    fit,
+    graphs,
+    kernels,
     lora,
     metrics,
     optim,
@@ -33,6 +36,7 @@ from nanogpt.exchange import weights
 from nanogpt.exchange.pretrained import Pretrained
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
+from nanogpt.prefetch import Prefetched
 from nanogpt.watch import Watch, WatchOptions
 from nanogpt.world import World
 
@@ -121,9 +125,12 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     notices: list[str] = []
     config, resumed, found = choose_start(config, origins, notices)
     check(config)
-    config = count_tokens(config, origins)
     machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
+    machine = replace(machine, casting=config.casting)
     dataset = open_data(config, machine)
+    config = count_tokens(fitted(config, machine, dataset, notices), origins)
+    if config.cuda_graph:
+        graphs.require_recordable(config, machine, dataset.train.scored is not None)
     batches = open_batches(config, dataset, machine)
     if found:
         found.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
@@ -131,6 +138,12 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     if resumed:
         require_same_tokenizer(resumed, dataset)
     model = make_model(config, resumed, found, dataset, machine)
+    model.loss_rows = config.loss_rows
+    biased = config.documents == "masked" or model.config.position == "alibi"
+    shown = (model.config, machine, config.block_size, biased)
+    notices += [f"attention: {kernels.require_attention(config.attention, *shown)}"] * (
+        config.attention != "auto" or machine.device.type == "cuda"
+    )
     notices += finetune.choose_trained(model, config)
     rules = picked(OptimConfig, config)
     if rules.optimizer == "muon" and not any(
@@ -198,6 +211,15 @@ def check(config: Any) -> None:
         wrong += schedule.problems(config.lr_schedule, *ends)
     if wrong:
         raise UserError("\n       ".join(wrong))
+
+
+def fitted(config: Any, machine: runtime.Machine, dataset: data.Dataset, notices: list[str]) -> Any:
+    """`config` with a number for --batch_size=auto."""
+    if config.batch_size != "auto":
+        return config
+    rows = fit.batch_size(config, machine, dataset.vocab_size)
+    notices.append(f"batch_size = {rows}: the most that fits in the memory of {machine.name()}")
+    return replace(config, batch_size=rows)
 
 
 def count_tokens(config: Any, origins: dict[str, str]) -> Any:
@@ -273,9 +295,8 @@ def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -
     if world.size > 1 and dataset.train.scored is not None:
         raise UserError("prompts and responses are learned by one process so far: start it with python")
     shape = (config.block_size, config.batch_size, config.gradient_accumulation_steps)
-    return data.TrainBatches(
-        dataset.train, *shape, config.seed, machine.device, ramp, separator, begins, world.share
-    )
+    kind = Prefetched if config.prefetch else data.TrainBatches
+    return kind(dataset.train, *shape, config.seed, machine.device, ramp, separator, begins, world.share)
 
 
 def require_same_tokenizer(resumed: Checkpoint, dataset: data.Dataset) -> None:

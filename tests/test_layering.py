@@ -12,12 +12,12 @@ LAYERS = [
     {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora", "loss"},
-    {"sources", "model", "finetune", "documents", "runtime"},
+    {"sources", "model", "finetune", "documents", "runtime", "prefetch"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
-    | {"quantize"},
+    | {"quantize", "kernels"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
     | {"completions", "scheduler"},
-    {"corpus", "watch", "weights"},
+    {"corpus", "watch", "weights", "graphs", "fit"},
     {"run", "api", "follow"},
     {"server"},
 ]

@@ -21,11 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def config(dataset, tmp_path):
+def config(dataset, tmp_path, device):
     return train.Config(
         out_dir=str(tmp_path / "out"),
         dataset=str(dataset),
-        device="cpu",
+        device=str(device),
+        deterministic=device.type == "cuda",
         n_layer=2,
         n_head=2,
         n_embd=32,
