@@ -3,6 +3,7 @@
     python bench.py                                               # GPT-2 (124M), 12 x 1024 tokens
     python bench.py config/train_shakespeare_char.py --device=cpu
     python bench.py --profile                                     # and where the time goes
+    torchrun --standalone --nproc_per_node=8 bench.py --comm      # can this network feed a model?
 
 Presets of train.py are read; what only concerns a whole run (intervals, schedule, folders) is ignored.
 """
@@ -19,21 +20,40 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from nanogpt import data, files, graphs, kernels, optim, parallel, runtime, steps
-from nanogpt.config import ROOT, Count, Positive, options_of, picked, read
+from nanogpt import (
+    data,
+    estimate,
+    files,
+    graphs,
+    interconnect,
+    kernels,
+    mixture,
+    optim,
+    parallel,
+    runtime,
+    scaling,
+    steps,
+)
+from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, SpeedOptions
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions, SpeedOptions
 from nanogpt.prefetch import Prefetched
+from nanogpt.world import World
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions, SpeedOptions):
+class Config(ModelOptions, OptimizerOptions, MachineOptions, SpeedOptions, ProcessOptions):
     # what to time
     steps: Positive = 20  # steps that are timed
     warmup_steps: Count = 10  # steps before, which are not
     profile: bool = False  # afterwards, record some steps with torch.profiler
     trace: str = "bench_trace.json"  # where --profile writes them; open it in chrome://tracing or Perfetto
+    # the network, under torchrun
+    comm: bool = False  # time all-reduce and all-gather instead, and say whether they can feed this model
+    comm_bytes: Positive = 1 << 28  # of the largest message
+    mfu: Fraction = 0.0  # share of the data sheet's FLOP/s that a step reaches; 0: time a step here
+    overlap: Fraction = 0.9  # share of the backward pass behind which gradients can be sent
     # data
     real_data: bool = True  # False: random tokens, from a file too
     dataset: str = "openwebtext"  # a folder in data/, or any path that data/prepare.py wrote
@@ -44,12 +64,18 @@ class Config(ModelOptions, OptimizerOptions, MachineOptions, SpeedOptions):
 
 
 PROFILED_STEPS = 3
+MEASURED_STEPS = 3  # of --comm
 
 
 def main(config: Config) -> None:
     """Print what is timed, and the figures. Raises UserError for options that fit nothing here."""
     if config.profile and not Path(config.trace).absolute().parent.is_dir():
         raise UserError(f"--trace={config.trace}: there is no such folder to write it in")
+    if config.comm:
+        scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        with scratch as folder, runtime.join(config, Path(folder)) as world:
+            communicate(config, world)
+        return
     machine = replace(runtime.setup(config.device, config.dtype, config.n_embd), casting=config.casting)
     if config.cuda_graph:
         graphs.require_recordable(config, machine, scored=False)
@@ -71,13 +97,13 @@ def open_tokens(config: Config, scratch: Path) -> data.Tokens:
     """The training tokens of the dataset; or, said in a line, random ones in a file in `scratch`."""
     if config.real_data:
         try:
-            folder = data.find(config.dataset, ROOT)
+            dataset = mixture.load(config.dataset, ROOT)
         except UserError as error:
             if config.dataset != Config.dataset:
                 raise
             print(f"data: random tokens below --vocab_size={config.vocab_size}, because {error}")
         else:
-            tokens = data.load(folder).train
+            folder, tokens = dataset.folder, dataset.train
             data.require_window(tokens, config.block_size, "training")
             print(f"data: {folder}, vocabulary {tokens.vocab_size:,}")
             return tokens
@@ -117,6 +143,8 @@ class Bench:
             machine.device,
         )
         window = (config.batch_size, config.block_size)
+        if config.recompute:
+            parallel.recompute(self.model, machine)
         self.function, notice = parallel.wrap(
             parallel.without_logits(machine.in_dtype(self.model)),
             compile=machine.device.type == "cuda" if config.compile == "auto" else config.compile,
@@ -174,6 +202,107 @@ def watched(batches: Iterable[tuple[Tensor, Tensor]], waits: list[float]) -> Ite
         if batch is None:
             return
         yield batch
+
+
+# ----------------------------------------------------------------------------- the network
+
+
+def communicate(config: Config, world: World) -> None:
+    """Print a table of each collective, and whether the network can feed the model of the options.
+
+    Raises UserError for a single process, which has nobody to talk to.
+    """
+    if world.size == 1:
+        raise UserError(
+            "--comm times what processes send each other, and there is one: start it as the run is to be, "
+            "torchrun --standalone --nproc_per_node=2 bench.py --comm"
+        )
+    machine = world.agree(lambda: runtime.setup(config.device, config.dtype, config.n_embd, world))
+    machine = replace(machine, casting=config.casting)
+    shape = picked(GPTConfig, config)
+    world.agree(lambda: require(config, machine, shape))
+    inside = interconnect.processes_of_a_node(world)
+    nodes = -(-world.size // inside)
+    on_cuda = machine.device.type == "cuda"
+    backend = config.backend if on_cuda else "gloo"
+    print(f"network: {world.size} processes on {nodes} nodes, {backend}, {machine.name()}")
+    for line in interconnect.advice(backend, nodes):
+        print(line)
+    groups = [("all", None, world.size)]
+    if nodes > 1 and inside > 1 and world.size % inside == 0:
+        groups.append(("of a node", interconnect.node_group(world), inside))
+    print("| processes | collective | bytes | median | 10th to 90th percentile | GB/s | bus GB/s |")
+    print("|---|---|---|---|---|---|---|")
+    bucket = 0.0
+    for name, group, members in groups:
+        for kind in ("all_reduce", "all_gather"):
+            for size in interconnect.sizes(config.comm_bytes):
+                timing = interconnect.measure(world, machine.device, kind, size, group, members)
+                bus = bandwidth(timing)
+                print(
+                    f"| {members} {name} | {kind} | {timing.payload:,} | {timing.median_s * 1e6:,.0f} µs | "
+                    f"{timing.low_s * 1e6:,.0f} to {timing.high_s * 1e6:,.0f} µs | "
+                    f"{timing.payload / timing.median_s / 1e9:.3f} | {bus / 1e9:.3f} |"
+                )
+                if kind == "all_reduce" and group is None and timing.payload <= scaling.BUCKET:
+                    bucket = bus  # of the largest message that DDP sends
+    print("bus: what each process sends a second at best, as nccl-tests counts it; compare it with the links")
+    judge(config, machine, shape, bucket)
+
+
+def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
+    if problems := shape.problems():
+        raise UserError("; ".join(problems))
+    if config.mfu and not machine.peak_flops():
+        raise UserError(f"--mfu={config.mfu:g}: the peak of {machine.name()} is not known; leave it out")
+    if config.cuda_graph:
+        graphs.require_recordable(config, machine, scored=False)
+
+
+def bandwidth(timing: interconnect.Timing) -> float:
+    """Bus bandwidth in bytes a second."""
+    kind: scaling.Kind = "all_gather" if timing.kind == "all_gather" else "all_reduce"
+    return scaling.bus_factor(kind, timing.members) * timing.payload / timing.median_s
+
+
+def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float) -> None:
+    """Print whether a network of `bus` bytes a second can feed the model under DDP, and from when."""
+    pass_s, source = pass_time(config, machine, shape)
+    turns, members = config.gradient_accumulation_steps, machine.world.size
+    found = scaling.feeds(shape, members, bus, pass_s, turns, config.overlap)
+    tokens = config.batch_size * config.block_size
+    print(
+        f"gradients: {found.wire / 1e9:.3f} GB sent a process and step (float32, DDP) at {bus / 1e9:.3f} "
+        f"GB/s, the bus of messages as DDP sends them: {found.transfer_s * 1e3:,.1f} ms\n"
+        f"arithmetic: {pass_s * 1e3:,.1f} ms for {config.batch_size} x {config.block_size} = {tokens:,} "
+        f"tokens ({source}); {config.overlap:.0%} of the last backward pass ({scaling.BACKWARD:.0%} of that) "
+        f"can hide a transfer, and the last bucket waits"
+    )
+    verdict = "can feed" if found.efficiency >= scaling.WELL_FED else "cannot feed"
+    print(
+        f"this network {verdict} this model with {turns} x {tokens:,} tokens a process and step: "
+        f"{found.exposed_s * 1e3:,.1f} ms of waiting, efficiency {found.efficiency:.0%}"
+    )
+    if found.enough > turns:
+        print(
+            f"{scaling.WELL_FED:.0%} takes {found.enough} micro-batches a process and step: "
+            f"--gradient_accumulation_steps={found.enough * members} for train.py, which divides it"
+        )
+
+
+def pass_time(config: Config, machine: runtime.Machine, shape: GPTConfig) -> tuple[float, str]:
+    """Seconds of a micro-batch, in the slowest process, and how that is known."""
+    if config.mfu and (peak := machine.peak_flops()):
+        cost, tokens = estimate.flops_per_token(shape), config.batch_size * config.block_size
+        return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
+    alone = replace(machine, world=World())
+    small = replace(config, real_data=False, gradient_accumulation_steps=1)
+    how = kernels.chosen(config.attention, config.deterministic)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, machine.memory_errors(), how:
+        bench = Bench(small, alone, open_tokens(small, Path(scratch)))
+        took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]
+    median = torch.tensor([float(np.median(took[1:]))])
+    return float(interconnect.slowest_of(median, machine.world)), "measured, all processes at once"
 
 
 # ----------------------------------------------------------------------------- figures

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, files, runtime, tokenizer
+from nanogpt import checkpoint, files, mixture, runtime, tokenizer
 from nanogpt.config import ROOT, Count, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.exchange import hf, weights
@@ -141,14 +141,18 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         words = 0 if config.limit else sum(map(evals.count_words, documents))
         reports.append(score_text(Path(config.text).name, sources, words, subject, config))
     if dataset:
-        found = data.load(data.find(dataset, ROOT))
+        found = mixture.load(dataset, ROOT)
         if found.fingerprint != tokenizer.fingerprint(subject.tokenizer):
             raise UserError(
                 f"{found.folder} has another tokenizer than {opened.path}; give a dataset that it could have "
                 f"been trained on, or the text itself: --text=FILE"
             )
         split = found.val if config.split == "val" else found.train
-        reports.append(score_text(f"{found.folder.name}/{config.split}", [split], 0, subject, config))
+        texts = {found.folder.name: split}
+        if split.mixture:  # each by itself
+            texts = dict(zip(split.mixture.names, split.mixture.members, strict=True))
+        for name, tokens in texts.items():
+            reports.append(score_text(f"{name}/{config.split}", [tokens], 0, subject, config))
     for task in loaded:
         endings = sum(len(item.endings) for item in task.items)
         reports.append(watched(task.name, endings, lambda see, task=task: evals.run_task(task, subject, see)))

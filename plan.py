@@ -3,17 +3,19 @@
     python plan.py config/train_gpt2.py --gpu=A100 --gpus=8 --dollars_per_gpu_hour=1.3
     python plan.py config/train_gpt2_xl.py --gpu=H100 --batch_size=4
     python plan.py --n_layer=6 --n_embd=384 --n_head=6 --max_tokens=1e9
+    python plan.py config/train_gpt2_xl.py --gpu=H100 --scaling=True      # on 1 to 1,024 GPUs
 
-Presets of train.py are read. Parameters and optimizer state are exact, activations are estimated, and hours
-are as good as --mfu, the share of the data sheet's FLOP/s that a run reaches: measure it with bench.py.
+Presets of train.py are read. Parameters and optimizer state are exact, activations within a few per cent
+of torch's, and hours are as good as --mfu, the share of the data sheet's FLOP/s that a run reaches: measure
+it with bench.py.
 """
 
 import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from nanogpt import estimate, flops
-from nanogpt.config import Count, Positive, Range, Rate, options_of, picked, read
+from nanogpt import estimate, flops, scaling
+from nanogpt.config import Count, Fraction, Positive, Range, Rate, options_of, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
 from nanogpt.optim import OptimConfig
@@ -34,6 +36,14 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions):
     gpu_memory: Rate = 0.0  # gigabytes (1e9 bytes) of each; 0: not compared
     mfu: Annotated[float, Range(0.001, 1)] = 0.4  # share of the peak FLOP/s that is reached
     dollars_per_gpu_hour: Rate = 0.0  # 0: no cost
+    # many of them (docs/scaling-arithmetic.md)
+    scaling: bool = False  # a table: step, efficiency, bytes sent and memory on 1 to 1,024 GPUs
+    gpus_per_node: Positive = 8  # GPUs that share a node
+    node_gbytes: Rate = 0.0  # GB/s a GPU sends to the others of its node; 0: 80 % of its data sheet
+    network_gbits: Rate = 400.0  # Gbit/s of network a GPU; that of a node, divided by its GPUs
+    overlap: Fraction = 0.9  # share of the passes behind which transfers hide
+    half_tokens: Count = 1250  # a micro-batch of so many tokens a GPU goes at half the rate of a long one
+    shard_optimizer: bool = True  # ddp: each GPU has its part of the optimizer's state (ZeRO-1)
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -60,8 +70,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         f"parameters: {found.total - found.padding:,} ({found.embeddings + found.head:,} for tokens with "
         f"padding, {found.positions:,} for positions, {found.matrices + found.vectors:,} in blocks)",
         f"memory a GPU: {need.total / 1e9:.2f} GB = weights {need.weights / 1e9:.2f} + gradients "
-        f"{need.gradients / 1e9:.2f} + optimizer {need.optimizer / 1e9:.2f} + activations of "
-        f"{config.batch_size} x {config.block_size:,} tokens about {need.activations / 1e9:.2f}",
+        f"{need.gradients / 1e9:.2f} + optimizer {need.optimizer / 1e9:.2f} + bfloat16 copies "
+        f"{need.copies / 1e9:.2f} + activations of {config.batch_size} x {config.block_size:,} tokens about "
+        f"{need.activations / 1e9:.2f}",
         f"tokens: {tokens:,} in {-(-tokens // batch):,} iterations of {batch:,}; "
         f"{tokens / max(1, found.total - found.padding):.1f} a parameter",
         f"arithmetic: {cost / 1e9:.3f} GFLOPs a token, {tokens * cost:.3g} in all",
@@ -75,7 +86,62 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         helps = need.total - need.activations < config.gpu_memory * 1e9
         advice = "try a smaller --batch_size" if helps else "whatever the --batch_size"
         lines.append(f"does not fit in {config.gpu_memory:g} GB: {advice}")
+    if config.scaling:
+        lines += table(shape, rules, setting_of(config, batch // config.block_size, peak))
     print("\n".join(lines))
+
+
+def setting_of(config: Config, windows: int, peak: float) -> scaling.Setting:
+    """The options as what predictions rest on, for batches of so many windows."""
+    chip = next(chip for name, chip in scaling.CHIPS.items() if name in config.gpu)
+    if not config.network_gbits:
+        raise UserError("--network_gbits=0 joins no nodes; give a GPU's share, such as 400 or 12.5")
+    network = scaling.Network(
+        node=config.node_gbytes * 1e9 or scaling.OF_LINK * chip.link,
+        between=scaling.OF_NETWORK * config.network_gbits / 8 * 1e9,
+    )
+    return scaling.Setting(
+        batch=windows,
+        batch_size=config.batch_size,
+        peak=peak,
+        memory_bandwidth=chip.memory,
+        network=network,
+        gpus_per_node=config.gpus_per_node,
+        mfu=config.mfu,
+        overlap=config.overlap,
+        half_tokens=config.half_tokens,
+        sharded_state=config.shard_optimizer,
+    )
+
+
+def table(shape: GPTConfig, rules: OptimConfig, setting: scaling.Setting) -> list[str]:
+    """Lines of Markdown: a row a number of GPUs, each figure under DDP / FSDP / HSDP."""
+    lines = [
+        "",
+        "scaling, under DDP / FSDP / HSDP each; it is assumed that",
+        *(f"- {line}" for line in scaling.assumptions(setting)),
+        "",
+        "| GPUs | tokens a GPU | step, ms | efficiency | waiting, ms | sent a GPU, GB | memory a GPU, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    alone = scaling.predict(shape, rules, "ddp", 1, setting)
+    assert alone
+    for gpus in (2**power for power in range(11)):
+        found = [scaling.predict(shape, rules, mode, gpus, setting) for mode in scaling.MODES]
+        steps = [step for step in found if step]
+        if not steps:
+            lines.append(f"| {gpus:,} | less than a window each: raise --batch_tokens | | | | | |")
+            continue
+        cells = [
+            [f"{step.seconds * 1e3:,.1f}" for step in steps],
+            [f"{scaling.efficiency(step, alone):.0%}" for step in steps],
+            [f"{step.exposed_s * 1e3:,.1f}" for step in steps],
+            [f"{step.wire / 1e9:.2f}" for step in steps],
+            [f"{step.memory.total / 1e9:.1f}" for step in steps],
+        ]
+        shown = [row[0] if gpus == 1 else " / ".join(row) for row in cells]
+        lines.append(f"| {gpus:,} | {steps[0].tokens:,} | {' | '.join(shown)} |")
+    return lines
 
 
 def program() -> None:

@@ -13,7 +13,7 @@ with --init_from=auto goes on. The run folder holds everything needed to sample,
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -23,19 +23,7 @@ from typing import Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import (
-    checkpoint,
-    data,
-    finetune,
-    graphs,
-    kernels,
-    lora,
-    metrics,
-    parallel,
-    runtime,
-    schedule,
-    steps,
-)
+from nanogpt import data, finetune, graphs, kernels, lora, metrics, parallel, runtime, schedule, steps
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
@@ -43,6 +31,7 @@ from nanogpt.options import (
     MachineOptions,
     ModelOptions,
     OptimizerOptions,
+    ProcessOptions,
     SpeedOptions,
     TokenOptions,
     WatchOptions,
@@ -59,6 +48,7 @@ class Config(
     FinetuneOptions,
     MachineOptions,
     SpeedOptions,
+    ProcessOptions,
     WatchOptions,
 ):
     # what goes where
@@ -72,12 +62,13 @@ class Config(
     log_interval: Positive = 1  # print a line and write a row
     save_interval: Count = 0  # save a checkpoint; 0: at each evaluation
     always_save_checkpoint: bool = True  # False: after an evaluation save only if it is the best so far
+    background_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     # trackers beside metrics.jsonl
     wandb_log: bool = False  # send rows to Weights & Biases too
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # the name of the run there
     # data
-    dataset: str = "openwebtext"  # a folder in data/, or any path that data/prepare.py wrote
+    dataset: str = "openwebtext"  # a folder that data/prepare.py wrote, in data/ or a path; a:0.7,b:0.3 mixes
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
     batch_size: Positive | Literal["auto"] = 12  # windows a micro-batch; auto: as many as fit in a GPU
     block_size: Positive = 1024  # tokens a window: the context of the model
@@ -95,7 +86,8 @@ class Config(
     min_lr: Rate = 6e-5  # the lowest
     lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
     # processes
-    backend: Literal["nccl", "gloo"] = "nccl"  # how they talk, for torchrun
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # what each holds; auto: ddp if the model fits
+    shard_size: Count = 0  # hsdp: processes that share one copy of the model; 0: those of a machine
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -105,7 +97,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, closing(runtime.join(config.device, config.backend)) as world:
+    with runtime.StopRequest() as stop, runtime.join(config, Path(config.out_dir)) as world:
+        if not config.eval_only:
+            world.require_visible(Path(config.out_dir))
         run = world.agree(lambda: build(config, origins, world))
         config = run.config
         print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
@@ -128,6 +122,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
                 loop(run, log, stop)
         finally:
             run.close_folder()
+            tell_saved(run)
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -154,23 +149,20 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             improved = evaluate(run, stop, log)
             last = last or run.exhausted
         write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
-        for line in run.watch.look(run.model, progress.iter_num, last, write, stop.asked):
+        for line in look(run, last, write, stop):
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
-        leaving = world.any(bool(stop.reason)) or last  # all leave at the same step
+        leaving = world.any(bool(stop.reason) or run.writer.failed) or last  # all leave at the same step
         if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
             if verdict:
                 verdict()
-            world.lead(lambda: save(run))
+            save(run)
             saved_at = progress.iter_num
+        tell_saved(run)
         if leaving:
             bar.close()
-            if not last:
-                place = f"iteration {progress.iter_num}"
-                by = stop.reason or "another process"
-                raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
-            say_how_it_ended(run)
+            finish(run, stop, last)
             return
 
         # one update
@@ -182,6 +174,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             run.batches.step(progress.iter_num),
             windows=run.batches.windows(progress.iter_num),
             targets=run.batches.targets(progress.iter_num),
+            batch_size=config.batch_size,
             lr=lr,
             grad_clip=config.grad_clip,
             seed=config.seed,
@@ -217,12 +210,20 @@ def ready(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
     """The model as it is trained: in its number format, compiled if that was chosen, one of the copies."""
     shape = (run.config.batch_size, run.config.block_size)
     trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
-    function = parallel.without_logits(run.machine.in_dtype(run.model))
+    function = parallel.without_logits(parallel.in_dtype(run.model, run.machine))
     parts = {"blocks": run.model.h, "head": run.model if run.machine.device.type == "cuda" else None}
     model, notice = parallel.wrap(function, compile=run.config.compile, trial=trial, **parts)
     if notice:
         print(notice)
-    return parallel.replicate(model, run.model, run.machine)
+    return parallel.connect(model, run.model, run.machine)
+
+
+def look(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
+    """What the first process sees in the model, if it is time (watch.py); the others help to gather it."""
+    iter_num = run.progress.iter_num
+    if run.watches and run.machine.world.any(run.watch.due(iter_num, last)) and (model := run.whole_model()):
+        model = model.to(run.machine.device)  # where it is, unless it was gathered
+        yield from run.watch.look(model, iter_num, last, write, stop.asked)
 
 
 def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) -> float:
@@ -244,6 +245,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     runtime.collect_garbage()
+    run.machine.world.at(progress.iter_num, "evaluating")
     shape = (config.batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = steps.evaluate_splits(run.model, run.dataset, shape, *how)
@@ -259,6 +261,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
             train_loss=train.loss,
             val_loss=val.loss,
             val_stderr=val.stderr,
+            **({"val_losses": val.parts} if val.parts else {}),
             elapsed_s=progress.elapsed_s,
         )
     progress.val_loss = val.loss
@@ -269,7 +272,14 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     return improved
 
 
-def say_how_it_ended(run: Run) -> None:
+def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
+    """Wait for what is being written, and say how it ended; raises Stopped before the last iteration."""
+    run.machine.world.lead(run.writer.wait)
+    tell_saved(run)
+    if not last:
+        by = stop.reason or "another process"
+        place = f"iteration {run.progress.iter_num}"
+        raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
     if run.exhausted:
         print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
     print(finetune.gap(metrics.read(Path(run.config.out_dir))))
@@ -285,6 +295,8 @@ def is_time_to_save(run: Run, improved: bool) -> bool:
 
 
 def save(run: Run) -> None:
+    """Gather what several processes hold, and let the first one write it; the others wait."""
+    model, optimizer = run.whole_model(), run.optimizer.state()
     state = {
         **asdict(run.progress),
         "options": asdict(run.config),
@@ -293,8 +305,14 @@ def save(run: Run) -> None:
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }
-    path = checkpoint.save(Path(run.config.out_dir), run.model, run.optimizer.state(), state)
-    tqdm.write(f"saved {path}")
+    world = run.machine.world
+    world.at(run.progress.iter_num, "saving")
+    world.lead(lambda: run.writer.save(Path(run.config.out_dir), model, optimizer, state))
+
+
+def tell_saved(run: Run) -> None:
+    for path in run.writer.complete():
+        tqdm.write(f"saved {path}")
 
 
 if __name__ == "__main__":

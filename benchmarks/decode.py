@@ -141,6 +141,7 @@ def compare(
     for _ in range(rounds):
         for name, run in sides.items():
             taken[name].append(run())
+    theirs_s = min((run.whole_s for run in taken.get("nanoGPT float32", [])), default=0.0)
     for name, runs in taken.items():
         whole = min(run.whole_s for run in runs)
         decode = min(run.decode_s for run in runs)
@@ -150,6 +151,8 @@ def compare(
         if decode and matrices:
             share = matrices * BYTES[name.split()[1]] * tokens / decode / speed
             line += f" ({share:4.0%} of reading memory)"
+        if theirs_s:
+            line += f"   {theirs_s / whole:5.1f} times nanoGPT"
         print(
             f"{line}   processor {min(run.cpu_s for run in runs) / tokens * 1e3:6.1f} ms a token", flush=True
         )

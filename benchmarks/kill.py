@@ -14,6 +14,7 @@ is forked from one that has imported train.py already.
 import contextlib
 import multiprocessing
 import random
+import re
 import sys
 import tempfile
 import threading
@@ -181,9 +182,8 @@ def inspect(out: Path, process: ForkServerProcess, result: Result) -> None:
             steps.append(checkpoint.verify(path).iter_num)
         except UserError as error:
             result.problems.append(f"kill {result.kills}: {error}")
-    rows = metrics.read(out) if (out / metrics.NAME).is_file() else []
-    # The row of an update is written after the checkpoint of the weights that it started from.
-    saved = max([result.newest, *(row["iter"] for row in rows if row["event"] == "step")])
+    said = re.findall(r"saved \S+step-(\d+)", Path(f"{out}.log").read_text(encoding="utf-8"))
+    saved = max([result.newest, *map(int, said)])
     if max(steps, default=0) < saved:
         result.problems.append(f"kill {result.kills}: step {saved} was saved, {steps} are there")
     result.newest = max(steps, default=0)

@@ -237,7 +237,7 @@ def load_(server: Server) -> str:
     config = server.config
     statuses: list[bytes] = []
     health: list[float] = []
-    end = time.perf_counter() + config.seconds / 3
+    end = time.perf_counter() + config.seconds
 
     def work(number: int) -> None:
         draw = random.Random(number)
@@ -254,19 +254,17 @@ def load_(server: Server) -> str:
             health.append(time.perf_counter() - started)
             time.sleep(0.2)
 
-    handles, threads = server.descriptors(), server.threads()
-    together(config.clients, work)  # and all leave: the libraries have seen every size of a batch then
-    warm = server.resident()
-    end = time.perf_counter() + config.seconds
+    handles, threads, before = server.descriptors(), server.threads(), server.resident()
     watcher = threading.Thread(target=watch)
     watcher.start()
     together(config.clients, work)
     watcher.join()
-    grown = server.resident() / warm - 1
+    grown = server.resident() / before - 1
     counts = {status.decode(): statuses.count(status) for status in sorted(set(statuses))}
     time.sleep(1)
     return (
-        f"{config.clients} clients, {config.seconds} s: answers by status {counts}; memory {grown:+.1%}; "
+        f"{config.clients} clients, {config.seconds} s: answers by status {counts}; memory {grown:+.1%} "
+        f"of {before / 1e6:.0f} MB; "
         f"health p99 {sorted(health)[int(len(health) * 0.99)] * 1000:.0f} ms; descriptors {handles} -> "
         f"{server.descriptors()}, threads {threads} -> {server.threads()}"
     )

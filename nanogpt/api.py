@@ -11,11 +11,9 @@ model.score("To be, or not to be").perplexity
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
-
-import torch
 
 from nanogpt import quantize, runtime, tokenizer
 from nanogpt.config import ROOT
@@ -25,6 +23,8 @@ from nanogpt.generate import Completion, Decoder, Text, Token, complete, score
 from nanogpt.model import GPT
 from nanogpt.sampling import Controls, SamplingOptions
 from nanogpt.tokenizer import Tokenizer
+
+SEEDS = 1 << 63  # of torch's generators
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class LanguageModel:
                 return self.tokenizer.encode_prompt(prompt)
             except UserError as error:
                 raise UserError(f"the prompt has characters that the model cannot read: {error}") from None
+            except UnicodeEncodeError as error:
+                found = f"{prompt[error.start]!r} at character {error.start}"
+                raise UserError(f"the prompt is no text in UTF-8: {found}; give one that is") from None
         end = self.tokenizer.end_of_text
         return [end] if end is not None else self.encode("\n")
 
@@ -84,6 +87,8 @@ class LanguageModel:
             raise UserError(
                 f"max_new_tokens={max_new_tokens}, num_samples={num_samples} given; at least 0 and 1"
             )
+        if not -SEEDS <= seed < SEEDS - num_samples:
+            raise UserError(f"seed={seed} given; a seed has 63 bits at most")
         if logprobs is not None and logprobs < 0:
             raise UserError(f"logprobs={logprobs} given; it must be 0 (of the tokens written) or more")
         stops = [stop] if isinstance(stop, str) else list(stop)
@@ -186,7 +191,8 @@ def load(
         notice(line)
     tokens = found.open_tokenizer()
     machine = runtime.setup(device, "bfloat16" if dtype == "int8" else dtype, found.config.n_embd)
+    if dtype == "int8":
+        machine = replace(machine, reason=machine.reason.replace("bfloat16", "int8"))
     model = found.load(found.fitted(), machine.device)
-    with torch.no_grad():
-        quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
+    quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
     return LanguageModel(model, tokens, machine, found.origin)

@@ -1,10 +1,11 @@
 """The keys and values of the tokens that a model has read: each token is computed once.
 
 A cache has a fixed number of slots, one text in each, at lengths of their own. A model is run through it
-in two ways, each an object that `GPT.hidden` takes as `past`:
+in three ways, each an object that `GPT.hidden` takes as `past`:
 
     Prefill    reads the first tokens of some texts at once, as in training, and keeps their keys and values
-    Step       reads one more token of each of the first B slots
+    Chunk      reads more tokens of one text
+    Step       reads one more token of each of the first B slots (on a CPU decode_step.py does it)
 
 Texts of a prefill are padded on the right: attention is causal, so what comes after a token is nothing to
 it, and every text begins at position 0.
@@ -38,17 +39,17 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        shape = (n_layer, slots, n_kv_head, length, head_size)
-        # Zeros: what is masked must still be a number, and pages nobody writes cost no memory.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # Side by side, so that a token's are written at once. Zeros: what is masked must still be a number,
+        # and pages nobody writes cost no memory.
+        shape = (n_layer, 2, slots, n_kv_head, length, head_size)
+        self.both = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = self.both.unbind(1)
         self.embeddings = torch.zeros((slots, n_embd), dtype=dtype, device=device)  # of the last tokens
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Give slots `targets` the first `length` tokens of slot `source`."""
         for target in targets:
-            self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-            self.values[:, target, :, :length] = self.values[:, source, :, :length]
+            self.both[:, :, target, :, :length] = self.both[:, :, source, :, :length]
             self.embeddings[target] = self.embeddings[source]
 
     def clear(self, slot: int) -> None:
@@ -85,6 +86,45 @@ class Prefill:
             self.cache.keys[number, slot, :, :length] = k[row, :, :length]
             self.cache.values[number, slot, :, :length] = v[row, :, :length]
         return plain(q, k, v)
+
+
+class Chunk:
+    """Reads the next `count` tokens of the text in `slot`, of which `begin` are kept already.
+
+    `bias` (1, nh, count, begin + count) is added to the scores, with the mask in it; None: the mask alone.
+    `last` (C,) is the embedding of the token before them.
+    """
+
+    def __init__(
+        self, cache: KVCache, slot: int, begin: int, count: int, last: Tensor, bias: Tensor | None = None
+    ):
+        self.cache, self.slot, self.begin, self.end, self.last = cache, slot, begin, begin + count, last
+        device, dtype = cache.keys.device, cache.keys.dtype
+        at = torch.arange(begin, self.end, device=device)
+        if bias is None:
+            masked = torch.arange(self.end, device=device) > at[:, None]
+            bias = torch.zeros(masked.shape, dtype=dtype, device=device).masked_fill_(masked, -torch.inf)
+        self.at: Tensor | None = at[None]
+        self.bias = bias.to(dtype)
+
+    def before(self, x: Tensor) -> Tensor:
+        """The embedding before each of x (1, T, C)."""
+        self.cache.embeddings[self.slot] = x[0, -1]
+        return torch.cat([self.last.expand(1, 1, -1).to(x.dtype), x[:, :-1]], dim=1)
+
+    def layer(self, number: int) -> Layer:
+        return Layer(self.at, partial(self._attend, number))
+
+    def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
+        keys, values = (
+            kept[number, self.slot : self.slot + 1] for kept in (self.cache.keys, self.cache.values)
+        )
+        keys[:, :, self.begin : self.end], values[:, :, self.begin : self.end] = k, v
+        keys, values = keys[:, :, : self.end], values[:, :, : self.end]
+        grouped = keys.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(
+            q.to(keys.dtype), keys, values, attn_mask=self.bias, enable_gqa=grouped
+        ).to(q.dtype)
 
 
 class Step:
@@ -134,3 +174,6 @@ class Step:
         rows = q.reshape(*groups, hs).to(keys.dtype)
         y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
         return y.view(B, heads, 1, hs).to(q.dtype)
+
+
+Past = Prefill | Chunk | Step

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt import files, lora
 from nanogpt.errors import Diverged, UserError
+from nanogpt.layout import Piece
 from nanogpt.model import GPT, GPTConfig
 
 FORMAT = "nanogpt-checkpoint-1"
@@ -86,13 +87,60 @@ class Checkpoint:
         before = self.state["environment"]
         return "; ".join(f"{k} {before.get(k)} -> {v}" for k, v in environment.items() if before.get(k) != v)
 
-    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the optimizer's state `tensors` (by name) in place."""
-        saved = load_file(self.path / "optimizer.safetensors")
-        if saved.keys() != tensors.keys():
-            raise UserError(f"{self.path / 'optimizer.safetensors'} belongs to another optimizer or model")
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+    def load_optimizer(self, tensors: Mapping[str, Tensor | Piece]) -> None:
+        """Fill the optimizer's state (by name), or what this process has of it, in place."""
+        path = self.path / "optimizer.safetensors"
+        with safe_open(path, "pt") as saved:
+            if set(saved.keys()) != tensors.keys():
+                raise UserError(f"{path} belongs to another optimizer or model")
+            for name, tensor in tensors.items():
+                tensor.copy_(saved.get_tensor(name))
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> "Content":
+        """Raises Diverged for a weight that is not finite."""
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise Diverged(
+                f"{bad[0]} holds non-finite weights at iteration {state['iter_num']}; they were not saved. "
+                f"Go on from the last checkpoint with a smaller --learning_rate (--init_from=resume)"
+            )
+        return cls(weights, optimizer, {**state, "model": asdict(model.config)})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for part in (self.weights, self.optimizer) for tensor in part.values())
+
+    def write(self, run: Path) -> Path:
+        """Write it into the folder `run`, then delete the checkpoints no longer needed; OSError when the disk
+        fails, which leaves the older ones untouched."""
+        path = run / f"step-{self.state['iter_num']:06d}"
+        with files.staged(path) as draft:
+            draft.mkdir(parents=True)
+            _save_tensors(self.weights, draft / "model.safetensors")
+            _save_tensors(self.optimizer, draft / "optimizer.safetensors")
+            files.write_json(draft / "state.json", self.state)
+            names = ["model.safetensors", "optimizer.safetensors", "state.json"]
+            listing = {
+                name: {"bytes": (draft / name).stat().st_size, "sha256": files.sha256(draft / name)}
+                for name in names
+            }
+            for name in names:
+                files.sync(draft / name)
+            files.write_json(draft / "manifest.json", {"format": FORMAT, "files": listing})
+            files.remove(path)
+        prune(run)
+        return path
 
 
 def save(run: Path, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> Path:
@@ -101,30 +149,7 @@ def save(run: Path, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str
     Raises Diverged instead of saving a weight that is not finite, OSError when the disk fails; the
     older checkpoints are untouched by either.
     """
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
-        raise Diverged(
-            f"{bad[0]} holds non-finite weights at iteration {state['iter_num']}; they were not saved. "
-            f"Go on from the last checkpoint with a smaller --learning_rate (--init_from=resume)"
-        )
-    path = run / f"step-{state['iter_num']:06d}"
-    with files.staged(path) as draft:
-        draft.mkdir(parents=True)
-        _save_tensors(weights, draft / "model.safetensors")
-        _save_tensors(optimizer, draft / "optimizer.safetensors")
-        files.write_json(draft / "state.json", {**state, "model": asdict(model.config)})
-        names = ["model.safetensors", "optimizer.safetensors", "state.json"]
-        listing = {
-            name: {"bytes": (draft / name).stat().st_size, "sha256": files.sha256(draft / name)}
-            for name in names
-        }
-        for name in names:
-            files.sync(draft / name)
-        files.write_json(draft / "manifest.json", {"format": FORMAT, "files": listing})
-        files.remove(path)
-    prune(run)
-    return path
+    return Content.of(model, optimizer, state).write(run)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -39,6 +39,7 @@ class Range:
 Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
 Rate = Annotated[float, Range(0)]
+Seconds = Annotated[float, Range(1)]  # to wait
 Fraction = Annotated[float, Range(0, 1)]
 
 
@@ -271,10 +272,12 @@ def help_text(cls: type) -> str:
     defaults = {field.name: field.default for field in fields(cls)}
     types = typing.get_type_hints(cls, include_extras=True)
     classes = [base for base in cls.__mro__ if base is not object]
+    said: set[str] = set()
     for line in "\n".join(inspect.getsource(base) for base in classes).splitlines():
         if heading := re.match(r"    # (.+)", line):
             lines.append(f"\n  {heading[1]}")
-        elif option := re.match(r"    (\w+): .*?  # (.+)", line):
+        elif (option := re.match(r"    (\w+): .*?  # (.+)", line)) and option[1] not in said:
+            said.add(option[1])  # a field that the class gives another default comes again with its base
             default = "" if defaults[option[1]] is MISSING else f"={defaults[option[1]]!r}"
             lines.append(f"    --{option[1] + default:<38} {option[2]}")
             if get_origin(types[option[1]]) is Literal:

@@ -2,19 +2,13 @@
 
 A dataset is a folder with `train.bin` and `val.bin`, raw little-endian ids, and `meta.json` beside
 them (written by data/prepare.py). Also read: nanoGPT's bare files with or without `meta.pkl`, shards,
-llm.c's `.bin` (a header of 256 int32 before uint16 ids) and `.npy` arrays.
-
-Files are read with seek and read, not mapped: mapped pages count as this process's memory and grow
-with every batch until the whole file is resident.
+llm.c's `.bin` and `.npy` arrays (tokenfiles.py).
 """
 
-import bisect
-import io
 import itertools
 import os
 import pickle
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,93 +19,14 @@ from torch import Tensor
 
 from nanogpt import files, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.order import BatchOrder, RowOrder, Share, everything
+from nanogpt.order import BatchOrder, MixedOrder, Order, Share, everything
+from nanogpt.tokenfiles import TokenFile, Tokens, open_split, split_files
 
 FORMAT = "nanogpt-data-1"
 IGNORE = -1  # a target that is not scored, as in model.py
-CHECKED_AT_START = 1 << 30  # bytes of a split whose ids are all checked before the first step
 
 
 # ----------------------------------------------------------------------------- files
-
-
-@dataclass
-class TokenFile:
-    path: Path
-    dtype: np.dtype
-    offset: int  # bytes before the first token
-    tokens: int
-
-
-class Tokens:
-    """The tokens of a split, in one or more files, as one sequence."""
-
-    def __init__(self, parts: list[TokenFile], vocab_size: int):
-        self.parts = parts
-        self.vocab_size = vocab_size
-        self.ends = list(itertools.accumulate(part.tokens for part in parts))
-        self.resident: Tensor | None = None  # all of them, if `keep_on` was called
-        self.scored: Tokens | None = None  # 1 where a token is a target; None: everywhere
-        self._open: dict[int, io.FileIO] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count, int64 (count,); UserError if one is not in the vocabulary."""
-        return self.windows(np.array([start]), count)[0]
-
-    def windows(self, starts: np.ndarray, count: int) -> np.ndarray:
-        """`count` tokens from each of `starts`, int64 (len(starts), count); UserError as `read`."""
-        raw = np.stack([self._read(int(start), count) for start in starts])
-        if raw.size and int(raw.max()) >= self.vocab_size:
-            row, column = np.argwhere(raw >= self.vocab_size)[0]
-            raise UserError(
-                f"token {starts[row] + column} of {self.parts[0].path} is id {raw[row, column]}, outside the "
-                f"vocabulary of {self.vocab_size}; the data and its tokenizer do not belong together"
-            )
-        return raw.astype(np.int64)
-
-    def _read(self, start: int, count: int) -> np.ndarray:
-        pieces = []
-        while count > 0:
-            which = bisect.bisect_right(self.ends, start)
-            part = self.parts[which]
-            first = start - (self.ends[which] - part.tokens)
-            take = min(count, part.tokens - first)
-            pieces.append(self._read_part(which, first, take))
-            start, count = start + take, count - take
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def _read_part(self, which: int, first: int, count: int) -> np.ndarray:
-        part = self.parts[which]
-        raw = np.empty(count, dtype=part.dtype)
-        with self._lock:
-            if which not in self._open:
-                self._open[which] = io.FileIO(part.path)
-            self._open[which].seek(part.offset + first * part.dtype.itemsize)
-            got = self._open[which].readinto(raw.data.cast("B"))
-        if got != raw.nbytes:
-            raise UserError(f"{part.path} became shorter while it was read; prepare it again")
-        return raw
-
-    def keep_on(self, device: torch.device) -> None:
-        """Hold all tokens in the memory of `device`, so that batches are put together there."""
-        pieces, chunk = [], 1 << 22
-        for start in range(0, len(self), chunk):
-            piece = torch.from_numpy(self.read(start, min(chunk, len(self) - start)))
-            pieces.append(piece.to(device, torch.int32))
-        self.resident = torch.cat(pieces)
-        if self.scored:
-            self.scored.keep_on(device)
-
-    def check(self) -> None:
-        """Read the ids of up to CHECKED_AT_START bytes; later ones are checked as they are used."""
-        chunk = 1 << 22
-        last = min(len(self), CHECKED_AT_START // self.parts[0].dtype.itemsize)
-        for start in range(0, last, chunk):
-            self.read(start, min(chunk, last - start))
 
 
 @dataclass
@@ -161,8 +76,10 @@ def load(folder: Path) -> Dataset:
         paths = split_files(folder, split)
         if not paths:
             raise UserError(f"{folder} has no {split}.bin; prepare the data again")
-        parts = [_token_file(path, meta) for path in paths]
-        splits[split] = Tokens(parts, identity.vocab_size)
+        about = meta.get("splits", {}).get(split, {}).get("files", [])
+        listed = {file["name"]: int(file["tokens"]) for file in about}
+        dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+        splits[split] = Tokens(open_split(paths, dtype, listed), identity.vocab_size)
         _check_size(splits[split], folder, split, meta)
         splits[split].check()
         if mask := meta.get("splits", {}).get(split, {}).get("mask"):
@@ -174,36 +91,6 @@ def load(folder: Path) -> Dataset:
     return Dataset(
         folder, splits["train"], splits["val"], text, identity.vocab_size, identity.sha256, bytes_per_token
     )
-
-
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split: `train.bin`, or numbered shards such as `x_train_000001.bin` or `.npy`."""
-    one = folder / f"{split}.bin"
-    if one.is_file():
-        return [one]
-    return sorted(folder.glob(f"*{split}_*.bin")) or sorted(folder.glob(f"*{split}_*.npy"))
-
-
-def _token_file(path: Path, meta: dict[str, Any]) -> TokenFile:
-    size = path.stat().st_size
-    dtype, offset, expected = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<"), 0, None
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise UserError(f"{path} is no array of tokens ({error}); prepare it again") from None
-        dtype, offset, expected = array.dtype, array.offset, array.size
-        if dtype.kind not in "iu":
-            raise UserError(f"{path} holds {dtype}, not token ids; prepare it again")
-    else:
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
-        if header[0] == 20240520 and header[1] == 1:  # llm.c
-            offset, dtype, expected = 1024, np.dtype("<u2"), int(header[2])
-    tokens, rest = divmod(size - offset, dtype.itemsize)
-    if rest or (expected is not None and tokens != expected):
-        raise UserError(f"{path} is truncated: {size} bytes are no whole file; prepare it again")
-    return TokenFile(path, dtype, offset, tokens)
 
 
 def _scored(path: Path, tokens: int) -> Tokens:
@@ -262,13 +149,23 @@ def _short(path: Path, root: Path) -> str:
 # ----------------------------------------------------------------------------- batches
 
 
-def require_window(tokens: Tokens, block_size: int, split: str) -> None:
-    """UserError if the split is shorter than one window and its last target."""
-    if len(tokens) <= block_size:
+def require_window(tokens: Tokens, block_size: int, split: str, name: str = "") -> None:
+    """UserError if the split, or one of several datasets', is shorter than a window and its last target."""
+    if tokens.mixture:
+        for member, part in zip(tokens.mixture.names, tokens.mixture.members, strict=True):
+            require_window(part, block_size, split, f" of {member}")
+    elif len(tokens) <= block_size:
         raise UserError(
-            f"the {split} text has {len(tokens)} tokens, fewer than one window of block_size + 1 = "
+            f"the {split} text{name} has {len(tokens)} tokens, fewer than one window of block_size + 1 = "
             f"{block_size + 1}; use more text or a smaller --block_size"
         )
+
+
+def order_of(tokens: Tokens, of_one: Callable[[Tokens], Order]) -> Order:
+    """The order `of_one` text; of several, theirs by weight."""
+    if not (mixture := tokens.mixture):
+        return of_one(tokens)
+    return MixedOrder([of_one(text) for text in mixture.members], mixture.weights, mixture.offsets)
 
 
 def gather(
@@ -294,7 +191,7 @@ class TrainBatches:
     """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch.
 
     `ramp` holds the sizes in windows of the first batches; later ones have batch_size * micro_steps.
-    `begins`: windows begin there, and nowhere else. `separator`: micro-batches say which document a token
+    `order`: another than `order_of`. `separator`: micro-batches say which document a token
     belongs to.
     """
 
@@ -308,10 +205,10 @@ class TrainBatches:
         device: torch.device,
         ramp: Sequence[int] = (),
         separator: int | None = None,
-        begins: np.ndarray | None = None,
+        order: Order | None = None,
         share: Share = everything,
     ):
-        self.order = BatchOrder(len(tokens), block_size, seed) if begins is None else RowOrder(begins, seed)
+        self.order = order or order_of(tokens, lambda text: BatchOrder(len(text), block_size, seed))
         self.separator = separator
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
@@ -355,9 +252,9 @@ class TrainBatches:
         """How many tokens have been read when update number `step` begins."""
         return self.windows_before(step) * self.block_size
 
-    def epochs(self, step: int) -> float:
-        """How often the text has been read after `step` updates."""
-        return self.windows_before(step) / self.order.n_windows
+    def epochs(self, step: int) -> list[float]:
+        """How often the text, or each of several, has been read after `step` updates."""
+        return self.order.epochs(self.windows_before(step))
 
 
 def eval_batches(

@@ -39,7 +39,8 @@ def separator(dataset: Dataset, mode: Mode) -> int:
 
 def rows(tokens: Tokens, separator: int, block_size: int) -> np.ndarray:
     """Where windows of `block_size` tokens begin, int64 (n,), each at a document: from the first one, always
-    at the next document that begins behind the window before. The text between is left out."""
+    at the next document that begins behind the window before. The text between is left out. UserError if no
+    document is followed by so many tokens."""
     starts: list[int] = []
     free = 0  # where the next window may begin
     last = len(tokens) - block_size - 1
@@ -53,4 +54,6 @@ def rows(tokens: Tokens, separator: int, block_size: int) -> np.ndarray:
             starts.append(int(begins[at]))
             free = starts[-1] + block_size
             at = np.searchsorted(begins, free)
+    if not starts:
+        raise UserError(f"no document begins {block_size} tokens before the end of {tokens.parts[0].path}")
     return np.array(starts, dtype=np.int64)

@@ -1,7 +1,7 @@
 """What a run needs before it begins: parameters, memory, arithmetic, hours. Nothing is built.
 
-Parameters and optimizer state are exact; activations are an estimate, and hours are as good as the share of
-the chip's peak (MFU) that is put in.
+Parameters and optimizer state are exact, activations within a few per cent of what torch allocates
+(tests/test_scaling.py), and hours are as good as the share of the chip's peak (MFU) that is put in.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from nanogpt.model import GPTConfig
 from nanogpt.optim import OptimConfig
 
 FLOAT = 4  # bytes of weights, gradients and optimizer state
+HALF = 2  # bytes of a number in bfloat16
 
 
 @dataclass(frozen=True)
@@ -62,37 +63,57 @@ def parameters(shape: GPTConfig) -> Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU that holds the whole model."""
+    """Bytes on one GPU."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # of a micro-batch; an estimate
+    activations: int  # of a micro-batch
+    copies: int = 0  # of weights in the numbers of products, as autocast keeps them for the backward pass
+    buffers: int = 0  # what several GPUs send and receive (scaling.py)
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(vars(self).values())
 
 
-def memory(shape: GPTConfig, rules: OptimConfig, batch_size: int, number_bytes: int = 2) -> Memory:
-    """For micro-batches of `batch_size` windows, computed in numbers of `number_bytes` (2: bfloat16).
+def memory(shape: GPTConfig, rules: OptimConfig, batch_size: int, number_bytes: int = HALF) -> Memory:
+    """Of a GPU that holds the whole model, for micro-batches of `batch_size` windows computed in numbers of
+    `number_bytes` (2: bfloat16 by autocast) without compilation, which needs less.
 
-    AdamW keeps two numbers a parameter, Muon one for the matrices of blocks. A block keeps 34 bytes a token
-    and channel for the backward pass in two-byte numbers (Korthikanti et al. 2022, without the attention
-    scores, which the fused kernels recompute); the logits are there in `number_bytes`, in float32, and once
-    more as their gradient.
+    AdamW keeps two numbers a parameter, Muon one for the matrices of blocks.
     """
     found = parameters(shape)
     by_muon = found.matrices if rules.optimizer == "muon" else 0
-    tokens = batch_size * shape.block_size
-    per_token = 34 * number_bytes // 2 * shape.n_embd * shape.n_layer
-    per_token += shape.vocab_size * (number_bytes + 2 * FLOAT)
     return Memory(
         weights=FLOAT * found.total,
         gradients=FLOAT * found.total,
         optimizer=FLOAT * (2 * (found.total - by_muon) + by_muon),
-        activations=tokens * per_token,
+        activations=batch_size * shape.block_size * activations_per_token(shape, number_bytes),
+        copies=0 if number_bytes == FLOAT else number_bytes * found.multiplying,
     )
+
+
+def activations_per_token(shape: GPTConfig, number_bytes: int) -> int:
+    """Bytes that a token holds when the backward pass begins.
+
+    A block keeps what its operations want to see again: the input of each norm (float32), of each linear map
+    and of the activation; queries, keys, values and what attention made of them. Scores are recomputed by the
+    fused kernels; dropout adds a byte of mask for each of its numbers. (On a CPU they do neither ALiBi nor
+    dropout, and scores are kept, which is not counted.) Logits are there in float32 four times: they, their
+    logarithm of softmax, and two gradients; once more with a soft cap.
+    """
+    C, hs = shape.n_embd, shape.head_size
+    kv = shape.n_kv_head or shape.n_head
+    heads = (shape.n_head + 2 * kv) * hs
+    if shape.qk_norm or shape.position == "rope":
+        heads += (shape.n_head + kv) * hs  # queries and keys before and after
+    gated = shape.activation == "swiglu"
+    hidden = 4 * (8 * round(C / 3)) if gated else 2 * 4 * C  # before and after the activation
+    kept = 2 * C + heads + shape.n_head * hs + hidden
+    block = number_bytes * kept + FLOAT * (2 * C + 4 + shape.n_head) + 2 * C * bool(shape.dropout)
+    ends = FLOAT * C + number_bytes * C + 8 * 2
+    return shape.n_layer * block + ends + (4 + bool(shape.softcap)) * FLOAT * shape.vocab_size
 
 
 def flops_per_token(shape: GPTConfig) -> int:

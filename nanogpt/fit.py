@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nanogpt import optim, steps
+from nanogpt import optim, parallel, steps
 from nanogpt.config import picked
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
@@ -29,7 +29,8 @@ def batch_size(config: Any, machine: Machine, vocab_size: int) -> int:
             f"as --batch_size=12"
         )
     shape = picked(GPTConfig, config, vocab_size=vocab_size)
-    found = largest(windows, lambda rows: fits(rows, shape, config, machine), machine.world.any)
+    world = machine.world
+    found = largest(windows, lambda rows: fits(rows, shape, config, machine), world.any, world.size)
     if not found:
         raise UserError(
             f"--batch_size=auto: not one window of {config.block_size} tokens fits in the memory of "
@@ -38,10 +39,13 @@ def batch_size(config: Any, machine: Machine, vocab_size: int) -> int:
     return found
 
 
-def largest(windows: int, fits: Callable[[int], bool], any_of: Callable[[bool], bool]) -> int:
-    """The largest micro-batch that `windows` can be made of and that fits, at most half of each that did
-    not; 0 if none does. `any_of`: whether something is true in any process: they try and decide together."""
-    most = windows
+def largest(
+    windows: int, fits: Callable[[int], bool], any_of: Callable[[bool], bool], processes: int = 1
+) -> int:
+    """The largest micro-batch that `windows`, shared by `processes`, can be made of and that fits, at most
+    half of each that did not; 0 if none does. `any_of`: whether something is true in any process: they try
+    and decide together."""
+    most = -(-windows // processes)
     while most:
         rows = next(n for n in range(most, 0, -1) if windows % n == 0)
         if not any_of(not fits(rows)):
@@ -67,6 +71,8 @@ def fits(rows: int, shape: GPTConfig, config: Any, machine: Machine) -> bool:
 def _try(rows: int, shape: GPTConfig, config: Any, machine: Machine) -> None:
     model = GPT(shape).to(machine.device)
     model.loss_rows = config.loss_rows
+    if config.recompute:
+        parallel.recompute(model, machine)
     rules = picked(OptimConfig, config)
     optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), machine.half)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")

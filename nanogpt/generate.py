@@ -16,9 +16,10 @@ batching); each step gives every text one more token:
 `complete` is that loop for any number of completions.
 
 A step runs slots 0 to len(decoder.texts) - 1: `remove` moves the last text into the hole, so that it never
-computes more texts than there are. Texts added together that begin alike are read once (samples of one
-prompt). When a text has nothing to do with its neighbours and its random numbers come from its own seed,
-it is the same alone and in company: to the bit of what the matrix products give, see docs/generation.md.
+computes more texts than there are. What a text has in common with the beginning of another one, or of one
+that was in a slot before, is not read again (samples of one prompt, a preamble of many). As a text
+has nothing to do with its neighbours and its random numbers come from its own seed, it is the same alone and
+in company: to the bit of what the matrix products give, see docs/generation.md.
 
 **Beyond the context.** The model sees the tokens from `window_start(n, block_size)` on, n being the
 tokens of prompt and text together: all of them up to block_size; then half of a context is dropped at
@@ -27,20 +28,22 @@ function of n alone, not of where the prompt ended.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanogpt.cache import KVCache, Prefill, Step
+from nanogpt.cache import Chunk, KVCache, Prefill, Step
+from nanogpt.decode_step import DecodeStep
 from nanogpt.model import GPT
 from nanogpt.sampling import SamplingOptions, draw_each, penalise
 from nanogpt.stream import TextStream
 from nanogpt.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 4096  # read at once, at most: what a pass needs in memory
+SHARED = 32  # tokens in common from which copying is worth a pass of its own over what differs
 
 
 class Token(NamedTuple):
@@ -101,6 +104,8 @@ class Decoder:
             device=table.device,
         )
         self.texts: list[Text] = []  # text i is in slot i
+        self._left: list[list[int]] = [[] for _ in range(slots)]  # what each free slot still holds
+        self.flat = DecodeStep(model, self.cache) if self.device.type == "cpu" else None
 
     @property
     def free(self) -> int:
@@ -114,13 +119,33 @@ class Decoder:
         self.texts += texts
         self._read(range(first, len(self.texts)))
 
+    def read(self, ids: Sequence[int]) -> None:
+        """Read what a text will begin with, ahead of `add`, which then finds it in a free slot."""
+        text = Text([*ids, ids[-1]])  # the last token is never read
+        self.add([text])
+        self.remove(text)
+
     def remove(self, text: Text) -> None:
         """Free the slot of `text`."""
         slot, last = self.texts.index(text), len(self.texts) - 1
+        moved = self.texts.pop()
+        self._left[last] = moved.ids[moved.start : -1]
         if slot < last:
-            self.cache.copy(last, [slot], len(self.texts[last].ids) - 1 - self.texts[last].start)
-            self.texts[slot] = self.texts[last]
-        self.texts.pop()
+            self.cache.copy(last, [slot], len(self._left[last]))
+            self.texts[slot] = moved
+
+    def warm(self, prompt: int) -> None:
+        """Take the memory of all slots, and let the libraries plan for every number of texts and a prompt of
+        `prompt` tokens: what is served later makes nothing grow, and the first client waits no longer."""
+        assert not self.texts
+        self.cache.both.zero_()
+        self.add([Text([0] * min(prompt, self.length))])
+        while self.free:
+            self.step()
+            self.add([Text([0])])
+        self.step()
+        for text in list(self.texts):
+            self.remove(text)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Text, Token]]:
@@ -145,6 +170,8 @@ class Decoder:
         texts = self.texts
         positions = [len(text.ids) - 1 - text.start for text in texts]
         assert max(positions) < self.length, f"a text is longer than length={self.length}"
+        if self.flat is not None:
+            return self.model.head(self.flat(torch.tensor([text.ids[-1] for text in texts]), positions))
         at = torch.tensor(positions, device=self.device)[:, None]
         bias = self.model.position.bias_at(at, max(positions) + 1)
         idx = torch.tensor([text.ids[-1:] for text in texts], device=self.device)
@@ -178,16 +205,44 @@ class Decoder:
             alike.setdefault(tuple(text.ids[text.start : -1]), []).append(slot)
         for slot in alike.pop((), []):
             self.cache.clear(slot)
-        for group in packed(sorted(alike, key=len)):
-            rows = [alike[ids][0] for ids in group]
-            lengths = [len(ids) for ids in group]
-            idx = torch.zeros(len(group), lengths[-1], dtype=torch.int64)
-            for row, ids in enumerate(group):
-                idx[row, : len(ids)] = torch.tensor(ids)
-            self.model.hidden(idx.to(self.device), Prefill(self.cache, rows, lengths))
-            for ids in group:
-                first, *others = alike[ids]
-                self.cache.copy(first, others, len(ids))
+        held = {i: t.ids[t.start : -1] for i, t in enumerate(self.texts) if i not in slots}
+        held |= {i: self._left[i] for i in range(len(self.texts), self.slots)}
+        fresh, partly = [], []
+        for ids in sorted(alike, key=len):
+            slot = alike[ids][0]
+            source, shared = most_shared(ids, {**held, slot: self._left[slot]})
+            if shared < SHARED:
+                fresh.append(ids)
+            else:
+                partly.append((ids, source, shared))
+            held[slot] = list(ids)
+        for group in packed(fresh):
+            self._read_whole(group, [alike[ids][0] for ids in group])
+        for ids, source, shared in partly:  # in the order in which they may need one another
+            self._read_rest(ids, alike[ids][0], source, shared)
+        for ids, (first, *others) in alike.items():
+            self.cache.copy(first, others, len(ids))
+        for slot in slots:
+            self._left[slot] = []
+
+    def _read_whole(self, group: Sequence[tuple[int, ...]], slots: Sequence[int]) -> None:
+        lengths = [len(ids) for ids in group]
+        idx = torch.zeros(len(group), max(lengths), dtype=torch.int64)
+        for row, ids in enumerate(group):
+            idx[row, : len(ids)] = torch.tensor(ids)
+        self.model.hidden(idx.to(self.device), Prefill(self.cache, slots, lengths))
+
+    def _read_rest(self, ids: Sequence[int], slot: int, source: int, shared: int) -> None:
+        """`ids`, of which the slot `source` holds the first `shared`, into `slot`."""
+        if source != slot:
+            self.cache.copy(source, [slot], shared)
+        idx = torch.tensor([ids[shared - 1 :]], device=self.device)
+        last = self.model.wte(idx[0, 0])
+        self.cache.embeddings[slot] = last
+        if len(ids) > shared:
+            at = torch.arange(shared, len(ids), device=self.device)[None]
+            bias = self.model.position.bias_at(at, len(ids))
+            self.model.hidden(idx[:, 1:], Chunk(self.cache, slot, shared, at.shape[1], last, bias))
 
 
 class Completion:
@@ -251,6 +306,25 @@ def complete(decoder: Decoder, completions: Sequence[Completion]) -> Iterator[tu
     finally:
         for text in [text for text in decoder.texts if text in of]:
             decoder.remove(text)
+
+
+def most_shared(ids: Sequence[int], held: Mapping[int, Sequence[int]]) -> tuple[int, int]:
+    """The slot of `held` whose tokens begin with most of `ids`, and how many those are; (-1, 0): none."""
+    found = (-1, 0)
+    wanted = list(ids)
+    for slot, tokens in held.items():
+        low, high = found[1], min(len(wanted), len(tokens))
+        if tokens[: low + 1] != wanted[: low + 1]:
+            continue
+        while low < high:  # tokens[:low] agree
+            middle = (low + high + 1) // 2
+            if tokens[low:middle] == wanted[low:middle]:
+                low = middle
+            else:
+                high = middle - 1
+        if low > found[1]:
+            found = (slot, low)
+    return found
 
 
 def packed(texts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -65,6 +65,7 @@ def require_recordable(config: Any, machine: Machine, scored: bool) -> None:
     problems = {
         "several processes": machine.world.size > 1,
         "float16, whose scaled loss is looked at in each iteration": machine.dtype == "float16",
+        "--recompute, which saves the state of random numbers on the way": config.recompute,
         "data of prompts and responses, of which each batch scores another number of tokens": scored,
     }
     if wrong := [what for what, there in problems.items() if there]:
@@ -92,6 +93,7 @@ class StepGraph:
         *,
         windows: int,
         targets: int = 0,
+        batch_size: int = 0,
         lr: float,
         grad_clip: float,
         seed: int,
@@ -106,7 +108,9 @@ class StepGraph:
             optimizer,
             windows=windows,
             targets=targets,
+            batch_size=batch_size,
             grad_clip=grad_clip,
+            iter_num=iter_num,  # nobody looks at that of a recorded step: it runs in one process
             machine=machine,
             scaler=scaler,
         )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt.cache import Layer, Prefill, Step
+from nanogpt.cache import Layer, Past
 from nanogpt.loss import in_rows, multiplies_padding, project, soft_cap
 from nanogpt.position import POSITIONS, Position
 
@@ -176,7 +176,7 @@ class Smear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_embd))
 
-    def forward(self, x: Tensor, past: Prefill | Step | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         before = F.pad(x, (0, 0, 1, 0))[:, :-1] if past is None else past.before(x)
         return x + self.weight * before
 
@@ -278,9 +278,7 @@ class GPT(nn.Module):
         """Logits (B, V) of the token after idx (B, T)."""
         return self.head(self.hidden(idx)[:, -1])
 
-    def hidden(
-        self, idx: Tensor, past: Prefill | Step | None = None, documents: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, idx: Tensor, past: Past | None = None, documents: Tensor | None = None) -> Tensor:
         """What the last block leaves, normalised: (B, T, C) from idx (B, T), the first tokens of each
         text; or from what `past` says they are, and with what it remembers. `documents` (B, T) numbers
         each token's document, to keep them apart."""

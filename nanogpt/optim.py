@@ -3,7 +3,7 @@
 The arithmetic of AdamW is torch's own fused kernel. The classes around it are ours because torch.optim
 imports the compiler when an optimizer is made (a second of every start), because a checkpoint stores
 state by the parameter's name, which survives a change of layout, and because Muon works on stacks of
-matrices of one shape.
+matrices of one shape. Which process updates what, and what they exchange, layout.py knows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import lora
+from nanogpt.layout import Layout, Matrix, Piece
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -23,18 +24,21 @@ class Part(Protocol):
 
     def step(self, lr: float | Tensor) -> None: ...  # a tensor: a scalar on the device
 
-    def state(self) -> dict[str, Tensor]: ...  # by name; not copied
+    def pieces(self) -> dict[str, Piece]: ...  # of the state, by name; not copied
 
 
 class Optimizer:
     """Parts that step together, each at its own multiple of one learning rate."""
 
-    def __init__(self, named: Named, parts: Sequence[tuple[Part, float]]):
+    def __init__(self, named: Named, parts: Sequence[tuple[Part, float]], layout: Layout | None = None):
         self.names = {p: name for name, p in named}
-        self.parts = parts
+        self.parts, self.layout = parts, layout or Layout()
         self.lr: float | Tensor = 0.0  # set before each step
-        # What torch's gradient scaler looks at.
-        self.param_groups: list[dict[str, Any]] = [{"params": list(self.names)}]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What torch's gradient scaler looks at."""
+        return [{"params": self.layout.with_gradients(list(self.names))}]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,9 +49,14 @@ class Optimizer:
         for p in self.names:
             p.grad = None
 
+    def pieces(self) -> dict[str, Piece]:
+        """What this process has of the state, by name; not copied."""
+        return {name: piece for part, _ in self.parts for name, piece in part.pieces().items()}
+
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name; not copied."""
-        return {name: tensor for part, _ in self.parts for name, tensor in part.state().items()}
+        """All that a resumed run needs, by name; not copied where one process has it, else gathered in the
+        first (empty in the others), which all must ask for together."""
+        return self.layout.gather(self.pieces())
 
 
 @dataclass(frozen=True)
@@ -76,19 +85,23 @@ def build(
     named_parameters: Iterable[tuple[str, Tensor]],
     rows: dict[str, list[int]] | None = None,
     dtype: torch.dtype = torch.float32,
+    layout: Layout | None = None,
 ) -> Optimizer:
     """The optimizer of the parameters that are trained.
 
     muon takes the matrices of blocks (names that begin with "h."); embeddings, head, vectors and adapters
-    go to AdamW. `rows` splits a fused matrix, by name; matrices are orthogonalised in `dtype`.
+    go to AdamW. `rows` splits a fused matrix, by name; matrices are orthogonalised in `dtype`. `layout`
+    says how the parameters lie in several processes.
     """
+    layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
     to_adam = [(n, p) for n, p in named if all(p is not other for _, other in to_muon)]
-    parts: list[tuple[Part, float]] = [(AdamW(config, to_adam), 1.0)] if to_adam else []
+    parts: list[tuple[Part, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
     if to_muon:
-        parts.append((Muon(config, to_muon, rows or {}, dtype), config.muon_lr / config.learning_rate))
-    return Optimizer(named, parts)
+        muon = Muon(config, to_muon, rows or {}, dtype, layout)
+        parts.append((muon, config.muon_lr / config.learning_rate))
+    return Optimizer(named, parts, layout)
 
 
 def is_for_muon(name: str, parameter: Tensor) -> bool:
@@ -99,27 +112,32 @@ def is_for_muon(name: str, parameter: Tensor) -> bool:
 class AdamW:
     """Loshchilov and Hutter 2019: decoupled weight decay on matrices, none on vectors."""
 
-    def __init__(self, config: OptimConfig, named: Named):
-        self.config, self.named = config, named
-        matrices = [p for _, p in named if p.dim() >= 2]
-        vectors = [p for _, p in named if p.dim() < 2]
+    def __init__(self, config: OptimConfig, named: Named, layout: Layout | None = None):
+        self.config, self.layout = config, layout or Layout()
+        self.held = self.layout.divide(named)
+        with torch.no_grad():
+            own = {held.name: self.layout.own(held, held.parameter) for held in self.held}
+            self.exp_avg = {name: torch.zeros_like(weights) for name, weights in own.items()}
+            self.exp_avg_sq = {name: torch.zeros_like(weights) for name, weights in own.items()}
+        updated = [held for held in self.held if own[held.name].numel()]
+        matrices = [held for held in updated if held.parameter.dim() >= 2]
+        vectors = [held for held in updated if held.parameter.dim() < 2]
         self.groups = [
             (group, decay) for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if group
         ]
-        self.exp_avg = {p: torch.zeros_like(p) for _, p in named}
-        self.exp_avg_sq = {p: torch.zeros_like(p) for _, p in named}
         self.steps = torch.zeros((), dtype=torch.float32, device=named[0][1].device)
 
     def step(self, lr: float | Tensor) -> None:
         self.steps += 1
-        for params, decay in self.groups:
+        own = self.layout.own
+        for group, decay in self.groups:
             torch._fused_adamw_(
-                params,
-                [p.grad for p in params if p.grad is not None],
-                [self.exp_avg[p] for p in params],
-                [self.exp_avg_sq[p] for p in params],
+                [own(held, held.parameter) for held in group],
+                [own(held, held.parameter.grad) for held in group if held.parameter.grad is not None],
+                [self.exp_avg[held.name] for held in group],
+                [self.exp_avg_sq[held.name] for held in group],
                 [],
-                [self.steps] * len(params),
+                [self.steps] * len(group),
                 lr=lr,
                 beta1=self.config.beta1,
                 beta2=self.config.beta2,
@@ -128,13 +146,16 @@ class AdamW:
                 amsgrad=False,
                 maximize=False,
             )
+        self.layout.publish(self.held)
 
-    def state(self) -> dict[str, Tensor]:
-        tensors = {"steps": self.steps}
-        for name, p in self.named:
-            tensors[f"{name}.exp_avg"] = self.exp_avg[p]
-            tensors[f"{name}.exp_avg_sq"] = self.exp_avg_sq[p]
-        return tensors
+    def pieces(self) -> dict[str, Piece]:
+        layout = self.layout
+        found = {"steps": Piece(self.steps.shape, [(0, 1)] * layout.size, layout.rank, self.steps)}
+        for held in self.held:
+            about = held.parameter.shape, held.spans, layout.rank
+            found[f"{held.name}.exp_avg"] = Piece(*about, self.exp_avg[held.name])
+            found[f"{held.name}.exp_avg_sq"] = Piece(*about, self.exp_avg_sq[held.name])
+        return found
 
 
 class Muon:
@@ -153,20 +174,26 @@ class Muon:
         named: Named,
         rows: dict[str, list[int]],
         dtype: torch.dtype = torch.float32,
+        layout: Layout | None = None,
     ):
-        self.config, self.dtype = config, dtype
-        pieces: dict[tuple[int, int], list[tuple[str, Tensor, slice]]] = {}
-        for name, p in named:
-            first = 0
-            for i, height in enumerate(rows.get(name, [p.shape[0]])):
-                label = f"{name}.{i}" if name in rows else name
-                pieces.setdefault((height, p.shape[1]), []).append((label, p, slice(first, first + height)))
-                first += height
-        self.stacks = [
-            (group, torch.zeros(len(group), *shape, device=group[0][1].device))
-            for shape, group in pieces.items()
+        self.config, self.dtype, self.layout = config, dtype, layout or Layout()
+        shares = [
+            (f"{name}.{i}" if name in rows else name, p, sum(rows[name][:i]) if name in rows else 0, height)
+            for name, p in named
+            for i, height in enumerate(rows.get(name, [p.shape[0]]))
         ]
-        self.steps = torch.zeros((), dtype=torch.float32, device=named[0][1].device)
+        owners = self.layout.owners([_work(height, p.shape[1]) for _, p, _, height in shares])
+        matrices = [Matrix(*share, owner) for share, owner in zip(shares, owners, strict=True)]
+        alike: dict[tuple[int, int], list[Matrix]] = {}
+        for matrix in sorted(matrices, key=lambda matrix: matrix.owner):
+            alike.setdefault((matrix.height, matrix.width), []).append(matrix)
+        device = named[0][1].device
+        # matrices of one shape, and the momentum of those among them that are this process's
+        self.stacks = [
+            (stack, torch.zeros(sum(m.owner == self.layout.rank for m in stack), *shape, device=device))
+            for shape, stack in alike.items()
+        ]
+        self.steps = torch.zeros((), dtype=torch.float32, device=device)
 
     def step(self, lr: float | Tensor) -> None:
         # Worked out on the device: to read `steps` here would be to wait for a GPU. In float64, so that
@@ -174,32 +201,41 @@ class Muon:
         momentum = 0.85 + 0.1 * (self.steps.double() / 300).clamp(max=1.0)
         new, momentum = (1 - momentum).float(), momentum.float()
         self.steps += 1
-        for group, buffer in self.stacks:
-            gradients = torch.stack([p.grad[rows] for _, p, rows in group if p.grad is not None])
+        for stack, buffer in self.stacks:
+            gradients = self.layout.collect(stack)
             buffer.lerp_(gradients, new)
             update = gradients.lerp_(buffer, momentum).to(self.dtype)
-            update = orthogonalise(update, self.config.muon_turns).to(buffer.dtype)
-            height, width = update.shape[1:]
-            weights = [p.data[rows] for _, p, rows in group]
+            updates = self.layout.spread(stack, orthogonalise(update, self.config.muon_turns))
+            weights = [self.layout.weights(matrix) for matrix in stack]
             if self.config.muon_weight_decay:
-                inwards = torch.stack(weights)
-                inwards *= inwards * update > 0
+                inwards = [w * (w * update > 0) for w, update in zip(weights, updates, strict=True)]
                 add(weights, inwards, -lr * self.config.muon_weight_decay)
-            add(weights, update, -lr * max(1.0, height / width) ** 0.5)
+            height, width = buffer.shape[1:]
+            add(weights, updates, -lr * max(1.0, height / width) ** 0.5)
 
-    def state(self) -> dict[str, Tensor]:
-        tensors = {"muon.steps": self.steps}
-        for group, buffer in self.stacks:
-            for (label, _, _), momentum in zip(group, buffer, strict=True):
-                tensors[f"{label}.momentum"] = momentum
-        return tensors
+    def pieces(self) -> dict[str, Piece]:
+        rank, size = self.layout.rank, self.layout.size
+        found = {"muon.steps": Piece(self.steps.shape, [(0, 1)] * size, rank, self.steps)}
+        for stack, buffer in self.stacks:
+            mine = iter(buffer)
+            for matrix in stack:
+                spans = [(0, buffer.shape[1:].numel() * (owner == matrix.owner)) for owner in range(size)]
+                tensor = next(mine) if matrix.owner == rank else buffer.new_empty(0)
+                found[f"{matrix.label}.momentum"] = Piece(buffer.shape[1:], spans, rank, tensor)
+        return found
 
 
-def add(weights: list[Tensor], stack: Tensor, factor: float | Tensor) -> None:
-    """Add `factor` times each matrix of `stack` (n, r, c) to each of the n `weights`."""
+def _work(height: int, width: int) -> int:
+    """Multiplications of a turn of orthogonalisation, for the balance between processes."""
+    small, large = sorted((height, width))
+    return small * small * (2 * large + small)
+
+
+def add(weights: list[Tensor], changes: list[Tensor], factor: float | Tensor) -> None:
+    """Add `factor` times each of `changes` to each of `weights`, in place."""
     if isinstance(factor, Tensor):
-        stack, factor = stack * factor, 1.0
-    torch._foreach_add_(weights, list(stack.unbind()), alpha=factor)
+        changes, factor = torch._foreach_mul(changes, factor), 1.0  # type: ignore[assignment]
+    torch._foreach_add_(weights, changes, alpha=factor)
 
 
 # Amsel et al. 2025, "The Polar Express": the polynomials a x + b x^3 + c x^5 that bring singular values
@@ -226,13 +262,15 @@ def orthogonalise(matrices: Tensor, turns: int = len(POLAR_EXPRESS)) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients together so that their norm is at most `max_norm` (0: leave them).
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout | None = None) -> Tensor:
+    """Scale the gradients together so that their norm, over all processes, is at most `max_norm` (0: leave
+    them).
 
     Returns the norm before, a scalar on the device: reading it waits for the device.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    layout = layout or Layout()
+    gradients = [layout.local(p.grad) for p in parameters if p.grad is not None]
+    norm = layout.norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -6,7 +6,7 @@ A program's own options are a dataclass at its top, which inherits from these; t
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nanogpt.config import Count, Fraction, Positive, Range, Rate
+from nanogpt.config import Count, Fraction, Positive, Range, Rate, Seconds
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class MachineOptions:
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
     compile: Literal["auto", True, False, "blocks"] = "auto"  # torch.compile; auto: on CUDA, if it pays
+    recompute: bool = False  # run blocks again in the backward pass: less memory, a third more arithmetic
     seed: Count = 1337  # of weights, batches and dropout
 
 
@@ -71,6 +72,14 @@ class SpeedOptions:
     prefetch: bool = False  # read the next batch while this one is computed
     hold_gc: bool = False  # Python looks for garbage at evaluations only
     deterministic: bool = False  # the same bits again on a GPU too, where the fastest kernels differ
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    # several processes, under torchrun
+    backend: Literal["nccl", "gloo"] = "nccl"  # how they talk; a CPU needs gloo whatever it says
+    meet_timeout_s: Seconds = 300.0  # wait so long at the start until all are there
+    timeout_s: Seconds = 600.0  # end the run, and say where each is, when one has not moved for so long
 
 
 @dataclass(frozen=True)

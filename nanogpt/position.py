@@ -68,8 +68,13 @@ class Rotary(Position):
         length = x.shape[-2]
         where = slice(length) if at is None else at[:, None]  # the same for all heads
         cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
-        left, right = x.chunk(2, dim=-1)
-        return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
+        return turned(x, cos, sin)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., hs) turned by the angles of `Rotary`'s tables."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
 
 
 class ALiBi(Position):
@@ -90,7 +95,7 @@ class ALiBi(Position):
     def bias(self, length: int) -> Tensor | None:
         return self.scores[:, :length, :length]
 
-    def bias_at(self, at: Tensor, length: int) -> Tensor | None:
+    def bias_at(self, at: Tensor, length: int) -> Tensor:
         return self.scores[:, at, :length].transpose(0, 1)
 
 

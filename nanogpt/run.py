@@ -4,8 +4,8 @@
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nanogpt import (
     checkpoint,
     data,
     documents,
+    estimate,
     files,
     finetune,
     fit,
@@ -23,6 +24,7 @@ from nanogpt import (
     kernels,
     lora,
     metrics,
+    mixture,
     optim,
     parallel,
     runtime,
@@ -36,12 +38,15 @@ from nanogpt.exchange import weights
 from nanogpt.exchange.pretrained import Pretrained
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
+from nanogpt.order import RowOrder
 from nanogpt.prefetch import Prefetched
 from nanogpt.watch import Watch, WatchOptions
 from nanogpt.world import World
+from nanogpt.writer import Writer
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
+NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "background_save", "parallel", "shard_size"}
 SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
 
 
@@ -59,6 +64,8 @@ class Run:
     progress: Progress
     watch: Watch
     resumed: Checkpoint | None
+    writer: Writer  # of its checkpoints, in the first process
+    division: str  # how several processes divide the model, and why; nothing for one
     lock: FileLock | None = None  # on out_dir
     notices: list[str] = field(default_factory=list)  # what the user should know of how it was put together
 
@@ -66,6 +73,27 @@ class Run:
     def exhausted(self) -> bool:
         """Whether so many evaluations have brought nothing that the run is to end."""
         return 0 < self.config.patience <= self.progress.stale
+
+    @property
+    def watches(self) -> bool:
+        """Whether the first process looks on (watch.py): known in all."""
+        return bool(self.config.eval_tasks or self.config.sample_prompt)
+
+    def whole_model(self) -> GPT | None:
+        """The model with all its weights: itself or, where it is sharded, a copy of it in the first process
+        and None in the others, which all must ask for together."""
+        layout = self.optimizer.layout
+        if not layout.sharded:
+            return self.model
+        tensors = layout.gather(layout.pieces_of(self.model))
+        if not self.machine.world.leads:
+            return None
+        with torch.device("meta"):
+            whole = GPT(self.model.config)
+            if adapters := self.config.adapters():
+                lora.adapt(whole, adapters)
+        whole.load_state_dict(tensors, assign=True)
+        return whole.requires_grad_(False).train()
 
     def describe(self) -> str:
         """What is about to be trained, on what, in a few lines."""
@@ -80,12 +108,22 @@ class Run:
                 f"; rows that start at a document keep {kept:,} of {scored:,} tokens and leave out "
                 f"{1 - kept / scored:.1%}"
             )
+        divided = f"parallel: {self.division}\n" if self.division else ""
         return (
-            f"machine: {self.machine.reason}\ndata: {dataset.folder}, {len(dataset.train):,} training and "
-            f"{len(dataset.val):,} validation tokens, vocabulary {dataset.vocab_size:,}\n"
+            f"machine: {self.machine.reason}\n{divided}"
+            f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
+            f"tokens, vocabulary {dataset.vocab_size:,}\n"
             f"model: {self.model.n_params():,} parameters; {batch}; "
-            f"{iters:,} iterations read the text {batches.epochs(iters):.2f} times"
+            f"{iters:,} iterations read {self._epochs(iters)}"
         )
+
+    def _epochs(self, iters: int) -> str:
+        """What so many iterations read, and how often."""
+        read, several = self.batches.epochs(iters), self.dataset.train.mixture
+        if not several:
+            return f"the text {read[0]:.2f} times"
+        texts = zip(several.names, several.weights, read, strict=True)
+        return ", ".join(f"{name} ({float(part):.1%}) {times:.2f} times" for name, part, times in texts)
 
     def open_folder(self, command: list[str]) -> str:
         """Make out_dir ours, with the tokenizer and the options in it, until `close_folder`; returns what
@@ -107,6 +145,7 @@ class Run:
         return notice
 
     def close_folder(self) -> None:
+        self.writer.close()
         if self.lock:
             self.lock.release()
 
@@ -128,7 +167,9 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
     machine = replace(machine, casting=config.casting)
     dataset = open_data(config, machine)
-    config = count_tokens(fitted(config, machine, dataset, notices), origins)
+    rules = picked(OptimConfig, config)
+    division = choose_division(config, rules, resumed, dataset, machine)
+    config = count_tokens(fitted(config, machine, division, dataset, notices), origins)
     if config.cuda_graph:
         graphs.require_recordable(config, machine, dataset.train.scored is not None)
     batches = open_batches(config, dataset, machine)
@@ -137,26 +178,25 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
         dataset.tokenizer = max(dataset.tokenizer, found.tokenizer, key=len)  # the one with its merges
     if resumed:
         require_same_tokenizer(resumed, dataset)
-    model = make_model(config, resumed, found, dataset, machine)
+    model = make_model(config, resumed, found, dataset, division.home(machine.device))
     model.loss_rows = config.loss_rows
-    biased = config.documents == "masked" or model.config.position == "alibi"
-    shown = (model.config, machine, config.block_size, biased)
-    notices += [f"attention: {kernels.require_attention(config.attention, *shown)}"] * (
-        config.attention != "auto" or machine.device.type == "cuda"
-    )
-    notices += finetune.choose_trained(model, config)
-    rules = picked(OptimConfig, config)
+    notices += [*attention(config, model, machine), *finetune.choose_trained(model, config)]
     if rules.optimizer == "muon" and not any(
         p.requires_grad and optim.is_for_muon(name, p) for name, p in model.named_parameters()
     ):
         notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
-    trained: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
+    layout = parallel.lay_out(model, machine, division)
+    if config.recompute:
+        parallel.recompute(model, machine)
     if config.eval_only:  # without the optimizer's state, which takes twice the memory of the weights
-        trained = ((name, parameter.to("meta")) for name, parameter in trained)
-    optimizer = optim.build(rules, trained, model.fused_rows(), machine.half)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
+        empty = ((n, torch.empty(p.shape, device="meta"), p) for n, p in model.named_parameters())
+        shapes = ((n, shape.requires_grad_(p.requires_grad)) for n, shape, p in empty)
+        optimizer = optim.build(rules, shapes, model.fused_rows(), machine.half)
+    else:
+        optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), machine.half, layout)
+    scaler = parallel.make_scaler(machine, layout)
     if resumed:
-        resumed.load_optimizer(optimizer.state())
+        resumed.load_optimizer(optimizer.pieces())
         scaler.load_state_dict(resumed.state["scaler"])
         if moved := resumed.moved(machine.environment()):
             notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
@@ -167,7 +207,7 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     chosen = parallel.choose_compile(config.compile, machine.device, flops, machine.peak_flops())
     config = replace(config, compile=chosen)  # a resumed run inherits what was chosen
     parts = (machine, dataset, batches, model, optimizer, scaler, progress, watch, resumed)
-    return Run(config, *parts, notices=notices)
+    return Run(config, *parts, Writer(config.background_save), division.why, notices=notices)
 
 
 def choose_start(
@@ -213,10 +253,21 @@ def check(config: Any) -> None:
         raise UserError("\n       ".join(wrong))
 
 
-def fitted(config: Any, machine: runtime.Machine, dataset: data.Dataset, notices: list[str]) -> Any:
-    """`config` with a number for --batch_size=auto."""
+def fitted(
+    config: Any,
+    machine: runtime.Machine,
+    division: parallel.Division,
+    dataset: data.Dataset,
+    notices: list[str],
+) -> Any:
+    """`config` with a number for --batch_size=auto; UserError where no process is to hold the whole model."""
     if config.batch_size != "auto":
         return config
+    if division.mode != "ddp":
+        raise UserError(
+            f"--batch_size=auto tries the whole model on one GPU, and it is to be divided ({division.why}); "
+            f"give a number, such as --batch_size=12"
+        )
     rows = fit.batch_size(config, machine, dataset.vocab_size)
     notices.append(f"batch_size = {rows}: the most that fits in the memory of {machine.name()}")
     return replace(config, batch_size=rows)
@@ -266,7 +317,7 @@ def ramp_of(config: Any) -> list[int]:
 
 
 def open_data(config: Any, machine: runtime.Machine) -> data.Dataset:
-    dataset = data.load(data.find(config.dataset, ROOT))
+    dataset = mixture.load(config.dataset, ROOT)
     data.require_window(dataset.train, config.block_size, "training")
     data.require_window(dataset.val, config.block_size, "validation")
     if config.data_on_device:
@@ -277,13 +328,12 @@ def open_data(config: Any, machine: runtime.Machine) -> data.Dataset:
 
 def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -> data.TrainBatches:
     """The batches of --documents; UserError for data that has no documents, or for too many processes."""
-    separator, begins = None, None
+    separator, order = None, None
     if config.documents != "stream":
         separator = documents.separator(dataset, config.documents)
     if separator is not None and config.documents == "rows":
-        begins = documents.rows(dataset.train, separator, config.block_size)
-        if not len(begins):
-            raise UserError(f"no document begins {config.block_size} tokens before the end of the text")
+        rows = partial(documents.rows, separator=separator, block_size=config.block_size)
+        order = data.order_of(dataset.train, lambda text: RowOrder(rows(text), config.seed))
         separator = None
     world, ramp = machine.world, ramp_of(config)
     fewest = min([*ramp, config.batch_size * config.gradient_accumulation_steps])
@@ -296,7 +346,14 @@ def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -
         raise UserError("prompts and responses are learned by one process so far: start it with python")
     shape = (config.block_size, config.batch_size, config.gradient_accumulation_steps)
     kind = Prefetched if config.prefetch else data.TrainBatches
-    return kind(dataset.train, *shape, config.seed, machine.device, ramp, separator, begins, world.share)
+    return kind(dataset.train, *shape, config.seed, machine.device, ramp, separator, order, world.share)
+
+
+def attention(config: Any, model: GPT, machine: runtime.Machine) -> list[str]:
+    """A line on the kernel of attention, where there is a choice; UserError for one that does not do it."""
+    biased = config.documents == "masked" or model.config.position == "alibi"
+    found = kernels.require_attention(config.attention, model.config, machine, config.block_size, biased)
+    return [f"attention: {found}"] * (config.attention != "auto" or machine.device.type == "cuda")
 
 
 def require_same_tokenizer(resumed: Checkpoint, dataset: data.Dataset) -> None:
@@ -307,20 +364,34 @@ def require_same_tokenizer(resumed: Checkpoint, dataset: data.Dataset) -> None:
         )
 
 
+def choose_division(
+    config: Any,
+    rules: OptimConfig,
+    resumed: Checkpoint | None,
+    dataset: data.Dataset,
+    machine: runtime.Machine,
+) -> parallel.Division:
+    """What each process holds (parallel.choose)."""
+    shape = resumed.model_config if resumed else picked(GPTConfig, config, vocab_size=dataset.vocab_size)
+    need = estimate.memory(shape, rules, batch_size=1)  # activations do not count here
+    sizes = (need.weights, need.optimizer, parallel.device_memory(machine))
+    return parallel.choose(config.parallel, config.shard_size, machine.world, *sizes)
+
+
 def make_model(
     config: Any,
     resumed: Checkpoint | None,
     found: Pretrained | None,
     dataset: data.Dataset,
-    machine: runtime.Machine,
+    device: torch.device,
 ) -> GPT:
     """With the weights of the checkpoint, or those that were found, or new ones from the seed; with new
     adapters, if the options ask for them."""
     if resumed:
-        return resumed.load_model(machine.device, config.dropout).train()
+        return resumed.load_model(device, config.dropout).train()
     shape = picked(GPTConfig, config, vocab_size=dataset.vocab_size)
     torch.manual_seed(config.seed)
-    model = found.load(shape, machine.device).train() if found else GPT(shape).to(machine.device)
+    model = found.load(shape, device).train() if found else GPT(shape).to(device)
     if adapters := config.adapters():
         lora.adapt(model, adapters)
         lora.initialise(model, config.seed)

@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nanogpt import flops
+from nanogpt import files, flops
+from nanogpt.config import ROOT
 from nanogpt.errors import UserError
 from nanogpt.world import World, meet
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, where it has them
+REPEATED_S = 1.0  # signals so close together count as one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,6 +41,12 @@ class Machine:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether `in_dtype` brings all weights to `dtype` once a pass, not what each product reads."""
+        usual = "weights" if self.device.type == "cpu" else "autocast"
+        return self.dtype != "float32" and (usual if self.casting == "auto" else self.casting) == "weights"
 
     def in_dtype(self, model: nn.Module) -> Callable[..., Any]:
         """`model`, computing in `dtype` from float32 weights, which get float32 gradients.
@@ -57,8 +66,7 @@ class Machine:
             with self.autocast():
                 return model(*inputs)
 
-        usual = "weights" if self.device.type == "cpu" else "autocast"
-        return cast if (usual if self.casting == "auto" else self.casting) == "weights" else autocast
+        return cast if self.casts_weights else autocast
 
     def seed(self, seed: int) -> None:
         """Seed this device's random numbers (dropout). torch.manual_seed would seed every kind of
@@ -116,9 +124,20 @@ class Machine:
         }
 
 
-def join(device: str, backend: str) -> World:
-    """The processes that torchrun started, if it did; UserError as `setup`, or if they do not meet."""
-    return meet(_device(device).type, backend)
+def join(config: Any, run: Path) -> World:
+    """The processes that torchrun started, if it did, for a program's options, ProcessOptions among them;
+    UserError as `setup`, or if the processes do not meet, or are not the same. What is left of one that hangs
+    is written into the folder `run`."""
+    kind = _device(config.device).type
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    about = {
+        "machine": {"device": kind, "torch": torch.__version__},
+        "code": code_digests(ROOT),
+        "options": asdict(config),
+    }
+    waits = (config.meet_timeout_s, config.timeout_s)
+    return meet(kind, config.backend, about, run, *waits)
 
 
 def setup(device: str, dtype: str, width: int, world: World | None = None) -> Machine:
@@ -231,21 +250,40 @@ def collect_garbage() -> None:
         gc.collect()
 
 
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into `reason`, to be read where it is safe to stop.
+def free_memory() -> int | None:
+    """Bytes that this process can still take, by the system and by its control group, if they tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))  # files' pages are given up when needed
+    except (OSError, ValueError, KeyError):  # no limit ("max"), or another kind of group
+        pass
+    return free
 
-    A second signal acts as it would have without us.
+
+class StopRequest:
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning) into `reason`, to be read where it is safe
+    to stop.
+
+    A second signal acts as it would have without us; not so one that comes at once to one of several
+    processes, because launchers pass on what it has got already.
     """
 
     def __init__(self) -> None:
-        self.reason = ""
+        self.reason, self._since = "", 0.0
         self._before: dict[int, Any] = {}
 
     def asked(self) -> bool:
         return bool(self.reason)
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None))):
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: a notebook's or a test's caller handles signals
@@ -253,9 +291,16 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-        self._restore()
-        print(f"\n{self.reason}: finishing this step and saving; once more to leave at once", file=sys.stderr)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if not self.reason:
+            self.reason, self._since = signal.Signals(number).name, time.monotonic()
+            if not several:  # of several, one says later what became of it
+                self._restore()
+                told = "finishing this step and saving; once more to leave at once"
+                print(f"\n{self.reason}: {told}", file=sys.stderr)
+        elif time.monotonic() - self._since > REPEATED_S:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -264,6 +309,12 @@ class StopRequest:
 
     def __exit__(self, *unused: object) -> None:
         self._restore()
+
+
+def code_digests(root: Path) -> dict[str, str]:
+    """SHA-256 of the library's and the programs' sources, by path."""
+    paths = [*root.glob("*.py"), *(root / "nanogpt").rglob("*.py")]
+    return {path.relative_to(root).as_posix(): files.sha256(path) for path in paths}
 
 
 def git_commit(folder: Path) -> str | None:

@@ -1,8 +1,8 @@
 """One update and one evaluation: what train.py, bench.py and eval.py share."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,8 +14,10 @@ from nanogpt.data import Dataset, eval_batches
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, IGNORE
 from nanogpt.optim import Optimizer, clip_gradients
-from nanogpt.parallel import average_next
+from nanogpt.parallel import average_next, in_dtype, in_step
 from nanogpt.runtime import Machine
+from nanogpt.tokenfiles import Mixture
+from nanogpt.world import World
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def train_step(
     *,
     windows: int,
     targets: int = 0,
+    batch_size: int = 0,
     lr: float,
     grad_clip: float,
     seed: int,
@@ -58,7 +61,8 @@ def train_step(
     """Update the weights once, with the mean gradient of micro-batches (idx, targets and perhaps documents)
     that have `windows` rows in all. Where not every target is scored, `targets` are, and weigh the same.
 
-    `model` as Machine.in_dtype gives it.
+    `model` as parallel.connect gives it, or Machine.in_dtype in one process. Several processes say how many
+    rows a micro-batch has (`batch_size`; the last ones fewer).
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
     steps changes them, and a resumed run draws the same.
     """
@@ -69,8 +73,10 @@ def train_step(
         batches,
         windows=windows,
         targets=targets,
+        batch_size=batch_size,
         lr=lr,
         grad_clip=grad_clip,
+        iter_num=iter_num,
         machine=machine,
         scaler=scaler,
     )
@@ -88,31 +94,56 @@ def update(
     *,
     windows: int,
     targets: int = 0,
+    batch_size: int = 0,
     lr: float | Tensor,
     grad_clip: float,
+    iter_num: int = 0,
     machine: Machine,
     scaler: torch.amp.GradScaler,
 ) -> StepResult:
     """As `train_step`, with the random numbers as they come and a rate that may lie on the device. Nothing
     in it waits for the device, unless the loss is scaled (float16) or not every target is scored."""
-    world = machine.world
-    total, left = torch.zeros((), device=machine.device), world.share(windows)[1]
-    for batch in batches:
-        left -= len(batch[0])
-        average_next(model, wanted=left == 0)
+    world, total = machine.world, torch.zeros((), device=machine.device)
+    world.at(iter_num, "reading data")
+    for batch, counted, last in passes(batches, windows, batch_size, world):
+        world.at(iter_num, "computing")
+        average_next(model, wanted=last)
         loss = model(*batch)[1]  # the logits are let go at once
-        share = (batch[1] != IGNORE).sum() / targets if targets else len(batch[0]) / windows
+        share = (batch[1] != IGNORE).sum() / targets if targets else counted / windows
         loss = loss * share * world.size  # the mean over processes divides by their number
         scaler.scale(loss).backward()
         total += loss.detach()
+        world.at(iter_num, "reading data")
+    world.at(iter_num, "updating")
     stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
     scaler.unscale_(stepped)
-    grad_norm = clip_gradients(optimizer.names, grad_clip)
+    grad_norm = clip_gradients(optimizer.names, grad_clip, optimizer.layout)
     optimizer.lr = lr
     scaler.step(stepped)
     scaler.update()
     optimizer.zero_grad()
     return StepResult(world.sum(total) / world.size, grad_norm)
+
+
+def passes(
+    batches: Iterable[tuple[Tensor, ...]], windows: int, batch_size: int, world: World
+) -> Iterator[tuple[tuple[Tensor, ...], int, bool]]:
+    """Each micro-batch of this process's share of `windows`, how many of its rows count, and whether it is
+    the last. All processes make the same number of passes, because those of a sharded model need one
+    another: who has a micro-batch fewer runs a row again, which counts nothing."""
+    left, made = world.share(windows)[1], 0
+    largest = -(-windows // world.size)
+    wanted = -(-largest // batch_size) if world.size > 1 else 0
+    source = iter(batches)
+    batch = next(source, None)
+    while batch is not None:
+        following, made = next(source, None), made + 1
+        if following is None and made < wanted:
+            following = tuple(part[:1] for part in batch)
+        counted = min(left, len(batch[0]))
+        left -= counted
+        yield batch, counted, following is None
+        batch = following
 
 
 def flops_per_token(model: GPT) -> int:
@@ -141,6 +172,7 @@ class Evaluation:
     loss: float  # mean over tokens, in nats
     stderr: float  # standard error of `loss`, from the spread between windows
     tokens: int
+    parts: dict[str, float] = field(default_factory=dict)  # the loss on each of several datasets
 
     def describe(self, bytes_per_token: float | None) -> str:
         """Perplexity and, where the text's bytes are known, bits a byte: the figure that compares
@@ -148,7 +180,7 @@ class Evaluation:
         words = f"perplexity {math.exp(min(self.loss, 700)):.4g}"
         if bytes_per_token:
             words += f", {self.loss / math.log(2) / bytes_per_token:.4f} bits a byte"
-        return words
+        return words + "".join(f", {name} {loss:.4f}" for name, loss in self.parts.items())
 
 
 @torch.no_grad()
@@ -159,12 +191,16 @@ def evaluate(
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """The mean loss over all scored tokens of `batches`; None if `stopped` became true meanwhile."""
-    was_training, compute = model.training, machine.in_dtype(model)
+    was_training, compute = model.training, in_dtype(model, machine)
     model.eval()
     sums, counts = [], []
-    for idx, targets, *documents in in_parts(batches, model.loss_rows):
-        if stopped():
-            break
+    parts = in_parts(batches, model.loss_rows)
+    for batch in in_step(model, parts, machine.world, stopped):
+        machine.world.moved()
+        if batch is None:
+            compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
+            continue
+        idx, targets, *documents = batch
         logits, _ = compute(idx, None, *documents) if documents else compute(idx)
         losses = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
@@ -206,21 +242,45 @@ def evaluate_splits(
     separator: int | None = None,
 ) -> tuple[Evaluation, Evaluation] | None:
     """The training and the validation split, on at most `max_batches` of `shape` (B, T) each, the same
-    ones at every call. The training split is scored on no more windows than the validation split has."""
+    ones at every call. The training split is scored on no more windows than the validation split has.
+
+    Of several datasets each is scored, on its part of the batches; their mean by weight is the loss."""
     batch_size, block_size = shape
-    windows = min(max_batches * batch_size, (len(dataset.val) - 1) // block_size)
+    train, val = dataset.train, dataset.val
+    of_train, of_val = train.mixture, val.mixture
+    texts, most = [(train, val)], max_batches * batch_size
+    if of_train and of_val:
+        texts = list(zip(of_train.members, of_val.members, strict=True))
+        most = max(1, most // len(texts))
     found = []
-    for tokens in (dataset.train, dataset.val):
-        batches = eval_batches(
-            tokens,
-            block_size,
-            batch_size,
-            windows,
-            IGNORE,
-            machine.device,
-            separator,
-            machine.world.share,
-        )
-        found.append(evaluate(model, batches, machine, stopped))
-    train, val = found
-    return None if train is None or val is None else (train, val)
+    for text in texts:
+        windows = min(most, (len(text[1]) - 1) // block_size)
+        for tokens in text:
+            batches = eval_batches(
+                tokens,
+                block_size,
+                batch_size,
+                windows,
+                IGNORE,
+                machine.device,
+                separator,
+                machine.world.share,
+            )
+            found.append(evaluate(model, batches, machine, stopped))
+            if found[-1] is None:
+                return None
+    scores = cast(list[Evaluation], found)
+    if of_train and of_val:
+        return weighted(of_train, scores[::2]), weighted(of_val, scores[1::2])
+    return scores[0], scores[1]
+
+
+def weighted(mixture: Mixture, found: list[Evaluation]) -> Evaluation:
+    """The mean by weight of what was `found` on each dataset."""
+    weights = [float(weight) for weight in mixture.weights]
+    return Evaluation(
+        sum(weight * one.loss for weight, one in zip(weights, found, strict=True)),
+        math.hypot(*(weight * one.stderr for weight, one in zip(weights, found, strict=True))),
+        sum(one.tokens for one in found),
+        {name: one.loss for name, one in zip(mixture.names, found, strict=True)},
+    )

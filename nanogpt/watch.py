@@ -54,10 +54,7 @@ class Watch:
     ) -> Iterator[str]:
         """Score and sample if it is time; yields the lines to print. `write` gets the scores, a value for
         each name. They are given up once `stopped` becomes true: a resumed run makes them."""
-        options = self.options
-        scores = self.tasks and iter_num not in self.scored
-        scores = scores and self._due(options.eval_tasks_interval, iter_num, last)
-        samples = options.sample_prompt and self._due(options.sample_interval, iter_num, last)
+        scores, samples = self._wanted(iter_num, last)
         if not scores and not samples:
             return
         was_training = model.training
@@ -78,6 +75,17 @@ class Watch:
                     block.forward = forward
             model.train(was_training)
 
+    def due(self, iter_num: int, last: bool) -> bool:
+        """Whether `look` would do anything now."""
+        return any(self._wanted(iter_num, last))
+
+    def _wanted(self, iter_num: int, last: bool) -> tuple[bool, bool]:
+        """Whether to score, and whether to sample."""
+        options = self.options
+        scores = bool(self.tasks) and iter_num not in self.scored
+        scores = scores and self._due(options.eval_tasks_interval, iter_num, last)
+        return scores, bool(options.sample_prompt) and self._due(options.sample_interval, iter_num, last)
+
     def _due(self, interval: int, iter_num: int, last: bool) -> bool:
         return last or iter_num % (interval or self.eval_interval) == 0
 
@@ -85,6 +93,7 @@ class Watch:
         self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
     ) -> Iterator[str]:
         def advance(count: int) -> None:
+            self.machine.world.moved()
             if stopped():
                 raise _Stopped
 
@@ -111,6 +120,7 @@ class Watch:
             decoder = Decoder(model, len(written), len(self.prompt) + options.sample_tokens)
             decoder.add(written)
             for _ in range(options.sample_tokens):
+                self.machine.world.moved()
                 decoder.step()
         texts = [tokenizer.decode(self.tokenizer, text.ids) for text in written]
         (self.run / "samples").mkdir(exist_ok=True)

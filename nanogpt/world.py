@@ -5,20 +5,29 @@ which everything here gives back what it got: there is no other code for it.
 """
 
 import os
+import secrets
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanogpt.errors import SHARED, UserError
+from nanogpt import meeting
+from nanogpt.errors import SHARED, TOLD, Diverged, Lost, Stopped, UserError
+from nanogpt.heartbeat import GO_ON, Heartbeat
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # the longest wait for the others before they count as lost
+STORE_S = 10.0  # the longest wait for an answer of the store once all have met
+VISIBLE_S = 5.0  # a shared folder shows a new file within this time
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,9 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
+    on_node: int = 1  # processes on this machine
     control: Any = None  # a group on the CPU for flags and objects, so that asking never waits for a GPU
+    heart: Heartbeat | None = None  # of several processes: tells the others where this one is
 
     def share(self, count: int) -> tuple[int, int]:
         """Of `count` things the first of this process's part, and how many: parts differ by one at most."""
@@ -36,7 +47,8 @@ class World:
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with self._waiting():
+                dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
@@ -44,7 +56,8 @@ class World:
         if self.size == 1:
             return flag
         asked = torch.tensor(int(flag))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.control)
+        with self._waiting():
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.control)
         return bool(asked)
 
     def agree(self, work: Callable[[], T]) -> T:
@@ -53,7 +66,8 @@ class World:
             return work()
         result, error = _attempt(work)
         errors: list[Exception | None] = [None] * self.size
-        dist.all_gather_object(errors, error, group=self.control)
+        with self._waiting():
+            dist.all_gather_object(errors, error, group=self.control)
         for rank, error in enumerate(errors):
             if error:
                 raise _shared(error, rank)
@@ -66,7 +80,8 @@ class World:
             return work()
         result, error = _attempt(work) if self.rank == 0 else (None, None)
         box = [error]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        with self._waiting():
+            dist.broadcast_object_list(box, src=0, group=self.control)
         if box[0]:
             raise _shared(box[0], 0)
         return result[0] if result else None
@@ -75,9 +90,79 @@ class World:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def close(self) -> None:
-        if self.size > 1:
+    def at(self, step: int, phase: str) -> None:
+        """This process is there now (one of heartbeat.PHASES): what the others say of it if it hangs."""
+        if self.heart:
+            self.heart.at(step, phase)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around what needs all processes: who is in it waits for the others."""
+        step, phase = self.heart.place if self.heart else (0, "")
+        self.at(step, "waiting")
+        yield
+        self.at(step, phase)
+
+    def moved(self) -> None:
+        """This process has got on within its phase."""
+        if self.heart:
+            self.heart.moved()
+
+    def require_visible(self, folder: Path) -> None:
+        """UserError, in all processes, if one of them does not see what the first writes into `folder` (or,
+        as long as that is not there, into the folder above it)."""
+        if self.size == 1:
+            return
+        above = [folder.absolute(), *folder.absolute().parents]
+        level = next(number for number, home in enumerate(above) if home.is_dir())
+        box: list[Any] = [level, f".nanogpt-{secrets.token_hex(8)}", socket.gethostname()]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        home = above[min(box[0], len(above) - 1)]
+        token = home / box[1]
+        self.lead(token.touch)
+
+        def look() -> None:
+            deadline = time.monotonic() + VISIBLE_S
+            while not token.exists():
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{home} on {socket.gethostname()} is not that of process 0 on {box[2]}; put "
+                        f"--out_dir where all machines see it"
+                    )
+                time.sleep(0.05)
+
+        try:
+            self.agree(look)
+        finally:
+            if self.leads:
+                token.unlink(missing_ok=True)
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Part from the others; Lost instead of what the loss of another process has made fail here."""
+        if not self.heart:
+            return
+        if isinstance(error, Stopped):  # all have agreed on it
+            error.add_note(SHARED)
+        if error is None or SHARED in getattr(error, "__notes__", ()):
+            self.heart.close()
             dist.destroy_process_group()
+            return
+        if isinstance(error, RuntimeError) and not isinstance(error, Diverged):
+            if why := self.heart.explain():
+                error = Lost(f"{why}; {GO_ON}")
+                if self.heart.told("end"):
+                    error.add_note(TOLD)
+        elif self.heart.told(str(error)):
+            error.add_note(TOLD)
+        self.heart.leave(f"{type(error).__name__}: {error}".splitlines()[0])
+        self.heart.close()
+        if isinstance(error, Lost):
+            raise error from None
 
 
 def _attempt(work: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
@@ -95,21 +180,79 @@ def _shared(error: Exception, rank: int) -> Exception:
     return error
 
 
-def meet(device_type: str, backend: str) -> World:
+def meet(
+    device_type: str,
+    backend: str,
+    about: dict[str, dict[str, Any]],
+    run: Path,
+    meet_timeout_s: float,
+    timeout_s: float,
+) -> World:
     """The world that torchrun has started, if it has; a CPU needs gloo whatever `backend` says.
 
-    All processes but the first lose their standard output. UserError if the others do not come.
+    `about`: options, code, versions, which must be the same in all processes; `run`: the folder for what is
+    left of a process that hangs. All processes but the first lose their standard output. UserError if the
+    others do not come within `meet_timeout_s` seconds, or differ.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
+    rank = int(os.environ.get("RANK", "0"))
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if device_type == "cuda":
+        _set_up_recorder(run)
+    wait = timedelta(seconds=meet_timeout_s)
     try:
-        dist.init_process_group("gloo" if device_type == "cpu" else backend, timeout=TIMEOUT)
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        word = meeting.gather(store, rank, size, meet_timeout_s, address)
+        store = dist.PrefixStore(word, store)
+        meeting.compare(store, rank, size, about, meet_timeout_s)
+        # PyTorch's own time-outs come after ours, which know more; they end what ours cannot see.
+        late = timedelta(seconds=3 * timeout_s)
+        name = "gloo" if device_type == "cpu" else backend
+        dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=late)
+        control = dist.new_group(backend="gloo", timeout=late)
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"the {size} processes did not meet at {where}: {error}") from None
-    rank = dist.get_rank()
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"process {rank} of {size} did not meet the others at {address} within {meet_timeout_s:g} s "
+            f"(--meet_timeout_s): {reason}"
+        ) from None
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), control)
+    heart = Heartbeat(_own_client(word), rank, size, timeout_s, address, run / "stuck")
+    heart.record = lambda: _dump_recorder(run, rank)
+    heart.start()
+    local, on_node = (
+        int(os.environ.get(name, of)) for name, of in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
+    )
+    return World(rank, size, local, on_node, control, heart)
+
+
+def _own_client(word: str) -> dist.Store:
+    """A connection of its own: an answer that the main thread waits for must not hold up the heartbeat."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = timedelta(seconds=STORE_S)
+    client = dist.TCPStore(host, port, is_master=False, timeout=wait, wait_for_workers=False)
+    return dist.PrefixStore(f"{word}/heartbeat", client)
+
+
+def _set_up_recorder(run: Path) -> None:
+    """NCCL's flight recorder: the last operations of each GPU, written when one times out."""
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "2000"),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+        ("TORCH_FR_DUMP_TEMP_FILE", str(run / "nccl-process-")),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def _dump_recorder(run: Path, rank: int) -> None:
+    """Write the flight recorder now, as torch's own tools read it (torchfrtrace)."""
+    try:
+        trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+        (run / f"nccl-process-{rank}").write_bytes(trace)
+    except (AttributeError, RuntimeError, OSError):  # a build without NCCL; a folder that is not there
+        return

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+import train
 from nanogpt import tokenizer
 from nanogpt.errors import UserError
 from nanogpt.prepare import encode, sources
@@ -162,6 +164,31 @@ def words(count: int, seed: int = 0) -> str:
 def dataset(tmp_path: Path) -> Path:
     """A dataset of some 8,000 characters, 10 different ones."""
     return write_dataset(tmp_path / "dataset", words(1800))
+
+
+def small_run(dataset: Path, out: Path, **options: Any) -> train.Config:
+    """A run that takes seconds: two layers of 32 channels, 16 characters of context."""
+    small: dict[str, Any] = {
+        "device": "cpu",
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "block_size": 16,
+        "gradient_accumulation_steps": 1,
+        "warmup_iters": 5,
+        "learning_rate": 1e-3,
+        "min_lr": 1e-4,
+    }
+    return train.Config(out_dir=str(out), dataset=str(dataset), **small | options)
+
+
+def train_until_it_knows(folder: Path, max_iters: int) -> train.Config:
+    """Train on a dataset of its own in `folder` until samples are words of it; two checkpoints at least."""
+    dataset = write_dataset(folder / "dataset", words(1800))
+    rates = {"learning_rate": 1e-2, "min_lr": 1e-3}
+    config = small_run(dataset, folder / "out", max_iters=max_iters, eval_interval=100, **rates)
+    train.main(config)
+    return config
 
 
 @pytest.fixture

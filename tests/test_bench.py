@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 
 import bench
 import train
-from nanogpt import runtime, steps
-from nanogpt.config import options_of, read
+from nanogpt import interconnect, runtime, steps
+from nanogpt.config import ROOT, options_of, read
 from nanogpt.errors import UserError
 
 TINY = bench.Config(
@@ -144,3 +146,43 @@ def test_options_that_both_have_mean_the_same():
     theirs = {f.name: f.default for f in fields(train.Config)}
     differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
     assert differing == {"gradient_accumulation_steps"}
+
+
+COMM = ["bench.py", "--comm", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=64", "--vocab_size=500"]
+COMM += ["--block_size=32", "--batch_size=4", "--comm_bytes=1_000_000"]
+
+
+def test_the_network_of_two_processes(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launch, *COMM]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "network: 2 processes on 1 nodes, gloo, cpu" in done.stdout
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| 2 all")]
+    assert [row[1] for row in rows] == ["all_reduce"] * 4 + ["all_gather"] * 4
+    for row in rows:
+        size, median = int(row[2].replace(",", "")), float(row[3].split()[0].replace(",", ""))
+        low, high = (float(x.replace(",", "").replace(" µs", "")) for x in row[4].split(" to "))
+        assert size in (4096, 16384, 65536, 262144) and low <= median <= high
+        rate, bus = float(row[5]), float(row[6])
+        assert rate == pytest.approx(size / median / 1e3, rel=0.1, abs=2e-3)
+        assert bus == pytest.approx(rate * (1 if row[1] == "all_reduce" else 0.5), abs=2e-3)
+    assert "measured, all processes at once" in done.stdout and "GB sent a process and step" in done.stdout
+    assert re.search(r"this network can(not)? feed this model with 1 x 128 tokens", done.stdout)
+
+
+def test_one_process_has_no_network():
+    with pytest.raises(UserError, match=r"torchrun --standalone --nproc_per_node=2 bench\.py --comm"):
+        bench.main(replace(TINY, comm=True))
+
+
+def test_a_cluster_without_infiniband_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(interconnect, "INFINIBAND", tmp_path / "none")
+    monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
+    assert interconnect.advice("nccl", 1) == interconnect.advice("gloo", 2) == []
+    assert "put NCCL_IB_DISABLE=1 before the command" in interconnect.advice("nccl", 2)[0]
+    (tmp_path / "some" / "mlx5_0").mkdir(parents=True)
+    monkeypatch.setattr(interconnect, "INFINIBAND", tmp_path / "some")
+    assert "adapters here: mlx5_0" in interconnect.advice("nccl", 2)[0]
+    monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+    assert "plain sockets" in interconnect.advice("nccl", 2)[0]

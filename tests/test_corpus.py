@@ -369,7 +369,8 @@ def test_a_killed_run_leaves_nothing_loadable_and_the_next_one_cleans_up(novel, 
     out = tmp_path / "out"
     for kill_at in range(4):
         code = (
-            "import os, sys; from pathlib import Path; from nanogpt import corpus, files\n"
+            "import os, sys; from pathlib import Path; from nanogpt import files\n"
+            "from nanogpt.prepare import corpus\n"
             "real, calls = files.rename, iter(range(9))\n"
             f"files.rename = lambda a, b: os._exit(9) if next(calls) == {kill_at} else real(a, b)\n"
             "corpus.prepare([Path(sys.argv[1])], Path(sys.argv[2]))"

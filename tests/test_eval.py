@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import eval as program
-import train
 from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.score import evals
+from tests.conftest import train_until_it_knows
 
 QUESTIONS = [{"context": "", "choices": ["abc", "fgh"], "label": i % 2} for i in range(6)]
 
@@ -18,27 +18,8 @@ QUESTIONS = [{"context": "", "choices": ["abc", "fgh"], "label": i % 2} for i in
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A dataset, and the folder of a run on it with two checkpoints."""
-    from tests.conftest import words, write_dataset
-
     folder = tmp_path_factory.mktemp("trained")
-    dataset = write_dataset(folder / "dataset", words(1800))
-    train.main(
-        train.Config(
-            out_dir=str(folder / "out"),
-            dataset=str(dataset),
-            device="cpu",
-            n_layer=2,
-            n_head=2,
-            n_embd=32,
-            block_size=16,
-            gradient_accumulation_steps=1,
-            max_iters=200,
-            learning_rate=1e-2,
-            min_lr=1e-3,
-            warmup_iters=5,
-            eval_interval=100,
-        )
-    )
+    train_until_it_knows(folder, max_iters=200)
     return folder
 
 

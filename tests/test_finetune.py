@@ -13,27 +13,13 @@ import train
 from nanogpt import checkpoint, finetune, lora
 from nanogpt.errors import Stopped, UserError
 from nanogpt.exchange import weights
-from tests.conftest import words, write_dataset
+from tests.conftest import small_run, words, write_dataset
 
 
 @pytest.fixture
 def config(dataset, tmp_path):
-    return train.Config(
-        out_dir=str(tmp_path / "out"),
-        dataset=str(dataset),
-        device="cpu",
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        block_size=16,
-        batch_size=4,
-        gradient_accumulation_steps=1,
-        max_iters=12,
-        warmup_iters=2,
-        learning_rate=1e-3,
-        min_lr=1e-4,
-        eval_interval=4,
-        eval_iters=2,
+    return small_run(
+        dataset, tmp_path / "out", batch_size=4, max_iters=12, warmup_iters=2, eval_interval=4, eval_iters=2
     )
 
 

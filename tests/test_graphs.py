@@ -12,6 +12,7 @@ from nanogpt.generate import Completion, Decoder, Text, complete
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.world import World
 from tests.test_generate import SWITCHES, model_of
 
 pytestmark = pytest.mark.cpu  # test_gpu.py records in earnest
@@ -80,9 +81,12 @@ def test_a_recorded_training_step_is_the_plain_one(rules):
 def test_what_cannot_be_recorded_is_refused():
     cuda = torch.device("cuda")
     machine = runtime.Machine(cuda, "bfloat16", "test")
-    graphs.require_recordable(None, machine, scored=False)
+    graphs.require_recordable(Config, machine, scored=False)
     with pytest.raises(UserError, match=r"does not go with float16.* and data of prompts"):
-        graphs.require_recordable(None, runtime.Machine(cuda, "float16", "test"), scored=True)
+        graphs.require_recordable(Config, runtime.Machine(cuda, "float16", "test"), scored=True)
+    with pytest.raises(UserError, match=r"does not go with several processes and --recompute"):
+        several = runtime.Machine(cuda, "bfloat16", "test", World(0, 2))
+        graphs.require_recordable(Recomputing, several, scored=False)
     with pytest.raises(UserError, match="needs a CUDA GPU, and this is cpu"):
         graphs.GraphDecoder(model_of(), 1)
 
@@ -165,14 +169,26 @@ def test_what_one_process_cannot_hold_none_takes():
     assert fit.largest(64, lambda rows: True, lambda failed: failed or next(elsewhere)) == 16
 
 
+def test_no_process_tries_more_than_its_share():
+    tried = []
+    assert fit.largest(480, lambda rows: not tried.append(rows), bool, processes=8) == 60 == tried[0]
+    assert fit.largest(10, lambda rows: True, bool, processes=4) == 2  # 3, 3, 2, 2 windows, in turns of 2
+
+
 class Config:
     """As much of train.py's as a try looks at."""
 
+    recompute = False
     optimizer, loss_rows, block_size, grad_clip = "muon", 8, 16, 1.0
     batch_tokens, vocab_size, n_layer, n_head, n_embd = 64, 10, 1, 2, 16
 
 
-def test_a_try_takes_real_steps(monkeypatch):
+class Recomputing(Config):
+    recompute = True
+
+
+@pytest.mark.parametrize("config", [Config, Recomputing])
+def test_a_try_takes_real_steps(config, monkeypatch):
     taken, real = [], steps.update
 
     def update(model, optimizer, batches, **how):
@@ -181,7 +197,7 @@ def test_a_try_takes_real_steps(monkeypatch):
 
     monkeypatch.setattr(steps, "update", update)
     shape = GPTConfig(vocab_size=10, block_size=16, n_layer=1, n_head=2, n_embd=16)
-    assert fit.fits(4, shape, Config, CPU) and taken == [4, 4]
+    assert fit.fits(4, shape, config, CPU) and taken == [4, 4]
 
 
 def test_where_nothing_fits_it_says_so(monkeypatch):

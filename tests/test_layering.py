@@ -9,16 +9,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"files", "download", "bpe", "pool", "refusal", "meters"},
-    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"},
+    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
+    | {"heartbeat", "meeting", "tokenfiles"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora", "loss"},
-    {"sources", "model", "finetune", "documents", "runtime", "prefetch"},
+    {"sources", "model", "finetune", "documents", "runtime", "decode_step", "layout", "mixture"}
+    | {"interconnect", "prefetch"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize", "kernels"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
-    | {"completions", "scheduler"},
-    {"corpus", "watch", "weights", "graphs", "fit"},
-    {"run", "api", "follow"},
+    | {"completions", "scheduler", "writer"},
+    {"corpus", "watch", "weights", "scaling", "graphs", "fit"},
+    {"run", "api", "follow", "web"},
     {"server"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -30,8 +32,8 @@ PYTHON = [
     *LIBRARY.values(),
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = LAYERS[0] | LAYERS[1] | LAYERS[2]  # they do without torch
-PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks"}
+PLAIN = (LAYERS[0] | LAYERS[1] | LAYERS[2]) - {"tokenfiles"}  # they do without torch
+PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks", "web"}
 
 
 def imported(path: Path) -> set[str]:

@@ -87,12 +87,24 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("shard_tokens", [0, 7000])
-@pytest.mark.parametrize("error", [Crash, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        (Crash, {}),
+        (KeyboardInterrupt, {}),
+        (Crash, {"shard_tokens": 7000}),
+        (KeyboardInterrupt, {"shard_tokens": 7000}),
+        (Crash, {"text_key": "prompt+response"}),  # a mask beside the tokens
+    ],
+)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    error, shard_tokens, source, tmp_path, small_pieces, monkeypatch
+    error, options, source, tmp_path, small_pieces, monkeypatch
 ):
-    options = {"kind": "byte", "shard_tokens": shard_tokens}
+    options = {"kind": "byte", **options}
+    if "text_key" in options:
+        source = tmp_path / "questions.jsonl"
+        rows = [{"prompt": body[:9], "response": body[9:]} for body in BODIES]
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     corpus.prepare([source], tmp_path / "whole", **options)
     monkeypatch.setattr(corpus, "RECORD_S", 0.0)
     real = shards.Writer.add
@@ -116,6 +128,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr(shards.Writer, "add", real)
     summary = corpus.prepare([source], out, **options)
     assert content(out) == content(tmp_path / "whole")
+    assert ("train.mask.bin" in content(out)) == ("text_key" in options)
     assert summary.resumed and "went on where an interrupted run had stopped" in summary.lines()
 
 
@@ -149,7 +162,7 @@ def test_other_options_begin_anew(source, tmp_path, small_pieces, monkeypatch):
 def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(number, tmp_path):
     source = write(tmp_path / "x.jsonl.xz", BODIES * 4)
     code = (
-        "import sys; from pathlib import Path; from nanogpt import corpus, text, encode; import time\n"
+        "import sys; from pathlib import Path; from nanogpt.prepare import corpus, text; import time\n"
         "from nanogpt.errors import run_program\n"
         "text.BLOCK, corpus.RECORD_S = 20_000, float(sys.argv[4])\n"
         "if __name__ == '__main__':\n"

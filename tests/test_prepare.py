@@ -142,7 +142,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         for _ in range(200_000_000 // len(body)):
             file.write(body)
     code = (
-        "import sys; from pathlib import Path; from nanogpt import corpus\n"
+        "import sys; from pathlib import Path; from nanogpt.prepare import corpus\n"
         "corpus.prepare([Path(sys.argv[1])], Path(sys.argv[2]), kind='char')\n"
         "status = Path('/proc/self/status').read_text(encoding='utf-8')\n"
         "print(status.split('VmHWM:')[1].split()[0])"  # kB; ru_maxrss would count the parent's memory

@@ -68,7 +68,7 @@ def test_a_model_computes_in_the_asked_format_from_float32_weights(dtype):
     torch.testing.assert_close(model.weight.grad, 2 * x.sum(0).expand(8, 64), rtol=0.02, atol=0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_asks_and_the_second_acts(number, capsys):
     def interrupted(*unused):
         raise KeyboardInterrupt
@@ -85,6 +85,24 @@ def test_the_first_signal_asks_and_the_second_acts(number, capsys):
         assert signal.getsignal(number) is interrupted
     finally:
         signal.signal(number, before)
+
+
+def test_of_several_processes_one_signal_that_comes_twice_is_one(monkeypatch, capsys):
+    """torchrun passes on what the terminal, or Slurm, has sent to all."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    acted = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: acted.append(number))
+    try:
+        with runtime.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.reason == "SIGTERM" and acted == []
+            monkeypatch.setattr(runtime, "REPEATED_S", 0.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert acted == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == ""  # one of them says at the end what became of it
 
 
 def run_wrap(function, trial, **changes):

@@ -8,38 +8,21 @@ from pathlib import Path
 
 import pytest
 
+import nanogpt
 import sample
 import train
 from nanogpt.config import load
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
+from tests.conftest import train_until_it_knows
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    from tests.conftest import words, write_dataset
-
-    folder = tmp_path_factory.mktemp("trained")
-    dataset = write_dataset(folder / "dataset", words(1800))
-    train.main(
-        train.Config(
-            out_dir=str(folder / "out"),
-            dataset=str(dataset),
-            device="cpu",
-            n_layer=2,
-            n_head=2,
-            n_embd=32,
-            block_size=16,
-            gradient_accumulation_steps=1,
-            max_iters=400,
-            learning_rate=1e-2,
-            min_lr=1e-3,
-            warmup_iters=5,
-            eval_interval=100,
-        )
-    )
-    shutil.rmtree(dataset)  # a run folder needs nothing else
-    return folder / "out"
+    config = train_until_it_knows(tmp_path_factory.mktemp("trained"), max_iters=400)
+    shutil.rmtree(config.dataset)  # a run folder needs nothing else
+    return Path(config.out_dir)
 
 
 @pytest.fixture
@@ -170,6 +153,9 @@ def test_stop_strings(config, capsys):
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 given"),
         ({"stream": True, "json": True}, "--stream and --json cannot be had together"),
         ({"prompts": "nowhere.jsonl"}, "--prompts=nowhere.jsonl"),
+        ({"start": "FILE:nowhere.txt"}, "--start=FILE:nowhere.txt"),
+        ({"start": "FILE:."}, "--start=FILE:."),
+        ({"seed": 1 << 63}, "a seed has 63 bits"),
     ],
 )
 def test_options_that_mean_nothing(config, wrong, message):
@@ -198,6 +184,14 @@ def test_the_prompt_may_be_longer_than_the_context(config, capsys):
 def test_unknown_characters_are_shown(config):
     with pytest.raises(UserError, match="'é' 'Z'"):
         sample.main(replace(config, start="abéZ"))
+
+
+def test_bytes_that_are_no_text_are_shown(config, tmp_path):
+    """As the command line and JSON can hold them; a tokenizer of bytes has no character to miss."""
+    for tokens in (CharTokenizer("a\n"), ByteTokenizer()):
+        model = replace(nanogpt.load(config.out_dir, device="cpu"), tokenizer=tokens)
+        with pytest.raises(UserError, match="udcff"):
+            model.generate("a\udcff")
 
 
 def test_which_checkpoint(config, capsys):

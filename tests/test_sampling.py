@@ -104,6 +104,18 @@ def test_top_k_keeps_exactly_k():
     assert values[1].tolist() == [0.0, -1.0] and sorted(values[0].tolist()) == [3.0, 5.0]
 
 
+@pytest.mark.parametrize(("k", "size"), [(1, 17), (7, 300), (200, 50257), (200, 4000), (50, 101), (3, 3)])
+def test_top_k_of_a_large_vocabulary(k, size):
+    logits = torch.randn(4, size, generator=torch.Generator().manual_seed(k))
+    logits[1, : size // 2] += 5  # the highest are neighbours
+    logits[2] = torch.arange(size).float()
+    logits[3] = logits[3].round()  # many are equal
+    values, ids = top_k(logits, k)
+    assert torch.equal(values.sort(descending=True).values, logits.topk(k).values)
+    assert torch.equal(logits.gather(-1, ids), values)
+    assert (ids.diff(dim=-1) > 0).all()
+
+
 def test_top_p_sorts_all_where_the_shortlist_is_not_enough(monkeypatch):
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
     logits[1] *= 20

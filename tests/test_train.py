@@ -15,32 +15,17 @@ from safetensors.torch import load_file
 import train
 from nanogpt import checkpoint, files, metrics, runtime
 from nanogpt.errors import Diverged, Stopped, UserError
-from tests.conftest import words, write_dataset
+from tests.conftest import small_run, words, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def config(dataset, tmp_path, device):
-    return train.Config(
-        out_dir=str(tmp_path / "out"),
-        dataset=str(dataset),
-        device=str(device),
-        deterministic=device.type == "cuda",
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        block_size=16,
-        batch_size=4,
-        gradient_accumulation_steps=4,
-        dropout=0.1,
-        max_iters=40,
-        warmup_iters=5,
-        learning_rate=1e-3,
-        min_lr=1e-4,
-        eval_interval=10,
-        eval_iters=2,
-    )
+    often = {"max_iters": 40, "eval_interval": 10, "eval_iters": 2}
+    batch = {"batch_size": 4, "gradient_accumulation_steps": 4}
+    on = {"device": str(device), "deterministic": device.type == "cuda"}
+    return small_run(dataset, tmp_path / "out", dropout=0.1, **on, **batch, **often)
 
 
 def bits(run: str, step: int) -> dict[str, bytes]:

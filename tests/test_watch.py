@@ -10,26 +10,14 @@ import train
 from nanogpt import metrics, runtime, watch
 from nanogpt.errors import Stopped, UserError
 from nanogpt.model import GPT, GPTConfig
+from tests.conftest import small_run
 from tests.test_train import bits, logged
 
 
 @pytest.fixture
 def config(dataset, tmp_path):
-    return train.Config(
-        out_dir=str(tmp_path / "out"),
-        dataset=str(dataset),
-        device="cpu",
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        block_size=16,
-        batch_size=4,
-        gradient_accumulation_steps=4,
-        dropout=0.1,
-        warmup_iters=5,
-        eval_interval=10,
-        eval_iters=2,
-    )
+    batch = {"batch_size": 4, "gradient_accumulation_steps": 4}
+    return small_run(dataset, tmp_path / "out", dropout=0.1, eval_interval=10, eval_iters=2, **batch)
 
 
 @pytest.fixture

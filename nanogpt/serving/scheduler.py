@@ -15,7 +15,7 @@ from nanogpt.generate import Completion, Decoder, Text, Token, score
 from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer import Tokenizer
 
-PROMPT_TOKENS = 512  # read between two steps, or one prompt: others wait that long for their next token
+PROMPT_TOKENS = 512  # read between two steps, at most: others wait that long for their next token
 
 
 class Full(Exception):
@@ -62,6 +62,7 @@ class Choice:
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
     written: int = 0
+    read: int = 0  # tokens of the prompt, ahead
     _pending: list[Token] = field(default_factory=list)
     _completion: Completion | None = None
 
@@ -185,9 +186,10 @@ class Scheduler:
                     choice.emit(choice, piece)
 
     def _taken(self) -> list[Choice]:
-        """The choices that join now: as many as fit the slots and PROMPT_TOKENS."""
+        """The choices that join now: as many as fit the slots and PROMPT_TOKENS. Of a longer prompt a part is
+        read, and its choice waits, unless nobody else is served."""
         found: list[Choice] = []
-        tokens = 0
+        tokens, long = 0, None
         with self._changed:
             while self._waiting and len(found) < self._decoder.free:
                 choice = self._waiting[0]
@@ -195,11 +197,17 @@ class Scheduler:
                     self._waiting.popleft()
                     continue
                 # A prompt shared with the one before is read once.
-                cost = 0 if found and found[-1].prompt is choice.prompt else len(choice.prompt)
+                cost = 0 if found and found[-1].prompt is choice.prompt else len(choice.prompt) - choice.read
                 if found and tokens + cost > PROMPT_TOKENS:
+                    break
+                if cost > PROMPT_TOKENS and self._active:
+                    long = choice
                     break
                 tokens += cost
                 found.append(self._waiting.popleft())
+        if long:
+            long.read += PROMPT_TOKENS
+            self._decoder.read(long.prompt[: long.read])
         return found
 
     def _score(self, choice: Choice) -> None:

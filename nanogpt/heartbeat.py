@@ -1,0 +1,236 @@
+"""Where each process of a run is, so that one that hangs or is gone can be named.
+
+A thread in each process tells the store that the processes share, a few times a second, that it lives and
+where its main thread is. A step costs a few assignments; nobody reads what was told until a process has
+not moved for the time-out, or has lost the connection to another. Then two looks, a few beats apart,
+show who is silent (killed, stopped, its machine gone) and who is behind.
+"""
+
+import faulthandler
+import json
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt.errors import leave_at_once
+
+PHASES = ("starting", "reading data", "computing", "updating", "evaluating", "saving", "waiting")  # of a step
+BEATS = 6  # without one more in this time a process counts as silent
+SIGNALLED_S = 5.0  # a process that was asked to leave, and cannot move, looks after this time who is gone
+STARTING_S = 60.0  # the shortest time-out before the first step: compiling and reading take their time
+DUMP_S = 3.0  # the longest wait for the stacks to be written
+GO_ON = "with torchrun --max-restarts and --init_from=auto the run goes on from its last checkpoint"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a process has told of itself."""
+
+    beat: int = -1  # a count; -1: it has told nothing
+    step: int = 0
+    phase: str = PHASES[0]
+    still_s: float = 0.0  # since its main thread moved
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.phase}" if self.beat >= 0 else "the start"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.step, PHASES.index(self.phase)
+
+
+class Heartbeat:
+    """`store` has set, get, check and add (torch.distributed.Store), is used by nobody else, and raises a
+    RuntimeError when it cannot be reached at `address`. The stacks of a process that is ended go to the
+    folder `stacks`."""
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        address: str = "",
+        stacks: Path | None = None,
+    ):
+        self.store, self.rank, self.size, self.timeout_s = store, rank, size, timeout_s
+        self.address, self.stacks = address, stacks
+        self.record: Callable[[], None] = lambda: None  # what else is to be written then
+        self.interval_s = min(max(0.25, size / 200), timeout_s / 8)
+        self.place, self._moved, self._beat = (0, PHASES[0]), time.monotonic(), 0
+        self._signals, self._signalled = -1, False
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Called from the main thread. A signal is seen even while that waits for a GPU, where Python's
+        handlers do not run: torchrun sends one when a process is lost."""
+        self._say()
+        if threading.current_thread() is threading.main_thread():
+            self._signals, write = os.pipe()
+            os.set_blocking(write, False)
+            signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._thread.start()
+
+    def at(self, step: int, phase: str) -> None:
+        """The main thread is there now."""
+        self.place, self._moved = (step, phase), time.monotonic()
+
+    def moved(self) -> None:
+        """The main thread has got on, at the same place."""
+        self._moved = time.monotonic()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._signals >= 0:
+            signal.set_wakeup_fd(-1)
+
+    # ------------------------------------------------------------------------- the main thread, in trouble
+
+    def told(self, message: str) -> bool:
+        """Whether another process has said `message` already; if not, this one is to say it. "end" stands for
+        that of a lost process, which all find in other words."""
+        try:
+            with self._lock:
+                return self.store.add(f"told/{message}", 1) > 1
+        except RuntimeError:
+            return False
+
+    def leave(self, reason: str) -> None:
+        """Tell the others that this process ends alone."""
+        try:
+            with self._lock:
+                self.store.set(f"left/{self.rank}", reason)
+        except RuntimeError:
+            return
+
+    def explain(self) -> str:
+        """Which other process is gone, and where it was last seen; "" if all of them are there."""
+        try:
+            left, silent, _ = self._look()
+        except RuntimeError:
+            return self._no_store()
+        if left:
+            rank, reason = min(left.items())
+            return f"process {rank} has left: {reason}"
+        return self._silent(silent)
+
+    # ------------------------------------------------------------------------- the thread
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.interval_s):
+            try:
+                self._say()
+                with self._lock:
+                    verdict = self.store.check(["verdict"])
+                if verdict:
+                    self._end("")
+                elif self._still_s() > self._patience_s():
+                    self._judge()
+            except RuntimeError:
+                if self._still_s() > self.timeout_s and not self._ended.is_set():
+                    self._end(self._no_store())
+
+    def _say(self) -> None:
+        (step, phase), self._beat = self.place, self._beat + 1
+        with self._lock:
+            self.store.set(f"beat/{self.rank}", json.dumps([self._beat, step, phase, self._still_s()]))
+
+    def _patience_s(self) -> float:
+        if self._signals >= 0 and select.select([self._signals], [], [], 0)[0]:
+            self._signalled = bool(os.read(self._signals, 512))
+        if self._signalled:
+            return min(SIGNALLED_S, self.timeout_s)
+        return max(self.timeout_s, STARTING_S) if self.place[1] == "starting" else self.timeout_s
+
+    def _still_s(self) -> float:
+        return time.monotonic() - self._moved
+
+    def _judge(self) -> None:
+        """End the run if this or another process hangs; return if a process that others wait for gets on."""
+        left, silent, places = self._look()
+        if self._still_s() <= self._patience_s() or self._ended.is_set():
+            return
+        if left:
+            rank, reason = min(left.items())
+            self._end(f"process {rank} has left: {reason}")
+        if silent:
+            self._end(self._silent(silent))
+        if min(place.still_s for place in places.values()) < self.timeout_s:
+            return
+        first = min(place.order for place in places.values())
+        behind = [rank for rank, place in places.items() if place.order == first]
+        ahead = [str(place) for place in places.values() if place.order > first]
+        others = f"; the others wait at {ahead[0]}" if ahead else ""
+        late = f"not moved for {self.timeout_s:g} s (--timeout_s)"
+        self._end(f"{_named(behind)} {late}, at {places[behind[0]]}{others}")
+
+    def _end(self, message: str) -> None:
+        """Leave, whatever the main thread is stuck in; the first of all processes says why."""
+        try:
+            with self._lock:
+                told = message and self.store.add("told/end", 1) > 1
+                if message and not told:
+                    self.store.set("verdict", message)
+        except RuntimeError:
+            told = False
+        dump = threading.Thread(target=self._dump, daemon=True)
+        dump.start()
+        dump.join(DUMP_S)
+        where = f"; stacks are in {self.stacks}" if self.stacks and self.stacks.is_dir() else ""
+        leave_at_once("" if told or not message else f"{message}{where}; {GO_ON}")
+
+    def _dump(self) -> None:
+        """Write the stacks, if there is a run folder for them; the disk may be what hangs."""
+        if self.stacks and self.stacks.parent.is_dir():
+            self.stacks.mkdir(exist_ok=True)
+            with (self.stacks / f"process-{self.rank}.txt").open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            self.record()
+
+    def _look(self) -> tuple[dict[int, str], list[tuple[int, Place]], dict[int, Place]]:
+        """Reasons of those that left, the silent ones, and the places of the rest."""
+        before = self._places()
+        for _ in range(BEATS):
+            time.sleep(self.interval_s)
+            self._say()
+        after, left = self._places(), {}
+        for rank in range(self.size):
+            with self._lock:
+                if rank != self.rank and self.store.check([f"left/{rank}"]):
+                    left[rank] = self.store.get(f"left/{rank}").decode()
+        there = {r: place for r, place in after.items() if place.beat > before[r].beat and r not in left}
+        return left, [(r, after[r]) for r in after if r not in there and r not in left], there
+
+    def _places(self) -> dict[int, Place]:
+        found = {}
+        for rank in range(self.size):
+            with self._lock:
+                said = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
+            found[rank] = Place(*json.loads(said)) if said else Place()
+        return found
+
+    def _silent(self, silent: list[tuple[int, Place]]) -> str:
+        if not silent:
+            return ""
+        seen = "; ".join(f"process {rank} at {place}" for rank, place in silent[:8])
+        ranks = _named([rank for rank, _ in silent])
+        step, phase = self.place
+        return (
+            f"{ranks} not answered for {self._still_s():.0f} s (killed, stopped, or its machine is gone), "
+            f"last seen: {seen}; the others wait at step {step}, {phase}"
+        )
+
+    def _no_store(self) -> str:
+        return f"nothing answers at {self.address}: process 0, or its machine, is lost"
+
+
+def _named(ranks: list[int]) -> str:
+    listed = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
+    return f"process {listed} has" if len(ranks) == 1 else f"processes {listed} have"

@@ -1,0 +1,348 @@
+"""How parameters lie in the processes of a run, and what those exchange who update them together.
+
+Three layouts answer the same questions, so that neither an optimizer nor a checkpoint asks which it is:
+
+    Layout      every process has everything: one process, or one that shares nothing
+    Replicated  weights and gradients in each process, optimizer state divided (ZeRO-1; Rajbhandari et al.)
+    Sharded     weights, gradients and optimizer state divided: rows of each parameter, as FSDP2 lays them
+
+An elementwise rule (AdamW) updates in each process a range of the elements of a parameter. A rule that needs
+whole matrices (Muon) gives each matrix to one process, its owner.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanogpt.world import World
+
+Span = tuple[int, int]  # first element and the one after the last, in row-major order
+TURN = 1 << 24  # elements that a process sends at a time, so that what is on the way stays small
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter, and the range of its elements that each process updates."""
+
+    name: str
+    parameter: Tensor
+    spans: Sequence[Span]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Some rows of a parameter, orthogonalised together by one process."""
+
+    label: str
+    parameter: Tensor
+    first: int  # row
+    height: int
+    owner: int
+
+    @property
+    def width(self) -> int:
+        return self.parameter.shape[1]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.height)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this process has of a tensor; `spans` says what each has."""
+
+    shape: torch.Size  # of the whole
+    spans: Sequence[Span]
+    rank: int
+    tensor: Tensor  # the elements of spans[rank]
+
+    def copy_(self, whole: Tensor) -> None:
+        """Take this process's part of `whole`."""
+        start, stop = self.spans[self.rank]
+        self.tensor.copy_(whole.reshape(-1)[start:stop].view(self.tensor.shape))
+
+
+class Layout:
+    """Everything in this process."""
+
+    rank, size = 0, 1  # among those who share
+    sharded = False  # a process alone cannot run the model
+
+    def divide(self, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
+        """What of each parameter which process updates, where the rule is elementwise."""
+        return [Held(name, p, [(0, p.numel())]) for name, p in named]
+
+    def own(self, held: Held, tensor: Tensor) -> Tensor:
+        """Of a tensor that lies as the parameter (it or its gradient), the elements of this process's range;
+        a view."""
+        return tensor
+
+    def publish(self, parts: Sequence[Held]) -> None:
+        """After an update of the ranges of `divide`: see that all who hold the weights have the new ones."""
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Who does each of the tasks that cost so much: the costliest first, each to the least loaded."""
+        loads, chosen = [0.0] * self.size, [0] * len(costs)
+        for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            chosen[task] = min(range(self.size), key=loads.__getitem__)
+            loads[chosen[task]] += costs[task]
+        return chosen
+
+    def collect(self, stack: Sequence[Matrix]) -> Tensor:
+        """The gradients (n, height, width) of the matrices of `stack`, alike and sorted by owner, that are
+        this process's."""
+        return torch.stack([_gradient(m)[m.rows] for m in stack])
+
+    def spread(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
+        """From `updates` of its own matrices: of each matrix's update, in float32, the rows that this
+        process holds."""
+        return list(updates.float().unbind())
+
+    def weights(self, matrix: Matrix) -> Tensor:
+        """The rows of a matrix that this process holds; a view."""
+        return matrix.parameter.data[matrix.rows]
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of the whole gradient, from that of what this process holds of it."""
+        return own
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a weight or gradient; a view."""
+        return tensor
+
+    def with_gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Plain tensors whose `grad` is what this process holds of the gradient of each parameter."""
+        return parameters
+
+    def pieces_of(self, model: nn.Module) -> dict[str, Piece]:
+        """The weights of `model`, by name."""
+        return {name: Piece(p.shape, [(0, p.numel())], 0, p.detach()) for name, p in model.named_parameters()}
+
+    def gather(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+        """The whole tensors in the first process, one by one in its host's memory where they were divided,
+        and nothing in the others. All processes must ask together."""
+        return {name: piece.tensor for name, piece in pieces.items()}
+
+
+class _Shared(Layout):
+    """What the layouts of several processes have in common."""
+
+    def __init__(self, world: World, group: Any = None, size: int = 0):
+        """`group`, of `size` processes one after the other, holds everything once; None: it is all."""
+        self.group, self.size = group, size or world.size
+        self.rank = world.rank % self.size
+        self.with_first = world.rank < self.size
+
+    def gather(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, piece in pieces.items() if self.with_first else ():
+            done = piece.spans[0][1]  # of the whole, what has come; the first process's own begins at 0
+            if self.rank == 0 and done == piece.shape.numel():
+                found[name] = piece.tensor.view(piece.shape).cpu()
+                continue
+            whole = torch.empty(piece.shape if self.rank == 0 else 0, dtype=piece.tensor.dtype)
+            if self.rank == 0:
+                whole.view(-1)[:done] = piece.tensor.view(-1)
+            for rank, (start, stop) in list(enumerate(piece.spans))[1:]:
+                if start >= stop or stop <= done:
+                    continue
+                if self.rank == rank:
+                    dist.send(piece.tensor.contiguous(), group=self.group, group_dst=0)
+                elif self.rank == 0:
+                    part = torch.empty(stop - start, dtype=whole.dtype, device=piece.tensor.device)
+                    dist.recv(part, group=self.group, group_src=rank)
+                    whole.view(-1)[start:stop] = part
+            if self.rank == 0:
+                found[name] = whole
+        return found
+
+
+class Replicated(_Shared):
+    """DDP: all weights and gradients in each process, and its share of the optimizer's state."""
+
+    def divide(self, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
+        total, first, parts = sum(p.numel() for _, p in named), 0, []
+        cuts = [total * rank // self.size for rank in range(self.size + 1)]
+        for name, p in named:
+            p.data = p.data.contiguous()
+            spans = [_common((lo - first, hi - first), (0, p.numel())) for lo, hi in pairwise(cuts)]
+            parts.append(Held(name, p, spans))
+            first += p.numel()
+        return parts
+
+    def own(self, held: Held, tensor: Tensor) -> Tensor:
+        start, stop = held.spans[self.rank]
+        return tensor.detach().reshape(-1)[start:stop]
+
+    def publish(self, parts: Sequence[Held]) -> None:
+        views = [[_flat(held)[slice(*held.spans[rank])] for held in parts] for rank in range(self.size)]
+        counts = [sum(map(len, of_one)) for of_one in views]
+        for done in range(0, max(counts), TURN):
+            turn = [_cut(of_one, done, done + TURN) for of_one in views]
+            sent = torch.cat([views[0][0][:0], *turn[self.rank]])
+            got = self._all_gather(sent, min(TURN, max(counts) - done))
+            for rank, targets in enumerate(turn):
+                if rank != self.rank and targets:
+                    lengths = [len(target) for target in targets]
+                    torch._foreach_copy_(targets, list(got[rank][: sum(lengths)].split(lengths)))
+
+    def collect(self, stack: Sequence[Matrix]) -> Tensor:
+        mine = [matrix for matrix in stack if matrix.owner == self.rank]
+        if not mine:
+            return stack[0].parameter.data.new_empty(0, stack[0].height, stack[0].width)
+        return super().collect(mine)
+
+    def spread(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
+        counts = [sum(matrix.owner == rank for matrix in stack) for rank in range(self.size)]
+        shape = updates.shape[1:]
+        got = self._all_gather(updates.reshape(-1), max(counts) * shape.numel()).float()
+        found = [got[r][: n * shape.numel()].view(n, *shape) for r, n in enumerate(counts)]
+        return [update for of_one in found for update in of_one]
+
+    def _all_gather(self, mine: Tensor, width: int) -> Tensor:
+        """(size, width): what each process gives, at most `width` numbers."""
+        sent, got = mine.new_zeros(width), mine.new_empty(self.size * width)
+        sent[: len(mine)] = mine
+        # its name before torch 2.13
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(_bytes(got), _bytes(sent), group=self.group)
+        return got.view(self.size, width)
+
+
+class Sharded(_Shared):
+    """FSDP2: parameters and gradients are DTensors, cut along the first dimension."""
+
+    sharded = True
+
+    def divide(self, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
+        return [Held(name, p, self._spans(p)) for name, p in named]
+
+    def own(self, held: Held, tensor: Tensor) -> Tensor:
+        return self.local(tensor)
+
+    def collect(self, stack: Sequence[Matrix]) -> Tensor:
+        height, width = stack[0].height, stack[0].width
+        mine = [matrix for matrix in stack if matrix.owner == self.rank]
+        sent = torch.cat([self._part(m, self.local(_gradient(m))).reshape(-1) for m in stack])
+        counts = [[self._count(m, rank) for m in mine] for rank in range(self.size)]  # by sender
+        got = self._exchange(sent, self._by_owner(stack), [sum(of_one) for of_one in counts])
+        parts = [got_of.split(of_one) for got_of, of_one in zip(got, counts, strict=True)]
+        whole = [torch.cat(of_matrix) for of_matrix in zip(*parts, strict=True)]
+        return torch.cat([sent[:0], *whole]).view(len(mine), height, width)
+
+    def spread(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
+        mine = [matrix for matrix in stack if matrix.owner == self.rank]
+        parts = [
+            [update[slice(*self._rows(m, rank))].reshape(-1) for m, update in zip(mine, updates, strict=True)]
+            for rank in range(self.size)
+        ]
+        sent = torch.cat([updates.reshape(-1)[:0], *(part for of_one in parts for part in of_one)])
+        counts = [sum(map(len, of_one)) for of_one in parts]
+        got = torch.cat(self._exchange(sent, counts, self._by_owner(stack))).float()
+        held = got.split([self._count(m, self.rank) for m in stack])
+        return [part.view(-1, m.width) for part, m in zip(held, stack, strict=True)]
+
+    def weights(self, matrix: Matrix) -> Tensor:
+        return self._part(matrix, self.local(matrix.parameter))
+
+    def norm(self, own: Tensor) -> Tensor:
+        square = own.square()
+        dist.all_reduce(square, group=self.group)
+        return square.sqrt()
+
+    def local(self, tensor: Tensor) -> Tensor:
+        with torch.no_grad():
+            return cast(Any, tensor).to_local()
+
+    def with_gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+        found = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                found.append(self.local(parameter).detach())
+                found[-1].grad = self.local(parameter.grad)
+        return found
+
+    def pieces_of(self, model: nn.Module) -> dict[str, Piece]:
+        for unit in model.modules():
+            if hasattr(unit, "reshard"):  # the outermost stays gathered after an evaluation
+                cast(Any, unit).reshard()
+        return {
+            name: Piece(p.shape, self._spans(p), self.rank, self.local(p))
+            for name, p in model.named_parameters()
+        }
+
+    def _spans(self, parameter: Tensor) -> list[Span]:
+        rest = parameter.numel() // parameter.shape[0]
+        rows = (self._rows_of(parameter, rank) for rank in range(self.size))
+        return [(first * rest, last * rest) for first, last in rows]
+
+    def _rows_of(self, parameter: Tensor, rank: int) -> Span:
+        """The rows of a parameter that a process holds: all the same number, the last ones fewer or none."""
+        height = parameter.shape[0]
+        each = -(-height // self.size)
+        return min(rank * each, height), min((rank + 1) * each, height)
+
+    def _rows(self, matrix: Matrix, rank: int) -> Span:
+        """The rows of a matrix that a process holds, counted from the matrix's first."""
+        first, last = self._rows_of(matrix.parameter, rank)
+        return _common((first - matrix.first, last - matrix.first), (0, matrix.height))
+
+    def _count(self, matrix: Matrix, rank: int) -> int:
+        first, last = self._rows(matrix, rank)
+        return (last - first) * matrix.width
+
+    def _part(self, matrix: Matrix, local: Tensor) -> Tensor:
+        """Of this process's rows of a parameter, those of the matrix."""
+        shift = matrix.first - self._rows_of(matrix.parameter, self.rank)[0]
+        first, last = self._rows(matrix, self.rank)
+        return local[first + shift : last + shift] if first < last else local[:0]
+
+    def _by_owner(self, stack: Sequence[Matrix]) -> list[int]:
+        """How many elements this process holds of the matrices of each owner."""
+        counts = [0] * self.size
+        for matrix in stack:
+            counts[matrix.owner] += self._count(matrix, self.rank)
+        return counts
+
+    def _exchange(self, sent: Tensor, to: list[int], come: list[int]) -> list[Tensor]:
+        """Send so many elements to each process; returns what comes from each, so many elements."""
+        got, width = sent.new_empty(sum(come)), sent.element_size()
+        counts = [n * width for n in come], [n * width for n in to]
+        dist.all_to_all_single(_bytes(got), _bytes(sent), *counts, group=self.group)
+        return list(got.split(come))
+
+
+def _common(a: Span, b: Span) -> Span:
+    """What two ranges share; empty ones are (0, 0)."""
+    first, last = max(a[0], b[0]), min(a[1], b[1])
+    return (first, last) if first < last else (0, 0)
+
+
+def _cut(views: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """The elements start .. stop of flat tensors laid end to end, as views."""
+    found, first = [], 0
+    for view in views:
+        lo, hi = _common((start - first, stop - first), (0, len(view)))
+        if lo < hi:
+            found.append(view[lo:hi])
+        first += len(view)
+    return found
+
+
+def _flat(held: Held) -> Tensor:
+    return held.parameter.data.view(-1)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8)  # gloo does not move bfloat16
+
+
+def _gradient(matrix: Matrix) -> Tensor:
+    assert matrix.parameter.grad is not None
+    return matrix.parameter.grad

@@ -1,0 +1,93 @@
+"""Several datasets as one: `--dataset=web:0.7,books:0.3` draws windows from each by weight.
+
+Weights need not add up to 1; without any, datasets count by their tokens. Which window is sample n stays a
+pure function of (seed, n) (order.MixedOrder), so resuming, several processes and batches that grow need
+nothing of their own.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+
+from nanogpt import data
+from nanogpt.data import Dataset
+from nanogpt.errors import UserError
+from nanogpt.tokenfiles import Mixture, Tokens
+
+
+def load(name: str, root: Path) -> Dataset:
+    """The dataset `name`, or several as one: folders as data.find knows them, each with a weight or none.
+
+    Raises UserError as data.find and data.load, for weights that are none, and for datasets that do not go
+    together: other tokenizers, masks in one only.
+    """
+    parts = parse(name)
+    if len(parts) == 1:
+        return data.load(data.find(parts[0][0], root))
+    folders = [data.find(part, root) for part, _ in parts]
+    for number, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:number]]:
+            raise UserError(f"--dataset={name} names {folder} twice; give it once, with a larger weight")
+    found = [data.load(folder) for folder in folders]
+    first = found[0]
+    for other in found[1:]:
+        if other.fingerprint != first.fingerprint:
+            raise UserError(
+                f"--dataset={name}: {other.folder} ({other.vocab_size} ids) has another tokenizer than "
+                f"{first.folder} ({first.vocab_size} ids); prepare both with the same --tokenizer"
+            )
+        if (other.train.scored is None) != (first.train.scored is None):
+            raise UserError(
+                f"--dataset={name}: only one of {first.folder} and {other.folder} is of prompts and "
+                f"responses; train on one kind at a time"
+            )
+    given = [weight or Fraction(len(one.train)) for one, (_, weight) in zip(found, parts, strict=True)]
+    weights = [weight / sum(given) for weight in given]
+    names = _names(folders)
+    known = [one.bytes_per_token for one in found]
+    lengths = [length for length in known if length]
+    mean = sum(float(w) * length for w, length in zip(weights, lengths, strict=False))
+    return Dataset(
+        Path(name),
+        _joined([one.train for one in found], Mixture(names, weights, [one.train for one in found])),
+        _joined([one.val for one in found], Mixture(names, weights, [one.val for one in found])),
+        max((one.tokenizer for one in found), key=len),  # GPT-2's with its merges
+        first.vocab_size,
+        first.fingerprint,
+        mean if len(lengths) == len(found) else None,
+    )
+
+
+def parse(name: str) -> list[tuple[str, Fraction | None]]:
+    """The datasets that `name` lists and their weights, of which either all have one or none."""
+    if Path(name).is_dir():  # whatever is in its name
+        return [(name, None)]
+    found = [_part(part.strip(), name) for part in name.split(",")]
+    if len({weight is None for _, weight in found}) > 1:
+        raise UserError(f"--dataset={name} gives weights to some; write NAME:WEIGHT for all, or none")
+    return found
+
+
+def _part(part: str, name: str) -> tuple[str, Fraction | None]:
+    folder, colon, text = part.rpartition(":")
+    try:
+        weight = Fraction(text) if colon else None
+    except (ValueError, ZeroDivisionError):
+        weight = None
+    folder = folder if weight is not None else part
+    if not folder or (weight is not None and weight <= 0):
+        raise UserError(f"--dataset={name}: {part!r} is not NAME or NAME:WEIGHT with a weight above 0")
+    return folder, weight
+
+
+def _joined(texts: list[Tokens], mixture: Mixture) -> Tokens:
+    joined = Tokens([part for text in texts for part in text.parts], texts[0].vocab_size, mixture)
+    masks = [text.scored for text in texts if text.scored]
+    if len(masks) == len(texts):
+        joined.scored = Tokens([part for mask in masks for part in mask.parts], 2)
+    return joined
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The last part of each path, or all of it where two would be called the same."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]

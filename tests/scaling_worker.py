@@ -1,0 +1,91 @@
+"""A process of tests/test_scaling.py: bytes sent and memory held in a step, under each kind of parallelism.
+
+Bytes are those that the kernel says this process has written, which is to sockets only; gloo sends a
+reduce-scatter as an all-reduce.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from nanogpt.model import GPT, GPTConfig
+
+SHAPE = GPTConfig(vocab_size=502, block_size=32, n_layer=3, n_head=4, n_embd=64, bias=False)
+MICRO_BATCHES = 2
+
+
+def written() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("wchar")))
+
+
+def sharded(model: GPT, mesh) -> GPT:
+    for block in model.h:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def held(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    def size(tensor) -> int:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        return local.numel() * local.element_size()
+
+    state = [t for some in optimizer.state.values() for name, t in some.items() if name != "step"]
+    return {
+        "weights": sum(map(size, model.parameters())),
+        "gradients": sum(size(p.grad) for p in model.parameters()),
+        "optimizer": sum(map(size, state)),
+    }
+
+
+def main(out: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    models, steps = {}, {}
+    models["ddp"] = GPT(SHAPE)
+    replicated = DistributedDataParallel(models["ddp"], gradient_as_bucket_view=True)
+
+    def by_ddp(last: bool):
+        replicated.require_backward_grad_sync = last
+        return replicated
+
+    steps["ddp"] = by_ddp
+    meshes = {"fsdp": init_device_mesh("cpu", (size,))}
+    if size == 4:
+        meshes["hsdp"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for mode, mesh in meshes.items():
+        models[mode] = sharded(GPT(SHAPE), mesh)
+
+        def by_fsdp(last: bool, model=models[mode]):
+            model.set_requires_gradient_sync(last)
+            return model
+
+        steps[mode] = by_fsdp
+    idx = torch.randint(0, SHAPE.vocab_size, (2, SHAPE.block_size))
+    found = {}
+    for mode, model in models.items():
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(2):  # the first makes buckets and groups
+            dist.barrier()
+            before = written()
+            for micro in range(MICRO_BATCHES):
+                steps[mode](micro == MICRO_BATCHES - 1)(idx, idx)[1].backward()
+            sent = written() - before
+            optimizer.step()
+            found[mode] = {"sent": sent, **held(model, optimizer)}
+            optimizer.zero_grad()
+    out.with_suffix(f".{rank}").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # FSDP's threads take a second to end
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,140 @@
+"""Processes that cannot work together say so in one line and leave. Each is started by hand, as srun does it;
+all come from one that has imported train.py already."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import train
+from nanogpt import errors
+from nanogpt.errors import run_program
+from tests.conftest import words, write_dataset
+
+pytestmark = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork"
+)
+
+
+@pytest.fixture(scope="module")
+def context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    dataset = write_dataset(tmp_path_factory.mktemp("data") / "words", words(1000))
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4}
+    sizes |= {"gradient_accumulation_steps": 2, "max_iters": 3, "eval_iters": 2, "warmup_iters": 1}
+    return train.Config(dataset=str(dataset), device="cpu", meet_timeout_s=30.0, **sizes)
+
+
+def run(config, log, cwd, environment):
+    os.environ.update(environment)
+    os.chdir(cwd)
+    with log.open("w", buffering=1) as file, contextlib.redirect_stderr(file):
+        os.dup2(file.fileno(), 1)
+        run_program(lambda: train.main(config))
+
+
+@pytest.fixture
+def start(context, tmp_path):
+    """Start a process a config as one run, those that are None left out; returns (exit code, its stderr) of
+    each, and the seconds between the first's leaving and the last's."""
+    started = []
+
+    def start(configs, folders=None):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        for rank, config in enumerate(configs):
+            if config is None:
+                continue
+            about = {"RANK": rank, "WORLD_SIZE": len(configs), "LOCAL_RANK": rank}
+            about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            log, folder = tmp_path / f"{rank}.log", (folders or {}).get(rank, tmp_path)
+            args = (config, log, folder, {key: str(value) for key, value in about.items()})
+            started.append((context.Process(target=run, args=args), log))
+            started[-1][0].start()
+        left = {}
+        deadline = time.monotonic() + 60
+        while len(left) < len(started) and time.monotonic() < deadline:
+            for process, _ in started:
+                if process.exitcode is not None:
+                    left.setdefault(process, time.monotonic())
+            time.sleep(0.02)
+        found = [(process.exitcode, log.read_text()) for process, log in started]
+        return found, max(left.values()) - min(left.values()), f"127.0.0.1:{port}"
+
+    yield start
+    for process, _ in started:
+        process.kill()
+
+
+def lines(told):
+    return [line for line in told.splitlines() if line and not line.startswith("[W")]
+
+
+def test_one_that_has_other_options_is_named(start, config, tmp_path):
+    found, seconds, _ = start([config, config, replace(config, batch_size=8)])
+    assert [code for code, _ in found] == [2, 2, 2] and seconds < 10
+    said = "error: process 2 has --batch_size=8, process 0 has --batch_size=4; "
+    assert lines(found[0][1]) == [f"{said}start all processes with the same options"]
+    assert lines(found[1][1]) == lines(found[2][1]) == []
+    assert not (tmp_path / config.out_dir).exists()
+
+
+def test_a_run_folder_that_one_does_not_see_is_named(start, config, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    found, seconds, _ = start([config, config], {1: tmp_path / "elsewhere"})
+    assert [code for code, _ in found] == [2, 2] and seconds < 10
+    (told,) = lines(found[0][1])
+    assert told.startswith(f"error: process 1: {tmp_path / 'elsewhere'} on ")
+    assert "put --out_dir where all machines see it" in told
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name != "elsewhere"]
+    assert not list(tmp_path.glob(".nanogpt-*"))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_processes_that_do_not_come_are_named_with_the_address(start, config, missing):
+    waiting = replace(config, meet_timeout_s=1.0)
+    found, _, address = start([None if rank == missing else waiting for rank in range(2)])
+    ((code, told),) = found
+    assert code == 2 and len(lines(told)) == 1
+    assert address in told and "--meet_timeout_s" in told and f"process {1 - missing}" in told
+
+
+def test_processes_started_by_hand_train(start, config, tmp_path):
+    found, _, _ = start([config, config])
+    assert [code for code, _ in found] == [0, 0], found
+    assert (tmp_path / config.out_dir / "step-000003" / "manifest.json").is_file()
+
+
+def test_what_would_fail_again_is_not_tried_again(tmp_path):
+    """In the folders as torchrun makes them."""
+    about = {"TORCHELASTIC_RESTART_COUNT": "0"}
+    for attempt in range(3):
+        for rank in (0, 1):
+            (tmp_path / f"attempt_{attempt}" / str(rank)).mkdir(parents=True)
+
+    def file(attempt, rank):
+        return str(tmp_path / f"attempt_{attempt}" / str(rank) / "error.json")
+
+    assert errors.final_code_of_last_attempt({}) == 0
+    assert errors.final_code_of_last_attempt(about | {errors.ENV_ERROR_FILE: file(0, 0)}) == 0
+    second = {"TORCHELASTIC_RESTART_COUNT": "1", errors.ENV_ERROR_FILE: file(1, 0)}
+    assert errors.final_code_of_last_attempt(second) == 0  # killed: it left nothing
+    for code, expected in ((76, 0), (74, 0), (1, 0), (2, 2), (70, 70), (75, 75)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(errors.ENV_ERROR_FILE, file(0, 1))
+            errors.for_torchrun(code, "why")
+        assert errors.final_code_of_last_attempt(second) == expected
+    about = json.loads(Path(file(0, 1)).read_text())["message"]
+    assert about["message"] == about["extraInfo"]["py_callstack"] == "why" and about["errorCode"] == 75

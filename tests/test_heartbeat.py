@@ -1,0 +1,140 @@
+"""A process that is silent, behind or has left is named by the others. Threads stand for processes."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from nanogpt import heartbeat
+from nanogpt.heartbeat import Heartbeat
+
+TIMEOUT_S = 0.8
+
+
+class Ended(BaseException):
+    pass
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The words with which processes end, instead of ending this one."""
+    said, ended = [], threading.Event()
+
+    def end(message):
+        said.append(message)
+        ended.set()
+        raise Ended
+
+    monkeypatch.setattr(heartbeat, "leave_at_once", end)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    yield said
+    ended.set()
+
+
+@pytest.fixture
+def hearts(tmp_path):
+    store = HashStore()
+    made = [Heartbeat(store, rank, 3, TIMEOUT_S, "here:1", tmp_path / "stuck") for rank in range(3)]
+    yield made
+    for heart in made:
+        heart.close()
+
+
+def wait_for(happened, limit_s=10.0):
+    deadline = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_silent_process_is_named_with_its_last_place(hearts, ends):
+    hearts[2].at(7, "reading data")
+    hearts[2].start()
+    hearts[2].close()  # as if it were stopped: it says nothing more
+    for heart in hearts[:2]:
+        heart.at(7, "computing")
+        heart.start()
+        heart.at(7, "waiting")
+    wait_for(lambda: len(ends) == 2)
+    told = [message for message in ends if message]
+    assert len(told) == 1  # of two that see it one tells
+    assert "process 2 has not answered" in told[0] and "process 2 at step 7, reading data" in told[0]
+    assert "the others wait at step 7, waiting" in told[0] and "\n" not in told[0]
+
+
+def test_a_process_that_lives_but_does_not_move_is_named(hearts, ends, tmp_path):
+    for heart in hearts:
+        heart.start()
+    hearts[0].at(120, "waiting")
+    hearts[1].at(120, "reading data")
+    hearts[2].at(120, "computing")
+    wait_for(lambda: len(ends) == 3)
+    told = next(message for message in ends if message)
+    assert told.startswith(f"process 1 has not moved for {TIMEOUT_S:g} s (--timeout_s), at step 120, reading")
+    assert f"the others wait at step 120, waiting; stacks are in {tmp_path / 'stuck'}" in told
+    for rank in range(3):
+        text = (tmp_path / "stuck" / f"process-{rank}.txt").read_text()
+        assert "test_heartbeat.py" in text  # the main thread's stack
+
+
+def test_nobody_ends_while_one_that_is_waited_for_gets_on(hearts, ends):
+    """The first process scores tasks; the others wait much longer than the time-out."""
+    for heart in hearts:
+        heart.start()
+        heart.at(7, "waiting")
+    until = time.monotonic() + 3 * TIMEOUT_S
+    while time.monotonic() < until:
+        hearts[0].moved()
+        time.sleep(0.02)
+    assert ends == []
+
+
+def test_who_lost_the_connection_asks_who_is_gone(hearts, ends):
+    for heart in hearts:
+        heart.at(3, "computing")
+        heart.start()
+    assert hearts[0].explain() == ""
+    hearts[1].close()
+    assert "process 1 has not answered" in hearts[0].explain()
+    hearts[1].leave("OSError: disk full")
+    assert hearts[0].explain() == "process 1 has left: OSError: disk full"
+    assert not hearts[0].told("why") and hearts[2].told("why")
+
+
+def test_a_signal_makes_a_process_that_is_stuck_look_around(hearts, ends, monkeypatch):
+    """As when a GPU waits for one that was killed, and torchrun asks the others to leave."""
+    monkeypatch.setattr(heartbeat, "SIGNALLED_S", 0.5)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        hearts[1].start()
+        hearts[1].close()
+        hearts[0].timeout_s = 1000.0
+        hearts[0].start()
+        hearts[0].at(7, "waiting")
+        time.sleep(0.5)
+        assert ends == []
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_for(lambda: ends)
+        assert "processes 1, 2 have not answered" in ends[0] and "process 2 at the start" in ends[0]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_without_the_store_the_first_process_is_lost():
+    class Broken:
+        def __getattr__(self, name):
+            raise RuntimeError("connection refused")
+
+    heart = Heartbeat(Broken(), 1, 2, 10.0, "here:1")
+    assert "nothing answers at here:1: process 0, or its machine, is lost" in heart.explain()
+
+
+def test_a_step_pays_next_to_nothing(hearts):
+    heart = hearts[0]
+    began = time.perf_counter()
+    for step in range(10_000):
+        heart.at(step, "computing")
+    assert (time.perf_counter() - began) / 10_000 < 20e-6

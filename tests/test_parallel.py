@@ -1,0 +1,298 @@
+"""ddp, fsdp and hsdp train as one process does, and leave the same files. On gloo, in processes that one
+start forks (tests/processes.py)."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanogpt import checkpoint, metrics, parallel, steps
+from nanogpt.errors import UserError
+from nanogpt.layout import Layout, Replicated
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import OptimConfig, build
+from nanogpt.runtime import Machine
+from nanogpt.world import World
+from tests import processes
+from tests.conftest import words, write_dataset
+from tests.processes import Job
+
+SHAPE = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --dropout=0 --device=cpu --compile=False "
+    "--dtype=float32 --learning_rate=1e-3 --muon_lr=0.005 --warmup_iters=5 --max_iters=50 "
+    "--lr_decay_iters=50 --eval_interval=50 --save_interval=25 --eval_iters=1000 --log_interval=1 "
+    "--gradient_accumulation_steps=1"
+)
+UNEVEN = ["--batch_size=3", "--gradient_accumulation_steps=5"]  # 15 windows on 2: 8 and 7, in 3 passes each
+RAGGED = ["--batch_size=2", "--gradient_accumulation_steps=5"]  # 10 on 4: 3, 3, 2, 2, in 2 passes and in 1
+SHORT = [
+    "--max_iters=4",
+    "--batch_size=2",
+    "--gradient_accumulation_steps=3",
+    "--eval_interval=4",
+    "--eval_iters=1",
+]
+LOOKING = ["--sample_prompt=abc", "--sample_tokens=8"]
+
+
+def job(name: str, number: int, *options: str, resumes: str = "") -> Job:
+    """`name` begins with the optimizer and the windows of a batch."""
+    return Job(name, number, [f"--optimizer={name.split('-')[0]}", *options], resumes)
+
+
+FEW = ["--max_iters=12", "--eval_interval=12"]
+EVALUATE = ["--eval_only=True", "--init_from=resume", "--batch_size=4"]
+STOP, GO_ON = ["--max_iters=10"], ["--init_from=resume", "--max_iters=25"]
+JOBS = [
+    job("adamw-15", 1, "--batch_size=15"),
+    job("muon-15", 1, "--batch_size=15"),
+    job("muon-10", 1, "--batch_size=10", *FEW, "--eval_iters=1"),
+    job("adamw-15-fsdp", 2, *UNEVEN, "--parallel=fsdp"),
+    job("muon-15-ddp", 2, *UNEVEN, "--parallel=ddp"),
+    job("muon-15-fsdp", 2, *UNEVEN, "--parallel=fsdp"),
+    job("muon-10-fsdp", 4, *RAGGED, *FEW, "--parallel=fsdp", "--eval_iters=5"),
+    job("muon-10-hsdp", 4, "--batch_size=10", *FEW, "--parallel=hsdp", "--shard_size=2", "--eval_iters=1"),
+    job("adamw-15-stopped", 2, *UNEVEN, *STOP, "--parallel=fsdp"),
+    job("adamw-15-on-4", 4, *UNEVEN, *GO_ON, "--parallel=ddp", resumes="adamw-15-stopped"),
+    job("muon-15-stopped", 2, *UNEVEN, *STOP, "--parallel=fsdp"),
+    job("muon-15-on-2", 2, *UNEVEN, *GO_ON, "--parallel=fsdp", resumes="muon-15-stopped"),
+    job("muon-15-on-1", 1, *UNEVEN, *GO_ON, resumes="muon-15-stopped"),
+    Job("lora-fsdp", 2, [*SHORT, "--lora_rank=2", "--parallel=fsdp", *LOOKING]),
+    Job("lora-alone", 1, [*SHORT, "--lora_rank=2", *LOOKING]),
+    Job("bfloat16-ddp", 2, [*SHORT, "--dtype=bfloat16", "--parallel=ddp"]),
+    Job("bfloat16-fsdp", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp"]),
+    Job("bfloat16-recompute", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp", "--recompute=True"]),
+    Job("float16-ddp", 2, [*SHORT, "--dtype=float16", "--parallel=ddp"]),
+    Job("float16-fsdp", 2, [*SHORT, "--dtype=float16", "--parallel=fsdp"]),
+    Job("eval-1", 1, EVALUATE, resumes="adamw-15-fsdp"),
+    Job("eval-4", 4, [*EVALUATE, "--parallel=fsdp"], resumes="adamw-15-fsdp"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """All runs, in one folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_dataset(folder / "words", words(3000))
+    common = [*SHAPE.split(), f"--dataset={data}"]
+    processes.run(folder, [replace(job, options=[*common, *job.options]) for job in JOBS])
+    return folder
+
+
+def losses(run: Path, event: str = "step", key: str = "loss") -> list[float]:
+    return [row[key] for row in metrics.read(run) if row["event"] == event]
+
+
+def saved(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of a run."""
+    found, damage = checkpoint.find(run, which)
+    assert found and not damage
+    files = ("model.safetensors", "optimizer.safetensors")
+    return {f"{file}: {name}": t for file in files for name, t in load_file(found.path / file).items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw-15-fsdp", "muon-15-ddp", "muon-15-fsdp", "muon-10-fsdp", "muon-10-hsdp"]
+)
+def test_every_division_trains_as_one_process(folder, name):
+    """Also where a process has a window less, or a micro-batch less."""
+    like, mode = name.rsplit("-", 1)
+    run, alone = folder / name, folder / like
+    assert f"parallel: {mode}" in processes.said(folder, name)
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-6)
+    assert losses(run, key="grad_norm")[:10] == pytest.approx(losses(alone, key="grad_norm")[:10], rel=1e-4)
+    assert losses(run, "eval", "val_loss") == pytest.approx(losses(alone, "eval", "val_loss"), rel=1e-6)
+    assert len(losses(run)) == len(losses(alone)) == (50 if "15" in name else 12)
+    found, expected = saved(run), saved(alone)
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
+    for tensor, whole in found.items():
+        torch.testing.assert_close(whole, expected[tensor], rtol=1e-2, atol=1e-4, msg=tensor)
+
+
+def test_a_stopped_run_goes_on_with_other_numbers_and_divisions(folder):
+    for name in ("muon-15-on-1", "adamw-15-on-4"):
+        unbroken = losses(folder / f"{name.split('-')[0]}-15-fsdp")[:25]
+        assert losses(folder / name) == pytest.approx(unbroken, rel=1e-5)
+
+
+def test_a_stopped_run_goes_on_to_the_bit_with_the_same(folder):
+    unbroken, resumed = folder / "muon-15-fsdp", folder / "muon-15-on-2"
+    assert losses(resumed) == losses(unbroken)[:25]
+    before, after = saved(unbroken, "25"), saved(resumed, "25")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_adapters_beside_frozen_weights(folder):
+    alone, found = saved(folder / "lora-alone"), saved(folder / "lora-fsdp")
+    assert losses(folder / "lora-fsdp") == pytest.approx(losses(folder / "lora-alone"), rel=1e-6)
+    assert found.keys() == alone.keys() and any("lora_b" in tensor for tensor in found)
+    frozen = [tensor for tensor in found if tensor.startswith("model") and "lora" not in tensor]
+    assert frozen and all(torch.equal(found[tensor], alone[tensor]) for tensor in frozen)
+
+
+def test_what_is_looked_at_is_the_whole_model(folder):
+    files = [folder / name / "samples" / "step-000004.txt" for name in ("lora-alone", "lora-fsdp")]
+    assert files[0].read_text(encoding="utf-8") == files[1].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_units_compute_as_the_machine_does(folder, dtype):
+    ddp, fsdp = (losses(folder / f"{dtype}-{mode}") for mode in ("ddp", "fsdp"))
+    assert ddp[0] == fsdp[0] and ddp == pytest.approx(fsdp, rel=1e-3)
+    assert len(ddp) == 4 and ddp[-1] < ddp[0]
+
+
+def test_recomputed_units_gather_their_weights_again(folder):
+    assert losses(folder / "bfloat16-recompute") == losses(folder / "bfloat16-fsdp")
+
+
+def test_evaluation_alone(folder):
+    lines = [
+        [line for line in processes.said(folder, name).splitlines() if line.startswith("step 50:")]
+        for name in ("eval-1", "eval-4")
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 1
+
+
+# ----------------------------------------------------------------------------- without processes
+
+
+def choose(asked="auto", shard_size=0, size=8, on_node=8, weights=1, optimizer=2, memory=100):
+    return parallel.choose(asked, shard_size, World(0, size, on_node=on_node), weights, optimizer, memory)
+
+
+def test_auto_takes_ddp_while_it_fits():
+    def mode(*given, **changes):
+        return choose(*given, **changes).mode, choose(*given, **changes).shard_size
+
+    assert mode() == ("ddp", 1)
+    assert mode(weights=50) == ("fsdp", 8) and "more than 80%" in choose(weights=50).why
+    assert mode(size=16, weights=50) == ("hsdp", 8)
+    assert mode(size=16, on_node=1, weights=50) == ("fsdp", 16)
+    assert choose(size=1, on_node=1, weights=50) == parallel.Division("ddp", 1, "")
+    assert mode("fsdp") == ("fsdp", 8) and mode("ddp", weights=99) == ("ddp", 1)
+    assert mode("hsdp", 4) == ("hsdp", 4) and "2 copies of 4 processes" in choose("hsdp", 4).why
+    # a share of the optimizer's state counts, not all of it
+    assert mode(weights=30, optimizer=60) == ("ddp", 1)
+    assert mode(size=2, on_node=2, weights=30, optimizer=60) == ("fsdp", 2)
+
+
+@pytest.mark.parametrize(("size", "shard_size"), [(8, 3), (8, 8), (8, 1), (7, 0)])
+def test_groups_that_cannot_be(size, shard_size):
+    with pytest.raises(UserError, match="--parallel=hsdp"):
+        choose("hsdp", shard_size, size, on_node=2 if size == 7 else 8)
+
+
+class Deaf(World):
+    """One of several processes, that hears nothing of the others."""
+
+    def sum(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("windows", "batch_size", "switches"),
+    [(8, 2, [False, True]), (7, 2, [False, True]), (3, 1, [False, True]), (2, 2, [True])],
+)
+def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_size, switches):
+    """The erratum of nanoGPT's loop: the forward pass looks at the switch, too. And a process makes as many
+    passes as the one that has most to do."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8))
+    machine, order = Machine(torch.device("cpu"), "float32", "test", Deaf(1, 2)), []
+
+    def function(*batch):
+        order.append("forward")
+        return model(*batch)
+
+    own = machine.world.share(windows)[1]
+    batches = [(part, part) for part in torch.randint(10, (own, 4)).split(batch_size)]
+    result = steps.train_step(
+        parallel.Connected(function, order.append),
+        build(OptimConfig(), model.named_parameters()),
+        batches,
+        windows=windows,
+        batch_size=batch_size,
+        lr=0.0,
+        grad_clip=0.0,
+        seed=1,
+        iter_num=0,
+        machine=machine,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+    assert order == [thing for switch in switches for thing in (switch, "forward")]
+    idx = torch.cat([part for part, _ in batches])
+    assert float(result.loss) == pytest.approx(float(model(idx, idx)[1]) * own / windows, rel=1e-6)
+
+
+def test_recomputing_changes_no_gradient_and_keeps_less():
+    def kept_and_gradients(recompute):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=4, n_head=2, n_embd=32, dropout=0.2))
+        if recompute:
+            parallel.recompute(model, Machine(torch.device("cpu"), "float32", "test"))
+        idx, kept = torch.randint(10, (8, 16)), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            _, loss = model(idx, idx)
+        loss.backward()
+        return sum(kept), [p.grad for p in model.parameters()]
+
+    (plain, gradients), (less, same) = kept_and_gradients(False), kept_and_gradients(True)
+    assert less < plain / 3
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+def test_recomputing_needs_the_weights_that_were_used():
+    with pytest.raises(UserError, match="--recompute in bfloat16 on a CPU"):
+        parallel.recompute(
+            GPT(GPTConfig(vocab_size=10, n_layer=1)), Machine(torch.device("cpu"), "bfloat16", "")
+        )
+
+
+def test_owners_have_about_as_much_to_do():
+    layout = Layout()
+    layout.size = 4
+    costs = [9.0, 1, 1, 5, 4, 4, 3, 9, 2]
+    owners = layout.owners(costs)
+    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(4)]
+    assert max(loads) <= 10 and sum(loads) == sum(costs)
+    assert layout.owners(costs) == owners
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_each_process_keeps_its_share_of_the_state(rule):
+    """ZeRO-1: all of the state once, in about equal parts, and every element in one process."""
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=4, n_head=2, n_embd=32))
+    whole = build(OptimConfig(rule), model.named_parameters(), model.fused_rows()).state()
+    for size in (2, 4):
+        held = []
+        for rank in range(size):
+            layout = Replicated(World(rank, size))
+            optimizer = build(OptimConfig(rule), model.named_parameters(), model.fused_rows(), layout=layout)
+            pieces = {n: piece for n, piece in optimizer.pieces().items() if not n.endswith("steps")}
+            held.append(sum(piece.tensor.numel() for piece in pieces.values()))
+            for name, piece in pieces.items():
+                assert piece.shape == whole[name].shape
+                ends = [span for span in piece.spans if span[0] < span[1]]
+                assert ends[0][0] == 0 and ends[-1][1] == piece.shape.numel()
+                assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
+                assert piece.tensor.numel() == piece.spans[rank][1] - piece.spans[rank][0]
+        assert sum(held) == sum(t.numel() for n, t in whole.items() if not n.endswith("steps"))
+        assert max(held) < 1.1 * sum(held) / size
+
+
+def test_state_of_one_process_is_its_own():
+    """No copy where nothing is divided: what a checkpoint writes is what the optimizer uses."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8))
+    optimizer = build(OptimConfig("muon"), model.named_parameters(), model.fused_rows())
+    state, pieces = optimizer.state(), optimizer.pieces()
+    assert state.keys() == pieces.keys()
+    for name, piece in pieces.items():
+        assert state[name].data_ptr() == piece.tensor.data_ptr() and state[name].shape == piece.shape
+        piece.copy_(torch.full(piece.shape, 2.0))
+        assert bool((state[name] == 2).all())

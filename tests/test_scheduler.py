@@ -1,0 +1,94 @@
+"""Whose turn it is on the model: what is read between two steps, and that it changes no text."""
+
+import queue
+import time
+
+import pytest
+import torch
+
+from nanogpt.generate import Decoder, Text
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.sampling import SamplingOptions
+from nanogpt.serving import scheduler
+from nanogpt.serving.scheduler import Choice, Full, Scheduler
+from nanogpt.tokenizer import ByteTokenizer
+
+GREEDY = SamplingOptions(temperature=0)
+
+
+class Nobody:
+    """Counts nothing."""
+
+    def read(self, tokens):
+        pass
+
+    def wrote(self, tokens, seconds):
+        pass
+
+    def first_token(self, seconds):
+        pass
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=256, block_size=512, n_layer=2, n_head=2, n_embd=32)).eval()
+
+
+def asked(prompt, count, answers) -> Choice:
+    return Choice(prompt, GREEDY, 0, count, None, (), emit=lambda choice, piece: answers.put((choice, piece)))
+
+
+def finished(answers, choices) -> list[list[int]]:
+    """The tokens of each choice, once all have ended; others' are passed over."""
+    ids = {choice: [] for choice in choices}
+    left = set(choices)
+    while left:
+        choice, piece = answers.get(timeout=20)
+        if choice in ids:
+            ids[choice] += [token.id for token in piece.tokens]
+            left -= {choice} if piece.finish else set()
+    return list(ids.values())
+
+
+def alone(model, prompt, count) -> list[int]:
+    decoder, text = Decoder(model, 1), Text(prompt, GREEDY)
+    decoder.add([text])
+    for _ in range(count):
+        decoder.step()
+    return text.new
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_are_served(model, monkeypatch):
+    monkeypatch.setattr(scheduler, "PROMPT_TOKENS", 8)
+    monkeypatch.setattr("nanogpt.generate.SHARED", 4)
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(256, (n,), generator=draw).tolist() for n in (3, 50, 6, 41)]
+    expected = [alone(model, prompt, 12) for prompt in prompts]
+    reads = []
+    hidden = model.hidden
+    model.hidden = lambda idx, past=None: reads.append(idx.numel()) or hidden(idx, past)
+    answers = queue.Queue()
+    running = Scheduler(Decoder(model, 3), ByteTokenizer(), 8, Nobody())
+    choices = [asked(prompt, 12, answers) for prompt in prompts]
+    busy = asked([7], 10**6, answers)  # so that somebody always waits for a token
+    running.submit([busy])
+    running.start()
+    while not running.active:
+        time.sleep(0.001)
+    running.submit(choices)
+    try:
+        assert finished(answers, choices) == expected
+        assert max(reads) <= 8 + 1 and len(reads) >= 12
+        running.cancel([busy])
+    finally:
+        running.close()
+
+
+def test_more_than_the_queue_holds_is_refused_whole(model):
+    running = Scheduler(Decoder(model, 2), ByteTokenizer(), 3, Nobody())
+    answers = queue.Queue()
+    running.submit([asked([1], 2, answers) for _ in range(5)])
+    with pytest.raises(Full):
+        running.submit([asked([1], 2, answers)])
+    assert running.waiting == 5

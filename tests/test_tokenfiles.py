@@ -1,0 +1,159 @@
+"""Large sets of shards: opened late, few at a time, checked when they are; ten terabytes on paper."""
+
+import json
+import os
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt import data, tokenfiles
+from nanogpt.errors import UserError
+from nanogpt.order import BatchOrder
+from nanogpt.prepare import shards
+from nanogpt.world import World
+
+CPU = torch.device("cpu")
+
+
+def write_shards(folder: Path, count: int, tokens: int = 64, headers: bool = True) -> np.ndarray:
+    """Shards of llm.c, the last one half as long; all ids that they hold."""
+    folder.mkdir()
+    ids = np.random.default_rng(0).integers(0, 50257, count * tokens - tokens // 2).astype("<u2")
+    for number in range(count):
+        part = ids[number * tokens : (number + 1) * tokens]
+        header = shards.header(len(part)) if headers else b""
+        (folder / f"tokens_train_{number:06}.bin").write_bytes(header + part.tobytes())
+    (folder / "tokens_val_000000.bin").write_bytes(shards.header(tokens) + ids[:tokens].tobytes())
+    return ids
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """The names of the files that are opened to be read."""
+    names: list[str] = []
+    real, path_open = tokenfiles.token_file, tokenfiles.io.FileIO
+
+    class Watched(path_open):
+        def __init__(self, path, *rest):
+            names.append(Path(path).name)
+            super().__init__(path, *rest)
+
+    def looked_at(path, dtype):
+        names.append(Path(path).name)
+        return real(path, dtype)
+
+    monkeypatch.setattr(tokenfiles, "token_file", looked_at)
+    monkeypatch.setattr(tokenfiles.io, "FileIO", Watched)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["llm.c", "listed", "npy"])
+def test_many_shards_are_opened_as_they_are_used(tmp_path, opened, kind):
+    folder, count = tmp_path / "data", tokenfiles.LOOKED_AT + 44
+    ids = write_shards(folder, count)
+    if kind == "npy":
+        for path in list(folder.glob("*.bin")):
+            np.save(path.with_suffix(".npy"), np.fromfile(path, "<u2", offset=1024))
+            path.unlink()
+    if kind == "listed":
+        listed = [
+            {"name": p.name, "tokens": (p.stat().st_size - 1024) // 2}
+            for p in sorted(folder.glob("*_train_*"))
+        ]
+        text = '{"format": "nanogpt-tokenizer-1", "type": "gpt2"}'
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        meta = {
+            "format": "nanogpt-data-1",
+            "dtype": "uint16",
+            "tokenizer": {"sha256": data.tokenizer.identify(text).sha256},
+            "splits": {"train": {"tokens": len(ids), "files": listed}},
+        }
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    found = tokenfiles.open_split(data.split_files(folder, "train"), np.dtype("<u2"))
+    tokens = data.Tokens(found, 50257)
+    assert len(set(opened)) == 2 and len(tokens) == len(ids)
+    assert (tokens.read(10_000, 1000) == ids[10_000:11_000]).all()
+    assert len(set(opened)) <= 2 + 1000 // 64 + 2
+    assert (data.load(folder).train.read(0, len(ids)) == ids).all()  # the checks at the start, and all of it
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    ids = write_shards(tmp_path / "data", 300)
+    tokens = data.load(tmp_path / "data").train
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    assert (tokens.read(0, len(ids)) == ids).all() and (tokens.read(0, len(ids)) == ids).all()
+    assert len(tokens._open) == tokenfiles.KEPT_OPEN
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before + tokenfiles.KEPT_OPEN
+
+
+@pytest.mark.parametrize("damage", ["shorter", "longer header", "gone"])
+def test_a_shard_that_is_not_what_it_seemed_is_named_when_it_is_used(tmp_path, damage):
+    folder = tmp_path / "data"
+    write_shards(folder, 300)
+    paths = data.split_files(folder, "train")
+    tokens = data.Tokens(tokenfiles.open_split(paths, np.dtype("<u2")), 50257)
+    broken = folder / "tokens_train_000123.bin"
+    if damage == "gone":
+        broken.unlink()
+    else:
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[:-10] if damage == "shorter" else shards.header(65) + whole[1024:])
+    tokens.read(122 * 64, 64)
+    with pytest.raises((UserError, OSError), match=r"tokens_train_000123"):
+        tokens.read(123 * 64, 64)
+
+
+def test_a_process_reads_the_files_of_its_share_alone(tmp_path, opened):
+    write_shards(tmp_path / "data", 200)
+    paths = data.split_files(tmp_path / "data", "train")
+    starts = None
+    for rank in range(4):
+        tokens = data.Tokens(tokenfiles.open_split(paths, np.dtype("<u2")), 50257)
+        batches = data.TrainBatches(tokens, 16, 8, 1, 1, CPU, share=World(rank, 4).share)
+        opened.clear()
+        list(batches.step(3))
+        starts = batches.order.starts(3 * 8 + rank * 2, 2)
+        needed = {int(place) // 64 for start in starts for place in (start, start + 16)}
+        assert {int(name[13:19]) for name in opened} == needed
+
+
+def test_ten_terabytes_on_paper(tmp_path):
+    """400 sparse files, 5e12 tokens: opened in a moment, more than 2^31 windows, any of them read."""
+    folder, count, size = tmp_path / "data", 400, 25_000_000_000
+    folder.mkdir()
+    try:
+        for number in range(count):
+            with (folder / f"tokens_train_{number:06}.bin").open("wb") as file:
+                file.truncate(size)
+    except OSError:
+        pytest.skip("this file system holds no files of 25 GB with holes")
+    (folder / "tokens_val_000000.bin").write_bytes(bytes(4000))
+    tracemalloc.start()
+    started = time.perf_counter()
+    train = data.load(folder).train
+    batches = data.TrainBatches(train, 1024, 12, 40, 1, CPU)
+    batch = next(batches.step(10_000_000))
+    took_s, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(train) == count * size // 2 and batches.order.n_windows > 2**32
+    assert batch[0].shape == (12, 1024) and took_s < 5 and peak < 80e6  # a chunk of ids is looked at
+    assert len(train._open) <= 1 + 12
+
+
+def test_the_order_of_five_trillion_tokens():
+    """Windows far apart, none twice, evenly spread: past 2^32 of them as before."""
+    order = BatchOrder(5 * 10**12, 1024, seed=1)
+    assert order.n_windows > 2**32
+    places = [0, 2**31 - 500, 2**32 - 500, order.n_windows - 1000]
+    starts = np.concatenate([order.starts(first, 1000) for first in places])
+    assert len(set(starts.tolist())) == 4000
+    assert starts.min() >= 0 and starts.max() + 1024 < 5 * 10**12
+    counts, _ = np.histogram(starts, bins=10, range=(0, 5 * 10**12))
+    assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+    again = order.starts(order.n_windows - 1, 2)  # into the next epoch
+    assert again[0] == starts[-1] and again[1] == order.starts(order.n_windows, 1)[0]

@@ -1,0 +1,132 @@
+"""Checkpoints written in the background are those written at once; what fails is told."""
+
+import threading
+
+import pytest
+import torch
+
+from nanogpt import checkpoint, files, runtime
+from nanogpt.errors import Diverged
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import OptimConfig, build
+from nanogpt.writer import Writer
+
+CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(CONFIG)
+
+
+@pytest.fixture
+def optimizer(model):
+    state = build(OptimConfig(), model.named_parameters()).state()
+    for tensor in state.values():
+        tensor.normal_()
+    return state
+
+
+def state(step):
+    return {"iter_num": step, "val_loss": None}
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Until it is set no write gets on; `begun` is set when one has come to it."""
+    gate, sync = threading.Event(), files.sync
+    gate.begun = threading.Event()
+
+    def held(path):
+        gate.begun.set()
+        assert gate.wait(10)
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", held)
+    yield gate
+    gate.set()
+
+
+def test_the_same_bytes_whatever_training_does_meanwhile(tmp_path, model, optimizer, gate):
+    writer = Writer()
+    gate.set()
+    checkpoint.save(tmp_path / "blocking", model, optimizer, state(3))
+    gate.clear()
+    writer.save(tmp_path / "background", model, optimizer, state(3))
+    with torch.no_grad():  # the next update, before the write is done
+        for tensor in [*model.parameters(), *optimizer.values()]:
+            tensor.add_(1.0)
+    assert gate.begun.wait(10) and writer.complete() == [] and checkpoint.steps(tmp_path / "background") == []
+    gate.set()
+    writer.wait()
+    assert writer.complete() == [tmp_path / "background" / "step-000003"] and writer.complete() == []
+    for path in (tmp_path / "blocking" / "step-000003").iterdir():
+        assert path.read_bytes() == (tmp_path / "background" / "step-000003" / path.name).read_bytes()
+
+
+def test_one_write_at_a_time_and_the_older_checkpoint_stays_until_then(tmp_path, model, optimizer, gate):
+    writer = Writer()
+    gate.set()
+    writer.save(tmp_path, model, optimizer, state(1))
+    writer.wait()
+    gate.clear()
+    writer.save(tmp_path, model, optimizer, state(2))
+    assert gate.begun.wait(10)
+    assert checkpoint.find(tmp_path)[0].iter_num == 1  # what a kill would now leave
+    third = threading.Thread(target=writer.save, args=(tmp_path, model, optimizer, state(3)))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()  # it waits for the second
+    gate.set()
+    third.join(10)
+    writer.wait()
+    assert [path.name for path in writer.complete()] == ["step-000001", "step-000002", "step-000003"]
+    assert checkpoint.find(tmp_path)[0].iter_num == 3
+
+
+def test_what_the_thread_fails_with_is_raised_once_where_it_is_waited_for(
+    tmp_path, model, optimizer, monkeypatch
+):
+    writer = Writer()
+    writer.save(tmp_path, model, optimizer, state(1))
+    writer.wait()
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", full)
+        for wait in (writer.wait, lambda: writer.save(tmp_path, model, optimizer, state(3))):
+            writer.save(tmp_path, model, optimizer, state(2))
+            writer.close()
+            assert writer.failed
+            with pytest.raises(OSError, match="No space left"):
+                wait()
+            assert not writer.failed
+    assert checkpoint.find(tmp_path)[0].iter_num == 1
+    writer.save(tmp_path, model, optimizer, state(3))
+    writer.wait()
+    assert checkpoint.find(tmp_path)[0].iter_num == 3
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, model, optimizer):
+    with torch.no_grad():
+        model.wte.weight[0, 0] = torch.nan
+    with pytest.raises(Diverged, match="non-finite weights at iteration 5"):
+        Writer().save(tmp_path, model, optimizer, state(5))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("why", ["asked", "memory"])
+def test_without_room_for_a_copy_it_is_written_at_once(tmp_path, model, optimizer, monkeypatch, why):
+    if why == "memory":
+        monkeypatch.setattr(runtime, "free_memory", lambda: 1 << 20)
+    writer = Writer(background=why == "memory")
+    writer.save(tmp_path, model, optimizer, state(1))
+    assert writer.complete() == [tmp_path / "step-000001"]
+
+
+def test_free_memory_is_that_of_the_machine_or_less():
+    free = runtime.free_memory()
+    assert free is None or 1 << 20 < free < 1 << 46
