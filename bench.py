@@ -20,16 +20,30 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from nanogpt import data, estimate, files, interconnect, mixture, optim, parallel, runtime, scaling, steps
+from nanogpt import (
+    data,
+    estimate,
+    files,
+    graphs,
+    interconnect,
+    kernels,
+    mixture,
+    optim,
+    parallel,
+    runtime,
+    scaling,
+    steps,
+)
 from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions
+from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions, SpeedOptions
+from nanogpt.prefetch import Prefetched
 from nanogpt.world import World
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions, ProcessOptions):
+class Config(ModelOptions, OptimizerOptions, MachineOptions, SpeedOptions, ProcessOptions):
     # what to time
     steps: Positive = 20  # steps that are timed
     warmup_steps: Count = 10  # steps before, which are not
@@ -62,11 +76,14 @@ def main(config: Config) -> None:
         with scratch as folder, runtime.join(config, Path(folder)) as world:
             communicate(config, world)
         return
-    machine = runtime.setup(config.device, config.dtype, config.n_embd)
+    machine = replace(runtime.setup(config.device, config.dtype, config.n_embd), casting=config.casting)
+    if config.cuda_graph:
+        graphs.require_recordable(config, machine, scored=False)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         print(f"machine: {machine.reason}")
         tokens = open_tokens(config, Path(scratch))
-        with machine.memory_errors():
+        how = kernels.chosen(config.attention, config.deterministic)
+        with machine.memory_errors(), how, runtime.held_garbage(config.hold_gc):
             bench = Bench(config, machine, tokens)
             print(bench.describe())
             count = config.warmup_steps + config.steps
@@ -109,12 +126,15 @@ class Bench:
             raise UserError("; ".join(problems))
         torch.manual_seed(config.seed)
         self.model = GPT(shape).to(machine.device)
+        self.model.loss_rows = config.loss_rows
+        shown = (shape, machine, config.block_size, shape.position == "alibi")
+        self.attention = kernels.require_attention(config.attention, *shown)
         rules = picked(optim.OptimConfig, config)
         self.optimizer = optim.build(
             rules, self.model.named_parameters(), self.model.fused_rows(), machine.half
         )
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-        self.batches = data.TrainBatches(
+        self.batches = (Prefetched if config.prefetch else data.TrainBatches)(
             tokens,
             config.block_size,
             config.batch_size,
@@ -126,11 +146,13 @@ class Bench:
         if config.recompute:
             parallel.recompute(self.model, machine)
         self.function, notice = parallel.wrap(
-            machine.in_dtype(self.model),
+            parallel.without_logits(machine.in_dtype(self.model)),
             compile=machine.device.type == "cuda" if config.compile == "auto" else config.compile,
             trial=lambda f: steps.try_out(f, self.optimizer, window, machine),
             blocks=self.model.h,
+            head=self.model if machine.device.type == "cuda" else None,
         )
+        self.graph = graphs.StepGraph(self.batches.full, machine) if config.cuda_graph else None
         self.iter_num = 0
         if notice:
             print(notice)
@@ -142,7 +164,7 @@ class Bench:
     def describe(self) -> str:
         config = self.config
         return (
-            f"model: {self.model.n_params():,} parameters\n"
+            f"model: {self.model.n_params():,} parameters; attention: {self.attention}\n"
             f"step: {config.gradient_accumulation_steps} x {config.batch_size} x {config.block_size} "
             f"= {self.tokens_per_step:,} tokens; {config.steps} steps timed after {config.warmup_steps}"
         )
@@ -152,7 +174,7 @@ class Bench:
         waits: list[float] = []
         self.machine.synchronize()
         started = time.perf_counter()
-        result = steps.train_step(
+        result = (self.graph or steps.train_step)(
             self.function,
             self.optimizer,
             watched(self.batches.step(self.iter_num), waits),
@@ -196,6 +218,7 @@ def communicate(config: Config, world: World) -> None:
             "torchrun --standalone --nproc_per_node=2 bench.py --comm"
         )
     machine = world.agree(lambda: runtime.setup(config.device, config.dtype, config.n_embd, world))
+    machine = replace(machine, casting=config.casting)
     shape = picked(GPTConfig, config)
     world.agree(lambda: require(config, machine, shape))
     inside = interconnect.processes_of_a_node(world)
@@ -232,6 +255,8 @@ def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
         raise UserError("; ".join(problems))
     if config.mfu and not machine.peak_flops():
         raise UserError(f"--mfu={config.mfu:g}: the peak of {machine.name()} is not known; leave it out")
+    if config.cuda_graph:
+        graphs.require_recordable(config, machine, scored=False)
 
 
 def bandwidth(timing: interconnect.Timing) -> float:
@@ -272,7 +297,8 @@ def pass_time(config: Config, machine: runtime.Machine, shape: GPTConfig) -> tup
         return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
     alone = replace(machine, world=World())
     small = replace(config, real_data=False, gradient_accumulation_steps=1)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, machine.memory_errors():
+    how = kernels.chosen(config.attention, config.deterministic)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, machine.memory_errors(), how:
         bench = Bench(small, alone, open_tokens(small, Path(scratch)))
         took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]
     median = torch.tensor([float(np.median(took[1:]))])

@@ -15,11 +15,11 @@ Of a run it needs the folder only. Samples are separated by a line of 15 dashes.
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nanogpt import api
+from nanogpt import api, graphs
 from nanogpt.config import Count, Fraction, Positive, Range, load, picked
 from nanogpt.errors import UserError, run_program
 from nanogpt.generate import Completion, Token
@@ -56,6 +56,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights
     compile: Literal[False] = False  # nanoGPT's option: here there is nothing to compile
+    cuda_graph: bool = False  # record a step and replay it; it has not run on a GPU yet (docs/gpu.md)
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -75,6 +76,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         notice=lambda line: print(line, file=sys.stderr),
     )
     print(f"{model.origin}; {model.machine.reason}", file=sys.stderr)
+    if config.cuda_graph:
+        graphs.require_cuda(model.machine.device)
+        model = replace(model, decoder=graphs.GraphDecoder)
 
     def completions(prompts: list[str]) -> list[Completion]:
         return model.completions(

@@ -23,7 +23,7 @@ from typing import Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import data, finetune, lora, metrics, parallel, runtime, schedule, steps
+from nanogpt import data, finetune, graphs, kernels, lora, metrics, parallel, runtime, schedule, steps
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
@@ -32,6 +32,7 @@ from nanogpt.options import (
     ModelOptions,
     OptimizerOptions,
     ProcessOptions,
+    SpeedOptions,
     TokenOptions,
     WatchOptions,
 )
@@ -46,6 +47,7 @@ class Config(
     TokenOptions,
     FinetuneOptions,
     MachineOptions,
+    SpeedOptions,
     ProcessOptions,
     WatchOptions,
 ):
@@ -68,7 +70,7 @@ class Config(
     # data
     dataset: str = "openwebtext"  # a folder that data/prepare.py wrote, in data/ or a path; a:0.7,b:0.3 mixes
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
-    batch_size: Positive = 12  # windows a micro-batch
+    batch_size: Positive | Literal["auto"] = 12  # windows a micro-batch; auto: as many as fit in a GPU
     block_size: Positive = 1024  # tokens a window: the context of the model
     data_on_device: bool = False  # hold all tokens in the device's memory (4 bytes each)
     batch_ramp_tokens: Count = 0  # the batch grows linearly while these are read; 0: it is full at once
@@ -114,7 +116,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if notice := world.lead(lambda: run.open_folder(sys.argv)):
             print(notice)
         try:
-            with closing(run.open_log()) as log, run.machine.memory_errors():
+            how = kernels.chosen(config.attention, config.deterministic)
+            held = runtime.held_garbage(config.hold_gc)
+            with closing(run.open_log()) as log, run.machine.memory_errors(), how, held:
                 loop(run, log, stop)
         finally:
             run.close_folder()
@@ -128,6 +132,9 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Update the weights until max_iters; evaluate, log and save on the way."""
     config, progress, world = run.config, run.progress, run.machine.world
     model = ready(run)
+    take_step = steps.train_step
+    if config.cuda_graph:
+        take_step = graphs.StepGraph(run.batches.full, run.machine)
     hidden = None if world.leads else True  # None: where no terminal shows it
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
@@ -161,7 +168,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         # one update
         started = time.perf_counter()
         lr = learning_rate_of(config, progress.iter_num, run.batches)
-        result = steps.train_step(
+        result = take_step(
             model,
             run.optimizer,
             run.batches.step(progress.iter_num),
@@ -203,12 +210,9 @@ def ready(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
     """The model as it is trained: in its number format, compiled if that was chosen, one of the copies."""
     shape = (run.config.batch_size, run.config.block_size)
     trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
-    model, notice = parallel.wrap(
-        parallel.in_dtype(run.model, run.machine),
-        compile=run.config.compile,
-        trial=trial,
-        blocks=run.model.h,
-    )
+    function = parallel.without_logits(parallel.in_dtype(run.model, run.machine))
+    parts = {"blocks": run.model.h, "head": run.model if run.machine.device.type == "cuda" else None}
+    model, notice = parallel.wrap(function, compile=run.config.compile, trial=trial, **parts)
     if notice:
         print(notice)
     return parallel.connect(model, run.model, run.machine)
@@ -240,6 +244,7 @@ def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
+    runtime.collect_garbage()
     run.machine.world.at(progress.iter_num, "evaluating")
     shape = (config.batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)

@@ -8,12 +8,13 @@ from nanogpt import checkpoint, data, runtime, steps
 from nanogpt.model import GPT, IGNORE, GPTConfig
 
 
-def exact_loss(saved: Path, val: data.Tokens) -> float:
+def exact_loss(saved: Path, val: data.Tokens, device: str = "cpu") -> float:
     """The mean loss over all of `val`, in float32, in windows of the model's block_size. `saved` is a
     checkpoint folder of ours, or nanoGPT's ckpt.pt."""
     model = checkpoint.verify(saved).load_model() if saved.is_dir() else load_nanogpt(saved)
+    model = model.to(device)
     windows = (len(val) - 1) // model.config.block_size
-    machine = runtime.setup("cpu", "float32", model.config.n_embd)
+    machine = runtime.setup(device, "float32", model.config.n_embd)
     batches = data.eval_batches(val, model.config.block_size, 64, windows, IGNORE, machine.device)
     result = steps.evaluate(model, batches, machine)
     assert result
@@ -23,9 +24,10 @@ def exact_loss(saved: Path, val: data.Tokens) -> float:
 def load_nanogpt(path: Path) -> GPT:
     saved = torch.load(path, map_location="cpu", weights_only=True)
     model = GPT(GPTConfig(**saved["model_args"], activation="gelu"))
+    plain = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}  # compiled
     weights = {
         name.replace("transformer.", "").replace("wpe.", "position.wpe."): tensor
-        for name, tensor in saved["model"].items()
+        for name, tensor in plain.items()
         if name != "lm_head.weight"  # tied
     }
     model.load_state_dict(weights)

@@ -49,6 +49,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     machine: runtime.Machine
     origin: str  # where it lies
+    decoder: type[Decoder] = Decoder  # or graphs.GraphDecoder, on a GPU
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt; an empty one is the end of a text, or a new line, which it usually stands
@@ -104,7 +105,7 @@ class LanguageModel:
         """Write them, `batch_size` at once: each token as it comes, with the text that is certain with it."""
         longest = max((len(c.text.ids) + c.max_new_tokens for c in completions), default=1)
         slots = max(1, min(batch_size, len(completions)))
-        yield from complete(Decoder(self.model, slots, longest), completions)
+        yield from complete(self.decoder(self.model, slots, longest), completions)
 
     def generate(
         self,

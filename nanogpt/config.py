@@ -16,7 +16,8 @@ import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from nanogpt.errors import UserError
 
@@ -215,6 +216,13 @@ def _from_text(kind: Any, text: str) -> Any:
 
 def _check(kind: Any, value: Any) -> Any:
     """`value` as `kind`; ValueError says what was expected."""
+    if get_origin(kind) in (Union, UnionType):
+        for choice in get_args(kind):
+            try:
+                return _check(choice, value)
+            except ValueError:
+                continue
+        raise ValueError(describe(kind))
     if get_origin(kind) is Annotated:
         base, limits = get_args(kind)
         value = _check(base, value)
@@ -238,6 +246,8 @@ def describe(kind: Any) -> str:
     if get_origin(kind) is Annotated:
         base, limits = get_args(kind)
         return f"{describe(base)} {limits}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(describe(choice).removeprefix("one of ") for choice in get_args(kind))
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(kind))
     return {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}[kind]

@@ -177,7 +177,7 @@ def gather(
     if (held := tokens.resident) is None:
         rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
     else:
-        places = torch.from_numpy(starts).to(held.device)[:, None]
+        places = to_device((torch.from_numpy(starts),), held.device)[0][:, None]
         rows = held[places + torch.arange(block_size + 1, device=held.device)].long()
     idx, targets = rows[:, :-1], rows[:, 1:]
     if tokens.scored:

@@ -4,8 +4,8 @@
 that shares its weights with the token embedding. Parameters carry the names of OpenAI's and Hugging
 Face's release. The modern switches (docs/results.md says what each is worth): rotary positions or ALiBi,
 RMSNorm, QK-norm, ReLU² or SwiGLU, grouped queries, projections that begin at zero, a head of its own, a soft
-cap on the logits. The file needs torch and positions, nothing else: devices, optimizers, files and text
-are other modules'.
+cap on the logits. The file needs torch, positions and the loss, nothing else: devices, optimizers, files and
+text are other modules'.
 
 Shapes: B batch, T tokens, C channels (n_embd), nh heads, hs channels a head, V vocabulary.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanogpt.cache import Layer, Past
+from nanogpt.loss import in_rows, multiplies_padding, project, soft_cap
 from nanogpt.position import POSITIONS, Position
 
 IGNORE = -1  # a target with this value is not scored
@@ -211,6 +212,10 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -227,6 +232,10 @@ class GPT(nn.Module):
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)
         self.packed_head: nn.Module | None = None  # the head's matrix in another form (quantize.py)
+        self.loss_rows = 0  # tokens whose logits are there at once while a loss is made; 0: all
+        self.compiled_loss: Callable[[Tensor, Tensor], Tensor] | None = (
+            None  # `loss`, if parallel.wrap made it
+        )
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -237,18 +246,33 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Score each position's next token.
 
         idx, targets: int64 (B, T), T at most block_size; targets equal to IGNORE are left out. documents:
         int64 (B, T), the number of each token's document; none sees another one. Positions go on.
-        Returns logits (B, T, V) and, with targets, their mean cross-entropy in nats.
+        Returns logits (B, T, V) and, with targets, their mean cross-entropy in nats; with `loss_rows` or
+        `compiled_loss` that alone.
         """
-        logits = self.head(self.hidden(idx, documents=documents))
+        x = self.hidden(idx, documents=documents)
         if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        return logits, loss
+            return self.head(x), None
+        if self.loss_rows:
+            how = (self.loss_rows, self.config.vocab_size, self.config.softcap, IGNORE)
+            return None, in_rows(x.flatten(0, 1), self.head_table, targets.flatten(), *how)
+        if self.compiled_loss:
+            return None, self.compiled_loss(x, targets)
+        logits = self.head(x)
+        return logits, cross_entropy(logits, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy of targets (B, T) from hidden states x (B, T, C)."""
+        return cross_entropy(self.head(x), targets)
+
+    @property
+    def head_table(self) -> Tensor:
+        """The rows by which logits are made, the padding of the vocabulary among them: (P, C)."""
+        return (self.lm_head or self.wte).weight
 
     def next_logits(self, idx: Tensor) -> Tensor:
         """Logits (B, V) of the token after idx (B, T)."""
@@ -279,11 +303,10 @@ class GPT(nn.Module):
         if self.packed_head is not None:
             logits = self.packed_head(x)
         else:
-            table = (self.lm_head or self.wte).weight
-            logits = F.linear(x, table[: self.config.vocab_size])
+            whole = multiplies_padding(x.device)
+            logits = project(x, self.head_table, self.config.vocab_size, whole)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # their softmax sums many
-        cap = self.config.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return soft_cap(logits, self.config.softcap)
 
     def fused_rows(self) -> dict[str, list[int]]:
         """Parameters that hold several maps one above the other: the rows of each."""

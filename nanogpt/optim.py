@@ -22,7 +22,7 @@ Named = Sequence[tuple[str, Tensor]]
 class Part(Protocol):
     """Some of the parameters and the rule that updates them."""
 
-    def step(self, lr: float) -> None: ...
+    def step(self, lr: float | Tensor) -> None: ...  # a tensor: a scalar on the device
 
     def pieces(self) -> dict[str, Piece]: ...  # of the state, by name; not copied
 
@@ -33,7 +33,7 @@ class Optimizer:
     def __init__(self, named: Named, parts: Sequence[tuple[Part, float]], layout: Layout | None = None):
         self.names = {p: name for name, p in named}
         self.parts, self.layout = parts, layout or Layout()
-        self.lr = 0.0  # set before each step
+        self.lr: float | Tensor = 0.0  # set before each step
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ class AdamW:
         ]
         self.steps = torch.zeros((), dtype=torch.float32, device=named[0][1].device)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         self.steps += 1
         own = self.layout.own
         for group, decay in self.groups:
@@ -195,20 +195,23 @@ class Muon:
         ]
         self.steps = torch.zeros((), dtype=torch.float32, device=device)
 
-    def step(self, lr: float) -> None:
-        momentum = 0.85 + 0.1 * min(1.0, float(self.steps) / 300)
+    def step(self, lr: float | Tensor) -> None:
+        # Worked out on the device: to read `steps` here would be to wait for a GPU. In float64, so that
+        # what is rounded is what Python's own numbers would be.
+        momentum = 0.85 + 0.1 * (self.steps.double() / 300).clamp(max=1.0)
+        new, momentum = (1 - momentum).float(), momentum.float()
         self.steps += 1
         for stack, buffer in self.stacks:
             gradients = self.layout.collect(stack)
-            buffer.lerp_(gradients, 1 - momentum)
+            buffer.lerp_(gradients, new)
             update = gradients.lerp_(buffer, momentum).to(self.dtype)
             updates = self.layout.spread(stack, orthogonalise(update, self.config.muon_turns))
             weights = [self.layout.weights(matrix) for matrix in stack]
             if self.config.muon_weight_decay:
                 inwards = [w * (w * update > 0) for w, update in zip(weights, updates, strict=True)]
-                torch._foreach_add_(weights, inwards, alpha=-lr * self.config.muon_weight_decay)
+                add(weights, inwards, -lr * self.config.muon_weight_decay)
             height, width = buffer.shape[1:]
-            torch._foreach_add_(weights, updates, alpha=-lr * max(1.0, height / width) ** 0.5)
+            add(weights, updates, -lr * max(1.0, height / width) ** 0.5)
 
     def pieces(self) -> dict[str, Piece]:
         rank, size = self.layout.rank, self.layout.size
@@ -226,6 +229,13 @@ def _work(height: int, width: int) -> int:
     """Multiplications of a turn of orthogonalisation, for the balance between processes."""
     small, large = sorted((height, width))
     return small * small * (2 * large + small)
+
+
+def add(weights: list[Tensor], changes: list[Tensor], factor: float | Tensor) -> None:
+    """Add `factor` times each of `changes` to each of `weights`, in place."""
+    if isinstance(factor, Tensor):
+        changes, factor = torch._foreach_mul(changes, factor), 1.0  # type: ignore[assignment]
+    torch._foreach_add_(weights, changes, alpha=factor)
 
 
 # Amsel et al. 2025, "The Polar Express": the polynomials a x + b x^3 + c x^5 that bring singular values

@@ -123,19 +123,22 @@ def lay_out(model: GPT, machine: Machine, division: Division) -> Layout:
 
 
 def _policies(machine: Machine) -> tuple[Any, Any]:
-    """In which numbers units of FSDP compute (blocks, and what is outside), to do as Machine.in_dtype: on a
-    CPU all in the narrow format; elsewhere by autocast, with the weights of blocks, nearly all of which it
-    would cast, cast before they are sent. Gradients are added in float32."""
+    """In which numbers units of FSDP compute (blocks, and what is outside), to do as Machine.in_dtype: all in
+    the narrow format where it casts weights; else by autocast, on a GPU with the weights of blocks, nearly
+    all of which it would cast, cast before they are sent (a CPU's autocast leaves norms two formats, which
+    they do not take). Gradients are added in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     narrow = DTYPES[machine.dtype]
     if narrow == torch.float32:
         return MixedPrecisionPolicy(), MixedPrecisionPolicy()
-    cast_all = machine.device.type == "cpu"
+    cast_all = machine.casts_weights
     policy = MixedPrecisionPolicy(
         param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=cast_all
     )
-    return policy, policy if cast_all else MixedPrecisionPolicy()
+    if cast_all:
+        return policy, policy
+    return MixedPrecisionPolicy() if machine.device.type == "cpu" else policy, MixedPrecisionPolicy()
 
 
 def is_sharded(model: object) -> bool:
@@ -144,8 +147,8 @@ def is_sharded(model: object) -> bool:
 
 
 def in_dtype(model: nn.Module, machine: Machine) -> Function:
-    """Machine.in_dtype, which on a CPU the units of a sharded model do themselves."""
-    return model if is_sharded(model) and machine.device.type == "cpu" else machine.in_dtype(model)
+    """Machine.in_dtype; where it casts weights, the units of a sharded model do so themselves."""
+    return model if is_sharded(model) and machine.casts_weights else machine.in_dtype(model)
 
 
 def make_scaler(machine: Machine, layout: Layout) -> torch.amp.GradScaler:
@@ -180,6 +183,16 @@ def choose_compile(asked: bool | str, device: torch.device, flops: float, peak: 
         return asked
     plain_s = flops / (EAGER_MFU * (peak or UNKNOWN_PEAK))
     return device.type == "cuda" and SAVED * plain_s > COMPILING_S
+
+
+def without_logits(function: Function) -> Function:
+    """`function`, which gives logits and a loss, with None for the logits: a compiler need not write what
+    nobody is given, 13 GB in float32 for 64 x 1,024 tokens of GPT-2's vocabulary."""
+
+    def loss_alone(*inputs: Tensor) -> Any:
+        return None, function(*inputs)[1]
+
+    return loss_alone
 
 
 class Connected:
@@ -243,10 +256,13 @@ def recompute(model: GPT, machine: Machine) -> None:
 
     UserError where Machine.in_dtype lends the model its weights for the forward pass alone.
     """
-    if machine.device.type == "cpu" and machine.dtype != "float32" and not is_sharded(model):
+    if machine.casts_weights and not is_sharded(model):
+        on_cpu = machine.device.type == "cpu"
+        how, instead = (
+            ("on a CPU", "--dtype=float32") if on_cpu else ("by --casting=weights", "--casting=auto")
+        )
         raise UserError(
-            f"--recompute in {machine.dtype} on a CPU works with --parallel=fsdp alone; "
-            f"else give --dtype=float32"
+            f"--recompute in {machine.dtype} {how} works with --parallel=fsdp alone; else give {instead}"
         )
     from torch.utils.checkpoint import checkpoint
 
@@ -261,10 +277,14 @@ def wrap(
     trial: Callable[[Function], None],
     blocks: Iterable[nn.Module] = (),
     dynamic: bool = False,
+    head: Any = None,
 ) -> tuple[Function, str]:
     """Compile a model (or one of its methods) if asked: True, in one piece; "blocks", each of `blocks` by
     itself, which are alike, so that one is traced for all (docs/results.md: a quarter of the time for half
     of the gain).
+
+    With "blocks" the head and the loss of the model `head`, if it is given, are one more piece: a GPU writes
+    and reads its logits several times otherwise. Those of a sharded model stay as they are.
 
     Compilation happens at the first call, so `trial` calls it once. `dynamic`: for shapes that change
     from call to call. Returns what to call and a notice ("" if all went as asked). A machine without a
@@ -281,6 +301,8 @@ def wrap(
     before = [vars(block).get("forward") for block in parts]
     for block in parts:
         block.forward = torch.compile(block.forward, dynamic=dynamic)
+    if parts and head is not None and not sharded:
+        head.compiled_loss = torch.compile(head.loss, dynamic=dynamic)
     compiled = function if parts else torch.compile(function, dynamic=dynamic)
     try:
         trial(compiled)
@@ -289,6 +311,8 @@ def wrap(
             del block.forward  # the class's own shows again
             if forward:
                 block.forward = forward
+        if head is not None:
+            head.compiled_loss = None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if sharded:
             raise UserError(

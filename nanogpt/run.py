@@ -19,6 +19,9 @@ from nanogpt import (
     estimate,
     files,
     finetune,
+    fit,
+    graphs,
+    kernels,
     lora,
     metrics,
     mixture,
@@ -36,6 +39,7 @@ from nanogpt.exchange.pretrained import Pretrained
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.order import RowOrder
+from nanogpt.prefetch import Prefetched
 from nanogpt.watch import Watch, WatchOptions
 from nanogpt.world import World
 from nanogpt.writer import Writer
@@ -160,19 +164,23 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     notices: list[str] = []
     config, resumed, found = choose_start(config, origins, notices)
     check(config)
-    config = count_tokens(config, origins)
     machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
+    machine = replace(machine, casting=config.casting)
     dataset = open_data(config, machine)
+    rules = picked(OptimConfig, config)
+    division = choose_division(config, rules, resumed, dataset, machine)
+    config = count_tokens(fitted(config, machine, division, dataset, notices), origins)
+    if config.cuda_graph:
+        graphs.require_recordable(config, machine, dataset.train.scored is not None)
     batches = open_batches(config, dataset, machine)
     if found:
         found.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
         dataset.tokenizer = max(dataset.tokenizer, found.tokenizer, key=len)  # the one with its merges
     if resumed:
         require_same_tokenizer(resumed, dataset)
-    rules = picked(OptimConfig, config)
-    division = choose_division(config, rules, resumed, dataset, machine)
     model = make_model(config, resumed, found, dataset, division.home(machine.device))
-    notices += finetune.choose_trained(model, config)
+    model.loss_rows = config.loss_rows
+    notices += [*attention(config, model, machine), *finetune.choose_trained(model, config)]
     if rules.optimizer == "muon" and not any(
         p.requires_grad and optim.is_for_muon(name, p) for name, p in model.named_parameters()
     ):
@@ -243,6 +251,26 @@ def check(config: Any) -> None:
         wrong += schedule.problems(config.lr_schedule, *ends)
     if wrong:
         raise UserError("\n       ".join(wrong))
+
+
+def fitted(
+    config: Any,
+    machine: runtime.Machine,
+    division: parallel.Division,
+    dataset: data.Dataset,
+    notices: list[str],
+) -> Any:
+    """`config` with a number for --batch_size=auto; UserError where no process is to hold the whole model."""
+    if config.batch_size != "auto":
+        return config
+    if division.mode != "ddp":
+        raise UserError(
+            f"--batch_size=auto tries the whole model on one GPU, and it is to be divided ({division.why}); "
+            f"give a number, such as --batch_size=12"
+        )
+    rows = fit.batch_size(config, machine, dataset.vocab_size)
+    notices.append(f"batch_size = {rows}: the most that fits in the memory of {machine.name()}")
+    return replace(config, batch_size=rows)
 
 
 def count_tokens(config: Any, origins: dict[str, str]) -> Any:
@@ -317,9 +345,15 @@ def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -
     if world.size > 1 and dataset.train.scored is not None:
         raise UserError("prompts and responses are learned by one process so far: start it with python")
     shape = (config.block_size, config.batch_size, config.gradient_accumulation_steps)
-    return data.TrainBatches(
-        dataset.train, *shape, config.seed, machine.device, ramp, separator, order, world.share
-    )
+    kind = Prefetched if config.prefetch else data.TrainBatches
+    return kind(dataset.train, *shape, config.seed, machine.device, ramp, separator, order, world.share)
+
+
+def attention(config: Any, model: GPT, machine: runtime.Machine) -> list[str]:
+    """A line on the kernel of attention, where there is a choice; UserError for one that does not do it."""
+    biased = config.documents == "masked" or model.config.position == "alibi"
+    found = kernels.require_attention(config.attention, model.config, machine, config.block_size, biased)
+    return [f"attention: {found}"] * (config.attention != "auto" or machine.device.type == "cuda")
 
 
 def require_same_tokenizer(resumed: Checkpoint, dataset: data.Dataset) -> None:
@@ -339,7 +373,7 @@ def choose_division(
 ) -> parallel.Division:
     """What each process holds (parallel.choose)."""
     shape = resumed.model_config if resumed else picked(GPTConfig, config, vocab_size=dataset.vocab_size)
-    need = estimate.memory(shape, rules, config.batch_size)
+    need = estimate.memory(shape, rules, batch_size=1)  # activations do not count here
     sizes = (need.weights, need.optimizer, parallel.device_memory(machine))
     return parallel.choose(config.parallel, config.shard_size, machine.world, *sizes)
 

@@ -1,6 +1,7 @@
 """The machine: which device and number format a run uses, and why; seeds; memory of the C library."""
 
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -34,17 +35,25 @@ class Machine:
     dtype: str  # in which matrices are multiplied; weights and optimizer state are float32
     reason: str  # one line: what was chosen, and why
     world: World = field(default_factory=World)
+    casting: str = "auto"  # how a model comes to compute in `dtype`: see in_dtype
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
 
+    @property
+    def casts_weights(self) -> bool:
+        """Whether `in_dtype` brings all weights to `dtype` once a pass, not what each product reads."""
+        usual = "weights" if self.device.type == "cpu" else "autocast"
+        return self.dtype != "float32" and (usual if self.casting == "auto" else self.casting) == "weights"
+
     def in_dtype(self, model: nn.Module) -> Callable[..., Any]:
         """`model`, computing in `dtype` from float32 weights, which get float32 gradients.
 
         On a CPU all of it runs in bfloat16, the weights cast once a pass: autocast's casts of every
-        activation cost more than they gain there (docs/results.md). Elsewhere it is autocast.
+        activation cost more than they gain there (docs/results.md). Elsewhere it is autocast, unless
+        `casting` is "weights".
         """
         if self.dtype == "float32":
             return model
@@ -57,7 +66,7 @@ class Machine:
             with self.autocast():
                 return model(*inputs)
 
-        return cast if self.device.type == "cpu" else autocast
+        return cast if self.casts_weights else autocast
 
     def seed(self, seed: int) -> None:
         """Seed this device's random numbers (dropout). torch.manual_seed would seed every kind of
@@ -143,10 +152,11 @@ def setup(device: str, dtype: str, width: int, world: World | None = None) -> Ma
     chosen = _device(device)
     if chosen.type == "cuda" and chosen.index is None and world.size > 1:
         chosen = _device(f"cuda:{world.local_rank}")
-        torch.cuda.set_device(chosen)
     if chosen.type == "cpu":
         keep_freed_memory()
     if chosen.type == "cuda":
+        if chosen.index is not None:
+            torch.cuda.set_device(chosen)  # seeds, streams and pinned memory are those of the current one
         torch.set_float32_matmul_precision("high")  # TF32 where a matrix is left in float32
     if dtype != "auto":
         return Machine(chosen, dtype, f"{_named(chosen, world)}, {dtype} as asked", world)
@@ -216,6 +226,28 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, (1 << 31) - 1)
+
+
+@contextmanager
+def held_garbage(held: bool) -> Iterator[None]:
+    """If `held`, Python does not look for unreachable cycles by itself meanwhile: it does so every some
+    hundred objects, in the middle of a step, and of what a run keeps nothing is ever found."""
+    if held:
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+    try:
+        yield
+    finally:
+        if held:
+            gc.enable()
+            gc.unfreeze()
+
+
+def collect_garbage() -> None:
+    """Look for unreachable cycles now, if nobody does by itself."""
+    if not gc.isenabled():
+        gc.collect()
 
 
 def free_memory() -> int | None:

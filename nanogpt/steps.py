@@ -66,13 +66,49 @@ def train_step(
     Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
     steps changes them, and a resumed run draws the same.
     """
+    reseed(machine, seed, iter_num)
+    return update(
+        model,
+        optimizer,
+        batches,
+        windows=windows,
+        targets=targets,
+        batch_size=batch_size,
+        lr=lr,
+        grad_clip=grad_clip,
+        iter_num=iter_num,
+        machine=machine,
+        scaler=scaler,
+    )
+
+
+def reseed(machine: Machine, seed: int, iter_num: int) -> None:
+    """Draw the random numbers of update `iter_num` next."""
     machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
+
+
+def update(
+    model: Callable[..., tuple[Tensor, Tensor]],
+    optimizer: Optimizer,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    windows: int,
+    targets: int = 0,
+    batch_size: int = 0,
+    lr: float | Tensor,
+    grad_clip: float,
+    iter_num: int = 0,
+    machine: Machine,
+    scaler: torch.amp.GradScaler,
+) -> StepResult:
+    """As `train_step`, with the random numbers as they come and a rate that may lie on the device. Nothing
+    in it waits for the device, unless the loss is scaled (float16) or not every target is scored."""
     world, total = machine.world, torch.zeros((), device=machine.device)
     world.at(iter_num, "reading data")
     for batch, counted, last in passes(batches, windows, batch_size, world):
         world.at(iter_num, "computing")
         average_next(model, wanted=last)
-        _, loss = model(*batch)
+        loss = model(*batch)[1]  # the logits are let go at once
         share = (batch[1] != IGNORE).sum() / targets if targets else counted / windows
         loss = loss * share * world.size  # the mean over processes divides by their number
         scaler.scale(loss).backward()
@@ -125,7 +161,8 @@ def try_out(
 ) -> None:
     """One forward and backward pass of idx with `shape` (B, T), to compile a model; leaves no trace."""
     zeros = torch.zeros(shape, dtype=torch.long, device=machine.device)
-    _, loss = model(zeros, zeros)
+    # Two tensors: one that comes twice is a case of its own for a compiler, and would be all it compiles.
+    _, loss = model(zeros, zeros.clone())
     loss.backward()
     optimizer.zero_grad()
 
@@ -157,7 +194,8 @@ def evaluate(
     was_training, compute = model.training, in_dtype(model, machine)
     model.eval()
     sums, counts = [], []
-    for batch in in_step(model, batches, machine.world, stopped):
+    parts = in_parts(batches, model.loss_rows)
+    for batch in in_step(model, parts, machine.world, stopped):
         machine.world.moved()
         if batch is None:
             compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
@@ -185,6 +223,13 @@ def evaluate(
     loss = total / tokens
     spread = max(0.0, square / tokens - loss**2)  # between windows, weighted by their tokens
     return Evaluation(loss, math.sqrt(spread / max(1, windows - 1)), int(tokens))
+
+
+def in_parts(batches: Iterable[tuple[Tensor, ...]], tokens: int) -> Iterable[tuple[Tensor, ...]]:
+    """`batches` in parts of about so many tokens, whole windows; 0: as they are."""
+    for batch in batches:
+        rows = max(1, tokens // batch[0].shape[1]) if tokens else len(batch[0])
+        yield from zip(*(part.split(rows) for part in batch), strict=True)
 
 
 def evaluate_splits(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nanogpt import files, metrics, tokenizer
+from nanogpt import files, kernels, metrics, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT
@@ -62,10 +62,13 @@ class Watch:
         # Blocks that parallel.wrap compiled for the shape of a step would be compiled anew for each length.
         compiled = [(block, block.__dict__.pop("forward", None)) for block in model.h]
         try:
-            if scores:
-                yield from self._score(model, iter_num, write, stopped)
-            if samples:
-                yield from self._sample(model, iter_num)
+            with (
+                kernels.chosen()
+            ):  # a GPU's cumulative sum, by which tokens are drawn, may not repeat its bits
+                if scores:
+                    yield from self._score(model, iter_num, write, stopped)
+                if samples:
+                    yield from self._sample(model, iter_num)
         finally:
             for block, forward in compiled:
                 if forward:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 import train
 from nanogpt import tokenizer
@@ -21,6 +23,71 @@ from nanogpt.prepare.text import Texts
 ALL_THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+
+
+# ----------------------------------------------------------------------------- pytest --device=cuda
+
+# What computes: with another device these files run on it, and no others.
+ON_DEVICE = {"test_model", "test_loss", "test_optim", "test_steps", "test_kernels", "test_generate"}
+ON_DEVICE |= {"test_graphs", "test_train", "test_gpu"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="where the tests of what computes run: cpu, cuda, cuda:1"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu: says something of CPUs; left out with --device=cuda")
+    config.addinivalue_line("markers", "cuda: needs a GPU; left out without --device=cuda")
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device={device}: this torch sees no CUDA GPU")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for runs that are to repeat their bits
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest --device=cuda"))
+        return
+    kept = [i for i in items if i.path.stem in ON_DEVICE and "cpu" not in i.keywords]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+class OnDevice(TorchFunctionMode):
+    """Makes tensors on `device` where none is named, but for random ones from a generator, which are the
+    CPU's: torch.set_default_device without that exception."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in _device_constructors() and kwargs.get("device") is None and not kwargs.get("generator"):
+            kwargs["device"] = self.device
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def device(pytestconfig) -> torch.device:
+    return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def everything_on_the_device(pytestconfig, monkeypatch):
+    """The tests that name no device run on the one that is asked for, and in float32 as CPUs know it."""
+    device = torch.device(pytestconfig.getoption("--device"))
+    if device.type == "cpu":
+        yield
+        return
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # no TF32
+    with OnDevice(device):
+        yield
 
 
 @pytest.fixture

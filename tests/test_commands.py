@@ -154,7 +154,7 @@ def commands_in(document: str) -> list[str]:
 PAGES = [
     *("README.md", "README.zh-CN.md", "CONTRIBUTING.md"),
     *("docs/data.md", "docs/evaluation.md", "docs/weights.md", "docs/serving.md"),
-    *("docs/finetuning.md", "docs/reproduce.md", "docs/scaling-arithmetic.md"),
+    *("docs/finetuning.md", "docs/reproduce.md", "docs/gpu.md", "docs/scaling-arithmetic.md"),
 ]
 OURS = [(page, command) for page in PAGES for command in commands_in(page)]
 PARSERS = {

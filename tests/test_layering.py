@@ -12,23 +12,14 @@ LAYERS = [
     {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
     | {"heartbeat", "meeting", "tokenfiles"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
-    | {"cache", "sampling", "stream", "lora"},
-    {
-        "sources",
-        "model",
-        "finetune",
-        "documents",
-        "runtime",
-        "decode_step",
-        "layout",
-        "mixture",
-        "interconnect",
-    },
+    | {"cache", "sampling", "stream", "lora", "loss"},
+    {"sources", "model", "finetune", "documents", "runtime", "decode_step", "layout", "mixture"}
+    | {"interconnect", "prefetch"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
-    | {"quantize"},
+    | {"quantize", "kernels"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
     | {"completions", "scheduler", "writer"},
-    {"corpus", "watch", "weights", "scaling"},
+    {"corpus", "watch", "weights", "scaling", "graphs", "fit"},
     {"run", "api", "follow", "web"},
     {"server"},
 ]
@@ -93,6 +84,7 @@ def test_the_model_knows_torch_and_nothing_else():
         "functools",
         "collections",
         "nanogpt.cache",
+        "nanogpt.loss",
         "nanogpt.position",
         "typing",
     }

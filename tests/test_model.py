@@ -290,6 +290,7 @@ def test_grouped_queries_equal_repeated_keys_and_values():
     torch.testing.assert_close(grouped(idx)[0], full(idx)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_of_bfloat16_is_that_of_float32(kv_heads, biased):
@@ -310,6 +311,7 @@ def test_attention_of_bfloat16_is_that_of_float32(kv_heads, biased):
         torch.testing.assert_close(b.grad.float(), a.grad, rtol=0.05, atol=0.12)
 
 
+@pytest.mark.cpu
 def test_dropout_of_attention_in_bfloat16():
     q = torch.randn(2, 4, 24, 16, dtype=torch.bfloat16)
     torch.manual_seed(0)

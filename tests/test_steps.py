@@ -11,7 +11,11 @@ from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer, build
 
 CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
-MACHINE = runtime.setup("cpu", "float32", 32)
+
+
+def machine_of(dtype="float32"):
+    """The device on which tests make their tensors."""
+    return runtime.setup(str(torch.empty(0).device), dtype, 32)
 
 
 def adamw(model) -> Optimizer:
@@ -22,8 +26,8 @@ def parts(dropout=0.0, dtype="float32"):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(CONFIG), "dropout": dropout}))
     optimizer = adamw(model)
-    machine = runtime.setup("cpu", dtype, 32)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == "float16")
+    machine = machine_of(dtype)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=dtype == "float16")
     return model, optimizer, machine, scaler
 
 
@@ -44,7 +48,7 @@ def step(model, optimizer, machine, scaler, batches, iter_num=0, lr=1e-3, grad_c
 
 def some(count, rows=12, seed=3):
     draw = torch.Generator().manual_seed(seed)
-    idx = torch.randint(10, (rows, 17), generator=draw)
+    idx = torch.randint(10, (rows, 17), generator=draw).to(machine_of().device)
     return [(part[:, :-1], part[:, 1:]) for part in idx.chunk(count)]
 
 
@@ -90,12 +94,12 @@ def test_a_loss_that_is_not_finite_is_found():
 def test_float16_skips_an_update_that_overflows():
     model, optimizer, machine, scaler = parts(dtype="float16")
     before = [p.detach().clone() for p in model.parameters()]
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**60)
     result = step(model, optimizer, machine, scaler, some(2))
     result.check(0, 1e-3, scaled=True)  # no divergence: the scaler saw to it
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert scaler.get_scale() == 2.0**59
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**4)
     losses = [float(step(model, optimizer, machine, scaler, some(2), i).loss) for i in range(20)]
     assert losses[-1] < losses[0] - 0.1
 
@@ -116,8 +120,9 @@ def tokens(dataset):
 
 
 def score(model, tokens, batch_size, most=10**9, **kwargs):
-    batches = data.eval_batches(tokens, 16, batch_size, most, IGNORE, torch.device("cpu"))
-    return steps.evaluate(model, batches, MACHINE, **kwargs)
+    machine = machine_of()
+    batches = data.eval_batches(tokens, 16, batch_size, most, IGNORE, machine.device)
+    return steps.evaluate(model, batches, machine, **kwargs)
 
 
 def test_evaluation_is_the_mean_over_every_token_at_any_batch_size(tokens):
@@ -127,7 +132,7 @@ def test_evaluation_is_the_mean_over_every_token_at_any_batch_size(tokens):
     for result in results[1:]:
         assert result.loss == pytest.approx(results[0].loss, abs=1e-6)
         assert result.stderr == pytest.approx(results[0].stderr, rel=1e-3)
-    ids = torch.from_numpy(tokens.read(0, len(tokens)))
+    ids = torch.from_numpy(tokens.read(0, len(tokens))).to(machine_of().device)
     total, windows = 0.0, range(0, len(ids) - 1, 16)
     for start in windows:  # by hand; the last window looks back as far as it can
         first = min(start, len(ids) - 17)
@@ -142,12 +147,12 @@ def test_standard_error_is_that_of_repeated_samples(tokens):
     model = parts()[0]
     few = score(model, tokens, 8, most=12)
     draw = torch.Generator().manual_seed(0)
-    ids = torch.from_numpy(tokens.read(0, len(tokens)))
+    ids = torch.from_numpy(tokens.read(0, len(tokens))).to(machine_of().device)
     means = []
     for _ in range(200):
         starts = torch.randint(len(ids) - 17, (12,), generator=draw)
         rows = torch.stack([ids[s : s + 17] for s in starts])
-        means.append(steps.evaluate(model, [(rows[:, :-1], rows[:, 1:])], MACHINE).loss)
+        means.append(steps.evaluate(model, [(rows[:, :-1], rows[:, 1:])], machine_of()).loss)
     assert few.stderr == pytest.approx(torch.tensor(means).std().item(), rel=0.5)
 
 

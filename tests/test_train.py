@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def config(dataset, tmp_path):
+def config(dataset, tmp_path, device):
     often = {"max_iters": 40, "eval_interval": 10, "eval_iters": 2}
     batch = {"batch_size": 4, "gradient_accumulation_steps": 4}
-    return small_run(dataset, tmp_path / "out", dropout=0.1, **batch, **often)
+    on = {"device": str(device), "deterministic": device.type == "cuda"}
+    return small_run(dataset, tmp_path / "out", dropout=0.1, **on, **batch, **often)
 
 
 def bits(run: str, step: int) -> dict[str, bytes]:

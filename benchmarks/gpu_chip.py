@@ -1,0 +1,331 @@
+"""The parts of benchmarks/gpu.py that need no train.py: the chip, decoding, saving, FP8, options."""
+
+import gc
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.decode import theirs as nanogpt_model
+from benchmarks.gpu_sides import Failed, Setup, environment, figure
+from nanogpt import checkpoint, optim
+from nanogpt.config import ROOT
+from nanogpt.generate import Decoder, Text
+from nanogpt.graphs import GraphDecoder
+from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
+from nanogpt.quantize import cast
+from nanogpt.sampling import SamplingOptions
+
+SAMPLING = SamplingOptions(temperature=0.8, top_k=200)
+SMALL = GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=2, n_embd=32)
+
+
+def wait(setup: Setup) -> None:
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(setup: Setup, work: Callable[[], object]) -> float:
+    wait(setup)
+    started = time.perf_counter()
+    work()
+    wait(setup)
+    return time.perf_counter() - started
+
+
+def median_s(setup: Setup, work: Callable[[], object], seconds: float) -> float:
+    """The median time of `work`, in batches that take long enough to be timed, over about `seconds`."""
+    once = min(timed(setup, work) for _ in range(3))
+    count = max(1, int(0.02 / once))
+    took: list[float] = []
+    while len(took) < 3 or sum(took) * count < seconds:
+        took.append(timed(setup, lambda: [work() for _ in range(count)]) / count)
+    return float(np.median(took))
+
+
+def chip(setup: Setup) -> dict[str, Any]:
+    """The rate of a large bf16 product, and of copying: what all other figures are shares of."""
+    side, count = (256, 1 << 20) if setup.tiny else (8192, 1 << 30)
+    seconds = 0.1 if setup.tiny else min(2.0, setup.left / 6)
+    device, dtype = setup.device, torch.bfloat16 if setup.device == "cuda" else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    rate = 2 * side**3 / median_s(setup, lambda: torch.mm(a, b), seconds)
+    source = torch.ones(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    speed = 2 * source.nbytes / median_s(setup, lambda: target.copy_(source), seconds)
+    name = torch.cuda.get_device_name() if setup.device == "cuda" else "CPU"
+    return {
+        "device": name,
+        "figures": [
+            figure(f"product {side}^3 in {str(dtype)[6:]}, TFLOP/s", rate / 1e12),
+            figure("copy, GB/s (read and written)", speed / 1e9),
+        ],
+    }
+
+
+# ----------------------------------------------------------------------------- decoding
+
+
+def decode(setup: Setup) -> dict[str, Any]:
+    """GPT-2 (124M) of random weights: one, ten and 64 texts at once, and nanoGPT's default job of ten samples
+    of 500 tokens, which it writes one after the other."""
+    shape, tokens = (SMALL, 16) if setup.tiny else (GPT2_SIZES["gpt2"], 400)
+    dtype = "bfloat16" if setup.device == "cuda" else "float32"
+    torch.manual_seed(0)
+    ours = cast(GPT(shape).eval(), dtype).to(setup.device)
+    theirs = nanogpt_model(setup.checkout, shape).to(setup.device)
+    speed: dict[int, dict[str, float]] = {batch: {} for batch in (1, 10, 64)}
+    job: dict[str, float] = {}
+    count = tokens // 4 if setup.tiny else 500
+    found: dict[str, Any] = {"figures": [], "errors": []}
+
+    def add() -> None:
+        best = {batch: max(values, key=lambda name: values[name]) for batch, values in mine(speed).items()}
+        found["figures"] = [
+            figure(
+                f"decode 124M, batch {batch}, tokens/s",
+                speed[batch][name],
+                speed[batch]["nanoGPT"],
+                note=f"{name}; {spoken(speed[batch])}",
+            )
+            for batch, name in best.items()
+        ]
+        if job:
+            note = f"nanoGPT: one sample, times ten; ours {spoken(job)}"
+            times = (min(job.values()), serial)
+            found["figures"].append(figure("default sample job, s", *times, note=note, lower_is_better=True))
+        setup.write(found)
+
+    for batch, values in speed.items():
+        values["nanoGPT"] = batch / their_token_s(setup, theirs, batch, tokens // 4)
+    serial = 10 * timed(setup, lambda: their_token_s(setup, theirs, 1, count, warm=False))
+    for kind in (Decoder, GraphDecoder):  # what may fail comes last
+        try:
+            for batch, values in speed.items():
+                decoder = kind(ours, batch, shape.block_size)
+                values[kind.__name__] = batch / our_token_s(setup, decoder, batch, tokens)
+                add()
+            decoder = kind(ours, 10, min(shape.block_size, count + 1))
+            job[kind.__name__] = timed(setup, lambda decoder=decoder: our_job(decoder, count))
+        except Exception as error:  # of the recording: it says so in the table
+            found["errors"].append(f"{kind.__name__}: {error}"[:300])
+        add()
+    return found
+
+
+def mine(speed: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    """Without nanoGPT's, and without what is not measured."""
+    ours = {batch: {n: v for n, v in values.items() if n != "nanoGPT"} for batch, values in speed.items()}
+    return {batch: values for batch, values in ours.items() if values}
+
+
+def spoken(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+@torch.inference_mode()
+def their_token_s(setup: Setup, model: Any, batch: int, count: int, warm: bool = True) -> float:
+    """Seconds a token (of all texts) of nanoGPT's generate, by autocast as its sample.py has it."""
+    idx = torch.zeros(batch, 1, dtype=torch.int64, device=setup.device)
+    with torch.autocast(setup.device, dtype=torch.bfloat16, enabled=setup.device == "cuda"):
+        if warm:
+            model.generate(idx, 3, temperature=0.8, top_k=200)
+        return timed(setup, lambda: model.generate(idx, count, temperature=0.8, top_k=200)) / count
+
+
+def our_token_s(setup: Setup, decoder: Decoder, batch: int, count: int) -> float:
+    """Seconds a token (of all texts); with a graph, without a look at them on the way."""
+    decoder.add([Text([0], SAMPLING, seed=i) for i in range(batch)])
+    count = min(count, decoder.length - 16)
+    if isinstance(decoder, GraphDecoder):
+        decoder.run(8)  # is recorded meanwhile
+        decoder.run(count - 8)  # longer caches, too
+        texts = list(decoder.texts)
+        for text in texts:
+            decoder.remove(text)
+        decoder.add([Text([0], SAMPLING, seed=i) for i in range(batch)])
+        return timed(setup, lambda: decoder.run(count)) / count
+    for _ in range(3):
+        decoder.step()
+    return timed(setup, lambda: [decoder.step() for _ in range(count)]) / count
+
+
+def our_job(decoder: Decoder, count: int) -> None:
+    decoder.add([Text([0], SAMPLING, seed=i) for i in range(10)])
+    for _ in range(count):
+        decoder.step()
+
+
+# ----------------------------------------------------------------------------- saving
+
+
+def stall(setup: Setup) -> dict[str, Any]:
+    """How long training stands still for a checkpoint of 124M with its AdamW state, both sides in turn."""
+    shape = SMALL if setup.tiny else GPT2_SIZES["gpt2"]
+    ours = GPT(shape).to(setup.device)
+    rules = optim.build(optim.OptimConfig(), ours.named_parameters())
+    theirs = nanogpt_model(setup.checkout, shape).to(setup.device)
+    adam = theirs.configure_optimizers(0.1, 6e-4, (0.9, 0.95), setup.device)
+    for p in theirs.parameters():
+        p.grad = torch.zeros_like(p)
+    adam.step()
+    folder = Path(setup.scratch, "checkpoints")
+    folder.mkdir()
+    state = {"iter_num": 0, "val_loss": None}
+    took: dict[str, list[float]] = {"ours": [], "theirs": []}
+    while len(took["ours"]) < 2 or (setup.left > 3 * took["ours"][-1] and len(took["ours"]) < 6):
+        state["iter_num"] += 1
+        saved = {"model": theirs.state_dict(), "optimizer": adam.state_dict()}
+        took["theirs"].append(timed(setup, lambda saved=saved: torch.save(saved, folder / "ckpt.pt")))
+        took["ours"].append(timed(setup, lambda: checkpoint.save(folder, ours, rules.state(), dict(state))))
+    middle = {name: float(np.median(times)) for name, times in took.items()}
+    note = "ours writes, reads back for the SHA-256, and flushes; nanoGPT's is not flushed"
+    what = "checkpoint stall 124M, s"
+    return {
+        "figures": [figure(what, middle["ours"], middle["theirs"], note=note, lower_is_better=True)],
+        "seconds_of": took,
+    }
+
+
+# ----------------------------------------------------------------------------- FP8
+
+
+def fp8(setup: Setup) -> dict[str, Any]:
+    """Products of a training step in float8 (torch._scaled_mm, a scale a tensor), with the rounding of both
+    sides, against bfloat16. Nothing of the trainer uses it: it is to be built only if this says so."""
+    rows = 64 if setup.tiny else 16_384
+    shapes = {
+        "head 124M": (768, 50_304),
+        "MLP 124M": (768, 3072),
+        "MLP 350M": (1024, 4096),
+        "4096": (4096, 4096),
+    }
+    if setup.tiny:
+        shapes = {"tiny": (32, 64)}
+    seconds = min(0.5, setup.left / 4 / len(shapes))
+    found: dict[str, Any] = {"figures": []}
+    for name, (inner, outer) in shapes.items():
+        x = torch.randn(rows, inner, device=setup.device, dtype=torch.bfloat16)
+        weight = torch.randn(outer, inner, device=setup.device, dtype=torch.bfloat16) * 0.02
+        ready = [*rounded(x), *rounded(weight)]
+        plain = median_s(setup, lambda x=x, weight=weight: x @ weight.mT, seconds)
+        whole = median_s(setup, lambda x=x, weight=weight: multiplied(*rounded(x), *rounded(weight)), seconds)
+        alone = median_s(setup, lambda ready=ready: multiplied(*ready), seconds)
+        exact = (x @ weight.mT).float()
+        off = float((multiplied(*ready).float() - exact).norm() / exact.norm())
+        note = f"TFLOP/s, bf16 first; without the rounding {plain / alone:.2f} times; off by {off:.1%}"
+        work = 2 * rows * inner * outer / 1e12
+        found["figures"].append(figure(f"FP8, {name}", work / whole, work / plain, note=note))
+        setup.write(found)
+    return found
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in float8, and the scale by which it is to be multiplied."""
+    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def multiplied(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return torch._scaled_mm(
+        x, weight.mT, scale_a=x_scale, scale_b=weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+# ----------------------------------------------------------------------------- options of ours
+
+TINY = (
+    "--n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --batch_size=2 --gradient_accumulation_steps=1 "
+    "--vocab_size=300 --steps=3 --warmup_steps=1 --compile=False"
+)
+TRIED = {
+    "as it is": "",
+    "--casting=weights": "--casting=weights",
+    "--attention=cudnn": "--attention=cudnn",
+    "--attention=flash": "--attention=flash",
+    "--loss_rows=8192": "--loss_rows=8192",
+    "--prefetch": "--prefetch=True",
+    "--hold_gc": "--hold_gc=True",
+    "--compile=blocks": "--compile=blocks",
+    "--compile=False": "--compile=False",
+    "--cuda_graph": "--cuda_graph=True --compile=False",
+    "as it is, again": "",
+}
+
+
+def bench(setup: Setup, preset: str, options: str, log: Path) -> str:
+    """What bench.py says."""
+    command = [
+        sys.executable,
+        "bench.py",
+        preset,
+        "--real_data=False",
+        f"--device={setup.device}",
+        *options.split(),
+    ]
+    if setup.tiny:
+        command += TINY.split()
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(Path(setup.scratch, "bench-cache")),
+        capture_output=True,
+        text=True,
+        timeout=max(1.0, setup.left),
+        check=False,
+    )
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        raise Failed((done.stderr.strip().splitlines() or ["no word"])[-1][:300])
+    return done.stdout
+
+
+def options(setup: Setup) -> dict[str, Any]:
+    """Each option for speed by itself, on GPT-2 (124M) and on the character model: one after the other, what
+    they are compared with first and last."""
+    presets = {
+        "124M": ("config/train_gpt2.py", "--batch_size=48 --gradient_accumulation_steps=1 --steps=30"),
+        "shakespeare_char": (
+            "config/train_shakespeare_char.py",
+            "--vocab_size=65 --steps=200 --compile=False",
+        ),
+    }
+    found: dict[str, Any] = {"figures": [], "errors": []}
+    for size, (preset, sizes) in presets.items():
+        first = None
+        for name, given in TRIED.items():
+            if setup.left < 10:
+                found["errors"].append(f"{size}, {name}: left out, no time was left")
+                continue
+            try:
+                said = bench(setup, preset, f"{sizes} {given}", Path(setup.scratch, "bench.txt"))
+                line = next(line for line in said.splitlines() if line.startswith("speed: "))
+                speed = float(line.split()[1].replace(",", ""))
+            except (Failed, subprocess.TimeoutExpired) as error:
+                found["errors"].append(f"{size}, {name}: {error}"[:300])
+                continue
+            first = first or speed
+            note = "the first column is ours without the option"
+            found["figures"].append(figure(f"{size}, {name}, tokens/s", speed, first, note=note))
+            setup.write(found)
+        gc.collect()
+    return found
+
+
+def profile(setup: Setup) -> dict[str, Any]:
+    """Where the time of our step goes, by kernel: text files in the folder of the results."""
+    found: dict[str, Any] = {"figures": [], "files": []}
+    sizes = "--batch_size=48 --gradient_accumulation_steps=1 --steps=10 --profile=True"
+    for name in ("as it is", "--casting=weights", "--compile=False"):
+        log = Path(setup.out, f"profile-{name.replace(' ', '-').strip('-')}.txt")
+        trace = f"--trace={setup.scratch}/trace.json"
+        bench(setup, "config/train_gpt2.py", f"{sizes} {trace} {TRIED[name]}", log)
+        found["files"].append(log.name)
+        setup.write(found)
+    return found

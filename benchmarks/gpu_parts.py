@@ -1,0 +1,306 @@
+"""The parts of benchmarks/gpu.py that run both train.py; each writes its figures as it has them.
+
+python -m benchmarks.gpu_parts NAME about.json answer.json      # started by benchmarks/gpu.py
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import gpu_chip
+from benchmarks.exact import exact_loss
+from benchmarks.gpu_sides import Failed, Lines, Setup, Side, environment, figure, in_turn, started
+from nanogpt import data
+from nanogpt.errors import UserError
+
+TARGET = 1.4697  # nanoGPT's published loss of its character preset
+SIZES = {  # name: layers, heads, channels, our micro-batch of the 480 windows an iteration
+    "124M": (12, 12, 768, 60),
+    "350M": (24, 16, 1024, 30),
+}
+TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=32"
+QUIET = "--wandb_log=False --log_interval=1 --eval_iters=1 --eval_interval=1000000"
+
+
+def machine_options(setup: Setup) -> list[str]:
+    if setup.device == "cuda":
+        return ["--device=cuda", "--dtype=bfloat16", "--compile=True"]
+    return [f"--device={setup.device}", "--dtype=float32", "--compile=False"]
+
+
+def random_tokens(setup: Setup) -> Path:
+    """A dataset of random GPT-2 tokens that both sides read."""
+    folder = Path(setup.scratch, "random")
+    folder.mkdir(exist_ok=True)
+    ids = np.random.default_rng(1337).integers(50257, size=20_000 if setup.tiny else 8_000_000)
+    for split, part in (("train", ids[: len(ids) * 9 // 10]), ("val", ids[len(ids) * 9 // 10 :])):
+        part.astype("<u2").tofile(folder / f"{split}.bin")
+    return folder
+
+
+def gpt2_options(setup: Setup, size: str) -> tuple[list[str], list[str], int]:
+    """nanoGPT's options, ours, and the tokens of an iteration, the same for both."""
+    layers, heads, channels, rows = SIZES[size]
+    windows, theirs = 480, setup.their_batch
+    shape = f"--n_layer={layers} --n_head={heads} --n_embd={channels} --block_size=1024"
+    length = 1024
+    if setup.tiny:
+        shape, windows, theirs, rows, length = TINY, 8, 2, 4, 32
+    if windows % theirs:
+        raise UserError(f"--their_batch={theirs} does not divide the {windows} windows of an iteration")
+    usual = [*shape.split(), *QUIET.split(), *machine_options(setup), f"--dataset={random_tokens(setup)}"]
+    both = [
+        [*usual, f"--batch_size={n}", f"--gradient_accumulation_steps={windows // n}"] for n in (theirs, rows)
+    ]
+    return both[0], [*both[1], *setup.options.split()], windows * length
+
+
+def train(setup: Setup, size: str) -> dict[str, Any]:
+    """Tokens a second of both, the preset of GPT-2, in turn."""
+    theirs, ours, tokens = gpt2_options(setup, size)
+    programs = {"theirs": (setup.theirs(), theirs), "ours": (setup.ours(), ours)}
+    sides: dict[str, Side] = {}
+    try:
+        for name, (program, options) in programs.items():
+            env = environment(Path(setup.cache, f"{name}-{size}"))
+            given = [*options, f"--out_dir={setup.scratch}/{name}"]
+            sides[name] = Side(name, program, given, env, setup.scratch)
+        first = started(sides, setup, settle=2 if setup.tiny else 3)
+        took = in_turn(sides, setup, 2, {name: iteration for name, (_, iteration) in first.items()})
+    finally:
+        for side in sides.values():
+            side.close()
+    speed = {name: [tokens / float(np.median(block)) for block in blocks] for name, blocks in took.items()}
+    middle = {name: float(np.median(blocks)) for name, blocks in speed.items()}
+    pairs = [a / b for a, b in zip(speed["ours"], speed["theirs"], strict=False)]
+    note = (
+        f"{tokens:,} tokens an iteration, micro-batches {theirs[-2].split('=')[1]} and "
+        f"{ours[len(theirs) - 2].split('=')[1]}; by blocks {' '.join(f'{ratio:.2f}' for ratio in pairs)}; "
+        f"{', '.join(f'{sum(map(len, blocks))} iterations of {name}' for name, blocks in took.items())}"
+    )
+    begun = {name: seconds for name, (seconds, _) in first.items()}
+    both = {"note": "both started, and compiled, at once", "lower_is_better": True}
+    found = {
+        "figures": [
+            figure(f"{size}, tokens/s", middle["ours"], middle["theirs"], note=note),
+            figure(f"{size} compiled, s to the first step, cold", begun["ours"], begun["theirs"], **both),
+        ],
+        "seconds_of": took,
+    }
+    setup.write(found)
+    return found
+
+
+def compiled(setup: Setup) -> dict[str, Any]:
+    """From the start of the process to the end of the first iteration: warm, with what train124 has left in
+    the cache, or cold first if it has not run; and ours by blocks."""
+    theirs, ours, _ = gpt2_options(setup, "124M")
+    blocks = [*ours, *([] if setup.tiny else ["--compile=blocks"])]
+    found: dict[str, Any] = {"figures": []}
+
+    def first(name: str, program: Path, options: list[str]) -> float:
+        once = [*options, "--gradient_accumulation_steps=1", f"--out_dir={setup.scratch}/{name}"]
+        command = [sys.executable, str(program), *once]
+        side = Lines(
+            command, program.parent, environment(Path(setup.cache, name)), Path(setup.scratch, f"{name}.txt")
+        )
+        try:
+            return side.until("iter 0:", setup.left)
+        finally:
+            side.close()
+
+    def add(what: str, mine: float, other: float | None = None) -> None:
+        found["figures"].append(figure(what, mine, other, lower_is_better=True))
+        setup.write(found)
+
+    sides = [("ours-124M", setup.ours(), ours), ("theirs-124M", setup.theirs(), theirs)]
+    if not Path(setup.cache, "ours-124M").is_dir():
+        add("124M compiled, s to the first step, cold", *[first(*side) for side in sides])
+    add("124M compiled, s to the first step, warm", *[first(*side) for side in sides])
+    for state in ("cold", "warm"):
+        add(
+            f"124M compiled by blocks, s to the first step, {state}",
+            first("blocks-124M", setup.ours(), blocks),
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------- runs to a loss
+
+
+def kept_checkpoints(
+    setup: Setup, name: str, program: Path, options: list[str], limit: float
+) -> tuple[float, dict[float, Path]]:
+    """A whole run, or as much of it as `limit` seconds allow: its seconds, and a copy of each checkpoint by
+    the seconds from the start of the process to its being complete."""
+    copies = Path(setup.scratch, f"{name}-copies")
+    copies.mkdir()
+    watcher, started = Path(__file__).with_name("milestones.py"), time.time()
+    command = [sys.executable, str(watcher), str(started), str(program), str(copies), "1337"]
+    log = Path(setup.scratch, f"{name}.txt")
+    env = environment(Path(setup.scratch, f"{name}-cache"))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *options, f"--out_dir={setup.scratch}/{name}"],
+            cwd=program.parent,
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            code = process.wait(timeout=max(1.0, limit))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = 0
+    took = time.time() - started
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if code:
+        raise Failed(f"{name} ended with {code}: {lines[-1][:300] if lines else ''}")
+    whole = sorted((float(path.name), path) for path in copies.iterdir())
+    return took, dict(whole[:-1] if took >= limit else whole)  # the last one may be half a copy
+
+
+def shakespeare(setup: Setup) -> dict[str, Any]:
+    """The character preset from the start of the process: when 1.4697 is on the disk, and the lowest loss."""
+    folder = Path(setup.checkout, "data", "shakespeare_char")
+    if not (folder / "train.bin").is_file():
+        raise UserError(f"{folder} is not prepared: run its prepare.py")
+    val, preset = data.load(folder).val, "config/train_shakespeare_char.py"
+    target, small, machine = TARGET, [], ["--device=cuda"]
+    if setup.tiny:
+        target = 4.0
+        small = [*TINY.split(), "--batch_size=4", "--max_iters=20", "--eval_interval=5", "--eval_iters=2"]
+        machine = machine_options(setup)
+    runs: dict[str, tuple[Path, list[str]]] = {
+        "ours": (
+            setup.ours(),
+            [preset, f"--dataset={folder}", "--data_on_device=True", *setup.options.split()],
+        ),
+        "ours-graph": (
+            setup.ours(),
+            [preset, f"--dataset={folder}", "--data_on_device=True", "--cuda_graph=True", "--compile=False"],
+        ),
+        "theirs": (setup.theirs(), [preset, "--dataset=shakespeare_char"]),
+    }
+    if setup.device != "cuda":
+        del runs["ours-graph"]
+    found: dict[str, Any] = {"figures": [], "runs": {}}
+    reached: dict[str, float | None] = {}
+    lowest: dict[str, float | None] = {}
+    for number, (name, (program, options)) in enumerate(runs.items()):
+        share = setup.left * (0.25 if name != "theirs" else 0.85) if number else setup.left * 0.3
+        given = [*options, "--log_interval=1000", *machine, *small]
+        try:
+            took, copies = kept_checkpoints(setup, name, program, given, share)
+            losses = {at: exact_loss(path, val, setup.device) for at, path in copies.items()}
+        except Failed as error:
+            found["runs"][name] = {"error": str(error)}
+            continue
+        found["runs"][name] = {"seconds": took, "losses": losses}
+        reached[name] = min((at for at, loss in losses.items() if loss <= target), default=None)
+        lowest[name] = min(losses.values(), default=None)
+        theirs = {"lower_is_better": True, "note": "nanoGPT's run was cut short" * (took >= share)}
+        found["figures"] = [
+            figure("shakespeare_char, s to 1.4697", reached.get("ours"), reached.get("theirs"), **theirs),
+            figure("shakespeare_char, lowest loss", lowest.get("ours"), lowest.get("theirs"), **theirs),
+        ]
+        if "ours-graph" in reached:
+            what = "shakespeare_char with --cuda_graph, s to 1.4697"
+            found["figures"].append(figure(what, reached["ours-graph"]))
+        setup.write(found)
+    return found
+
+
+def mini_owt(setup: Setup) -> dict[str, Any]:
+    """Steps to the loss that nanoGPT has after 30M tokens, batches of 65,536, GPT-2's size."""
+    source = Path(setup.tokens or Path(setup.checkout, "data", "mini_owt", "train.bin"))
+    if not source.is_file():
+        raise UserError("mini_owt needs a file of GPT-2 tokens: give --tokens=FILE.bin, raw uint16")
+    ids = np.fromfile(source, dtype="<u2", count=(40 << 20) // 2)
+    folder = Path(setup.scratch, "mini_owt")
+    held = 2_000 if setup.tiny else min(len(ids) // 20, 262_144)
+    folder.mkdir()
+    ids[:-held].tofile(folder / "train.bin")
+    ids[-held:].tofile(folder / "val.bin")
+    val = data.load(folder).val
+    steps, every, shape = 458, 20, []
+    rows = ["--batch_size=16", "--gradient_accumulation_steps=4"]
+    if setup.tiny:
+        steps, every, shape, rows = 8, 2, TINY.split(), ["--batch_size=2", "--gradient_accumulation_steps=2"]
+    usual = [
+        "--wandb_log=False",
+        f"--dataset={folder}",
+        *rows,
+        *shape,
+        *machine_options(setup),
+        "--log_interval=100",
+    ]
+    schedule = [f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--warmup_iters={steps // 10}"]
+    last = [f"--eval_interval={steps}", "--eval_iters=1"]
+    _, copies = kept_checkpoints(
+        setup, "theirs", setup.theirs(), [*usual, *schedule, *last], setup.left * 0.5
+    )
+    if not copies:
+        raise Failed("nanoGPT did not come to its last step in half of the time; give more --minutes")
+    target = exact_loss(list(copies.values())[-1], val, setup.device)
+    found: dict[str, Any] = {"figures": [], "their_loss": target, "their_steps": steps}
+    setup.write(found)
+    ours = ["config/train_gpt2_fast.py", *usual, f"--max_iters={steps * 2 // 3}", f"--eval_interval={every}"]
+    ours += [
+        "--eval_iters=1000",
+        "--save_interval=1000000",
+        *setup.options.split(),
+        f"--out_dir={setup.scratch}/ours",
+    ]
+    command = [sys.executable, str(setup.ours()), *ours]
+    env = environment(Path(setup.scratch, "ours-cache"))
+    side = Lines(command, setup.ours().parent, env, Path(setup.scratch, "ours.txt"))
+    losses: dict[int, float] = {}
+    try:
+        while steps * 2 // 3 not in losses:
+            line = side.next(setup.left)
+            if line.startswith("step ") and " val loss " in line:
+                at = int(line.split()[1].rstrip(":"))
+                losses[at] = float(line.split(" val loss ")[1].split()[0])
+    finally:
+        side.close()
+        reached = min((at for at, loss in losses.items() if loss <= target), default=None)
+        note = f"both in batches of {65536:,} tokens; nanoGPT's loss {target:.4f}; ours {losses}"
+        what = "mini_owt, steps to nanoGPT's loss"
+        found["figures"] = [figure(what, reached, steps, note=note, lower_is_better=True)]
+        setup.write(found)
+    return found
+
+
+PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
+    "chip": gpu_chip.chip,
+    "train124": lambda setup: train(setup, "124M"),
+    "train350": lambda setup: train(setup, "350M"),
+    "compile": compiled,
+    "shakespeare": shakespeare,
+    "decode": gpu_chip.decode,
+    "checkpoint": gpu_chip.stall,
+    "fp8": gpu_chip.fp8,
+    "mini_owt": mini_owt,
+    "options": gpu_chip.options,
+    "profile": gpu_chip.profile,
+}
+
+
+def main(name: str, about: str, answer: str) -> None:
+    setup = Setup(json.loads(Path(about).read_text(encoding="utf-8")), Path(answer), time.monotonic())
+    try:
+        setup.write(PARTS[name](setup))
+    except (Failed, UserError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,263 @@
+"""What only a GPU can show: recording, kernels, memory that is really full, and that nothing waits for it.
+
+    python -m pytest --device=cuda
+
+runs these tests and those of model, loss, optimizer, step, generation and training (conftest.py) there.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import sample
+import train
+from nanogpt import checkpoint, data, fit, graphs, kernels, optim, parallel, runtime, steps
+from nanogpt.errors import Stopped, UserError
+from nanogpt.generate import Decoder, Text
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.prefetch import Prefetched
+from nanogpt.sampling import SamplingOptions
+from tests.test_train import bits, logged
+
+pytestmark = pytest.mark.cuda
+SHAPE = GPTConfig(vocab_size=50, block_size=64, n_layer=2, n_head=2, n_embd=64, vocab_multiple=64)
+FAST = {"position": "rope", "activation": "relu2", "tied": False, "softcap": 15.0, "smear": True}
+
+
+def parts(device, dtype="bfloat16", rules="muon", casting="auto", **changes):
+    torch.manual_seed(0)
+    model = GPT(replace(SHAPE, **changes)).to(device)
+    machine = replace(runtime.setup(str(device), dtype, 64), casting=casting)
+    config = optim.OptimConfig(rules, learning_rate=1e-2, muon_weight_decay=0.1)
+    optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), machine.half)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
+    return model, optimizer, machine, scaler
+
+
+def updates(everything, count, take=steps.train_step, lr=1e-2):
+    model, optimizer, machine, scaler = everything
+    found = []
+    function = parallel.without_logits(machine.in_dtype(model))
+    for i in range(count):
+        draw = torch.Generator().manual_seed(i % 3)
+        idx = torch.randint(50, (8, 65), generator=draw)
+        batches = [data.to_device((idx[k::2, :-1], idx[k::2, 1:]), machine.device) for k in (0, 1)]
+        how = {"windows": 8, "lr": lr, "grad_clip": 1.0, "seed": 1, "iter_num": i}
+        result = take(function, optimizer, batches, machine=machine, scaler=scaler, **how)
+        found.append((result.loss.clone(), result.grad_norm.clone()))
+    return [(float(loss), float(norm)) for loss, norm in found]
+
+
+# ----------------------------------------------------------------------------- a training step
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rules", ["adamw", "muon"])
+def test_it_learns_in_every_format_as_a_cpu_does(device, dtype, rules):
+    losses = [loss for loss, _ in updates(parts(device, dtype, rules, **FAST), 30)]
+    assert losses[-1] < losses[0] - 0.3
+    count = 1 if dtype == "float16" else 3  # its scaler may leave the first updates out
+    slow = [loss for loss, _ in updates(parts(torch.device("cpu"), "float32", rules, **FAST), count)]
+    assert losses[:count] == pytest.approx(slow, abs=1e-3 if dtype == "float32" else 0.05)
+
+
+@pytest.mark.parametrize("rules", ["adamw", "muon"])
+@pytest.mark.parametrize("casting", ["autocast", "weights"])
+@pytest.mark.parametrize("rows", [0, 100])
+def test_nothing_in_a_step_waits(device, rules, casting, rows):
+    everything = parts(device, rules=rules, casting=casting, dropout=0.1, **FAST)
+    everything[0].loss_rows = rows
+    updates(everything, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model, optimizer, machine, scaler = everything
+        idx = torch.zeros(8, 64, dtype=torch.int64, device=device)
+        how = {"windows": 8, "lr": 1e-2, "grad_clip": 1.0, "seed": 1, "iter_num": 3}
+        steps.train_step(
+            machine.in_dtype(model), optimizer, [(idx, idx)], machine=machine, scaler=scaler, **how
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", [data.TrainBatches, Prefetched])
+@pytest.mark.parametrize("resident", [False, True])
+def test_batches_come_without_waiting(device, dataset, kind, resident):
+    tokens = data.load(dataset).train
+    expected = [*data.TrainBatches(tokens, 16, 4, 2, 1, torch.device("cpu")).step(5)]
+    if resident:
+        tokens.keep_on(device)
+    batches = kind(tokens, 16, 4, 2, 1, device)
+    list(batches.step(4))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = list(batches.step(5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(expected, found, strict=True):
+        assert all(torch.equal(x, y.cpu()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("rules", ["adamw", "muon"])
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.2, **FAST}], ids=["gpt2", "fast"])
+def test_a_recorded_step_is_the_plain_one(device, rules, changes):
+    plain = updates(parts(device, rules=rules, **changes), 12)
+    everything = parts(device, rules=rules, **changes)
+    graph = graphs.StepGraph(8, everything[2])
+    found = updates(everything, 12, graph)
+    assert graph.replay
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=0.02, atol=0.02)
+    still = updates(everything, 12, graph, lr=0.0)  # the rate is no part of the recording
+    again = updates(everything, 12, graph, lr=0.0)
+    torch.testing.assert_close(torch.tensor(still), torch.tensor(again), rtol=0.01, atol=0.01)
+
+
+# ----------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
+def test_each_kernel_of_attention_is_right(device, name):
+    """Forward and backward against float32 by the plain formula."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 4, 128, 64, device=device).bfloat16().float().requires_grad_() for _ in range(3)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    with kernels.chosen("math"):
+        expected = F.scaled_dot_product_attention(*exact, is_causal=True)
+    machine = runtime.Machine(device, "bfloat16", "test")
+    try:
+        kernels.require_attention(name, replace(SHAPE, n_head=4, n_embd=256), machine, 128, biased=False)
+    except UserError as error:
+        pytest.skip(str(error))
+    with kernels.chosen(name):
+        found = F.scaled_dot_product_attention(*rounded, is_causal=True)
+    torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
+    seed = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(found, rounded, seed.bfloat16()),
+        torch.autograd.grad(expected, exact, seed),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.1)
+
+
+# ----------------------------------------------------------------------------- writing
+
+
+OPTIONS = [SamplingOptions(temperature=0.0), SamplingOptions(temperature=0.8, top_k=20)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_recorded_decoding_writes_the_same(device, options, batch):
+    torch.manual_seed(0)
+    model = GPT(replace(SHAPE, **FAST)).to(device).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    found = []
+    for kind in (Decoder, graphs.GraphDecoder):
+        texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(batch)]
+        decoder = kind(model, batch)
+        decoder.add(texts)
+        for _ in range(100):  # beyond the context
+            decoder.step()
+        found.append([text.ids for text in texts])
+    assert found[0] == found[1]
+    texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(batch)]
+    decoder = graphs.GraphDecoder(model, batch)
+    decoder.add(texts)
+    decoder.run(50)
+    assert [text.ids for text in texts] == [ids[:53] for ids in found[0]]
+
+
+# ----------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def config(dataset, tmp_path, device):
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "batch_size": 4, "max_iters": 20}
+    sizes |= {"gradient_accumulation_steps": 2, "eval_interval": 5, "eval_iters": 2, "warmup_iters": 2}
+    return train.Config(out_dir=str(tmp_path / "out"), dataset=str(dataset), device=str(device), **sizes)
+
+
+WAYS = {
+    "as it is": {},
+    "graph": {"cuda_graph": True, "data_on_device": True},
+    "weights": {"casting": "weights"},
+    "prefetch": {"prefetch": True, "hold_gc": True},
+    "float16": {"dtype": "float16"},
+    "compiled": {"compile": True},
+    "by blocks": {"compile": "blocks"},
+}
+
+
+@pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS)
+def test_a_whole_run_in_every_way(config, changes, capsys):
+    train.main(replace(config, compile=False, dtype="float32"))
+    expected = logged(config.out_dir, "eval")
+    train.main(replace(config, overwrite=True, **changes))
+    assert "attention: " in capsys.readouterr().out
+    for iteration, losses in logged(config.out_dir, "eval").items():
+        assert losses == pytest.approx(expected[iteration], abs=0.05)
+    sample.main(
+        sample.Config(out_dir=config.out_dir, num_samples=2, max_new_tokens=40, start="a", cuda_graph=True)
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"cuda_graph": True}, {"dtype": "float16"}], ids=str)
+def test_a_deterministic_run_resumes_to_the_bit(config, tmp_path, changes, monkeypatch):
+    config = replace(config, deterministic=True, dropout=0.1, optimizer="muon", compile=False, **changes)
+    train.main(replace(config, out_dir=str(tmp_path / "straight")))
+    monkeypatch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # each look: a second later
+    stopped = 0
+    for _ in range(30):
+        try:
+            train.main(replace(config, init_from="auto", max_minutes=11 / 60))
+            break
+        except Stopped:
+            stopped += 1
+    assert stopped
+    assert bits(config.out_dir, 20) == bits(str(tmp_path / "straight"), 20)
+
+
+@contextmanager
+def room_for(size):
+    """As if the GPU had `size` bytes."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_memory_that_is_full_is_one_line(config):
+    """4,096 windows of 32 tokens through layers of 256 channels need twice what there is."""
+    with room_for(1 << 30), pytest.raises(UserError, match="out of memory; try half the --batch_size"):
+        train.main(replace(config, batch_size=4096, n_embd=256, compile=False))
+
+
+def test_the_batch_that_fits_is_found_and_is_the_same_run(config, capsys):
+    """Less memory than the machine has, so that some sizes do not fit; the tokens an update stay."""
+    config = replace(config, batch_tokens=64 * 32, n_embd=256, max_iters=4, dtype="float32", compile=False)
+    train.main(replace(config, batch_size=4))
+    expected = logged(config.out_dir)
+    machine = runtime.setup(config.device, "float32", 256)
+    shape = GPTConfig(vocab_size=10, block_size=32, n_layer=2, n_head=2, n_embd=256, vocab_multiple=64)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    assert fit.fits(8, shape, config, machine)
+    with room_for(torch.cuda.max_memory_allocated() * 1.2):
+        chosen = fit.largest(64, partial(fit.fits, shape=shape, config=config, machine=machine), bool)
+        assert 1 <= chosen < 64
+        train.main(replace(config, batch_size="auto", overwrite=True))
+    assert "batch_size = " in capsys.readouterr().out
+    found = checkpoint.find(Path(config.out_dir))[0].state["options"]
+    assert found["batch_size"] * found["gradient_accumulation_steps"] == 64 and found["batch_size"] < 64
+    for iteration, row in logged(config.out_dir).items():
+        assert row == pytest.approx(expected[iteration], rel=1e-3)

@@ -1,0 +1,210 @@
+"""What is recorded and replayed is the step itself: with stand-ins for CUDA's recording, which run the same
+work on the same places in memory at each replay."""
+
+import itertools
+
+import pytest
+import torch
+
+from nanogpt import fit, graphs, optim, runtime, steps
+from nanogpt.errors import UserError
+from nanogpt.generate import Completion, Decoder, Text, complete
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.sampling import SamplingOptions
+from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.world import World
+from tests.test_generate import SWITCHES, model_of
+
+pytestmark = pytest.mark.cpu  # test_gpu.py records in earnest
+CPU = runtime.Machine(torch.device("cpu"), "float32", "test")
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+class Recorder:
+    """As graphs.cuda_graph: nothing is worked out before a replay, results stay in their places."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def step(self, work):
+        self.recorded += 1
+        result = steps.StepResult(torch.empty(()), torch.empty(()))
+
+        def replay():
+            self.replayed += 1
+            found = work()
+            result.loss.copy_(found.loss), result.grad_norm.copy_(found.grad_norm)
+
+        return result, replay
+
+    def text(self, work):
+        self.recorded += 1
+        result = tuple(torch.full_like(part, -1) for part in work())
+
+        def replay():
+            self.replayed += 1
+            for place, part in zip(result, work(), strict=True):
+                place.copy_(part)
+
+        return result, replay
+
+
+@pytest.mark.parametrize("rules", ["adamw", "muon"])
+def test_a_recorded_training_step_is_the_plain_one(rules):
+    """Ten updates of two micro-batches, with dropout, changing rates and one batch of another size."""
+    found, recorder = [], Recorder()
+    for graph in (None, graphs.StepGraph(8, CPU, recorder.step)):
+        torch.manual_seed(0)
+        model = GPT(
+            GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False)
+        )
+        # No cautious decay: of a weight that is nearly 0 it asks for the sign.
+        rule = optim.OptimConfig(rules)
+        optimizer = optim.build(rule, model.named_parameters(), model.fused_rows())
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        losses = []
+        for i in range(10):
+            rows = 3 if i == 6 else 4
+            idx = torch.randint(10, (2, rows, 17), generator=torch.Generator().manual_seed(i))
+            batches = ((part[:, :-1], part[:, 1:]) for part in idx)
+            how = {"windows": 2 * rows, "lr": 1e-2 / (i + 1), "grad_clip": 1.0, "seed": 1, "iter_num": i}
+            take = graph or steps.train_step
+            result = take(model, optimizer, batches, machine=CPU, scaler=scaler, **how)
+            losses.append((float(result.loss), float(result.grad_norm)))
+        found.append((losses, [p.detach() for p in model.parameters()]))
+    assert recorder.recorded == 1 and recorder.replayed == 10 - graphs.WARM_UPS - 1
+    torch.testing.assert_close(torch.tensor(found[0][0]), torch.tensor(found[1][0]), rtol=1e-5, atol=1e-5)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_recorded_is_refused():
+    cuda = torch.device("cuda")
+    machine = runtime.Machine(cuda, "bfloat16", "test")
+    graphs.require_recordable(Config, machine, scored=False)
+    with pytest.raises(UserError, match=r"does not go with float16.* and data of prompts"):
+        graphs.require_recordable(Config, runtime.Machine(cuda, "float16", "test"), scored=True)
+    with pytest.raises(UserError, match=r"does not go with several processes and --recompute"):
+        several = runtime.Machine(cuda, "bfloat16", "test", World(0, 2))
+        graphs.require_recordable(Recomputing, several, scored=False)
+    with pytest.raises(UserError, match="needs a CUDA GPU, and this is cpu"):
+        graphs.GraphDecoder(model_of(), 1)
+
+
+# ----------------------------------------------------------------------------- writing
+
+
+def written(decoder, texts, count):
+    done = [Completion(text, ByteTokenizer(), count) for text in texts]
+    for _ in complete(decoder, done):
+        pass
+    return [text.new for text in texts]
+
+
+OPTIONS = {
+    "greedy": [GREEDY],
+    "drawn": [SamplingOptions(temperature=0.9, top_k=9)],
+    "min-p": [SamplingOptions(temperature=1.1, min_p=0.05)],
+    "mixed": [SamplingOptions(top_p=0.8), SamplingOptions(repetition_penalty=1.3), GREEDY],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_recorded_steps_write_the_same_texts(switches, options, monkeypatch):
+    """Seven texts of all lengths in three slots, beyond the context too, with several lengths of cache."""
+    monkeypatch.setattr(graphs, "SHORTEST", 4)
+    model, recorder = model_of(**switches), Recorder()
+    prompts = [[(3 * i + j) % 50 for j in range(1 + 4 * i)] for i in range(7)]
+    found = []
+    for kind in (Decoder, lambda *given: graphs.GraphDecoder(*given, record=recorder.text)):
+        texts = [Text(ids, options[i % len(options)], seed=i) for i, ids in enumerate(prompts)]
+        found.append(written(kind(model, 3), texts, 12))
+    assert found[0] == found[1]
+    assert recorder.replayed > 20 >= recorder.recorded
+
+
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(temperature=0.9, top_k=9)])
+def test_many_steps_at_once_are_as_many_steps(options):
+    model, recorder = model_of(position="rope", smear=True, block_size=64), Recorder()
+    found = []
+    for at_once in (False, True):
+        texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(3)]
+        decoder = graphs.GraphDecoder(model, 3, 40, recorder.text) if at_once else Decoder(model, 3, 40)
+        decoder.add(texts)
+        if at_once:
+            first = decoder.run(20)
+            assert first.shape == (20, 3) and first.T.tolist() == [text.new for text in texts]
+            decoder.run(1)
+        for _ in range(4 if at_once else 25):
+            decoder.step()
+        found.append([text.ids for text in texts])
+    assert found[0] == found[1]
+
+
+# ----------------------------------------------------------------------------- as much as fits
+
+
+def test_the_micro_batch_is_halved_until_it_fits(monkeypatch):
+    """Devices on which 1 to 65 windows fit, for several numbers of windows an iteration."""
+    tried = []
+
+    def one_try(rows, room, *unused):
+        tried.append(rows)
+        if rows > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fit, "_try", one_try)
+    monkeypatch.setattr(fit.gc, "collect", lambda: 0)
+    for room, windows in itertools.product(range(1, 66), (1, 12, 48, 49, 64)):
+        tried.clear()
+        rows = fit.largest(windows, lambda n, room=room: fit.fits(n, room, None, CPU), lambda flag: flag)
+        assert rows and windows % rows == 0 and rows <= room
+        assert all(b <= a // 2 for a, b in itertools.pairwise(tried)) and len(tried) <= 7
+    assert fit.largest(8, lambda n: False, lambda flag: flag) == 0
+
+
+def test_what_one_process_cannot_hold_none_takes():
+    elsewhere = iter([True, True, False])
+    assert fit.largest(64, lambda rows: True, lambda failed: failed or next(elsewhere)) == 16
+
+
+def test_no_process_tries_more_than_its_share():
+    tried = []
+    assert fit.largest(480, lambda rows: not tried.append(rows), bool, processes=8) == 60 == tried[0]
+    assert fit.largest(10, lambda rows: True, bool, processes=4) == 2  # 3, 3, 2, 2 windows, in turns of 2
+
+
+class Config:
+    """As much of train.py's as a try looks at."""
+
+    recompute = False
+    optimizer, loss_rows, block_size, grad_clip = "muon", 8, 16, 1.0
+    batch_tokens, vocab_size, n_layer, n_head, n_embd = 64, 10, 1, 2, 16
+
+
+class Recomputing(Config):
+    recompute = True
+
+
+@pytest.mark.parametrize("config", [Config, Recomputing])
+def test_a_try_takes_real_steps(config, monkeypatch):
+    taken, real = [], steps.update
+
+    def update(model, optimizer, batches, **how):
+        taken.append(how["windows"])
+        return real(model, optimizer, batches, **how)
+
+    monkeypatch.setattr(steps, "update", update)
+    shape = GPTConfig(vocab_size=10, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    assert fit.fits(4, shape, config, CPU) and taken == [4, 4]
+
+
+def test_where_nothing_fits_it_says_so(monkeypatch):
+    class Gpu(runtime.Machine):
+        def name(self):
+            return "a GPU"
+
+    monkeypatch.setattr(fit, "fits", lambda *unused: False)
+    with pytest.raises(UserError, match="not one window of 16 tokens fits in the memory of a GPU"):
+        fit.batch_size(Config, Gpu(torch.device("cuda"), "float32", "test"), 10)

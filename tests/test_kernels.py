@@ -1,0 +1,240 @@
+"""The choice of kernels, batches read ahead, garbage held back, and that nothing waits for the device."""
+
+import gc
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import train
+from nanogpt import data, kernels, optim, parallel, runtime, steps
+from nanogpt.errors import UserError
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.prefetch import Prefetched
+
+SHAPE = GPTConfig(vocab_size=50, block_size=32, n_layer=2, n_head=2, n_embd=32, vocab_multiple=64)
+CPU = runtime.Machine(torch.device("cpu"), "float32", "test")
+
+
+@pytest.mark.cpu
+def test_attention_is_pinned_and_named():
+    name = partial(kernels.attention_name, SHAPE, CPU, 32)
+    with kernels.chosen("math"):
+        assert name() == "math"
+    with kernels.chosen("flash"):
+        assert name() == "flash"
+    assert kernels.require_attention("math", SHAPE, CPU, 32, biased=False) == "math"
+    with pytest.raises(
+        UserError, match=r"--attention=cudnn: torch .* does not do it for heads of 16 .*float32"
+    ):
+        kernels.require_attention("cudnn", SHAPE, CPU, 32, biased=False)
+    grouped = replace(SHAPE, n_kv_head=1)
+    assert kernels.require_attention("auto", grouped, CPU, 32, biased=True) in kernels.ATTENTION
+
+
+@pytest.mark.cpu
+def test_kernels_of_attention_agree():
+    q, k, v = torch.randn(3, 2, 2, 32, 16, dtype=torch.float64)
+    found = []
+    for name in ("auto", "math", "flash"):
+        with kernels.chosen(name):
+            found.append(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.cpu
+def test_what_was_chosen_ends_with_the_run():
+    with pytest.raises(KeyboardInterrupt), kernels.chosen("math", deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise KeyboardInterrupt
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert kernels.attention_name(SHAPE, CPU, 32) != "math"
+
+
+@pytest.mark.parametrize("casting", ["autocast", "weights"])
+def test_a_model_is_cast_in_either_way(casting, device):
+    torch.manual_seed(0)
+    model, idx = GPT(SHAPE), torch.randint(50, (2, 32))
+    machine = runtime.Machine(device, "bfloat16", "test", casting=casting)
+    residual = []
+    model.ln_f.register_forward_hook(lambda module, given, result: residual.append(given[0].dtype))
+    logits, loss = machine.in_dtype(model)(idx, idx)
+    loss.backward()
+    assert residual == [torch.bfloat16 if casting == "weights" else torch.float32]
+    torch.testing.assert_close(logits, model(idx)[0], rtol=0.05, atol=0.05)
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_head_and_loss_are_a_piece_of_their_own_beside_the_blocks(broken, monkeypatch):
+    """With a compiler that only counts; one that fails leaves the model as it was."""
+    pieces = []
+    monkeypatch.setattr(torch, "compile", lambda piece, dynamic: pieces.append(piece) or piece)
+    model, idx = GPT(SHAPE), torch.randint(50, (2, 32))
+    logits, expected = model(idx, idx)
+
+    def trial(function):
+        function(idx, idx)
+        if broken:
+            raise RuntimeError("no compiler")
+
+    function, _ = parallel.wrap(model, compile="blocks", trial=trial, blocks=model.h, head=model)
+    found = function(idx, idx)
+    assert len(pieces) == 3 and torch.equal(found[1], expected)
+    assert (found[0] is None) is not broken and (model.compiled_loss is None) is broken
+    assert torch.equal(model(idx)[0], logits)
+
+
+# ----------------------------------------------------------------------------- batches
+
+
+def batches_of(kind, dataset, **changes):
+    tokens = data.load(dataset).train
+    return kind(tokens, 16, 4, 3, 1337, torch.device("cpu"), **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ramp": [2, 5]}, {"separator": 3}])
+def test_batches_read_ahead_are_the_same(dataset, changes):
+    plain, ahead = (batches_of(kind, dataset, **changes) for kind in (data.TrainBatches, Prefetched))
+    for step in [0, 1, 2, 3, 7, 8, 8, 2]:  # in order, after a jump, once more, backwards
+        expected, found = list(plain.step(step)), list(ahead.step(step))
+        assert len(expected) == len(found) > 0
+        for a, b in zip(expected, found, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert ahead.ahead[0] == step + 1 and ahead.windows(step) == plain.windows(step)
+
+
+def test_what_fails_in_the_thread_fails_here(dataset):
+    ahead = batches_of(Prefetched, dataset)
+    list(ahead.step(0))
+    ahead.ahead[1].result()
+    (dataset / "train.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="became shorter"):
+        [list(ahead.step(step)) for step in (1, 2)]
+
+
+# ----------------------------------------------------------------------------- garbage
+
+
+@pytest.mark.cpu
+def test_garbage_is_held_until_an_evaluation():
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            gone.append(1)
+
+    gone = []
+    with runtime.held_garbage(True):
+        for _ in range(1000):
+            Cycle()
+        assert not gone and not gc.isenabled()
+        runtime.collect_garbage()
+        assert len(gone) == 1000
+    assert gc.isenabled() and not gc.get_freeze_count()
+    with runtime.held_garbage(False):
+        assert gc.isenabled()
+
+
+# ----------------------------------------------------------------------------- on the device
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("rules", ["adamw", "muon"])
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 20)])
+def test_a_step_reads_no_number_and_stays_on_its_device(rules, dtype, rows, monkeypatch):
+    """On the device "meta" no tensor has values: to look at one, or to mix it with one of the CPU, fails.
+    So a GPU never waits for Python within a step."""
+    meta = torch.device("meta")
+
+    def fused(*lists, lr, **unused):  # torch's has none for this device
+        assert {tensor.device for tensors in lists for tensor in tensors} == {meta}
+
+    monkeypatch.setattr(torch, "_fused_adamw_", fused)
+    machine = runtime.Machine(meta, dtype, "test", casting="weights")
+    with torch.device("meta"):
+        model = GPT(replace(SHAPE, position="rope", smear=True, tied=False, softcap=15.0, dropout=0.1)).to(
+            meta
+        )
+    model.loss_rows = rows
+    config = optim.OptimConfig(rules, muon_weight_decay=0.1)
+    optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), torch.bfloat16)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    idx = torch.zeros(4, 32, dtype=torch.int64, device=meta)
+    how = {"windows": 8, "grad_clip": 1.0, "seed": 1, "machine": machine, "scaler": scaler}
+    for lr in (1e-3, torch.zeros((), device=meta)):
+        given = {"lr": lr, "iter_num": 3} | how
+        result = steps.train_step(machine.in_dtype(model), optimizer, [(idx, idx)] * 2, **given)
+        assert result.loss.device == result.grad_norm.device == meta
+    with pytest.raises(RuntimeError):
+        float(result.loss)
+
+
+@pytest.mark.parametrize("rules", ["adamw", "muon"])
+def test_a_rate_on_the_device_is_a_rate(rules):
+    updated = []
+    for lr in (1e-2, torch.tensor(1e-2)):
+        torch.manual_seed(0)
+        named = [
+            ("h.0.a", torch.nn.Parameter(torch.randn(8, 4))),
+            ("wte", torch.nn.Parameter(torch.randn(5, 4))),
+        ]
+        optimizer = optim.build(optim.OptimConfig(rules, muon_weight_decay=0.1), named)
+        for _ in range(3):
+            for _, p in named:
+                p.grad = torch.randn(p.shape)
+            optimizer.lr = lr
+            optimizer.step()
+        updated.append([p.detach() for _, p in named])
+    for a, b in zip(*updated, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------- runs
+
+
+SPEED = {
+    "prefetch": {"prefetch": True},
+    "garbage": {"hold_gc": True},
+    "deterministic": {"deterministic": True},
+    "attention": {"attention": "math"},
+    "rows": {"loss_rows": 24},
+}
+
+
+@pytest.fixture
+def config(dataset, tmp_path, device):
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_iters": 6}
+    sizes |= {"gradient_accumulation_steps": 2, "eval_interval": 3, "eval_iters": 2, "warmup_iters": 2}
+    return train.Config(
+        out_dir=str(tmp_path / "out"), dataset=str(dataset), device=str(device), dtype="float32", **sizes
+    )
+
+
+@pytest.mark.parametrize("changes", SPEED.values(), ids=SPEED)
+def test_an_option_for_speed_changes_no_loss(config, changes, capsys):
+    runs = []
+    for given in ({}, changes):
+        train.main(replace(config, overwrite=True, **given))
+        out = capsys.readouterr().out
+        runs.append(
+            [float(line.split("loss ")[1].split(",")[0]) for line in out.splitlines() if "iter " in line[:5]]
+        )
+    assert len(runs[0]) == 6 and runs[0] == pytest.approx(runs[1], abs=2e-4)
+    assert ("attention: math" in out) == ("attention" in changes)
+
+
+@pytest.mark.cpu
+def test_a_graph_needs_a_gpu_in_one_line(config):
+    with pytest.raises(UserError, match=r"--cuda_graph=True needs a CUDA GPU, and this is cpu; leave"):
+        train.main(replace(config, cuda_graph=True))
+    with pytest.raises(
+        UserError, match=r"--batch_size=auto shares out .* give --batch_tokens, .* such as 7680"
+    ):
+        train.main(replace(config, batch_size="auto"))
+    with pytest.raises(UserError, match="--batch_size=auto asks a GPU how much fits, and this is cpu"):
+        train.main(replace(config, batch_size="auto", batch_tokens=160))
