@@ -168,8 +168,8 @@ Made by `python -m benchmarks.ablations --out=docs/ablations.md`; do not edit. {
 `{PRESET}` (4 layers, 128 channels, 64 characters, batches of 20, 140 updates of Tiny Shakespeare), {seeds}
 seeds a line. Validation loss on the whole split, in float32; the change is that of the means, with its
 standard error; time is processor time of the whole run on one thread, as a share of the first line's.
-An ingredient earns its place if leaving it out costs loss, or time. All of this is a run of a few seconds: what
-longer and larger ones say, and what follows, is in [results.md](results.md).
+An ingredient earns its place if leaving it out costs loss, or time. All of this is a run of a few seconds:
+what longer and larger ones say, and what follows, is in [results.md](results.md).
 
 ## Left out of the fast recipe
 
