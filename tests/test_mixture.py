@@ -14,6 +14,7 @@ import train
 from nanogpt import checkpoint, data, metrics, mixture, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.order import CYCLE, BatchOrder, MixedOrder, slots
+from nanogpt.prefetch import Prefetched
 from nanogpt.world import World
 from tests.conftest import words, write_dataset
 
@@ -120,6 +121,10 @@ def test_batches_hold_both_by_weight_on_any_number_of_processes(folders):
             batches = data.TrainBatches(found.train, 16, 2, 6, 3, CPU, share=World(rank, 5).share)
             parts += [idx for idx, _ in batches.step(step)]
         assert torch.equal(torch.cat(parts), rows)
+    ahead = Prefetched(found.train, 16, 12, 1, 3, CPU)
+    assert [torch.equal(next(ahead.step(step))[0], next(whole.step(step))[0]) for step in (4, 5)] == [
+        True
+    ] * 2
     found.train.keep_on(CPU)
     assert torch.equal(next(whole.step(5))[0], rows)
     for member in found.train.mixture.members:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint, metrics, parallel, steps
+import train
+from nanogpt import checkpoint, data, metrics, parallel, run, steps
 from nanogpt.errors import UserError
 from nanogpt.layout import Layout, Replicated
 from nanogpt.model import GPT, GPTConfig
@@ -45,6 +46,7 @@ def job(name: str, number: int, *options: str, resumes: str = "") -> Job:
 
 
 FEW = ["--max_iters=8", "--eval_interval=8"]
+FAST = ["--loss_rows=20", "--prefetch=True", "--hold_gc=True", "--deterministic=True"]
 EVALUATE = ["--eval_only=True", "--init_from=resume", "--batch_size=4"]
 STOP, GO_ON = ["--max_iters=10"], ["--init_from=resume", "--max_iters=25"]
 JOBS = [
@@ -66,6 +68,10 @@ JOBS = [
     Job("bfloat16-ddp", 2, [*SHORT, "--dtype=bfloat16", "--parallel=ddp"]),
     Job("bfloat16-fsdp", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp"]),
     Job("bfloat16-recompute", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp", "--recompute=True"]),
+    Job("autocast-ddp", 2, [*SHORT, "--dtype=bfloat16", "--casting=autocast", "--parallel=ddp"]),
+    Job("autocast-fsdp", 2, [*SHORT, "--dtype=bfloat16", "--casting=autocast", "--parallel=fsdp"]),
+    job("muon-15-fast", 2, *UNEVEN, *FEW, "--parallel=fsdp", *FAST),
+    Job("bfloat16-fast", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp", *FAST]),
     Job("float16-ddp", 2, [*SHORT, "--dtype=float16", "--parallel=ddp"]),
     Job("float16-fsdp", 2, [*SHORT, "--dtype=float16", "--parallel=fsdp"]),
     Job("eval-1", 1, EVALUATE, resumes="adamw-15-fsdp"),
@@ -140,7 +146,14 @@ def test_what_is_looked_at_is_the_whole_model(folder):
     assert files[0].read_text(encoding="utf-8") == files[1].read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_options_for_speed_change_no_loss(folder):
+    fast, plain = folder / "muon-15-fast", folder / "muon-15-fsdp"
+    assert losses(fast) == pytest.approx(losses(plain)[:8], rel=1e-5) and len(losses(fast)) == 8
+    assert losses(fast, key="grad_norm") == pytest.approx(losses(plain, key="grad_norm")[:8], rel=1e-4)
+    assert losses(folder / "bfloat16-fast") == pytest.approx(losses(folder / "bfloat16-fsdp"), rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "autocast"])
 def test_units_compute_as_the_machine_does(folder, dtype):
     ddp, fsdp = (losses(folder / f"{dtype}-{mode}") for mode in ("ddp", "fsdp"))
     assert ddp[0] == fsdp[0] and ddp == pytest.approx(fsdp, rel=1e-3)
@@ -248,10 +261,20 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
 
 
 def test_recomputing_needs_the_weights_that_were_used():
+    model = GPT(GPTConfig(vocab_size=10, n_layer=1))
     with pytest.raises(UserError, match="--recompute in bfloat16 on a CPU"):
-        parallel.recompute(
-            GPT(GPTConfig(vocab_size=10, n_layer=1)), Machine(torch.device("cpu"), "bfloat16", "")
-        )
+        parallel.recompute(model, Machine(torch.device("cpu"), "bfloat16", ""))
+    with pytest.raises(
+        UserError, match=r"--recompute in bfloat16 by --casting=weights .* give --casting=auto"
+    ):
+        parallel.recompute(model, Machine(torch.device("cuda"), "bfloat16", "", casting="weights"))
+
+
+def test_a_batch_that_fits_is_that_of_a_whole_model(dataset):
+    config = train.Config(dataset=str(dataset), batch_size="auto", batch_tokens=480, block_size=16)
+    divided, machine = choose("fsdp"), Machine(torch.device("cuda"), "bfloat16", "")
+    with pytest.raises(UserError, match=r"--batch_size=auto .* divided \(fsdp: as asked\); give a number"):
+        run.fitted(config, machine, divided, data.load(dataset), [])
 
 
 def test_owners_have_about_as_much_to_do():
