@@ -143,7 +143,7 @@ def test_a_preset_of_the_project_by_its_bare_name(monkeypatch, tmp_path):
         load(Config, ["train_shakespeare_chr"])
     assert "did you mean train_shakespeare_char?" in str(error.value)
     options = read(Config, ["train_shakespeare_char"], other_keys=frozenset(assignments_of("char")))
-    assert options.values["batch_size"] == 64
+    assert options.values["batch_size"] == 16
     assert "n_layer" in options.ignored
 
 
