@@ -164,7 +164,7 @@ def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(number, tmp_path):
     code = (
         "import sys; from pathlib import Path; from nanogpt.prepare import corpus, text; import time\n"
         "from nanogpt.errors import run_program\n"
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's job ignores it
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # not in a shell's job
         "text.BLOCK, corpus.RECORD_S = 20_000, float(sys.argv[4])\n"
         "if __name__ == '__main__':\n"
         "    add = corpus.Counts.add\n"
