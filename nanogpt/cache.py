@@ -57,6 +57,24 @@ class KVCache:
         self.embeddings[slot] = 0
 
 
+def masked_after(at: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores (B, length) so that queries at positions (B,) see nothing behind them."""
+    behind = torch.arange(length, device=at.device) > at[:, None]
+    return torch.zeros(behind.shape, dtype=dtype, device=at.device).masked_fill_(behind, -torch.inf)
+
+
+def one_query(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of one query a head (B, nh, 1, hs) over keys and values (B, n_kv_head, T, hs); `bias`
+    (B, 1 or nh, 1, T) is added to the scores."""
+    B, heads, _, hs = q.shape
+    groups = (B, keys.shape[1], heads // keys.shape[1])  # queries that share keys are the rows of one matrix
+    if bias is not None and bias.shape[1] > 1:
+        bias = bias.view(*groups, keys.shape[2])
+    rows = q.reshape(*groups, hs).to(keys.dtype)
+    y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
+    return y.view(B, heads, 1, hs).to(q.dtype)
+
+
 class Layer(NamedTuple):
     """What a layer's attention needs of a Prefill or a Step."""
 
@@ -101,11 +119,8 @@ class Chunk:
         self.cache, self.slot, self.begin, self.end, self.last = cache, slot, begin, begin + count, last
         device, dtype = cache.keys.device, cache.keys.dtype
         at = torch.arange(begin, self.end, device=device)
-        if bias is None:
-            masked = torch.arange(self.end, device=device) > at[:, None]
-            bias = torch.zeros(masked.shape, dtype=dtype, device=device).masked_fill_(masked, -torch.inf)
         self.at: Tensor | None = at[None]
-        self.bias = bias.to(dtype)
+        self.bias = masked_after(at, self.end, dtype) if bias is None else bias.to(dtype)
 
     def before(self, x: Tensor) -> Tensor:
         """The embedding before each of x (1, T, C)."""
@@ -141,9 +156,7 @@ class Step:
         self.at: Tensor | None = positions_[:, None]
         self.alike = min(positions) + 1 == self.length
         if bias is None and not self.alike:
-            masked = torch.arange(self.length, device=device) > positions_[:, None]
-            bias = torch.zeros(masked.shape, dtype=cache.keys.dtype, device=device)
-            bias = bias.masked_fill_(masked, -torch.inf)[:, None, None]
+            bias = masked_after(positions_, self.length, cache.keys.dtype)[:, None, None]
         self.bias = bias if bias is None else bias.to(cache.keys.dtype)
         self.index = (rows, slice(None), positions_)
 
@@ -165,15 +178,7 @@ class Step:
         else:
             keys[self.index], values[self.index] = k[:, :, 0].to(keys.dtype), v[:, :, 0].to(keys.dtype)
         keys, values = keys[: self.count, :, : self.length], values[: self.count, :, : self.length]
-        # The queries that share a head of keys are the rows of one matrix.
-        B, heads, _, hs = q.shape
-        groups = (B, keys.shape[1], heads // keys.shape[1])
-        bias = self.bias
-        if bias is not None and bias.shape[1] > 1:
-            bias = bias.view(*groups, self.length)
-        rows = q.reshape(*groups, hs).to(keys.dtype)
-        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
-        return y.view(B, heads, 1, hs).to(q.dtype)
+        return one_query(q, keys, values, self.bias)
 
 
 Past = Prefill | Chunk | Step

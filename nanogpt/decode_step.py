@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.cache import KVCache
+from nanogpt.cache import KVCache, masked_after
 from nanogpt.position import ALiBi, Learned, Rotary, turned
 
 Map = Callable[[Tensor], Tensor]
@@ -108,8 +108,4 @@ class DecodeStep:
         if isinstance(self.position, ALiBi):
             bias = self.position.bias_at(at[:, None], length)
             return bias.reshape(len(at), self.kv_heads, -1, length).to(self.cache.keys.dtype)
-        if alike:
-            return None
-        masked = torch.arange(length) > at[:, None]
-        bias = torch.zeros(masked.shape, dtype=self.cache.keys.dtype)
-        return bias.masked_fill_(masked, -torch.inf)[:, None, None]
+        return None if alike else masked_after(at, length, self.cache.keys.dtype)[:, None, None]

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanogpt import steps
-from nanogpt.cache import Attention, KVCache, Layer, Step
+from nanogpt.cache import Attention, KVCache, Layer, Step, masked_after, one_query
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder
 from nanogpt.model import GPT
@@ -150,9 +149,7 @@ class FixedStep(Step):
         self.positions, self.at = positions, positions[:, None]
         self.rows = torch.arange(self.count, device=positions.device)
         if bias is None:
-            behind = torch.arange(length, device=positions.device) > self.at
-            bias = torch.zeros(behind.shape, dtype=cache.keys.dtype, device=positions.device)
-            bias = bias.masked_fill(behind, -torch.inf)[:, None, None]
+            bias = masked_after(positions, length, cache.keys.dtype)[:, None, None]
         self.masked = bias.to(cache.keys.dtype)
 
     def layer(self, number: int) -> Layer:
@@ -163,12 +160,7 @@ class FixedStep(Step):
         keys[self.rows, :, self.positions] = k[:, :, 0].to(keys.dtype)
         values[self.rows, :, self.positions] = v[:, :, 0].to(keys.dtype)
         keys, values = (x[: self.count, :, : self.length] for x in (keys, values))
-        B, heads, _, hs = q.shape
-        groups = (B, keys.shape[1], heads // keys.shape[1])  # the queries that share a head of keys
-        bias = self.masked if self.masked.shape[1] == 1 else self.masked.view(*groups, self.length)
-        rows = q.reshape(*groups, hs).to(keys.dtype)
-        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
-        return y.view(B, heads, 1, hs).to(q.dtype)
+        return one_query(q, keys, values, self.masked)
 
 
 @dataclass
