@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from nanogpt import quantize, runtime, tokenizer
+from nanogpt import native, quantize, runtime, tokenizer
 from nanogpt.config import ROOT
 from nanogpt.errors import UserError
 from nanogpt.exchange import weights
@@ -195,4 +195,6 @@ def load(
         machine = replace(machine, reason=machine.reason.replace("bfloat16", "int8"))
     model = found.load(found.fitted(), machine.device)
     quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
+    if machine.device.type == "cpu" and native.why_not():
+        notice(f"tokens take up to twice as long as they could: {native.why_not()}")
     return LanguageModel(model, tokens, machine, found.origin)

@@ -6,46 +6,49 @@ digits, 15 bits; embeddings are looked up, a row a token, and stay in bfloat16 (
 costs in loss).
 
 torch's own products read a matrix, for one row of activations, at a half to a third of the speed of memory;
-packed ones do better (docs/results.md). Matrices that are packed are no parameters any more.
+those of products.cpp do better (docs/results.md). What is packed for them is no parameter any more.
 """
 
-import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt import native
 from nanogpt.model import GPT
-from nanogpt.runtime import DTYPES, has_bfloat16
+from nanogpt.runtime import DTYPES
 
 # rows up to which torch's fused product is the faster one: at (16, 768) to 3072, half as fast as below
 FEW = 8
-# oneDNN reads a bfloat16 matrix for one row at 10 GB/s, for four at 16 (one thread, GPT-2's blocks).
-FEWEST = {torch.float32: 1, torch.bfloat16: 4}
-# A packed product costs 20 us beside its work, a plain one 3: matrices that stay in the cache are not packed.
-PACKED_FROM = {"float32": 1 << 19, "bfloat16": 1 << 18}  # weights
+FUNCTIONS = {
+    torch.float32: "product_float32",
+    torch.bfloat16: "product_bfloat16",
+    torch.int8: "product_int8",
+}
 
 
-class PackedLinear(nn.Module):
-    """x W^T + b with W (n, m), float32 or bfloat16, in the blocks in which oneDNN's kernels read it."""
+class Packed(nn.Module):
+    """x W^T + b with W (n, m), float32 or bfloat16, as products.cpp reads it; m is a multiple of 4."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
-        self.out_features, self.fewest = len(weight), FEWEST[weight.dtype]
+        self.out_features, self.in_features = weight.shape
         # No buffers: what is packed for a CPU goes nowhere else.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
-        self.bias = None if bias is None else bias.detach()
-        self.product = torch.ops.mkldnn._linear_pointwise.default
+        self.weight, self.bias = native.packed(weight.detach()), None if bias is None else bias.detach()
+        self.function = FUNCTIONS[weight.dtype]
+        self.tensors = [self.weight, self.bias]
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        count = len(rows)
-        if count < self.fewest:
-            rows = F.pad(rows, (0, 0, 0, self.fewest - count))
-        y = self.product(rows, self.packed, self.bias, "none", [], "")
-        return y[:count].view(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
+        count, n = len(rows), self.out_features
+        y = torch.empty((count, n), dtype=rows.dtype)
+        threads = torch.get_num_threads() if count * self.weight.numel() >= native.SHARED else 1
+        weights = [None if tensor is None else tensor.data_ptr() for tensor in self.tensors]
+        getattr(native.library(), self.function)(
+            *weights, n, self.in_features, rows.data_ptr(), count, y.data_ptr(), threads
+        )
+        return y.view(*x.shape[:-1], n)
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,45 +58,21 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / step[:, None]).round().clamp(-127, 127).to(torch.int8), step
 
 
-class Int8Linear(nn.Module):
-    """x W^T + b, W (n, m) in int8; float32 in and out, by the CPU's instructions for 8 bits.
+class PackedInt8(Packed):
+    """x W^T + b, W (n, m) in int8; float32 in and out.
 
     An activation is a 127th of the largest of its row times (high + low / 254), both whole numbers of 8 bits:
-    twice the rows, each with exact sums, so that a text is the same in any company.
+    exact sums, so that a text is the same in any company.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        super().__init__()
-        self.out_features = len(weight)
         whole, step = rounded(weight)
-        with warnings.catch_warnings():  # torch.ao announces its end each time
-            warnings.simplefilter("ignore")
-            quantised = torch._make_per_channel_quantized_tensor(
-                whole, step.double(), torch.zeros(len(step), dtype=torch.int64), 0
-            )
-            self.packed = torch.ops.quantized.linear_prepack(quantised, None)
-        self.bias = None if bias is None else bias.detach().float()
-        self.tiny, self.base = torch.tensor(1e-30), torch.tensor(254.0)
-        self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        unit = torch.add(self.tiny, rows.abs().amax(dim=1, keepdim=True), alpha=1 / 127)
-        digits = rows.new_empty(2, *rows.shape)
-        high, low = digits.unbind(0)
-        values = rows / unit
-        torch.round(values, out=high)
-        torch.sub(values, high, out=low)
-        low.mul_(self.base)
-        y = self.product(digits.flatten(0, 1), 1.0, 128, self.packed)
-        high, low = y.chunk(2)
-        y = torch.add(high, low, alpha=1 / 254)
-        y = y * unit if self.bias is None else torch.addcmul(self.bias, y, unit)
-        return y.view(*x.shape[:-1], self.out_features)
+        super().__init__(whole, None if bias is None else bias.float())
+        self.tensors[1:1] = [step, whole.sum(dim=1, dtype=torch.int32)]
 
 
 class Int8Portable(nn.Module):
-    """x W^T + b with W (n, m) in int8, in bfloat16: where there is no `Int8Linear`."""
+    """x W^T + b with W (n, m) in int8, in bfloat16: where there is no `PackedInt8`."""
 
     weight: Tensor
     step: Tensor
@@ -128,41 +107,33 @@ class Table(nn.Embedding):
 def cast(model: GPT, dtype: str) -> GPT:
     """`model`, whose weights become float32, bfloat16, float16 or int8, on its device, to be read only."""
     model.requires_grad_(False)
-    device = model.wte.weight.device
-    if dtype == "int8":
-        if not has_int8(device):
-            _replace(model, Int8Portable)
-            return model.to(torch.bfloat16)
-        _replace(model, Int8Linear)
+    fast = packable(model)
+    if dtype == "int8" and fast:
+        _replace(model, PackedInt8)
         table = model.wte.weight.bfloat16()
         model.float().wte = Table.from_pretrained(table)
-        return model
-    model.to(DTYPES[dtype])
-    fast = dtype == "float32" or (dtype == "bfloat16" and has_bfloat16(device))
-    if fast and device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        _replace(model, PackedLinear, PACKED_FROM[dtype])
+    elif dtype == "int8":
+        _replace(model, Int8Portable)
+        model.to(torch.bfloat16)
+    else:
+        model.to(DTYPES[dtype])
+        if fast and dtype != "float16":
+            _replace(model, Packed)
     return model
 
 
-def has_int8(device: torch.device) -> bool:
-    """Whether this device multiplies int8 by uint8 with exact sums, and torch can pack for it."""
-    vnni: Callable[[], bool] = getattr(torch.cpu, "_is_vnni_supported", bool)
-    known: Any = torch.ops.quantized
-    return (
-        device.type == "cpu"
-        and vnni()
-        and torch.backends.quantized.engine in ("x86", "fbgemm")
-        and hasattr(known, "linear_with_input_q_dq_qweight_dq_output_fp32")
-    )
+def packable(model: GPT) -> bool:
+    """Whether `cast` packs the model's matrices."""
+    widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
+    narrow = model.wte.weight.device.type != "cpu" or any(width % 4 for width in widths)
+    return not narrow and native.library() is not None
 
 
-def _replace(model: GPT, kind: Callable[[Tensor, Tensor | None], nn.Module], least: int = 0) -> None:
-    """Make every product with `least` weights or more one of this kind, the head's too."""
-    head = (model.lm_head or model.wte).weight[: model.config.vocab_size]
-    if head.numel() >= least:
-        model.packed_head = kind(head, None)
-        model.lm_head = None
+def _replace(model: GPT, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+    """Make every product one of this kind, the head's too."""
+    model.packed_head = kind((model.lm_head or model.wte).weight[: model.config.vocab_size], None)
+    model.lm_head = None
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child.weight.numel() >= least and name != "lm_head":
+            if isinstance(child, nn.Linear):
                 setattr(module, name, kind(child.weight, child.bias))

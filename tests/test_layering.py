@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
     | {"heartbeat", "meeting", "tokenfiles"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
-    | {"cache", "sampling", "stream", "lora", "loss"},
+    | {"cache", "sampling", "stream", "lora", "loss", "native"},
     {"sources", "model", "finetune", "documents", "runtime", "decode_step", "layout", "mixture"}
     | {"interconnect", "prefetch"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt import quantize
+from nanogpt import native
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.quantize import FEW, FEWEST, Int8Linear, Int8Portable, PackedLinear, cast, has_int8, rounded
+from nanogpt.quantize import FEW, Int8Portable, Packed, PackedInt8, cast, rounded
 from nanogpt.runtime import DTYPES
 
-KINDS = [Int8Portable, *([Int8Linear] if has_int8(torch.device("cpu")) else [])]
-SHAPES = [(96, 64), (50, 32), (7, 24), (33, 200)]
+KINDS = [Int8Portable, *([PackedInt8] if native.library() else [])]
+compiled = pytest.mark.skipif(native.library() is None, reason=f"products.cpp: {native.why_not()}")
+SHAPES = [(96, 64), (50, 32), (7, 24), (33, 200)]  # rows in whole groups, and not
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -49,26 +50,45 @@ def test_rows_of_zeros_stay_zeros(kind):
     assert not kind(torch.randn(8, 32))(torch.zeros(1, 32).to(dtype)).any()
 
 
-@pytest.mark.skipif(Int8Linear not in KINDS, reason="this CPU has no instructions for products of int8")
-def test_int8_products_do_not_depend_on_their_company():
-    product = Int8Linear(torch.randn(300, 200), torch.randn(300))
-    x = torch.randn(40, 200)
-    together = product(x)
-    assert all(torch.equal(product(x[i : i + 1])[0], together[i]) for i in range(40))
+@compiled
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 384)])
+def test_a_packed_product_is_the_product(dtype, rows, shape):
+    torch.manual_seed(0)
+    weight, bias, x = (torch.randn(*size).to(dtype) for size in (shape, shape[:1], (2, rows, shape[1])))
+    for given in (bias, None):
+        exact = F.linear(x.double(), weight.double(), None if given is None else bias.double())
+        bound = 2e-6 * shape[1] ** 0.5 if dtype == torch.float32 else 2**-8
+        found = Packed(weight, given)(x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, atol=bound, rtol=bound)
+    assert Packed(weight)(x[0]).shape == (rows, shape[0])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 40])
-@pytest.mark.parametrize("dtype", FEWEST)
-def test_a_packed_product_is_the_product(dtype, rows):
-    weight, bias, x = (
-        torch.randn(96, 64).to(dtype),
-        torch.randn(96).to(dtype),
-        torch.randn(2, rows, 64).to(dtype),
-    )
-    expected = F.linear(x.double(), weight.double(), bias.double())
-    bound = 1e-5 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(PackedLinear(weight, bias)(x).double(), expected, atol=bound, rtol=bound)
-    assert PackedLinear(weight)(x[0]).shape == (rows, 96)
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_row_gives_the_same_bits_in_any_company_on_any_number_of_threads(dtype):
+    torch.manual_seed(0)
+    kind, type_ = (PackedInt8, torch.float32) if dtype == torch.int8 else (Packed, dtype)
+    product = kind(torch.randn(300, 512).to(type_), torch.randn(300).to(type_))
+    x = torch.randn(40, 512).to(type_)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = product(x)
+        torch.set_num_threads(1)
+        assert torch.equal(product(x), together)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(product(x[i:j]), together[i:j]) for i in range(40) for j in (i + 1, i + 3, i + 20))
+
+
+@compiled
+def test_what_is_not_there_in_one_piece_is_multiplied_too():
+    product, x = Packed(torch.randn(64, 32)), torch.randn(5, 7, 64)[:, ::2, ::2]
+    assert torch.equal(product(x), product(x.clone(memory_format=torch.contiguous_format)))
+    assert product(x[:0]).shape == (0, 4, 64)
 
 
 def model_of(**changes) -> GPT:
@@ -102,12 +122,15 @@ def test_a_model_of_int8_is_nearly_the_same(switches):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("least", [0, 3000, 1 << 30])
-def test_other_formats_are_cast_and_packed(dtype, least, monkeypatch):
-    monkeypatch.setattr(quantize, "PACKED_FROM", dict.fromkeys(("float32", "bfloat16"), least))
+@pytest.mark.parametrize("compiler", [True, False])
+def test_other_formats_are_cast_and_packed(dtype, compiler, monkeypatch):
+    if not compiler:
+        monkeypatch.setattr(native, "library", lambda: None)
     idx = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(1))
     exact = model_of(position="rope", tied=False)(idx)[0]
     model = cast(model_of(position="rope", tied=False), dtype)
+    packed = compiler and dtype != "float16" and native.library()
+    assert any(isinstance(module, Packed) for module in model.modules()) == bool(packed)
     assert {p.dtype for p in model.parameters()} == {DTYPES[dtype]}
     error = (model(idx)[0] - exact).abs().max() / exact.std()
     assert error < {"float32": 1e-5, "bfloat16": 0.2, "float16": 0.02}[dtype]
@@ -116,8 +139,14 @@ def test_other_formats_are_cast_and_packed(dtype, least, monkeypatch):
     assert len(decoder.step()) == 1
 
 
-def test_a_packed_model_writes_what_the_plain_one_does(monkeypatch):
-    monkeypatch.setattr(quantize, "PACKED_FROM", {"float32": 0})
+def test_a_model_of_odd_widths_is_not_packed():
+    for dtype in ("float32", "int8"):
+        model = cast(model_of(n_embd=34), dtype)
+        assert not any(isinstance(module, Packed) for module in model.modules())
+        assert model(torch.tensor([[1, 2]]))[0].isfinite().all()
+
+
+def test_a_packed_model_writes_what_the_plain_one_does():
     texts = [[Text(list(range(1 + 3 * i)), seed=i) for i in range(9)] for _ in range(2)]
     for model, written in zip((model_of(), cast(model_of(), "float32")), texts, strict=True):
         decoder = Decoder(model, 9)

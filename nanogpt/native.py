@@ -1,0 +1,125 @@
+"""products.cpp, compiled for this processor when it is first wanted, and called from Python.
+
+That takes Linux, a C++ compiler (g++, or what CXX names) and a second; the result is kept in the user's
+cache, by its source, the compiler and the processor. Elsewhere torch's own products serve, at half the speed.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt import download, files
+
+SOURCE = Path(__file__).with_name("products.cpp")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fopenmp", "-shared", "-fPIC"]
+GROUP = 32  # rows of a matrix that lie together, as in products.cpp
+SHARED = 1 << 16  # numbers that are multiplied, from which it is worth it to wake another thread
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_PRODUCT = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT]
+_ARGUMENTS = {
+    "product_float32": _PRODUCT,
+    "product_bfloat16": _PRODUCT,
+    "product_int8": [_POINTER, _POINTER, *_PRODUCT],
+}
+
+
+class NoCompiler(Exception):
+    """Why products.cpp cannot be compiled here, and what would help."""
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A matrix (n, m) as products.cpp reads it, rows of zeros added up to whole groups.
+
+    m times the bytes of a number must be a multiple of 4."""
+    n, m = weight.shape
+    unit = 4 // weight.element_size()
+    groups = -(-n // GROUP)
+    whole = torch.zeros(groups * GROUP, m, dtype=weight.dtype)
+    whole[:n] = weight
+    return whole.view(groups, GROUP, m // unit, unit).permute(0, 2, 1, 3).contiguous()
+
+
+def library() -> Any | None:
+    """The compiled functions, or None; `why_not` says why."""
+    return _tried()[0]
+
+
+def why_not() -> str:
+    """Why `library` is None, and what would help; "": it is not, or nothing would."""
+    return _tried()[1]
+
+
+@functools.cache
+def _tried() -> tuple[Any | None, str]:
+    if sys.platform != "linux":
+        return None, ""
+    try:
+        return _library(), ""
+    except (NoCompiler, OSError) as error:
+        return None, str(error)
+
+
+def _library() -> Any:
+    command = _command()
+    key = hashlib.sha256(
+        "\0".join([SOURCE.read_text(encoding="utf-8"), _version(command), *command, _processor()]).encode()
+    )
+    name = f"products-{key.hexdigest()[:16]}.so"
+    try:
+        file = download.cache_folder() / "native" / name
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with files.staged(file) as unfinished:
+                _compile(command, unfinished)
+        return _opened(file)
+    except OSError:  # a home that is full or read-only: compiled anew each time
+        with tempfile.TemporaryDirectory() as folder:
+            _compile(command, Path(folder) / name)
+            return _opened(Path(folder) / name)
+
+
+def _opened(file: Path) -> Any:
+    found = ctypes.CDLL(str(file))
+    for function, arguments in _ARGUMENTS.items():
+        getattr(found, function).argtypes, getattr(found, function).restype = arguments, None
+    return found
+
+
+def _command() -> list[str]:
+    compiler, *options = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler) is None:
+        raise NoCompiler(f"there is no C++ compiler {compiler} (apt install g++, or set CXX)")
+    # torch's own OpenMP, where it has one: two sets of threads would wait for each other's processors
+    theirs = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return [compiler, *FLAGS, *options, str(SOURCE), *map(str, theirs[:1])]
+
+
+def _version(command: list[str]) -> str:
+    return subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+
+
+def _processor() -> str:
+    """What this processor can do, as Linux says it."""
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        known = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
+    return platform.machine() + "".join(sorted(known))
+
+
+def _compile(command: list[str], target: Path) -> None:
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+        raise NoCompiler(f"{command[0]} could not compile {SOURCE.name}: {said.strip()}")
