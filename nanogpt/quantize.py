@@ -41,7 +41,7 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).contiguous()
-        count, n = len(rows), self.out_features
+        count, n = rows.shape[0], self.out_features
         y = torch.empty((count, n), dtype=rows.dtype)
         threads = torch.get_num_threads() if count * self.weight.numel() >= native.SHARED else 1
         weights = [None if tensor is None else tensor.data_ptr() for tensor in self.tensors]
