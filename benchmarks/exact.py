@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from nanogpt import checkpoint, data, runtime, steps
-from nanogpt.model import GPT, IGNORE, GPTConfig
+from nanogpt.model import GPT, GPTConfig
 
 
 def exact_loss(saved: Path, val: data.Tokens, device: str = "cpu") -> float:
@@ -15,7 +15,7 @@ def exact_loss(saved: Path, val: data.Tokens, device: str = "cpu") -> float:
     model = model.to(device)
     windows = (len(val) - 1) // model.config.block_size
     machine = runtime.setup(device, "float32", model.config.n_embd)
-    batches = data.eval_batches(val, model.config.block_size, 64, windows, IGNORE, machine.device)
+    batches = data.eval_batches(val, model.config.block_size, 64, windows, machine.device)
     result = steps.evaluate(model, batches, machine)
     assert result
     return result.loss

@@ -262,14 +262,13 @@ def eval_batches(
     block_size: int,
     batch_size: int,
     max_windows: int,
-    ignore: int,
     device: torch.device,
     separator: int | None = None,
     share: Share = everything,
 ) -> Iterator[tuple[Tensor, ...]]:
     """This process's share of the same windows at every call: all of the split if it has at most
     `max_windows`, each token scored once (the last window looks back, its repeated targets are
-    `ignore`); else `max_windows` of them, evenly spread."""
+    IGNORE); else `max_windows` of them, evenly spread."""
     n_windows, rest = divmod(len(tokens) - 1, block_size)
     if n_windows > max_windows:
         starts, rest = np.linspace(0, n_windows - 1, max_windows).astype(np.int64) * block_size, 0
@@ -284,7 +283,7 @@ def eval_batches(
         start = np.array([len(tokens) - 1 - block_size])
         idx, targets, *documents = gather(tokens, start, block_size, separator)
         targets = targets.clone()
-        targets[:, : block_size - rest] = ignore
+        targets[:, : block_size - rest] = IGNORE
         yield to_device((idx, targets, *documents), device)
 
 

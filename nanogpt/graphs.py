@@ -91,28 +91,16 @@ class StepGraph:
         batches: Iterable[tuple[Tensor, ...]],
         *,
         windows: int,
-        targets: int = 0,
-        batch_size: int = 0,
         lr: float,
-        grad_clip: float,
         seed: int,
         iter_num: int,
         machine: Machine,
-        scaler: torch.amp.GradScaler,
+        **options: Any,
     ) -> StepResult:
         steps.reseed(machine, seed, iter_num)
-        update = partial(
-            steps.update,
-            model,
-            optimizer,
-            windows=windows,
-            targets=targets,
-            batch_size=batch_size,
-            grad_clip=grad_clip,
-            iter_num=iter_num,  # nobody looks at that of a recorded step: it runs in one process
-            machine=machine,
-            scaler=scaler,
-        )
+        # Nobody looks at the iter_num of a recorded step: it runs in one process.
+        options |= {"windows": windows, "iter_num": iter_num, "machine": machine}
+        update: Callable[..., StepResult] = partial(steps.update, model, optimizer, **options)
         if windows != self.windows:
             return update(batches, lr=lr)
         self._take(batches)

@@ -35,9 +35,8 @@ class Prefetched(TrainBatches):
         return self._copied(now.result())
 
     def _start(self) -> None:
-        if (
-            self.device.type == "cuda"
-        ):  # pinned memory is the current GPU's, and a thread begins with the first
+        # Pinned memory is the current GPU's, and a thread begins with the first.
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def _read(self, step: int) -> Batches:

@@ -48,38 +48,17 @@ def train_step(
     optimizer: Optimizer,
     batches: Iterable[tuple[Tensor, ...]],
     *,
-    windows: int,
-    targets: int = 0,
-    batch_size: int = 0,
-    lr: float,
-    grad_clip: float,
     seed: int,
     iter_num: int,
     machine: Machine,
-    scaler: torch.amp.GradScaler,
+    **options: Any,
 ) -> StepResult:
-    """Update the weights once, with the mean gradient of micro-batches (idx, targets and perhaps documents)
-    that have `windows` rows in all. Where not every target is scored, `targets` are, and weigh the same.
-
-    `model` as parallel.connect gives it, or Machine.in_dtype in one process. Several processes say how many
-    rows a micro-batch has (`batch_size`; the last ones fewer).
-    Random numbers (dropout) are drawn anew from (seed, iter_num), so nothing that happens between
-    steps changes them, and a resumed run draws the same.
+    """Update the weights once, as `update` does with these `options`. Random numbers (dropout) are drawn
+    anew from (seed, iter_num): nothing that happens between steps changes them, and a resumed run draws the
+    same.
     """
     reseed(machine, seed, iter_num)
-    return update(
-        model,
-        optimizer,
-        batches,
-        windows=windows,
-        targets=targets,
-        batch_size=batch_size,
-        lr=lr,
-        grad_clip=grad_clip,
-        iter_num=iter_num,
-        machine=machine,
-        scaler=scaler,
-    )
+    return update(model, optimizer, batches, iter_num=iter_num, machine=machine, **options)
 
 
 def reseed(machine: Machine, seed: int, iter_num: int) -> None:
@@ -101,8 +80,13 @@ def update(
     machine: Machine,
     scaler: torch.amp.GradScaler,
 ) -> StepResult:
-    """As `train_step`, with the random numbers as they come and a rate that may lie on the device. Nothing
-    in it waits for the device, unless the loss is scaled (float16) or not every target is scored."""
+    """Update the weights once, with the mean gradient of micro-batches (idx, targets and perhaps documents)
+    that have `windows` rows in all. Where not every target is scored, `targets` are, and weigh the same.
+
+    `model` as parallel.connect gives it, or Machine.in_dtype in one process. Several processes say how many
+    rows a micro-batch has (`batch_size`; the last ones fewer). The rate may lie on the device. Nothing in it
+    waits for the device, unless the loss is scaled (float16) or not every target is scored.
+    """
     world, total = machine.world, torch.zeros((), device=machine.device)
     world.at(iter_num, "reading data")
     for batch, counted, last in passes(batches, windows, batch_size, world):
@@ -194,8 +178,7 @@ def evaluate(
     was_training, compute = model.training, in_dtype(model, machine)
     model.eval()
     sums, counts = [], []
-    parts = in_parts(batches, model.loss_rows)
-    for batch in in_step(model, parts, machine.world, stopped):
+    for batch in in_step(model, in_parts(batches, model.loss_rows), machine.world, stopped):
         machine.world.moved()
         if batch is None:
             compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
@@ -214,10 +197,10 @@ def evaluate(
     counts.append(torch.zeros(0, dtype=torch.int64, device=machine.device))
     window_sums, window_counts = torch.cat(sums), torch.cat(counts)
     squares = window_sums.square() / window_counts.clamp(min=1)
-    parts = torch.stack(
+    totals = torch.stack(
         [window_sums.sum(), squares.sum(), window_counts.sum(), window_sums.new_tensor(len(window_sums))]
     )
-    total, square, tokens, windows = machine.world.sum(parts.double()).tolist()
+    total, square, tokens, windows = machine.world.sum(totals.double()).tolist()
     if not tokens:
         raise UserError("no target of the text is scored: its windows hold prompts only; give more text")
     loss = total / tokens
@@ -261,7 +244,6 @@ def evaluate_splits(
                 block_size,
                 batch_size,
                 windows,
-                IGNORE,
                 machine.device,
                 separator,
                 machine.world.share,

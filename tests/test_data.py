@@ -50,7 +50,7 @@ def test_a_ramp_reads_every_sample_once_and_in_order(tmp_path):
 def test_tokens_held_on_the_device_give_the_same_batches(tmp_path):
     tokens = tokens_of(np.random.default_rng(0).integers(0, 60_000, 4000), tmp_path)
     batches = data.TrainBatches(tokens, 8, 5, 3, 1, CPU)
-    evaluated = lambda: list(data.eval_batches(tokens, 8, 7, 1000, -1, CPU))  # noqa: E731
+    evaluated = lambda: list(data.eval_batches(tokens, 8, 7, 1000, CPU))  # noqa: E731
     steps, scored = [list(batches.step(step)) for step in (0, 9)], evaluated()
     tokens.keep_on(CPU)
     (tmp_path / "tokens.bin").unlink()  # nothing is read from the file any more
@@ -73,7 +73,7 @@ def test_evaluation_scores_every_token_once(tmp_path):
     tokens = tokens_of(np.arange(1003), tmp_path)
     for batch_size in (1, 7, 64):
         scored = []
-        for idx, targets in data.eval_batches(tokens, 16, batch_size, 10**6, -1, CPU):
+        for idx, targets in data.eval_batches(tokens, 16, batch_size, 10**6, CPU):
             assert torch.equal(targets[targets >= 0], idx[targets >= 0] + 1)
             scored += targets[targets >= 0].tolist()
         assert scored == list(range(1, 1003))
@@ -81,7 +81,7 @@ def test_evaluation_scores_every_token_once(tmp_path):
 
 def test_evaluation_of_a_part_is_spread_evenly(tmp_path):
     tokens = tokens_of(np.arange(1003), tmp_path)
-    first = [idx[:, 0] for idx, _ in data.eval_batches(tokens, 16, 4, 10, -1, CPU)]
+    first = [idx[:, 0] for idx, _ in data.eval_batches(tokens, 16, 4, 10, CPU)]
     starts = torch.cat(first).tolist()
     assert len(starts) == 10 and starts[0] == 0 and starts[-1] == 61 * 16
     assert max(np.diff(starts)) - min(np.diff(starts)) <= 16

@@ -98,7 +98,7 @@ def test_evaluation_is_the_same_in_parts(dataset, device):
     found = []
     for rows in (0, 1, 40):
         model.loss_rows = rows
-        batches = data.eval_batches(tokens, 16, 7, 10**9, IGNORE, machine.device)
+        batches = data.eval_batches(tokens, 16, 7, 10**9, machine.device)
         found.append(steps.evaluate(model, batches, machine))
     assert found[0].tokens == found[1].tokens == found[2].tokens
     assert found[1].loss == pytest.approx(found[0].loss, abs=1e-6) == found[2].loss

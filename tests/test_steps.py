@@ -7,7 +7,7 @@ import torch
 
 from nanogpt import data, runtime, steps
 from nanogpt.errors import Diverged
-from nanogpt.model import GPT, IGNORE, GPTConfig
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer, build
 
 CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -121,7 +121,7 @@ def tokens(dataset):
 
 def score(model, tokens, batch_size, most=10**9, **kwargs):
     machine = machine_of()
-    batches = data.eval_batches(tokens, 16, batch_size, most, IGNORE, machine.device)
+    batches = data.eval_batches(tokens, 16, batch_size, most, machine.device)
     return steps.evaluate(model, batches, machine, **kwargs)
 
 
