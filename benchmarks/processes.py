@@ -1,10 +1,11 @@
 """What several processes cost and gain on this machine, for docs/results.md.
 
     python -m benchmarks.processes memory          # GPT-2 (124M) on two processes under each --parallel
-    python -m benchmarks.processes evaluation --dataset=data/shakespeare_char
+    python -m benchmarks.processes evaluation      # on data/shakespeare_char, or --dataset=PATH
 
 The first says how much memory each process has held at most, the second how long an evaluation takes two
-processes against one, in turn.
+processes against one, in turn, each process with one thread. The second takes two minutes and wants a
+core for each process.
 """
 
 import os
@@ -28,13 +29,14 @@ GPT2 = (
 )
 SMALL = (
     "--n_layer=6 --n_head=6 --n_embd=192 --block_size=256 --device=cpu --compile=False --batch_size=4 "
-    "--eval_only=True --eval_iters=100000 --dtype=float32"
+    "--eval_only=True --dtype=float32"
 )
 
 
 @dataclass(frozen=True)
 class Config:
     dataset: str = "shakespeare_char"  # to evaluate on
+    windows: Positive = 80  # of 256 tokens, evaluated of each split: some seconds for one process
     processes: Positive = 2  # how many
     times: Positive = 5  # how often each side is measured
     rules: str = "adamw,muon"  # optimizers whose memory is measured
@@ -71,10 +73,12 @@ def memory(config: Config) -> None:
 def evaluation(config: Config) -> None:
     """One process and several, in turn; from the model's being there to the loss."""
     took: dict[int, list[float]] = {1: [], config.processes: []}
+    batches = -(-config.windows // 4)  # of SMALL
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(config.times):
             for processes, times in took.items():
                 options = [*SMALL.split(), f"--dataset={config.dataset}", f"--out_dir={scratch}/out"]
+                options += [f"--eval_iters={batches}"]
                 with start(processes, options) as process:
                     at = {line.split(":")[0]: when for line, when in lines(process)}
                 if "model" not in at or "step 0" not in at:
@@ -83,7 +87,8 @@ def evaluation(config: Config) -> None:
     ratios = np.array(took[config.processes]) / np.array(took[1])
     rows = [[str(n), f"{np.median(times):.2f}", f"{min(times):.2f}"] for n, times in took.items()]
     table.show("An evaluation", ["processes", "median, s", "least, s"], rows)
-    print(f"ratio, pair by pair: {np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
+    ratio = np.median(took[config.processes]) / np.median(took[1])
+    print(f"ratio of the medians: {ratio:.3f}; pair by pair from {ratios.min():.3f} to {ratios.max():.3f}")
 
 
 def start(processes: int, options: list[str]) -> subprocess.Popen:
