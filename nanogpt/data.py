@@ -207,28 +207,33 @@ class TrainBatches:
         separator: int | None = None,
         order: Order | None = None,
         share: Share = everything,
+        total: Callable[[int], int] = int,
     ):
         self.order = order or order_of(tokens, lambda text: BatchOrder(len(text), block_size, seed))
         self.separator = separator
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
         self.share = share  # of the windows of a batch, this process's
+        self.total = total  # the sum of what each process counts
         self.read = [0, *itertools.accumulate(ramp)]  # windows before each of the first batches
 
     def step(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's micro-batches of update number `step`, on the device: idx, targets (B, T), B at
-        most batch_size; with a separator, documents (B, T). Those without a scored target are left out."""
+        most batch_size; with a separator, documents (B, T). A process that is alone leaves out those without
+        a scored target; several make equally many passes."""
+        every = self.tokens.scored is None or self.share(self.windows(step))[1] < self.windows(step)
         for starts in self._starts(step):
             batch = gather(self.tokens, starts, self.block_size, self.separator)
-            if self.tokens.scored is None or bool((batch[1] != IGNORE).any()):
+            if every or bool((batch[1] != IGNORE).any()):
                 yield to_device(batch, self.device)
 
     def targets(self, step: int) -> int:
-        """How many targets of update number `step` are scored, 0 for all of them; UserError if none is."""
+        """How many targets of update number `step` are scored in all processes, which must ask together; 0
+        for all of them. UserError if none is."""
         if self.tokens.scored is None:
             return 0
         masks = (gather(self.tokens.scored, starts, self.block_size)[1] for starts in self._starts(step))
-        if not (count := sum(int(mask.sum()) for mask in masks)):
+        if not (count := self.total(sum(int(mask.sum()) for mask in masks))):
             raise UserError(
                 f"none of the {self.windows(step)} windows of iteration {step} holds a token of a response; "
                 f"give a larger --block_size or --batch_size"

@@ -342,11 +342,9 @@ def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -
             f"{world.size} processes for a batch of {fewest} windows; start fewer, or raise --batch_size or "
             f"--gradient_accumulation_steps"
         )
-    if world.size > 1 and dataset.train.scored is not None:
-        raise UserError("prompts and responses are learned by one process so far: start it with python")
-    shape = (config.block_size, config.batch_size, config.gradient_accumulation_steps)
+    numbers = (config.block_size, config.batch_size, config.gradient_accumulation_steps, config.seed)
     kind = Prefetched if config.prefetch else data.TrainBatches
-    return kind(dataset.train, *shape, config.seed, machine.device, ramp, separator, order, world.share)
+    return kind(dataset.train, *numbers, machine.device, ramp, separator, order, world.share, world.total)
 
 
 def attention(config: Any, model: GPT, machine: runtime.Machine) -> list[str]:

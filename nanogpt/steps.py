@@ -92,8 +92,8 @@ def update(
     for batch, counted, last in passes(batches, windows, batch_size, world):
         world.at(iter_num, "computing")
         average_next(model, wanted=last)
+        share, batch = weigh(batch, counted, windows, targets)
         loss = model(*batch)[1]  # the logits are let go at once
-        share = (batch[1] != IGNORE).sum() / targets if targets else counted / windows
         loss = loss * share * world.size  # the mean over processes divides by their number
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -128,6 +128,18 @@ def passes(
         left -= counted
         yield batch, counted, following is None
         batch = following
+
+
+def weigh(
+    batch: tuple[Tensor, ...], counted: int, windows: int, targets: int
+) -> tuple[float | Tensor, tuple[Tensor, ...]]:
+    """The share that a micro-batch, of which so many rows count, has in the step's mean; and what to run. The
+    mean over no target is no number: where none is scored all are, and the share is 0."""
+    if not targets:
+        return counted / windows, batch
+    idx, wanted, *documents = batch
+    scored = wanted != IGNORE
+    return scored[:counted].sum() / targets, (idx, torch.where(scored.any(), wanted, 0), *documents)
 
 
 def flops_per_token(model: GPT) -> int:

@@ -60,6 +60,15 @@ class World:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.control)
         return bool(asked)
 
+    def total(self, count: int) -> int:
+        """The sum of a whole number over all processes."""
+        if self.size == 1:
+            return count
+        counted = torch.tensor(count)
+        with self._waiting():
+            dist.all_reduce(counted, group=self.control)
+        return int(counted)
+
     def agree(self, work: Callable[[], T]) -> T:
         """Do `work` in every process; if it fails in one, it fails in all, with the error of the first."""
         if self.size == 1:

@@ -2,6 +2,7 @@
 start forks (tests/processes.py)."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import train
 from nanogpt import checkpoint, data, metrics, parallel, run, steps
 from nanogpt.errors import UserError
 from nanogpt.layout import Layout, Replicated
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.optim import OptimConfig, build
+from nanogpt.prepare import corpus
 from nanogpt.runtime import Machine
 from nanogpt.world import World
 from tests import processes
@@ -74,6 +76,12 @@ JOBS = [
     Job("bfloat16-fast", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp", *FAST]),
     Job("float16-ddp", 2, [*SHORT, "--dtype=float16", "--parallel=ddp"]),
     Job("float16-fsdp", 2, [*SHORT, "--dtype=float16", "--parallel=fsdp"]),
+    Job("responses-15", 1, ["--batch_size=15", "--eval_iters=2"]),
+    Job("responses-15-ddp", 2, [*UNEVEN, "--parallel=ddp"]),
+    Job("responses-15-fsdp", 2, [*UNEVEN, "--parallel=fsdp"]),
+    Job("responses-10", 1, ["--batch_size=10", *FEW, "--eval_iters=1"]),
+    Job("responses-10-ddp", 4, [*RAGGED, *FEW, "--parallel=ddp", "--eval_iters=5"]),
+    Job("responses-10-fsdp", 4, [*RAGGED, *FEW, "--parallel=fsdp", "--eval_iters=5"]),
     Job("eval-1", 1, EVALUATE, resumes="adamw-15-fsdp"),
     Job("eval-4", 4, [*EVALUATE, "--parallel=fsdp"], resumes="adamw-15-fsdp"),
 ]
@@ -83,10 +91,23 @@ JOBS = [
 def folder(tmp_path_factory) -> Path:
     """All runs, in one folder."""
     folder = tmp_path_factory.mktemp("runs")
-    data = write_dataset(folder / "words", words(3000))
-    common = [*SHAPE.split(), f"--dataset={data}"]
-    processes.run(folder, [replace(job, options=[*common, *job.options]) for job in JOBS])
+    datasets = {False: write_dataset(folder / "words", words(3000)), True: write_responses(folder)}
+    jobs = []
+    for job in JOBS:
+        dataset = datasets[job.name.startswith("responses")]
+        jobs.append(replace(job, options=[*SHAPE.split(), f"--dataset={dataset}", *job.options]))
+    processes.run(folder, jobs)
     return folder
+
+
+def write_responses(folder: Path) -> Path:
+    """Prompts so long that many windows of 16 tokens hold no token of a response."""
+    parts = words(12600).split("\n")
+    rows = [{"prompt": " ".join(parts[i : i + 6]), "response": parts[i + 6]} for i in range(0, 2100, 7)]
+    lines = folder / "questions.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    corpus.prepare([lines], folder / "questions", kind="bpe:300", text_key="prompt+response")
+    return folder / "questions"
 
 
 def losses(run: Path, event: str = "step", key: str = "loss") -> list[float]:
@@ -102,7 +123,11 @@ def saved(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["adamw-15-fsdp", "muon-15-ddp", "muon-15-fsdp", "muon-10-fsdp", "muon-10-hsdp"]
+    "name",
+    [
+        *("adamw-15-fsdp", "muon-15-ddp", "muon-15-fsdp", "muon-10-fsdp", "muon-10-hsdp"),
+        *("responses-15-ddp", "responses-15-fsdp", "responses-10-ddp", "responses-10-fsdp"),
+    ],
 )
 def test_every_division_trains_as_one_process(folder, name):
     """Also where a process has a window less, or a micro-batch less."""
@@ -117,6 +142,17 @@ def test_every_division_trains_as_one_process(folder, name):
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
     for tensor, whole in found.items():
         torch.testing.assert_close(whole, expected[tensor], rtol=1e-2, atol=1e-4, msg=tensor)
+
+
+def test_some_processes_had_no_response_to_learn(folder):
+    """So the runs above have met micro-batches without a target, and whole shares."""
+    tokens, scored = data.load(folder / "questions").train, []
+    for rank in range(4):
+        share = World(rank, 4).share
+        batches = data.TrainBatches(tokens, 16, 2, 5, 1337, torch.device("cpu"), share=share)
+        scored += [[bool((b[1] != IGNORE).any()) for b in batches.step(step)] for step in range(8)]
+    assert [len(parts) for parts in scored] == [2] * 16 + [1] * 16
+    assert {any(parts) for parts in scored} == {True, False} and [True, False] in scored
 
 
 def test_a_stopped_run_goes_on_with_other_numbers_and_divisions(folder):
