@@ -33,6 +33,7 @@ from nanogpt import (
     runtime,
     scaling,
     steps,
+    wire,
 )
 from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, read
 from nanogpt.errors import UserError, run_program
@@ -244,7 +245,7 @@ def communicate(config: Config, world: World) -> None:
                     f"{timing.low_s * 1e6:,.0f} to {timing.high_s * 1e6:,.0f} µs | "
                     f"{timing.payload / timing.median_s / 1e9:.3f} | {bus / 1e9:.3f} |"
                 )
-                if kind == "all_reduce" and group is None and timing.payload <= scaling.BUCKET:
+                if kind == "all_reduce" and group is None and timing.payload <= wire.BUCKET:
                     bucket = bus  # of the largest message that DDP sends
     print("bus: what each process sends a second at best, as nccl-tests counts it; compare it with the links")
     judge(config, machine, shape, bucket)
@@ -261,8 +262,8 @@ def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
 
 def bandwidth(timing: interconnect.Timing) -> float:
     """Bus bandwidth in bytes a second."""
-    kind: scaling.Kind = "all_gather" if timing.kind == "all_gather" else "all_reduce"
-    return scaling.bus_factor(kind, timing.members) * timing.payload / timing.median_s
+    kind: wire.Kind = "all_gather" if timing.kind == "all_gather" else "all_reduce"
+    return wire.bus_factor(kind, timing.members) * timing.payload / timing.median_s
 
 
 def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float) -> None:

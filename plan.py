@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from nanogpt import estimate, flops, scaling
+from nanogpt import estimate, flops, scaling, wire
 from nanogpt.config import Count, Fraction, Positive, Range, Rate, options_of, picked, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
@@ -127,7 +127,7 @@ def table(shape: GPTConfig, rules: OptimConfig, setting: scaling.Setting) -> lis
     alone = scaling.predict(shape, rules, "ddp", 1, setting)
     assert alone
     for gpus in (2**power for power in range(11)):
-        found = [scaling.predict(shape, rules, mode, gpus, setting) for mode in scaling.MODES]
+        found = [scaling.predict(shape, rules, mode, gpus, setting) for mode in wire.MODES]
         steps = [step for step in found if step]
         if not steps:
             lines.append(f"| {gpus:,} | less than a window each: raise --batch_tokens | | | | | |")

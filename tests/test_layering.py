@@ -19,8 +19,8 @@ LAYERS = [
     | {"quantize", "kernels"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
     | {"completions", "scheduler", "writer"},
-    {"corpus", "watch", "weights", "scaling", "graphs", "fit"},
-    {"run", "api", "follow", "web"},
+    {"corpus", "watch", "weights", "wire", "graphs", "fit"},
+    {"run", "api", "follow", "web", "scaling"},
     {"server"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}

@@ -14,12 +14,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import plan
-from nanogpt import estimate, flops, scaling
+from nanogpt import estimate, flops, scaling, wire
 from nanogpt.config import ROOT, options_of, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.optim import OptimConfig
-from nanogpt.scaling import Call, Network, Setting, World
+from nanogpt.scaling import Network, Setting
+from nanogpt.wire import Call, World
 from tests.scaling_worker import MICRO_BATCHES, SHAPE
 
 ADAMW = OptimConfig("adamw")
@@ -52,10 +53,10 @@ def test_bytes_on_the_wire_are_those_of_real_runs(counted):
     size, found = counted
     for mode in found[0]:
         world = World(size, 2 if mode == "hsdp" else size)
-        foretold = scaling.calls(SHAPE, mode, world, gather_bytes=4, sharded_state=False)
+        foretold = wire.calls(SHAPE, mode, world, gather_bytes=4, sharded_state=False)
         as_gloo = [replace(c, kind="all_reduce") if c.kind == "reduce_scatter" else c for c in foretold]
-        wire = scaling.wire_bytes(as_gloo, MICRO_BATCHES)
-        assert [one[mode]["sent"] for one in found] == pytest.approx([wire] * size, rel=0.02), mode
+        sent = wire.wire_bytes(as_gloo, MICRO_BATCHES)
+        assert [one[mode]["sent"] for one in found] == pytest.approx([sent] * size, rel=0.02), mode
 
 
 def test_sharded_memory_is_that_of_real_runs(counted):
@@ -107,8 +108,8 @@ def test_activations_are_what_torch_allocates(switches):
 
 
 def test_a_bus_factor_is_that_of_nccl_tests():
-    assert scaling.bus_factor("all_reduce", 8) == 1.75
-    assert scaling.bus_factor("all_gather", 8) == scaling.bus_factor("reduce_scatter", 8) == 0.875
+    assert wire.bus_factor("all_reduce", 8) == 1.75
+    assert wire.bus_factor("all_gather", 8) == wire.bus_factor("reduce_scatter", 8) == 0.875
     assert Call("all_reduce", 1000, 4, 1, "last").wire == 1500
 
 
@@ -141,7 +142,7 @@ def test_an_easy_step_by_hand():
     assert step.update_s == pytest.approx(4 * (3 * P + 7 * P / 8) / (0.8 * 3.35e12), rel=0.01)
 
 
-@pytest.mark.parametrize("mode", scaling.MODES)
+@pytest.mark.parametrize("mode", wire.MODES)
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
 def test_more_gpus_are_quicker_and_never_more_efficient(mode, name):
     shape = GPT2_SIZES[name]
@@ -161,7 +162,7 @@ def test_more_gpus_are_quicker_and_never_more_efficient(mode, name):
 
 def test_what_fsdp_saves_and_costs():
     shape = GPT2_SIZES["gpt2-xl"]
-    ddp, fsdp, hsdp = (scaling.predict(shape, ADAMW, mode, 64, SETTING) for mode in scaling.MODES)
+    ddp, fsdp, hsdp = (scaling.predict(shape, ADAMW, mode, 64, SETTING) for mode in wire.MODES)
     assert ddp and fsdp and hsdp
     assert fsdp.memory.weights < hsdp.memory.weights < ddp.memory.weights
     assert fsdp.memory.weights == pytest.approx(ddp.memory.weights / 64, rel=0.02)
