@@ -21,6 +21,8 @@ from nanogpt.model import GPTConfig
 from nanogpt.optim import OptimConfig
 from nanogpt.options import ModelOptions, OptimizerOptions, TokenOptions
 
+RECOMPUTED = "; blocks run again, which costs up to a quarter of the speed: is --mfu that of such a run?"
+
 
 @dataclass(frozen=True)
 class Config(ModelOptions, OptimizerOptions, TokenOptions):
@@ -30,6 +32,7 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions):
     batch_size: Positive = 12  # windows a micro-batch
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
     max_iters: Count = 600000  # iterations in all
+    recompute: bool = False  # run blocks again in the backward pass: less memory, more time
     # the machine
     gpu: str = "A100"  # as flops.py lists it
     gpus: Positive = 8  # how many share the batch, each with the whole model
@@ -63,7 +66,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     if config.max_tokens and not origins.get("max_iters", "").startswith("--"):
         tokens = config.max_tokens
     found = estimate.parameters(shape)
-    need = estimate.memory(shape, rules, config.batch_size)
+    need = estimate.memory(shape, rules, config.batch_size, recompute=config.recompute)
     cost = estimate.flops_per_token(shape)
     hours = estimate.hours(tokens, cost, config.gpus, peak, config.mfu)
     lines = [
@@ -72,7 +75,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         f"memory a GPU: {need.total / 1e9:.2f} GB = weights {need.weights / 1e9:.2f} + gradients "
         f"{need.gradients / 1e9:.2f} + optimizer {need.optimizer / 1e9:.2f} + bfloat16 copies "
         f"{need.copies / 1e9:.2f} + activations of {config.batch_size} x {config.block_size:,} tokens about "
-        f"{need.activations / 1e9:.2f}",
+        f"{need.activations / 1e9:.2f}" + RECOMPUTED * config.recompute,
         f"tokens: {tokens:,} in {-(-tokens // batch):,} iterations of {batch:,}; "
         f"{tokens / max(1, found.total - found.padding):.1f} a parameter",
         f"arithmetic: {cost / 1e9:.3f} GFLOPs a token, {tokens * cost:.3g} in all",
@@ -111,6 +114,7 @@ def setting_of(config: Config, windows: int, peak: float) -> scaling.Setting:
         overlap=config.overlap,
         half_tokens=config.half_tokens,
         sharded_state=config.shard_optimizer,
+        recompute=config.recompute,
     )
 
 

@@ -1,7 +1,7 @@
 """What a run needs before it begins: parameters, memory, arithmetic, hours. Nothing is built.
 
 Parameters and optimizer state are exact, activations within a few per cent of what torch allocates
-(tests/test_scaling.py), and hours are as good as the share of the chip's peak (MFU) that is put in.
+(tests/test_estimate.py), and hours are as good as the share of the chip's peak (MFU) that is put in.
 """
 
 from dataclasses import dataclass
@@ -77,43 +77,88 @@ class Memory:
         return sum(vars(self).values())
 
 
-def memory(shape: GPTConfig, rules: OptimConfig, batch_size: int, number_bytes: int = HALF) -> Memory:
+def memory(
+    shape: GPTConfig,
+    rules: OptimConfig,
+    batch_size: int,
+    number_bytes: int = HALF,
+    recompute: bool = False,
+    on_cpu: bool = False,
+) -> Memory:
     """Of a GPU that holds the whole model, for micro-batches of `batch_size` windows computed in numbers of
-    `number_bytes` (2: bfloat16 by autocast) without compilation, which needs less.
+    `number_bytes` (2: bfloat16 by autocast) without compilation, which needs less. `recompute`: blocks run
+    again in the backward pass. `on_cpu`: by torch's kernels for CPUs, in float32.
 
     AdamW keeps two numbers a parameter, Muon one for the matrices of blocks.
     """
     found = parameters(shape)
     by_muon = found.matrices if rules.optimizer == "muon" else 0
+    cast = found.multiplying - (found.matrices + found.vectors if recompute else 0)
+    each = activations_per_token(shape, number_bytes, recompute, on_cpu)
     return Memory(
         weights=FLOAT * found.total,
         gradients=FLOAT * found.total,
         optimizer=FLOAT * (2 * (found.total - by_muon) + by_muon),
-        activations=batch_size * shape.block_size * activations_per_token(shape, number_bytes),
-        copies=0 if number_bytes == FLOAT else number_bytes * found.multiplying,
+        activations=batch_size * shape.block_size * each,
+        copies=0 if number_bytes == FLOAT else number_bytes * cast,
     )
 
 
-def activations_per_token(shape: GPTConfig, number_bytes: int) -> int:
-    """Bytes that a token holds when the backward pass begins.
+def activations_per_token(
+    shape: GPTConfig, number_bytes: int, recompute: bool = False, on_cpu: bool = False
+) -> int:
+    """Bytes that a token holds when it holds the most: at the loss, or in the last block's backward pass.
 
-    A block keeps what its operations want to see again: the input of each norm (float32), of each linear map
-    and of the activation; queries, keys, values and what attention made of them. Scores are recomputed by the
-    fused kernels; dropout adds a byte of mask for each of its numbers. (On a CPU they do neither ALiBi nor
-    dropout, and scores are kept, which is not counted.) Logits are there in float32 four times: they, their
-    logarithm of softmax, and two gradients; once more with a soft cap.
+    At the loss there are what the blocks keep (their inputs alone, if they run again), the last norm, and in
+    float32 the logarithms of softmax and two gradients of logits, one more with a soft cap. In a block there
+    are what it and those before it keep, the gradient of its output, and those half-way through it: of the
+    activation, or of scores where they were kept.
     """
-    C, hs = shape.n_embd, shape.head_size
+    C, mask = shape.n_embd, FLOAT if on_cpu else 1
+    attention, mlp = kept_by_block(shape, number_bytes, on_cpu)
+    entry = FLOAT * C if recompute else attention + mlp
+    below = shape.n_layer * entry + 2 * 8 + mask * C * bool(shape.dropout)
+    loss = FLOAT * C + number_bytes * C + (3 + bool(shape.softcap)) * FLOAT * shape.vocab_size
+    gradients = 3 if shape.activation == "relu2" else 1  # the square's takes a product of two powers
+    half_way = mlp + gradients * number_bytes * _hidden(shape) // 2
+    if keeps_scores(shape, on_cpu):  # of those there are four at once with dropout, else three
+        half_way = max(half_way, number_bytes * (1 if shape.dropout else 2) * shape.n_head * shape.block_size)
+    return below + max(loss, attention + half_way + FLOAT * C - entry)
+
+
+def kept_by_block(shape: GPTConfig, number_bytes: int, on_cpu: bool) -> tuple[int, int]:
+    """Bytes a token that the two halves of a block keep for the backward pass: attention, and MLP.
+
+    They are what operations want to see again: the input of each norm (float32), of each linear map and of
+    the activation; queries, keys, values and what attention made of them; the masks of dropout. Fused kernels
+    make the scores again; where a CPU has none, it copies queries, keys and values, scaled and for all heads,
+    and keeps the scores' softmax, with dropout their mask and the product of both, too.
+    """
+    C, T, hs = shape.n_embd, shape.block_size, shape.head_size
     kv = shape.n_kv_head or shape.n_head
-    heads = (shape.n_head + 2 * kv) * hs
-    if shape.qk_norm or shape.position == "rope":
-        heads += (shape.n_head + kv) * hs  # queries and keys before and after
-    gated = shape.activation == "swiglu"
-    hidden = 4 * (8 * round(C / 3)) if gated else 2 * 4 * C  # before and after the activation
-    kept = 2 * C + heads + shape.n_head * hs + hidden
-    block = number_bytes * kept + FLOAT * (2 * C + 4 + shape.n_head) + 2 * C * bool(shape.dropout)
-    ends = FLOAT * C + number_bytes * C + 8 * 2
-    return shape.n_layer * block + ends + (4 + bool(shape.softcap)) * FLOAT * shape.vocab_size
+    sums = FLOAT * (C + 2)  # the input of a norm, and what it divided by
+    if keeps_scores(shape, on_cpu):
+        heads = 3 * shape.n_head * hs + (shape.n_head + 2 * kv) * hs * shape.qk_norm
+        heads += shape.n_head * T * (3 if shape.dropout else 1)
+    else:
+        heads = (shape.n_head + 2 * kv) * hs
+        if shape.qk_norm or shape.position == "rope":
+            heads += (shape.n_head + kv) * hs  # queries and keys before and after
+        sums += FLOAT * shape.n_head
+    mask = C * (number_bytes if on_cpu else 1) * bool(shape.dropout)
+    attention = number_bytes * (C + heads + shape.n_head * hs) + sums + mask
+    return attention, number_bytes * (C + _hidden(shape)) + FLOAT * (C + 2) + mask
+
+
+def keeps_scores(shape: GPTConfig, on_cpu: bool) -> bool:
+    """Whether attention keeps the weight of every token for every other: torch's kernel for CPUs does neither
+    a bias for each head nor dropout."""
+    return on_cpu and (shape.position == "alibi" or shape.dropout > 0)
+
+
+def _hidden(shape: GPTConfig) -> int:
+    """Numbers a token before and after the activation."""
+    return 4 * (8 * round(shape.n_embd / 3)) if shape.activation == "swiglu" else 2 * 4 * shape.n_embd
 
 
 def flops_per_token(shape: GPTConfig) -> int:

@@ -88,6 +88,7 @@ class Setting:
     overlap: float = 0.9  # share of the arithmetic behind which a transfer can hide
     half_tokens: int = 1250  # a micro-batch of so many tokens reaches half of the rate of a very long one
     sharded_state: bool = True  # DDP: each GPU has its part of the optimizer's state
+    recompute: bool = False  # blocks run again in the backward pass, which is for `mfu` to know
 
     def compute_s(self, shape: GPTConfig, windows: int) -> float:
         """Forward and backward pass of one micro-batch. Short ones fill the GPU less: the rate goes with
@@ -153,7 +154,7 @@ def predict(shape: GPTConfig, rules: OptimConfig, mode: Mode, gpus: int, setting
         exposed,
         update_s(shape, rules, mode, world, setting),
         wire_bytes(found, len(sizes)),
-        memory(shape, rules, mode, world, sizes, setting.sharded_state),
+        memory(shape, rules, mode, world, sizes, setting.sharded_state, recompute=setting.recompute),
     )
 
 
@@ -223,6 +224,7 @@ def memory(
     sizes: list[int],
     sharded_state: bool = True,
     number_bytes: int = HALF,
+    recompute: bool = False,
 ) -> estimate.Memory:
     """Bytes on the GPU that has the most, which computes micro-batches of `sizes` windows in numbers of
     `number_bytes`.
@@ -231,7 +233,7 @@ def memory(
     up to three blocks gathered, the gradients of one, and with several micro-batches all gradients whole
     until the last one reduces them.
     """
-    plain = estimate.memory(shape, rules, max(sizes), number_bytes)
+    plain = estimate.memory(shape, rules, max(sizes), number_bytes, recompute)
     if world.gpus == 1:
         return plain
     if mode == "ddp":

@@ -100,6 +100,20 @@ def test_a_flag_for_the_length_counts(capsys):
     assert "try a smaller --batch_size" in capsys.readouterr().out
 
 
+def test_blocks_that_run_again_keep_their_inputs(capsys):
+    """So that the logits are nearly all that a micro-batch takes; and no bfloat16 copies wait in blocks."""
+    shape, rules, found = GPT2_SIZES["gpt2"], OptimConfig(), {}
+    for recompute in (False, True):
+        found[recompute] = estimate.memory(shape, rules, batch_size=12, recompute=recompute)
+        plan.main(plan.Config(recompute=recompute, bias=True))
+        said = capsys.readouterr().out
+        assert f"about {found[recompute].activations / 1e9:.2f}" in said
+        assert ("blocks run again" in said) == recompute
+    kept, least = found[False].activations, 12 * 1024 * 4 * (12 * 768 + 3 * 50257)
+    assert least < found[True].activations < 1.01 * least < kept / 1.3
+    assert found[True].copies == 2 * 768 * 50257 < found[False].copies / 3
+
+
 def test_what_cannot_be_planned():
     with pytest.raises(UserError, match="--gpu=Z80 is not known; there are A100, H100"):
         plan.main(plan.Config(gpu="Z80"))
