@@ -87,12 +87,8 @@ class Layout:
         """After an update of the ranges of `divide`: see that all who hold the weights have the new ones."""
 
     def owners(self, costs: Sequence[float]) -> list[int]:
-        """Who does each of the tasks that cost so much: the costliest first, each to the least loaded."""
-        loads, chosen = [0.0] * self.size, [0] * len(costs)
-        for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            chosen[task] = min(range(self.size), key=loads.__getitem__)
-            loads[chosen[task]] += costs[task]
-        return chosen
+        """Who does each of the tasks that cost so much."""
+        return share_out(costs, self.size)
 
     def collect(self, stack: Sequence[Matrix]) -> Tensor:
         """The gradients (n, height, width) of the matrices of `stack`, alike and sorted by owner, that are
@@ -171,7 +167,7 @@ class Replicated(_Shared):
         cuts = [total * rank // self.size for rank in range(self.size + 1)]
         for name, p in named:
             p.data = p.data.contiguous()
-            spans = [_common((lo - first, hi - first), (0, p.numel())) for lo, hi in pairwise(cuts)]
+            spans = [common((lo - first, hi - first), (0, p.numel())) for lo, hi in pairwise(cuts)]
             parts.append(Held(name, p, spans))
             first += p.numel()
         return parts
@@ -283,15 +279,12 @@ class Sharded(_Shared):
         return [(first * rest, last * rest) for first, last in rows]
 
     def _rows_of(self, parameter: Tensor, rank: int) -> Span:
-        """The rows of a parameter that a process holds: all the same number, the last ones fewer or none."""
-        height = parameter.shape[0]
-        each = -(-height // self.size)
-        return min(rank * each, height), min((rank + 1) * each, height)
+        return rows_of(parameter.shape[0], self.size, rank)
 
     def _rows(self, matrix: Matrix, rank: int) -> Span:
         """The rows of a matrix that a process holds, counted from the matrix's first."""
         first, last = self._rows_of(matrix.parameter, rank)
-        return _common((first - matrix.first, last - matrix.first), (0, matrix.height))
+        return common((first - matrix.first, last - matrix.first), (0, matrix.height))
 
     def _count(self, matrix: Matrix, rank: int) -> int:
         first, last = self._rows(matrix, rank)
@@ -318,7 +311,23 @@ class Sharded(_Shared):
         return list(got.split(come))
 
 
-def _common(a: Span, b: Span) -> Span:
+def share_out(costs: Sequence[float], size: int) -> list[int]:
+    """Which of `size` processes does each of the tasks that cost so much: the costliest first, each to the
+    least loaded."""
+    loads, chosen = [0.0] * size, [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        chosen[task] = min(range(size), key=loads.__getitem__)
+        loads[chosen[task]] += costs[task]
+    return chosen
+
+
+def rows_of(height: int, size: int, rank: int) -> Span:
+    """The rows of a parameter that FSDP gives a process: all the same number, the last ones fewer or none."""
+    each = -(-height // size)
+    return min(rank * each, height), min((rank + 1) * each, height)
+
+
+def common(a: Span, b: Span) -> Span:
     """What two ranges share; empty ones are (0, 0)."""
     first, last = max(a[0], b[0]), min(a[1], b[1])
     return (first, last) if first < last else (0, 0)
@@ -328,7 +337,7 @@ def _cut(views: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     """The elements start .. stop of flat tensors laid end to end, as views."""
     found, first = [], 0
     for view in views:
-        lo, hi = _common((start - first, stop - first), (0, len(view)))
+        lo, hi = common((start - first, stop - first), (0, len(view)))
         if lo < hi:
             found.append(view[lo:hi])
         first += len(view)

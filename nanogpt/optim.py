@@ -182,7 +182,7 @@ class Muon:
             for name, p in named
             for i, height in enumerate(rows.get(name, [p.shape[0]]))
         ]
-        owners = self.layout.owners([_work(height, p.shape[1]) for _, p, _, height in shares])
+        owners = self.layout.owners([work(height, p.shape[1]) for _, p, _, height in shares])
         matrices = [Matrix(*share, owner) for share, owner in zip(shares, owners, strict=True)]
         alike: dict[tuple[int, int], list[Matrix]] = {}
         for matrix in sorted(matrices, key=lambda matrix: matrix.owner):
@@ -225,7 +225,7 @@ class Muon:
         return found
 
 
-def _work(height: int, width: int) -> int:
+def work(height: int, width: int) -> int:
     """Multiplications of a turn of orthogonalisation, for the balance between processes."""
     small, large = sorted((height, width))
     return small * small * (2 * large + small)

@@ -54,9 +54,12 @@ class Network:
     between: float
 
     def bandwidth(self, call: Call) -> float:
-        """Bus bandwidth: between nodes all GPUs of a node that take part send at once."""
+        """Bus bandwidth: between nodes all GPUs of a node that take part send at once; in an all-to-all each
+        sends nearly everything out of its node by itself."""
         if call.nodes == 1:
             return self.node
+        if call.kind == "all_to_all":
+            return min(self.node, self.between)
         return min(self.node, self.between * call.members / call.nodes)
 
     def seconds(self, call: Call) -> float:
@@ -131,7 +134,7 @@ def predict(shape: GPTConfig, rules: OptimConfig, mode: Mode, gpus: int, setting
     world, network = World(gpus, setting.gpus_per_node), setting.network
     whole, rest = divmod(windows, setting.batch_size)
     sizes = [setting.batch_size] * whole + [rest] * bool(rest)
-    found = calls(shape, mode, world, HALF, setting.sharded_state)
+    found = calls(shape, rules, mode, world, HALF, setting.sharded_state)
     compute = [setting.compute_s(shape, size) for size in sizes]
     during = {when: [call for call in found if call.when == when] for when in WHEN}
     took = {when: sum(map(network.seconds, some)) for when, some in during.items()}

@@ -15,7 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from nanogpt import optim, parallel
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import OptimConfig
+from nanogpt.parallel import Division
+from nanogpt.runtime import Machine
+from nanogpt.world import World
 
 SHAPE = GPTConfig(vocab_size=502, block_size=32, n_layer=3, n_head=4, n_embd=64, bias=False)
 MICRO_BATCHES = 2
@@ -43,6 +48,30 @@ def held(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         "gradients": sum(size(p.grad) for p in model.parameters()),
         "optimizer": sum(map(size, state)),
     }
+
+
+def updates(size: int) -> dict[str, dict[str, int]]:
+    """Bytes that an update sends with our own optimizers and divisions."""
+    machine = Machine(torch.device("cpu"), "float32", "", World(dist.get_rank(), size, on_node=size))
+    divisions = {"ddp": Division(), "fsdp": Division("fsdp", size)}
+    if size == 4:
+        divisions["hsdp"] = Division("hsdp", 2)
+    idx = torch.randint(0, SHAPE.vocab_size, (1, SHAPE.block_size))
+    found: dict[str, dict[str, int]] = {"adamw": {}, "muon": {}}
+    for rule, sent in found.items():
+        for mode, division in divisions.items():
+            model = GPT(SHAPE)
+            layout = parallel.lay_out(model, machine, division)
+            about = (model.named_parameters(), model.fused_rows(), torch.float32, layout)
+            optimizer = optim.build(OptimConfig(rule), *about)
+            for _ in range(2):
+                model(idx, idx)[1].backward()
+                dist.barrier()
+                before = written()
+                optimizer.step()
+                sent[mode] = written() - before
+                optimizer.zero_grad()
+    return found
 
 
 def main(out: Path) -> None:
@@ -81,7 +110,8 @@ def main(out: Path) -> None:
             optimizer.step()
             found[mode] = {"sent": sent, **held(model, optimizer)}
             optimizer.zero_grad()
-    out.with_suffix(f".{rank}").write_text(json.dumps(found), encoding="utf-8")
+    everything = {"torch": found, **updates(size)}
+    out.with_suffix(f".{rank}").write_text(json.dumps(everything), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # FSDP's threads take a second to end

@@ -49,24 +49,40 @@ def counted(request, tmp_path_factory):
 def test_bytes_on_the_wire_are_those_of_real_runs(counted):
     """Within 2 %, on each process; the rest are gloo's headers."""
     size, found = counted
-    for mode in found[0]:
+    for mode in found[0]["torch"]:
         world = World(size, 2 if mode == "hsdp" else size)
-        foretold = wire.calls(SHAPE, mode, world, gather_bytes=4, sharded_state=False)
+        foretold = wire.calls(SHAPE, ADAMW, mode, world, number_bytes=4, sharded_state=False)
         as_gloo = [replace(c, kind="all_reduce") if c.kind == "reduce_scatter" else c for c in foretold]
         sent = wire.wire_bytes(as_gloo, MICRO_BATCHES)
-        assert [one[mode]["sent"] for one in found] == pytest.approx([sent] * size, rel=0.02), mode
+        assert [one["torch"][mode]["sent"] for one in found] == pytest.approx([sent] * size, rel=0.02), mode
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_bytes_of_updates_are_those_of_real_runs(counted, rule):
+    """Within 2 %, of our optimizers: what each process sends after the gradients are averaged."""
+    size, found = counted
+    for mode in found[0][rule]:
+        world, rules = World(size, 2 if mode == "hsdp" else size), OptimConfig(rule)
+        sent = [one[rule][mode] for one in found]
+        foretold = wire.calls(SHAPE, rules, mode, world, number_bytes=4, sharded_state=True)
+        after = [call for call in foretold if call.when == "update"]
+        assert max(sent) == pytest.approx(wire.wire_bytes(after, 1), rel=0.02), mode
+        if rule == "muon" and mode != "ddp":
+            each = wire.sent_by_muon(SHAPE, world.shards(mode), number_bytes=4)
+            assert sent == pytest.approx(each * (size // len(each)), rel=0.02), mode
+    assert set(found[0][rule]) == {"ddp", "fsdp"} | ({"hsdp"} if size == 4 else set())
 
 
 def test_sharded_memory_is_that_of_real_runs(counted):
     """Within 5 %, of the process that has the most."""
     size, found = counted
-    for mode in found[0]:
+    for mode in found[0]["torch"]:
         world = World(size, 2 if mode == "hsdp" else size)
         need = scaling.memory(
             SHAPE, ADAMW, mode, world, [2] * MICRO_BATCHES, sharded_state=False, number_bytes=4
         )
         for kind in ("weights", "gradients", "optimizer"):
-            most = max(one[mode][kind] for one in found)
+            most = max(one["torch"][mode][kind] for one in found)
             assert most == pytest.approx(getattr(need, kind), rel=0.05), (mode, kind)
 
 
@@ -103,7 +119,8 @@ def test_an_easy_step_by_hand():
     assert step.compute_s == pytest.approx(64 * 1024 * per_token / (989e12 * 0.4))
     assert step.wire == pytest.approx(1.75 * 4 * P + 0.875 * 4 * P)
     buckets = -(-4 * P // (25 << 20))
-    last, gather = 1.75 * 4 * P / buckets / 360e9, 0.875 * 4 * P / 360e9
+    turns = -(-P // (1 << 26))  # numbers that are gathered at a time, each time through seven hops
+    last, gather = 1.75 * 4 * P / buckets / 360e9, 0.875 * 4 * P / 360e9 + turns * (10 + 7 * 1.9) * 1e-6
     assert step.exposed_s == pytest.approx(last + gather, rel=0.05)
     assert step.update_s == pytest.approx(4 * (3 * P + 7 * P / 8) / (0.8 * 3.35e12), rel=0.01)
 
@@ -138,6 +155,19 @@ def test_what_fsdp_saves_and_costs():
     assert plain and plain.memory.optimizer == 64 * ddp.memory.optimizer and plain.wire < ddp.wire
     one_node = [scaling.predict(shape, ADAMW, mode, 8, SETTING) for mode in ("fsdp", "hsdp")]
     assert one_node[0].seconds == one_node[1].seconds
+
+
+def test_what_muon_sends_under_fsdp():
+    """A gradient to each matrix's owner and an update back: 4 and 2 bytes a number, all of them but those
+    that a GPU keeps; and no GPU has much more to do than others."""
+    shape, muon = GPT2_SIZES["gpt2"], OptimConfig("muon")
+    matrices = estimate.parameters(shape).matrices
+    for parts in (2, 8, 64):
+        sent = wire.sent_by_muon(shape, parts, number_bytes=2)
+        assert sum(sent) == pytest.approx(6 * matrices * (parts - 1) / parts, rel=0.02)
+        step, plain = (scaling.predict(shape, rules, "fsdp", parts, SETTING) for rules in (muon, ADAMW))
+        assert step and plain and step.wire - plain.wire == max(sent)
+        assert step.exposed_s > plain.exposed_s
 
 
 def test_when_a_network_feeds_a_model():
