@@ -1,26 +1,31 @@
 """All that is to be measured on a GPU, against nanoGPT, in one call of at most eight minutes without a net.
 
     python -m benchmarks.gpu path/to/nanoGPT --out=DIR
-    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=chip,train124          # longer blocks
-    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=chip,mini_owt --tokens=FILE.bin
-    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=chip,options,profile   # ours alone
+    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=mini_owt --tokens=FILE.bin
+    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=train124               # longer blocks
+    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=options                # ours alone
+    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=all --minutes=22
     python -m benchmarks.gpu path/to/nanoGPT --out=DIR --device=cpu --tiny=True       # tries the script
 
 Both programs run as they are and take turns on the chip (A B A B); where the loss does not matter the tokens
 are random. Each part is a process with a time limit: what fails or is too slow is written down, and the next
-one begins. DIR/results.json and DIR/table.md are complete after each part. The part shakespeare needs the
+one begins. DIR/results.json and DIR/table.md are up to date a few seconds after each figure, DIR/logs holds
+what the programs said, and a later call adds its parts to those that DIR has. The part shakespeare needs the
 checkout's data/shakespeare_char prepared; mini_owt needs a file of GPT-2 tokens, uint16, of at most 40 MB, or
 the checkout's data/mini_owt. Needs torch 2.11 or later.
 """
 
+import datetime
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +37,7 @@ from nanogpt.config import ROOT, Positive, Rate, read
 from nanogpt.errors import UserError, run_program
 
 LARGEST_TOKENS = 40 << 20  # bytes: what may have to be carried to the machine
+LOOKS_S = 5.0  # how often what a part has found so far is written
 
 
 class Part(NamedTuple):
@@ -39,52 +45,78 @@ class Part(NamedTuple):
     usual: bool = True  # is among the parts if none are named
 
 
+# In this order: what is done early leaves its time to those that take all they get.
 PARTS = {
-    "chip": Part(25),
-    "train124": Part(110),
-    "train350": Part(100),
-    "compile": Part(60),
-    "shakespeare": Part(100),
-    "decode": Part(40),
+    "chip": Part(35),
     "checkpoint": Part(25),
-    "fp8": Part(20),
+    "decode": Part(45),
+    "train124": Part(105),
+    "compile": Part(60),
+    "shakespeare": Part(120),
+    "train350": Part(90),
     "mini_owt": Part(300, usual=False),
-    "options": Part(300, usual=False),
+    "options": Part(400, usual=False),
     "profile": Part(120, usual=False),
 }
 
 
-class Goal(NamedTuple):
+class Row(NamedTuple):
+    """A row of the table of goals."""
+
+    figures: tuple[str, ...]  # what it shows, one after the other
     public: str  # what is published of nanoGPT
     least: str
     aim: str
 
 
-GOALS = {
-    "124M, tokens/s": Goal(
-        "380K on an H100; the best simple script 490K", "1.4 times, 550K", "1.7 times, 650K"
+ROWS = {
+    "124M GPT-2 preset, tokens/s": Row(
+        ("124M, tokens/s",),
+        "380K on an H100; the best simple script 490K on an H200",
+        "1.4 times nanoGPT, 550K",
+        "1.7 times, 650K",
     ),
-    "350M, tokens/s": Goal("189K (llm.c, H100)", "1.3 times, 210K", "250K"),
-    "shakespeare_char, s to 1.4697": Goal("77 s of loop", "12 s, 7 times", "6.5 s"),
-    "shakespeare_char, lowest loss": Goal("1.4697", "1.45", "1.43"),
-    "124M compiled, s to the first step, cold": Goal("about 60 s", "15 s", ""),
-    "124M compiled, s to the first step, warm": Goal("", "7 s", "5 s"),
-    "mini_owt, steps to nanoGPT's loss": Goal("1", "1.5 times fewer", "2.5 times fewer"),
-    "decode 124M, batch 1, tokens/s": Goal("about 450", "3,300", "6,000"),
-    "decode 124M, batch 64, tokens/s": Goal("", "80K", "120K"),
-    "default sample job, s": Goal("serial", "30 times", "80 times"),
-    "checkpoint stall 124M, s": Goal("blocking torch.save", "0.1 of it", "0.02 of it"),
+    "350M, tokens/s": Row(("350M, tokens/s",), "189K (llm.c, H100)", "1.3 times, 210K", "250K"),
+    "shakespeare_char, process start to validation loss 1.4697 (exact pass), s": Row(
+        ("shakespeare_char, s to 1.4697",), "77 s of loop", "12 s, 7 times", "6.5 s"
+    ),
+    "lowest validation loss of that preset": Row(
+        ("shakespeare_char, lowest loss",), "1.4697 (1.4638 to 1.4655 elsewhere)", "1.45", "1.43"
+    ),
+    "first optimizer step of the compiled 124M, cold / warm cache, s": Row(
+        ("124M compiled, s to the first step, cold", "124M compiled, s to the first step, warm"),
+        "about 60 s",
+        "15 s / 7 s",
+        "5 s warm",
+    ),
+    "steps to nanoGPT's loss after 30M tokens of mini_owt, 124M, equal batch": Row(
+        ("mini_owt, steps to nanoGPT's loss",), "1", "1.5 times fewer", "2.5 times fewer"
+    ),
+    "decode 124M, batch 1 / 64, tokens/s": Row(
+        ("decode 124M, batch 1, tokens/s", "decode 124M, batch 64, tokens/s"),
+        "about 450 / -",
+        "3,300 / 80K",
+        "6,000 / 120K",
+    ),
+    "default sample job, 10 x 500 tokens, s": Row(
+        ("default sample job, s",), "serial", "30 times", "80 times"
+    ),
+    "checkpoint stall, 124M, s": Row(
+        ("checkpoint stall 124M, s",), "blocking torch.save", "0.1 of it", "0.02"
+    ),
 }
+HEADER = ["", "nanoGPT, published", "nanoGPT, here", "ours, here", "times better", "at least", "aim"]
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = "out-gpu"  # the folder for results.json, table.md and what the parts wrote
-    parts: str = ",".join(name for name, part in PARTS.items() if part.usual)  # which, in this order
+    parts: str = ",".join(name for name, part in PARTS.items() if part.usual)  # which, in this order; or all
     minutes: Rate = 8.0  # all parts together, at most
     tokens: str = ""  # a file of GPT-2 tokens for mini_owt; empty: the checkout's data/mini_owt
     their_batch: Positive = 12  # nanoGPT's micro-batch in train124 and train350; 12 is its preset's
     options: str = ""  # more options for our train.py in the parts that train, separated by spaces
+    compile: bool = True  # False: neither side, on a machine without a working compiler
     device: str = "cuda"  # cpu: with --tiny=True, to try the script
     tiny: bool = False  # sizes that run anywhere; the figures mean nothing
 
@@ -93,7 +125,7 @@ def main(config: Config, arguments: list[str]) -> None:
     """Run the parts, write and print. Raises UserError for what cannot begin."""
     if len(arguments) != 1 or not (Path(arguments[0]) / "train.py").is_file():
         raise UserError("name one checkout of nanoGPT: python -m benchmarks.gpu path/to/nanoGPT --out=DIR")
-    asked = [name for name in config.parts.split(",") if name]
+    asked = list(PARTS) if config.parts == "all" else [name for name in config.parts.split(",") if name]
     if unknown := [name for name in asked if name not in PARTS]:
         raise UserError(f"--parts={config.parts}: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if config.tokens and not Path(config.tokens).is_file():
@@ -105,35 +137,70 @@ def main(config: Config, arguments: list[str]) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this torch sees no CUDA GPU; --device=cpu --tiny=True tries the script without one")
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    results = begin(config)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    results: dict[str, Any] = {
-        "command": ["python", "-m", "benchmarks.gpu", *sys.argv[1:]],
-        "machine": table.machine(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "tiny": config.tiny,
-        "parts": {},
-    }
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # of compiled code: cold at first
         for number, name in enumerate(asked):
             left = config.minutes * 60 - (time.monotonic() - started)
             seconds = limits(asked[number:], left)[name]
-            results["parts"][name] = run_part(name, config, arguments[0], seconds, cache)
-            write(out, results)
-            print(summary(name, results["parts"][name]), flush=True)
-    print(f"\n{report(results)}\nwritten: {out / 'results.json'}, {out / 'table.md'}")
+            found = run_part(name, config, arguments[0], seconds, cache, partial(note, out, results, name))
+            note(out, results, name, found)
+            print(summary(name, found), flush=True)
+    print(f"\n{report(results)}\n\nwritten: {out / 'results.json'}, {out / 'table.md'}")
+
+
+def begin(config: Config) -> dict[str, Any]:
+    """The results before the first part: with those of earlier calls for the same folder; UserError if they
+    are of another machine."""
+    results: dict[str, Any] = {
+        "device": device_name(config.device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "tiny": config.tiny,
+        "machine": table.machine(),
+        "commands": [],
+        "parts": {},
+    }
+    path = Path(config.out, "results.json")
+    if path.is_file():
+        before = files.read_json(path)
+        same = ("device", "torch", "cuda", "tiny")
+        if wrong := [f"{key} {before.get(key)}" for key in same if before.get(key) != results[key]]:
+            raise UserError(f"{path} was measured with {', '.join(wrong)}; give another --out")
+        results["commands"], results["parts"] = before["commands"], before["parts"]
+    results["commands"].append(" ".join(["python -m benchmarks.gpu", *sys.argv[1:]]))
+    return results
+
+
+def device_name(device: str) -> str:
+    """Of the chip, asked without a context on it, which would take its memory for the whole call."""
+    if device != "cuda":
+        return table.processor()
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return torch.cuda.get_device_name()
+    return told.splitlines()[0] if told else torch.cuda.get_device_name()
 
 
 def limits(asked: Sequence[str], total: float) -> dict[str, float]:
-    """The seconds of each part: its share of `total`, enough to start torch, and at most six minutes."""
+    """The seconds of each part: its share of `total`, and enough to start torch."""
     factor = total / sum(PARTS[name].seconds for name in asked)
-    return {name: min(max(20.0, PARTS[name].seconds * factor), 360.0, total) for name in asked}
+    return {name: min(max(20.0, PARTS[name].seconds * factor), total) for name in asked}
 
 
-def run_part(name: str, config: Config, checkout: str, limit: float, cache: str) -> dict[str, Any]:
+def run_part(
+    name: str,
+    config: Config,
+    checkout: str,
+    limit: float,
+    cache: str,
+    look: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
     """What the part `name` found, or its error. It is a process of its own: what it breaks, on the device
-    too, ends with it."""
+    too, ends with it. `look` is shown what it has found so far, every few seconds."""
     if limit < 5:
         return {"error": "left out: no time was left", "seconds": 0.0}
     started = time.monotonic()
@@ -147,27 +214,39 @@ def run_part(name: str, config: Config, checkout: str, limit: float, cache: str)
             "budget_s": limit * 0.9,
         }
         files.write_json(Path(scratch, "about.json"), about)
-        answer, log = Path(scratch, "answer.json"), Path(scratch, "log.txt")
+        answer, log = Path(scratch, "answer.json"), Path(scratch, "part.txt")
         command = [sys.executable, "-m", "benchmarks.gpu_parts", name, f"{scratch}/about.json", str(answer)]
-        error = supervised(command, log, limit)
-        # A part writes what it has each time it has more, so that one that fails late has not failed.
-        found = files.read_json(answer) if answer.is_file() else {}
+
+        def so_far() -> dict[str, Any]:
+            # A part writes what it has each time it has more, so that one that fails late has not failed.
+            found = files.read_json(answer) if answer.is_file() else {}
+            return found | {"seconds": round(time.monotonic() - started, 1), "on": str(datetime.date.today())}
+
+        error = supervised(command, log, limit, lambda: look(so_far() | {"error": "not done yet"}))
+        found = so_far()
         if error:
             found["error"] = error
-        found["seconds"] = round(time.monotonic() - started, 1)
+        for text in Path(scratch).glob("*.txt"):
+            shutil.copy(text, Path(config.out, "logs", f"{name}-{text.name}"))
     return found
 
 
-def supervised(command: list[str], log: Path, limit: float) -> str:
+def supervised(command: list[str], log: Path, limit: float, look: Callable[[], None] = lambda: None) -> str:
     """Run `command` with its output in `log`, for `limit` seconds; returns what went wrong, "" if nothing."""
+    deadline = time.monotonic() + limit
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=os.name != "nt"
         )
         try:
-            code = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            return f"not done after {limit:.0f} s"
+            code = None
+            while code is None:
+                if (left := deadline - time.monotonic()) <= 0:
+                    return f"not done after {limit:.0f} s"
+                try:
+                    code = process.wait(timeout=min(LOOKS_S, left))
+                except subprocess.TimeoutExpired:
+                    look()
         finally:
             end(process)
     if not code:
@@ -191,42 +270,51 @@ def end(process: subprocess.Popen) -> None:
 # ----------------------------------------------------------------------------- what is written
 
 
-def write(out: Path, results: dict[str, Any]) -> None:
+def note(out: Path, results: dict[str, Any], name: str, found: dict[str, Any]) -> None:
+    """Write both files, the part `name` having found this much."""
+    results["parts"][name] = found
     files.write_json(out / "results.json", results)
     files.write_text(out / "table.md", report(results) + "\n")
 
 
 def summary(name: str, found: dict[str, Any]) -> str:
     figures = [f"{one['what']}: {shown(one['ours'])}" for one in found.get("figures", ())]
-    wrong = [f"FAILED: {found['error']}"] if "error" in found else []
+    wrong = [f"FAILED: {error}" for error in errors(found)]
     return f"{name} ({found['seconds']:.0f} s): " + "; ".join([*wrong, *figures])
+
+
+def errors(found: dict[str, Any]) -> list[str]:
+    """Of a part: what ended it, and what it could do without."""
+    return [*([found["error"]] if "error" in found else []), *found.get("errors", [])]
 
 
 def report(results: dict[str, Any]) -> str:
     """The goals beside what was measured, then the other figures, then what failed."""
-    figures = [one for part in results["parts"].values() for one in part.get("figures", ())]
-    measured = {one["what"]: one for one in figures}
+    parts = results["parts"]
+    figures = {one["what"]: one for part in parts.values() for one in part.get("figures", ())}
     rows = []
-    for what, goal in GOALS.items():
-        one = measured.get(what, {})
-        rows.append([what, goal.public, *cells(one), goal.least, goal.aim, one.get("note", "")])
-    header = ["", "nanoGPT, published", "nanoGPT, here", "ours, here", "ratio", "at least", "aim", "note"]
-    others = [[one["what"], *cells(one), one["note"]] for one in figures if one["what"] not in GOALS]
-    failed = [
-        f"- {name}: {error}"
-        for name, part in results["parts"].items()
-        for error in [*([part["error"]] if "error" in part else []), *part.get("errors", [])]
+    for what, row in ROWS.items():
+        shares = [cells(figures.get(name, {})) for name in row.figures]
+        rows.append([what, row.public, *map(joined, zip(*shares, strict=True)), row.least, row.aim])
+    notes = [
+        f"- {name}: {figures[name]['note']}"
+        for row in ROWS.values()
+        for name in row.figures
+        if figures.get(name, {}).get("note")
     ]
-    chip = results["parts"].get("chip", {}).get("device", "device not asked")
+    in_rows = {name for row in ROWS.values() for name in row.figures}
+    others = [[what, *cells(one), one["note"]] for what, one in figures.items() if what not in in_rows]
+    failed = [f"- {name}: {error}" for name, part in parts.items() for error in errors(part)]
     lines = [
-        f"{chip}; {results['machine']}; CUDA {results['cuda']}",
-        "`" + " ".join(results["command"]) + "`",
+        f"{results['device']}; {results['machine']}; CUDA {results['cuda']}",
+        *[f"`{command}`" for command in results["commands"]],
         *(["", "**Tiny sizes: these figures mean nothing.**"] if results["tiny"] else []),
         "",
-        table.markdown(header, rows),
+        table.markdown(HEADER, rows),
+        *(["", *notes] if notes else []),
     ]
     if others:
-        lines += ["", table.markdown(["also measured", "nanoGPT", "ours", "ratio", "note"], others)]
+        lines += ["", table.markdown(["also measured", "nanoGPT", "ours", "times better", "note"], others)]
     if failed:
         lines += ["", "Failed or left out:", "", *failed]
     return "\n".join(lines)
@@ -235,8 +323,13 @@ def report(results: dict[str, Any]) -> str:
 def cells(one: dict[str, Any]) -> list[str]:
     """Theirs, ours, and how many times better ours is."""
     ratio = one.get("ratio")
-    ours = shown(one.get("ours")) if one else "not measured"
-    return [shown(one.get("theirs")), ours, f"{ratio:.2f}" if ratio else ""]
+    both = [shown(one.get(side)) if one else "not measured" for side in ("theirs", "ours")]
+    return [*both, f"{ratio:.2f}" if ratio else ""]
+
+
+def joined(values: Sequence[str]) -> str:
+    """One cell for figures that share a row."""
+    return values[0] if len(set(values)) == 1 else " / ".join(value or "-" for value in values)
 
 
 def shown(value: Any) -> str:

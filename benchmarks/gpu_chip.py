@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py that need no train.py: the chip, decoding, saving, FP8, options."""
+"""The parts of benchmarks/gpu.py that need no train.py: the chip, decoding, saving, options."""
 
 import gc
 import subprocess
@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from benchmarks import gpu_fp8
 from benchmarks.decode import theirs as nanogpt_model
 from benchmarks.gpu_sides import Failed, Setup, environment, figure
-from nanogpt import checkpoint, optim
+from nanogpt import optim
 from nanogpt.config import ROOT
 from nanogpt.generate import Decoder, Text
 from nanogpt.graphs import GraphDecoder
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.quantize import cast
 from nanogpt.sampling import SamplingOptions
+from nanogpt.writer import Writer
 
 SAMPLING = SamplingOptions(temperature=0.8, top_k=200)
 SMALL = GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=2, n_embd=32)
@@ -50,23 +51,29 @@ def median_s(setup: Setup, work: Callable[[], object], seconds: float) -> float:
 
 
 def chip(setup: Setup) -> dict[str, Any]:
-    """The rate of a large bf16 product, and of copying: what all other figures are shares of."""
+    """The rate of a large bf16 product, and of copying: what all other figures are shares of. Then whether
+    products in float8 would be faster."""
     side, count = (256, 1 << 20) if setup.tiny else (8192, 1 << 30)
-    seconds = 0.1 if setup.tiny else min(2.0, setup.left / 6)
+    seconds = 0.1 if setup.tiny else min(2.0, setup.left / 8)
     device, dtype = setup.device, torch.bfloat16 if setup.device == "cuda" else torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     rate = 2 * side**3 / median_s(setup, lambda: torch.mm(a, b), seconds)
     source = torch.ones(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     speed = 2 * source.nbytes / median_s(setup, lambda: target.copy_(source), seconds)
-    name = torch.cuda.get_device_name() if setup.device == "cuda" else "CPU"
-    return {
-        "device": name,
+    found: dict[str, Any] = {
         "figures": [
             figure(f"product {side}^3 in {str(dtype)[6:]}, TFLOP/s", rate / 1e12),
             figure("copy, GB/s (read and written)", speed / 1e9),
         ],
+        "errors": [],
     }
+    setup.write(found)
+    try:
+        gpu_fp8.measure(setup, found, lambda work: median_s(setup, work, seconds / 5))
+    except RuntimeError as error:  # of a kernel that this torch does not have for this chip
+        found["errors"].append(f"FP8: {error}"[:300])
+    return found
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -166,7 +173,8 @@ def our_job(decoder: Decoder, count: int) -> None:
 
 
 def stall(setup: Setup) -> dict[str, Any]:
-    """How long training stands still for a checkpoint of 124M with its AdamW state, both sides in turn."""
+    """How long training stands still for a checkpoint of 124M with its AdamW state, all sides in turn: ours
+    as it is saved by default, from a copy while training goes on, and at once."""
     shape = SMALL if setup.tiny else GPT2_SIZES["gpt2"]
     ours = GPT(shape).to(setup.device)
     rules = optim.build(optim.OptimConfig(), ours.named_parameters())
@@ -177,65 +185,39 @@ def stall(setup: Setup) -> dict[str, Any]:
     adam.step()
     folder = Path(setup.scratch, "checkpoints")
     folder.mkdir()
-    state = {"iter_num": 0, "val_loss": None}
-    took: dict[str, list[float]] = {"ours": [], "theirs": []}
-    while len(took["ours"]) < 2 or (setup.left > 3 * took["ours"][-1] and len(took["ours"]) < 6):
-        state["iter_num"] += 1
+    writers = {"ours": Writer(), "ours at once": Writer(background=False)}
+    took: dict[str, list[float]] = {"theirs": [], **{name: [] for name in writers}}
+    complete: list[float] = []
+    found: dict[str, Any] = {"figures": [], "seconds_of": took, "seconds_until_complete": complete}
+    begun, rounds = time.monotonic(), 0
+    while rounds < 2 or (rounds < 6 and setup.left > 1.5 * (time.monotonic() - begun) / rounds):
+        rounds += 1
         saved = {"model": theirs.state_dict(), "optimizer": adam.state_dict()}
         took["theirs"].append(timed(setup, lambda saved=saved: torch.save(saved, folder / "ckpt.pt")))
-        took["ours"].append(timed(setup, lambda: checkpoint.save(folder, ours, rules.state(), dict(state))))
-    middle = {name: float(np.median(times)) for name, times in took.items()}
-    note = "ours writes, reads back for the SHA-256, and flushes; nanoGPT's is not flushed"
-    what = "checkpoint stall 124M, s"
-    return {
-        "figures": [figure(what, middle["ours"], middle["theirs"], note=note, lower_is_better=True)],
-        "seconds_of": took,
-    }
-
-
-# ----------------------------------------------------------------------------- FP8
-
-
-def fp8(setup: Setup) -> dict[str, Any]:
-    """Products of a training step in float8 (torch._scaled_mm, a scale a tensor), with the rounding of both
-    sides, against bfloat16. Nothing of the trainer uses it: it is to be built only if this says so."""
-    rows = 64 if setup.tiny else 16_384
-    shapes = {
-        "head 124M": (768, 50_304),
-        "MLP 124M": (768, 3072),
-        "MLP 350M": (1024, 4096),
-        "4096": (4096, 4096),
-    }
-    if setup.tiny:
-        shapes = {"tiny": (32, 64)}
-    seconds = min(0.5, setup.left / 4 / len(shapes))
-    found: dict[str, Any] = {"figures": []}
-    for name, (inner, outer) in shapes.items():
-        x = torch.randn(rows, inner, device=setup.device, dtype=torch.bfloat16)
-        weight = torch.randn(outer, inner, device=setup.device, dtype=torch.bfloat16) * 0.02
-        ready = [*rounded(x), *rounded(weight)]
-        plain = median_s(setup, lambda x=x, weight=weight: x @ weight.mT, seconds)
-        whole = median_s(setup, lambda x=x, weight=weight: multiplied(*rounded(x), *rounded(weight)), seconds)
-        alone = median_s(setup, lambda ready=ready: multiplied(*ready), seconds)
-        exact = (x @ weight.mT).float()
-        off = float((multiplied(*ready).float() - exact).norm() / exact.norm())
-        note = f"TFLOP/s, bf16 first; without the rounding {plain / alone:.2f} times; off by {off:.1%}"
-        work = 2 * rows * inner * outer / 1e12
-        found["figures"].append(figure(f"FP8, {name}", work / whole, work / plain, note=note))
+        for name, writer in writers.items():
+            about, out, at = {"iter_num": rounds, "val_loss": None}, folder / name, time.monotonic()
+            given = (out, ours, rules.state(), about)
+            took[name].append(timed(setup, lambda writer=writer, given=given: writer.save(*given)))
+            writer.wait()
+            if name == "ours":
+                complete.append(time.monotonic() - at)
+        found["figures"] = stall_figures(took, complete)
         setup.write(found)
     return found
 
 
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x in float8, and the scale by which it is to be multiplied."""
-    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (x / scale).to(torch.float8_e4m3fn), scale
-
-
-def multiplied(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return torch._scaled_mm(
-        x, weight.mT, scale_a=x_scale, scale_b=weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+def stall_figures(took: dict[str, list[float]], complete: list[float]) -> list[dict[str, Any]]:
+    """By the medians of all saves but the first, for which ours gets its pinned memory."""
+    middle = {name: float(np.median(times[1:] or times)) for name, times in took.items()}
+    note = (
+        f"the copy; the first one, with its pinned memory, {took['ours'][0]:.3g}; complete, read back and "
+        f"flushed after {np.median(complete):.3g}; nanoGPT's is not flushed"
     )
+    whats = {"ours": "checkpoint stall 124M, s", "ours at once": "--background_save=False, s"}
+    return [
+        figure(what, middle[name], middle["theirs"], note=note * (name == "ours"), lower_is_better=True)
+        for name, what in whats.items()
+    ]
 
 
 # ----------------------------------------------------------------------------- options of ours
@@ -255,6 +237,7 @@ TRIED = {
     "--compile=blocks": "--compile=blocks",
     "--compile=False": "--compile=False",
     "--cuda_graph": "--cuda_graph=True --compile=False",
+    "four at once": "--casting=weights --attention=cudnn --prefetch=True --hold_gc=True",
     "as it is, again": "",
 }
 
@@ -289,12 +272,12 @@ def bench(setup: Setup, preset: str, options: str, log: Path) -> str:
 def options(setup: Setup) -> dict[str, Any]:
     """Each option for speed by itself, on GPT-2 (124M) and on the character model: one after the other, what
     they are compared with first and last."""
-    presets = {
-        "124M": ("config/train_gpt2.py", "--batch_size=48 --gradient_accumulation_steps=1 --steps=30"),
+    presets = {  # the quick one first
         "shakespeare_char": (
             "config/train_shakespeare_char.py",
             "--vocab_size=65 --steps=200 --compile=False",
         ),
+        "124M": ("config/train_gpt2.py", "--batch_size=48 --gradient_accumulation_steps=1 --steps=30"),
     }
     found: dict[str, Any] = {"figures": [], "errors": []}
     for size, (preset, sizes) in presets.items():
@@ -309,6 +292,7 @@ def options(setup: Setup) -> dict[str, Any]:
                 speed = float(line.split()[1].replace(",", ""))
             except (Failed, subprocess.TimeoutExpired) as error:
                 found["errors"].append(f"{size}, {name}: {error}"[:300])
+                setup.write(found)
                 continue
             first = first or speed
             note = "the first column is ours without the option"

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanogpt.config import ROOT
 
 HERE = Path(__file__).parent
+LONGEST_BLOCK_S = 15.0  # of iterations of one side, before it is the other's turn
 
 
 class Failed(RuntimeError):
@@ -113,6 +117,11 @@ class Lines:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else "it said nothing"
 
+    def said(self, *beginnings: str) -> list[str]:
+        """The lines of `log` that begin so."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line for line in lines if line.startswith(beginnings)]
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -123,7 +132,7 @@ class Side(Lines):
 
     def __init__(self, name: str, program: Path, options: list[str], env: dict[str, str], scratch: str):
         command = [sys.executable, str(HERE / "iterations.py"), str(program), *options]
-        super().__init__(command, program.parent, env, Path(scratch, f"{name}.txt"))
+        super().__init__(command, program.parent, env | {"ITERATIONS_LOG": "1"}, Path(scratch, f"{name}.txt"))
 
     def run(self, iterations: int, limit: float) -> list[float]:
         """The seconds of each of the next `iterations`."""
@@ -151,20 +160,26 @@ def started(sides: dict[str, Side], setup: Setup, settle: int) -> dict[str, tupl
     return found
 
 
+Blocks = dict[str, list[list[float]]]  # of each side the seconds of each iteration, block by block
+
+
 def in_turn(
-    sides: dict[str, Side], setup: Setup, blocks: int, speed: dict[str, float]
-) -> dict[str, list[list[float]]]:
-    """The seconds of the iterations of each side, `blocks` of each in turn, for the time that is left; each
-    then has the chip for itself. `speed`: of an iteration, roughly."""
-    took: dict[str, list[list[float]]] = {name: [] for name in sides}
-    each = max(0.0, setup.left) / (blocks * len(sides))
-    if setup.tiny:
-        each = min(each, 0.5)
-    for _ in range(blocks):
+    sides: dict[str, Side], setup: Setup, speed: dict[str, float], write: Callable[[Blocks], None]
+) -> Blocks:
+    """The seconds of the iterations of each side, in blocks that take turns (A B A B ...) for the time that
+    is left; each then has the chip for itself. `speed`: of an iteration, roughly. `write` is shown what there
+    is after each round."""
+    took: Blocks = {name: [] for name in sides}
+    whole = 1.0 if setup.tiny else max(0.0, setup.left)
+    each, begun, rounds = min(0.85 * whole / 2 / len(sides), LONGEST_BLOCK_S), time.monotonic(), 0
+    while not rounds or setup.left > (time.monotonic() - begun) / rounds:
+        if rounds == 2 and setup.tiny:
+            break
         for name, side in sides.items():
-            count = max(2, int(each / speed[name]))
-            if setup.left < 2 * speed[name] and took[name]:
-                break
+            count = max(2, int(each / speed[name]) - 1)
             # The first one after a pause is not counted.
-            took[name].append(side.run(1 + count, setup.left + 2 * each + 30)[1:])
+            took[name].append(side.run(1 + count, setup.left + setup.budget_s)[1:])
+            speed[name] = float(np.median(took[name][-1]))
+        rounds += 1
+        write(took)
     return took

@@ -5,12 +5,14 @@
 The program runs in its own folder. Its standard output is watched for the lines `iter N:`
 that both nanoGPT's and our train.py print at the end of each iteration; between two of them lies one
 whole iteration, whatever it does. A line with a number n on standard input runs n iterations, and
-prints their seconds as a JSON list; at the end of the input the program is stopped. Needs nothing
-but Python, so neither side's memory or threads are disturbed.
+prints their seconds as a JSON list; at the end of the input the program is stopped. With ITERATIONS_LOG=1
+in the environment what else the program says goes to standard error. Needs nothing but Python, so
+neither side's memory or threads are disturbed.
 """
 
 import io
 import json
+import os
 import runpy
 import sys
 import time
@@ -25,6 +27,7 @@ class Watcher(io.TextIOBase):
         self.took_s: list[float] = []
         self.wanted = 0
         self.started = 0.0
+        self.rest = sys.stderr if os.environ.get("ITERATIONS_LOG") else None
 
     def write(self, text: str) -> int:
         if text.startswith("iter "):
@@ -33,6 +36,8 @@ class Watcher(io.TextIOBase):
             if len(self.took_s) >= self.wanted:
                 self.next_block()
             self.started = time.perf_counter()
+        elif self.rest and text.strip():
+            print(text.strip(), file=self.rest)
         return len(text)
 
     def next_block(self) -> None:

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_fp8
+from nanogpt.config import ROOT
 from nanogpt.errors import UserError
 
 # Prints what nanoGPT's train.py prints, and needs nothing but Python.
@@ -38,10 +40,13 @@ def test_one_call_measures_and_survives_a_part_that_fails(checkout, tmp_path, ca
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     parts = results["parts"]
     assert "is not prepared" in parts["shakespeare"]["error"] and "figures" not in parts["shakespeare"]
-    rate, copied = parts["chip"]["figures"]
+    rate, copied, float8 = parts["chip"]["figures"]
     assert rate["ours"] > 0 and copied["ours"] > 0 and "error" not in parts["chip"]
+    assert float8["ours"] == "not measured: cpu is no GPU with float8 products"
     speed, first = parts["train124"]["figures"]
-    assert 0 < first["theirs"] < 30 and first["what"] == "124M compiled, s to the first step, cold"
+    assert 0 < first["theirs"] < 40 and first["what"] == "124M compiled, s to the first step, cold"
+    (machine,) = parts["train124"]["said"]["ours"]
+    assert machine.startswith("machine: ")
     assert "error" not in parts["train124"] and speed["what"] == "124M, tokens/s"
     # A batch of 8 windows of 32 tokens every 10 ms and a little more.
     assert 8 * 32 / 0.2 < speed["theirs"] < 8 * 32 / 0.01
@@ -49,10 +54,39 @@ def test_one_call_measures_and_survives_a_part_that_fails(checkout, tmp_path, ca
     assert {len(blocks) for blocks in parts["train124"]["seconds_of"].values()} == {2}
     page = (out / "table.md").read_text(encoding="utf-8")
     assert page in capsys.readouterr().out
-    assert (
-        "Tiny sizes: these figures mean nothing" in page and "| 1.4 times, 550K | 1.7 times, 650K |" in page
-    )
-    assert page.count("not measured") == len(gpu.GOALS) - 2 and "- shakespeare: " in page
+    assert "Tiny sizes: these figures mean nothing" in page and "- shakespeare: " in page
+    rows = [line for line in page.splitlines() if line.startswith(tuple(f"| {what} |" for what in gpu.ROWS))]
+    assert len(rows) == len(gpu.ROWS) == 9
+    assert sum("| not measured | not measured |" in row for row in rows) == 7  # of 124M the speed is, and
+    assert f"| {first['theirs']:.4g} / not measured |" in page  # the cold start, not the warm one
+    assert {path.name for path in (out / "logs").iterdir()} >= {"train124-ours.txt", "chip-part.txt"}
+
+
+def test_a_later_call_adds_its_parts_to_those_of_the_same_machine(checkout, tmp_path, monkeypatch):
+    """And what a part has found so far is in the files while it runs."""
+    seen = []
+
+    def run_part(name, config, checkout, limit, cache, look):
+        figures = [{"what": "350M, tokens/s", "ours": 3.0, "theirs": 2.0, "ratio": 1.5, "note": ""}]
+        if name == "train350":
+            look({"figures": figures, "error": "not done yet", "seconds": 1.0})
+            seen.append((out / "table.md").read_text(encoding="utf-8"))
+            return {"figures": figures, "seconds": 2.0}
+        return {"error": "broken", "seconds": 1.0}
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    for parts in ("train350", "decode"):
+        gpu.main(gpu.Config(out=str(out), device="cpu", tiny=True, parts=parts), [str(checkout)])
+    row = "| 350M, tokens/s | 189K (llm.c, H100) | 2 | 3 | 1.50 |"
+    assert row in seen[0] and "- train350: not done yet" in seen[0]
+    page = (out / "table.md").read_text(encoding="utf-8")
+    assert row in page and "- decode: broken" in page and "train350:" not in page
+    saved = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert list(saved["parts"]) == ["train350", "decode"] and len(saved["commands"]) == 2
+    (out / "results.json").write_text(json.dumps(saved | {"torch": "1.0"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"was measured with torch 1\.0; give another --out"):
+        gpu.main(gpu.Config(out=str(out), device="cpu", tiny=True, parts="chip"), [str(checkout)])
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path):
@@ -74,23 +108,41 @@ def test_what_went_wrong_is_one_line(tmp_path):
     )
 
 
-def test_every_goal_has_a_row_whatever_was_measured():
-    found = {"what": "checkpoint stall 124M, s", "ours": 0.5, "theirs": 1.5, "ratio": 3.0, "note": "n"}
-    results = {"parts": {"checkpoint": {"figures": [found]}}, "machine": "m", "cuda": None, "tiny": False}
-    page = gpu.report(results | {"command": ["c"]})
-    rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + len(gpu.GOALS)
-    line = (
-        "| checkpoint stall 124M, s | blocking torch.save | 1.5 | 0.5 | 3.00 | 0.1 of it | 0.02 of it | n |"
-    )
-    assert line in rows
+def test_what_runs_is_looked_at_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LOOKS_S", 0.2)
+    looks = []
+    code = "import time; time.sleep(1)"
+    said = gpu.supervised([sys.executable, "-c", code], tmp_path / "log", 20, lambda: looks.append(1))
+    assert said == "" and len(looks) >= 3
 
 
-def test_no_part_takes_the_time_of_all():
-    everything = gpu.limits([name for name, part in gpu.PARTS.items() if part.usual], 480)
+def test_the_documents_table_is_the_programs():
+    """docs/results.md has the rows, the published figures and the goals of table.md."""
+    expected = [[what, row.public, row.least, row.aim] for what, row in gpu.ROWS.items()]
+    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    begin = lines.index("| " + " | ".join(gpu.HEADER) + " |") + 2
+    rows = [line.strip("| ").split(" | ") for line in lines[begin : begin + len(gpu.ROWS)]]
+    assert [[row[0], row[1], row[-2], row[-1]] for row in rows] == expected
+
+
+def test_the_time_of_all_parts_is_shared_out():
+    usual = [name for name, part in gpu.PARTS.items() if part.usual]
+    everything = gpu.limits(usual, 480)
     assert sum(everything.values()) == pytest.approx(480) and min(everything.values()) >= 20
-    assert gpu.limits(["train124"], 480) == {"train124": 360.0}
+    assert gpu.limits(["train124"], 480) == {"train124": 480}
     assert gpu.limits(["chip", "train124"], 60)["chip"] == 20 and gpu.limits(["chip"], 8) == {"chip": 8}
+
+
+def test_products_in_float8_are_the_three_of_a_step():
+    """The result, and both gradients as autograd has them."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 32).bfloat16().requires_grad_()
+    weight, gradient = torch.randn(48, 32).bfloat16().requires_grad_(), torch.randn(64, 48).bfloat16()
+    exact = (x @ weight.mT, *torch.autograd.grad(x @ weight.mT, (x, weight), gradient))
+    with torch.no_grad():
+        found = gpu_fp8.products(*gpu_fp8.operands(x, weight, gradient))
+    for a, b in zip(found, exact, strict=True):
+        assert a.shape == b.shape and (a.float() - b.float()).norm() < 0.1 * b.float().norm()
 
 
 def test_what_cannot_begin_is_refused(checkout, tmp_path):
