@@ -84,5 +84,6 @@ class Writer:
         if tensor.device.type != "cuda":
             return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         if name not in self._pinned:
-            self._pinned[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            place = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            self._pinned[name] = place
         return self._pinned[name].copy_(tensor.detach(), non_blocking=True)

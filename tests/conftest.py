@@ -16,6 +16,7 @@ from torch.utils._device import _device_constructors
 import train
 from nanogpt import tokenizer
 from nanogpt.errors import UserError
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.prepare import encode, sources
 from nanogpt.prepare.text import Texts
 
@@ -29,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
 
 # What computes: with another device these files run on it, and no others.
 ON_DEVICE = {"test_model", "test_loss", "test_optim", "test_steps", "test_kernels", "test_generate"}
-ON_DEVICE |= {"test_graphs", "test_train", "test_gpu"}
+ON_DEVICE |= {"test_graphs", "test_train", "test_writer", "test_gpu"}
 
 
 def pytest_addoption(parser):
@@ -59,8 +60,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 class OnDevice(TorchFunctionMode):
-    """Makes tensors on `device` where none is named, but for random ones from a generator, which are the
-    CPU's: torch.set_default_device without that exception."""
+    """Makes tensors on `device` where none is named: torch.set_default_device, but for random ones from a
+    generator, which are the CPU's, and for what safetensors reads (torch.asarray), which is where it says."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -68,7 +69,8 @@ class OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func in _device_constructors() and kwargs.get("device") is None and not kwargs.get("generator"):
+        makes = func in _device_constructors() and func is not torch.asarray
+        if makes and kwargs.get("device") is None and not kwargs.get("generator"):
             kwargs["device"] = self.device
         return func(*args, **kwargs)
 
@@ -86,6 +88,14 @@ def everything_on_the_device(pytestconfig, monkeypatch):
         yield
         return
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # no TF32
+    init = GPT.__init__
+
+    def init_there(self: GPT, config: GPTConfig) -> None:
+        init(self, config)
+        if not self.wte.weight.is_meta:
+            self.position.to(device)  # tables are always worked out on the CPU
+
+    monkeypatch.setattr(GPT, "__init__", init_there)
     with OnDevice(device):
         yield
 

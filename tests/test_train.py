@@ -243,7 +243,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
 @pytest.mark.parametrize("compile", [True, "blocks"])
 def test_compile_trains_the_same_model(config, compile):
     """With a C++ compiler the losses agree to rounding; without one the run falls back and is equal."""
-    config = replace(config, max_iters=3, dropout=0.0, gradient_accumulation_steps=1)
+    changes = {"dtype": "float32", "max_iters": 3, "dropout": 0.0, "gradient_accumulation_steps": 1}
+    config = replace(config, **changes)
     train.main(replace(config, compile=False))
     plain = logged(config.out_dir)
     train.main(replace(config, compile=compile))
