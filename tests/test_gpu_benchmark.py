@@ -1,16 +1,24 @@
 """benchmarks/gpu.py with tiny sizes on the CPU, against a stand-in for a checkout of nanoGPT."""
 
+import itertools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_fp8
+import bench
+import train
+from benchmarks import gpu, gpu_chip, gpu_fp8
+from benchmarks.gpu_sides import Setup
+from nanogpt import config
 from nanogpt.config import ROOT
 from nanogpt.errors import UserError
+from nanogpt.graphs import GraphDecoder
+from tests.test_graphs import Recorder
 
 # Prints what nanoGPT's train.py prints, and needs nothing but Python.
 TRAIN = """
@@ -35,8 +43,8 @@ def checkout(tmp_path: Path) -> Path:
 def test_one_call_measures_and_survives_a_part_that_fails(checkout, tmp_path, capsys):
     """chip and train124 are measured; shakespeare cannot be, and is told so; nothing is left running."""
     out = tmp_path / "out"
-    config = gpu.Config(out=str(out), device="cpu", tiny=True, parts="chip,shakespeare,train124", minutes=1.5)
-    gpu.main(config, [str(checkout)])
+    asked = gpu.Config(out=str(out), device="cpu", tiny=True, parts="chip,shakespeare,train124", minutes=1.5)
+    gpu.main(asked, [str(checkout)])
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     parts = results["parts"]
     assert "is not prepared" in parts["shakespeare"]["error"] and "figures" not in parts["shakespeare"]
@@ -125,12 +133,49 @@ def test_the_documents_table_is_the_programs():
     assert [[row[0], row[1], row[-2], row[-1]] for row in rows] == expected
 
 
+def test_the_options_of_the_page_on_gpus_are_there_and_off():
+    """Each option in the table of docs/gpu.md is one of train.py's, with another value than its default."""
+    lines = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| change | option |")) + 2
+    rows = itertools.takewhile(lambda line: line.startswith("| "), lines[begin:])
+    given = [word for row in rows for word in row.split(" | ")[1].strip("`").split() if word.startswith("--")]
+    assert len(given) > 10
+    values = config.read(train.Config, [word.strip("`,") for word in given]).values
+    same = [name for name, value in values.items() if value == getattr(train.Config, name)]
+    assert same == ["background_save"] and len(values) > 9
+    for option in set(itertools.chain(*(line.split() for line in gpu_chip.TRIED.values()))):
+        assert config.read(bench.Config, [option]).values
+
+
 def test_the_time_of_all_parts_is_shared_out():
     usual = [name for name, part in gpu.PARTS.items() if part.usual]
     everything = gpu.limits(usual, 480)
     assert sum(everything.values()) == pytest.approx(480) and min(everything.values()) >= 20
     assert gpu.limits(["train124"], 480) == {"train124": 480}
     assert gpu.limits(["chip", "train124"], 60)["chip"] == 20 and gpu.limits(["chip"], 8) == {"chip": 8}
+
+
+def test_decoding_is_timed_with_recorded_steps_too(tmp_path, monkeypatch):
+    """With a stand-in for the recording of test_graphs.py, and one for nanoGPT's model."""
+
+    class Recorded(GraphDecoder):
+        def __init__(self, *given):
+            super().__init__(*given, record=Recorder().text)
+
+    class Theirs(torch.nn.Module):
+        def generate(self, idx, count, temperature, top_k):
+            time.sleep(0.001 * count)
+
+    monkeypatch.setattr(gpu_chip, "GraphDecoder", Recorded)
+    monkeypatch.setattr(gpu_chip, "nanogpt_model", lambda checkout, shape: Theirs())
+    about = {"device": "cpu", "tiny": True, "checkout": "", "budget_s": 60.0}
+    found = gpu_chip.decode(Setup(about, tmp_path / "answer.json", time.monotonic()))
+    assert not found["errors"]
+    *batches, job = found["figures"]
+    assert [one["what"] for one in batches] == [f"decode 124M, batch {n}, tokens/s" for n in (1, 10, 64)]
+    for one in [*batches, job]:
+        assert one["ratio"] > 0 and "Decoder " in one["note"] and "Recorded " in one["note"]
+    assert batches[0]["theirs"] == pytest.approx(1000, rel=0.3) and job["what"] == "default sample job, s"
 
 
 def test_products_in_float8_are_the_three_of_a_step():
