@@ -346,4 +346,5 @@ def command_line(argv: list[str]) -> tuple[Config, list[str]]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))  # so that the part under way ends, too
     run_program(lambda: main(*command_line(sys.argv[1:])))
