@@ -36,7 +36,7 @@ class Prefetched(TrainBatches):
 
     def _start(self) -> None:
         # Pinned memory is the current GPU's, and a thread begins with the first.
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
 
     def _read(self, step: int) -> Batches:
