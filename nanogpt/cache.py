@@ -117,7 +117,8 @@ class Chunk:
         self, cache: KVCache, slot: int, begin: int, count: int, last: Tensor, bias: Tensor | None = None
     ):
         self.cache, self.slot, self.begin, self.end, self.last = cache, slot, begin, begin + count, last
-        device, dtype = cache.keys.device, cache.keys.dtype
+        device = cache.keys.device
+        dtype = torch.float32 if device.type == "cpu" else cache.keys.dtype  # what is fast there
         at = torch.arange(begin, self.end, device=device)
         self.at: Tensor | None = at[None]
         self.bias = masked_after(at, self.end, dtype) if bias is None else bias.to(dtype)
@@ -137,9 +138,9 @@ class Chunk:
         keys[:, :, self.begin : self.end], values[:, :, self.begin : self.end] = k, v
         keys, values = keys[:, :, : self.end], values[:, :, : self.end]
         grouped = keys.shape[1] != q.shape[1]
-        return F.scaled_dot_product_attention(
-            q.to(keys.dtype), keys, values, attn_mask=self.bias, enable_gqa=grouped
-        ).to(q.dtype)
+        rows, keys, values = (part.to(self.bias.dtype) for part in (q, keys, values))
+        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=self.bias, enable_gqa=grouped)
+        return y.to(q.dtype)
 
 
 class Step:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.cache import Chunk, KVCache, Prefill, Step
-from nanogpt.decode_step import DecodeStep
+from nanogpt.decode_step import DecodeStep, kept_in
 from nanogpt.model import GPT
 from nanogpt.sampling import SamplingOptions, draw_each, penalise
 from nanogpt.stream import TextStream
@@ -99,8 +99,7 @@ class Decoder:
             n_kv_head=config.n_kv_head or config.n_head,
             head_size=config.head_size,
             n_embd=config.n_embd,
-            # One bfloat16 query on a CPU takes 670 us where a float32 one takes 91 (12 heads, 525 keys).
-            dtype=torch.float32 if table.device.type == "cpu" else table.dtype,
+            dtype=kept_in(model) if table.device.type == "cpu" else table.dtype,
             device=table.device,
         )
         self.texts: list[Text] = []  # text i is in slot i

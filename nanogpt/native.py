@@ -29,11 +29,43 @@ GROUP = 32  # rows of a matrix that lie together, as in products.cpp
 SHARED = 1 << 16  # numbers that are multiplied, from which it is worth it to wake another thread
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _PRODUCT = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT]
+_ATTEND = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER]
+_ATTEND += [_INT, _INT, _INT, _INT, _POINTER, _INT]
 _ARGUMENTS = {
     "product_float32": _PRODUCT,
     "product_bfloat16": _PRODUCT,
     "product_int8": [_POINTER, _POINTER, *_PRODUCT],
+    "attend_float32": _ATTEND,
+    "attend_bfloat16": _ATTEND,
 }
+ATTEND = {torch.float32: ("attend_float32", 16), torch.bfloat16: ("attend_bfloat16", 32)}  # channels a step
+
+
+def attends(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether `attend` does heads of so many channels in this type."""
+    fits = dtype in ATTEND and head_size % ATTEND[dtype][1] == 0 and head_size <= 256
+    return fits and library() is not None
+
+
+def attend(q: Tensor, kv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of one token of each text over the first lengths[i] of its slot, itself being the last one.
+
+    q (B, nh, hs), kv (2, B, n_kv_head, hs): its key and value, which are written into keys and values
+    (at least B, n_kv_head, T, hs); lengths int64 (B,). All of one type; returns (B, nh * hs).
+    """
+    B, heads, size = q.shape
+    assert q.stride()[1:] == kv.stride()[2:] == (size, 1) and keys.stride() == values.stride()
+    slot, head, *inner = keys.stride()
+    assert inner == [size, 1]
+    y = torch.empty((B, heads * size), dtype=q.dtype)
+    kv_heads = kv.shape[2]
+    k, v = kv.unbind(0)
+    pointers = [keys.data_ptr(), values.data_ptr(), slot, head, lengths.data_ptr()]
+    shape = [B, kv_heads, heads // kv_heads, size]
+    function = getattr(library(), ATTEND[q.dtype][0])
+    begin = [q.data_ptr(), q.stride(0), k.data_ptr(), v.data_ptr(), kv.stride(1)]
+    function(*begin, *pointers, *shape, y.data_ptr(), torch.get_num_threads())
+    return y
 
 
 class NoCompiler(Exception):

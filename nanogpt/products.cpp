@@ -1,6 +1,6 @@
-// Matrices times few rows, on a CPU: what one more token of a text costs.
+// Matrices times few rows, and attention of one query a head, on a CPU: what one more token of a text costs.
 //
-// That is reading the matrices, so each is read once, from front to back, by all threads, and a few rows cost what
+// That is reading matrices, keys and values. So a matrix is read once, from front to back, by all threads, and a few rows cost what
 // one does. native.py compiles this file for the processor it is to run on; quantize.py calls it.
 //
 // A matrix (n, m) lies in groups of 32 rows: of each row 4 bytes (1 float32, 2 bfloat16, 4 int8), then the next 4
@@ -129,6 +129,81 @@ static float to_digits(const float *x, long m, uint8_t *digits) {
     return unit;
 }
 
+// How 64 bytes of keys or values become rows of 16 floats.
+struct Single {
+    using Number = float;
+    enum { ROWS = 1 };
+    static void split(words from, floats to[]) { to[0] = (floats)from; }
+    static float number(float value) { return value; }
+    static float rounded(float value) { return value; }
+};
+
+struct Half {  // bfloat16: channels with even numbers, and those with odd ones
+    using Number = uint16_t;
+    enum { ROWS = 2 };
+    static void split(words from, floats to[]) {
+        to[0] = (floats)(from << 16);
+        to[1] = (floats)(from & 0xffff0000u);
+    }
+    static float number(uint16_t value) { return from_bfloat16(value); }
+    static uint16_t rounded(float value) { return to_bfloat16(value); }
+};
+
+static inline float total(floats v) {
+    using eight = float __attribute__((vector_size(32)));
+    using four = float __attribute__((vector_size(16)));
+    eight sum = load<eight>(&v) + load<eight>((char *)&v + 32);
+    four rest = load<four>(&sum) + load<four>((char *)&sum + 16);
+    return (rest[0] + rest[2]) + (rest[1] + rest[3]);
+}
+
+// y (size) of a query (size) over `length` keys and values (length, size).
+template <class Kind, class T = typename Kind::Number>
+static void attend_one(const T *query, const T *keys, const T *values, long length, int size, float *weights, T *y) {
+    enum { MOST = 16 };  // rows of 16 floats: heads of up to 256 channels
+    constexpr int ROWS = Kind::ROWS, WIDTH = 16 * ROWS;
+    floats q[MOST], sums[MOST] = {}, here[ROWS];
+    for (int i = 0; i < size; i++) q[i / WIDTH * ROWS + i % ROWS][i % WIDTH / ROWS] = Kind::number(query[i]);
+    float scale = 1 / std::sqrt((float)size), largest = -INFINITY, sum = 0;
+    for (long t = 0; t < length; t++) {
+        floats lanes = {};
+        for (int i = 0; i < size / WIDTH; i++) {
+            Kind::split(load<words>(keys + t * size + i * WIDTH), here);
+            for (int r = 0; r < ROWS; r++) lanes += q[i * ROWS + r] * here[r];
+        }
+        weights[t] = total(lanes) * scale;
+        largest = weights[t] > largest ? weights[t] : largest;
+    }
+    for (long t = 0; t < length; t++) sum += weights[t] = std::exp(weights[t] - largest);
+    for (long t = 0; t < length; t++)
+        for (int i = 0; i < size / WIDTH; i++) {
+            Kind::split(load<words>(values + t * size + i * WIDTH), here);
+            for (int r = 0; r < ROWS; r++) sums[i * ROWS + r] += weights[t] * here[r];
+        }
+    for (int i = 0; i < size; i++) y[i] = Kind::rounded(sums[i / WIDTH * ROWS + i % ROWS][i % WIDTH / ROWS] / sum);
+}
+
+// As attend_float32 below.
+template <class Kind, class T = typename Kind::Number>
+static void attend(const T *q, long q_row, const T *k, const T *v, long kv_row, T *keys, T *values, long slot,
+                   long head, const int64_t *lengths, int texts, int kv_heads, int group, int size, T *y,
+                   int threads) {
+    long numbers = 0;
+    for (int text = 0; text < texts; text++) numbers += lengths[text] * kv_heads * size;
+    bool wake = threads > 1 && numbers > 1 << 15;  // another thread: some microseconds
+#pragma omp parallel for num_threads(threads) if (wake) schedule(dynamic)
+    for (int task = 0; task < texts * kv_heads; task++) {
+        int text = task / kv_heads, which = task % kv_heads;
+        long length = lengths[text], from = text * slot + which * head, new_ = text * kv_row + which * size;
+        std::vector<float> weights(length);
+        std::memcpy(keys + from + (length - 1) * size, k + new_, size * sizeof(T));
+        std::memcpy(values + from + (length - 1) * size, v + new_, size * sizeof(T));
+        for (int g = which * group; g < (which + 1) * group; g++)
+            attend_one<Kind>(q + text * q_row + g * size, keys + from, values + from, length, size, weights.data(),
+                             y + ((long)text * kv_heads * group + g) * size);
+    }
+}
+
 extern "C" {
 
 // y (rows, n) = x (rows, m) times w (n, m) transposed, plus bias (n) unless that is null.
@@ -172,5 +247,20 @@ void product_int8(const int8_t *w, const float *step, const int32_t *whole, cons
         };
         product<Int8, int32_t>(w, n, digits.data(), 2 * rows, m / 4, keep);
     }
+}
+
+// Attention of one token of each text, whose queries, keys and values lie q_row and kv_row numbers apart, over the
+// first lengths[i] tokens of its slot, this one being the last: its key and value are written there. Slots of keys
+// and values (kv_heads, tokens, size) lie `slot`, their heads `head` numbers apart; y is (texts, heads, size).
+void attend_float32(const float *q, long q_row, const float *k, const float *v, long kv_row, float *keys,
+                    float *values, long slot, long head, const int64_t *lengths, int texts, int kv_heads, int group,
+                    int size, float *y, int threads) {
+    attend<Single>(q, q_row, k, v, kv_row, keys, values, slot, head, lengths, texts, kv_heads, group, size, y, threads);
+}
+
+void attend_bfloat16(const uint16_t *q, long q_row, const uint16_t *k, const uint16_t *v, long kv_row, uint16_t *keys,
+                     uint16_t *values, long slot, long head, const int64_t *lengths, int texts, int kv_heads,
+                     int group, int size, uint16_t *y, int threads) {
+    attend<Half>(q, q_row, k, v, kv_row, keys, values, slot, head, lengths, texts, kv_heads, group, size, y, threads);
 }
 }

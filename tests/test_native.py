@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from nanogpt import native
 from nanogpt.native import GROUP, packed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +57,42 @@ def test_four_bytes_of_each_row_of_a_group_lie_together(dtype, unit):
         place = group * GROUP * 8 + column // unit * GROUP * unit + lane * unit + column % unit
         assert flat[place] == weight[row, column]
     assert len(flat) == 3 * GROUP * 8 and not packed(weight)[2, :, 6:].any()
+
+
+@compiler
+@pytest.mark.parametrize("lengths", [[1], [40], [3, 40, 17], [20] * 5])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float32, 48), (torch.bfloat16, 64)])
+def test_attention_is_that_of_each_text_over_its_own_tokens(dtype, size, heads, kv_heads, lengths):
+    torch.manual_seed(0)
+    B = len(lengths)
+    keys, values = torch.randn(2, B + 1, kv_heads, 50, size).to(dtype)
+    both = torch.randn(B, heads + 2 * kv_heads, size).to(dtype)
+    q, kv = both[:, :heads], both[:, heads:].view(B, 2, kv_heads, size).transpose(0, 1)
+    before = keys.clone()
+    y = native.attend(q, kv, keys, values, torch.tensor(lengths))
+    assert y.dtype == dtype and y.shape == (B, heads * size)
+    for text, length in enumerate(lengths):
+        assert torch.equal(keys[text, :, length - 1], kv[0, text])
+        assert torch.equal(values[text, :, length - 1], kv[1, text])
+        before[text, :, length - 1] = kv[0, text]
+        k, v = (kept[text : text + 1, :, :length].double() for kept in (keys, values))
+        exact = F.scaled_dot_product_attention(
+            q[text, None, :, None].double(), k, v, enable_gqa=heads != kv_heads
+        )
+        bound = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(y[text].double(), exact.flatten(), atol=bound, rtol=bound)
+        alone = [x[text : text + 1] for x in (q, kv.transpose(0, 1), keys, values)]
+        alone[1] = alone[1].transpose(0, 1)
+        assert torch.equal(native.attend(*alone, torch.tensor([length]))[0], y[text])
+    assert torch.equal(keys, before)  # nothing else was written
+
+
+@compiler
+def test_which_heads_it_attends():
+    assert native.attends(torch.float32, 64) and native.attends(torch.bfloat16, 256)
+    wrong = [(torch.float32, 24), (torch.bfloat16, 48), (torch.float16, 64), (torch.float32, 512)]
+    assert not any(native.attends(*each) for each in wrong)
 
 
 @compiler
