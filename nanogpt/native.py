@@ -54,6 +54,7 @@ def attend(q: Tensor, kv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor)
     (at least B, n_kv_head, T, hs); lengths int64 (B,). All of one type; returns (B, nh * hs).
     """
     B, heads, size = q.shape
+    assert q.dtype == kv.dtype == keys.dtype == values.dtype and lengths.dtype == torch.int64
     assert q.stride()[1:] == kv.stride()[2:] == (size, 1) and keys.stride() == values.stride()
     slot, head, *inner = keys.stride()
     assert inner == [size, 1]

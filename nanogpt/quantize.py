@@ -36,10 +36,11 @@ class Packed(nn.Module):
         self.out_features, self.in_features = weight.shape
         # No buffers: what is packed for a CPU goes nowhere else.
         self.weight, self.bias = native.packed(weight.detach()), None if bias is None else bias.detach()
-        self.function = FUNCTIONS[weight.dtype]
+        self.function, self.takes = FUNCTIONS[weight.dtype], weight.dtype
         self.tensors = [self.weight, self.bias]
 
     def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == self.takes, f"{x.dtype} given to a product of {self.takes}"
         rows = x.reshape(-1, self.in_features).contiguous()
         count, n = rows.shape[0], self.out_features
         y = torch.empty((count, n), dtype=rows.dtype)
@@ -68,6 +69,7 @@ class PackedInt8(Packed):
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         whole, step = rounded(weight)
         super().__init__(whole, None if bias is None else bias.float())
+        self.takes = torch.float32
         self.tensors[1:1] = [step, whole.sum(dim=1, dtype=torch.int32)]
 
 
