@@ -312,6 +312,19 @@ def test_attention_of_bfloat16_is_that_of_float32(kv_heads, biased):
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("length", [128, 129, 300, 600])
+@pytest.mark.parametrize("biased", [False, True])
+def test_some_queries_at_a_time_are_all_of_them(length, biased):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, 16, generator=draw).bfloat16() for heads in (4, 2, 2))
+    bias = POSITIONS["alibi"](length, 64, 4, 16).bias(length) if biased else None
+    with torch.no_grad():
+        found = attention(q, k, v, bias if bias is None else bias.bfloat16(), 0.0)
+        exact = attention(q.float(), k.float(), v.float(), bias, 0.0)
+    torch.testing.assert_close(found.float(), exact, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.cpu
 def test_dropout_of_attention_in_bfloat16():
     q = torch.randn(2, 4, 24, 16, dtype=torch.bfloat16)
     torch.manual_seed(0)
