@@ -53,9 +53,14 @@ class Division:
     shard_size: int = 1  # processes that share one copy of the weights
     why: str = ""  # in a line; nothing for one process
 
+    @property
+    def whole(self) -> bool:
+        """Whether each process holds the whole model."""
+        return self.mode == "ddp"
+
     def home(self, device: torch.device) -> torch.device:
         """Where the whole model is made: what is sharded comes to the device in parts."""
-        return device if self.mode == "ddp" else torch.device("cpu")
+        return device if self.whole else torch.device("cpu")
 
 
 def choose(asked: str, shard_size: int, world: World, weights: int, optimizer: int, memory: int) -> Division:

@@ -263,7 +263,7 @@ def fitted(
     """`config` with a number for --batch_size=auto; UserError where no process is to hold the whole model."""
     if config.batch_size != "auto":
         return config
-    if division.mode != "ddp":
+    if not division.whole:
         raise UserError(
             f"--batch_size=auto tries the whole model on one GPU, and it is to be divided ({division.why}); "
             f"give a number, such as --batch_size=12"
