@@ -132,16 +132,19 @@ def _opened(file: Path) -> Any:
 
 
 def _command() -> list[str]:
-    compiler, *options = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(compiler) is None:
-        raise NoCompiler(f"there is no C++ compiler {compiler} (apt install g++, or set CXX)")
+    asked = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    compiler = [word for word in asked if not word.startswith("-")]  # "ccache g++", say
+    options = [word for word in asked if word.startswith("-")]
+    if missing := [word for word in compiler if shutil.which(word) is None]:
+        raise NoCompiler(f"there is no C++ compiler {missing[0]} (apt install g++, or set CXX)")
     # torch's own OpenMP, where it has one: two sets of threads would wait for each other's processors
     theirs = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    return [compiler, *FLAGS, *options, str(SOURCE), *map(str, theirs[:1])]
+    return [*compiler, *FLAGS, *options, str(SOURCE), *map(str, theirs[:1])]
 
 
 def _version(command: list[str]) -> str:
-    return subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    compiler = command[: command.index(FLAGS[0])]
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def _processor() -> str:

@@ -101,6 +101,7 @@ def test_it_is_compiled_once_and_kept(tmp_path):
     (file,) = (tmp_path / "native").iterdir()
     made = file.stat().st_mtime_ns
     assert found_with(tmp_path) == first and first["why"] == ""
+    assert found_with(tmp_path / "other", CXX="env g++") == first  # as "ccache g++"
     assert [f.stat().st_mtime_ns for f in (tmp_path / "native").iterdir()] == [made]
 
 
