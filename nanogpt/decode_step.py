@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanogpt import native
-from nanogpt.cache import KVCache, masked_after
+from nanogpt.cache import KVCache, masked_after, one_query
 from nanogpt.position import ALiBi, Learned, Rotary, turned
 
 Map = Callable[[Tensor], Tensor]
@@ -99,32 +99,20 @@ class DecodeStep:
         n_kv_head, hs), and the layer's keys and values."""
         if self.native:
             return partial(native.attend, lengths=at + 1)
-        bias = None
+        B, dtype, bias = len(at), self.cache.keys.dtype, None
+        alike = bool((at + 1 == length).all())
         if isinstance(self.position, ALiBi):
-            bias = self.position.bias_at(at[:, None], length)
-            bias = bias.reshape(len(at), self.kv_heads, -1, length).to(self.cache.keys.dtype)
-        elif bool((at + 1 < length).any()):
-            bias = masked_after(at, length, self.cache.keys.dtype)[:, None, None]
-        return partial(self._attend, at=at, length=length, bias=bias)
+            bias = self.position.bias_at(at[:, None], length).to(dtype)
+        elif not alike:
+            bias = masked_after(at, length, dtype)[:, None, None]
+        here = (slice(B), slice(None), length - 1) if alike else (torch.arange(B), slice(None), at)
 
-    def _attend(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        at: Tensor,
-        length: int,
-        bias: Tensor | None,
-    ) -> Tensor:
-        B, rows = len(q), torch.arange(len(q))
-        for kept, new in zip((keys, values), kv, strict=True):
-            kept[rows, :, at] = new.to(kept.dtype)
-        rows_of_a_head = q.reshape(B, self.kv_heads, -1, self.head_size).to(keys.dtype)
-        keys, values = keys[:B, :, :length], values[:B, :, :length]
-        y = F.scaled_dot_product_attention(rows_of_a_head, keys, values, attn_mask=bias)
-        return y.reshape(B, -1).to(q.dtype)
+        def attend(q: Tensor, kv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            keys[here], values[here] = kv.to(dtype)
+            y = one_query(q[:, :, None], keys[:B, :, :length], values[:B, :, :length], bias)
+            return y.reshape(B, -1)
+
+        return attend
 
 
 def kept_in(model: Any) -> torch.dtype:
