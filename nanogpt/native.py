@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ SOURCE = Path(__file__).with_name("products.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp", "-shared", "-fPIC"]
 GROUP = 32  # rows of a matrix that lie together, as in products.cpp
-SHARED = 1 << 16  # numbers that are multiplied, from which it is worth it to wake another thread
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _PRODUCT = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT]
 _ATTEND = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER]
@@ -38,7 +38,24 @@ _ARGUMENTS = {
     "attend_float32": _ATTEND,
     "attend_bfloat16": _ATTEND,
 }
+PRODUCT = {
+    torch.float32: "product_float32",
+    torch.bfloat16: "product_bfloat16",
+    torch.int8: "product_int8",
+}
 ATTEND = {torch.float32: ("attend_float32", 16), torch.bfloat16: ("attend_bfloat16", 32)}  # channels a step
+
+
+def product(kind: torch.dtype, weights: Sequence[Tensor | None], n: int, rows: Tensor) -> Tensor:
+    """rows (count, m) times a matrix (n, m) transposed, (count, n), by PRODUCT[kind]; `weights`: the tensors
+    that it takes before n, None for a null pointer."""
+    rows = rows.contiguous()
+    count, m = rows.shape
+    y = torch.empty((count, n), dtype=rows.dtype)
+    begin = [None if tensor is None else tensor.data_ptr() for tensor in weights]
+    function = getattr(library(), PRODUCT[kind])
+    function(*begin, n, m, rows.data_ptr(), count, y.data_ptr(), torch.get_num_threads())
+    return y
 
 
 def attends(dtype: torch.dtype, head_size: int) -> bool:

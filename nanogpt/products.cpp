@@ -1,7 +1,7 @@
 // Matrices times few rows, and attention of one query a head, on a CPU: what one more token of a text costs.
 //
-// That is reading matrices, keys and values. So a matrix is read once, from front to back, by all threads, and a few rows cost what
-// one does. native.py compiles this file for the processor it is to run on; quantize.py calls it.
+// That is reading matrices, keys and values. So a matrix is read once, from front to back, by all threads, and a
+// few rows cost what one does. native.py compiles this file for the processor it is to run on, and calls it.
 //
 // A matrix (n, m) lies in groups of 32 rows: of each row 4 bytes (1 float32, 2 bfloat16, 4 int8), then the next 4
 // of each, and so on. 4 bytes of a row of activations are multiplied with those of all 32 at once. So every sum has
@@ -30,14 +30,18 @@ struct Float32 {
     static Sums add(Sums sums, words w, words x) { return sums + (floats)w * (floats)x; }
 };
 
-struct BFloat16 {  // two to a lane: the upper half of a float32 is a bfloat16
+// Two bfloat16 lie in 32 bits, each the upper half of a float32: the one with the even number, and the odd one.
+static inline floats even(words pairs) { return (floats)(pairs << 16); }
+static inline floats odd(words pairs) { return (floats)(pairs & 0xffff0000u); }
+
+struct BFloat16 {  // two to a lane
     using Sums = floats;
     static Sums add(Sums sums, words w, words x) {
 #ifdef __AVX512BF16__
         return (Sums)_mm512_dpbf16_ps((__m512)sums, (__m512bh)w, (__m512bh)x);
 #else
-        sums += (floats)(w << 16) * (floats)(x << 16);
-        return sums + (floats)(w & 0xffff0000u) * (floats)(x & 0xffff0000u);
+        sums += even(w) * even(x);
+        return sums + odd(w) * odd(x);
 #endif
     }
 };
@@ -55,7 +59,10 @@ struct Int8 {  // four to a lane: whole weights of -127 to 127, and digits that 
     }
 };
 
-enum { GROUP = 32, DEEPEST = 8 };  // rows of weights, and of activations, that are summed at once
+// Whether it is worth it to wake the other threads, some microseconds, for so many numbers.
+static bool wakes(int threads, long numbers) { return threads > 1 && numbers >= 1 << 16; }
+
+constexpr long GROUP = 32, DEEPEST = 8;  // rows of weights, and of activations, that are summed at once
 
 // Sums of a group of weights times DEEP rows of activations, each of `steps` times 4 bytes.
 template <class Format, int DEEP, class T>
@@ -138,12 +145,12 @@ struct Single {
     static float rounded(float value) { return value; }
 };
 
-struct Half {  // bfloat16: channels with even numbers, and those with odd ones
+struct Half {  // bfloat16
     using Number = uint16_t;
     enum { ROWS = 2 };
     static void split(words from, floats to[]) {
-        to[0] = (floats)(from << 16);
-        to[1] = (floats)(from & 0xffff0000u);
+        to[0] = even(from);
+        to[1] = odd(from);
     }
     static float number(uint16_t value) { return from_bfloat16(value); }
     static uint16_t rounded(float value) { return to_bfloat16(value); }
@@ -190,14 +197,13 @@ static void attend(const T *q, long q_row, const T *k, const T *v, long kv_row, 
                    int threads) {
     long numbers = 0;
     for (int text = 0; text < texts; text++) numbers += lengths[text] * kv_heads * size;
-    bool wake = threads > 1 && numbers > 1 << 15;  // another thread: some microseconds
-#pragma omp parallel for num_threads(threads) if (wake) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) if (wakes(threads, 2 * numbers)) schedule(dynamic)
     for (int task = 0; task < texts * kv_heads; task++) {
         int text = task / kv_heads, which = task % kv_heads;
-        long length = lengths[text], from = text * slot + which * head, new_ = text * kv_row + which * size;
+        long length = lengths[text], from = text * slot + which * head, own = text * kv_row + which * size;
         std::vector<float> weights(length);
-        std::memcpy(keys + from + (length - 1) * size, k + new_, size * sizeof(T));
-        std::memcpy(values + from + (length - 1) * size, v + new_, size * sizeof(T));
+        std::memcpy(keys + from + (length - 1) * size, k + own, size * sizeof(T));
+        std::memcpy(values + from + (length - 1) * size, v + own, size * sizeof(T));
         for (int g = which * group; g < (which + 1) * group; g++)
             attend_one<Kind>(q + text * q_row + g * size, keys + from, values + from, length, size, weights.data(),
                              y + ((long)text * kv_heads * group + g) * size);
@@ -209,7 +215,7 @@ extern "C" {
 // y (rows, n) = x (rows, m) times w (n, m) transposed, plus bias (n) unless that is null.
 void product_float32(const float *w, const float *bias, long n, long m, const float *x, long rows, float *y,
                      int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (wakes(threads, rows * n * m))
     product<Float32, float>(w, n, x, rows, m, [=](long i, long wide, long j, long deep, float sums[][GROUP]) {
         for (long b = 0; b < deep; b++)
             for (long a = 0; a < wide; a++) y[(j + b) * n + i + a] = sums[b][a] + (bias ? bias[i + a] : 0);
@@ -218,7 +224,7 @@ void product_float32(const float *w, const float *bias, long n, long m, const fl
 
 void product_bfloat16(const uint16_t *w, const uint16_t *bias, long n, long m, const uint16_t *x, long rows,
                       uint16_t *y, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (wakes(threads, rows * n * m))
     product<BFloat16, float>(w, n, x, rows, m / 2, [=](long i, long wide, long j, long deep, float sums[][GROUP]) {
         for (long b = 0; b < deep; b++)
             for (long a = 0; a < wide; a++)
@@ -232,7 +238,7 @@ void product_int8(const int8_t *w, const float *step, const int32_t *whole, cons
                   const float *x, long rows, float *y, int threads) {
     std::vector<uint8_t> digits(2 * rows * m);
     std::vector<float> unit(rows);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (wakes(threads, rows * n * m))
     {
 #pragma omp for schedule(static)
         for (long j = 0; j < rows; j++) unit[j] = to_digits(x + j * m, m, digits.data() + 2 * j * m);
@@ -255,12 +261,14 @@ void product_int8(const int8_t *w, const float *step, const int32_t *whole, cons
 void attend_float32(const float *q, long q_row, const float *k, const float *v, long kv_row, float *keys,
                     float *values, long slot, long head, const int64_t *lengths, int texts, int kv_heads, int group,
                     int size, float *y, int threads) {
-    attend<Single>(q, q_row, k, v, kv_row, keys, values, slot, head, lengths, texts, kv_heads, group, size, y, threads);
+    attend<Single>(q, q_row, k, v, kv_row, keys, values, slot, head, lengths, texts, kv_heads, group, size, y,
+                  threads);
 }
 
 void attend_bfloat16(const uint16_t *q, long q_row, const uint16_t *k, const uint16_t *v, long kv_row, uint16_t *keys,
                      uint16_t *values, long slot, long head, const int64_t *lengths, int texts, int kv_heads,
                      int group, int size, uint16_t *y, int threads) {
-    attend<Half>(q, q_row, k, v, kv_row, keys, values, slot, head, lengths, texts, kv_heads, group, size, y, threads);
+    attend<Half>(q, q_row, k, v, kv_row, keys, values, slot, head, lengths, texts, kv_heads, group, size, y,
+                threads);
 }
 }

@@ -21,11 +21,6 @@ from nanogpt.runtime import DTYPES
 
 # rows up to which torch's fused product is the faster one: at (16, 768) to 3072, half as fast as below
 FEW = 8
-FUNCTIONS = {
-    torch.float32: "product_float32",
-    torch.bfloat16: "product_bfloat16",
-    torch.int8: "product_int8",
-}
 
 
 class Packed(nn.Module):
@@ -36,20 +31,14 @@ class Packed(nn.Module):
         self.out_features, self.in_features = weight.shape
         # No buffers: what is packed for a CPU goes nowhere else.
         self.weight, self.bias = native.packed(weight.detach()), None if bias is None else bias.detach()
-        self.function, self.takes = FUNCTIONS[weight.dtype], weight.dtype
+        self.kind = self.takes = weight.dtype
         self.tensors = [self.weight, self.bias]
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.dtype == self.takes, f"{x.dtype} given to a product of {self.takes}"
-        rows = x.reshape(-1, self.in_features).contiguous()
-        count, n = rows.shape[0], self.out_features
-        y = torch.empty((count, n), dtype=rows.dtype)
-        threads = torch.get_num_threads() if count * self.weight.numel() >= native.SHARED else 1
-        weights = [None if tensor is None else tensor.data_ptr() for tensor in self.tensors]
-        getattr(native.library(), self.function)(
-            *weights, n, self.in_features, rows.data_ptr(), count, y.data_ptr(), threads
-        )
-        return y.view(*x.shape[:-1], n)
+        rows = x.reshape(-1, self.in_features)
+        y = native.product(self.kind, self.tensors, self.out_features, rows)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
 )
+compiled = pytest.mark.skipif(native.library() is None, reason=f"products.cpp: {native.why_not()}")
 PROGRAM = """
 import json, sys, torch
 from nanogpt import native
@@ -40,7 +41,7 @@ def found_with(cache: Path, **environment: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT,
-        env={**os.environ, "NANOGPT_CACHE": str(cache), **environment},
+        env={**os.environ, "CXX": "g++", "NANOGPT_CACHE": str(cache), **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -59,7 +60,7 @@ def test_four_bytes_of_each_row_of_a_group_lie_together(dtype, unit):
     assert len(flat) == 3 * GROUP * 8 and not packed(weight)[2, :, 6:].any()
 
 
-@compiler
+@compiled
 @pytest.mark.parametrize("lengths", [[1], [40], [3, 40, 17], [20] * 5])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float32, 48), (torch.bfloat16, 64)])
@@ -88,7 +89,7 @@ def test_attention_is_that_of_each_text_over_its_own_tokens(dtype, size, heads, 
     assert torch.equal(keys, before)  # nothing else was written
 
 
-@compiler
+@compiled
 def test_which_heads_it_attends():
     assert native.attends(torch.float32, 64) and native.attends(torch.bfloat16, 256)
     wrong = [(torch.float32, 24), (torch.bfloat16, 48), (torch.float16, 64), (torch.float32, 512)]
