@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -226,6 +226,19 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def release_threads() -> None:
+    """Let go of the threads that share this thread's products; from now on another thread computes.
+
+    OpenMP keeps them as long as the thread lives that asked for them. Where those of two are more than the
+    cores, libgomp lets all sleep after each product: a token takes 1.5 times as long (85M) or twice (0.8M).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with suppress(OSError, AttributeError):  # another OpenMP
+        soft = 1  # omp_pause_soft of omp.h
+        ctypes.CDLL(None).omp_pause_resource_all(soft)
 
 
 @contextmanager

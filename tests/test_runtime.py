@@ -132,6 +132,26 @@ def test_without_a_compiler_training_goes_on_plain(monkeypatch):
     assert function is model and notice and "forward" not in vars(model)
 
 
+THREADS = """
+import os, sys, torch
+from nanogpt.runtime import release_threads
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(4)
+before = count()
+numbers = torch.arange(1 << 20, dtype=torch.float64)
+first, during = float(numbers.mul(2).sum()), count()
+release_threads()
+print(before, during, count(), float(numbers.mul(2).sum()) == first)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_threads_of_products_are_let_go():
+    said = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True).stdout
+    before, during, after, alike = said.split()
+    assert int(during) == int(before) + 3 and after == before and alike == "True"
+
+
 def test_git_commit(tmp_path):
     assert runtime.git_commit(tmp_path) is None
 
