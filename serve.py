@@ -30,7 +30,7 @@ from nanogpt.generate import Decoder
 from nanogpt.model import GPT
 
 if TYPE_CHECKING:
-    from nanogpt.serving.server import Served
+    from nanogpt.serving.answers import Served
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TOKEN = "NANOGPT_TOKEN"
@@ -120,10 +120,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 def open_model(config: Config) -> "Served":
     """The model, ready to be served. UserError as api.load."""
+    from nanogpt.serving.answers import Served
     from nanogpt.serving.completions import Limits
     from nanogpt.serving.meters import Meters
     from nanogpt.serving.scheduler import PROMPT_TOKENS, Scheduler
-    from nanogpt.serving.server import Served
 
     loaded = api.load(
         config.init_from,

@@ -11,10 +11,11 @@ from typing import Any
 import serve
 from nanogpt.config import ROOT
 from nanogpt.generate import Text, Token
+from nanogpt.serving.answers import Served
 from nanogpt.serving.completions import Limits
 from nanogpt.serving.meters import Meters
 from nanogpt.serving.scheduler import Scheduler
-from nanogpt.serving.server import Served, build
+from nanogpt.serving.server import build
 from nanogpt.tokenizer import CharTokenizer
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     | {"quantize", "kernels"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
     | {"completions", "scheduler", "writer"},
-    {"corpus", "watch", "weights", "wire", "graphs", "fit"},
+    {"corpus", "watch", "weights", "wire", "graphs", "fit", "answers"},
     {"run", "api", "follow", "web", "scaling"},
     {"server"},
 ]
