@@ -41,36 +41,44 @@ class Served:
 
 
 class Mail:
-    """From the scheduler's thread into the loop: what a step has for all requests, in one call."""
+    """From the scheduler's thread into the loop: at most one call a step, and none where nobody waits."""
 
     def __init__(self) -> None:
-        self._letters: list[tuple[Answer, Choice, Piece]] = []
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self._called: list[Answer] = []
 
     def send(self, answer: "Answer", choice: Choice, piece: Piece) -> None:
         """Called in the scheduler's thread."""
-        with self._lock:
-            self._letters.append((answer, choice, piece))
-            if len(self._letters) > 1:
+        with self.lock:
+            answer.letters.append((choice, piece))
+            if not answer.calls_for(piece):
+                return
+            answer.waiting = False
+            self._called.append(answer)
+            if len(self._called) > 1:
                 return
         with suppress(RuntimeError):  # the server has ended meanwhile
             answer.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        with self._lock:
-            letters, self._letters = self._letters, []
+        with self.lock:
+            called, self._called = self._called, []
         # Who has nothing yet comes first: each wakes a task that writes to a socket, for up to a millisecond.
-        for answer, choice, piece in sorted(letters, key=lambda letter: any(letter[0].begun)):
-            answer.arrived.put_nowait((choice, piece))
+        for answer in sorted(called, key=lambda answer: any(answer.begun)):
+            answer.arrived.set()
 
 
 class Answer:
     """One request under way: its choices at the scheduler, their pieces coming in from its thread."""
 
     def __init__(self, served: Served, asked: CompletionRequest, mail: Mail):
-        self.served, self.asked = served, asked
+        self.served, self.asked, self.mail = served, asked, mail
         self.loop = asyncio.get_running_loop()
-        self.arrived: asyncio.Queue[tuple[Choice, Piece] | None] = asyncio.Queue()  # None: the client left
+        self.letters: list[
+            tuple[Choice, Piece]
+        ] = []  # come, and not yet read; this and the next by mail.lock
+        self.waiting = self.patient = False  # for a letter, and if patient only for one that ends a text
+        self.arrived = asyncio.Event()
         self.choices: list[Choice] = []
         self.logprobs: list[LogProbs] = []
         for prompt in asked.prompts:
@@ -96,16 +104,38 @@ class Answer:
         self.begun = [False] * len(self.choices)
         self.ended, self.left = 0, False
 
+    def calls_for(self, piece: Piece) -> bool:
+        return self.waiting and (piece.finish is not None or not self.patient)
+
     async def _pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         """(number of the choice, piece), all that are there at once, until all choices have ended; the prompt
         comes first if it is echoed."""
         while self.ended < len(self.choices):
-            arrived = [await self.arrived.get()]
-            while not self.arrived.empty():
-                arrived.append(self.arrived.get_nowait())
-            if None in arrived:
-                raise ClientDisconnect
-            yield [self._received(*letter) for letter in arrived if letter]
+            yield [self._received(*letter) for letter in await self._letters()]
+
+    async def _letters(self) -> list[tuple[Choice, Piece]]:
+        """What has come since the last time, one letter at least: of a stream the first at once, then all of
+        EVENT_S; of a whole answer all until a text ends. ClientDisconnect if nobody waits for them."""
+        self.patient = any(self.begun) or not self.asked.stream
+        timer = self.loop.call_later(EVENT_S, self._hurry) if self.asked.stream and self.patient else None
+        try:
+            while not self.left:
+                with self.mail.lock:
+                    letters = self.letters
+                    if letters and (not self.patient or any(piece.finish for _, piece in letters)):
+                        self.letters, self.waiting = [], False
+                        return letters
+                    self.waiting = True
+                await self.arrived.wait()
+                self.arrived.clear()
+            raise ClientDisconnect
+        finally:
+            if timer:
+                timer.cancel()
+
+    def _hurry(self) -> None:
+        self.patient = False
+        self.arrived.set()
 
     def _received(self, choice: Choice, piece: Piece) -> tuple[int, Piece]:
         number = self.index[choice]
@@ -134,8 +164,6 @@ class Answer:
                 choices = [self._choice(number, piece) for number, piece in pieces]
                 parts = (completions.answer(asked, name, [choice]) for choice in choices)
                 yield b"".join(b"data: " + part + b"\n\n" for part in parts)
-                if self.ended < len(self.choices):
-                    await asyncio.sleep(EVENT_S)
             if asked.usage_in_stream:
                 yield b"data: " + completions.answer(asked, name, [], self.written()) + b"\n\n"
             yield b"data: [DONE]\n\n"
@@ -203,7 +231,7 @@ class Events(Response):
     def _client_left(self, leaving: asyncio.Task[None]) -> None:
         if not leaving.cancelled():
             self.answer.leave()
-            self.answer.arrived.put_nowait(None)
+            self.answer.arrived.set()
 
 
 async def _left(receive: Receive) -> None:
