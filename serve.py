@@ -73,6 +73,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         port = listener.getsockname()[1]
         served = open_model(config)
         runtime.release_threads()  # the scheduler's thread computes from now on
+        served.scheduler.start()
         app = server.build(served, port=port, local=local, token=token)
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # not what clients do
         settings = uvicorn.Config(
@@ -123,7 +124,7 @@ def open_model(config: Config) -> "Served":
     from nanogpt.serving.answers import Served
     from nanogpt.serving.completions import Limits
     from nanogpt.serving.meters import Meters
-    from nanogpt.serving.scheduler import PROMPT_TOKENS, Scheduler
+    from nanogpt.serving.scheduler import Scheduler
 
     loaded = api.load(
         config.init_from,
@@ -139,9 +140,7 @@ def open_model(config: Config) -> "Served":
             "waiting": ("Texts that wait for a slot.", lambda: scheduler.waiting),
         }
     )
-    decoder = Decoder(loaded.model, config.slots)
-    decoder.warm(PROMPT_TOKENS)
-    scheduler = Scheduler(decoder, loaded.tokenizer, config.queue, meters)
+    scheduler = Scheduler(Decoder(loaded.model, config.slots), loaded.tokenizer, config.queue, meters)
     run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     return Served(
         name=name_of(config),

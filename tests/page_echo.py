@@ -32,6 +32,9 @@ class Echo:
     def free(self) -> int:
         return 4 - len(self.texts)
 
+    def warm(self, prompt: int) -> None:
+        pass
+
     def add(self, texts: Sequence[Text]) -> None:
         self.texts += texts
 
@@ -91,6 +94,7 @@ def echoing(payloads: Sequence[str], run: Path, folder: Path) -> Iterator[str]:
         run=folder,
         web=ROOT / "web",
     )
+    served.scheduler.start()
     app = build(served, port=port, local=True, token="")
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)

@@ -92,3 +92,12 @@ def test_more_than_the_queue_holds_is_refused_whole(model):
     with pytest.raises(Full):
         running.submit([asked([1], 2, answers)])
     assert running.waiting == 5
+
+
+def test_a_decoder_without_room_is_told_at_the_start(model):
+    decoder = Decoder(model, 2)
+    decoder.warm = lambda prompt: (_ for _ in ()).throw(MemoryError("no room"))
+    running = Scheduler(decoder, ByteTokenizer(), 3, Nobody())
+    with pytest.raises(MemoryError, match="no room"):
+        running.start()
+    assert not running.alive

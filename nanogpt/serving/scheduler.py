@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -96,10 +97,17 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self.failure: BaseException | None = None  # what has ended the thread
+        self._warm: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
 
     def start(self) -> None:
+        """Serve from now on, with all of the decoder's memory taken; raises what that fails with."""
         self._thread.start()
+        try:
+            self._warm.result()
+        except BaseException:  # Ctrl-C, too: a thread that computes would not let the program end
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the thread after its present step."""
@@ -140,6 +148,12 @@ class Scheduler:
     # ------------------------------------------------------------------------- in the thread
 
     def _run(self) -> None:
+        try:
+            self._decoder.warm(PROMPT_TOKENS)  # here, where its buffers and threads then are
+            self._warm.set_result(None)
+        except Exception as error:
+            self._warm.set_exception(error)
+            return
         while not self._closed:
             with self._changed:
                 while not (self._waiting or self._active or self._closed):

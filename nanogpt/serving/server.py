@@ -35,12 +35,11 @@ PUBLIC = frozenset([*PAGE, "/health"])  # these say nothing of the model
 
 
 def build(served: Served, *, port: int, local: bool, token: str) -> Callable[..., Awaitable[None]]:
-    """The ASGI app: see Guard for `port`, `local` and `token`. It starts and closes the scheduler."""
+    """The ASGI app: see Guard for `port`, `local` and `token`. It closes the scheduler, which was started."""
     routes = _Routes(served)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        served.scheduler.start()
         yield
         await asyncio.to_thread(served.scheduler.close)
 
