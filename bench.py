@@ -25,22 +25,19 @@ from nanogpt import (
     estimate,
     files,
     graphs,
-    interconnect,
     kernels,
     mixture,
     optim,
-    parallel,
     runtime,
-    scaling,
     steps,
-    wire,
 )
 from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, read
+from nanogpt.distributed import interconnect, parallel, scaling, wire
+from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions, SpeedOptions
 from nanogpt.prefetch import Prefetched
-from nanogpt.world import World
 
 
 @dataclass(frozen=True)

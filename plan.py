@@ -14,8 +14,9 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from nanogpt import estimate, flops, scaling, wire
+from nanogpt import estimate, flops
 from nanogpt.config import Count, Fraction, Positive, Range, Rate, options_of, picked, read
+from nanogpt.distributed import scaling, wire
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
 from nanogpt.optim import OptimConfig

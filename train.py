@@ -23,8 +23,9 @@ from typing import Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import data, finetune, graphs, kernels, lora, metrics, parallel, runtime, schedule, steps
+from nanogpt import data, finetune, graphs, kernels, lora, metrics, runtime, schedule, steps
 from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
+from nanogpt.distributed import parallel
 from nanogpt.errors import Stopped, run_program
 from nanogpt.finetune import FinetuneOptions
 from nanogpt.options import (

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt import files, lora
+from nanogpt.distributed.layout import Piece
 from nanogpt.errors import Diverged, UserError
-from nanogpt.layout import Piece
 from nanogpt.model import GPT, GPTConfig
 
 FORMAT = "nanogpt-checkpoint-1"

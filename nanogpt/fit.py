@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from nanogpt import optim, parallel, steps
+from nanogpt import optim, steps
 from nanogpt.config import picked
+from nanogpt.distributed import parallel
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import lora
-from nanogpt.layout import Layout, Matrix, Piece
+from nanogpt.distributed.layout import Layout, Matrix, Piece
 
 Named = Sequence[tuple[str, Tensor]]
 

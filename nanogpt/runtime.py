@@ -21,8 +21,8 @@ from torch.func import functional_call
 
 from nanogpt import files, flops
 from nanogpt.config import ROOT
+from nanogpt.distributed.world import World, meet
 from nanogpt.errors import UserError
-from nanogpt.world import World, meet
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, where it has them
 REPEATED_S = 1.0  # signals so close together count as one

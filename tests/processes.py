@@ -55,8 +55,9 @@ def one(rank: int, job: Job, port: int, folder: Path) -> None:
     import torch
 
     import train
-    from nanogpt import layout, runtime
+    from nanogpt import runtime
     from nanogpt.config import load
+    from nanogpt.distributed import layout
 
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "LOCAL_WORLD_SIZE": job.processes}
     os.environ.update({name: str(value) for name, value in names.items()})

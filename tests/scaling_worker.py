@@ -15,12 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from nanogpt import optim, parallel
+from nanogpt import optim
+from nanogpt.distributed import parallel
+from nanogpt.distributed.parallel import Division
+from nanogpt.distributed.world import World
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig
-from nanogpt.parallel import Division
 from nanogpt.runtime import Machine
-from nanogpt.world import World
 
 SHAPE = GPTConfig(vocab_size=502, block_size=32, n_layer=3, n_head=4, n_embd=64, bias=False)
 MICRO_BATCHES = 2

@@ -11,8 +11,9 @@ import torch
 
 import bench
 import train
-from nanogpt import interconnect, runtime, steps
+from nanogpt import runtime, steps
 from nanogpt.config import ROOT, options_of, read
+from nanogpt.distributed import interconnect
 from nanogpt.errors import UserError
 
 TINY = bench.Config(

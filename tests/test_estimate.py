@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanogpt import estimate, parallel
+from nanogpt import estimate
+from nanogpt.distributed import parallel
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig
 from nanogpt.runtime import Machine

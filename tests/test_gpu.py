@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import sample
 import train
-from nanogpt import checkpoint, data, fit, graphs, kernels, optim, parallel, runtime, steps
+from nanogpt import checkpoint, data, fit, graphs, kernels, optim, runtime, steps
+from nanogpt.distributed import parallel
 from nanogpt.errors import Stopped, UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig

@@ -8,8 +8,8 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from nanogpt import heartbeat
-from nanogpt.heartbeat import Heartbeat
+from nanogpt.distributed import heartbeat
+from nanogpt.distributed.heartbeat import Heartbeat
 
 TIMEOUT_S = 0.8
 

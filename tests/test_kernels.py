@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import train
-from nanogpt import data, kernels, optim, parallel, runtime, steps
+from nanogpt import data, kernels, optim, runtime, steps
+from nanogpt.distributed import parallel
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prefetch import Prefetched

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from nanogpt import layout
-from nanogpt.layout import Replicated
-from nanogpt.world import World
+from nanogpt.distributed import layout
+from nanogpt.distributed.layout import Replicated
+from nanogpt.distributed.world import World
 
 
 @pytest.mark.parametrize(("size", "turn"), [(2, 10**9), (3, 1000), (4, 4)])

@@ -5,7 +5,7 @@ import threading
 import pytest
 from torch.distributed import HashStore, PrefixStore
 
-from nanogpt import meeting
+from nanogpt.distributed import meeting
 from nanogpt.errors import SHARED, UserError
 
 

@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from nanogpt import parallel, runtime
+from nanogpt import runtime
+from nanogpt.distributed import parallel
 from nanogpt.errors import UserError
 
 

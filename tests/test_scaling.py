@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 import plan
-from nanogpt import estimate, flops, scaling, wire
+from nanogpt import estimate, flops
 from nanogpt.config import ROOT, options_of, read
+from nanogpt.distributed import scaling, wire
+from nanogpt.distributed.scaling import Network, Setting
+from nanogpt.distributed.wire import Call, World
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2_SIZES
 from nanogpt.optim import OptimConfig
-from nanogpt.scaling import Network, Setting
-from nanogpt.wire import Call, World
 from tests.scaling_worker import MICRO_BATCHES, SHAPE
 
 ADAMW = OptimConfig("adamw")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanogpt.world import World
+from nanogpt.distributed.world import World
 
 SMALLEST = 1 << 12  # bytes of a message; each size is 4 times the one before
 WARM_UP = 3

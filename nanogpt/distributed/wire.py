@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from nanogpt import estimate
+from nanogpt.distributed.layout import TURN, common, rows_of, share_out
 from nanogpt.estimate import FLOAT
-from nanogpt.layout import TURN, common, rows_of, share_out
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, is_for_muon, work
 

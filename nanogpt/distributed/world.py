@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanogpt import meeting
+from nanogpt.distributed import meeting
+from nanogpt.distributed.heartbeat import GO_ON, Heartbeat
 from nanogpt.errors import SHARED, TOLD, Diverged, Lost, Stopped, UserError
-from nanogpt.heartbeat import GO_ON, Heartbeat
 
 T = TypeVar("T")
 STORE_S = 10.0  # the longest wait for an answer of the store once all have met

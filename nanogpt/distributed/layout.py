@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogpt.world import World
+from nanogpt.distributed.world import World
 
 Span = tuple[int, int]  # first element and the one after the last, in row-major order
 TURN = 1 << 26  # elements that all processes together gather at a time: 0.27 GB, however many they are
