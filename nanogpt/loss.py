@@ -64,8 +64,12 @@ class _InRows(torch.autograd.Function):
         weight = _multiplied(table, size, dtype)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-            logits = soft_cap(F.linear(part.to(dtype), weight).float(), cap)[:, :size]
-            total += F.cross_entropy(logits, wanted, ignore_index=ignore, reduction="sum")
+            total += F.cross_entropy(
+                soft_cap(F.linear(part.to(dtype), weight).float(), cap)[:, :size],
+                wanted,
+                ignore_index=ignore,
+                reduction="sum",
+            )
         return total / count
 
     @staticmethod
@@ -79,19 +83,27 @@ class _InRows(torch.autograd.Function):
         parts = zip(x.split(rows), targets.split(rows), to_x.split(rows), strict=True)
         for part, wanted, to_part in parts:
             part = part.to(dtype)
-            logits = soft_cap(F.linear(part, weight).float(), cap)
-            slope = 1 - (logits / cap).square_() if cap else None
-            logits[:, size:] = -torch.inf
-            error = logits.softmax(dim=-1)  # less the truth: the gradient of the logits
-            each = torch.arange(len(part), device=x.device)
-            error[each, wanted.clamp(min=0)] -= 1
-            error *= (wanted != ignore)[:, None] * scale
-            if slope is not None:
-                error *= slope
-            error = error.to(dtype)
+            error = _error(part, weight, wanted, scale, size, cap, ignore)
             to_part.copy_(error @ weight)
             to_table[: len(weight)] += error.mT @ part
+            del error  # else it would be there beside the next one's logits
         return to_x, to_table.to(table.dtype), *[None] * 6
+
+
+def _error(
+    part: Tensor, weight: Tensor, wanted: Tensor, scale: Tensor, size: int, cap: float, ignore: int
+) -> Tensor:
+    """The gradient of the logits of `part` (N, C), (N, len(weight)), for a loss whose gradient is `scale`."""
+    logits = soft_cap(F.linear(part, weight).float(), cap)
+    slope = 1 - (logits / cap).square_() if cap else None
+    logits[:, size:] = -torch.inf
+    error = logits.softmax(dim=-1)  # less the truth
+    each = torch.arange(len(part), device=part.device)
+    error[each, wanted.clamp(min=0)] -= 1
+    error *= (wanted != ignore)[:, None] * scale
+    if slope is not None:
+        error *= slope
+    return error.to(part.dtype)
 
 
 def _multiplied(table: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -126,7 +126,7 @@ print(peak() - before)
 def test_it_takes_a_fraction_of_the_memory():
     """2,048 tokens x 20,000 ids: 164 MB of float32 logits, which the plain loss holds three times.
 
-    In pieces it takes 45 to 93 MB, by how the allocator lays them."""
+    In pieces it takes 35 to 52 MB, by how the allocator lays them."""
     peaks = [
         int(
             subprocess.run(
@@ -135,4 +135,4 @@ def test_it_takes_a_fraction_of_the_memory():
         )
         for rows in ("0", "128")
     ]
-    assert peaks[0] > 300_000 and peaks[1] < peaks[0] / 3
+    assert peaks[0] > 300_000 and peaks[1] < peaks[0] / 4
