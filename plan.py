@@ -34,6 +34,7 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions):
     gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
     max_iters: Count = 600000  # iterations in all
     recompute: bool = False  # run blocks again in the backward pass: less memory, more time
+    loss_rows: Count = 0  # tokens whose logits are there at once: less memory, more time; 0: all
     # the machine
     gpu: str = "A100"  # as flops.py lists it
     gpus: Positive = 8  # how many share the batch, each with the whole model
@@ -67,7 +68,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     if config.max_tokens and not origins.get("max_iters", "").startswith("--"):
         tokens = config.max_tokens
     found = estimate.parameters(shape)
-    need = estimate.memory(shape, rules, config.batch_size, recompute=config.recompute)
+    again = {"recompute": config.recompute, "loss_rows": config.loss_rows}
+    need = estimate.memory(shape, rules, config.batch_size, **again)
     cost = estimate.flops_per_token(shape)
     hours = estimate.hours(tokens, cost, config.gpus, peak, config.mfu)
     lines = [
@@ -116,6 +118,7 @@ def setting_of(config: Config, windows: int, peak: float) -> scaling.Setting:
         half_tokens=config.half_tokens,
         sharded_state=config.shard_optimizer,
         recompute=config.recompute,
+        loss_rows=config.loss_rows,
     )
 
 

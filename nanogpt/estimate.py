@@ -84,46 +84,64 @@ def memory(
     number_bytes: int = HALF,
     recompute: bool = False,
     on_cpu: bool = False,
+    loss_rows: int = 0,
 ) -> Memory:
     """Of a GPU that holds the whole model, for micro-batches of `batch_size` windows computed in numbers of
     `number_bytes` (2: bfloat16 by autocast) without compilation, which needs less. `recompute`: blocks run
-    again in the backward pass. `on_cpu`: by torch's kernels for CPUs, in float32.
+    again in the backward pass. `on_cpu`: by torch's kernels for CPUs, in float32. `loss_rows`: tokens whose
+    logits are there at once; 0: all.
 
     AdamW keeps two numbers a parameter, Muon one for the matrices of blocks.
     """
     found = parameters(shape)
     by_muon = found.matrices if rules.optimizer == "muon" else 0
     cast = found.multiplying - (found.matrices + found.vectors if recompute else 0)
-    each = activations_per_token(shape, number_bytes, recompute, on_cpu)
+    tokens = batch_size * shape.block_size
     return Memory(
         weights=FLOAT * found.total,
         gradients=FLOAT * found.total,
         optimizer=FLOAT * (2 * (found.total - by_muon) + by_muon),
-        activations=batch_size * shape.block_size * each,
+        activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_rows),
         copies=0 if number_bytes == FLOAT else number_bytes * cast,
     )
 
 
-def activations_per_token(
-    shape: GPTConfig, number_bytes: int, recompute: bool = False, on_cpu: bool = False
+def activations(
+    shape: GPTConfig,
+    tokens: int,
+    number_bytes: int,
+    recompute: bool = False,
+    on_cpu: bool = False,
+    loss_rows: int = 0,
 ) -> int:
-    """Bytes that a token holds when it holds the most: at the loss, or in the last block's backward pass.
+    """Bytes that a micro-batch holds when it holds the most: at the loss, or in the last block's backward.
 
     At the loss there are what the blocks keep (their inputs alone, if they run again), the last norm, and in
-    float32 the logarithms of softmax and two gradients of logits, one more with a soft cap. In a block there
-    are what it and those before it keep, the gradient of its output, and those half-way through it: of the
-    activation, or of scores where they were kept.
+    float32 the logarithms of softmax and two gradients of logits, one more with a soft cap. With `loss_rows`
+    there are the gradients of the norm's output and of the head, and of so many tokens the logits and their
+    gradient, or the latter and what it adds to the head's.
+    In a block there are what it and those before it keep, the gradient of its output, those half-way through
+    it (of the activation, or of scores where they were kept), and where the head is the token embeddings its
+    gradient.
     """
-    C, mask = shape.n_embd, FLOAT if on_cpu else 1
+    C, V, mask = shape.n_embd, shape.vocab_size, FLOAT if on_cpu else 1
     attention, mlp = kept_by_block(shape, number_bytes, on_cpu)
     entry = FLOAT * C if recompute else attention + mlp
     below = shape.n_layer * entry + 2 * 8 + mask * C * bool(shape.dropout)
-    loss = FLOAT * C + number_bytes * C + (3 + bool(shape.softcap)) * FLOAT * shape.vocab_size
+    loss = tokens * (FLOAT * C + number_bytes * C)
+    if loss_rows:
+        logits = min(loss_rows, tokens) * V
+        made = (2 + bool(shape.softcap)) * FLOAT + (number_bytes if number_bytes < FLOAT else 0)
+        loss += tokens * number_bytes * C + FLOAT * V * C
+        loss += max(made * logits, number_bytes * (logits + V * C))
+    else:
+        loss += tokens * (3 + bool(shape.softcap)) * FLOAT * V
     gradients = 3 if shape.activation == "relu2" else 1  # the square's takes a product of two powers
     half_way = mlp + gradients * number_bytes * _hidden(shape) // 2
     if keeps_scores(shape, on_cpu):  # of those there are four at once with dropout, else three
         half_way = max(half_way, number_bytes * (1 if shape.dropout else 2) * shape.n_head * shape.block_size)
-    return below + max(loss, attention + half_way + FLOAT * C - entry)
+    in_block = tokens * (attention + half_way + FLOAT * C - entry) + FLOAT * V * C * shape.tied
+    return tokens * below + max(loss, in_block)
 
 
 def kept_by_block(shape: GPTConfig, number_bytes: int, on_cpu: bool) -> tuple[int, int]:

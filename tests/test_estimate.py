@@ -26,15 +26,22 @@ SWITCHES = [
     {"dropout": 0.1, "position": "alibi", "activation": "swiglu"},
 ]
 AGAIN = [SWITCHES[i] for i in (0, 2, 3, 4, 5, 7, 9, 10)]
-CASES = [(switches, False) for switches in SWITCHES] + [(switches, True) for switches in AGAIN]
+CASES = [(switches, False, 0) for switches in SWITCHES] + [(switches, True, 0) for switches in AGAIN]
+CASES += [
+    ({"vocab_size": 5000}, False, 256),
+    ({"vocab_size": 5000, "softcap": 15.0, "tied": False}, True, 256),
+    ({"vocab_size": 20000, **MODERN}, False, 64),
+    ({"vocab_size": 20000}, True, 10**6),
+]
 
 
-@pytest.mark.parametrize(("switches", "recompute"), CASES, ids=str)
-def test_activations_are_what_torch_allocates(switches, recompute):
+@pytest.mark.parametrize(("switches", "recompute", "loss_rows"), CASES, ids=str)
+def test_activations_are_what_torch_allocates(switches, recompute, loss_rows):
     """The peak of a micro-batch after another, in float32, within 5 % with weights and gradients."""
     options = {"vocab_size": 500, "bias": False, **switches}
     shape = GPTConfig(n_layer=4, n_embd=128, n_head=4, block_size=256, **options)
     model, idx = GPT(shape), torch.randint(0, shape.vocab_size, (4, 256))
+    model.loss_rows = loss_rows
     if recompute:
         parallel.recompute(model, Machine(torch.device("cpu"), "float32", ""))
     model(idx, idx)[1].backward()  # gradients are there before the peak
@@ -47,7 +54,8 @@ def test_activations_are_what_torch_allocates(switches, recompute):
     for _, change in changes:
         now += change
         peak = max(peak, now)
-    need = estimate.memory(shape, OptimConfig(), 4, number_bytes=4, recompute=recompute, on_cpu=True)
+    how = {"recompute": recompute, "on_cpu": True, "loss_rows": loss_rows}
+    need = estimate.memory(shape, OptimConfig(), 4, number_bytes=4, **how)
     held = need.weights + need.gradients
     assert held + peak == pytest.approx(held + need.activations, rel=0.05)
     assert peak == pytest.approx(need.activations, rel=0.1)

@@ -100,6 +100,18 @@ def test_a_flag_for_the_length_counts(capsys):
     assert "try a smaller --batch_size" in capsys.readouterr().out
 
 
+def test_logits_of_some_tokens_at_a_time_take_their_share(capsys):
+    config = plan.Config(loss_rows=2048, bias=True, batch_size=64, scaling=True)
+    plan.main(config)
+    said = capsys.readouterr().out
+    need = estimate.memory(GPT2_SIZES["gpt2"], OptimConfig(), batch_size=64, loss_rows=2048)
+    plain = estimate.memory(GPT2_SIZES["gpt2"], OptimConfig(), batch_size=64)
+    assert (
+        f"about {need.activations / 1e9:.2f}" in said and f" {need.total / 1e9:.1f}" in said.partition("|")[2]
+    )
+    assert need.activations < plain.activations / 1.5
+
+
 def test_blocks_that_run_again_keep_their_inputs(capsys):
     """So that the logits are nearly all that a micro-batch takes; and no bfloat16 copies wait in blocks."""
     shape, rules, found = GPT2_SIZES["gpt2"], OptimConfig(), {}

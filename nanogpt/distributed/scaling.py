@@ -92,6 +92,7 @@ class Setting:
     half_tokens: int = 1250  # a micro-batch of so many tokens reaches half of the rate of a very long one
     sharded_state: bool = True  # DDP: each GPU has its part of the optimizer's state
     recompute: bool = False  # blocks run again in the backward pass, which is for `mfu` to know
+    loss_rows: int = 0  # tokens whose logits are there at once; 0: all
 
     def compute_s(self, shape: GPTConfig, windows: int) -> float:
         """Forward and backward pass of one micro-batch. Short ones fill the GPU less: the rate goes with
@@ -157,7 +158,16 @@ def predict(shape: GPTConfig, rules: OptimConfig, mode: Mode, gpus: int, setting
         exposed,
         update_s(shape, rules, mode, world, setting),
         wire_bytes(found, len(sizes)),
-        memory(shape, rules, mode, world, sizes, setting.sharded_state, recompute=setting.recompute),
+        memory(
+            shape,
+            rules,
+            mode,
+            world,
+            sizes,
+            setting.sharded_state,
+            recompute=setting.recompute,
+            loss_rows=setting.loss_rows,
+        ),
     )
 
 
@@ -228,6 +238,7 @@ def memory(
     sharded_state: bool = True,
     number_bytes: int = HALF,
     recompute: bool = False,
+    loss_rows: int = 0,
 ) -> estimate.Memory:
     """Bytes on the GPU that has the most, which computes micro-batches of `sizes` windows in numbers of
     `number_bytes`.
@@ -236,7 +247,7 @@ def memory(
     up to three blocks gathered, the gradients of one, and with several micro-batches all gradients whole
     until the last one reduces them.
     """
-    plain = estimate.memory(shape, rules, max(sizes), number_bytes, recompute)
+    plain = estimate.memory(shape, rules, max(sizes), number_bytes, recompute, loss_rows=loss_rows)
     if world.gpus == 1:
         return plain
     if mode == "ddp":
