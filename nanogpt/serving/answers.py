@@ -23,6 +23,7 @@ from nanogpt.serving.refusal import Refusal
 from nanogpt.serving.scheduler import Choice, Piece, PromptScores, Scheduler
 from nanogpt.tokenizer import Tokenizer
 
+Letter = tuple[Choice, Piece]
 EVENT_S = 0.02  # from one event of a stream to the next, at least: tokens that come faster share one
 
 
@@ -74,10 +75,10 @@ class Answer:
     def __init__(self, served: Served, asked: CompletionRequest, mail: Mail):
         self.served, self.asked, self.mail = served, asked, mail
         self.loop = asyncio.get_running_loop()
-        self.letters: list[
-            tuple[Choice, Piece]
-        ] = []  # come, and not yet read; this and the next by mail.lock
-        self.waiting = self.patient = False  # for a letter, and if patient only for one that ends a text
+        # By mail.lock: what has come and is not yet read, and whether the loop waits for more.
+        self.letters: list[Letter] = []
+        self.waiting = False
+        self.patient = False  # it waits for a letter that ends a text
         self.arrived = asyncio.Event()
         self.choices: list[Choice] = []
         self.logprobs: list[LogProbs] = []
@@ -113,7 +114,7 @@ class Answer:
         while self.ended < len(self.choices):
             yield [self._received(*letter) for letter in await self._letters()]
 
-    async def _letters(self) -> list[tuple[Choice, Piece]]:
+    async def _letters(self) -> list[Letter]:
         """What has come since the last time, one letter at least: of a stream the first at once, then all of
         EVENT_S; of a whole answer all until a text ends. ClientDisconnect if nobody waits for them."""
         self.patient = any(self.begun) or not self.asked.stream
