@@ -71,7 +71,8 @@ def test_a_stream_has_an_event_now_and_then():
         assert texts(await anext(events)) == "a"
         write(answer, 0, LETTERS)
         begun = time.perf_counter()
-        assert texts(await anext(events)) == LETTERS
+        event = await anext(events)
+        assert texts(event) == LETTERS and event.count(b"data: ") == 1
         assert time.perf_counter() - begun > 0.9 * answers.EVENT_S
 
     asyncio.run(stream())

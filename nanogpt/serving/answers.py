@@ -5,7 +5,7 @@ The scheduler's thread writes, the event loop reads: `Mail` is the one place whe
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -150,9 +150,18 @@ class Answer:
         self.begun[number] = True
         return number, piece
 
-    def _choice(self, number: int, piece: Piece) -> dict[str, Any]:
-        logprobs = None if self.asked.logprobs is None else self.logprobs[number].of(piece.tokens)
-        return completions.choice(number, piece.text, logprobs, piece.finish)
+    def _together(self, pieces: Sequence[tuple[int, Piece]]) -> list[dict[str, Any]]:
+        """The pieces of each choice as one, in the order of their first ones."""
+        of: dict[int, list[Piece]] = {}
+        for number, piece in pieces:
+            of.setdefault(number, []).append(piece)
+        found = []
+        for number, parts in of.items():
+            tokens = [token for part in parts for token in part.tokens]
+            logprobs = None if self.asked.logprobs is None else self.logprobs[number].of(tokens)
+            text = "".join(part.text for part in parts)
+            found.append(completions.choice(number, text, logprobs, parts[-1].finish))
+        return found
 
     def written(self) -> int:
         return sum(choice.written for choice in self.choices)
@@ -162,7 +171,7 @@ class Answer:
         name, asked = self.served.name, self.asked
         try:
             async for pieces in self._pieces():
-                choices = [self._choice(number, piece) for number, piece in pieces]
+                choices = self._together(pieces)
                 parts = (completions.answer(asked, name, [choice]) for choice in choices)
                 yield b"".join(b"data: " + part + b"\n\n" for part in parts)
             if asked.usage_in_stream:
@@ -188,15 +197,8 @@ class Answer:
             self.leave()
 
     async def _collect(self) -> bytes:
-        found: list[list[Piece]] = [[] for _ in self.choices]
-        async for pieces in self._pieces():
-            for number, piece in pieces:
-                found[number].append(piece)
-        joined = [
-            Piece("".join(p.text for p in pieces), [t for p in pieces for t in p.tokens], pieces[-1].finish)
-            for pieces in found
-        ]
-        choices = [self._choice(number, piece) for number, piece in enumerate(joined)]
+        all_pieces = [piece async for pieces in self._pieces() for piece in pieces]
+        choices = self._together(sorted(all_pieces, key=lambda piece: piece[0]))
         return completions.answer(self.asked, self.served.name, choices, self.written())
 
     def leave(self) -> None:
