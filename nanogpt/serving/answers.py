@@ -202,9 +202,10 @@ class Answer:
         return completions.answer(self.asked, self.served.name, choices, self.written())
 
     def leave(self) -> None:
-        """Free the slots, if the answer is not complete."""
+        """Free the slots, if the answer is not complete; who waits for its letters gets ClientDisconnect."""
         if self.ended < len(self.choices) and not self.left:
             self.left = True
+            self.arrived.set()
             self.served.scheduler.cancel(self.choices)
             self.served.meters.cancelled()
 
@@ -234,7 +235,6 @@ class Events(Response):
     def _client_left(self, leaving: asyncio.Task[None]) -> None:
         if not leaving.cancelled():
             self.answer.leave()
-            self.answer.arrived.set()
 
 
 async def _left(receive: Receive) -> None:
