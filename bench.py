@@ -20,17 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from nanogpt import (
-    data,
-    estimate,
-    files,
-    graphs,
-    kernels,
-    mixture,
-    optim,
-    runtime,
-    steps,
-)
+from nanogpt import data, estimate, files, graphs, kernels, mixture, optim, runtime, steps
 from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, read
 from nanogpt.distributed import interconnect, parallel, scaling, wire
 from nanogpt.distributed.world import World

@@ -68,8 +68,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     if config.max_tokens and not origins.get("max_iters", "").startswith("--"):
         tokens = config.max_tokens
     found = estimate.parameters(shape)
-    again = {"recompute": config.recompute, "loss_rows": config.loss_rows}
-    need = estimate.memory(shape, rules, config.batch_size, **again)
+    need = estimate.memory(
+        shape, rules, config.batch_size, recompute=config.recompute, loss_rows=config.loss_rows
+    )
     cost = estimate.flops_per_token(shape)
     hours = estimate.hours(tokens, cost, config.gpus, peak, config.mfu)
     lines = [
