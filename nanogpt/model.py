@@ -228,6 +228,9 @@ class GPT(nn.Module):
         if problems := config.problems():
             raise ValueError("; ".join(problems))
         self.config = config
+        # The first call of MKL's vector functions must not be shared by threads: in one process of thirty a
+        # part of it is then less accurate, so that rotary tables or a soft cap have other bits the next time.
+        torch.zeros(1, device="cpu").cos()
         # from_pretrained: the weights are drawn in init_weights, once
         table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.wte = nn.Embedding.from_pretrained(table, freeze=False)
