@@ -25,6 +25,7 @@ from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, 
 from nanogpt.distributed import interconnect, parallel, scaling, wire
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, run_program
+from nanogpt.loss import default_rows
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions, SpeedOptions
 from nanogpt.prefetch import Prefetched
@@ -114,7 +115,10 @@ class Bench:
             raise UserError("; ".join(problems))
         torch.manual_seed(config.seed)
         self.model = GPT(shape).to(machine.device)
-        self.model.loss_rows = config.loss_rows
+        micro_batch = config.batch_size * config.block_size
+        self.model.loss_rows = config.loss_rows or default_rows(
+            machine.device, micro_batch, tokens.vocab_size
+        )
         shown = (shape, machine, config.block_size, shape.position == "alibi")
         self.attention = kernels.require_attention(config.attention, *shown)
         rules = picked(optim.OptimConfig, config)

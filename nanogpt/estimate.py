@@ -7,6 +7,7 @@ Parameters and optimizer state are exact, activations within a few per cent of w
 from dataclasses import dataclass
 
 from nanogpt import flops
+from nanogpt.loss import rows_at_once
 from nanogpt.model import GPTConfig
 from nanogpt.optim import OptimConfig
 
@@ -118,8 +119,8 @@ def activations(
 
     At the loss there are what the blocks keep (their inputs alone, if they run again), the last norm, and in
     float32 the logarithms of softmax and two gradients of logits, one more with a soft cap. With `loss_rows`
-    there are the gradients of the norm's output and of the head, and of so many tokens the logits and their
-    gradient, or the latter and what it adds to the head's.
+    there are the gradients of the norm's output and of the head, and of that many tokens the gradient of the
+    logits, beside the logits of some of them or what they add to the head's gradient.
     In a block there are what it and those before it keep, the gradient of its output, those half-way through
     it (of the activation, or of scores where they were kept), and where the head is the token embeddings its
     gradient.
@@ -130,10 +131,11 @@ def activations(
     below = shape.n_layer * entry + 2 * 8 + mask * C * bool(shape.dropout)
     loss = tokens * (FLOAT * C + number_bytes * C)
     if loss_rows:
-        logits = min(loss_rows, tokens) * V
-        made = (2 + bool(shape.softcap)) * FLOAT + (number_bytes if number_bytes < FLOAT else 0)
-        loss += tokens * number_bytes * C + FLOAT * V * C
-        loss += max(made * logits, number_bytes * (logits + V * C))
+        rows = min(loss_rows, tokens)
+        narrow = number_bytes < FLOAT
+        part = min(rows, rows_at_once("cpu" if on_cpu else "cuda", V)) * V * FLOAT
+        loss += tokens * number_bytes * C + FLOAT * V * C + number_bytes * rows * V
+        loss += max(2 * part, number_bytes * V * C) if narrow else part
     else:
         loss += tokens * (3 + bool(shape.softcap)) * FLOAT * V
     gradients = 3 if shape.activation == "relu2" else 1  # the square's takes a product of two powers

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanogpt.cache import Layer, Past
-from nanogpt.loss import in_rows, multiplies_padding, project, soft_cap
+from nanogpt.loss import chunked_cross_entropy, multiplies_padding, project, rows_at_once, soft_cap
 from nanogpt.position import POSITIONS, Position
 
 IGNORE = -1  # a target with this value is not scored
@@ -254,21 +254,27 @@ class GPT(nn.Module):
             INITS[config.init](self)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
         """Score each position's next token.
 
         idx, targets: int64 (B, T), T at most block_size; targets equal to IGNORE are left out. documents:
         int64 (B, T), the number of each token's document; none sees another one. Positions go on.
         Returns logits (B, T, V) and, with targets, their mean cross-entropy in nats; with `loss_rows` or
-        `compiled_loss` that alone.
+        `compiled_loss` that alone. `reduction` "none" returns the cross-entropy of each target (B, T) alone.
         """
         x = self.hidden(idx, documents=documents)
         if targets is None:
             return self.head(x), None
+        if reduction == "none":
+            return None, self.token_losses(x, targets)
         if self.loss_rows:
             how = (self.loss_rows, self.config.vocab_size, self.config.softcap, IGNORE)
-            return None, in_rows(x.flatten(0, 1), self.head_table, targets.flatten(), *how)
+            return None, chunked_cross_entropy(x.flatten(0, 1), self.head_table, targets.flatten(), *how)
         if self.compiled_loss:
             return None, self.compiled_loss(x, targets)
         logits = self.head(x)
@@ -277,6 +283,17 @@ class GPT(nn.Module):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of targets (B, T) from hidden states x (B, T, C)."""
         return cross_entropy(self.head(x), targets)
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of each of targets (B, T), 0 for those equal to IGNORE, from hidden states
+        x (B, T, C), without holding all logits at once."""
+        rows = rows_at_once(x.device.type, self.config.vocab_size)
+        parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        losses = [
+            F.cross_entropy(self.head(part), wanted, ignore_index=IGNORE, reduction="none")
+            for part, wanted in parts
+        ]
+        return torch.cat(losses).view_as(targets)
 
     @property
     def head_table(self) -> Tensor:

@@ -37,6 +37,7 @@ from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.exchange import weights
 from nanogpt.exchange.pretrained import Pretrained
+from nanogpt.loss import default_rows
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.order import RowOrder
@@ -179,7 +180,8 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     if resumed:
         require_same_tokenizer(resumed, dataset)
     model = make_model(config, resumed, found, dataset, division.home(machine.device))
-    model.loss_rows = config.loss_rows
+    micro_batch = config.batch_size * config.block_size
+    model.loss_rows = config.loss_rows or default_rows(machine.device, micro_batch, dataset.vocab_size)
     notices += [*attention(config, model, machine), *finetune.choose_trained(model, config)]
     if rules.optimizer == "muon" and not any(
         p.requires_grad and optim.is_for_muon(name, p) for name, p in model.named_parameters()

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanogpt import flops
 from nanogpt.data import Dataset, eval_batches
@@ -190,17 +189,14 @@ def evaluate(
     was_training, compute = model.training, in_dtype(model, machine)
     model.eval()
     sums, counts = [], []
-    for batch in in_step(model, in_parts(batches, model.loss_rows), machine.world, stopped):
+    for batch in in_step(model, batches, machine.world, stopped):
         machine.world.moved()
         if batch is None:
             compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
             continue
         idx, targets, *documents = batch
-        logits, _ = compute(idx, None, *documents) if documents else compute(idx)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        sums.append(losses.view_as(targets).sum(dim=1).double())
+        _, losses = compute(idx, targets, documents[0] if documents else None, "none")
+        sums.append(losses.sum(dim=1).double())
         counts.append((targets != IGNORE).sum(dim=1))
     model.train(was_training)
     if machine.world.any(stopped()):  # asked once, by all: they may have different numbers of batches
@@ -218,13 +214,6 @@ def evaluate(
     loss = total / tokens
     spread = max(0.0, square / tokens - loss**2)  # between windows, weighted by their tokens
     return Evaluation(loss, math.sqrt(spread / max(1, windows - 1)), int(tokens))
-
-
-def in_parts(batches: Iterable[tuple[Tensor, ...]], tokens: int) -> Iterable[tuple[Tensor, ...]]:
-    """`batches` in parts of about so many tokens, whole windows; 0: as they are."""
-    for batch in batches:
-        rows = max(1, tokens // batch[0].shape[1]) if tokens else len(batch[0])
-        yield from zip(*(part.split(rows) for part in batch), strict=True)
 
 
 def evaluate_splits(

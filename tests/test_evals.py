@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.against_lm_eval import by_lm_eval, given_by, likelihoods, same_prediction
-from nanogpt import tokenizer
+from nanogpt import loss, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.sampling import SamplingOptions
@@ -62,7 +62,7 @@ def test_every_batch_size_gives_the_scores_of_a_row_alone(options):
 def test_the_head_works_in_parts(letters, monkeypatch):
     rows = Requests(random_pairs(20), 24)
     whole = [nats for _, nats, _ in scoring.score(letters, rows)]
-    monkeypatch.setitem(scoring.LOGITS_AT_ONCE, "cpu", 25)  # two positions of ten ids
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", 25)  # two positions of ten ids
     for nats, expected in zip((n for _, n, _ in scoring.score(letters, rows)), whole, strict=True):
         np.testing.assert_allclose(nats, expected, atol=1e-5)
 

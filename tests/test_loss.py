@@ -1,17 +1,21 @@
 """The loss whose logits are made some rows at a time is the plain one, in value, gradients, less memory."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from nanogpt import data, steps
-from nanogpt.loss import in_rows, project
+from nanogpt.loss import LOGITS_AT_ONCE, chunked_cross_entropy, default_rows, project
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.runtime import Machine
 
+ROOT = Path(__file__).resolve().parent.parent
 N, C, V, P = 37, 16, 50, 64
 
 
@@ -38,7 +42,7 @@ def test_equals_the_plain_loss(rows, cap, monkeypatch):
         x, table, targets = inputs()
         expected = plain(x, table, targets, cap)
         gradients = torch.autograd.grad(3 * expected, (x, table))
-        found = in_rows(x, table, targets, rows, V, cap, IGNORE)
+        found = chunked_cross_entropy(x, table, targets, rows, V, cap, IGNORE)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         for a, b in zip(torch.autograd.grad(3 * found, (x, table)), gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -51,8 +55,8 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_plain_one():
     exact = torch.autograd.grad(expected, (x, table))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = plain(x, table, targets, 3.0)
-        found = in_rows(x, table, targets, 8, V, 3.0, IGNORE)
-    assert float(found) == pytest.approx(float(rough), abs=1e-3)
+        found = chunked_cross_entropy(x, table, targets, 8, V, 3.0, IGNORE)
+    assert found.item() == pytest.approx(rough.item(), abs=1e-3)
     theirs, ours = torch.autograd.grad(rough, (x, table)), torch.autograd.grad(found, (x, table))
     for a, b, truth in zip(ours, theirs, exact, strict=True):
         assert a.dtype == torch.float32
@@ -83,7 +87,7 @@ def test_a_model_trains_on_it_as_on_the_other(tied, dtype, device):
     for rows in (0, 5):
         model.loss_rows = rows
         loss = machine.in_dtype(model)(idx, targets)[1]
-        losses.append(float(loss))
+        losses.append(loss.item())
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     assert losses[1] == pytest.approx(losses[0], abs=1e-6 if dtype == "float32" else 1e-3)
     near = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.05, "atol": 2e-3}
@@ -91,17 +95,34 @@ def test_a_model_trains_on_it_as_on_the_other(tied, dtype, device):
         torch.testing.assert_close(a, b, **near)
 
 
-def test_evaluation_is_the_same_in_parts(dataset, device):
+def test_evaluation_is_the_same_in_parts(dataset, device, monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=1, n_head=2, n_embd=C))
     machine, tokens = Machine(device, "float32", "test"), data.load(dataset).val
     found = []
-    for rows in (0, 1, 40):
-        model.loss_rows = rows
+    for rows in (10**6, 1, 40):
+        monkeypatch.setitem(LOGITS_AT_ONCE, device.type, 10 * rows)
         batches = data.eval_batches(tokens, 16, 7, 10**9, machine.device)
         found.append(steps.evaluate(model, batches, machine))
     assert found[0].tokens == found[1].tokens == found[2].tokens
     assert found[1].loss == pytest.approx(found[0].loss, abs=1e-6) == found[2].loss
+
+
+@pytest.mark.cpu
+def test_a_compiler_leaves_the_chunks_alone():
+    """Traced, all of them would be in one graph, and their logits in memory at once."""
+    model = GPT(GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=C))
+    model.loss_rows = 5
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    idx = torch.randint(V, (3, 8))
+    found = torch.compile(model, backend=backend)(idx, idx)[1]
+    assert float(found.detach()) == float(model(idx, idx)[1].detach())
+    assert seen and not any("softmax" in str(target) for target in seen)
 
 
 MEMORY = """
@@ -136,3 +157,26 @@ def test_it_takes_a_fraction_of_the_memory():
         for rows in ("0", "128")
     ]
     assert peaks[0] > 300_000 and peaks[1] < peaks[0] / 4
+
+
+def test_rows_are_chosen_for_a_cpu_where_the_logits_are_large():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert default_rows(cpu, 20 * 64, 65) == default_rows(cpu, 16 * 256, 65) == 0  # the character presets
+    assert default_rows(gpu, 8 * 256, 50257) == 0
+    assert 4 * 50257 * default_rows(cpu, 8 * 256, 50257) == pytest.approx(256e6, rel=0.1)
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process by Linux's rules")
+def test_a_large_vocabulary_takes_little_memory(bare_tokens, tmp_path):
+    """Three evaluations and two updates with GPT-2's vocabulary: 0.41 GB of logits a micro-batch, of which
+    2.8 GB became without chunks, and more with the batches of an evaluation."""
+    np.random.default_rng(0).integers(0, 50257, 20000).astype("<u2").tofile(bare_tokens / "train.bin")
+    np.random.default_rng(1).integers(0, 50257, 20000).astype("<u2").tofile(bare_tokens / "val.bin")
+    options = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 256, "batch_size": 8}
+    options |= {"gradient_accumulation_steps": 1, "eval_iters": 3, "eval_interval": 1, "max_iters": 2}
+    options |= {"warmup_iters": 1, "device": "cpu", "dataset": bare_tokens, "out_dir": tmp_path / "out"}
+    command = [sys.executable, "train.py", *(f"--{key}={value}" for key, value in options.items())]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0 and used.ru_maxrss < 1_300_000  # kilobytes; 0.8 GB are usual

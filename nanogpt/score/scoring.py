@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanogpt.errors import UserError
+from nanogpt.loss import rows_at_once
 from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES, Machine
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # of a batch where none is asked for
-LOGITS_AT_ONCE = {"cuda": 1 << 28, "mps": 1 << 26, "cpu": 1 << 24}  # on a CPU 64 MB, near its caches
 Advance = Callable[[int], object]
 Pair = tuple[np.ndarray, np.ndarray]  # ids of a context, and of what follows it
 
@@ -222,7 +222,7 @@ def _losses(subject: Subject, ids: Tensor, scored: Tensor, greedy: bool) -> tupl
         hidden = model.hidden(ids[:, :-1])[scored[:, 1:]]
     targets = ids[scored]
     losses, first = [], []
-    at_once = max(1, LOGITS_AT_ONCE[machine.device.type] // model.config.vocab_size)
+    at_once = rows_at_once(machine.device.type, model.config.vocab_size)
     for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
         with machine.autocast():
             logits = model.head(part)
