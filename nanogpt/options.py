@@ -67,7 +67,7 @@ class SpeedOptions:
     # speed, for GPUs; none of these has run on one yet, so all are off (docs/gpu.md)
     casting: Literal["auto", "autocast", "weights"] = "auto"  # to dtype: each product, or all weights once
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"  # torch's kernel to prefer
-    loss_rows: Count = 0  # tokens whose logits are computed at once; 0: all on a GPU, a choice of ours on a CPU
+    loss_rows: Count = 0  # tokens whose logits are computed at once; 0: all, on a CPU some
     cuda_graph: bool = False  # record an iteration once and replay it: for small models
     prefetch: bool = False  # read the next batch while this one is computed
     hold_gc: bool = False  # Python looks for garbage at evaluations only
