@@ -97,7 +97,8 @@ def test_the_model_knows_torch_and_nothing_else():
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_sizes_and_dangers(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 400
+    main = path.name in ("train.py", "model.py")
+    assert len(text.splitlines()) <= (650 if main else 500), "does this file hold two subjects?"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, f"{node.name} is too long"
