@@ -135,8 +135,6 @@ class Content:
                 name: {"bytes": (draft / name).stat().st_size, "sha256": files.sha256(draft / name)}
                 for name in names
             }
-            for name in names:
-                files.sync(draft / name)
             files.write_json(draft / "manifest.json", {"format": FORMAT, "files": listing})
             files.remove(path)
         prune(run)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import shutil
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nanogpt import checkpoint, files
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer, build
+from tests.power_cut import Disk
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -188,6 +190,43 @@ def test_a_disk_that_fails_at_any_point_costs_nothing_old(tmp_path, model, monke
         if not failed:
             return
     pytest.fail("a save never came to its end")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sees by /proc what is flushed")
+def test_a_power_cut_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_path, model, monkeypatch):
+    run = tmp_path / "run"
+    put(run, model, 1, 2.0)
+    disk = Disk(tmp_path / "run", monkeypatch, tmp_path / "left")
+    put(run, model, 2, 1.0)
+    newest = []
+    for left in disk.moments:
+        found, damage = checkpoint.find(left)
+        assert not damage and "optimizer.safetensors" in names(found.path)
+        assert (found.load_model().position.wpe.weight == found.iter_num).all()
+        newest.append(found.iter_num)
+    assert newest == sorted(newest) and newest[0] == 1 and newest[-1] == 2
+    assert checkpoint.find(disk.survivors(tmp_path / "end"))[0].iter_num == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sees by /proc what is flushed")
+def test_a_power_cut_at_any_moment_leaves_the_old_text_or_the_new_one(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"old": 1}', encoding="utf-8")
+    disk = Disk(folder, monkeypatch, tmp_path / "left")
+    files.write_json(folder / "config.json", {"new": 2})
+    left = [files.read_json(moment / "config.json") for moment in disk.moments]
+    assert left[0] == {"old": 1} and left[-1] == {"new": 2} and len(left) >= 3
+
+
+def test_json_is_never_written_in_place(tmp_path):
+    """A reader that has the file open, as one that a kill would leave half of it, sees none of the change."""
+    path = tmp_path / "config.json"
+    files.write_json(path, {"old": 1})
+    with path.open(encoding="utf-8") as reader:
+        files.write_json(path, {"new": 2})
+        assert json.load(reader) == {"old": 1}
+    assert files.read_json(path) == {"new": 2}
 
 
 def test_a_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypatch):
