@@ -96,6 +96,11 @@ def test_reads_its_own_folder(dataset):
     assert found.train.read(0, 5).tolist() == np.fromfile(dataset / "train.bin", "<u2")[:5].tolist()
 
 
+def test_bytes_per_token_are_those_of_the_validation_text(tmp_path):
+    text = "ab" * 900 + "é" * 150 + "a" * 50  # the last tenth: 200 characters, 350 bytes
+    assert data.load(write_dataset(tmp_path / "data", text)).bytes_per_token == 350 / 200
+
+
 def test_reads_bare_files_as_gpt2_tokens(bare_tokens):
     found = data.load(bare_tokens)
     assert found.vocab_size == 50257 and found.bytes_per_token is None and len(found.train) == 2500
@@ -125,6 +130,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(bare_tokens, tmp_path, wrap):
     with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table"):
         data.load(bare_tokens)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["eval", "getattr", "print", "__import__", "bytearray"])
+def test_a_pickle_that_names_a_builtin_is_refused(bare_tokens, name):
+    (bare_tokens / "meta.pkl").write_bytes(b"\x80\x04cbuiltins\n" + name.encode() + b"\n.")
+    with pytest.raises(UserError, match=rf"meta\.pkl is not nanoGPT's table .* it names builtins\.{name}"):
+        data.load(bare_tokens)
 
 
 def test_reads_shards_as_one_sequence(bare_tokens):

@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         source = tmp_path / "questions.jsonl"
         rows = [{"prompt": body[:9], "response": body[9:]} for body in BODIES]
         source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    corpus.prepare([source], tmp_path / "whole", **options)
+    whole = corpus.prepare([source], tmp_path / "whole", **options)
     monkeypatch.setattr(corpus, "RECORD_S", 0.0)
     real = shards.Writer.add
     out = tmp_path / "out"
@@ -122,13 +122,20 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             corpus.prepare([source], out, **options)
         with pytest.raises(UserError):
             data.load(out)
-    for file in (out / shards.UNFINISHED).glob("*-*"):  # as a power cut may leave it
-        with file.open("ab") as grown:
-            grown.write(b"beyond the record")
+    unfinished = out / shards.UNFINISHED
+    grown = [path for path in unfinished.iterdir() if path.name not in ("state.json", ".lock")]
+    assert {"folded", "train-000000"} <= {path.name for path in grown}
+    # As a power cut may leave them: further than what is still to come. In `folded` this would be a document
+    # that is in both splits.
+    beyond = np.array([2, 3], "<u8").tobytes() * 40_000
+    for path in grown:
+        with path.open("ab") as file:
+            file.write(beyond)
     monkeypatch.setattr(shards.Writer, "add", real)
     summary = corpus.prepare([source], out, **options)
     assert content(out) == content(tmp_path / "whole")
     assert ("train.mask.bin" in content(out)) == ("text_key" in options)
+    assert summary.in_both == whole.in_both
     assert summary.resumed and "went on where an interrupted run had stopped" in summary.lines()
 
 

@@ -66,6 +66,24 @@ def test_accumulation_equals_one_large_batch(count):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
+def test_a_smaller_last_micro_batch_weighs_less():
+    """12 windows in parts of 5, 5 and 2: each window counts as much as any other."""
+    ((idx, targets),) = some(1)
+    results = []
+    for batches in ([(idx, targets)], list(zip(idx.split(5), targets.split(5), strict=True))):
+        everything = parts()
+        result = step(*everything, batches)
+        results.append((result, everything[1].state()))
+    (one, whole), (many, uneven) = results
+    torch.testing.assert_close(many.loss, one.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(many.grad_norm, one.grad_norm, rtol=1e-5, atol=1e-6)
+    for (
+        name,
+        tensor,
+    ) in whole.items():  # AdamW's first update hides the size of a gradient, its moments do not
+        torch.testing.assert_close(uneven[name], tensor, rtol=1e-4, atol=1e-7)
+
+
 def test_dropout_is_a_function_of_seed_and_step():
     def loss(iter_num, between):
         everything = parts(dropout=0.3)
@@ -80,6 +98,9 @@ def test_gradients_are_clipped_and_the_norm_is_that_before():
     result = step(*everything, some(1), lr=0.0, grad_clip=1e-3)
     assert float(result.grad_norm) > 0.1
     assert all(p.grad is None for p in everything[0].parameters())
+    means = [tensor for name, tensor in everything[1].state().items() if name.endswith(".exp_avg")]
+    seen = torch.cat([mean.flatten() for mean in means]).norm() / (1 - OptimConfig().beta1)
+    assert float(seen) == pytest.approx(1e-3, rel=1e-3)  # what the optimizer was given
 
 
 def test_a_loss_that_is_not_finite_is_found():
@@ -89,6 +110,16 @@ def test_a_loss_that_is_not_finite_is_found():
     result = step(model, *rest, some(1))
     with pytest.raises(Diverged, match=r"iteration 7 with learning rate 0\.001"):
         result.check(7, 1e-3, scaled=False)
+
+
+def test_a_gradient_that_is_not_finite_is_found_under_a_finite_loss():
+    model, *rest = parts()
+    model.h[1].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("nan"))
+    result = step(model, *rest, some(2), lr=0.0)
+    assert math.isfinite(float(result.loss))
+    with pytest.raises(Diverged, match=r"gradient norm nan at iteration 7"):
+        result.check(7, 1e-3, scaled=False)
+    result.check(7, 1e-3, scaled=True)  # float16: the scaler has left this update out
 
 
 def test_float16_skips_an_update_that_overflows():
