@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import table
+from benchmarks import shared
 from nanogpt import checkpoint, files, runtime, tokenizer
 from nanogpt.config import Count, load
 from nanogpt.errors import UserError, run_program
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
         if path := getattr(config, kind):
             rows.append([kind, *compare(kind, Path(path), subject, theirs, config.limit)])
     columns = ["", "items", "predictions that differ", "largest difference", "ours, s", "lm-eval, s"]
-    table.show("eval.py against lm-eval on the exported copy, float32", columns, rows)
+    shared.show("eval.py against lm-eval on the exported copy, float32", columns, rows)
     if any(row[2] != "0" or float(row[3]) > 1e-3 for row in rows):
         raise UserError("a score differs from lm-eval's")
 

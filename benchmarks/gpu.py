@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import table
+from benchmarks import shared
 from nanogpt import files
 from nanogpt.config import ROOT, Positive, Rate, read
 from nanogpt.errors import UserError, run_program
@@ -158,7 +158,7 @@ def begin(config: Config) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "tiny": config.tiny,
-        "machine": table.machine(),
+        "machine": shared.machine(),
         "commands": [],
         "parts": {},
     }
@@ -176,7 +176,7 @@ def begin(config: Config) -> dict[str, Any]:
 def device_name(device: str) -> str:
     """Of the chip, asked without a context on it, which would take its memory for the whole call."""
     if device != "cuda":
-        return table.processor()
+        return shared.processor()
     asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -310,11 +310,11 @@ def report(results: dict[str, Any]) -> str:
         *[f"`{command}`" for command in results["commands"]],
         *(["", "**Tiny sizes: these figures mean nothing.**"] if results["tiny"] else []),
         "",
-        table.markdown(HEADER, rows),
+        shared.markdown(HEADER, rows),
         *(["", *notes] if notes else []),
     ]
     if others:
-        lines += ["", table.markdown(["also measured", "nanoGPT", "ours", "times better", "note"], others)]
+        lines += ["", shared.markdown(["also measured", "nanoGPT", "ours", "times better", "note"], others)]
     if failed:
         lines += ["", "Failed or left out:", "", *failed]
     return "\n".join(lines)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import gpu_fp8
 from benchmarks.decode import theirs as nanogpt_model
 from benchmarks.gpu_sides import Failed, Setup, environment, figure
 from nanogpt import optim
@@ -51,8 +50,7 @@ def median_s(setup: Setup, work: Callable[[], object], seconds: float) -> float:
 
 
 def chip(setup: Setup) -> dict[str, Any]:
-    """The rate of a large bf16 product, and of copying: what all other figures are shares of. Then whether
-    products in float8 would be faster."""
+    """The rate of a large bf16 product, and of copying: what all other figures are shares of."""
     side, count = (256, 1 << 20) if setup.tiny else (8192, 1 << 30)
     seconds = 0.1 if setup.tiny else min(2.0, setup.left / 8)
     device, dtype = setup.device, torch.bfloat16 if setup.device == "cuda" else torch.float32
@@ -61,19 +59,12 @@ def chip(setup: Setup) -> dict[str, Any]:
     source = torch.ones(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     speed = 2 * source.nbytes / median_s(setup, lambda: target.copy_(source), seconds)
-    found: dict[str, Any] = {
+    return {
         "figures": [
             figure(f"product {side}^3 in {str(dtype)[6:]}, TFLOP/s", rate / 1e12),
             figure("copy, GB/s (read and written)", speed / 1e9),
-        ],
-        "errors": [],
+        ]
     }
-    setup.write(found)
-    try:
-        gpu_fp8.measure(setup, found, lambda work: median_s(setup, work, seconds / 5))
-    except RuntimeError as error:  # of a kernel that this torch does not have for this chip
-        found["errors"].append(f"FP8: {error}"[:300])
-    return found
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -173,8 +164,8 @@ def our_job(decoder: Decoder, count: int) -> None:
 
 
 def stall(setup: Setup) -> dict[str, Any]:
-    """How long training stands still for a checkpoint of 124M with its AdamW state, all sides in turn: ours
-    as it is saved by default, from a copy while training goes on, and at once."""
+    """How long training stands still for a checkpoint of 124M with its AdamW state, both in turn: ours from a
+    copy while training goes on."""
     shape = SMALL if setup.tiny else GPT2_SIZES["gpt2"]
     ours = GPT(shape).to(setup.device)
     rules = optim.build(optim.OptimConfig(), ours.named_parameters())
@@ -185,8 +176,8 @@ def stall(setup: Setup) -> dict[str, Any]:
     adam.step()
     folder = Path(setup.scratch, "checkpoints")
     folder.mkdir()
-    writers = {"ours": Writer(), "ours at once": Writer(background=False)}
-    took: dict[str, list[float]] = {"theirs": [], **{name: [] for name in writers}}
+    writer, out = Writer(), folder / "ours"
+    took: dict[str, list[float]] = {"theirs": [], "ours": []}
     complete: list[float] = []
     found: dict[str, Any] = {"figures": [], "seconds_of": took, "seconds_until_complete": complete}
     begun, rounds = time.monotonic(), 0
@@ -194,13 +185,11 @@ def stall(setup: Setup) -> dict[str, Any]:
         rounds += 1
         saved = {"model": theirs.state_dict(), "optimizer": adam.state_dict()}
         took["theirs"].append(timed(setup, lambda saved=saved: torch.save(saved, folder / "ckpt.pt")))
-        for name, writer in writers.items():
-            about, out, at = {"iter_num": rounds, "val_loss": None}, folder / name, time.monotonic()
-            given = (out, ours, rules.state(), about)
-            took[name].append(timed(setup, lambda writer=writer, given=given: writer.save(*given)))
-            writer.wait()
-            if name == "ours":
-                complete.append(time.monotonic() - at)
+        about, at = {"iter_num": rounds, "val_loss": None}, time.monotonic()
+        given = (out, ours, rules.state(), about)
+        took["ours"].append(timed(setup, lambda given=given: writer.save(*given)))
+        writer.wait()
+        complete.append(time.monotonic() - at)
         found["figures"] = stall_figures(took, complete)
         setup.write(found)
     return found
@@ -213,10 +202,8 @@ def stall_figures(took: dict[str, list[float]], complete: list[float]) -> list[d
         f"the copy; the first one, with its pinned memory, {took['ours'][0]:.3g}; complete, read back and "
         f"flushed after {np.median(complete):.3g}; nanoGPT's is not flushed"
     )
-    whats = {"ours": "checkpoint stall 124M, s", "ours at once": "--background_save=False, s"}
     return [
-        figure(what, middle[name], middle["theirs"], note=note * (name == "ours"), lower_is_better=True)
-        for name, what in whats.items()
+        figure("checkpoint stall 124M, s", middle["ours"], middle["theirs"], note=note, lower_is_better=True)
     ]
 
 
@@ -232,12 +219,10 @@ TRIED = {
     "--attention=cudnn": "--attention=cudnn",
     "--attention=flash": "--attention=flash",
     "--loss_rows=8192": "--loss_rows=8192",
-    "--prefetch": "--prefetch=True",
-    "--hold_gc": "--hold_gc=True",
     "--compile=blocks": "--compile=blocks",
     "--compile=False": "--compile=False",
     "--cuda_graph": "--cuda_graph=True --compile=False",
-    "four at once": "--casting=weights --attention=cudnn --prefetch=True --hold_gc=True",
+    "both at once": "--casting=weights --attention=cudnn",
     "as it is, again": "",
 }
 

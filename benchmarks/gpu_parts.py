@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import gpu_chip
-from benchmarks.exact import exact_loss
 from benchmarks.gpu_sides import (
     Blocks,
     Failed,
@@ -26,6 +25,7 @@ from benchmarks.gpu_sides import (
     in_turn,
     started,
 )
+from benchmarks.shared import exact_loss
 from nanogpt import data
 from nanogpt.errors import UserError
 
@@ -166,8 +166,9 @@ def kept_checkpoints(
     the seconds from the start of the process to its being complete."""
     copies = Path(setup.scratch, f"{name}-copies")
     copies.mkdir()
-    watcher, started = Path(__file__).with_name("milestones.py"), time.time()
-    command = [sys.executable, str(watcher), str(started), str(program), str(copies), "1337"]
+    watcher, started = Path(__file__).with_name("watched.py"), time.time()
+    watch = [sys.executable, str(watcher), "checkpoints", str(started), str(copies), "1337"]
+    command = [*watch, str(program)]
     log = Path(setup.scratch, f"{name}.txt")
     env = environment(Path(setup.scratch, f"{name}-cache"))
     with log.open("wb") as output:
@@ -206,11 +207,11 @@ def shakespeare(setup: Setup) -> dict[str, Any]:
     runs: dict[str, tuple[Path, list[str]]] = {
         "ours": (
             setup.ours(),
-            [preset, f"--dataset={folder}", "--data_on_device=True", *setup.options.split()],
+            [preset, f"--dataset={folder}", *setup.options.split()],
         ),
         "ours-graph": (
             setup.ours(),
-            [preset, f"--dataset={folder}", "--data_on_device=True", "--cuda_graph=True", "--compile=False"],
+            [preset, f"--dataset={folder}", "--cuda_graph=True", "--compile=False"],
         ),
         "theirs": (
             setup.theirs(),

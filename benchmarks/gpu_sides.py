@@ -128,10 +128,10 @@ class Lines:
 
 
 class Side(Lines):
-    """A train.py whose iterations run block by block, as iterations.py has it."""
+    """A train.py whose iterations run block by block, as watched.py has it."""
 
     def __init__(self, name: str, program: Path, options: list[str], env: dict[str, str], scratch: str):
-        command = [sys.executable, str(HERE / "iterations.py"), str(program), *options]
+        command = [sys.executable, str(HERE / "watched.py"), "iterations", str(program), *options]
         super().__init__(command, program.parent, env | {"ITERATIONS_LOG": "1"}, Path(scratch, f"{name}.txt"))
 
     def run(self, iterations: int, limit: float) -> list[float]:

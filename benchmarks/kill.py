@@ -2,6 +2,7 @@
 
     python -m benchmarks.kill                     # 30 kills
     python -m benchmarks.kill --kills=200 --seed=7
+    python -m benchmarks.kill --processes=2 --kills=20 --hangs=10
 
 The run saves at every step, so many kills fall into a save. After each kill (SIGKILL, as a crash or
 the kernel's out-of-memory killer would do it) every checkpoint that can be seen must be whole, and
@@ -9,20 +10,28 @@ none that was announced may be lost. In the end weights, optimizer state and log
 of the unbroken run, bit for bit. A power cut, which also loses what the system had not yet written to
 the disk, is not played here. Run it from the repository root, on a system that can fork: each process
 is forked from one that has imported train.py already.
+
+With --processes=2 torchrun starts two processes. A random one gets SIGKILL, or SIGSTOP, as a hang. The other
+one must name the process that is lost, torchrun must start both again, and `--init_from=auto` must go on to
+the same bits. On Linux.
 """
 
 import contextlib
 import multiprocessing
+import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,9 +39,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import train
-from benchmarks import table
+from benchmarks import shared
 from nanogpt import checkpoint, data, files, metrics, tokenizer
-from nanogpt.config import Count, Positive, load
+from nanogpt.config import ROOT, Count, Positive, Range, Seconds, load
 from nanogpt.errors import UserError, run_program
 
 CLOCK = {"step_s", "tokens_per_s", "elapsed_s"}  # what a row and state.json hold of it: never twice the same
@@ -40,9 +49,14 @@ CLOCK = {"step_s", "tokens_per_s", "elapsed_s"}  # what a row and state.json hol
 
 @dataclass(frozen=True)
 class Config:
-    kills: Positive = 30  # how often
-    steps_per_kill: Positive = 4  # steps of the run for each of them
+    kills: Count = 30  # how often SIGKILL is sent
+    steps_per_kill: Positive = 4  # steps of the run for each kill or hang; with two processes some 40
     seed: Count = 1337  # of the moments
+    # two processes
+    processes: Annotated[int, Range(1, 2)] = 1  # processes of the run
+    hangs: Count = 0  # how often SIGSTOP is sent
+    timeout_s: Seconds = 4.0  # --timeout_s of the run
+    patience_s: Positive = 60  # seconds to wait for the next line or checkpoint of a run
 
 
 @dataclass
@@ -54,13 +68,18 @@ class Result:
     newest: int = 0  # the step of the newest checkpoint
     problems: list[str] = field(default_factory=list)  # empty: all is as it should be
 
+    def show(self) -> None:
+        row = [self.kills, self.during_save, self.before_first, self.steps, len(self.problems)]
+        header = ["kills", "in a save", "before the first checkpoint", "steps of the run", "problems"]
+        shared.show("A run killed at random moments, and resumed", header, [[str(cell) for cell in row]])
+
 
 def main(config: Config) -> None:
+    if config.hangs and config.processes == 1:
+        raise UserError("--hangs needs --processes=2: one process that hangs is ended by nobody")
     with tempfile.TemporaryDirectory() as folder:
-        result = campaign(Path(folder), config)
-    row = [result.kills, result.during_save, result.before_first, result.steps, len(result.problems)]
-    header = ["kills", "in a save", "before the first checkpoint", "steps of the run", "problems"]
-    table.show("A run killed at random moments, and resumed", header, [[str(cell) for cell in row]])
+        result = (campaign if config.processes == 1 else campaign_of_two)(Path(folder), config)
+    result.show()
     if result.problems:
         sys.exit("\n".join(["", *result.problems]))
     print("\nequal to the unbroken run, bit for bit")
@@ -217,6 +236,146 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def progress(step: Path) -> dict[str, Any]:
     state = files.read_json(step / "state.json")
     return {key: state[key] for key in state.keys() - CLOCK - {"options"}}
+
+
+# ----------------------------------------------------------------------------- two processes
+
+RUN = (
+    "--init_from=auto --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=2 --dropout=0.1 "
+    "--gradient_accumulation_steps=4 --warmup_iters=10 --eval_interval=20 --eval_iters=2 --save_interval=5 "
+    "--device=cpu --compile=False"
+)
+
+
+@dataclass
+class ResultOfTwo:
+    steps: int  # of the run
+    killed: int = 0
+    stopped: int = 0
+    killed_named: int = 0  # the line of the survivor has the number of the killed process
+    stopped_named: int = 0
+    until_named_s: list[float] = field(default_factory=list)  # from SIGSTOP
+    until_step_s: list[float] = field(default_factory=list)  # from SIGKILL to the next new checkpoint
+    problems: list[str] = field(default_factory=list)
+
+    def show(self) -> None:
+        kills = f"{self.killed_named} of {self.killed}"
+        hangs = f"{self.stopped_named} of {self.stopped}"
+        row = [kills, hangs, _longest(self.until_step_s), _longest(self.until_named_s), len(self.problems)]
+        header = [
+            "kills named",
+            "hangs named",
+            "kill to next checkpoint, s",
+            "hang to its line, s",
+            "problems",
+        ]
+        shared.show(f"Two processes, {self.steps} steps", header, [[str(cell) for cell in row]])
+
+
+def _longest(seconds: list[float]) -> str:
+    middle = sorted(seconds)[len(seconds) // 2] if seconds else 0.0
+    return f"{middle:.1f}, longest {max(seconds):.1f}" if seconds else "-"
+
+
+def campaign_of_two(folder: Path, config: Config) -> ResultOfTwo:
+    """Train in `folder` once unbroken and once with faults, and compare."""
+    write_dataset(folder / "data")
+    moments = random.Random(config.seed)
+    faults = ["kill"] * config.kills + ["hang"] * config.hangs
+    moments.shuffle(faults)
+    result = ResultOfTwo(steps=max(1, len(faults)) * config.steps_per_kill)
+    unbroken = Launch(folder, "unbroken", result.steps, 0, config)
+    broken = Launch(folder, "broken", result.steps, len(faults), config)
+    try:
+        for fault in faults:
+            broken.go_on(moments.randrange(config.steps_per_kill // 2))
+            time.sleep(moments.uniform(0.0, 0.1))
+            strike(broken, fault, moments.randrange(2), result)
+        unbroken.finish()
+        broken.finish()
+    finally:
+        unbroken.end()
+        broken.end()
+    result.problems += differences(unbroken.out, broken.out)
+    return result
+
+
+def strike(run: "Launch", fault: str, rank: int, result: ResultOfTwo) -> None:
+    """Kill or stop process `rank`, and wait for the line that names it."""
+    said, began, pid = len(run.said()), time.monotonic(), run.pids()[rank]
+    os.kill(pid, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+    run.wait(lambda: "lost: " in run.said()[said:], "no process said that another is lost")
+    took_s = time.monotonic() - began
+    named = re.search(r"lost: process (\d+) has not answered", run.said()[said:])
+    right = bool(named) and named[1] == str(rank)
+    with contextlib.suppress(ProcessLookupError):  # torchrun would wait 30 s for one that does not listen
+        os.kill(pid, signal.SIGKILL)
+    run.wait(lambda: run.pids().get(rank, pid) != pid, "no new process")
+    run.go_on(0)
+    if fault == "kill":
+        result.killed, result.killed_named = result.killed + 1, result.killed_named + right
+        result.until_step_s.append(time.monotonic() - began)
+    else:
+        result.stopped, result.stopped_named = result.stopped + 1, result.stopped_named + right
+        result.until_named_s.append(took_s)
+
+
+class Launch:
+    """torchrun with two processes of train.py, and what they say in a file."""
+
+    def __init__(self, folder: Path, name: str, steps: int, restarts: int, config: Config):
+        self.out, self.log, self.patience_s = folder / name, folder / f"{name}.log", config.patience_s
+        options = [f"--dataset={folder / 'data'}", f"--out_dir={self.out}", f"--max_iters={steps}"]
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts={restarts}"
+        options += [*RUN.split(), f"--timeout_s={config.timeout_s}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.log.open("w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *torchrun.split(), "train.py", *options],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def newest(self) -> int:
+        found = checkpoint.steps(self.out)
+        return int(found[0].name[5:]) if found else -1
+
+    def pids(self) -> dict[int, int]:
+        """Of the processes that train, by rank."""
+        found = {}
+        tasks = Path(f"/proc/{self.process.pid}/task/{self.process.pid}")
+        for pid in (tasks / "children").read_text(encoding="ascii").split():
+            with contextlib.suppress(OSError):
+                rank = re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
+                found |= {int(rank[1]): int(pid)} if rank else {}
+        return found
+
+    def go_on(self, steps: int) -> None:
+        """Let both processes train, and `steps` more be saved."""
+        began = self.newest()
+        self.wait(lambda: self.newest() > began, "no new checkpoint")
+        began = self.newest()
+        self.wait(lambda: self.newest() >= began + steps, "no new checkpoint")
+
+    def wait(self, happened: Callable[[], bool], complaint: str) -> None:
+        deadline = time.monotonic() + self.patience_s
+        while not happened():
+            assert self.process.poll() is None and time.monotonic() < deadline, f"{complaint}:\n{self.said()}"
+            time.sleep(0.005)
+
+    def finish(self) -> None:
+        code = self.process.wait(timeout=10 * self.patience_s)
+        assert code == 0, f"torchrun left with {code}:\n{self.said()}"
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
 
 
 if __name__ == "__main__":

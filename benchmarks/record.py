@@ -35,7 +35,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from benchmarks import table
+from benchmarks import shared
 from nanogpt.config import ROOT, read
 from nanogpt.errors import UserError, run_program
 
@@ -332,7 +332,7 @@ def main(config: Config, commits: list[str]) -> None:
         with ThreadPoolExecutor(2) as pool:
             both = pool.map(lambda side: {name: side.run(every[name]) for name in wanted}, sides)
             rows = compare(*both)
-    table.show("The record", ["case", "results", "verdict"], rows)
+    shared.show("The record", ["case", "results", "verdict"], rows)
     if any(verdict != "equal" for _, _, verdict in rows):
         sys.exit("\nnot equal")
     print(f"\nequal: {sum(int(count) for _, count, _ in rows)} results of {len(rows)} cases")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks import table
+from benchmarks import shared
 from nanogpt.config import ROOT, Positive, load
 from nanogpt.errors import UserError, run_program
 
@@ -45,7 +45,7 @@ def main(config: Config) -> None:
             took_s = [seconds_until(awaited, arguments) for _ in range(config.times)]
             rows.append([what, f"{np.median(took_s):.2f}", f"{max(took_s):.2f}", f"{goal}"])
     title = f"From typing `python train.py` to the answer, {config.times} times each"
-    table.show(title, ["", "median, s", "maximum, s", "goal, s"], rows)
+    shared.show(title, ["", "median, s", "maximum, s", "goal, s"], rows)
 
 
 def seconds_until(awaited: str, arguments: list[str]) -> float:

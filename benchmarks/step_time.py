@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import table
+from benchmarks import shared
 from nanogpt.config import ROOT, Positive, read
 from nanogpt.errors import UserError, run_program
 
@@ -41,8 +41,8 @@ class Side:
 
     def __init__(self, program: Path, *options: str):
         self.program = program
-        watcher = Path(__file__).with_name("iterations.py")
-        command = [sys.executable, str(watcher), str(program), *SHAPE.split(), *options]
+        watcher = Path(__file__).with_name("watched.py")
+        command = [sys.executable, str(watcher), "iterations", str(program), *SHAPE.split(), *options]
         self.process = subprocess.Popen(
             command, cwd=program.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -95,7 +95,7 @@ def report(config: Config, took_ms: dict[str, np.ndarray]) -> None:
         low, median, high = np.percentile(took, [10, 50, 90])
         rows.append([name, f"{median:.2f}", f"{low:.2f} to {high:.2f}", f"{12 * 64 / median * 1e3:,.0f}"])
     title = f"A training iteration, {config.blocks} x {config.iterations} of each side in turn"
-    table.show(title, ["", "median, ms", "10th to 90th percentile, ms", "tokens/s"], rows)
+    shared.show(title, ["", "median, ms", "10th to 90th percentile, ms", "tokens/s"], rows)
     print(f"\nours / nanoGPT, pair by pair: {' '.join(f'{ratio:.3f}' for ratio in ratios)}")
     print(f"median {np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
 

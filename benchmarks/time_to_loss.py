@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import table
-from benchmarks.exact import exact_loss
+from benchmarks import shared
+from benchmarks.shared import exact_loss
 from nanogpt import data
 from nanogpt.config import ROOT, Positive, Rate, read
 from nanogpt.errors import UserError, run_program
@@ -75,11 +75,11 @@ def run(program: Path, options: list[str], seed: int, val: data.Tokens, target: 
     with tempfile.TemporaryDirectory() as scratch:
         copies = Path(scratch, "copies")
         copies.mkdir()
-        watcher = Path(__file__).with_name("milestones.py")
+        watcher = Path(__file__).with_name("watched.py")
         started = time.time()
-        command = [sys.executable, str(watcher), str(started), str(program), str(copies), str(seed)]
+        watch = [sys.executable, str(watcher), "checkpoints", str(started), str(copies), str(seed)]
         ended = subprocess.run(
-            [*command, *options, f"--out_dir={scratch}/out"],
+            [*watch, str(program), *options, f"--out_dir={scratch}/out"],
             cwd=program.parent,
             stdout=subprocess.DEVNULL,
             check=False,
@@ -111,7 +111,7 @@ def report(config: Config, found: dict[str, list[Run]]) -> None:
             ]
         )
     title = f"From the start of the process to a validation loss of {config.target:g}"
-    table.show(title, ["", "median", "from, to", "lowest loss, mean", "reached it", "whole run"], rows)
+    shared.show(title, ["", "median", "from, to", "lowest loss, mean", "reached it", "whole run"], rows)
     ratios = times["nanoGPT"] / times["ours"]
     print(f"\nnanoGPT / ours, seed by seed: {' '.join(f'{ratio:.1f}' for ratio in ratios)}")
     print("a run that did not reach it counts with all of its time")

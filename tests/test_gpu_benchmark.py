@@ -12,7 +12,7 @@ import torch
 
 import bench
 import train
-from benchmarks import gpu, gpu_chip, gpu_fp8
+from benchmarks import gpu, gpu_chip
 from benchmarks.gpu_sides import Setup
 from nanogpt import config
 from nanogpt.config import ROOT
@@ -48,9 +48,8 @@ def test_one_call_measures_and_survives_a_part_that_fails(checkout, tmp_path, ca
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     parts = results["parts"]
     assert "is not prepared" in parts["shakespeare"]["error"] and "figures" not in parts["shakespeare"]
-    rate, copied, float8 = parts["chip"]["figures"]
+    rate, copied = parts["chip"]["figures"]
     assert rate["ours"] > 0 and copied["ours"] > 0 and "error" not in parts["chip"]
-    assert float8["ours"] == "not measured: cpu is no GPU with float8 products"
     speed, first = parts["train124"]["figures"]
     assert 0 < first["theirs"] < 40 and first["what"] == "124M compiled, s to the first step, cold"
     (machine,) = parts["train124"]["said"]["ours"]
@@ -139,10 +138,10 @@ def test_the_options_of_the_page_on_gpus_are_there_and_off():
     begin = next(i for i, line in enumerate(lines) if line.startswith("| change | option |")) + 2
     rows = itertools.takewhile(lambda line: line.startswith("| "), lines[begin:])
     given = [word for row in rows for word in row.split(" | ")[1].strip("`").split() if word.startswith("--")]
-    assert len(given) > 10
+    assert len(given) > 6
     values = config.read(train.Config, [word.strip("`,") for word in given]).values
     same = [name for name, value in values.items() if value == getattr(train.Config, name)]
-    assert same == ["background_save"] and len(values) > 9
+    assert same == [] and len(values) > 6
     for option in set(itertools.chain(*(line.split() for line in gpu_chip.TRIED.values()))):
         assert config.read(bench.Config, [option]).values
 
@@ -177,18 +176,6 @@ def test_decoding_is_timed_with_recorded_steps_too(tmp_path, monkeypatch):
         assert one["ratio"] > 0 and "Decoder " in one["note"] and "Recorded " in one["note"]
     assert 100 < batches[0]["theirs"] <= 1001  # on a machine that is busy with other things, too
     assert job["what"] == "default sample job, s"
-
-
-def test_products_in_float8_are_the_three_of_a_step():
-    """The result, and both gradients as autograd has them."""
-    torch.manual_seed(0)
-    x = torch.randn(64, 32).bfloat16().requires_grad_()
-    weight, gradient = torch.randn(48, 32).bfloat16().requires_grad_(), torch.randn(64, 48).bfloat16()
-    exact = (x @ weight.mT, *torch.autograd.grad(x @ weight.mT, (x, weight), gradient))
-    with torch.no_grad():
-        found = gpu_fp8.products(*gpu_fp8.operands(x, weight, gradient))
-    for a, b in zip(found, exact, strict=True):
-        assert a.shape == b.shape and (a.float() - b.float()).norm() < 0.1 * b.float().norm()
 
 
 def test_what_cannot_begin_is_refused(checkout, tmp_path):

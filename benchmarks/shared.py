@@ -1,11 +1,39 @@
-"""The loss of a checkpoint on a whole split: the figure by which runs are compared."""
+"""What benchmarks share: a Markdown table for docs/results.md with machine and date, and the loss of a
+checkpoint on a whole split, by which runs are compared."""
 
+import datetime
+import os
+import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from nanogpt import checkpoint, data, runtime, steps
 from nanogpt.model import GPT, GPTConfig
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(f"\n{title} ({machine()}):\n\n{markdown(header, rows)}")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def machine() -> str:
+    return (
+        f"{processor()}, {os.cpu_count()} cores; {platform.system()}; torch {torch.__version__}, "
+        f"Python {platform.python_version()}; {datetime.date.today()}"
+    )
+
+
+def processor() -> str:
+    """The name that the processor gives itself, where the system tells."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def exact_loss(saved: Path, val: data.Tokens, device: str = "cpu") -> float:
