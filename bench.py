@@ -28,7 +28,6 @@ from nanogpt.errors import UserError, run_program
 from nanogpt.loss import default_rows
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions, SpeedOptions
-from nanogpt.prefetch import Prefetched
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def main(config: Config) -> None:
         print(f"machine: {machine.reason}")
         tokens = open_tokens(config, Path(scratch))
         how = kernels.chosen(config.attention, config.deterministic)
-        with machine.memory_errors(), how, runtime.held_garbage(config.hold_gc):
+        with machine.memory_errors(), how:
             bench = Bench(config, machine, tokens)
             print(bench.describe())
             count = config.warmup_steps + config.steps
@@ -126,7 +125,7 @@ class Bench:
             rules, self.model.named_parameters(), self.model.fused_rows(), machine.half
         )
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-        self.batches = (Prefetched if config.prefetch else data.TrainBatches)(
+        self.batches = data.TrainBatches(
             tokens,
             config.block_size,
             config.batch_size,

@@ -53,38 +53,36 @@ class Config(
     WatchOptions,
 ):
     # what goes where
-    out_dir: str = "out"  # the run folder: checkpoints, options, metrics
-    init_from: str = "scratch"  # resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
+    out_dir: str = "out"  #: the run folder: checkpoints, options, metrics
+    init_from: str = "scratch"  #: resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
     overwrite: bool = False  # from scratch: replace the run in out_dir instead of moving it aside
     eval_only: bool = False  # evaluate once and leave; nothing is written
     # how often (in iterations)
-    eval_interval: Positive = 2000  # evaluate both splits
-    eval_iters: Positive = 200  # evaluate at most this many batches of each split, the same ones each time
+    eval_interval: Positive = 2000  #: iterations between evaluations of both splits
+    eval_iters: Positive = 200  #: evaluate at most this many batches of each split, the same ones each time
     log_interval: Positive = 1  # print a line and write a row
     save_interval: Count = 0  # save a checkpoint; 0: at each evaluation
     always_save_checkpoint: bool = True  # False: after an evaluation save only if it is the best so far
-    background_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     # trackers beside metrics.jsonl
-    wandb_log: bool = False  # send rows to Weights & Biases too
+    wandb_log: bool = False  #: send rows to Weights & Biases too
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # the name of the run there
     # data
-    dataset: str = "openwebtext"  # a folder that data/prepare.py wrote, in data/ or a path; a:0.7,b:0.3 mixes
-    gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
-    batch_size: Positive | Literal["auto"] = 12  # windows a micro-batch; auto: as many as fit in a GPU
-    block_size: Positive = 1024  # tokens a window: the context of the model
-    data_on_device: bool = False  # hold all tokens in the device's memory (4 bytes each)
+    dataset: str = "openwebtext"  #: a folder of data/prepare.py, in data/ or any path; a:0.7,b:0.3 mixes two
+    gradient_accumulation_steps: Positive = 40  #: micro-batches an iteration
+    batch_size: Positive | Literal["auto"] = 12  #: windows a micro-batch; auto: as many as fit in a GPU
+    block_size: Positive = 1024  #: tokens a window: the context of the model
     batch_ramp_tokens: Count = 0  # the batch grows linearly while these are read; 0: it is full at once
     batch_ramp_start: Fraction = 0.1  # the share of the full batch with which it begins
     # length
-    max_iters: Count = 600000  # iterations in all
-    max_minutes: Rate = 0.0  # stop, save and leave after this long; 0: no limit
+    max_iters: Count = 600000  #: iterations in all
+    max_minutes: Rate = 0.0  #: stop, save and leave after this long; 0: no limit
     # learning-rate schedule
     decay_lr: bool = True  # False: learning_rate all the time
     lr_schedule: Schedule = "cosine"  # how it falls after the warm-up; wsd holds first
-    warmup_iters: Count = 2000  # iterations of warm-up
+    warmup_iters: Count = 2000  #: iterations of warm-up
     lr_decay_iters: Count = 0  # where it reaches min_lr; 0: at max_iters
-    min_lr: Rate = 6e-5  # the lowest
+    min_lr: Rate = 6e-5  #: lowest learning rate
     lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
     # processes
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # what each holds; auto: ddp if the model fits
@@ -118,8 +116,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             print(notice)
         try:
             how = kernels.chosen(config.attention, config.deterministic)
-            held = runtime.held_garbage(config.hold_gc)
-            with closing(run.open_log()) as log, run.machine.memory_errors(), how, held:
+            with closing(run.open_log()) as log, run.machine.memory_errors(), how:
                 loop(run, log, stop)
         finally:
             run.close_folder()
@@ -222,9 +219,11 @@ def ready(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
 def look(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
     """What the first process sees in the model, if it is time (watch.py); the others help to gather it."""
     iter_num = run.progress.iter_num
-    if run.watches and run.machine.world.any(run.watch.due(iter_num, last)) and (model := run.whole_model()):
+    if not run.watches or not (last or iter_num % run.config.eval_interval == 0):
+        return
+    if run.machine.world.any(run.watch.due(iter_num)) and (model := run.whole_model()):
         model = model.to(run.machine.device)  # where it is, unless it was gathered
-        yield from run.watch.look(model, iter_num, last, write, stop.asked)
+        yield from run.watch.look(model, iter_num, write, stop.asked)
 
 
 def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) -> float:
@@ -245,7 +244,6 @@ def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
-    runtime.collect_garbage()
     run.machine.world.at(progress.iter_num, "evaluating")
     shape = (config.batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)

@@ -12,6 +12,7 @@ import inspect
 import math
 import operator
 import re
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -23,6 +24,15 @@ from nanogpt.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository: presets lie in its config/
 T = TypeVar("T")
+REMOVED = {  # options of earlier versions
+    "prefetch": "reading batches ahead made no step faster",
+    "hold_gc": "holding the garbage collector made no step faster",
+    "data_on_device": "tokens are read from their files for each batch",
+    "background_save": "checkpoints are always written in the background, where memory allows it",
+    "eval_tasks_interval": "tasks are scored at each evaluation (--eval_interval)",
+    "sample_interval": "samples are drawn at each evaluation (--eval_interval)",
+    "sample_count": "four samples are drawn",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,8 @@ def load(cls: type[T], argv: Sequence[str]) -> tuple[T, dict[str, str]]:
     """Read `argv` into an instance of the dataclass `cls`.
 
     Returns the instance and, for each option that was given, where ("--lr=1" or "config/x.py").
-    Raises UserError with all problems. `--help` prints the options and leaves with 0.
+    Raises UserError with all problems. `--help` prints the options that most people need, `--help=all` all of
+    them; both leave with 0. Options in `REMOVED` are ignored, with a note on stderr.
     """
     options = read(cls, argv)
     return cls(**options.values), options.origins
@@ -68,14 +79,17 @@ def read(
 ) -> Options:
     """As `load`, for programs that take positional arguments of their own (`arguments`), or whose
     preset files also hold keys of another program (`other_keys`)."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text(cls))
+    if asked := {"--help", "-h", "--help=all"} & set(argv):
+        print(help_text(cls, everything="--help=all" in asked))
         raise SystemExit(0)
     types = typing.get_type_hints(cls, include_extras=True)
     found = Options({}, {}, [], {})
     problems: list[str] = []
 
     def give(key: str, value: Any, origin: str, is_text: bool) -> None:
+        if key in REMOVED and key not in types:
+            print(f"note: {origin} is ignored, {key} was removed: {REMOVED[key]}", file=sys.stderr)
+            return
         if key not in types:
             if key in other_keys and not is_text:
                 found.ignored[key] = origin
@@ -91,7 +105,7 @@ def read(
     for word in argv:
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
-            if not equals and types.get(key) is not bool and key in types:
+            if not equals and key in types and types[key] is not bool:
                 problems.append(f"{word}: write --{key}=VALUE, without a space")
             else:
                 give(key, text if equals else "True", word, is_text=True)
@@ -265,24 +279,35 @@ def _shown(path: Path) -> str:
 # ----------------------------------------------------------------------------- what is printed and saved
 
 
-def help_text(cls: type) -> str:
-    """The options of `cls`, then those it inherits, with the comments in the source as their meaning."""
+def help_text(cls: type, everything: bool = True) -> str:
+    """Return the options of `cls`, then those it inherits, with the comments in the source as their meaning.
+
+    Without `everything` only those whose comment begins with `#:`, if `cls` itself has any, and of the
+    program's docstring only the commands.
+    """
     module = inspect.getmodule(cls)
-    lines = [inspect.cleandoc((module.__doc__ if module else None) or ""), "", "Options (--name=value):"]
+    about = inspect.cleandoc((module.__doc__ if module else None) or "")
     defaults = {field.name: field.default for field in fields(cls)}
     types = typing.get_type_hints(cls, include_extras=True)
-    classes = [base for base in cls.__mro__ if base is not object]
-    said: set[str] = set()
-    for line in "\n".join(inspect.getsource(base) for base in classes).splitlines():
-        if heading := re.match(r"    # (.+)", line):
+    sources = [inspect.getsource(base) for base in cls.__mro__ if base is not object]
+    source = "\n".join(sources)
+    if everything or "  #: " not in sources[0]:
+        shown, end = set(defaults), ""
+    else:
+        shown = set(re.findall(r"(?m)^    (\w+): .*?  #: ", source))
+        end = f"\n\n--help=all shows all {len(defaults)} options."
+        about = "\n\n".join(about.split("\n\n")[:2])
+    lines = [about, "", "Options (--name=value):"]
+    for line in source.splitlines():
+        if (heading := re.match(r"    # (.+)", line)) and not end:
             lines.append(f"\n  {heading[1]}")
-        elif (option := re.match(r"    (\w+): .*?  # (.+)", line)) and option[1] not in said:
-            said.add(option[1])  # a field that the class gives another default comes again with its base
+        elif (option := re.match(r"    (\w+): .*?  #:? (.+)", line)) and option[1] in shown:
+            shown.remove(option[1])  # a field that the class gives another default comes again with its base
             default = "" if defaults[option[1]] is MISSING else f"={defaults[option[1]]!r}"
             lines.append(f"    --{option[1] + default:<38} {option[2]}")
             if get_origin(types[option[1]]) is Literal:
                 lines.append(f"      {'':<38} {describe(types[option[1]])}")
-    return "\n".join(lines)
+    return "\n".join(lines) + end
 
 
 def options_of(program: str) -> frozenset[str]:

@@ -174,11 +174,7 @@ def gather(
     """The windows at `starts`: idx and targets, int64 (len(starts), block_size), targets one token on and
     IGNORE where they are not scored; with a `separator`, which opens documents, also the number of the
     document of each token of idx."""
-    if (held := tokens.resident) is None:
-        rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
-    else:
-        places = to_device((torch.from_numpy(starts),), held.device)[0][:, None]
-        rows = held[places + torch.arange(block_size + 1, device=held.device)].long()
+    rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
     idx, targets = rows[:, :-1], rows[:, 1:]
     if tokens.scored:
         targets = targets.masked_fill(gather(tokens.scored, starts, block_size)[1] == 0, IGNORE)

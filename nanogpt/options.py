@@ -12,10 +12,10 @@ from nanogpt.config import Count, Fraction, Positive, Range, Rate, Seconds
 @dataclass(frozen=True)
 class ModelOptions:
     # model
-    n_layer: Positive = 12  # blocks
-    n_head: Positive = 12  # attention heads a block
-    n_embd: Positive = 768  # channels
-    dropout: Fraction = 0.0  # 0 is good for pre-training, try 0.1 or more for finetuning
+    n_layer: Positive = 12  #: blocks
+    n_head: Positive = 12  #: attention heads a block
+    n_embd: Positive = 768  #: channels
+    dropout: Fraction = 0.0  #: 0 is good for pre-training, try 0.1 or more for finetuning
     bias: bool = False  # biases in linear layers and norms, as GPT-2 has
     n_kv_head: Count = 0  # heads of keys and values, shared by queries; 0: n_head
     head_dim: Count = 0  # channels a head; 0: n_embd / n_head
@@ -41,9 +41,9 @@ class TokenOptions:
 @dataclass(frozen=True)
 class OptimizerOptions:
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks, AdamW for the rest
-    learning_rate: Rate = 6e-4  # the highest, of AdamW
-    muon_lr: Rate = 0.02  # the highest, of Muon
+    optimizer: Literal["adamw", "muon"] = "adamw"  #: muon: for the matrices of blocks, AdamW for the rest
+    learning_rate: Rate = 6e-4  #: peak learning rate (AdamW)
+    muon_lr: Rate = 0.02  # peak learning rate (Muon)
     muon_weight_decay: Rate = 0.0  # of Muon's matrices
     muon_turns: Annotated[int, Range(1, 5)] = 5  # of orthogonalisation; fewer cost less
     weight_decay: Rate = 1e-1  # of AdamW's matrices; vectors have none
@@ -55,11 +55,11 @@ class OptimizerOptions:
 @dataclass(frozen=True)
 class MachineOptions:
     # machine
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights are float32
-    compile: Literal["auto", True, False, "blocks"] = "auto"  # torch.compile; auto: on CUDA, if it pays
+    device: str = "auto"  #: cpu, cuda, cuda:1, mps; auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  #: of products; weights stay float32
+    compile: Literal["auto", True, False, "blocks"] = "auto"  #: torch.compile; auto: on CUDA, if it pays
     recompute: bool = False  # run blocks again in the backward pass: less memory, a third more arithmetic
-    seed: Count = 1337  # of weights, batches and dropout
+    seed: Count = 1337  #: of initial weights, batch order and dropout
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,6 @@ class SpeedOptions:
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"  # torch's kernel to prefer
     loss_rows: Count = 0  # tokens whose logits are computed at once; 0: all, on a CPU some
     cuda_graph: bool = False  # record an iteration once and replay it: for small models
-    prefetch: bool = False  # read the next batch while this one is computed
-    hold_gc: bool = False  # Python looks for garbage at evaluations only
     deterministic: bool = False  # the same bits again on a GPU too, where the fastest kernels differ
 
 
@@ -84,11 +82,8 @@ class ProcessOptions:
 
 @dataclass(frozen=True)
 class WatchOptions:
-    # looking on: rows in metrics.jsonl, files in samples/; the run stays the same to the bit
+    # at each evaluation: rows in metrics.jsonl, files in samples/; the run stays the same to the bit
     eval_tasks: str = ""  # score these too, as eval.py's --tasks: hellaswag, lambada:FILE, quiz.jsonl
-    eval_tasks_items: Positive = 500  # of each task at most so many, evenly spread, always the same
-    eval_tasks_interval: Count = 0  # every so many iterations; 0: eval_interval
-    sample_prompt: str = ""  # continue this text, such as "Hello, I'm a language model,"
-    sample_interval: Count = 0  # every so many iterations; 0: eval_interval
-    sample_count: Positive = 4  # how many continuations
-    sample_tokens: Positive = 32  # tokens in each
+    eval_tasks_items: Positive = 500  # at most this many items of each task, evenly spread over its file
+    sample_prompt: str = ""  #: sample four continuations of this text
+    sample_tokens: Positive = 32  # tokens in each continuation

@@ -41,13 +41,12 @@ from nanogpt.loss import default_rows
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.order import RowOrder
-from nanogpt.prefetch import Prefetched
 from nanogpt.watch import Watch, WatchOptions
 from nanogpt.writer import Writer
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
-NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "background_save", "parallel", "shard_size"}
+NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "parallel", "shard_size"}
 SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
 
 
@@ -167,7 +166,7 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
     check(config)
     machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
     machine = replace(machine, casting=config.casting)
-    dataset = open_data(config, machine)
+    dataset = open_data(config)
     rules = picked(OptimConfig, config)
     division = choose_division(config, rules, resumed, dataset, machine)
     config = count_tokens(fitted(config, machine, division, dataset, notices), origins)
@@ -204,12 +203,12 @@ def build(config: Any, origins: dict[str, str], world: World) -> Run:
             notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
     progress = resumed.progress if resumed else Progress()
     options = config if world.leads else WatchOptions()  # one process looks on
-    watch = Watch(options, Path(config.out_dir), config.eval_interval, dataset.tokenizer, machine)
+    watch = Watch(options, Path(config.out_dir), dataset.tokenizer, machine)
     flops = batches.tokens_before(config.max_iters) * steps.flops_per_token(model)
     chosen = parallel.choose_compile(config.compile, machine.device, flops, machine.peak_flops())
     config = replace(config, compile=chosen)  # a resumed run inherits what was chosen
     parts = (machine, dataset, batches, model, optimizer, scaler, progress, watch, resumed)
-    return Run(config, *parts, Writer(config.background_save), division.why, notices=notices)
+    return Run(config, *parts, Writer(), division.why, notices=notices)
 
 
 def choose_start(
@@ -318,13 +317,10 @@ def ramp_of(config: Any) -> list[int]:
     )
 
 
-def open_data(config: Any, machine: runtime.Machine) -> data.Dataset:
+def open_data(config: Any) -> data.Dataset:
     dataset = mixture.load(config.dataset, ROOT)
     data.require_window(dataset.train, config.block_size, "training")
     data.require_window(dataset.val, config.block_size, "validation")
-    if config.data_on_device:
-        dataset.train.keep_on(machine.device)
-        dataset.val.keep_on(machine.device)
     return dataset
 
 
@@ -345,8 +341,9 @@ def open_batches(config: Any, dataset: data.Dataset, machine: runtime.Machine) -
             f"--gradient_accumulation_steps"
         )
     numbers = (config.block_size, config.batch_size, config.gradient_accumulation_steps, config.seed)
-    kind = Prefetched if config.prefetch else data.TrainBatches
-    return kind(dataset.train, *numbers, machine.device, ramp, separator, order, world.share, world.total)
+    return data.TrainBatches(
+        dataset.train, *numbers, machine.device, ramp, separator, order, world.share, world.total
+    )
 
 
 def attention(config: Any, model: GPT, machine: runtime.Machine) -> list[str]:

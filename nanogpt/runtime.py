@@ -1,7 +1,6 @@
 """The machine: which device and number format a run uses, and why; seeds; memory of the C library."""
 
 import ctypes
-import gc
 import os
 import signal
 import subprocess
@@ -241,28 +240,6 @@ def release_threads() -> None:
     with suppress(OSError, AttributeError):  # another OpenMP
         soft = 1  # omp_pause_soft of omp.h
         ctypes.CDLL(None).omp_pause_resource_all(soft)
-
-
-@contextmanager
-def held_garbage(held: bool) -> Iterator[None]:
-    """If `held`, Python does not look for unreachable cycles by itself meanwhile: it does so every some
-    hundred objects, in the middle of a step, and of what a run keeps nothing is ever found."""
-    if held:
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-    try:
-        yield
-    finally:
-        if held:
-            gc.enable()
-            gc.unfreeze()
-
-
-def collect_garbage() -> None:
-    """Look for unreachable cycles now, if nobody does by itself."""
-    if not gc.isenabled():
-        gc.collect()
 
 
 def free_memory() -> int | None:

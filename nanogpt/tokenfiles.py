@@ -15,8 +15,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nanogpt.errors import UserError
 
@@ -58,7 +56,6 @@ class Tokens:
         self.vocab_size = vocab_size
         self.mixture = mixture  # what the parts belong to, where that is not one text
         self.ends = list(itertools.accumulate(part.tokens for part in parts))
-        self.resident: Tensor | None = None  # all of them, if `keep_on` was called
         self.scored: Tokens | None = None  # 1 where a token is a target; None: everywhere
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()  # the one used last is last
         self._lock = threading.Lock()
@@ -124,19 +121,6 @@ class Tokens:
             self._open.popitem(last=False)[1].close()
         self._open[which] = io.FileIO(part.path)
         return self._open[which]
-
-    def keep_on(self, device: torch.device) -> None:
-        """Hold all tokens in the memory of `device`, so that batches are put together there."""
-        pieces = []
-        for start in range(0, len(self), CHUNK):
-            piece = torch.from_numpy(self.read(start, min(CHUNK, len(self) - start)))
-            pieces.append(piece.to(device, torch.int32))
-        self.resident = torch.cat(pieces)
-        if self.mixture:
-            for offset, member in zip(self.mixture.offsets, self.mixture.members, strict=True):
-                member.resident = self.resident[offset : offset + len(member)]
-        if self.scored:
-            self.scored.keep_on(device)
 
     def check(self) -> None:
         """Read all ids of a split up to CHECKED_AT_START bytes, of a larger one the first chunk: others are

@@ -1,4 +1,4 @@
-"""Looking on while a model is trained: scores of tasks and samples from a fixed prompt, every so often.
+"""In-training evaluation: scores of tasks and samples from a fixed prompt, at each evaluation.
 
 As build-nanogpt does (HellaSwag, and "Hello, I'm a language model,"). It changes nothing in the run: scoring
 and sampling draw from no generator of the run and leave the weights alone.
@@ -19,6 +19,7 @@ from nanogpt.score import evals, tasks
 from nanogpt.score.scoring import Subject
 
 SEPARATOR = "-" * 15
+SAMPLES = 4
 
 
 class _Stopped(Exception):
@@ -28,10 +29,8 @@ class _Stopped(Exception):
 class Watch:
     """Reads what it needs when it is made, so that what is wrong is said before the first step."""
 
-    def __init__(
-        self, options: WatchOptions, run: Path, eval_interval: int, tokenizer_json: str, machine: Machine
-    ):
-        self.options, self.run, self.eval_interval, self.machine = options, run, eval_interval, machine
+    def __init__(self, options: WatchOptions, run: Path, tokenizer_json: str, machine: Machine):
+        self.options, self.run, self.machine = options, run, machine
         self.tasks: list[tasks.Task] = []
         self.scored: set[int] = set()  # iterations whose scores are in metrics.jsonl
         if not options.eval_tasks and not options.sample_prompt:
@@ -50,12 +49,11 @@ class Watch:
         self.scored = {row["iter"] for row in metrics.read(self.run) if row["event"] == "tasks"}
 
     def look(
-        self, model: GPT, iter_num: int, last: bool, write: Callable[..., None], stopped: Callable[[], bool]
+        self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
     ) -> Iterator[str]:
-        """Score and sample if it is time; yields the lines to print. `write` gets the scores, a value for
-        each name. They are given up once `stopped` becomes true: a resumed run makes them."""
-        scores, samples = self._wanted(iter_num, last)
-        if not scores and not samples:
+        """Score and sample; yields the lines to print. `write` gets the scores, a value for each name. They
+        are given up once `stopped` becomes true: a resumed run makes them."""
+        if not self.due(iter_num):
             return
         was_training = model.training
         model.eval()
@@ -65,9 +63,9 @@ class Watch:
             with (
                 kernels.chosen()
             ):  # a GPU's cumulative sum, by which tokens are drawn, may not repeat its bits
-                if scores:
+                if self._scores(iter_num):
                     yield from self._score(model, iter_num, write, stopped)
-                if samples:
+                if self.options.sample_prompt:
                     yield from self._sample(model, iter_num)
         finally:
             for block, forward in compiled:
@@ -75,19 +73,12 @@ class Watch:
                     block.forward = forward
             model.train(was_training)
 
-    def due(self, iter_num: int, last: bool) -> bool:
-        """Whether `look` would do anything now."""
-        return any(self._wanted(iter_num, last))
+    def due(self, iter_num: int) -> bool:
+        """Whether `look` would do anything."""
+        return self._scores(iter_num) or bool(self.options.sample_prompt)
 
-    def _wanted(self, iter_num: int, last: bool) -> tuple[bool, bool]:
-        """Whether to score, and whether to sample."""
-        options = self.options
-        scores = bool(self.tasks) and iter_num not in self.scored
-        scores = scores and self._due(options.eval_tasks_interval, iter_num, last)
-        return scores, bool(options.sample_prompt) and self._due(options.sample_interval, iter_num, last)
-
-    def _due(self, interval: int, iter_num: int, last: bool) -> bool:
-        return last or iter_num % (interval or self.eval_interval) == 0
+    def _scores(self, iter_num: int) -> bool:
+        return bool(self.tasks) and iter_num not in self.scored
 
     def _score(
         self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
@@ -115,7 +106,7 @@ class Watch:
         """Temperature 1 among the 50 likeliest, as build-nanogpt draws."""
         options = self.options
         sampling = SamplingOptions(temperature=1.0, top_k=50)
-        written = [Text(self.prompt, sampling, seed=42 + i) for i in range(options.sample_count)]
+        written = [Text(self.prompt, sampling, seed=42 + i) for i in range(SAMPLES)]
         with self.machine.autocast():
             decoder = Decoder(model, len(written), len(self.prompt) + options.sample_tokens)
             decoder.add(written)

@@ -20,8 +20,7 @@ SPARE = 1 << 28  # bytes that a copy must leave free
 
 
 class Writer:
-    def __init__(self, background: bool = True):
-        self.background = background
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._complete: list[Path] = []
@@ -37,7 +36,7 @@ class Writer:
         whatever the write before this one has failed with."""
         self.wait()
         content = checkpoint.Content.of(model, optimizer, state)
-        if not self.background or not self._fits(content):
+        if not self._fits(content):
             self._complete.append(content.write(run))
             return
         copy = self._copy(content)

@@ -1,11 +1,13 @@
 """Options: what is accepted, what is refused, and in which words."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+import train
 from nanogpt.config import Count, Fraction, Positive, Rate, assignments, help_text, inherit, load, read
 from nanogpt.errors import UserError
 
@@ -173,3 +175,24 @@ def test_help_shows_every_option_with_its_meaning(capsys):
     assert "--batch_size=12" in shown and "windows a micro-batch" in shown
     assert "one of auto, True, False" in shown and "sizes" in shown
     assert help_text(Config).count("--") >= 8
+
+
+def test_train_shows_what_most_people_need_on_one_screen(capsys):
+    shown = []
+    for word in ("--help", "--help=all"):
+        with pytest.raises(SystemExit):
+            load(train.Config, [word])
+        shown.append(capsys.readouterr().out)
+    short, long = (set(re.findall(r"(?m)^    (--\w+)=", text)) for text in shown)
+    assert len(short) == 25 and len(shown[0].splitlines()) <= 40 and short < long
+    assert len(long) == len(fields(train.Config)) <= 86
+    assert f"--help=all shows all {len(long)} options" in shown[0]
+
+
+def test_a_removed_option_is_named_and_ignored(preset_file, capsys):
+    config, origins = load(Config, ["--prefetch=True", preset_file("hold_gc = True\nbatch_size = 3\n")])
+    assert config == Config(batch_size=3) and set(origins) == {"batch_size"}
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert said[0].startswith("note: --prefetch=True is ignored, prefetch was removed: ")
+    assert "preset.py is ignored, hold_gc was removed: " in said[1]

@@ -47,20 +47,6 @@ def test_a_ramp_reads_every_sample_once_and_in_order(tmp_path):
     assert ramp.tokens_before(4) == 27 * 8 and ramp.tokens_before(0) == 0
 
 
-def test_tokens_held_on_the_device_give_the_same_batches(tmp_path):
-    tokens = tokens_of(np.random.default_rng(0).integers(0, 60_000, 4000), tmp_path)
-    batches = data.TrainBatches(tokens, 8, 5, 3, 1, CPU)
-    evaluated = lambda: list(data.eval_batches(tokens, 8, 7, 1000, CPU))  # noqa: E731
-    steps, scored = [list(batches.step(step)) for step in (0, 9)], evaluated()
-    tokens.keep_on(CPU)
-    (tmp_path / "tokens.bin").unlink()  # nothing is read from the file any more
-    again = [list(batches.step(step)) for step in (0, 9)]
-    for before, after in zip([*steps, scored], [*again, evaluated()], strict=True):
-        for (idx, targets), (other, others) in zip(before, after, strict=True):
-            assert torch.equal(idx, other) and torch.equal(targets, others)
-            assert idx.dtype == other.dtype == torch.int64
-
-
 def test_targets_are_the_next_tokens(tmp_path):
     tokens = tokens_of(np.arange(1000), tmp_path)
     idx, targets = next(data.TrainBatches(tokens, 16, 5, 1, 1, CPU).step(3))

@@ -21,8 +21,8 @@ from nanogpt.distributed import parallel
 from nanogpt.errors import Stopped, UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.prefetch import Prefetched
 from nanogpt.sampling import SamplingOptions
+from nanogpt.writer import Writer
 from tests.test_train import bits, logged
 
 pytestmark = pytest.mark.cuda
@@ -86,14 +86,10 @@ def test_nothing_in_a_step_waits(device, rules, casting, rows):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("kind", [data.TrainBatches, Prefetched])
-@pytest.mark.parametrize("resident", [False, True])
-def test_batches_come_without_waiting(device, dataset, kind, resident):
+def test_batches_come_without_waiting(device, dataset):
     tokens = data.load(dataset).train
     expected = [*data.TrainBatches(tokens, 16, 4, 2, 1, torch.device("cpu")).step(5)]
-    if resident:
-        tokens.keep_on(device)
-    batches = kind(tokens, 16, 4, 2, 1, device)
+    batches = data.TrainBatches(tokens, 16, 4, 2, 1, device)
     list(batches.step(4))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -188,9 +184,8 @@ def config(dataset, tmp_path, device):
 
 WAYS = {
     "as it is": {},
-    "graph": {"cuda_graph": True, "data_on_device": True},
+    "graph": {"cuda_graph": True},
     "weights": {"casting": "weights"},
-    "prefetch": {"prefetch": True, "hold_gc": True},
     "float16": {"dtype": "float16"},
     "compiled": {"compile": True},
     "by blocks": {"compile": "blocks"},
@@ -227,13 +222,14 @@ def test_a_deterministic_run_resumes_to_the_bit(config, tmp_path, changes, monke
     assert bits(config.out_dir, 20) == bits(str(tmp_path / "straight"), 20)
 
 
-@pytest.mark.parametrize("changes", [{}, {"cuda_graph": True, "prefetch": True}], ids=str)
-def test_a_checkpoint_in_the_background_is_the_one_of_its_step(config, tmp_path, changes):
+@pytest.mark.parametrize("changes", [{}, {"cuda_graph": True}], ids=str)
+def test_a_checkpoint_in_the_background_is_the_one_of_its_step(config, tmp_path, changes, monkeypatch):
     """While the weights that it is copied from change: the same files as when training waits."""
     config = replace(config, deterministic=True, save_interval=1, compile=False, **changes)
     for background in (True, False):
-        out = str(tmp_path / f"{background}")
-        train.main(replace(config, out_dir=out, background_save=background))
+        if not background:
+            monkeypatch.setattr(Writer, "_fits", lambda writer, content: False)
+        train.main(replace(config, out_dir=str(tmp_path / f"{background}")))
     for step in {int(path.name[5:]) for path in checkpoint.steps(tmp_path / "True")} - {0}:
         assert bits(str(tmp_path / "True"), step) == bits(str(tmp_path / "False"), step)
 

@@ -1,6 +1,5 @@
 """The choice of kernels, batches read ahead, garbage held back, and that nothing waits for the device."""
 
-import gc
 from dataclasses import replace
 from functools import partial
 
@@ -9,11 +8,10 @@ import torch
 from torch.nn import functional as F
 
 import train
-from nanogpt import data, kernels, optim, runtime, steps
+from nanogpt import kernels, optim, runtime, steps
 from nanogpt.distributed import parallel
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.prefetch import Prefetched
 
 SHAPE = GPTConfig(vocab_size=50, block_size=32, n_layer=2, n_head=2, n_embd=32, vocab_multiple=64)
 CPU = runtime.Machine(torch.device("cpu"), "float32", "test")
@@ -89,58 +87,6 @@ def test_head_and_loss_are_a_piece_of_their_own_beside_the_blocks(broken, monkey
     assert torch.equal(model(idx)[0], logits)
 
 
-# ----------------------------------------------------------------------------- batches
-
-
-def batches_of(kind, dataset, **changes):
-    tokens = data.load(dataset).train
-    return kind(tokens, 16, 4, 3, 1337, torch.device("cpu"), **changes)
-
-
-@pytest.mark.parametrize("changes", [{}, {"ramp": [2, 5]}, {"separator": 3}])
-def test_batches_read_ahead_are_the_same(dataset, changes):
-    plain, ahead = (batches_of(kind, dataset, **changes) for kind in (data.TrainBatches, Prefetched))
-    for step in [0, 1, 2, 3, 7, 8, 8, 2]:  # in order, after a jump, once more, backwards
-        expected, found = list(plain.step(step)), list(ahead.step(step))
-        assert len(expected) == len(found) > 0
-        for a, b in zip(expected, found, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-        assert ahead.ahead[0] == step + 1 and ahead.windows(step) == plain.windows(step)
-
-
-def test_what_fails_in_the_thread_fails_here(dataset):
-    ahead = batches_of(Prefetched, dataset)
-    list(ahead.step(0))
-    ahead.ahead[1].result()
-    (dataset / "train.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="became shorter"):
-        [list(ahead.step(step)) for step in (1, 2)]
-
-
-# ----------------------------------------------------------------------------- garbage
-
-
-@pytest.mark.cpu
-def test_garbage_is_held_until_an_evaluation():
-    class Cycle:
-        def __init__(self):
-            self.me = self
-
-        def __del__(self):
-            gone.append(1)
-
-    gone = []
-    with runtime.held_garbage(True):
-        for _ in range(1000):
-            Cycle()
-        assert not gone and not gc.isenabled()
-        runtime.collect_garbage()
-        assert len(gone) == 1000
-    assert gc.isenabled() and not gc.get_freeze_count()
-    with runtime.held_garbage(False):
-        assert gc.isenabled()
-
-
 # ----------------------------------------------------------------------------- on the device
 
 
@@ -199,8 +145,6 @@ def test_a_rate_on_the_device_is_a_rate(rules):
 
 
 SPEED = {
-    "prefetch": {"prefetch": True},
-    "garbage": {"hold_gc": True},
     "deterministic": {"deterministic": True},
     "attention": {"attention": "math"},
     "rows": {"loss_rows": 24},

@@ -14,7 +14,7 @@ LAYERS = [
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
     | {"cache", "sampling", "stream", "lora", "loss", "native"},
     {"sources", "model", "finetune", "documents", "runtime", "decode_step", "layout", "mixture"}
-    | {"interconnect", "prefetch"},
+    | {"interconnect"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
     | {"quantize", "kernels"},
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}

@@ -15,7 +15,6 @@ from nanogpt import checkpoint, data, metrics, mixture, tokenizer
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.order import CYCLE, BatchOrder, MixedOrder, slots
-from nanogpt.prefetch import Prefetched
 from tests.conftest import words, write_dataset
 
 CPU = torch.device("cpu")
@@ -121,14 +120,6 @@ def test_batches_hold_both_by_weight_on_any_number_of_processes(folders):
             batches = data.TrainBatches(found.train, 16, 2, 6, 3, CPU, share=World(rank, 5).share)
             parts += [idx for idx, _ in batches.step(step)]
         assert torch.equal(torch.cat(parts), rows)
-    ahead = Prefetched(found.train, 16, 12, 1, 3, CPU)
-    assert [torch.equal(next(ahead.step(step))[0], next(whole.step(step))[0]) for step in (4, 5)] == [
-        True
-    ] * 2
-    found.train.keep_on(CPU)
-    assert torch.equal(next(whole.step(5))[0], rows)
-    for member in found.train.mixture.members:
-        assert torch.equal(data.gather(member, np.array([40]), 16)[0][0], member.resident[40:56].long())
 
 
 def test_without_weights_tokens_count(folders):

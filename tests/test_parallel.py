@@ -49,7 +49,7 @@ def job(name: str, number: int, *options: str, resumes: str = "") -> Job:
 
 
 FEW = ["--max_iters=8", "--eval_interval=8"]
-FAST = ["--loss_rows=20", "--prefetch=True", "--hold_gc=True", "--deterministic=True"]
+FAST = ["--loss_rows=20", "--deterministic=True"]
 EVALUATE = ["--eval_only=True", "--init_from=resume", "--batch_size=4"]
 STOP, GO_ON = ["--max_iters=10"], ["--init_from=resume", "--max_iters=25"]
 JOBS = [

@@ -17,7 +17,7 @@ from tests.test_train import bits, logged
 @pytest.fixture
 def config(dataset, tmp_path):
     batch = {"batch_size": 4, "gradient_accumulation_steps": 4}
-    return small_run(dataset, tmp_path / "out", dropout=0.1, eval_interval=10, eval_iters=2, **batch)
+    return small_run(dataset, tmp_path / "out", dropout=0.1, eval_interval=4, eval_iters=2, **batch)
 
 
 @pytest.fixture
@@ -35,9 +35,7 @@ def watched(config, questions, tmp_path):
         out_dir=str(tmp_path / "watched"),
         eval_tasks=questions,
         eval_tasks_items=7,
-        eval_tasks_interval=4,
         sample_prompt="abc",
-        sample_interval=8,
         sample_tokens=5,
     )
 
@@ -64,7 +62,7 @@ def test_what_is_written(watched, capsys):
         assert row["questions_acc"] * 7 == pytest.approx(round(row["questions_acc"] * 7))
         assert row["tokens"] == row["iter"] * 256 and "questions_acc_norm_stderr" in row
     samples = sorted((Path(watched.out_dir) / "samples").iterdir())
-    assert [path.name for path in samples] == ["step-000000.txt", "step-000008.txt", "step-000010.txt"]
+    assert [path.name for path in samples] == [f"step-{n:06d}.txt" for n in (0, 4, 8, 10)]
     texts = samples[-1].read_text(encoding="utf-8").split("\n" + "-" * 15 + "\n")
     assert len(texts) == 5 and all(text.startswith("abc") and len(text) == 8 for text in texts[:4])
     out = capsys.readouterr().out
@@ -100,17 +98,15 @@ def test_resumed_it_scores_nothing_twice_and_misses_nothing(watched, tmp_path, m
 def test_blocks_compiled_for_a_step_are_left_alone(watched, dataset):
     text = (dataset / "tokenizer.json").read_text(encoding="utf-8")
     options = replace(watched, sample_prompt="")
-    look = watch.Watch(options, Path(watched.out_dir), 10, text, runtime.setup("cpu", "bfloat16", 32))
+    look = watch.Watch(options, Path(watched.out_dir), text, runtime.setup("cpu", "bfloat16", 32))
     model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32))
     seen, plain = [], []
-    lines = list(look.look(model, 0, False, lambda **values: plain.append(values), lambda: False))
+    lines = list(look.look(model, 0, lambda **values: plain.append(values), lambda: False))
     look.scored.clear()
     for block in model.h:
         block.forward = lambda *given: pytest.fail("a length of its own would be compiled")
     forwards = [block.forward for block in model.h]
-    assert len(list(look.look(model, 0, False, lambda **values: seen.append(values), lambda: False))) == len(
-        lines
-    )
+    assert len(list(look.look(model, 0, lambda **values: seen.append(values), lambda: False))) == len(lines)
     assert seen == plain and [block.forward for block in model.h] == forwards and model.training
 
 
@@ -133,4 +129,4 @@ def test_the_items_are_spread_over_the_file():
 def test_nothing_is_loaded_when_nothing_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(watch.tokenizer, "from_text", lambda text: pytest.fail("a tokenizer was built"))
     machine = runtime.setup("cpu", "float32", 16)
-    watch.Watch(watch.WatchOptions(), tmp_path, 10, "", machine)
+    watch.Watch(watch.WatchOptions(), tmp_path, "", machine)

@@ -118,11 +118,9 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("why", ["asked", "memory"])
-def test_without_room_for_a_copy_it_is_written_at_once(tmp_path, model, optimizer, monkeypatch, why):
-    if why == "memory":
-        monkeypatch.setattr(runtime, "free_memory", lambda: 1 << 20)
-    writer = Writer(background=why == "memory")
+def test_without_room_for_a_copy_it_is_written_at_once(tmp_path, model, optimizer, monkeypatch):
+    monkeypatch.setattr(runtime, "free_memory", lambda: 1 << 20)
+    writer = Writer()
     writer.save(tmp_path, model, optimizer, state(1))
     assert writer.complete() == [tmp_path / "step-000001"]
 
