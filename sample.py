@@ -54,7 +54,7 @@ class Config:
     # machine
     batch_size: Positive = 16  # texts written at once, at most
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights; int8 on CPUs only
     compile: Literal[False] = False  # nanoGPT's option: here there is nothing to compile
     cuda_graph: bool = False  # record a step and replay it; it has not run on a GPU yet (docs/gpu.md)
 

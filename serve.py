@@ -52,7 +52,7 @@ class Config:
     max_tokens: Positive = 4096  # the longest answer
     # machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights; int8 on CPUs only
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:

@@ -180,8 +180,8 @@ def load(
     """The model that `name` stands for: a run folder (its checkpoint `which`: best, last or a step), a
     Hugging Face folder, gpt2 to gpt2-xl, nanoGPT's ckpt.pt; "resume" is the folder `run`.
 
-    `dtype`: of the weights: float32, bfloat16, float16, int8 (each row of a matrix rounded to 255 steps),
-    or auto, what is fast here. `notice` is called with lines that the user should see. UserError says what
+    `dtype`: of the weights: float32, bfloat16, float16, int8 (each row of a matrix rounded to 255 steps; on
+    CPUs only), or auto, what is fast here. `notice` is called with lines that the user should see. UserError says what
     is wrong, and what can be given.
     """
     if dtype not in ("auto", "int8", *runtime.DTYPES):
@@ -192,6 +192,11 @@ def load(
     tokens = found.open_tokenizer()
     machine = runtime.setup(device, "bfloat16" if dtype == "int8" else dtype, found.config.n_embd)
     if dtype == "int8":
+        if machine.device.type != "cpu":
+            raise UserError(
+                f"int8 weights are for CPUs, and this is {machine.name()}, where they are no faster; "
+                f"use dtype bfloat16, or device cpu"
+            )
         machine = replace(machine, reason=machine.reason.replace("bfloat16", "int8"))
     model = found.load(found.fitted(), machine.device)
     quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)

@@ -79,7 +79,7 @@ class Int8Portable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         # torch's kernel reads 16 weights at a time, beyond the end of a row that is no multiple of that.
-        if len(rows) <= FEW and x.device.type == "cpu" and rows.shape[1] % 32 == 0:
+        if len(rows) <= FEW and rows.shape[1] % 32 == 0:
             y = torch._weight_int8pack_mm(rows, self.weight, self.step)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.step

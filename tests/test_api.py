@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import nanogpt
+from nanogpt import runtime
 from nanogpt.errors import UserError
 from tests import hf_folders
 from tests.test_sample import trained  # noqa: F401
@@ -67,11 +68,15 @@ def test_fewer_bytes_change_the_loss_by_less_than_a_hundredth(trained, model, dt
     assert len(smaller.generate("ab", max_new_tokens=40)) == 40
 
 
-def test_what_cannot_be_loaded_or_written(model, tmp_path):
+def test_what_cannot_be_loaded_or_written(model, trained, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="no such file or folder"):
         nanogpt.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="dtype=int4 given"):
         nanogpt.load(tmp_path, dtype="int4")
+    monkeypatch.setattr(runtime, "_device", lambda name: torch.device("meta"))
+    with pytest.raises(UserError, match="int8 weights are for CPUs, and this is meta"):
+        nanogpt.load(trained, dtype="int8")
+    monkeypatch.undo()
     for wrong, message in [
         ({"temperature": -1}, "temperature=-1"),
         ({"stop": ""}, "a stop string is empty"),
@@ -90,7 +95,7 @@ def test_a_folder_of_hugging_face(data_folder, tmp_path):
     ids = model.encode("Hello")
     text = model.generate("Hello", max_new_tokens=5, temperature=0)
     for _ in range(5):
-        ids.append(int(model.model.next_logits(torch.tensor([ids])).argmax()))
+        ids.append(int(model.model(torch.tensor([ids]))[0][:, -1].argmax()))
     assert text == model.decode(ids[1:])
 
 
