@@ -7,7 +7,6 @@ random number a token, taken from the text's own generator: a text depends on it
 Shapes: B texts, V vocabulary, k candidates.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -61,24 +60,8 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` highest logits of each row and their ids, both (B, k), in the order of the ids."""
-    ids = _highest(logits, min(k, logits.shape[-1])).sort(dim=-1).values
+    ids = logits.topk(min(k, logits.shape[-1]), dim=-1, sorted=False).indices.sort(dim=-1).values
     return logits.gather(-1, ids), ids
-
-
-def _highest(logits: Tensor, k: int) -> Tensor:
-    """Ids (B, k) of the k highest. They lie in the k columns with the highest maxima, the row being written
-    into columns of `height` and what is left over: far fewer to look at than V."""
-    B, V = logits.shape
-    height = math.isqrt(V // k)
-    if height < 4:
-        return logits.topk(k, dim=-1, sorted=False).indices
-    width = V // height
-    maxima = logits[:, : height * width].view(B, height, width).amax(dim=1)
-    columns = maxima.topk(k, dim=-1, sorted=False).indices
-    below = torch.arange(0, height * width, width, device=logits.device)
-    rest = torch.arange(height * width, V, device=logits.device).expand(B, -1)
-    ids = torch.cat([(columns[:, :, None] + below).view(B, -1), rest], dim=-1)
-    return ids.gather(-1, logits.gather(-1, ids).topk(k, dim=-1, sorted=False).indices)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
