@@ -181,8 +181,8 @@ def load(
     Hugging Face folder, gpt2 to gpt2-xl, nanoGPT's ckpt.pt; "resume" is the folder `run`.
 
     `dtype`: of the weights: float32, bfloat16, float16, int8 (each row of a matrix rounded to 255 steps; on
-    CPUs only), or auto, what is fast here. `notice` is called with lines that the user should see. UserError says what
-    is wrong, and what can be given.
+    CPUs only), or auto, what is fast here. `notice` is called with lines that the user should see. UserError
+    says what is wrong, and what can be given.
     """
     if dtype not in ("auto", "int8", *runtime.DTYPES):
         raise UserError(f"dtype={dtype} given; it can be auto, int8, {', '.join(runtime.DTYPES)}")

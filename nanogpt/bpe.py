@@ -25,22 +25,22 @@ BYTE_OF = dict(zip(_SHOWN, _BYTES, strict=True))
 
 def ranks(merges: str) -> dict[bytes, int]:
     """Token bytes -> id from the lines of vocab.bpe: the 256 bytes, then the merges in their order."""
-    return {bytes(BYTE_OF[shown] for shown in token): i for token, i in _vocabulary(merges).items()}
+    return {bytes(BYTE_OF[shown] for shown in token): i for token, i in vocabulary(merges).items()}
 
 
-def _vocabulary(merges: str) -> dict[str, int]:
-    tokens = [*_SHOWN, *(line.replace(" ", "") for line in _lines(merges))]
+def vocabulary(merges: str) -> dict[str, int]:
+    tokens = [*_SHOWN, *(line.replace(" ", "") for line in merge_lines(merges))]
     return {token: i for i, token in enumerate(tokens)}
 
 
-def _lines(merges: str) -> list[str]:
+def merge_lines(merges: str) -> list[str]:
     return [line for line in merges.split("\n")[1:] if line]  # the first line names the version
 
 
 def as_hugging_face(merges: str) -> str:
     """GPT-2's encoding, without its special token, as a tokenizer.json."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": _vocabulary(merges), "merges": _lines(merges)}
+    model = {"type": "BPE", "vocab": vocabulary(merges), "merges": merge_lines(merges)}
     value = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
     return json.dumps(value)
 

@@ -19,12 +19,9 @@ from torch import Tensor
 
 from nanogpt import files, tokenizer
 from nanogpt.errors import UserError
-from nanogpt.order import BatchOrder, MixedOrder, Order, Share, everything
-from nanogpt.tokenfiles import TokenFile, Tokens, open_split, split_files
-
-FORMAT = "nanogpt-data-1"
-IGNORE = -1  # a target that is not scored, as in model.py
-
+from nanogpt.loss import IGNORE
+from nanogpt.order import BatchOrder, MixedOrder, Share, everything
+from nanogpt.tokenfiles import FORMAT, TokenFile, Tokens, open_split, split_files
 
 # ----------------------------------------------------------------------------- files
 
@@ -161,7 +158,7 @@ def require_window(tokens: Tokens, block_size: int, split: str, name: str = "") 
         )
 
 
-def order_of(tokens: Tokens, of_one: Callable[[Tokens], Order]) -> Order:
+def order_of(tokens: Tokens, of_one: Callable[[Tokens], BatchOrder]) -> BatchOrder | MixedOrder:
     """The order `of_one` text; of several, theirs by weight."""
     if not (mixture := tokens.mixture):
         return of_one(tokens)
@@ -201,7 +198,7 @@ class TrainBatches:
         device: torch.device,
         ramp: Sequence[int] = (),
         separator: int | None = None,
-        order: Order | None = None,
+        order: BatchOrder | MixedOrder | None = None,
         share: Share = everything,
         total: Callable[[int], int] = int,
     ):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+IGNORE = -1  # a target with this value is not scored
 LOGITS_AT_ONCE = {"cuda": 1 << 28, "mps": 1 << 26, "cpu": 1 << 24}  # on a CPU 64 MB, near its caches
 
 
@@ -52,9 +53,9 @@ def default_rows(device: torch.device, tokens: int, vocab_size: int) -> int:
 
 
 def chunked_cross_entropy(
-    x: Tensor, table: Tensor, targets: Tensor, rows: int, size: int, cap: float, ignore: int
+    x: Tensor, table: Tensor, targets: Tensor, rows: int, size: int, cap: float
 ) -> Tensor:
-    """Return the mean cross-entropy in nats of targets (N,), those equal to `ignore` left out, from hidden
+    """Return the mean cross-entropy in nats of targets (N,), those equal to IGNORE left out, from hidden
     states x (N, C) and the head's table (P, C), `rows` tokens at a time."""
     kind = x.device.type
     dtype = x.dtype
@@ -63,7 +64,7 @@ def chunked_cross_entropy(
     apply = _ChunkedCrossEntropy.apply
     if torch.compiler.is_compiling():  # unrolled into one graph, all chunks would be there at once
         apply = torch.compiler.disable(apply)
-    return apply(x, table, targets, rows, size, cap, ignore, dtype)
+    return apply(x, table, targets, rows, size, cap, dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -78,11 +79,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows: int,
         size: int,
         cap: float,
-        ignore: int,
         dtype: torch.dtype,
     ) -> Tensor:
         weight = (table if multiplies_padding(table.device) else table[:size]).to(dtype)
-        counted = (targets != ignore)[:, None]
+        counted = (targets != IGNORE)[:, None]
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Chunks add up in float32: a sum in bfloat16 would lose what a single product keeps.
@@ -112,7 +112,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = gradient / count
         of_x = None if to_x is None else to_x * scale
         of_table = None if to_table is None else to_table.mul_(scale).to(ctx.dtype)
-        return of_x, of_table, *[None] * 6
+        return of_x, of_table, *[None] * 5
 
 
 def _losses_and_error(

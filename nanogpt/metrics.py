@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,20 +11,6 @@ from nanogpt import files
 from nanogpt.errors import UserError
 
 NAME = "metrics.jsonl"
-
-
-class Tracker(Protocol):
-    def log(self, row: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class NoTracker:
-    def log(self, row: dict[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Wandb:
@@ -42,10 +28,6 @@ class Wandb:
         self._run.finish()
 
 
-def tracker(wandb_log: bool, project: str, name: str, config: dict[str, Any]) -> Tracker:
-    return Wandb(project, name, config) if wandb_log else NoTracker()
-
-
 class Log:
     """Where a run's numbers go: the console, metrics.jsonl (a JSON object a line, flushed), a tracker.
 
@@ -53,7 +35,7 @@ class Log:
     step, the number of updates done for the others.
     """
 
-    def __init__(self, path: Path, tracker: Tracker, peak_share: float | None):
+    def __init__(self, path: Path, tracker: Wandb | None, peak_share: float | None):
         """`path`: the file; `peak_share`: the share of the chip's peak FLOP/s that one token a second
         takes, if known."""
         self._file = path.open("a", encoding="utf-8", newline="\n")
@@ -84,11 +66,13 @@ class Log:
         row = {"event": event, "iter": iter_num, "tokens": tokens, **values}
         self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         self._file.flush()
-        self._tracker.log(row)
+        if self._tracker:
+            self._tracker.log(row)
 
     def close(self) -> None:
         self._file.close()
-        self._tracker.close()
+        if self._tracker:
+            self._tracker.close()
 
 
 def read(run: Path) -> list[dict[str, Any]]:

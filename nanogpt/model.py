@@ -14,17 +14,24 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt.cache import Layer, Past
-from nanogpt.loss import chunked_cross_entropy, multiplies_padding, project, rows_at_once, soft_cap
+from nanogpt.loss import (
+    IGNORE,
+    chunked_cross_entropy,
+    multiplies_padding,
+    project,
+    rows_at_once,
+    soft_cap,
+)
 from nanogpt.position import POSITIONS, Position
 
-IGNORE = -1  # a target with this value is not scored
+if TYPE_CHECKING:
+    from nanogpt.cache import Layer, Past
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, position: Position, past: Layer | None = None, apart: Tensor | None = None
+        self, x: Tensor, position: Position, past: "Layer | None" = None, apart: Tensor | None = None
     ) -> Tensor:
         B, T, _ = x.shape
         # Queries and keys lie side by side and are treated alike: one call for both.
@@ -182,7 +189,7 @@ class Smear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_embd))
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: "Past | None" = None) -> Tensor:
         before = F.pad(x, (0, 0, 1, 0))[:, :-1] if past is None else past.before(x)
         return x + self.weight * before
 
@@ -212,7 +219,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, position: Position, past: Layer | None = None, apart: Tensor | None = None
+        self, x: Tensor, position: Position, past: "Layer | None" = None, apart: Tensor | None = None
     ) -> Tensor:
         x = x + self.attn(self.ln_1(x), position, past, apart)
         return x + self.mlp(self.ln_2(x))
@@ -273,7 +280,7 @@ class GPT(nn.Module):
         if reduction == "none":
             return None, self.token_losses(x, targets)
         if self.loss_rows:
-            how = (self.loss_rows, self.config.vocab_size, self.config.softcap, IGNORE)
+            how = (self.loss_rows, self.config.vocab_size, self.config.softcap)
             return None, chunked_cross_entropy(x.flatten(0, 1), self.head_table, targets.flatten(), *how)
         if self.compiled_loss:
             return None, self.compiled_loss(x, targets)
@@ -300,11 +307,7 @@ class GPT(nn.Module):
         """The rows by which logits are made, the padding of the vocabulary among them: (P, C)."""
         return (self.lm_head or self.wte).weight
 
-    def next_logits(self, idx: Tensor) -> Tensor:
-        """Logits (B, V) of the token after idx (B, T)."""
-        return self.head(self.hidden(idx)[:, -1])
-
-    def hidden(self, idx: Tensor, past: Past | None = None, documents: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, past: "Past | None" = None, documents: Tensor | None = None) -> Tensor:
         """What the last block leaves, normalised: (B, T, C) from idx (B, T), the first tokens of each
         text; or from what `past` says they are, and with what it remembers. `documents` (B, T) numbers
         each token's document, to keep them apart."""

@@ -8,7 +8,7 @@ matrices of one shape. Which process updates what, and what they exchange, layou
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +19,12 @@ from nanogpt.distributed.layout import Layout, Matrix, Piece
 Named = Sequence[tuple[str, Tensor]]
 
 
-class Part(Protocol):
-    """Some of the parameters and the rule that updates them."""
-
-    def step(self, lr: float | Tensor) -> None: ...  # a tensor: a scalar on the device
-
-    def pieces(self) -> dict[str, Piece]: ...  # of the state, by name; not copied
-
-
 class Optimizer:
     """Parts that step together, each at its own multiple of one learning rate."""
 
-    def __init__(self, named: Named, parts: Sequence[tuple[Part, float]], layout: Layout | None = None):
+    def __init__(
+        self, named: Named, parts: "Sequence[tuple[AdamW | Muon, float]]", layout: Layout | None = None
+    ):
         self.names = {p: name for name, p in named}
         self.parts, self.layout = parts, layout or Layout()
         self.lr: float | Tensor = 0.0  # set before each step
@@ -97,7 +91,7 @@ def build(
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
     to_adam = [(n, p) for n, p in named if all(p is not other for _, other in to_muon)]
-    parts: list[tuple[Part, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
+    parts: list[tuple[AdamW | Muon, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
     if to_muon:
         muon = Muon(config, to_muon, rows or {}, dtype, layout)
         parts.append((muon, config.muon_lr / config.learning_rate))

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +13,6 @@ Share = Callable[[int], tuple[int, int]]  # of so many things: the first of this
 
 def everything(count: int) -> tuple[int, int]:
     return 0, count
-
-
-class Order(Protocol):
-    n_windows: int  # of an epoch
-
-    def starts(self, first: int, count: int) -> np.ndarray: ...
-
-    def epochs(self, samples: int) -> list[float]: ...
 
 
 class BatchOrder:
@@ -44,37 +36,28 @@ class BatchOrder:
         starts = np.empty(count, dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            slack = self.n_tokens - 1 - self.n_windows * self.block_size
-            phase = int(_mix(_key(self.seed, int(epoch), 0))) % (min(slack, self.block_size - 1) + 1)
             windows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
-            starts[here] = windows.astype(np.int64) * self.block_size + phase
+            starts[here] = self._begins(int(epoch), windows.astype(np.int64))
         return starts
+
+    def _begins(self, epoch: int, windows: np.ndarray) -> np.ndarray:
+        slack = self.n_tokens - 1 - self.n_windows * self.block_size
+        phase = int(_mix(_key(self.seed, epoch, 0))) % (min(slack, self.block_size - 1) + 1)
+        return windows * self.block_size + phase
 
     def epochs(self, samples: int) -> list[float]:
         """How often the text has been read after so many samples."""
         return [samples / self.n_windows]
 
 
-class RowOrder:
-    """As BatchOrder, of windows that begin at given places: each once an epoch, in an order drawn anew."""
+class RowOrder(BatchOrder):
+    """As BatchOrder, of windows that begin at given places."""
 
     def __init__(self, begins: np.ndarray, seed: int):
         self.begins, self.n_windows, self.seed = begins, len(begins), seed
 
-    def starts(self, first: int, count: int) -> np.ndarray:
-        """Where samples first .. first + count begin in the data, int64 (count,)."""
-        samples = np.arange(first, first + count, dtype=np.uint64)
-        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
-        starts = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
-            starts[here] = self.begins[rows.astype(np.int64)]
-        return starts
-
-    def epochs(self, samples: int) -> list[float]:
-        """How often the rows have been read after so many samples."""
-        return [samples / self.n_windows]
+    def _begins(self, epoch: int, windows: np.ndarray) -> np.ndarray:
+        return self.begins[windows]
 
 
 CYCLE = 1 << 16  # slots, at most, in which weights are honoured exactly
@@ -90,7 +73,7 @@ class MixedOrder:
     before a window comes again, and in the order of a run on it alone.
     """
 
-    def __init__(self, orders: Sequence[Order], weights: Sequence[Fraction], offsets: Sequence[int]):
+    def __init__(self, orders: Sequence[BatchOrder], weights: Sequence[Fraction], offsets: Sequence[int]):
         self.orders, self.offsets = orders, offsets
         self.n_windows = sum(order.n_windows for order in orders)
         self.shares = np.array(slots(weights), dtype=np.uint64)

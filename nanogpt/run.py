@@ -151,8 +151,9 @@ class Run:
 
     def open_log(self) -> metrics.Log:
         config, leads = self.config, self.machine.world.leads
-        wanted = config.wandb_log and leads
-        tracker = metrics.tracker(wanted, config.wandb_project, config.wandb_run_name, asdict(config))
+        tracker = None
+        if config.wandb_log and leads:
+            tracker = metrics.Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
         path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
         cost, peak = steps.flops_per_token(self.model), self.machine.peak_flops()
         return metrics.Log(path, tracker, cost / peak if peak else None)

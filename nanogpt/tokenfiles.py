@@ -8,7 +8,6 @@ with every batch until the whole file is resident. A file is opened when a windo
 import bisect
 import io
 import itertools
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +17,7 @@ import numpy as np
 
 from nanogpt.errors import UserError
 
+FORMAT = "nanogpt-data-1"  # of meta.json
 CHECKED_AT_START = 1 << 30  # bytes: the ids of a split of this size are all checked before the first step
 CHUNK = 1 << 22  # tokens checked, or copied, at a time
 LOOKED_AT = 256  # shards of a split that are opened before the first step; more are checked as they are used
@@ -58,7 +58,6 @@ class Tokens:
         self.ends = list(itertools.accumulate(part.tokens for part in parts))
         self.scored: Tokens | None = None  # 1 where a token is a target; None: everywhere
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()  # the one used last is last
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -95,10 +94,9 @@ class Tokens:
     def _read_part(self, which: int, first: int, count: int) -> np.ndarray:
         part = self.parts[which]
         raw = np.empty(count, dtype=part.dtype)
-        with self._lock:
-            file = self._file(which)
-            file.seek(part.offset + first * part.dtype.itemsize)
-            got = file.readinto(raw.data.cast("B"))
+        file = self._file(which)
+        file.seek(part.offset + first * part.dtype.itemsize)
+        got = file.readinto(raw.data.cast("B"))
         if got != raw.nbytes:
             raise UserError(f"{part.path} became shorter while it was read; prepare it again")
         return raw

@@ -53,7 +53,7 @@ def prompts(count: int, longest: int) -> list[list[int]]:
 @torch.inference_mode()
 def uncached(model: GPT, ids: list[int]) -> torch.Tensor:
     """Logits (V,) after `ids`, all computed anew."""
-    return model.next_logits(torch.tensor([ids[window_start(len(ids), model.config.block_size) :]]))[0]
+    return model(torch.tensor([ids[window_start(len(ids), model.config.block_size) :]]))[0][0, -1]
 
 
 def write(model: GPT, texts: list[Text], count: int, slots: int = 0) -> list[list[int]]:
@@ -108,7 +108,7 @@ def test_what_two_texts_have_in_common_is_read_once(switches, monkeypatch):
     reads = {1: 0, 1000: 0}
     hidden = model.hidden
 
-    def counted(idx, past=None):
+    def counted(idx, past=None, documents=None):
         # The steps on other devices than a CPU come here, too.
         reads[generate.SHARED] += 0 if past is None or isinstance(past, Step) else idx.numel()
         return hidden(idx, past)

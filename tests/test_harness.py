@@ -23,7 +23,7 @@ def greedy(subject, context: str, count: int) -> str:
     for _ in range(count):
         with torch.no_grad():
             ids.append(
-                int(subject.model.next_logits(torch.tensor([ids[window_start(len(ids), 24) :]])).argmax())
+                int(subject.model(torch.tensor([ids[window_start(len(ids), 24) :]]))[0][:, -1].argmax())
             )
     return "".join(LETTERS.characters[i] for i in ids[len(LETTERS.encode_prompt(context)) :])
 

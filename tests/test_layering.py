@@ -10,9 +10,9 @@ LAYERS = [
     {"errors"},
     {"files", "download", "bpe", "pool", "refusal", "meters"},
     {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
-    | {"heartbeat", "meeting", "tokenfiles"},
+    | {"heartbeat", "meeting", "tokenfiles", "loss"},
     {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
-    | {"cache", "sampling", "stream", "lora", "loss", "native"},
+    | {"cache", "sampling", "stream", "lora", "native"},
     {"sources", "model", "finetune", "documents", "runtime", "decode_step", "layout", "mixture"}
     | {"interconnect"},
     {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
@@ -32,7 +32,7 @@ PYTHON = [
     *LIBRARY.values(),
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = (LAYERS[0] | LAYERS[1] | LAYERS[2]) - {"tokenfiles"}  # they do without torch
+PLAIN = (LAYERS[0] | LAYERS[1] | LAYERS[2]) - {"loss"}  # they do without torch
 PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks", "web"}
 
 

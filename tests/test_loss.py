@@ -41,7 +41,7 @@ def test_equals_the_plain_loss(rows, cap, monkeypatch):
         x, table, targets = inputs()
         expected = plain(x, table, targets, cap)
         gradients = torch.autograd.grad(3 * expected, (x, table))
-        found = chunked_cross_entropy(x, table, targets, rows, V, cap, IGNORE)
+        found = chunked_cross_entropy(x, table, targets, rows, V, cap)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         for a, b in zip(torch.autograd.grad(3 * found, (x, table)), gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -54,7 +54,7 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_plain_one():
     exact = torch.autograd.grad(expected, (x, table))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = plain(x, table, targets, 3.0)
-        found = chunked_cross_entropy(x, table, targets, 8, V, 3.0, IGNORE)
+        found = chunked_cross_entropy(x, table, targets, 8, V, 3.0)
     assert found.item() == pytest.approx(rough.item(), abs=1e-3)
     theirs, ours = torch.autograd.grad(rough, (x, table)), torch.autograd.grad(found, (x, table))
     for a, b, truth in zip(ours, theirs, exact, strict=True):

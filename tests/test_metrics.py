@@ -69,8 +69,7 @@ def test_a_folder_without_rows(tmp_path):
         metrics.read(tmp_path)
 
 
-def test_wandb_is_asked_for_only_when_wanted(monkeypatch):
+def test_wandb_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    assert isinstance(metrics.tracker(False, "p", "n", {}), metrics.NoTracker)
     with pytest.raises(UserError, match="pip install wandb"):
-        metrics.tracker(True, "p", "n", {})
+        metrics.Wandb("p", "n", {})

@@ -51,7 +51,7 @@ def test_the_official_client_gets_what_the_model_says(client, out, model):
     ids = tokens.encode_prompt("abc")
     with torch.inference_mode():
         for _ in range(20):
-            ids.append(int(gpt.next_logits(torch.tensor([ids])).argmax()))
+            ids.append(int(gpt(torch.tensor([ids]))[0][:, -1].argmax()))
     assert answer.choices[0].text == tokenizer.decode(tokens, ids[3:])
     assert answer.choices[0].finish_reason == "length"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 20)
@@ -106,7 +106,7 @@ def test_the_first_token_is_drawn_as_the_model_says(server, model):
     """Chi-square of 1,280 first tokens against the model's probabilities, at 1 in 1,000."""
     gpt, tokens = model
     with torch.inference_mode():
-        expected = gpt.next_logits(torch.tensor([tokens.encode_prompt("abc ")]))[0].softmax(-1)
+        expected = gpt(torch.tensor([tokens.encode_prompt("abc ")]))[0][:, -1][0].softmax(-1)
     counts = torch.zeros(tokens.vocab_size)
     for seed in range(20):
         answer = server.complete(prompt="abc ", max_tokens=1, n=64, seed=seed * 1000)

@@ -26,11 +26,11 @@ from nanogpt.errors import UserError
 from nanogpt.exchange import hf_tokenizer
 from nanogpt.exchange.pretrained import OWN_TOKENIZER, theirs, unlike
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.runtime import DTYPES
 
 LIBRARY = Path(__file__).resolve().parent.parent
 CODE = ("exchange/modeling_nanogpt.py", "model.py", "cache.py", "loss.py", "position.py")
 RMS_EPS = torch.finfo(torch.float32).eps  # of F.rms_norm, and 1e-5 of LayerNorm
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Weights = dict[str, Tensor]
 
 

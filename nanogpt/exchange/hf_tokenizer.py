@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanogpt import files
+from nanogpt import bpe, files
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
@@ -44,7 +44,7 @@ def build(tokens: Tokenizer) -> Any:
     if isinstance(tokens, CharTokenizer):
         return _characters(tokenizers, tokens)
     if isinstance(tokens, ByteTokenizer):
-        return _byte_level(tokenizers, _bytes(), [], use_regex=False)
+        return _byte_level(tokenizers, bpe.BYTE_OF, [], use_regex=False)
     if isinstance(tokens, GPT2Tokenizer):
         return _gpt2(tokenizers, tokens)
     if tokens.kind == "hf":  # it is one of the library's already
@@ -64,11 +64,8 @@ def _characters(library: Any, tokens: CharTokenizer) -> Any:
 
 
 def _gpt2(library: Any, tokens: GPT2Tokenizer) -> Any:
-    merges = [tuple(line.split(" ")) for line in tokens.merges.split("\n")[1:] if line]
-    vocabulary = {character: i for i, character in enumerate(_bytes())} | {
-        a + b: 256 + i for i, (a, b) in enumerate(merges)
-    }
-    built = _byte_level(library, vocabulary, merges, use_regex=True)
+    merges = [tuple(line.split(" ")) for line in bpe.merge_lines(tokens.merges)]
+    built = _byte_level(library, bpe.vocabulary(tokens.merges), merges, use_regex=True)
     built.add_special_tokens([library.AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return built
 
@@ -78,11 +75,3 @@ def _byte_level(library: Any, vocabulary: dict[str, int], merges: list, use_rege
     built.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     built.decoder = library.decoders.ByteLevel()
     return built
-
-
-def _bytes() -> dict[str, int]:
-    """The printable character that stands for each byte, in GPT-2's order (those that print, then the
-    others from U+0100 on), and its byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

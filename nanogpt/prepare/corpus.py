@@ -23,8 +23,8 @@ from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.shards import SPLITS
 from nanogpt.prepare.survey import Options, counted
 from nanogpt.prepare.text import Texts, find
+from nanogpt.tokenfiles import FORMAT
 
-FORMAT = "nanogpt-data-1"
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # the first is the last to appear
 LARGE_ALPHABET = 20_000  # distinct characters from which bytes are the default
 LARGE_TEXT = 1 << 25  # bytes of input from which several processes work on it

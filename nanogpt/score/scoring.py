@@ -9,7 +9,6 @@ with 50,257 ids it would else cost more than the rest of a small model, and more
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from nanogpt.errors import UserError
 from nanogpt.loss import rows_at_once
 from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES, Machine
+from nanogpt.tokenfiles import Tokens
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # of a batch where none is asked for
@@ -49,14 +49,6 @@ class Subject:
 # ----------------------------------------------------------------------------- rows
 
 
-class Rows(Protocol):
-    """Texts to score: `lengths` (n,) of their ids, and each one by its number."""
-
-    lengths: np.ndarray
-
-    def __getitem__(self, i: int, /) -> tuple[np.ndarray, int]: ...  # ids int64 (length,), scored
-
-
 class Requests:
     """Rows of context and continuation ids, cut from the left to `block_size` inputs as lm-eval does;
     `cut` (n,) says which."""
@@ -75,16 +67,8 @@ class Requests:
         return self.rows[i]
 
 
-class Source(Protocol):
-    """Ids of a text that can be read piece by piece; data.Tokens is one."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, count: int) -> np.ndarray: ...
-
-
 class Ids:
-    """A Source in memory."""
+    """Ids of a text in memory, read as data.Tokens are."""
 
     def __init__(self, ids: np.ndarray):
         self.ids = ids
@@ -105,7 +89,7 @@ class Windows:
     spread. UserError if no text has two ids.
     """
 
-    def __init__(self, texts: Iterable[Source], block_size: int, stride: int, limit: int = 0):
+    def __init__(self, texts: Iterable[Ids | Tokens], block_size: int, stride: int, limit: int = 0):
         self.texts = [text for text in texts if len(text) > 1]
         if not self.texts:
             raise UserError("the text is empty: there is no token to predict from another")
@@ -176,7 +160,7 @@ def batches(lengths: np.ndarray, budget: int, rank: int = 0, world_size: int = 1
 @torch.inference_mode()
 def score(
     subject: Subject,
-    rows: Rows,
+    rows: Requests | Windows,
     *,
     greedy: bool = False,
     advance: Advance = lambda count: None,

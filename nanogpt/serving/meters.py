@@ -9,7 +9,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Meters:
-    """Counts from any thread; `Observer` of a scheduler."""
+    """Counts from any thread."""
 
     def __init__(self, gauges: dict[str, tuple[str, Callable[[], float]]]):
         """`gauges`: name to (help, the function that reads it when it is asked for)."""

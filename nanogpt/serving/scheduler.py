@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from nanogpt.generate import Completion, Decoder, Text, Token, score
 from nanogpt.sampling import SamplingOptions
+from nanogpt.serving.meters import Meters
 from nanogpt.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 512  # read between two steps, at most: others wait that long for their next token
@@ -21,14 +21,6 @@ PROMPT_TOKENS = 512  # read between two steps, at most: others wait that long fo
 
 class Full(Exception):
     """The queue has no room for these."""
-
-
-class Observer(Protocol):
-    """Who counts what the scheduler does."""
-
-    def read(self, tokens: int) -> None: ...
-    def wrote(self, tokens: int, seconds: float) -> None: ...
-    def first_token(self, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,8 @@ class Choice:
 class Scheduler:
     """Owns `decoder` in a thread of its own. At most `queue` choices wait."""
 
-    def __init__(self, decoder: Decoder, known: Tokenizer, queue: int, observer: Observer):
-        self._decoder, self._known, self._observer = decoder, known, observer
+    def __init__(self, decoder: Decoder, known: Tokenizer, queue: int, meters: Meters):
+        self._decoder, self._known, self._meters = decoder, known, meters
         self.queue = queue
         self._waiting: deque[Choice] = deque()
         self._active: dict[Text, Choice] = {}
@@ -175,7 +167,7 @@ class Scheduler:
         for choice in fresh:
             if choice.cancelled:
                 continue
-            self._observer.read(len(choice.prompt))
+            self._meters.read(len(choice.prompt))
             if choice.max_tokens == 0:
                 choice.emit(choice, Piece("", [], "length"))
                 continue
@@ -188,11 +180,11 @@ class Scheduler:
             started = time.perf_counter()
             found = self._decoder.step()
             now = time.perf_counter()
-            self._observer.wrote(len(found), now - started)
+            self._meters.wrote(len(found), now - started)
             for text, token in found:
                 choice = self._active[text]
                 if choice.written == 0:
-                    self._observer.first_token(now - choice.submitted)
+                    self._meters.first_token(now - choice.submitted)
                 piece = choice.accept(token, self._known.end_of_text)
                 if piece and piece.finish:
                     self._leave(text)  # before its client knows: whoever comes then finds the slot free
