@@ -10,25 +10,24 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from nanogpt import tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import Token
-from nanogpt.sampling import SamplingOptions
+from nanogpt.sampling import Controls, SamplingOptions
 from nanogpt.serving.refusal import Refusal
 from nanogpt.tokenizer import Tokenizer
 
 IGNORED = {"user", "metadata", "store"}  # what changes no answer
 UNSUPPORTED: dict[str, Any] = {
-    "suffix": None,
+    "suffix": "",
     "logit_bias": {},
     "presence_penalty": 0,
     "frequency_penalty": 0,
 }
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_ALTERNATIVES = 20
 
 
 @dataclass(frozen=True)
@@ -70,58 +69,87 @@ class CompletionRequest:
 # ----------------------------------------------------------------------------- reading a request
 
 
+class StreamOptions(BaseModel, extra="forbid", strict=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Body(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+    """The fields of a request; null means: as if left out."""
+
+    model: str = ""
+    prompt: Any = None  # checked by _prompts
+    n: int = Field(1, ge=1)
+    best_of: int | None = None
+    max_tokens: int = Field(16, ge=0)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_k: int = Field(0, ge=0, le=1 << 31)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    seed: int = Field(default_factory=lambda: secrets.randbits(48), ge=-(1 << 62), le=1 << 62)
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field([], max_length=16)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+
 def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> CompletionRequest:
     """The request in `body`. Refusal (4xx) names the field, what it was and what it can be."""
-    given = _Fields(_json_object(body))
-    asked = given.text("model", model)
-    if asked != model:
-        raise Refusal(404, f"no model {asked[:80]!r} here; there is {model!r}", "model", "model_not_found")
+    values = {key: value for key, value in _json_object(body).items() if value is not None}
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    if values.get("logprobs") is False:
+        del values["logprobs"]
     for name, neutral in UNSUPPORTED.items():
-        if given.take(name, None) not in (None, neutral):
+        if values.pop(name, neutral) != neutral:
             raise Refusal(400, f"{name} is not supported by this server; leave it out", name)
-    n = given.whole("n", 1, 1, limits.batch)
-    if given.whole("best_of", n, 1, limits.batch) != n:
+    try:
+        given = _Body.model_validate({key: values[key] for key in values.keys() - IGNORED})
+    except ValidationError as error:
+        raise _refusal(error) from None
+    if given.model not in ("", model):
+        named = f"no model {given.model[:80]!r} here; there is {model!r}"
+        raise Refusal(404, named, "model", "model_not_found")
+    if given.best_of not in (None, given.n):
         raise Refusal(400, "best_of is not supported unless it equals n; leave it out", "best_of")
-    if given.take("prompt", None, keep=True) is None:
+    for name, most in (("n", limits.batch), ("max_tokens", limits.max_tokens)):
+        if getattr(given, name) > most:
+            raise Refusal(400, f"{name}={_shown(values[name])}: expected at most {most}", name)
+    if given.prompt is None:
         raise Refusal(400, "prompt is missing: give a string, a list of strings, or token ids", "prompt")
-    prompts = _prompts(given.take("prompt", None), known, limits)
-    if len(prompts) * n > limits.batch:
-        raise Refusal(400, f"{len(prompts)} prompts times n={n}: at most {limits.batch} at once", "prompt")
-    options = SamplingOptions(
-        temperature=given.number("temperature", 1.0, 0, 100),
-        top_k=given.whole("top_k", 0, 0, 1 << 31),
-        top_p=given.number("top_p", 1.0, 0, 1, open_below=True),
-        min_p=given.number("min_p", 0.0, 0, 1),
-        repetition_penalty=given.number("repetition_penalty", 1.0, 0, 100, open_below=True),
-    )
-    stream = given.flag("stream")
-    extra = given.take("stream_options", None) or {}
-    if not isinstance(extra, dict) or set(extra) - {"include_usage", "include_obfuscation"}:
-        raise Refusal(400, "stream_options can hold include_usage: true or false", "stream_options")
-    logprobs = given.take("logprobs", None, keep=True)
-    found = CompletionRequest(
+    prompts = _prompts(given.prompt, known, limits)
+    if len(prompts) * given.n > limits.batch:
+        raise Refusal(
+            400, f"{len(prompts)} prompts times n={given.n}: at most {limits.batch} at once", "prompt"
+        )
+    return CompletionRequest(
         prompts=prompts,
-        options=options,
-        seed=given.whole("seed", secrets.randbits(48), -(1 << 62), 1 << 62),
-        max_tokens=given.whole("max_tokens", 16, 0, limits.max_tokens),
-        n=n,
-        stop=_stops(given.take("stop", None)),
-        logprobs=None if logprobs in (None, False) else given.whole("logprobs", 0, 0, MAX_ALTERNATIVES),
-        echo=given.flag("echo"),
-        stream=stream,
-        usage_in_stream=extra.get("include_usage") is True,
+        options=SamplingOptions(**given.model_dump(include=set(Controls.__annotations__))),
+        seed=given.seed,
+        max_tokens=given.max_tokens,
+        n=given.n,
+        stop=tuple(given.stop),
+        logprobs=given.logprobs,
+        echo=given.echo,
+        stream=given.stream,
+        usage_in_stream=given.stream_options.include_usage,
     )
-    given.take("logprobs", None)
-    given.require_nothing_left()
-    return found
+
+
+def _refusal(error: ValidationError) -> Refusal:
+    """Name the first field that is wrong, its value, and what was expected."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])[:80]
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        return Refusal(400, f"unknown field {name!r}; see docs/serving.md for those there are", name)
+    return Refusal(400, f"{name}={_shown(first['input'])}: {first['msg']}", name)
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
-
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=no_constant)
+        value = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError:
         raise Refusal(400, "the body is not UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -129,50 +157,6 @@ def _json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal(400, 'the body must be a JSON object, such as {"prompt": "To be"}')
     return value
-
-
-class _Fields:
-    """The fields of a request that are not yet read; null means: as if left out."""
-
-    def __init__(self, values: dict[str, Any]):
-        self._left = {key: value for key, value in values.items() if key not in IGNORED}
-
-    def take(self, name: str, default: Any, keep: bool = False) -> Any:
-        value = self._left.get(name) if keep else self._left.pop(name, None)
-        return default if value is None else value
-
-    def number(self, name: str, default: float, low: float, high: float, open_below: bool = False) -> float:
-        value = self.take(name, default)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-        if not good or not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
-            least = f"above {low}" if open_below else f"{low} or more"
-            raise Refusal(400, f"{name}={_shown(value)}: expected a number, {least}, at most {high}", name)
-        return float(value)
-
-    def whole(self, name: str, default: int, low: int, high: int) -> int:
-        value = self.take(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise Refusal(400, f"{name}={_shown(value)}: expected a whole number from {low} to {high}", name)
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self.take(name, False)
-        if not isinstance(value, bool):
-            raise Refusal(400, f"{name}={_shown(value)}: expected true or false", name)
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        value = self.take(name, default)
-        if not isinstance(value, str):
-            raise Refusal(400, f"{name}={_shown(value)}: expected a string", name)
-        return value
-
-    def require_nothing_left(self) -> None:
-        if self._left:
-            name = next(iter(self._left))
-            raise Refusal(
-                400, f"unknown field {_shown(name)}; see docs/serving.md for those there are", name[:80]
-            )
 
 
 def _prompts(value: Any, known: Tokenizer, limits: Limits) -> list[Prompt]:
@@ -212,18 +196,6 @@ def _prompt(value: Any, known: Tokenizer, limits: Limits) -> Prompt:
             "context_length_exceeded",
         )
     return prompt
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else ([] if value is None else value)
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise Refusal(400, f"stop={_shown(value)}: expected a string or a list of strings", "stop")
-    if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
-        limits = f"at most {MAX_STOPS} strings of at most {MAX_STOP_CHARACTERS} characters"
-        raise Refusal(400, f"stop: expected {limits}", "stop")
-    if "" in stops:
-        raise Refusal(400, "stop holds an empty string, which would stop before the first token", "stop")
-    return tuple(stops)
 
 
 def _shown(value: Any) -> str:
