@@ -20,7 +20,7 @@ LAYERS = [
     {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
     | {"completions", "scheduler", "writer"},
     {"corpus", "watch", "weights", "wire", "graphs", "fit", "answers"},
-    {"run", "api", "follow", "web", "scaling"},
+    {"run", "api", "follow", "web", "shakespeare", "scaling"},
     {"server"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -33,7 +33,7 @@ PYTHON = [
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
 PLAIN = (LAYERS[0] | LAYERS[1] | LAYERS[2]) - {"loss"}  # they do without torch
-PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks", "web"}
+PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks", "web", "shakespeare"}
 
 
 def imported(path: Path) -> set[str]:
