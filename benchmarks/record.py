@@ -42,6 +42,7 @@ from nanogpt.errors import UserError, run_program
 # Keys of JSON that say when, where or with what something ran.
 LEFT_OUT = {"step_s", "tokens_per_s", "elapsed_s", "mfu", "seconds", "created", "id", "commit", "command"}
 LEFT_OUT |= {"environment", "python", "torch", "numpy", "device", "instructions", "source", "machine"}
+LEFT_OUT |= {"p", "message"}  # a p-value from drawn patterns, and the words of a refusal
 # Options by the name that they have had since: {"old": "new"}; options that one side lacks are left out.
 RENAMED: dict[str, str] = {}
 
@@ -116,7 +117,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"prompt": PROMPTS, "max_tokens": 12, "seed": 3, "logprobs": 2, "n": 2},
     {"prompt": "class A", "max_tokens": 9, "seed": 5, "stop": ["\n"], "echo": True},
     {"prompt": "import", "max_tokens": 6, "seed": 1, "stream": True},
-    {"prompt": "x", "max_tokens": -1},
+    {"prompt": "x", "max_tokens": -1},  # is refused
 ]
 
 
@@ -234,15 +235,11 @@ class Side:
     def answers(self, words: list[str]) -> Iterator[Any]:
         """What the server says to some requests."""
         with self.server(words) as url:
-            requests: list[dict[str, Any]] = [
-                {"prompt": "def ", "max_tokens": 20, "temperature": 0},
-                {"prompt": PROMPTS, "max_tokens": 12, "seed": 3, "logprobs": 2, "n": 2},
-                {"prompt": "class A", "max_tokens": 9, "seed": 5, "stop": ["\n"], "echo": True},
-                {"prompt": "import", "max_tokens": 6, "seed": 1, "stream": True},
-                {"prompt": "x", "max_tokens": -1},
-            ]
-            for body in requests:
-                yield ask(f"{url}/v1/completions", {"model": "x", **body})
+            for body in REQUESTS:
+                answer = ask(f"{url}/v1/completions", body)
+                if isinstance(answer, list) and body is not REQUESTS[-1]:
+                    raise RuntimeError(f"the server refused {body}: {answer}")
+                yield answer
             yield ask(f"{url}/v1/models", None)
 
     @contextmanager
