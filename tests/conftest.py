@@ -1,9 +1,10 @@
-"""What several test files share: the folder of real texts, and a dataset small enough to train on."""
+"""What several test files share: files from elsewhere, and a dataset small enough to train on."""
 
 import hashlib
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import train
-from nanogpt import tokenizer
+from nanogpt import bpe, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prepare import encode, sources
 from nanogpt.prepare.text import Texts
+from tests.texts import python_sources
 
 # The models here are so small that two threads spend their time waiting for each other.
 ALL_THREADS = torch.get_num_threads()
@@ -108,13 +110,61 @@ def all_threads():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def data_folder() -> Path:
-    """The folder of real texts that NANOGPT_TEST_DATA names; without it the test is skipped."""
+def found(name: str) -> Path | None:
+    """The file or folder `name` of the folder that NANOGPT_TEST_DATA names, where it is there."""
     folder = os.environ.get("NANOGPT_TEST_DATA", "")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("needs the real texts: set NANOGPT_TEST_DATA to their folder")
-    return Path(folder)
+    path = Path(folder, name).resolve()
+    return path if folder and path.exists() else None
+
+
+@pytest.fixture(scope="session")
+def real() -> Callable[[str], Path]:
+    """`found`, with the test skipped where it is not there."""
+
+    def find(name: str) -> Path:
+        path = found(name)
+        if path is None:
+            pytest.skip(f"needs {name}: set NANOGPT_TEST_DATA (see CONTRIBUTING.md)")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def data_folder(real: Callable[[str], Path]) -> Path:
+    return real("")
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> str:
+    """A byte-level BPE of 1,000 tokens, learnt from Python's library: the text of its tokenizer.json."""
+    text = python_sources(300_000)
+    return bpe.train((text[i : i + 2000] for i in range(0, len(text), 2000)), 1000)
+
+
+@pytest.fixture(scope="session")
+def own_merges(vocabulary: str) -> str:
+    """The merges of `vocabulary`, as a vocab.bpe has them."""
+    pairs = json.loads(vocabulary)["model"]["merges"]
+    return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs), ""])
+
+
+@pytest.fixture(params=["own merges", "gpt2"])
+def merges(request, own_merges, real, tmp_path, monkeypatch) -> Path:
+    """A vocab.bpe: one that is taken for GPT-2's in this process, and GPT-2's."""
+    if request.param == "gpt2":
+        return real("gpt2/vocab.bpe")
+    monkeypatch.setattr(tokenizer, "GPT2_SHA256", hashlib.sha256(own_merges.encode()).hexdigest())
+    monkeypatch.setattr(tokenizer, "GPT2_VOCAB_SIZE", tokenizer.GPT2Tokenizer(own_merges).vocab_size)
+    path = tmp_path / "own.bpe"
+    path.write_bytes(own_merges.encode())
+    return path
+
+
+@pytest.fixture
+def of_kind(real: Callable[[str], Path]) -> Callable[[str], dict[str, Any]]:
+    """The options of corpus.prepare for a kind of tokens, GPT-2's among them."""
+    return lambda kind: {"kind": kind, "gpt2_bpe": str(real("gpt2/vocab.bpe")) if kind == "gpt2" else ""}
 
 
 def write_dataset(folder: Path, text: str, val_fraction: float = 0.1) -> Path:

@@ -2,20 +2,21 @@
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from nanogpt.errors import UserError
 from nanogpt.prepare import sources, text
-from tests.conftest import documents
-
-ENGLISH = "It was a dark and stormy night;\nthe rain fell in torrents.\n" * 20
-GERMAN = "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich schön größer.\n" * 20
+from tests import texts as ours
+from tests.conftest import documents, found
+from tests.texts import ENGLISH, GERMAN
 
 
 def read(paths, **options) -> list[str]:
@@ -39,16 +40,24 @@ def written(folder: Path, name: str, content: bytes | str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def languages(data_folder: Path) -> dict[str, str]:
-    """1,500 characters in each of 38 languages."""
-    whole = (data_folder / "odd" / "many_scripts_udhr.txt").read_text(encoding="utf-8")
-    parts = re.split(r"(?m)^== (\w+) ==\n", whole)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+def languages() -> dict[str, list[str]]:
+    """Texts of 1,500 characters in each language: our own, and beginnings of the Universal Declaration."""
+    by_language = {language: [body] for language, body in ours.languages().items()}
+    if path := found("odd/many_scripts_udhr.txt"):
+        parts = re.split(r"(?m)^== (\w+) ==\n", path.read_text(encoding="utf-8"))
+        for language, body in zip(parts[1::2], parts[2::2], strict=True):
+            by_language.setdefault(language, []).append(body)
+    return by_language
 
 
-@pytest.fixture(scope="session")
-def novel(data_folder: Path) -> str:
-    return (data_folder / "chinese" / "sanguo_yanyi.txt").read_text(encoding="utf-8")[:50_000]
+NOVELS = {"random": ours.chinese_novel}
+if path := found("chinese/sanguo_yanyi.txt"):
+    NOVELS["sanguo"] = partial(path.read_text, encoding="utf-8")
+
+
+@pytest.fixture(scope="session", params=NOVELS)
+def novel(request) -> str:
+    return NOVELS[request.param]()[:50_000]
 
 
 # ----------------------------------------------------------------------------- encodings
@@ -78,14 +87,11 @@ def test_encodings_are_recognised_wherever_a_block_ends(mark, encoding, block, n
 
 
 def test_every_script_is_read_from_utf8_and_utf16(languages, tmp_path):
-    for language, body in languages.items():
-        for encoding in ("utf-8", "utf-16", "utf-16-le", "utf-16-be"):
+    for language, bodies in languages.items():
+        encodings = ["utf-8", "utf-16", "utf-16-le", "utf-16-be"] + ["gb18030"] * language.startswith("cmn")
+        for body, encoding in itertools.product(bodies, encodings):
             path = written(tmp_path, "x.txt", body.encode(encoding))
             assert read(path) == [body], (language, encoding)
-    for language in ("cmn_hans", "cmn_hant"):
-        assert read(written(tmp_path, "x.txt", languages[language].encode("gb18030"))) == [
-            languages[language]
-        ]
 
 
 @pytest.mark.parametrize(
@@ -109,21 +115,22 @@ def test_every_script_is_read_from_utf8_and_utf16(languages, tmp_path):
     ],
 )
 def test_other_encodings_are_refused_unless_named(language, encoding, languages, tmp_path):
-    body = languages[language].encode(encoding, "ignore")
-    path = written(tmp_path, "x.txt", body)
-    said = refusal(path)
-    byte, offset = re.search(
-        r"byte 0x(..) at offset (\d+) is neither UTF-8 nor UTF-16 nor GB18030", said
-    ).groups()
-    assert body[int(offset)] == int(byte, 16)
-    body[: int(offset)].decode("utf-8")  # all before is right
-    assert "--encoding=" in said
-    assert read(path, encoding=encoding) == [body.decode(encoding)]
+    for whole in languages[language]:
+        body = whole.encode(encoding, "ignore")
+        path = written(tmp_path, "x.txt", body)
+        said = refusal(path)
+        byte, offset = re.search(
+            r"byte 0x(..) at offset (\d+) is neither UTF-8 nor UTF-16 nor GB18030", said
+        ).groups()
+        assert body[int(offset)] == int(byte, 16)
+        body[: int(offset)].decode("utf-8")  # all before is right
+        assert "--encoding=" in said
+        assert read(path, encoding=encoding) == [body.decode(encoding)]
 
 
-def test_parts_of_real_texts_are_never_mistaken(languages, novel, tmp_path):
+def test_parts_of_texts_are_never_mistaken(languages, novel, tmp_path):
     draw = random.Random(0)
-    for body in [novel, *languages.values()]:
+    for body in [novel, *itertools.chain(*languages.values())]:
         start = draw.randrange(len(body) // 2)
         part = body[start : start + 600]
         for encoding in (
