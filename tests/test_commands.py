@@ -4,6 +4,8 @@ They run as written, in a copy of the project, with options behind them that mak
 machines run in test_world.py, with this machine's address.
 """
 
+import itertools
+import json
 import os
 import re
 import shlex
@@ -25,8 +27,8 @@ import train
 from nanogpt import run as runs
 from nanogpt.config import assignments, read
 from nanogpt.exchange import hf
-from tests import hf_folders
-from tests.conftest import words, write_dataset
+from tests import hf_folders, texts
+from tests.conftest import found, words, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --gradient_accumulation_steps=2"
@@ -35,9 +37,9 @@ TINY = {
     "sample.py": "--num_samples=2 --max_new_tokens=5 --device=cpu",
     "eval.py": "--device=cpu --limit=5",
     "bench.py": "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --device=cpu --steps=3 --warmup_steps=1",
-    "data/shakespeare_char/prepare.py": "--input={texts}/tinyshakespeare.txt",
-    "data/shakespeare/prepare.py": "--input={texts}/tinyshakespeare.txt",
-    "data/openwebtext/prepare.py": "--source={texts}/english/sample.jsonl --val_fraction=0.1",
+    "data/shakespeare_char/prepare.py": "--input=input.txt",
+    "data/shakespeare/prepare.py": "--input=input.txt",
+    "data/openwebtext/prepare.py": "--source=pages.jsonl --val_fraction=0.1",
 }
 CPU_COMMAND = (
     "python train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
@@ -84,30 +86,43 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    folder = checkout(tmp_path_factory.mktemp("clone"))
-    (folder / "data" / "openwebtext").mkdir(exist_ok=True)
+def stocked(folder: Path) -> Path:
+    """A clone with all that its commands read: texts, ids, and random models in the cache of the hub."""
+    checkout(folder)
+    merges = found("gpt2/vocab.bpe")
+    if merges:
+        (folder / "cache" / "gpt2").mkdir(parents=True)
+        shutil.copy(merges, folder / "cache" / "gpt2")
+    for name in hf.NAMES:
+        shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
+        hf_folders.write_cache(folder / "hf", f"openai-community/{name}", merges=merges, **shape)
     ids = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")
-    for split in ("train", "val"):  # as nanoGPT leaves them
-        ids.tofile(folder / "data" / "openwebtext" / f"{split}.bin")
+    for dataset, split in itertools.product(("openwebtext", "shakespeare"), ("train", "val")):
+        ids.tofile(folder / "data" / dataset / f"{split}.bin")  # as nanoGPT leaves them
+    (folder / "input.txt").write_text(texts.python_sources(50_000), encoding="utf-8")
     (folder / "prompt.txt").write_text("To be, or not", encoding="utf-8")
+    rows = [json.dumps({"text": page}) + "\n" for page in texts.web_pages(200)]
+    (folder / "pages.jsonl").write_text("".join(rows), encoding="utf-8")
     return folder
 
 
-def run(command: str, folder: Path, texts: Path) -> str:
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return stocked(tmp_path_factory.mktemp("clone"))
+
+
+def needs_merges(command: str) -> bool:
+    """Whether text becomes tokens of GPT-2, or they become text; to train on ids, only ids are needed."""
+    return bool(
+        re.search(r"(shakespeare|openwebtext)/prepare|sample\.py( --start=FILE|$)|xl --start", command)
+    )
+
+
+def run(command: str, folder: Path) -> str:
     program = next(word for word in shlex.split(command) if word.endswith(".py"))
-    launcher, *words_given = shlex.split(command) + shlex.split(TINY.get(program, "").format(texts=texts))
+    launcher, *words_given = shlex.split(command) + shlex.split(TINY.get(program, ""))
     if launcher == "torchrun":  # a window for each of eight processes
         words_given = ["-m", "torch.distributed.run", *words_given, "--gradient_accumulation_steps=4"]
-    cache = folder / "cache" / "gpt2"
-    if not cache.exists():
-        cache.mkdir(parents=True)
-        shutil.copy(texts / "gpt2" / "vocab.bpe", cache)
-        for name in hf.NAMES:  # random models stand for OpenAI's, in the cache that the hub's library fills
-            shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
-            merges = texts / "gpt2" / "vocab.bpe"
-            hf_folders.write_cache(folder / "hf", f"openai-community/{name}", merges=merges, **shape)
     done = subprocess.run(
         [sys.executable, *words_given],
         cwd=folder,
@@ -121,8 +136,10 @@ def run(command: str, folder: Path, texts: Path) -> str:
 
 
 @pytest.mark.parametrize("command", NOW)
-def test_commands_of_nanogpts_documents(command, clone, data_folder):
-    out = run(command, clone, data_folder)
+def test_commands_of_nanogpts_documents(command, clone, real):
+    if needs_merges(command):
+        real("gpt2/vocab.bpe")
+    out = run(command, clone)
     assert out.strip()
     if command.startswith("python sample.py"):
         assert out.count("\n---------------\n") == 2
@@ -186,12 +203,14 @@ def test_the_two_readmes_show_the_same_commands():
     assert commands_in("README.md") == commands_in("README.zh-CN.md")
 
 
-def test_readmes_commands_run_in_their_order(tmp_path, data_folder):
+def test_readmes_commands_run_in_their_order(tmp_path):
     """A person who types the README's commands one after the other, with runs made small."""
-    folder = checkout(tmp_path)
+    folder = stocked(tmp_path)
     (folder / "novel.txt").write_text(words(3000), encoding="utf-8")
     (folder / "prompt.txt").write_text("ab", encoding="utf-8")
     write_dataset(folder / "data" / "python_stdlib", words(3000))
-    for command in commands_in("README.md"):
-        if "python_stdlib" not in command and "serve.py" not in command:  # that one goes on for ever
-            run(command, folder, data_folder)
+    left_out = ["python_stdlib", "serve.py"]  # the latter goes on for ever
+    commands = [c for c in commands_in("README.md") if not any(name in c for name in left_out)]
+    for command in commands:
+        if found("gpt2/vocab.bpe") or not needs_merges(command):
+            run(command, folder)
