@@ -4,23 +4,41 @@ import hashlib
 import http.server
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanogpt import data, download, tokenizer
-from tests.conftest import words
+from tests import texts
+from tests.conftest import found, words
 
 ROOT = Path(__file__).resolve().parent.parent
+PLAY = "".join(texts.web_pages(8))
+EXPECT_PLAY = [  # the words of a command that runs the program behind them with PLAY for Shakespeare
+    "-c",
+    "import runpy, sys; from nanogpt import download\n"
+    f"download.SHAKESPEARE_SHA256 = {hashlib.sha256(PLAY.encode()).hexdigest()!r}\n"
+    "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')",
+]
+SHAKESPEARE = "tinyshakespeare.txt"
+NANOGPTS = {  # SHA-256 of the files that nanoGPT's programs make of it
+    "shakespeare/train.bin": "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f",
+    "shakespeare/val.bin": "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b",
+    "shakespeare_char/train.bin": "6ec305602a99ac2802745a134e1f5e33e2231b4855525b00b9aebb730ac2626f",
+    "shakespeare_char/val.bin": "d37d30cc0c8327c270d493299c3dca54135f6d5f1c9ef60cda78076e311204b1",
+}
 REFUSED = {
     "empty.txt": "empty",
-    "invalid_utf8.bin": "byte 0xc3 at offset 17 is neither UTF-8 nor UTF-16 nor GB18030",
-    "latin1_german.txt": "byte 0xe4 at offset 97 is neither UTF-8 nor UTF-16 nor GB18030",
+    "invalid_utf8.bin": "byte 0xc3 at offset {} is neither UTF-8 nor UTF-16 nor GB18030",
+    "latin1_german.txt": "byte 0xe4 at offset {} is neither UTF-8 nor UTF-16 nor GB18030",
     "one_repeated_char.txt": "there is nothing to learn",
     "single_char.txt": "there is nothing to learn",
     "single_newline.txt": "there is nothing to learn",
@@ -28,11 +46,11 @@ REFUSED = {
 
 
 def prepare(
-    program: str, *arguments: object, cwd: Path = ROOT, **variables: str
+    program: str, *arguments: object, cwd: Path = ROOT, before: Sequence[str] = (), **variables: str
 ) -> subprocess.CompletedProcess:
-    """Run data/PROGRAM as `python data/PROGRAM ...`."""
+    """Run data/PROGRAM as `python data/PROGRAM ...`, with other words `before` it."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "data" / program), *map(str, arguments)],
+        [sys.executable, *before, str(ROOT / "data" / program), *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "NO_PROXY": "127.0.0.1", **variables},
         capture_output=True,
@@ -59,22 +77,36 @@ def hashes_of(out: Path) -> dict[str, str]:
     return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("train.bin", "val.bin")}
 
 
-def expected_hashes(data_folder: Path, name: str) -> dict[str, str]:
-    expected = json.loads((data_folder / "expected_bins.json").read_text(encoding="utf-8"))
-    return {split: expected[f"{name}/{split}"]["sha256"] for split in ("train.bin", "val.bin")}
+def by_nanogpts_rule(text: str) -> dict[str, str]:
+    """The hashes of nanoGPT's files of characters: numbered in their order, the first 90 % are train."""
+    number = {character: i for i, character in enumerate(sorted(set(text)))}
+    cut = int(len(text) * 0.9)
+    parts = {"train.bin": text[:cut], "val.bin": text[cut:]}
+    ids = {name: struct.pack(f"<{len(part)}H", *map(number.get, part)) for name, part in parts.items()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in ids.items()}
+
+
+def nanogpts(name: str) -> dict[str, str]:
+    return {split: NANOGPTS[f"{name}/{split}"] for split in ("train.bin", "val.bin")}
 
 
 # ----------------------------------------------------------------------------- data/prepare.py
 
 
-def test_every_odd_file_comes_back_exactly_or_is_refused_in_one_line(data_folder, tmp_path):
-    odd = sorted((data_folder / "odd").iterdir())
-    assert len(odd) == 22 and REFUSED.keys() <= {path.name for path in odd}
-    for path in odd:
-        out = tmp_path / path.stem
+def test_every_odd_file_comes_back_exactly_or_is_refused_in_one_line(tmp_path):
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for name, content in texts.awkward().items():
+        (odd / name).write_bytes(content)
+    assert {path.name for path in odd.iterdir()} >= REFUSED.keys()
+    folders = [odd, *filter(None, [found("odd")])]
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
+        out = tmp_path / path.parent.parent.name / path.stem
         run = prepare("prepare.py", path, f"--out={out}")
-        if path.name in REFUSED:
-            assert_refused(run, REFUSED[path.name], out)
+        if reason := REFUSED.get(path.name):
+            byte = re.findall(r"byte 0x(..)", reason)
+            offset = path.read_bytes().index(bytes.fromhex(*byte)) if byte else None
+            assert_refused(run, reason.format(offset), out)
             continue
         assert (run.returncode, run.stderr) == (0, ""), path.name
         encoding = "utf-16" if path.name.startswith("utf16") else "utf-8-sig"
@@ -83,15 +115,22 @@ def test_every_odd_file_comes_back_exactly_or_is_refused_in_one_line(data_folder
         data.load(out)
 
 
-def test_a_novel_in_chinese_becomes_characters(data_folder, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["own", *["chinese/sanguo_yanyi.txt"] * bool(found("chinese/sanguo_yanyi.txt"))]
+)
+def test_a_novel_in_chinese_becomes_characters(name, real, tmp_path):
+    novel = tmp_path / "novel.txt" if name == "own" else real(name)
+    if name == "own":
+        novel.write_text(texts.chinese_novel(), encoding="utf-8", newline="\r\n")
+    text = novel.read_text(encoding="utf-8")
     out = tmp_path / "三国 演义"
-    run = prepare("prepare.py", data_folder / "chinese" / "sanguo_yanyi.txt", f"--out={out}")
+    run = prepare("prepare.py", novel, f"--out={out}")
     assert run.returncode == 0
     lines = run.stdout.splitlines()
-    assert "tokenizer: char, vocab size: 4,742" in lines
+    assert f"tokenizer: char, vocab size: {len(set(text)):,}" in lines
     assert "newlines normalised to \\n" in lines
     assert lines[-1] == f'python train.py config/quickstart.py "--dataset={out}"'
-    assert text_of(out) == (data_folder / "chinese" / "sanguo_yanyi.txt").read_text(encoding="utf-8")
+    assert text_of(out) == text
 
 
 def test_a_path_is_taken_from_where_the_user_is(tmp_path):
@@ -101,12 +140,12 @@ def test_a_path_is_taken_from_where_the_user_is(tmp_path):
     assert text_of(tmp_path / "data" / "mine") == "some text " * 20
 
 
-def test_gpt2_tokens_are_those_of_nanogpt(data_folder, tmp_path):
+def test_gpt2_tokens_are_those_of_nanogpt(real, tmp_path):
     out = tmp_path / "out"
-    bpe = f"--gpt2_bpe={data_folder / 'gpt2'}"
-    run = prepare("prepare.py", data_folder / "tinyshakespeare.txt", f"--out={out}", "--tokenizer=gpt2", bpe)
+    bpe = f"--gpt2_bpe={real('gpt2/vocab.bpe')}"
+    run = prepare("prepare.py", real(SHAKESPEARE), f"--out={out}", "--tokenizer=gpt2", bpe)
     assert run.returncode == 0
-    assert hashes_of(out) == expected_hashes(data_folder, "shakespeare")
+    assert hashes_of(out) == nanogpts("shakespeare")
 
 
 def test_options_are_checked_and_explained(tmp_path):
@@ -160,29 +199,27 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char"])
-def test_shakespeare_gives_nanogpts_files_byte_for_byte(name, data_folder, tmp_path):
-    bpe = [f"--gpt2_bpe={data_folder / 'gpt2'}"] if name == "shakespeare" else []
-    run = prepare(
-        f"{name}/prepare.py",
-        f"--input={data_folder / 'tinyshakespeare.txt'}",
-        f"--out={tmp_path / 'out'}",
-        *bpe,
-    )
+def test_shakespeare_gives_nanogpts_files_byte_for_byte(name, real, tmp_path):
+    bpe = [f"--gpt2_bpe={real('gpt2/vocab.bpe')}"] if name == "shakespeare" else []
+    run = prepare(f"{name}/prepare.py", f"--input={real(SHAKESPEARE)}", f"--out={tmp_path / 'out'}", *bpe)
     assert (run.returncode, run.stderr) == (0, "")
     assert "length of dataset in characters: 1,115,394" in run.stdout and "note:" not in run.stdout
-    assert hashes_of(tmp_path / "out") == expected_hashes(data_folder, name)
+    assert hashes_of(tmp_path / "out") == nanogpts(name)
 
 
-def test_another_text_is_taken_for_shakespeare_with_a_note(tmp_path):
-    (tmp_path / "x.txt").write_text("some text " * 20, encoding="utf-8")
+@pytest.mark.parametrize(
+    "text", [PLAY, texts.chinese_novel(5003), "some text " * 20], ids=["play", "hanzi", "short"]
+)
+def test_another_text_is_prepared_by_the_same_rule_with_a_note(text, tmp_path):
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     run = prepare("shakespeare_char/prepare.py", f"--input={tmp_path / 'x.txt'}", f"--out={tmp_path / 'out'}")
     assert run.returncode == 0 and run.stdout.count("is not the usual tinyshakespeare.txt") == 1
+    assert hashes_of(tmp_path / "out") == by_nanogpts_rule(text)
 
 
-@pytest.fixture
-def server(data_folder: Path) -> Iterator[str]:
+@contextmanager
+def serving(content: bytes) -> Iterator[str]:
     """The address of a server on this machine, with the text, and with what goes wrong with servers."""
-    content = (data_folder / "tinyshakespeare.txt").read_bytes()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -190,7 +227,7 @@ def server(data_folder: Path) -> Iterator[str]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.path == "/cut":
-                self.wfile.write(content[:500_000])
+                self.wfile.write(content[: len(content) // 2])
             else:
                 self.wfile.write(content.upper() if self.path == "/wrong" else content)
 
@@ -198,20 +235,37 @@ def server(data_folder: Path) -> Iterator[str]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
         thread.join()
 
 
-def test_a_download_is_kept_and_used_again(server, data_folder, tmp_path):
-    cache = str(tmp_path / "cache")
+@pytest.fixture
+def server() -> Iterator[str]:
+    with serving(PLAY.encode()) as address:
+        yield address
+
+
+def download_play(address: str, out: Path, cache: Path) -> subprocess.CompletedProcess:
+    program = "shakespeare_char/prepare.py"
+    return prepare(program, f"--url={address}", f"--out={out}", before=EXPECT_PLAY, NANOGPT_CACHE=str(cache))
+
+
+def test_a_download_is_kept_and_used_again(server, tmp_path):
     for i, address in enumerate((f"{server}/right", "http://127.0.0.1:9/right")):  # nothing listens on 9
-        out = tmp_path / str(i)
-        run = prepare("shakespeare_char/prepare.py", f"--url={address}", f"--out={out}", NANOGPT_CACHE=cache)
-        assert (run.returncode, run.stderr) == (0, "")
-        assert hashes_of(out) == expected_hashes(data_folder, "shakespeare_char")
+        run = download_play(address, tmp_path / str(i), tmp_path / "cache")
+        assert (run.returncode, run.stderr) == (0, "") and "note:" not in run.stdout
+        assert hashes_of(tmp_path / str(i)) == by_nanogpts_rule(PLAY)
+
+
+def test_shakespeare_is_downloaded(real, tmp_path):
+    cache, out = str(tmp_path / "cache"), tmp_path / "out"
+    with serving(real(SHAKESPEARE).read_bytes()) as server:
+        run = prepare("shakespeare_char/prepare.py", f"--url={server}", f"--out={out}", NANOGPT_CACHE=cache)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert hashes_of(out) == nanogpts("shakespeare_char")
 
 
 @pytest.mark.parametrize("path", ["missing", "cut", "wrong", "offline", "no address"])
@@ -220,24 +274,19 @@ def test_a_failed_download_leaves_nothing_and_says_what_does_without(path, serve
     address = {"offline": "http://127.0.0.1:9/right", "no address": "no address"}.get(
         path, f"{server}/{path}"
     )
-    run = prepare("shakespeare_char/prepare.py", f"--url={address}", f"--out={out}", NANOGPT_CACHE=str(cache))
+    run = download_play(address, out, cache)
     assert_refused(run, address, out)
     assert "--input=FILE" in run.stderr and "python data/python_stdlib/prepare.py" in run.stderr
     assert not [file for file in cache.rglob("*") if file.is_file()]
 
 
-def test_a_damaged_file_in_the_cache_is_not_used(server, data_folder, tmp_path):
+def test_a_damaged_file_in_the_cache_is_not_used(server, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
-    (cache / "tinyshakespeare.txt").write_bytes(b"half a down")
-    run = prepare(
-        "shakespeare_char/prepare.py",
-        f"--url={server}/right",
-        f"--out={tmp_path / 'out'}",
-        NANOGPT_CACHE=str(cache),
-    )
+    (cache / SHAKESPEARE).write_bytes(b"half a down")
+    run = download_play(f"{server}/right", tmp_path / "out", cache)
     assert run.returncode == 0
-    assert hashes_of(tmp_path / "out") == expected_hashes(data_folder, "shakespeare_char")
+    assert hashes_of(tmp_path / "out") == by_nanogpts_rule(PLAY)
 
 
 def test_the_address_is_nanogpts():

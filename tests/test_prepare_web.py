@@ -10,21 +10,26 @@ import pytest
 
 from nanogpt import data, tokenizer
 from nanogpt.errors import UserError
-from tests.conftest import words
+from tests import texts
+from tests.conftest import found, words
 from tests.test_prepare import assert_refused, prepare
 
 
-@pytest.fixture(scope="module")
-def texts(data_folder: Path) -> list[str]:
-    lines = (data_folder / "english" / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+@pytest.fixture(
+    scope="module", params=["own", *["english/sample.jsonl"] * bool(found("english/sample.jsonl"))]
+)
+def pages(request, real) -> list[str]:
+    if request.param == "own":
+        return texts.web_pages(326)
+    lines = real(request.param).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
 
 
 @pytest.fixture(scope="module")
-def repository(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(pages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset as it lies on the hub: Parquet files in a folder, and a README."""
     folder = tmp_path_factory.mktemp("repository")
-    for i, part in enumerate((texts[:200], texts[200:])):
+    for i, part in enumerate((pages[:200], pages[200:])):
         path = folder / "data" / f"train-0000{i}-of-00002.parquet"
         path.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table({"id": [f"<{n}>" for n in range(len(part))], "text": part}), path)
@@ -44,8 +49,9 @@ def documents_of(out: Path) -> list[list[int]]:
     return sorted(found)
 
 
-def test_web_pages_become_the_tokens_of_gpt2(repository, texts, tmp_path, data_folder):
-    common = ["--val_fraction=0.05", "--seed=1", f"--gpt2_bpe={data_folder / 'gpt2'}"]
+def test_web_pages_become_the_tokens_of_gpt2(repository, pages, tmp_path, real):
+    merges = real("gpt2/vocab.bpe")
+    common = ["--val_fraction=0.05", "--seed=1", f"--gpt2_bpe={merges}"]
     splits = []
     for name, source in [
         ("openwebtext", f"--source={repository}"),
@@ -57,30 +63,35 @@ def test_web_pages_become_the_tokens_of_gpt2(repository, texts, tmp_path, data_f
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
         run = prepare(f"{name}/prepare.py", source, f"--out={out}", *common, *shard, **offline)
         assert (run.returncode, run.stderr) == (0, "")
-        assert "326 documents" in run.stdout and "bytes per token: 4." in run.stdout
         loaded = data.load(out)
         splits.append([part.read(0, len(part)) for part in (loaded.train, loaded.val)])
+        per_token = sum(len(page.encode()) for page in pages) / sum(map(len, splits[-1]))
+        assert "326 documents" in run.stdout and f"bytes per token: {per_token:.2f}" in run.stdout
+        assert 3 < per_token < 6
     for train, val in splits[1:]:
         assert np.array_equal(train, splits[0][0]) and np.array_equal(val, splits[0][1])
     assert len(list(out.glob("tokens_train_*.bin"))) > 5
-    tokens = tokenizer.gpt2(str(data_folder / "gpt2"))
-    assert documents_of(out) == sorted(tokens.encode(text).tolist() for text in texts)
+    tokens = tokenizer.gpt2(str(merges))
+    assert documents_of(out) == sorted(tokens.encode(page).tolist() for page in pages)
 
 
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-def test_without_the_net_one_line_says_what_to_do(name, tmp_path, data_folder):
+def test_without_the_net_one_line_says_what_to_do(name, tmp_path, real):
     out = tmp_path / "out"
-    bpe = f"--gpt2_bpe={data_folder / 'gpt2'}"
+    bpe = f"--gpt2_bpe={real('gpt2/vocab.bpe')}"
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     assert_refused(
         prepare(f"{name}/prepare.py", f"--out={out}", bpe, **offline),
         "put its parquet files into a folder and give --source=FOLDER",
         out,
     )
-    if name == "fineweb_edu":
-        return
-    nowhere = {**offline, "NANOGPT_CACHE": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    assert_refused(prepare(f"{name}/prepare.py", f"--out={out}", **nowhere), "put that file at", out)
+
+
+def test_without_the_net_and_the_merges_one_line_says_where_to_put_them(tmp_path):
+    nowhere = {"NANOGPT_CACHE": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    nowhere |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    out = tmp_path / "out"
+    assert_refused(prepare("openwebtext/prepare.py", f"--out={out}", **nowhere), "put that file at", out)
 
 
 def test_a_vocabulary_is_trained_and_used_again(tmp_path):
