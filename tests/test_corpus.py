@@ -14,6 +14,7 @@ import pytest
 from nanogpt import data, files, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus, encode, shards, text
+from tests import texts
 from tests.conftest import words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,11 +42,12 @@ def text_of(out: Path, split: str) -> str:
 
 
 def documents_of(out: Path, split: str) -> list[list[int]]:
-    """The ids between the end_of_text tokens of a GPT-2 split."""
+    """The ids between the end_of_text tokens of a split of byte pairs."""
     ids = ids_of(out, split)
-    ends = np.flatnonzero(ids == 50256)
+    end = tokenizer.from_file(out).end_of_text
+    ends = np.flatnonzero(ids == end)
     assert ends[-1] == len(ids) - 1
-    return [part[part != 50256].tolist() for part in np.split(ids, ends + 1)[:-1]]
+    return [part[part != end].tolist() for part in np.split(ids, ends + 1)[:-1]]
 
 
 def state(folder: Path) -> dict[str, bytes]:
@@ -107,13 +109,13 @@ def test_meta_describes_the_files(novel, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == sorted(corpus.NAMES)
 
 
-def test_the_loader_opens_what_was_prepared(novel, tmp_path, data_folder):
-    for kind in ("char", "byte", "gpt2"):
-        summary = corpus.prepare([novel], tmp_path / kind, kind=kind, gpt2_bpe=str(data_folder / "gpt2"))
-        dataset = data.load(tmp_path / kind)
-        assert dataset.vocab_size == summary.tokenizer.vocab_size
-        assert dataset.fingerprint == tokenizer.fingerprint(summary.tokenizer)
-        assert len(dataset.train) == summary.meta["splits"]["train"]["tokens"]
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe:300", "gpt2"])
+def test_the_loader_opens_what_was_prepared(kind, novel, tmp_path, of_kind):
+    summary = corpus.prepare([novel], tmp_path / "out", **of_kind(kind))
+    dataset = data.load(tmp_path / "out")
+    assert dataset.vocab_size == summary.tokenizer.vocab_size
+    assert dataset.fingerprint == tokenizer.fingerprint(summary.tokenizer)
+    assert len(dataset.train) == summary.meta["splits"]["train"]["tokens"]
 
 
 def test_the_same_text_gives_the_same_bytes(novel, tmp_path, small_pieces):
@@ -201,78 +203,103 @@ def test_many_documents_go_whole_to_the_same_side_whatever_the_order(tmp_path):
     assert all(body in texts[first[body]] for body in bodies)
 
 
-# ----------------------------------------------------------------------------- GPT-2
+# ----------------------------------------------------------------------------- byte pairs
 
 
-def test_gpt2_in_pieces_gives_the_published_ids_of_every_text(data_folder, tmp_path, small_pieces):
-    expected = json.loads((data_folder / "gpt2" / "expected_tokens.json").read_text(encoding="utf-8"))
+def documents_with(out: Path, files: list[Path], folder: Path, options: dict) -> list[list[int]]:
+    """What `files` become among so many other documents that each goes to a split whole."""
+    filler = rows(folder, "filler.jsonl", [f"filler {i}" for i in range(100)])
+    corpus.prepare([*files, filler], out, **options)
+    return documents_of(out, "train") + documents_of(out, "val")
+
+
+@pytest.mark.parametrize("kind", ["bpe:500", "gpt2"])
+def test_byte_pairs_of_files_in_pieces_are_those_of_the_whole(kind, of_kind, tmp_path, small_pieces):
+    bodies = {name: content.decode("utf-8", "ignore") for name, content in texts.awkward().items()}
+    plain = {n: body for n, body in bodies.items() if body and "\r" not in body and body[0] != "\ufeff"}
+    assert len(plain) > 15
+    files = [written(tmp_path, name, body) for name, body in plain.items()]
+    prepared = documents_with(tmp_path / "out", files, tmp_path, of_kind(kind))
+    tokens = tokenizer.from_file(tmp_path / "out")
+    assert all(tokens.encode(body).tolist() in prepared for body in plain.values())
+
+
+def test_gpt2_in_pieces_gives_the_published_ids_of_every_text(real, of_kind, tmp_path, small_pieces):
+    published = json.loads(real("gpt2/expected_tokens.json").read_text(encoding="utf-8"))
     chosen = {}
-    for name, entry in expected.items():
-        path = data_folder / name
-        if path.is_file():
-            content = path.read_bytes()
+    for name, entry in published.items():
+        if " " not in name and "[" not in name:
+            content = real(name).read_bytes()
             if content and b"\r" not in content and not content.startswith(b"\xef\xbb\xbf"):
                 chosen[name] = entry["sha256_uint16le"]
     assert len(chosen) == 17
-    filler = rows(tmp_path, "filler.jsonl", [f"filler {i}" for i in range(100)])
-    out = tmp_path / "out"
-    paths = [data_folder / name for name in chosen]
-    corpus.prepare([*paths, filler], out, kind="gpt2", gpt2_bpe=str(data_folder / "gpt2"))
-    prepared = {
-        hashlib.sha256(np.array(ids, dtype="<u2").tobytes()).hexdigest()
-        for split in ("train", "val")
-        for ids in documents_of(out, split)
-    }
-    assert set(chosen.values()) <= prepared
+    prepared = documents_with(tmp_path / "out", [*map(real, chosen)], tmp_path, of_kind("gpt2"))
+    hashes = {hashlib.sha256(np.array(ids, dtype="<u2").tobytes()).hexdigest() for ids in prepared}
+    assert set(chosen.values()) <= hashes
 
 
-def test_gpt2_rows_end_with_the_end_of_text(data_folder, tmp_path):
-    entry = json.loads((data_folder / "gpt2" / "expected_tokens.json").read_text(encoding="utf-8"))[
-        "english/sample.jsonl (each text + 50256)"
-    ]
-    source = data_folder / "english" / "sample.jsonl"
-    out = tmp_path / "out"
-    corpus.prepare([source], out, kind="gpt2", gpt2_bpe=str(data_folder / "gpt2"))
+def in_order(out: Path, bodies: list[str]) -> list[int]:
+    """The documents of a dataset in the order of `bodies`, each from the split that has it next."""
+    tokens = tokenizer.from_file(out)
     splits = {split: documents_of(out, split) for split in ("train", "val")}
     assert min(map(len, splits.values())) > 10
-    tokens = tokenizer.gpt2(str(data_folder / "gpt2"))
-    whole: list[int] = []  # the documents in the order of the source, each from the split that has it next
-    for line in source.read_text(encoding="utf-8").splitlines():
-        ids = tokens.encode(json.loads(line)["text"]).tolist()
+    whole: list[int] = []
+    for body in bodies:
+        ids = tokens.encode(body).tolist()
         split = next(split for split in splits.values() if split and split[0] == ids)
-        whole += [*split.pop(0), 50256]
+        whole += [*split.pop(0), tokens.end_of_text]
+    assert not any(splits.values())
+    return whole
+
+
+@pytest.mark.parametrize("kind", ["bpe:500", "gpt2"])
+def test_rows_of_byte_pairs_keep_their_order_and_end_with_the_end_of_text(kind, of_kind, tmp_path):
+    pages = texts.web_pages(200)
+    summary = corpus.prepare([rows(tmp_path, "x.jsonl", pages)], tmp_path / "out", **of_kind(kind))
+    splits = summary.meta["splits"].values()
+    assert len(in_order(tmp_path / "out", pages)) == sum(split["tokens"] for split in splits)
+
+
+def test_gpt2_rows_are_the_published_ids(real, of_kind, tmp_path):
+    published = json.loads(real("gpt2/expected_tokens.json").read_text(encoding="utf-8"))
+    entry = published["english/sample.jsonl (each text + 50256)"]
+    source = real("english/sample.jsonl")
+    corpus.prepare([source], tmp_path / "out", **of_kind("gpt2"))
+    lines = source.read_text(encoding="utf-8").splitlines()
+    whole = in_order(tmp_path / "out", [json.loads(line)["text"] for line in lines])
     assert len(whole) == entry["tokens"]
     assert hashlib.sha256(np.array(whole, dtype="<u2").tobytes()).hexdigest() == entry["sha256_uint16le"]
 
 
+@pytest.mark.parametrize("kind", ["bpe:400", "gpt2"])
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 50])
-def test_gpt2_in_pieces_equals_the_whole_for_awkward_texts(piece, data_folder, tmp_path, monkeypatch):
+def test_byte_pairs_in_pieces_are_those_of_the_whole_for_awkward_texts(
+    piece, kind, of_kind, tmp_path, monkeypatch
+):
     monkeypatch.setattr(text, "BLOCK", 5)
     monkeypatch.setattr(encode, "PIECE", piece)
     draw = random.Random(piece)
     characters = "  \n\n\t\x0b\x1c\x1f\x85\xa0\u2003\u2028\u3000''!?.,1234½²éßéíıľℵ中文あの，。、🦊\u0301"
     awkward = [*characters, "'s", "'ll", " '", " the", "n't", "s ", " \n", "<|endoftext|>"]
     bodies = ["".join(draw.choices(awkward, k=60)) for _ in range(150)]
-    corpus.prepare(
-        [rows(tmp_path, "x.jsonl", bodies)], tmp_path / "out", kind="gpt2", gpt2_bpe=str(data_folder / "gpt2")
-    )
-    tokens = tokenizer.gpt2(str(data_folder / "gpt2"))
+    corpus.prepare([rows(tmp_path, "x.jsonl", bodies)], tmp_path / "out", **of_kind(kind))
+    tokens = tokenizer.from_file(tmp_path / "out")
     prepared = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
     assert sorted(prepared) == sorted(tokens.encode(body).tolist() for body in bodies)
 
 
-def test_gpt2_refuses_a_word_that_would_take_all_memory(data_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["bpe:300", "gpt2"])
+def test_a_word_that_would_take_all_memory_is_refused(kind, of_kind, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "LONGEST_WORD", 1000)
     monkeypatch.setattr(encode, "PIECE", 100)
-    bpe = str(data_folder / "gpt2")
     genome = written(tmp_path, "x.txt", "ACGT" * 1000)
     with pytest.raises(UserError, match="characters without a space"):
-        corpus.prepare([genome], tmp_path / "out", kind="gpt2", gpt2_bpe=bpe)
+        corpus.prepare([genome], tmp_path / "out", **of_kind(kind))
     assert not (tmp_path / "out").exists()
     chinese = written(
         tmp_path, "y.txt", "滚滚长江东逝水，浪花淘尽英雄。" * 1000
     )  # no space, but places to cut
-    corpus.prepare([chinese], tmp_path / "out", kind="gpt2", gpt2_bpe=bpe)
+    corpus.prepare([chinese], tmp_path / "out", **of_kind(kind))
 
 
 # ----------------------------------------------------------------------------- refusals and interruptions

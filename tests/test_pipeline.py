@@ -47,13 +47,13 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 # ----------------------------------------------------------------------------- processes
 
 
-def test_the_number_of_processes_changes_no_byte(source, tmp_path, data_folder, small_pieces):
+@pytest.mark.parametrize("kind", ["bpe:400", "gpt2"])
+def test_the_number_of_processes_changes_no_byte(kind, source, tmp_path, of_kind, small_pieces):
     long = tmp_path / "long.txt"
     long.write_text(words(8000), encoding="utf-8")
     for workers in (0, 1, 2):
         out = tmp_path / f"out{workers}"
-        options = {"kind": "gpt2", "gpt2_bpe": str(data_folder / "gpt2"), "workers": workers}
-        corpus.prepare([source, long], out, **options)
+        corpus.prepare([source, long], out, workers=workers, **of_kind(kind))
     assert content(tmp_path / "out0") == content(tmp_path / "out1") == content(tmp_path / "out2")
 
 
@@ -230,8 +230,9 @@ def test_a_second_process_keeps_away(source, tmp_path):
 # ----------------------------------------------------------------------------- shards
 
 
-def test_shards_are_the_same_tokens_and_llm_c_can_read_them(source, tmp_path, data_folder):
-    options = {"kind": "gpt2", "gpt2_bpe": str(data_folder / "gpt2")}
+@pytest.mark.parametrize("kind", ["bpe:400", "gpt2"])
+def test_shards_are_the_same_tokens_and_llm_c_can_read_them(kind, source, tmp_path, of_kind):
+    options = of_kind(kind)
     corpus.prepare([source], tmp_path / "one", **options)
     corpus.prepare([source], tmp_path / "many", shard_tokens=10_000, **options)
     one, many = data.load(tmp_path / "one"), data.load(tmp_path / "many")

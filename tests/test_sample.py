@@ -214,13 +214,10 @@ def test_folders_that_cannot_be_sampled(config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe:300", "gpt2"])
-def test_every_kind_of_token_comes_with_the_run(kind, tmp_path, capsys, request):
-    if kind == "gpt2":
-        bpe = str(request.getfixturevalue("data_folder") / "gpt2")
-    options = {"kind": kind, "gpt2_bpe": bpe if kind == "gpt2" else ""}
+def test_every_kind_of_token_comes_with_the_run(kind, tmp_path, capsys, of_kind):
     text = tmp_path / "x.txt"
     text.write_text("Grüße an 世界 🦊, und noch einmal: Grüße!\n" * 200, encoding="utf-8")
-    corpus.prepare([text], tmp_path / "dataset", **options)
+    corpus.prepare([text], tmp_path / "dataset", **of_kind(kind))
     sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16, "batch_size": 2}
     train.main(
         train.Config(

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,34 @@ import pytest
 from nanogpt import bpe, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from tests import texts
+from tests.conftest import found
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+KINDS = ["char", "byte", "trained", "own merges", "gpt2"]
+
+
 @pytest.fixture(scope="session")
-def gpt2(data_folder: Path) -> GPT2Tokenizer:
-    return tokenizer.gpt2(str(data_folder / "gpt2"))
+def make(vocabulary: str, own_merges: str, real: Callable[[str], Path]) -> Callable[..., tokenizer.Tokenizer]:
+    """A tokenizer of each kind, that of characters for a text; "own merges" is GPT-2's with others."""
+
+    def made(kind: str, text: str = "") -> tokenizer.Tokenizer:
+        if kind == "own merges":
+            return GPT2Tokenizer(own_merges)
+        if kind == "gpt2":
+            return tokenizer.gpt2(str(real("gpt2/vocab.bpe")))
+        if kind == "trained":
+            return tokenizer.from_text(vocabulary)
+        return CharTokenizer(sorted(set(text))) if kind == "char" else ByteTokenizer()
+
+    return made
 
 
-def expected(data_folder: Path) -> dict[str, dict]:
-    return json.loads((data_folder / "gpt2" / "expected_tokens.json").read_text(encoding="utf-8"))
+@pytest.fixture(scope="session", params=["own merges", "gpt2"])
+def gpt2(request, make) -> GPT2Tokenizer:
+    return make(request.param)
 
 
 def raw_text(path: Path) -> str:
@@ -41,21 +59,22 @@ def random_text(seed: int, length: int = 200) -> str:
 # ----------------------------------------------------------------------------- there and back
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_any_text_comes_back(seed, gpt2):
-    text = random_text(seed)
-    for tokens in (CharTokenizer(sorted(set(text))), ByteTokenizer(), gpt2):
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_text_comes_back(kind, make):
+    tokens = make(kind, "".join(random_text(seed) for seed in range(20)))
+    for text in (random_text(seed) for seed in range(20)):
         assert tokenizer.decode(tokens, tokens.encode(text)) == text
         assert tokens.decode_bytes(tokens.encode(text)) == text.encode("utf-8")
         assert tokens.encode_prompt(text) == tokens.encode(text).tolist()
 
 
-def test_ids_are_below_the_vocabulary_size(gpt2):
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_below_the_vocabulary_size(kind, make):
     text = random_text(1)
-    for tokens in (CharTokenizer(sorted(set(text))), ByteTokenizer(), gpt2):
-        ids = tokens.encode(text)
-        assert ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < tokens.vocab_size
-        assert tokens.encode("").tolist() == []
+    tokens = make(kind, text)
+    ids = tokens.encode(text)
+    assert ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < tokens.vocab_size
+    assert tokens.encode("").tolist() == []
 
 
 def test_characters_are_numbered_as_nanogpt_numbers_them():
@@ -79,23 +98,26 @@ def test_a_character_cut_in_its_bytes_is_replaced_not_fatal():
 # ----------------------------------------------------------------------------- GPT-2
 
 
-def test_gpt2_gives_the_published_ids(data_folder, gpt2):
-    entries = [(name, entry) for name, entry in expected(data_folder).items() if " " not in name]
+def test_gpt2_gives_the_published_ids(make, real):
+    tokens = make("gpt2")
+    published = json.loads(real("gpt2/expected_tokens.json").read_text(encoding="utf-8"))
+    entries = [(name, entry) for name, entry in published.items() if " " not in name]
     assert len(entries) == 25
     for name, entry in entries:
         path, _, part = name.partition("[")
-        text = raw_text(data_folder / path)
+        text = raw_text(real(path))
         cut = int(len(text) * 0.9)
         text = {"": text, ":90%]": text[:cut], "90%:]": text[cut:]}[part]
-        ids = gpt2.encode(text)
+        ids = tokens.encode(text)
         assert ids[:16].tolist() == entry["first16"], name
         assert hashlib.sha256(ids.astype("<u2").tobytes()).hexdigest() == entry["sha256_uint16le"], name
 
 
-def test_gpt2_has_openais_vocabulary(data_folder, gpt2):
-    encoder = json.loads((data_folder / "gpt2" / "encoder.json").read_text(encoding="utf-8"))
-    assert (gpt2.vocab_size, gpt2.end_of_text) == (len(encoder), encoder["<|endoftext|>"])
-    assert gpt2.encode("Hello").tolist() == [encoder["Hello"]]
+def test_gpt2_has_openais_vocabulary(make, real):
+    tokens = make("gpt2")
+    encoder = json.loads(real("gpt2/encoder.json").read_text(encoding="utf-8"))
+    assert (tokens.vocab_size, tokens.end_of_text) == (len(encoder), encoder["<|endoftext|>"])
+    assert tokens.encode("Hello").tolist() == [encoder["Hello"]]
 
 
 def test_markers_in_a_text_are_text_and_in_a_prompt_the_token(gpt2):
@@ -111,9 +133,9 @@ def test_a_run_of_blanks_that_would_crash_tiktoken_is_refused(gpt2):
     assert tokenizer.decode(gpt2, gpt2.encode("a" + " \n" * 50_000 + "b")) == "a" + " \n" * 50_000 + "b"
 
 
-def test_merges_are_checked_and_their_absence_is_explained(data_folder, tmp_path, monkeypatch):
+def test_merges_are_checked_and_their_absence_is_explained(own_merges, tmp_path, monkeypatch):
     wrong = tmp_path / "vocab.bpe"
-    wrong.write_bytes((data_folder / "gpt2" / "vocab.bpe").read_bytes()[:-10])
+    wrong.write_text(own_merges, encoding="utf-8")
     with pytest.raises(UserError, match="is not GPT-2's"):
         tokenizer.gpt2(str(wrong))
     with pytest.raises(UserError, match="no GPT-2 merges at"):
@@ -124,10 +146,12 @@ def test_merges_are_checked_and_their_absence_is_explained(data_folder, tmp_path
         tokenizer.gpt2()
 
 
-def test_encoder_json_is_checked_where_it_is_given(data_folder, tmp_path):
-    for name in ("vocab.bpe", "encoder.json"):
-        (tmp_path / name).write_bytes((data_folder / "gpt2" / name).read_bytes())
-    assert tokenizer.gpt2(str(tmp_path)).vocab_size == 50257
+def test_encoder_json_is_checked_where_it_is_given(own_merges, tmp_path, monkeypatch):
+    hashes = {"vocab.bpe": "GPT2_SHA256", "encoder.json": "GPT2_ENCODER_SHA256"}
+    for (name, constant), content in zip(hashes.items(), (own_merges, '{"a": 0}'), strict=True):
+        (tmp_path / name).write_bytes(content.encode())
+        monkeypatch.setattr(tokenizer, constant, hashlib.sha256(content.encode()).hexdigest())
+    assert tokenizer.gpt2(str(tmp_path)).merges == own_merges
     (tmp_path / "encoder.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"encoder\.json is not GPT-2's encoder\.json"):
         tokenizer.gpt2(str(tmp_path))
@@ -136,34 +160,29 @@ def test_encoder_json_is_checked_where_it_is_given(data_folder, tmp_path):
 # ----------------------------------------------------------------------------- tokenizers of Hugging Face
 
 
-@pytest.fixture(scope="session")
-def trained(data_folder: Path) -> str:
-    """A byte-level BPE of 1,000 tokens, learnt from Shakespeare."""
-    text = raw_text(data_folder / "tinyshakespeare.txt")
-    return bpe.train((text[i : i + 2000] for i in range(0, 300_000, 2000)), 1000)
-
-
-def test_training_gives_the_same_file_on_any_number_of_threads(data_folder, trained):
+def test_training_gives_the_same_file_on_any_number_of_threads(vocabulary, tmp_path):
+    path = tmp_path / "text.py"
+    path.write_bytes(texts.python_sources(300_000).encode())
     code = (
         "import sys; from nanogpt import bpe\n"
         "text = open(sys.argv[1], encoding='utf-8', newline='').read()\n"
-        "sys.stdout.write(bpe.train((text[i : i + 2000] for i in range(0, 300_000, 2000)), 1000))"
+        "sys.stdout.write(bpe.train((text[i : i + 2000] for i in range(0, len(text), 2000)), 1000))"
     )
     for threads in ("1", "2", "3"):
         run = subprocess.run(
-            [sys.executable, "-c", code, str(data_folder / "tinyshakespeare.txt")],
+            [sys.executable, "-c", code, str(path)],
             env={**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"},
             cwd=ROOT,
             capture_output=True,
             encoding="utf-8",
             check=True,
         )
-        assert run.stdout == trained
+        assert run.stdout == vocabulary
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_text_comes_back_from_a_trained_vocabulary(seed, trained):
-    tokens = tokenizer.from_text(trained)
+def test_any_text_comes_back_from_a_trained_vocabulary(seed, vocabulary):
+    tokens = tokenizer.from_text(vocabulary)
     assert (tokens.kind, tokens.vocab_size, tokens.end_of_text) == ("hf", 1000, 0)
     text = random_text(seed) + "<|endoftext|>"
     assert tokens.decode_bytes(tokens.encode(text)) == text.encode("utf-8")
@@ -174,14 +193,20 @@ def test_any_text_comes_back_from_a_trained_vocabulary(seed, trained):
     assert tokenizer.fingerprint(copy) == tokenizer.fingerprint(tokens)
 
 
-def test_gpt2_as_a_tokenizer_json_gives_the_same_ids(data_folder, gpt2):
+def awkward_texts() -> dict[str, str]:
+    """Our own, and those of the folder odd/ where it is there."""
+    odd = found("odd")
+    files = texts.awkward() | {path.name: path.read_bytes() for path in (odd.glob("*.txt") if odd else [])}
+    return {name: content.decode("utf-8", "replace") for name, content in files.items()}
+
+
+def test_gpt2_as_a_tokenizer_json_gives_the_same_ids(gpt2):
     value = json.loads(bpe.as_hugging_face(gpt2.merges))
-    special = {"id": 50256, "content": "<|endoftext|>", "single_word": False, "lstrip": False}
+    special = {"id": gpt2.end_of_text, "content": "<|endoftext|>", "single_word": False, "lstrip": False}
     special |= {"rstrip": False, "normalized": False, "special": True}
     tokens = tokenizer.from_text(json.dumps({**value, "added_tokens": [special]}))
-    assert (tokens.vocab_size, tokens.end_of_text) == (50257, 50256)
-    for name in ("odd/whitespace.txt", "odd/many_scripts_udhr.txt", "odd/endoftext_literal.txt"):
-        text = raw_text(data_folder / name)
+    assert (tokens.vocab_size, tokens.end_of_text) == (gpt2.vocab_size, gpt2.end_of_text)
+    for name, text in awkward_texts().items():
         assert np.array_equal(tokens.encode(text), gpt2.encode(text)), name
         assert tokenizer.decode(tokens, tokens.encode(text)) == text
     assert tokens.encode_prompt("a<|endoftext|>b") == gpt2.encode_prompt("a<|endoftext|>b")
@@ -254,22 +279,18 @@ def test_the_fast_encoder_divides_at_the_same_characters_but_for_those_that_are_
     assert not bpe.has_new_characters("plain, é, 中文, 🦊")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "trained"])
-def test_the_fast_encoder_gives_the_same_ids(kind, data_folder, trained, monkeypatch):
-    def made() -> tokenizer.Tokenizer:
-        return tokenizer.gpt2(str(data_folder / "gpt2")) if kind == "gpt2" else tokenizer.from_text(trained)
-
-    slow, fast = made(), made()
+@pytest.mark.parametrize("kind", ["trained", "own merges", "gpt2"])
+def test_the_fast_encoder_gives_the_same_ids(kind, make, monkeypatch):
+    slow, fast = make(kind), make(kind)
     monkeypatch.setattr(bpe, "TRIAL", 0)  # or the slow one would be compared with itself
     fast.accelerate()
     assert "accelerated" in fast._ordinary.__qualname__
-    texts = [random_text(seed, 100) for seed in range(400)]
-    texts += ["\U00032848\u8830", "a\u088fb", "x<|endoftext|>y", "", " " * 5000 + "x", "a" * 5000]
+    bodies = [random_text(seed, 100) for seed in range(400)]
+    bodies += ["\U00032848\u8830", "a\u088fb", "x<|endoftext|>y", "", " " * 5000 + "x", "a" * 5000]
     awkward = "  \n\t\x0b\x1c\x85\xa0\u2003''sdmtlvre.,1½²éß中の，。🦊\u0301"
-    texts += ["".join(random.Random(i).choices(awkward, k=40)) for i in range(2000)]
-    for name in sorted((data_folder / "odd").glob("*.txt")):
-        texts += [name.read_bytes().decode("utf-8", "replace")[:20_000]]
-    for text in texts:
+    bodies += ["".join(random.Random(i).choices(awkward, k=40)) for i in range(2000)]
+    bodies += [text[:20_000] for text in awkward_texts().values()]
+    for text in bodies:
         assert np.array_equal(fast.encode(text), slow.encode(text)), text[:80]
 
 
@@ -290,17 +311,15 @@ def test_a_fast_encoder_that_differs_is_not_used(monkeypatch):
 # ----------------------------------------------------------------------------- its file
 
 
-def test_a_tokenizer_comes_back_from_its_file(gpt2):
+@pytest.mark.parametrize("kind", ["char", "byte", "trained", "gpt2"])
+def test_a_tokenizer_comes_back_from_its_file(kind, make):
     text = "Grüße, 世界!\n🦊"
-    for tokens in (CharTokenizer(sorted(set(text))), ByteTokenizer(), gpt2):
-        copy = tokenizer.from_text(tokenizer.to_text(tokens))
-        assert (copy.kind, copy.vocab_size, copy.end_of_text) == (
-            tokens.kind,
-            tokens.vocab_size,
-            tokens.end_of_text,
-        )
-        assert np.array_equal(copy.encode(text), tokens.encode(text))
-        assert tokenizer.fingerprint(copy) == tokenizer.fingerprint(tokens)
+    tokens = make(kind, text)
+    copy = tokenizer.from_text(tokenizer.to_text(tokens))
+    for name in ("kind", "vocab_size", "end_of_text"):
+        assert getattr(copy, name) == getattr(tokens, name)
+    assert np.array_equal(copy.encode(text), tokens.encode(text))
+    assert tokenizer.fingerprint(copy) == tokenizer.fingerprint(tokens)
 
 
 def test_fingerprints_tell_vocabularies_apart():
