@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nanogpt
-from nanogpt import runtime
+from nanogpt import runtime, tokenizer
 from nanogpt.errors import UserError
 from tests import hf_folders
 from tests.test_sample import trained  # noqa: F401
@@ -89,14 +89,14 @@ def test_what_cannot_be_loaded_or_written(model, trained, tmp_path, monkeypatch)
         model.generate("aZ")
 
 
-def test_a_folder_of_hugging_face(data_folder, tmp_path):
-    folder = hf_folders.write(tmp_path / "gpt2", merges=data_folder / "gpt2" / "vocab.bpe")
+def test_a_folder_of_hugging_face(merges, tmp_path):
+    folder = hf_folders.write(tmp_path / "gpt2", merges=merges, vocab_size=tokenizer.GPT2_VOCAB_SIZE)
     model = nanogpt.load(folder, device="cpu", dtype="float32")
     ids = model.encode("Hello")
     text = model.generate("Hello", max_new_tokens=5, temperature=0)
     for _ in range(5):
         ids.append(int(model.model(torch.tensor([ids]))[0][:, -1].argmax()))
-    assert text == model.decode(ids[1:])
+    assert text == model.decode(ids[len(model.encode("Hello")) :])
 
 
 def test_the_page_runs_as_it_stands(trained, tmp_path):  # noqa: F811

@@ -18,8 +18,8 @@ from nanogpt.exchange import hf, hf_export, hf_tokenizer
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
-from tests import hf_folders
-from tests.conftest import words, write_dataset
+from tests import hf_folders, texts
+from tests.conftest import found, words, write_dataset
 
 GPT2 = GPTConfig(256, 96, 3, 4, 32, vocab_multiple=100)
 FAST = replace(GPT2, bias=False, position="rope", activation="relu2", tied=False, softcap=15.0)
@@ -165,34 +165,47 @@ def test_hugging_face_to_ours_and_back_to_the_bit(tmp_path):
 ODD = "naïve café, 中文 \u2028 line\r\n\ttab  two 🙂🏽 e\u0301 \x00 'll don't 1234 <|x|>"
 
 
-@pytest.mark.parametrize("kind", ["byte", "char", "gpt2"])
-def test_tokenizers_give_the_same_ids(kind, tmp_path, data_folder):
-    shakespeare = (data_folder / "tinyshakespeare.txt").read_text(encoding="utf-8")[:20000]
-    scripts = (data_folder / "odd" / "many_scripts_udhr.txt").read_text(encoding="utf-8")[:20000]
-    tokens = {
-        "byte": tokenizer.ByteTokenizer,
-        "char": lambda: tokenizer.CharTokenizer(sorted(set(ODD + shakespeare + scripts))),
-        "gpt2": lambda: tokenizer.gpt2(str(data_folder / "gpt2")),
-    }[kind]()
+PLAIN = [ODD, texts.python_sources(20_000), "".join(texts.languages().values())]
+REAL = map(found, ("tinyshakespeare.txt", "odd/many_scripts_udhr.txt"))
+PLAIN += [path.read_text(encoding="utf-8")[:20_000] for path in REAL if path]
+
+
+def the_same_ids(tokens: tokenizer.Tokenizer, folder: Path, bodies: list[str]):
+    """Transformers' tokenizer from an exported folder, which has the ids and the text of ours."""
     exported(
-        tmp_path,
+        folder,
         GPT(replace(GPT2, vocab_size=tokens.vocab_size, vocab_multiple=1)),
         tokenizer.to_text(tokens),
     )
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(folder)
     assert len(theirs) == tokens.vocab_size
-    for text in (ODD, shakespeare, scripts):
+    for text in bodies:
         ids = tokens.encode(text).tolist()
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == tokens.end_of_text
-    assert AutoConfig.from_pretrained(tmp_path).eos_token_id == tokens.end_of_text
-    if kind == "gpt2":
-        prompt = "a<|endoftext|>b"
-        assert theirs(prompt)["input_ids"] == tokens.encode_prompt(prompt)
-        vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
-        assert vocabulary == json.loads((data_folder / "gpt2" / "encoder.json").read_text(encoding="utf-8"))
-        assert (tmp_path / "merges.txt").read_bytes() == (data_folder / "gpt2" / "vocab.bpe").read_bytes()
+    assert AutoConfig.from_pretrained(folder).eos_token_id == tokens.end_of_text
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "trained"])
+def test_tokenizers_give_the_same_ids(kind, tmp_path, vocabulary):
+    chars = tokenizer.CharTokenizer(sorted(set("".join(PLAIN))))
+    trained = tokenizer.from_text(vocabulary)
+    the_same_ids(
+        {"byte": tokenizer.ByteTokenizer(), "char": chars, "trained": trained}[kind], tmp_path, PLAIN
+    )
+
+
+def test_gpt2s_tokenizer_gives_the_same_ids(tmp_path, merges):
+    tokens = tokenizer.gpt2(str(merges))
+    theirs = the_same_ids(tokens, tmp_path / "exported", PLAIN)
+    prompt = "a<|endoftext|>b"
+    assert theirs(prompt)["input_ids"] == tokens.encode_prompt(prompt)
+    assert (tmp_path / "exported" / "merges.txt").read_bytes() == merges.read_bytes()
+    if (encoder := merges.parent / "encoder.json").is_file():
+        vocabulary = json.loads((tmp_path / "exported" / "vocab.json").read_text(encoding="utf-8"))
+        assert vocabulary == json.loads(encoder.read_text(encoding="utf-8"))
 
 
 def test_a_tokenizer_of_hugging_face_stays_what_it_is(tmp_path):

@@ -1,6 +1,5 @@
 """What --init_from names, through the programs: weights from elsewhere, finetuned and sampled."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,10 +122,14 @@ def test_a_model_without_tokenizer_takes_data_with_as_many_ids(config, dataset, 
     assert capsys.readouterr().out.endswith("-" * 15 + "\n")
 
 
-def test_the_run_folder_gets_the_merges(config, gpt2, data_folder, monkeypatch, tmp_path, capsys):
+def test_the_run_folder_gets_the_merges(config, merges, monkeypatch, tmp_path, capsys):
     """Finetuned from a folder with merges.txt, a run decodes its text without cache or net."""
-    shutil.copy(data_folder / "gpt2" / "vocab.bpe", gpt2 / "merges.txt")
-    train.main(replace(config, init_from=str(gpt2)))
+    ids = tokenizer.GPT2_VOCAB_SIZE
+    folder = hf_folders.write(tmp_path / "hf", merges=merges, vocab_size=ids, n_positions=24)
+    for split in ("train", "val"):
+        path = Path(config.dataset) / f"{split}.bin"
+        (np.fromfile(path, "<u2") % ids).tofile(path)
+    train.main(replace(config, init_from=str(folder)))
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "empty"))
     sample.main(
         sample.Config(
