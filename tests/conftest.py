@@ -131,11 +131,6 @@ def real() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def data_folder(real: Callable[[str], Path]) -> Path:
-    return real("")
-
-
-@pytest.fixture(scope="session")
 def vocabulary() -> str:
     """A byte-level BPE of 1,000 tokens, learnt from Python's library: the text of its tokenizer.json."""
     text = python_sources(300_000)

@@ -1,7 +1,10 @@
 """Scores: against lm-eval's own code, against a plain reference, and the same in any batch."""
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from nanogpt.generate import Decoder, Text
 from nanogpt.sampling import SamplingOptions
 from nanogpt.score import evals, harness, scoring, tasks
 from nanogpt.score.scoring import Ids, Requests, Subject, Windows
+from tests import texts
 from tests.subjects import LETTERS, subject_of
 
 
@@ -24,8 +28,19 @@ def letters() -> Subject:
 
 
 @pytest.fixture(scope="module")
-def gpt2(data_folder) -> Subject:
-    return subject_of(tokenizer.gpt2(str(data_folder / "gpt2")), block_size=96)
+def trained(vocabulary) -> Subject:
+    return subject_of(tokenizer.from_text(vocabulary), block_size=96)
+
+
+@pytest.fixture(scope="module")
+def gpt2(real) -> Subject:
+    return subject_of(tokenizer.gpt2(str(real("gpt2/vocab.bpe"))), block_size=96)
+
+
+@pytest.fixture(params=["trained", "gpt2"])
+def pairs(request) -> Subject:
+    """A model of byte pairs."""
+    return request.getfixturevalue(request.param)
 
 
 def reference(subject: Subject, ids: np.ndarray, scored: int) -> tuple[np.ndarray, bool]:
@@ -167,10 +182,10 @@ def test_more_context_does_not_change_what_has_it_all(letters):
     assert report.metrics["loss"].value == pytest.approx(np.mean(nats), abs=1e-4)
 
 
-def test_bytes_are_those_of_the_text(gpt2):
+def test_bytes_are_those_of_the_text(pairs):
     text = "Der Käse, 三国演义, and a <|endoftext|> that is text.\n" * 90
-    ids = scoring.encode_text(text, gpt2.tokenizer)
-    report = evals.run_text("x", Windows([ids], 96, 96), gpt2)
+    ids = scoring.encode_text(text, pairs.tokenizer)
+    report = evals.run_text("x", Windows([ids], 96, 96), pairs)
     assert report.counts["bytes"] == len(text.encode())
     sizes = [row["bytes"] for row in report.rows]
     assert sum(sizes) == len(text.encode()) and all(20 < size < 50 for size in sizes[:-1])
@@ -228,11 +243,11 @@ def test_a_cloze_is_right_if_the_model_would_write_it(letters):
     assert report.metrics["perplexity"].value == pytest.approx(math.exp(np.mean(losses)))
 
 
-def test_an_item_without_context(letters, gpt2):
+def test_an_item_without_context(letters, pairs):
     item = tasks.Item("", ("ab",), joint="")
     [(context, continuation)] = evals.encode_item(item, LETTERS)
     assert context.tolist() == [0] and continuation.tolist() == [2, 3]  # after a new line
-    assert evals.encode_item(item, gpt2.tokenizer)[0][0] == [50256]
+    assert evals.encode_item(item, pairs.tokenizer)[0][0] == [pairs.tokenizer.end_of_text]
     with pytest.raises(UserError, match="no id with which a text could begin"):
         evals.encode_item(item, tokenizer.CharTokenizer("ab"))
 
@@ -244,14 +259,44 @@ def first_rows(path, count: int) -> list[dict]:
     return [row for _, (_, row) in zip(range(count), tasks.file_rows(path), strict=False)]
 
 
+def own_questions(path: Path) -> Path:
+    """Rows in the forms of HellaSwag and LAMBADA, with contexts of all lengths and the marks of WikiHow."""
+    rows = []
+    for i, page in enumerate(texts.web_pages(60)):
+        first, *sentences = page.replace("\n", " ").split(".")
+        about = "".join(sentences)[: 13 * i]
+        context = f"[header] {first} [title] {about} [step] And then" if i % 2 else f"{first} {about}"
+        endings = [f"{sentence} [substeps]  1." for sentence in ("it rained", "the sea", "old nets", first)]
+        rows.append({"activity_label": "Fishing", "ctx": context, "endings": endings, "label": i % 4})
+        rows[-1]["text"] = page[: 40 + 5 * i].replace("\n", " ").strip()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def subject_and(request, tmp_path) -> Callable[[str], tuple[Subject, Path]]:
+    """GPT-2's tokens for a file from elsewhere, and the trained ones for `own_questions`."""
+
+    def found(name: str) -> tuple[Subject, Path]:
+        if name == "own":
+            return request.getfixturevalue("trained"), own_questions(tmp_path / "own.jsonl")
+        return request.getfixturevalue("gpt2"), request.getfixturevalue("real")(name)
+
+    return found
+
+
 @pytest.mark.parametrize(
     ("file", "count", "are_cut"),
-    [("hellaswag_val_raw500.jsonl", 40, True), ("hellaswag_val.jsonl.xz", 10, False)],
+    [
+        ("own", 40, True),
+        ("hellaswag/hellaswag_val_raw500.jsonl", 40, True),
+        ("hellaswag/hellaswag_val.jsonl.xz", 10, False),
+    ],
 )
-def test_hellaswag_equals_lm_eval(gpt2, data_folder, tmp_path, file, count, are_cut):
-    path = data_folder / "hellaswag" / file
-    samples, scores = by_lm_eval(tmp_path, "hellaswag", first_rows(path, count), harness.adapter(gpt2))
-    report = evals.run_task(tasks.load(f"hellaswag:{path}", limit=count), gpt2)
+def test_hellaswag_equals_lm_eval(subject_and, tmp_path, file, count, are_cut):
+    subject, path = subject_and(file)
+    samples, scores = by_lm_eval(tmp_path, "hellaswag", first_rows(path, count), harness.adapter(subject))
+    report = evals.run_task(tasks.load(f"hellaswag:{path}", limit=count), subject)
     for row, sample in zip(report.rows, samples, strict=True):
         np.testing.assert_allclose(likelihoods(row), given_by(sample), atol=1e-3)
         assert same_prediction(row, sample)
@@ -260,10 +305,11 @@ def test_hellaswag_equals_lm_eval(gpt2, data_folder, tmp_path, file, count, are_
     assert (0 < report.counts["endings cut to fit the context"] < 4 * count) == are_cut
 
 
-def test_lambada_equals_lm_eval(gpt2, data_folder, tmp_path):
-    path = data_folder / "lambada" / "lambada_test_0001-1000.jsonl"
-    samples, scores = by_lm_eval(tmp_path, "lambada", first_rows(path, 50), harness.adapter(gpt2))
-    report = evals.run_task(tasks.load(f"lambada:{path}", limit=50), gpt2)
+@pytest.mark.parametrize("file", ["own", "lambada/lambada_test_0001-1000.jsonl"])
+def test_lambada_equals_lm_eval(subject_and, tmp_path, file):
+    subject, path = subject_and(file)
+    samples, scores = by_lm_eval(tmp_path, "lambada", first_rows(path, 50), harness.adapter(subject))
+    report = evals.run_task(tasks.load(f"lambada:{path}", limit=50), subject)
     for row, sample in zip(report.rows, samples, strict=True):
         np.testing.assert_allclose(likelihoods(row), given_by(sample), atol=1e-3)
         assert same_prediction(row, sample)
@@ -271,10 +317,12 @@ def test_lambada_equals_lm_eval(gpt2, data_folder, tmp_path):
     assert report.metrics["perplexity"].value == pytest.approx(scores["perplexity,none"], rel=1e-4)
 
 
-def test_perplexity_equals_lm_eval(gpt2, data_folder, tmp_path):
-    text = (data_folder / "wikitext-2" / "valid.txt").read_text(encoding="utf-8")[:6000]
-    _, scores = by_lm_eval(tmp_path, "text", [{"page": text}], harness.adapter(gpt2))
-    ids = scoring.encode_text(text, gpt2.tokenizer)
-    report = evals.run_text("x", Windows([ids], 96, 96), gpt2, words=evals.count_words(text))
+@pytest.mark.parametrize("file", ["own", "wikitext-2/valid.txt"])
+def test_perplexity_equals_lm_eval(subject_and, tmp_path, file):
+    subject, path = subject_and(file)
+    text = path.read_text(encoding="utf-8")[:6000]
+    _, scores = by_lm_eval(tmp_path, "text", [{"page": text}], harness.adapter(subject))
+    ids = scoring.encode_text(text, subject.tokenizer)
+    report = evals.run_text("x", Windows([ids], 96, 96), subject, words=evals.count_words(text))
     for name in ("word_perplexity", "bits_per_byte"):
         assert report.metrics[name].value == pytest.approx(scores[f"{name},none"], rel=1e-4)

@@ -85,18 +85,16 @@ def test_packed_files_and_limits(tmp_path):
         assert [item.context for item in task.items] == ["a0 b", "a1 b"] and task.name == "x"
 
 
-def test_the_real_files(data_folder):
-    folder = data_folder / "hellaswag"
-    packed, raw = (
-        tasks.load(f"hellaswag:{folder / name}")
-        for name in ("hellaswag_val.jsonl.xz", "hellaswag_val_raw500.jsonl")
-    )
+def test_hellaswags_files(real):
+    names = ("hellaswag/hellaswag_val.jsonl.xz", "hellaswag/hellaswag_val_raw500.jsonl")
+    packed, raw = (tasks.load(f"hellaswag:{real(name)}") for name in names)
     assert len(packed.items) == 10042 and len(raw.items) == 500
     assert [sum(item.label == i for item in packed.items) for i in range(4)] == [2515, 2485, 2584, 2458]
     assert not any("[" in item.context for item in raw.items if "[header]" in item.context)
-    assert (
-        len(tasks.load(f"lambada:{data_folder / 'lambada' / 'lambada_test_0001-1000.jsonl'}").items) == 1000
-    )
+
+
+def test_lambadas_file(real):
+    assert len(tasks.load(f"lambada:{real('lambada/lambada_test_0001-1000.jsonl')}").items) == 1000
 
 
 def test_a_name_alone_finds_the_file_in_the_cache(write, tmp_path, monkeypatch):
