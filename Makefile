@@ -22,7 +22,7 @@ data/python_stdlib/train.bin: | .venv/installed
 	@$(BIN)/python data/python_stdlib/prepare.py
 
 test: .venv/installed-dev  ## set up what is missing and run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 lint: .venv/installed-dev  ## check style and types
 	$(BIN)/ruff check .
