@@ -49,6 +49,13 @@ def found_with(cache: Path, **environment: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def compiled_here(tmp_path_factory) -> tuple[Path, dict]:
+    """A cache that holds the library, and what was found when it was compiled."""
+    cache = tmp_path_factory.mktemp("cache")
+    return cache, found_with(cache)
+
+
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.int8, 4)])
 def test_four_bytes_of_each_row_of_a_group_lie_together(dtype, unit):
     weight = torch.arange(70 * 8).view(70, 8).to(dtype)
@@ -97,20 +104,22 @@ def test_which_heads_it_attends():
 
 
 @compiler
-def test_it_is_compiled_once_and_kept(tmp_path):
-    first = found_with(tmp_path)
-    (file,) = (tmp_path / "native").iterdir()
+def test_it_is_compiled_once_and_kept(compiled_here, tmp_path):
+    cache, first = compiled_here
+    (file,) = (cache / "native").iterdir()
     made = file.stat().st_mtime_ns
-    assert found_with(tmp_path) == first and first["why"] == ""
+    assert found_with(cache) == first and first["why"] == ""
     assert found_with(tmp_path / "other", CXX="env g++") == first  # as "ccache g++"
-    assert [f.stat().st_mtime_ns for f in (tmp_path / "native").iterdir()] == [made]
+    assert [f.stat().st_mtime_ns for f in (cache / "native").iterdir()] == [made]
 
 
 @compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of this family")
-def test_processors_without_instructions_for_it_give_the_same(tmp_path):
-    best, plain = found_with(tmp_path), found_with(tmp_path, CXX="g++ -march=x86-64")
-    assert len(list((tmp_path / "native").iterdir())) == 2
+def test_processors_without_instructions_for_it_give_the_same(compiled_here, tmp_path):
+    cache, best = compiled_here
+    both = shutil.copytree(cache, tmp_path / "both")
+    plain = found_with(both, CXX="g++ -march=x86-64")
+    assert len(list((both / "native").iterdir())) == 2
     for dtype, bound in (("int8", 1e-6), ("float32", 1e-5), ("bfloat16", 2**-7)):
         torch.testing.assert_close(
             torch.tensor(best[dtype]), torch.tensor(plain[dtype]), atol=10 * bound, rtol=bound
@@ -119,11 +128,11 @@ def test_processors_without_instructions_for_it_give_the_same(tmp_path):
 
 @compiler
 @pytest.mark.parametrize("broken", ["a file where the folder should be", "no library"])
-def test_a_cache_that_cannot_be_used_is_done_without(tmp_path, broken):
+def test_a_cache_that_cannot_be_used_is_done_without(compiled_here, tmp_path, broken):
+    good, expected = compiled_here
     cache = tmp_path / "cache"
-    expected = found_with(tmp_path / "good")
     if broken == "no library":
-        shutil.copytree(tmp_path / "good", cache)
+        shutil.copytree(good, cache)
         (file,) = (cache / "native").iterdir()
         file.write_text("nothing that could be loaded")
     else:

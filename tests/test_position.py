@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.position import ALiBi, Learned, Rotary, alibi_slopes
+from nanogpt.tokenizer import CharTokenizer
 from tests.conftest import words
 
 
@@ -64,7 +65,7 @@ def loss_at_twice_the_length(position: str) -> tuple[float, float]:
     the model has never seen."""
     torch.manual_seed(0)
     text = words(4000)
-    ids = torch.tensor([sorted(set(text)).index(character) for character in text])
+    ids = torch.from_numpy(CharTokenizer(sorted(set(text))).encode(text))
     config = GPTConfig(vocab_size=10, block_size=48, n_layer=2, n_head=4, n_embd=32, position=position)
     model = GPT(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
