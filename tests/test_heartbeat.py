@@ -98,6 +98,7 @@ def test_who_lost_the_connection_asks_who_is_gone(hearts, ends):
         heart.start()
     assert hearts[0].explain() == ""
     hearts[1].close()
+    hearts[1]._thread.join()  # it may be about to say one more time that it is there
     assert "process 1 has not answered" in hearts[0].explain()
     hearts[1].leave("OSError: disk full")
     assert hearts[0].explain() == "process 1 has left: OSError: disk full"
