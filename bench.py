@@ -23,11 +23,11 @@ from tqdm import trange
 from nanogpt import data, estimate, files, graphs, kernels, mixture, optim, runtime, steps
 from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, read
 from nanogpt.distributed import interconnect, parallel, scaling, wire
-from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, run_program
 from nanogpt.loss import default_rows
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions, SpeedOptions
+from nanogpt.world import World
 
 
 @dataclass(frozen=True)

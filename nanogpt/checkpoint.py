@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt import files, lora
-from nanogpt.distributed.layout import Piece
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import Piece
 
 FORMAT = "nanogpt-checkpoint-1"
 KEPT = 2  # the newest ones; the best is kept too

@@ -3,20 +3,128 @@
 The arithmetic of AdamW is torch's own fused kernel. The classes around it are ours because torch.optim
 imports the compiler when an optimizer is made (a second of every start), because a checkpoint stores
 state by the parameter's name, which survives a change of layout, and because Muon works on stacks of
-matrices of one shape. Which process updates what, and what they exchange, layout.py knows.
+matrices of one shape. Which process updates what, and what they exchange, a Layout knows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanogpt import lora
-from nanogpt.distributed.layout import Layout, Matrix, Piece
 
 Named = Sequence[tuple[str, Tensor]]
+
+
+Span = tuple[int, int]  # first element and the one after the last, in row-major order
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter, and the range of its elements that each process updates."""
+
+    name: str
+    parameter: Tensor
+    spans: Sequence[Span]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Some rows of a parameter, orthogonalised together by one process."""
+
+    label: str
+    parameter: Tensor
+    first: int  # row
+    height: int
+    owner: int
+
+    @property
+    def width(self) -> int:
+        return self.parameter.shape[1]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.height)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this process has of a tensor; `spans` says what each has."""
+
+    shape: torch.Size  # of the whole
+    spans: Sequence[Span]
+    rank: int
+    tensor: Tensor  # the elements of spans[rank]
+
+    def copy_(self, whole: Tensor) -> None:
+        """Take this process's part of `whole`."""
+        start, stop = self.spans[self.rank]
+        self.tensor.copy_(whole.reshape(-1)[start:stop].view(self.tensor.shape))
+
+
+class Layout:
+    """How parameters lie in the processes of a run: all in this one. distributed/layout.py has others."""
+
+    rank, size = 0, 1  # among those who share
+    sharded = False  # a process alone cannot run the model
+
+    def divide(self, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
+        """What of each parameter which process updates, where the rule is elementwise."""
+        return [Held(name, p, [(0, p.numel())]) for name, p in named]
+
+    def own(self, held: Held, tensor: Tensor) -> Tensor:
+        """Of a tensor that lies as the parameter (it or its gradient), the elements of this process's range;
+        a view."""
+        return tensor
+
+    def publish(self, parts: Sequence[Held]) -> None:
+        """After an update of the ranges of `divide`: see that all who hold the weights have the new ones."""
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Who does each of the tasks that cost so much."""
+        return [0] * len(costs)
+
+    def collect(self, stack: Sequence[Matrix]) -> Tensor:
+        """The gradients (n, height, width) of the matrices of `stack`, alike and sorted by owner, that are
+        this process's."""
+        return torch.stack([gradient(m)[m.rows] for m in stack])
+
+    def spread(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
+        """From `updates` of its own matrices: of each matrix's update, in float32, the rows that this
+        process holds."""
+        return list(updates.float().unbind())
+
+    def weights(self, matrix: Matrix) -> Tensor:
+        """The rows of a matrix that this process holds; a view."""
+        return matrix.parameter.data[matrix.rows]
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of the whole gradient, from that of what this process holds of it."""
+        return own
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a weight or gradient; a view."""
+        return tensor
+
+    def with_gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Plain tensors whose `grad` is what this process holds of the gradient of each parameter."""
+        return parameters
+
+    def pieces_of(self, model: nn.Module) -> dict[str, Piece]:
+        """The weights of `model`, by name."""
+        return {name: Piece(p.shape, [(0, p.numel())], 0, p.detach()) for name, p in model.named_parameters()}
+
+    def gather(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+        """The whole tensors in the first process, one by one in its host's memory where they were divided,
+        and nothing in the others. All processes must ask together."""
+        return {name: piece.tensor for name, piece in pieces.items()}
+
+
+def gradient(matrix: Matrix) -> Tensor:
+    assert matrix.parameter.grad is not None
+    return matrix.parameter.grad
 
 
 class Optimizer:

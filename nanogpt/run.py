@@ -33,7 +33,6 @@ from nanogpt import (
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, inherit, picked
 from nanogpt.distributed import parallel
-from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.exchange import weights
 from nanogpt.exchange.pretrained import Pretrained
@@ -42,6 +41,7 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer
 from nanogpt.order import RowOrder
 from nanogpt.watch import Watch, WatchOptions
+from nanogpt.world import World
 from nanogpt.writer import Writer
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.

@@ -20,8 +20,8 @@ from torch.func import functional_call
 
 from nanogpt import files, flops
 from nanogpt.config import ROOT
-from nanogpt.distributed.world import World, meet
 from nanogpt.errors import UserError
+from nanogpt.world import World
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, where it has them
 REPEATED_S = 1.0  # signals so close together count as one
@@ -130,6 +130,8 @@ def join(config: Any, run: Path) -> World:
     kind = _device(config.device).type
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
+    from nanogpt.distributed.world import meet
+
     about = {
         "machine": {"device": kind, "torch": torch.__version__},
         "code": code_digests(ROOT),

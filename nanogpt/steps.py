@@ -11,13 +11,13 @@ from torch import Tensor
 from nanogpt import flops
 from nanogpt.data import Dataset, eval_batches
 from nanogpt.distributed.parallel import average_next, in_dtype, in_step
-from nanogpt.distributed.world import World
 from nanogpt.errors import Diverged, UserError
 from nanogpt.loss import IGNORE
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer, clip_gradients
 from nanogpt.runtime import Machine
 from nanogpt.tokenfiles import Mixture
+from nanogpt.world import World
 
 
 @dataclass(frozen=True)

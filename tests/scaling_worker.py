@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nanogpt import optim
 from nanogpt.distributed import parallel
 from nanogpt.distributed.parallel import Division
-from nanogpt.distributed.world import World
+from nanogpt.distributed.world import Processes
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig
 from nanogpt.runtime import Machine
@@ -53,7 +53,7 @@ def held(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 def updates(size: int) -> dict[str, dict[str, int]]:
     """Bytes that an update sends with our own optimizers and divisions."""
-    machine = Machine(torch.device("cpu"), "float32", "", World(dist.get_rank(), size, on_node=size))
+    machine = Machine(torch.device("cpu"), "float32", "", Processes(dist.get_rank(), size, on_node=size))
     divisions = {"ddp": Division(), "fsdp": Division("fsdp", size)}
     if size == 4:
         divisions["hsdp"] = Division("hsdp", 2)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from nanogpt import fit, graphs, optim, runtime, steps
-from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.generate import Completion, Decoder, Text, complete
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.world import World
 from tests.test_generate import SWITCHES, model_of
 
 pytestmark = pytest.mark.cpu  # test_gpu.py records in earnest

@@ -8,32 +8,39 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
-    {"files", "download", "bpe", "pool", "refusal", "meters"},
-    {"config", "schedule", "flops", "tokenizer", "order", "significance", "guard", "transport"}
-    | {"heartbeat", "meeting", "tokenfiles", "loss"},
-    {"options", "text", "shards", "data", "metrics", "position", "tasks", "hf_tokenizer", "world"}
-    | {"cache", "sampling", "stream", "lora", "native"},
-    {"sources", "model", "finetune", "documents", "runtime", "decode_step", "layout", "mixture"}
-    | {"interconnect"},
-    {"encode", "optim", "parallel", "checkpoint", "generate", "scoring", "pretrained", "modeling_nanogpt"}
-    | {"quantize", "kernels"},
-    {"survey", "estimate", "steps", "evals", "harness", "hf", "hf_export", "ckpt"}
-    | {"completions", "scheduler", "writer"},
-    {"corpus", "watch", "weights", "wire", "graphs", "fit", "answers"},
-    {"run", "api", "follow", "web", "shakespeare", "scaling"},
-    {"server"},
+    {"files", "download", "bpe", "world", "prepare/pool", "serving/refusal", "serving/meters"},
+    {"config", "schedule", "flops", "tokenizer", "order", "tokenfiles", "loss"}
+    | {"score/significance", "serving/guard", "serving/transport", "distributed/heartbeat"}
+    | {"distributed/meeting"},
+    {"options", "data", "metrics", "position", "cache", "sampling", "stream", "lora", "native"}
+    | {"prepare/text", "prepare/shards", "score/tasks", "exchange/hf_tokenizer", "distributed/world"},
+    {"model", "finetune", "documents", "runtime", "decode_step", "mixture", "optim"}
+    | {"prepare/sources", "distributed/interconnect"},
+    {"checkpoint", "generate", "quantize", "kernels", "distributed/layout", "prepare/encode"}
+    | {"score/scoring", "exchange/pretrained", "exchange/modeling_nanogpt"},
+    {"distributed/parallel", "estimate", "writer"}
+    | {"prepare/survey", "score/evals", "score/harness", "exchange/hf", "exchange/hf_export", "exchange/ckpt"}
+    | {"serving/completions", "serving/scheduler"},
+    {"steps", "watch", "distributed/wire", "prepare/corpus", "exchange/weights", "serving/answers"},
+    {"graphs", "fit", "api", "distributed/scaling", "serving/follow", "prepare/web", "prepare/shakespeare"},
+    {"run", "serving/server"},
 ]
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
-LIBRARY = {path.stem: path for path in (ROOT / "nanogpt").rglob("*.py") if path.stem != "__init__"}
-PACKAGES = {path.parent.name for path in (ROOT / "nanogpt").glob("*/__init__.py")}
+LIBRARY = {
+    path.relative_to(ROOT / "nanogpt").with_suffix("").as_posix(): path
+    for path in (ROOT / "nanogpt").rglob("*.py")
+    if path.stem != "__init__"
+}
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
 PYTHON = [
     *PROGRAMS,
     *LIBRARY.values(),
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = (LAYERS[0] | LAYERS[1] | LAYERS[2]) - {"loss"}  # they do without torch
-PLAIN |= {"options", "text", "shards", "sources", "encode", "survey", "corpus", "tasks", "web", "shakespeare"}
+PLAIN = (LAYERS[0] | LAYERS[1] | LAYERS[2]) - {"loss", "world"}  # they do without torch
+PLAIN |= {"options", "score/tasks"}
+PLAIN |= {f"prepare/{name}" for name in ("text", "shards", "sources", "encode", "survey", "corpus", "web")}
+PLAIN |= {"prepare/shakespeare"}
 
 
 def imported(path: Path) -> set[str]:
@@ -48,15 +55,12 @@ def imported(path: Path) -> set[str]:
 
 
 def ours(names: set[str]) -> set[str]:
-    """The modules of the library among `names`: the first part that is not a package."""
-    parts = [name.split(".")[1:] for name in names if name.startswith("nanogpt.")]
-    found = {next((part for part in path if part not in PACKAGES), "") for path in parts}
-    return found & set(LAYER_OF)
+    """The modules of the library among `names`, by their path in it."""
+    return {name.removeprefix("nanogpt.").replace(".", "/") for name in names} & set(LAYER_OF)
 
 
 def test_every_module_has_a_layer():
     assert set(LIBRARY) == set(LAYER_OF)
-    assert len(LIBRARY) == len([p for p in (ROOT / "nanogpt").rglob("*.py") if p.stem != "__init__"])
 
 
 @pytest.mark.parametrize("module", sorted(LAYER_OF))
@@ -114,7 +118,7 @@ def test_sizes_and_dangers(path):
 def test_pickle_is_read_in_one_guarded_place():
     users = [path.name for path in LIBRARY.values() if "pickle" in imported(path)]
     assert sorted(users) == ["ckpt.py", "data.py"]
-    used = {ast.unparse(n) for n in ast.walk(tree("ckpt")) if isinstance(n, ast.Attribute)}
+    used = {ast.unparse(n) for n in ast.walk(tree("exchange/ckpt")) if isinstance(n, ast.Attribute)}
     assert {name for name in used if name.startswith("pickle.")} == {"pickle.dumps", "pickle.UnpicklingError"}
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from nanogpt.distributed import layout
 from nanogpt.distributed.layout import Replicated
-from nanogpt.distributed.world import World
+from nanogpt.world import World
 
 
 @pytest.mark.parametrize(("size", "turn"), [(2, 10**9), (3, 1000), (4, 4)])

@@ -12,9 +12,9 @@ import torch
 import eval as evaluation
 import train
 from nanogpt import checkpoint, data, metrics, mixture, tokenizer
-from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.order import CYCLE, BatchOrder, MixedOrder, slots
+from nanogpt.world import World
 from tests.conftest import words, write_dataset
 
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 import train
 from nanogpt import checkpoint, data, metrics, run, steps
 from nanogpt.distributed import parallel
-from nanogpt.distributed.layout import Layout, Replicated
-from nanogpt.distributed.world import World
+from nanogpt.distributed.layout import Replicated
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, IGNORE, GPTConfig
-from nanogpt.optim import OptimConfig, build
+from nanogpt.optim import Layout, OptimConfig, build
 from nanogpt.prepare import corpus
 from nanogpt.runtime import Machine
+from nanogpt.world import World
 from tests import processes
 from tests.conftest import words, write_dataset
 from tests.processes import Job

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from nanogpt import data, tokenfiles
-from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.order import BatchOrder
 from nanogpt.prepare import shards
+from nanogpt.world import World
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import pytest
 
 from nanogpt import checkpoint, metrics
 from nanogpt.config import ROOT
-from nanogpt.distributed.world import World
+from nanogpt.world import World
 from tests.conftest import words, write_dataset
 
 SHAPE = (

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanogpt.distributed.world import World
+from nanogpt.distributed.world import Processes
 
 SMALLEST = 1 << 12  # bytes of a message; each size is 4 times the one before
 WARM_UP = 3
@@ -42,7 +42,7 @@ def sizes(largest: int) -> list[int]:
 
 
 def measure(
-    world: World, device: torch.device, kind: str, payload: int, group: Any = None, members: int = 0
+    world: Processes, device: torch.device, kind: str, payload: int, group: Any = None, members: int = 0
 ) -> Timing:
     """Time one size; every process of the world calls this, with a `group` of so many `members` if not all
     take part in one collective."""
@@ -75,7 +75,7 @@ def measure(
     return Timing(kind, 4 * numbers, members, median, bottom, top)
 
 
-def timed(work: Callable[[], Any], device: torch.device, world: World, burst: int = 1) -> float:
+def timed(work: Callable[[], Any], device: torch.device, world: Processes, burst: int = 1) -> float:
     """Seconds of `work`, done so often in a row that how far apart processes begin matters little."""
     dist.barrier(group=world.control)
     if device.type == "cuda":
@@ -88,19 +88,19 @@ def timed(work: Callable[[], Any], device: torch.device, world: World, burst: in
     return (time.perf_counter() - started) / burst
 
 
-def slowest_of(took: Tensor, world: World) -> Tensor:
+def slowest_of(took: Tensor, world: Processes) -> Tensor:
     """Of each time the longest among all processes."""
     took = took.double()
     dist.all_reduce(took, op=dist.ReduceOp.MAX, group=world.control)
     return took
 
 
-def processes_of_a_node(world: World) -> int:
+def processes_of_a_node(world: Processes) -> int:
     """How many processes torchrun started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
-def node_group(world: World) -> Any:
+def node_group(world: Processes) -> Any:
     """The processes of this node; every process of the world calls this."""
     return dist.new_subgroups(processes_of_a_node(world))[0]
 

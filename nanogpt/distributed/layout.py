@@ -2,7 +2,7 @@
 
 Three layouts answer the same questions, so that neither an optimizer nor a checkpoint asks which it is:
 
-    Layout      every process has everything: one process, or one that shares nothing
+    Layout      every process has everything: one process, or one that shares nothing (optim.py)
     Replicated  weights and gradients in each process, optimizer state divided (ZeRO-1; Rajbhandari et al.)
     Sharded     weights, gradients and optimizer state divided: rows of each parameter, as FSDP2 lays them
 
@@ -11,7 +11,6 @@ whole matrices (Muon) gives each matrix to one process, its owner.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -19,111 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogpt.distributed.world import World
+from nanogpt.optim import Held, Layout, Matrix, Piece, Span, gradient
+from nanogpt.world import World
 
-Span = tuple[int, int]  # first element and the one after the last, in row-major order
 TURN = 1 << 26  # elements that all processes together gather at a time: 0.27 GB, however many they are
-
-
-@dataclass(frozen=True)
-class Held:
-    """A parameter, and the range of its elements that each process updates."""
-
-    name: str
-    parameter: Tensor
-    spans: Sequence[Span]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Some rows of a parameter, orthogonalised together by one process."""
-
-    label: str
-    parameter: Tensor
-    first: int  # row
-    height: int
-    owner: int
-
-    @property
-    def width(self) -> int:
-        return self.parameter.shape[1]
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.first + self.height)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What this process has of a tensor; `spans` says what each has."""
-
-    shape: torch.Size  # of the whole
-    spans: Sequence[Span]
-    rank: int
-    tensor: Tensor  # the elements of spans[rank]
-
-    def copy_(self, whole: Tensor) -> None:
-        """Take this process's part of `whole`."""
-        start, stop = self.spans[self.rank]
-        self.tensor.copy_(whole.reshape(-1)[start:stop].view(self.tensor.shape))
-
-
-class Layout:
-    """Everything in this process."""
-
-    rank, size = 0, 1  # among those who share
-    sharded = False  # a process alone cannot run the model
-
-    def divide(self, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
-        """What of each parameter which process updates, where the rule is elementwise."""
-        return [Held(name, p, [(0, p.numel())]) for name, p in named]
-
-    def own(self, held: Held, tensor: Tensor) -> Tensor:
-        """Of a tensor that lies as the parameter (it or its gradient), the elements of this process's range;
-        a view."""
-        return tensor
-
-    def publish(self, parts: Sequence[Held]) -> None:
-        """After an update of the ranges of `divide`: see that all who hold the weights have the new ones."""
-
-    def owners(self, costs: Sequence[float]) -> list[int]:
-        """Who does each of the tasks that cost so much."""
-        return share_out(costs, self.size)
-
-    def collect(self, stack: Sequence[Matrix]) -> Tensor:
-        """The gradients (n, height, width) of the matrices of `stack`, alike and sorted by owner, that are
-        this process's."""
-        return torch.stack([_gradient(m)[m.rows] for m in stack])
-
-    def spread(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
-        """From `updates` of its own matrices: of each matrix's update, in float32, the rows that this
-        process holds."""
-        return list(updates.float().unbind())
-
-    def weights(self, matrix: Matrix) -> Tensor:
-        """The rows of a matrix that this process holds; a view."""
-        return matrix.parameter.data[matrix.rows]
-
-    def norm(self, own: Tensor) -> Tensor:
-        """The norm of the whole gradient, from that of what this process holds of it."""
-        return own
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """What this process holds of a weight or gradient; a view."""
-        return tensor
-
-    def with_gradients(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Plain tensors whose `grad` is what this process holds of the gradient of each parameter."""
-        return parameters
-
-    def pieces_of(self, model: nn.Module) -> dict[str, Piece]:
-        """The weights of `model`, by name."""
-        return {name: Piece(p.shape, [(0, p.numel())], 0, p.detach()) for name, p in model.named_parameters()}
-
-    def gather(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
-        """The whole tensors in the first process, one by one in its host's memory where they were divided,
-        and nothing in the others. All processes must ask together."""
-        return {name: piece.tensor for name, piece in pieces.items()}
 
 
 class _Shared(Layout):
@@ -134,6 +32,9 @@ class _Shared(Layout):
         self.group, self.size = group, size or world.size
         self.rank = world.rank % self.size
         self.with_first = world.rank < self.size
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        return share_out(costs, self.size)
 
     def gather(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -225,7 +126,7 @@ class Sharded(_Shared):
     def collect(self, stack: Sequence[Matrix]) -> Tensor:
         height, width = stack[0].height, stack[0].width
         mine = [matrix for matrix in stack if matrix.owner == self.rank]
-        sent = torch.cat([self._part(m, self.local(_gradient(m))).reshape(-1) for m in stack])
+        sent = torch.cat([self._part(m, self.local(gradient(m))).reshape(-1) for m in stack])
         counts = [[self._count(m, rank) for m in mine] for rank in range(self.size)]  # by sender
         got = self._exchange(sent, self._by_owner(stack), [sum(of_one) for of_one in counts])
         parts = [got_of.split(of_one) for got_of, of_one in zip(got, counts, strict=True)]
@@ -350,8 +251,3 @@ def _flat(held: Held) -> Tensor:
 
 def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8)  # gloo does not move bfloat16
-
-
-def _gradient(matrix: Matrix) -> Tensor:
-    assert matrix.parameter.grad is not None
-    return matrix.parameter.grad

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt import download
-from nanogpt.distributed.layout import Layout, Replicated, Sharded
-from nanogpt.distributed.world import World
+from nanogpt.distributed.layout import Replicated, Sharded
 from nanogpt.errors import UserError
 from nanogpt.model import GPT
+from nanogpt.optim import Layout
 from nanogpt.runtime import DTYPES, Machine
+from nanogpt.world import World
 
 Function = Callable[..., Any]
 Batch = TypeVar("Batch")

@@ -1,7 +1,6 @@
 """Several processes as one: which this one is, its share of the work, and what all of them agree on.
 
-torchrun starts them and says who is who in the environment. A single process is a world of size 1, in
-which everything here gives back what it got: there is no other code for it.
+torchrun starts them and says who is who in the environment.
 """
 
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,55 +23,37 @@ from torch import Tensor
 from nanogpt.distributed import meeting
 from nanogpt.distributed.heartbeat import GO_ON, Heartbeat
 from nanogpt.errors import SHARED, TOLD, Diverged, Lost, Stopped, UserError
+from nanogpt.world import T, World
 
-T = TypeVar("T")
 STORE_S = 10.0  # the longest wait for an answer of the store once all have met
 VISIBLE_S = 5.0  # a shared folder shows a new file within this time
 
 
 @dataclass(frozen=True)
-class World:
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0  # on this machine
-    on_node: int = 1  # processes on this machine
+class Processes(World):
+    """Several processes, each with one of these."""
+
     control: Any = None  # a group on the CPU for flags and objects, so that asking never waits for a GPU
     heart: Heartbeat | None = None  # of several processes: tells the others where this one is
 
-    def share(self, count: int) -> tuple[int, int]:
-        """Of `count` things the first of this process's part, and how many: parts differ by one at most."""
-        part, rest = divmod(count, self.size)
-        return self.rank * part + min(self.rank, rest), part + (self.rank < rest)
-
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
-        if self.size > 1:
-            with self._waiting():
-                dist.all_reduce(x)
+        with self._waiting():
+            dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process: the same answer in all of them."""
-        if self.size == 1:
-            return flag
         asked = torch.tensor(int(flag))
         with self._waiting():
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.control)
         return bool(asked)
 
     def total(self, count: int) -> int:
-        """The sum of a whole number over all processes."""
-        if self.size == 1:
-            return count
         counted = torch.tensor(count)
         with self._waiting():
             dist.all_reduce(counted, group=self.control)
         return int(counted)
 
     def agree(self, work: Callable[[], T]) -> T:
-        """Do `work` in every process; if it fails in one, it fails in all, with the error of the first."""
-        if self.size == 1:
-            return work()
         result, error = _attempt(work)
         errors: list[Exception | None] = [None] * self.size
         with self._waiting():
@@ -84,9 +65,6 @@ class World:
         return result[0]
 
     def lead(self, work: Callable[[], T]) -> T | None:
-        """Do `work` in the first process while the others wait (and get None); it fails in all or in none."""
-        if self.size == 1:
-            return work()
         result, error = _attempt(work) if self.rank == 0 else (None, None)
         box = [error]
         with self._waiting():
@@ -95,12 +73,7 @@ class World:
             raise _shared(box[0], 0)
         return result[0] if result else None
 
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
     def at(self, step: int, phase: str) -> None:
-        """This process is there now (one of heartbeat.PHASES): what the others say of it if it hangs."""
         if self.heart:
             self.heart.at(step, phase)
 
@@ -113,15 +86,10 @@ class World:
         self.at(step, phase)
 
     def moved(self) -> None:
-        """This process has got on within its phase."""
         if self.heart:
             self.heart.moved()
 
     def require_visible(self, folder: Path) -> None:
-        """UserError, in all processes, if one of them does not see what the first writes into `folder` (or,
-        as long as that is not there, into the folder above it)."""
-        if self.size == 1:
-            return
         above = [folder.absolute(), *folder.absolute().parents]
         level = next(number for number, home in enumerate(above) if home.is_dir())
         box: list[Any] = [level, f".nanogpt-{secrets.token_hex(8)}", socket.gethostname()]
@@ -146,13 +114,9 @@ class World:
             if self.leads:
                 token.unlink(missing_ok=True)
 
-    def __enter__(self) -> "World":
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Part from the others; Lost instead of what the loss of another process has made fail here."""
         if not self.heart:
             return
         if isinstance(error, Stopped):  # all have agreed on it
@@ -196,16 +160,14 @@ def meet(
     run: Path,
     meet_timeout_s: float,
     timeout_s: float,
-) -> World:
-    """The world that torchrun has started, if it has; a CPU needs gloo whatever `backend` says.
+) -> Processes:
+    """The processes that torchrun has started; a CPU needs gloo whatever `backend` says.
 
     `about`: options, code, versions, which must be the same in all processes; `run`: the folder for what is
     left of a process that hangs. All processes but the first lose their standard output. UserError if the
     others do not come within `meet_timeout_s` seconds, or differ.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return World()
+    size = int(os.environ["WORLD_SIZE"])
     rank = int(os.environ.get("RANK", "0"))
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if device_type == "cuda":
@@ -237,7 +199,7 @@ def meet(
     local, on_node = (
         int(os.environ.get(name, of)) for name, of in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
     )
-    return World(rank, size, local, on_node, control, heart)
+    return Processes(rank, size, local, on_node, control, heart)
 
 
 def _own_client(word: str) -> dist.Store:
