@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt import files, lora
+from nanogpt import files
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Piece
@@ -61,17 +61,15 @@ class Checkpoint:
     def model_config(self) -> GPTConfig:
         return GPTConfig(**self.state["model"])
 
-    @property
-    def adapters(self) -> lora.Adapters | None:
-        return lora.from_state(self.state.get("lora"))
-
     def load_model(self, device: torch.device | str = "cpu", dropout: float = 0.0) -> GPT:
         """The model with these weights and its adapters, if it has any, in evaluation mode; training goes
         on with `dropout`."""
         with torch.device("meta"):
             model = GPT(replace(self.model_config, dropout=dropout))
-            if self.adapters:
-                lora.adapt(model, self.adapters)
+            if self.state.get("lora"):
+                from nanogpt import lora
+
+                lora.adapt(model, lora.Adapters(**self.state["lora"]))
         tensors = load_file(self.path / "model.safetensors", device=str(device))
         expected = {name: list(p.shape) for name, p in model.named_parameters()}
         found = {name: list(t.shape) for name, t in tensors.items()}

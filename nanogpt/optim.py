@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt import lora
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -208,7 +207,7 @@ def build(
 
 def is_for_muon(name: str, parameter: Tensor) -> bool:
     # The low rank of an adapter is what it is for: to move all its directions by as much undoes it.
-    return name.startswith("h.") and parameter.dim() == 2 and not lora.is_adapter(name)
+    return name.startswith("h.") and parameter.dim() == 2 and ".lora_" not in name
 
 
 class AdamW:
