@@ -5,7 +5,8 @@
     python bench.py --profile                                     # and where the time goes
     torchrun --standalone --nproc_per_node=8 bench.py --comm      # can this network feed a model?
 
-Presets of train.py are read; what only concerns a whole run (intervals, schedule, folders) is ignored.
+It takes all options and presets of train.py; what only concerns a whole run (intervals, schedule, folders)
+changes nothing.
 """
 
 import sys
@@ -14,65 +15,57 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import trange
 
-from nanogpt import data, estimate, files, graphs, kernels, mixture, optim, runtime, steps
-from nanogpt.config import ROOT, Count, Fraction, Positive, options_of, picked, read
-from nanogpt.distributed import interconnect, parallel, scaling, wire
+import train
+from nanogpt import estimate, files, flops, kernels, runtime, tokenizer
+from nanogpt.config import Count, Fraction, Positive, load, picked
+from nanogpt.distributed import interconnect, scaling, wire
 from nanogpt.errors import UserError, run_program
-from nanogpt.loss import default_rows
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.options import MachineOptions, ModelOptions, OptimizerOptions, ProcessOptions, SpeedOptions
+from nanogpt.model import GPTConfig
+from nanogpt.tokenfiles import FORMAT
 from nanogpt.world import World
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, MachineOptions, SpeedOptions, ProcessOptions):
+class Config(train.Config):
     # what to time
-    steps: Positive = 20  # steps that are timed
-    warmup_steps: Count = 10  # steps before, which are not
-    profile: bool = False  # afterwards, record some steps with torch.profiler
-    trace: str = "bench_trace.json"  # where --profile writes them; open it in chrome://tracing or Perfetto
+    steps: Positive = 20  #: steps that are timed
+    warmup_steps: Count = 10  #: steps before, which are not
+    profile: bool = False  #: afterwards, record some steps with torch.profiler
+    trace: str = "bench_trace.json"  #: where --profile writes them; open it in chrome://tracing or Perfetto
     # the network, under torchrun
-    comm: bool = False  # time all-reduce and all-gather instead, and say whether they can feed this model
-    comm_bytes: Positive = 1 << 28  # of the largest message
-    mfu: Fraction = 0.0  # share of the data sheet's FLOP/s that a step reaches; 0: time a step here
-    overlap: Fraction = 0.9  # share of the backward pass behind which gradients can be sent
+    comm: bool = False  #: time all-reduce and all-gather instead, and say whether they can feed this model
+    comm_bytes: Positive = 1 << 28  #: of the largest message
+    mfu: Fraction = 0.0  #: share of the data sheet's FLOP/s that a step reaches; 0: time a step here
+    overlap: Fraction = 0.9  #: share of the backward pass behind which gradients can be sent
     # data
-    real_data: bool = True  # False: random tokens, from a file too
-    dataset: str = "openwebtext"  # a folder in data/, or any path that data/prepare.py wrote
-    vocab_size: Positive = 50257  # of random tokens; a dataset brings its own
+    real_data: bool = True  #: False: random tokens, from a file too
+    vocab_size: Positive = 50257  #: of random tokens; a dataset brings its own
     gradient_accumulation_steps: Positive = 1  # micro-batches a step
-    batch_size: Positive = 12  # windows a micro-batch
-    block_size: Positive = 1024  # tokens a window: the context of the model
 
 
 PROFILED_STEPS = 3
 MEASURED_STEPS = 3  # of --comm
 
 
-def main(config: Config) -> None:
+def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Print what is timed, and the figures. Raises UserError for options that fit nothing here."""
     if config.profile and not Path(config.trace).absolute().parent.is_dir():
         raise UserError(f"--trace={config.trace}: there is no such folder to write it in")
-    if config.comm:
-        scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        with scratch as folder, runtime.join(config, Path(folder)) as world:
-            communicate(config, world)
-        return
-    machine = replace(runtime.setup(config.device, config.dtype, config.n_embd), casting=config.casting)
-    if config.cuda_graph:
-        graphs.require_recordable(config, machine, scored=False)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        print(f"machine: {machine.reason}")
-        tokens = open_tokens(config, Path(scratch))
+        if config.comm:
+            with runtime.join(config, Path(scratch)) as world:
+                communicate(config, world)
+            return
+        runtime.require_one_process()
+        bench = Bench(config, Path(scratch), origins)
         how = kernels.chosen(config.attention, config.deterministic)
-        with machine.memory_errors(), how:
-            bench = Bench(config, machine, tokens)
+        with bench.run.machine.memory_errors(), how:
             print(bench.describe())
             count = config.warmup_steps + config.steps
             timings = np.array([bench.step() for _ in trange(count, disable=None, leave=False)])
@@ -81,109 +74,76 @@ def main(config: Config) -> None:
                 profile(bench, Path(config.trace))
 
 
-def open_tokens(config: Config, scratch: Path) -> data.Tokens:
-    """The training tokens of the dataset; or, said in a line, random ones in a file in `scratch`."""
+def with_data(config: Config, scratch: Path) -> Config:
+    """`config` with the dataset to read; or, said in a line, one of random tokens in `scratch`."""
     if config.real_data:
         try:
-            dataset = mixture.load(config.dataset, ROOT)
+            train.resolve.open_data(config)
+            return config
         except UserError as error:
             if config.dataset != Config.dataset:
                 raise
             print(f"data: random tokens below --vocab_size={config.vocab_size}, because {error}")
-        else:
-            folder, tokens = dataset.folder, dataset.train
-            data.require_window(tokens, config.block_size, "training")
-            print(f"data: {folder}, vocabulary {tokens.vocab_size:,}")
-            return tokens
     else:
         print(f"data: random tokens below --vocab_size={config.vocab_size}, as asked")
-    dtype = np.dtype("<u2" if config.vocab_size <= 1 << 16 else "<u4")
     ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(1 << 20) + config.block_size)
-    path = scratch / "train.bin"
-    path.write_bytes(ids.astype(dtype).tobytes())
-    return data.Tokens([data.TokenFile(path, dtype, 0, len(ids))], config.vocab_size)
+    dtype = "uint16" if config.vocab_size <= 1 << 16 else "uint32"
+    for split in ("train", "val"):
+        ids.astype(dtype).tofile(scratch / f"{split}.bin")
+    known = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    text = tokenizer.to_text(tokenizer.CharTokenizer([next(known) for _ in range(config.vocab_size)]))
+    files.write_text(scratch / "tokenizer.json", text)
+    about = {"format": FORMAT, "dtype": dtype, "tokenizer": {"sha256": tokenizer.identify(text).sha256}}
+    files.write_json(scratch / "meta.json", about)
+    return replace(config, dataset=str(scratch))
 
 
 class Bench:
-    """What train.py builds for a run, and its step."""
+    """A run as train.py builds it, and its step."""
 
-    def __init__(self, config: Config, machine: runtime.Machine, tokens: data.Tokens):
-        self.config, self.machine = config, machine
-        shape = picked(GPTConfig, config, vocab_size=tokens.vocab_size)
-        if problems := shape.problems():
-            raise UserError("; ".join(problems))
-        torch.manual_seed(config.seed)
-        self.model = GPT(shape).to(machine.device)
-        micro_batch = config.batch_size * config.block_size
-        self.model.loss_rows = config.loss_rows or default_rows(
-            machine.device, micro_batch, tokens.vocab_size
-        )
-        shown = (shape, machine, config.block_size, shape.position == "alibi")
-        self.attention = kernels.require_attention(config.attention, *shown)
-        rules = picked(optim.OptimConfig, config)
-        self.optimizer = optim.build(
-            rules, self.model.named_parameters(), self.model.fused_rows(), machine.half
-        )
-        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-        self.batches = data.TrainBatches(
-            tokens,
-            config.block_size,
-            config.batch_size,
-            config.gradient_accumulation_steps,
-            config.seed,
-            machine.device,
-        )
-        window = (config.batch_size, config.block_size)
-        if config.recompute:
-            parallel.recompute(self.model, machine)
-        self.function, notice = parallel.wrap(
-            parallel.without_logits(machine.in_dtype(self.model)),
-            compile=machine.device.type == "cuda" if config.compile == "auto" else config.compile,
-            trial=lambda f: steps.try_out(f, self.optimizer, window, machine),
-            blocks=self.model.h,
-            head=self.model if machine.device.type == "cuda" else None,
-        )
-        self.graph = graphs.StepGraph(self.batches.full, machine) if config.cuda_graph else None
+    def __init__(self, config: Config, scratch: Path, origins: dict[str, str] | None = None):
+        """`scratch`: a folder for random tokens; `origins`: which options were given, and where."""
+        config = replace(config, init_from="scratch", eval_only=False, eval_tasks="", sample_prompt="")
+        ready = with_data(config, scratch)
+        self.run = train.build(ready, origins or {}, World())
+        self.config, self.random = config, ready != config
+        self.model, self.micro_batches, self.take_step = train.prepare_step(self.run)
         self.iter_num = 0
-        if notice:
-            print(notice)
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batches.full * self.config.block_size
+        return self.run.batches.full * self.config.block_size
 
     def describe(self) -> str:
-        config = self.config
-        return (
-            f"model: {self.model.n_params():,} parameters; attention: {self.attention}\n"
-            f"step: {config.gradient_accumulation_steps} x {config.batch_size} x {config.block_size} "
-            f"= {self.tokens_per_step:,} tokens; {config.steps} steps timed after {config.warmup_steps}"
+        config, chosen, data = self.config, self.run.config, self.run.dataset
+        return "\n".join(
+            [
+                f"machine: {self.run.machine.reason}",
+                *[f"data: {data.folder}, vocabulary {data.vocab_size:,}"] * (not self.random),
+                f"model: {self.run.model.n_params():,} parameters",
+                *self.run.notices,
+                f"step: {chosen.gradient_accumulation_steps} x {chosen.batch_size} x {chosen.block_size} "
+                f"= {self.tokens_per_step:,} tokens; {config.steps} steps timed after {config.warmup_steps}",
+            ]
         )
 
     def step(self) -> tuple[float, float]:
         """Update the weights once; returns the seconds it took, and those of them it waited for data."""
+        run, config = self.run, self.run.config
         waits: list[float] = []
-        self.machine.synchronize()
+        run.machine.synchronize()
         started = time.perf_counter()
-        result = (self.graph or steps.train_step)(
-            self.function,
-            self.optimizer,
-            watched(self.batches.step(self.iter_num), waits),
-            windows=self.batches.windows(self.iter_num),
-            lr=self.config.learning_rate,
-            grad_clip=self.config.grad_clip,
-            seed=self.config.seed,
-            iter_num=self.iter_num,
-            machine=self.machine,
-            scaler=self.scaler,
-        )
-        float(result.loss)  # train.py reads it too when it logs
-        self.machine.synchronize()
+        train.seed_dropout(run.machine, config.seed, self.iter_num)
+        batches = watched(self.micro_batches(self.iter_num), waits)
+        lr, clip = config.learning_rate, config.grad_clip
+        loss, _ = self.take_step(self.model, run.optimizer, run.scaler, batches, lr, clip)
+        float(loss)  # train.py reads it too when it logs
+        run.machine.synchronize()
         self.iter_num += 1
         return time.perf_counter() - started, sum(waits)
 
 
-def watched(batches: Iterable[tuple[Tensor, Tensor]], waits: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
+def watched(batches: Iterable[Any], waits: list[float]) -> Iterator[Any]:
     """Pass on `batches`, and append to `waits` the seconds that each took to come."""
     source = iter(batches)
     while True:
@@ -247,6 +207,8 @@ def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
     if config.mfu and not machine.peak_flops():
         raise UserError(f"--mfu={config.mfu:g}: the peak of {machine.name()} is not known; leave it out")
     if config.cuda_graph:
+        from nanogpt import graphs
+
         graphs.require_recordable(config, machine, scored=False)
 
 
@@ -286,11 +248,11 @@ def pass_time(config: Config, machine: runtime.Machine, shape: GPTConfig) -> tup
     if config.mfu and (peak := machine.peak_flops()):
         cost, tokens = estimate.flops_per_token(shape), config.batch_size * config.block_size
         return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
-    alone = replace(machine, world=World())
-    small = replace(config, real_data=False, gradient_accumulation_steps=1)
+    small = replace(config, real_data=False, batch_tokens=0, gradient_accumulation_steps=1)
+    small = replace(small, device=str(machine.device), max_tokens=0)
     how = kernels.chosen(config.attention, config.deterministic)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, machine.memory_errors(), how:
-        bench = Bench(small, alone, open_tokens(small, Path(scratch)))
+        bench = Bench(small, Path(scratch))
         took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]
     median = torch.tensor([float(np.median(took[1:]))])
     return float(interconnect.slowest_of(median, machine.world)), "measured, all processes at once"
@@ -302,8 +264,8 @@ def pass_time(config: Config, machine: runtime.Machine, shape: GPTConfig) -> tup
 def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
     """Print the time of a step, the speed, and how near that is to what the machine can do."""
     low, median, high = np.percentile(step_s, [10, 50, 90])
-    machine = bench.machine
-    cost = steps.flops_per_token(bench.model)
+    machine = bench.run.machine
+    cost = flops.of_model(bench.run.model)
     achieved = cost * bench.tokens_per_step / median
     side, possible = matmul_speed(machine)
     print(
@@ -339,7 +301,7 @@ def profile(bench: Bench, trace: Path) -> None:
     from torch.profiler import DeviceType, ProfilerActivity
     from torch.profiler import profile as recording
 
-    on_cuda = bench.machine.device.type == "cuda"
+    on_cuda = bench.run.machine.device.type == "cuda"
     with recording(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]) as recorded:
         for _ in range(PROFILED_STEPS):
             bench.step()
@@ -358,4 +320,4 @@ def profile(bench: Bench, trace: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda: main(Config(**read(Config, sys.argv[1:], other_keys=options_of("train.py")).values)))
+    run_program(lambda: main(*load(Config, sys.argv[1:])))

@@ -14,8 +14,9 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
+import train
 from nanogpt import estimate, flops
-from nanogpt.config import Count, Fraction, Positive, Range, Rate, options_of, picked, read
+from nanogpt.config import Count, Fraction, Positive, Range, Rate, picked, read
 from nanogpt.distributed import scaling, wire
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
@@ -154,7 +155,7 @@ def table(shape: GPTConfig, rules: OptimConfig, setting: scaling.Setting) -> lis
 
 
 def program() -> None:
-    options = read(Config, sys.argv[1:], other_keys=options_of("train.py"))
+    options = read(Config, sys.argv[1:], other_keys=frozenset(train.Config.__dataclass_fields__))
     main(Config(**options.values), options.origins)
 
 

@@ -11,24 +11,30 @@ with --init_from=auto goes on. The run folder holds everything needed to sample,
 """
 
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import data, finetune, graphs, kernels, lora, metrics, runtime, schedule, steps
-from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
-from nanogpt.distributed import parallel
-from nanogpt.errors import Stopped, run_program
-from nanogpt.finetune import FinetuneOptions
+from nanogpt import checkpoint, data, files, flops, metrics, optim, resolve, runtime, schedule, validation
+from nanogpt.checkpoint import Checkpoint, Progress
+from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, load, picked
+from nanogpt.errors import Diverged, Stopped, run_program
+from nanogpt.loss import default_rows
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import Layout, OptimConfig, Optimizer, clip_gradients
 from nanogpt.options import (
+    FinetuneOptions,
     MachineOptions,
     ModelOptions,
     OptimizerOptions,
@@ -37,8 +43,12 @@ from nanogpt.options import (
     TokenOptions,
     WatchOptions,
 )
-from nanogpt.run import Run, build
 from nanogpt.schedule import Schedule
+from nanogpt.world import World
+from nanogpt.writer import Writer
+
+if TYPE_CHECKING:
+    from nanogpt.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,31 @@ class Config(
     shard_size: Count = 0  # hsdp: processes that share one copy of the model; 0: those of a machine
 
 
+@dataclass
+class Run:
+    """The parts of a run under way."""
+
+    config: Config
+    machine: runtime.Machine
+    dataset: data.Dataset
+    batches: data.TrainBatches
+    model: GPT  # the plain one, which is evaluated and saved
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    resumed: Checkpoint | None
+    watch: "Watch | None"  # in-training evaluation (watch.py)
+    writer: Writer  # of its checkpoints, in the first process
+    division: str  # how several processes divide the model, and why; nothing for one
+    notices: list[str]  # what the user should know of how it was put together
+    lock: FileLock | None = field(default=None)  # on out_dir
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether --patience ends the run: so many evaluations have brought no better validation loss."""
+        return 0 < self.config.patience <= self.progress.stale
+
+
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Train as `config` says; `origins` names the options that were given, and where.
 
@@ -96,13 +131,18 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, runtime.join(config, Path(config.out_dir)) as world:
+    with (
+        runtime.StopRequest() as stop,
+        runtime.join(config, Path(config.out_dir)) as world,
+        ExitStack() as held,
+    ):
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
         run = world.agree(lambda: build(config, origins, world))
         config = run.config
         print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
-        print(run.describe())
+        parts = (run.machine, run.dataset, run.batches, run.model)
+        print(resolve.describe(config, *parts, run.division))
         if config.eval_only:
             evaluate(run, stop)
             return
@@ -112,15 +152,241 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.exhausted:
             print(f"{config.out_dir} has stopped by --patience={config.patience}; raise it to go on")
             return
-        if notice := world.lead(lambda: run.open_folder(sys.argv)):
+        if notice := world.lead(lambda: open_folder(run, sys.argv)):
             print(notice)
+        if config.attention != "auto" or config.deterministic or run.machine.device.type == "cuda":
+            from nanogpt import kernels
+
+            held.enter_context(kernels.chosen(config.attention, config.deterministic))
         try:
-            how = kernels.chosen(config.attention, config.deterministic)
-            with closing(run.open_log()) as log, run.machine.memory_errors(), how:
+            with closing(open_log(run)) as log, run.machine.memory_errors():
                 loop(run, log, stop)
         finally:
-            run.close_folder()
+            run.writer.close()
+            if run.lock:
+                run.lock.release()
             tell_saved(run)
+
+
+# ----------------------------------------------------------------------------- set-up
+
+
+def build(config: Config, origins: dict[str, str], world: World) -> Run:
+    """The run that `config` asks for; `origins` says which of its options were given, and where, and gets
+    those that weights decide. Nothing is written. UserError says all that is wrong with the options."""
+    notices: list[str] = []
+    config, resumed, pretrained = resolve.choose_start(config, origins, notices)
+    resolve.check(config)
+    machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
+    machine = replace(machine, casting=config.casting)
+    dataset = resolve.open_data(config)
+    rules = picked(OptimConfig, config)
+    home, why, layout = machine.device, "", Layout()
+    if world.size > 1:
+        from nanogpt.distributed import parallel
+
+        shape = resumed.model_config if resumed else picked(GPTConfig, config, vocab_size=dataset.vocab_size)
+        division = parallel.divide(shape, rules, config.parallel, config.shard_size, machine)
+        home, why = division.home(machine.device), division.why
+    if config.batch_size == "auto":
+        from nanogpt import fit
+
+        trial = partial(try_batch_size, config, machine, dataset.vocab_size)
+        config = fit.choose(config, machine, home == machine.device, why, trial, notices)
+    config = resolve.count_tokens(config, origins)
+    if config.cuda_graph:
+        from nanogpt import graphs
+
+        graphs.require_recordable(config, machine, dataset.train.scored is not None)
+    batches = resolve.open_batches(config, dataset, machine)
+    resolve.require_tokenizer(resumed, pretrained, dataset)
+    model = make_model(config, machine, dataset.vocab_size, resumed, pretrained, home)
+    if config.attention != "auto" or machine.device.type == "cuda":
+        from nanogpt import kernels
+
+        biased = config.documents == "masked" or model.config.position == "alibi"
+        found = kernels.require_attention(config.attention, model.config, machine, config.block_size, biased)
+        notices.append(f"attention: {found}")
+    if config.freeze or config.train_only or config.lora_rank:
+        from nanogpt import finetune
+
+        notices += finetune.choose_trained(model, config)
+    if world.size > 1:
+        layout = parallel.lay_out(model, machine, division)
+    if config.recompute:
+        from nanogpt.compile import recompute
+
+        recompute(model, machine)
+    optimizer = make_optimizer(config, model, machine, layout)
+    if rules.optimizer == "muon" and not any(optim.is_for_muon(n, p) for p, n in optimizer.names.items()):
+        notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
+    if layout.sharded and scaler.is_enabled():
+        scaler = parallel.sharded_scaler(machine)
+    if resumed:
+        resumed.load_optimizer(optimizer.pieces())
+        scaler.load_state_dict(resumed.state["scaler"])
+        if moved := resumed.moved(machine.environment()):
+            notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
+    watch = None
+    if config.eval_tasks or config.sample_prompt:
+        from nanogpt.watch import Watch
+
+        options = config if world.leads else WatchOptions()  # one process looks on
+        watch = Watch(options, Path(config.out_dir), dataset.tokenizer, machine)
+    if config.compile == "auto":  # a resumed run inherits what is chosen
+        config = replace(config, compile=resolve.worth_compiling(config, batches, model, machine))
+    progress = resumed.progress if resumed else Progress()
+    parts = (machine, dataset, batches, model, optimizer, scaler, progress, resumed, watch)
+    return Run(config, *parts, Writer(), why, notices)
+
+
+def make_model(
+    config: Config,
+    machine: runtime.Machine,
+    vocab_size: int,
+    resumed: Checkpoint | None = None,
+    pretrained: Any = None,
+    home: torch.device | None = None,
+) -> GPT:
+    """With the weights of the checkpoint, or those that were found, or new ones from the seed; with new
+    adapters, if the options ask for them. `home`: where it is made, if it is to be divided afterwards."""
+    device = home or machine.device
+    shape = picked(GPTConfig, config, vocab_size=vocab_size)
+    if resumed:
+        model = resumed.load_model(device, config.dropout).train()
+    else:
+        torch.manual_seed(config.seed)
+        model = pretrained.load(shape, device).train() if pretrained else GPT(shape).to(device)
+        if adapted := adapters(config):
+            from nanogpt import lora
+
+            lora.adapt(model, lora.Adapters(**adapted))
+            lora.initialise(model, config.seed)
+    micro_batch = cast(int, config.batch_size) * config.block_size
+    model.loss_rows = config.loss_rows or default_rows(machine.device, micro_batch, vocab_size)
+    return model
+
+
+def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout: Layout) -> Optimizer:
+    """Of the parameters that are trained; for --eval_only without its state, twice the weights' size."""
+    named: Iterable[tuple[str, Tensor]] = model.named_parameters()
+    if config.eval_only:
+        named = ((n, torch.empty(p.shape, device="meta", requires_grad=p.requires_grad)) for n, p in named)
+        layout = Layout()
+    return optim.build(picked(OptimConfig, config), named, model.fused_rows(), machine.half, layout)
+
+
+def try_batch_size(config: Config, machine: runtime.Machine, vocab_size: int, rows: int) -> None:
+    """Make two updates of a new model with micro-batches of `rows` windows, for --batch_size=auto: the second
+    finds the gradients' memory in the pieces that the first has left."""
+    config = replace(config, batch_size=rows)
+    alone = replace(machine, world=World())  # nobody is asked
+    model = make_model(config, alone, vocab_size)
+    if config.recompute:
+        from nanogpt.compile import recompute
+
+        recompute(model, alone)
+    optimizer = make_optimizer(config, model, alone, Layout())
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
+    tokens = torch.zeros(rows, config.block_size, dtype=torch.int64, device=machine.device)
+    for _ in range(2):
+        batch = (1.0, (tokens, tokens))
+        train_step(alone.in_dtype(model), optimizer, scaler, [batch], 0.0, config.grad_clip)
+    machine.synchronize()
+
+
+def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """What an update needs, chosen once: the model as a function that computes in its number format, compiled
+    if that was chosen; its micro-batches by the number of the update; and the step itself."""
+    config, machine, batches = run.config, run.machine, run.batches
+    several = machine.world.size > 1
+    function, step = machine.in_dtype(run.model), train_step
+    micro_batches: Callable[..., Any] = (
+        batches.weighted_by_targets if batches.tokens.scored else batches.weighted
+    )
+    if several:
+        from nanogpt.distributed import parallel
+
+        function = parallel.in_dtype(run.model, machine)
+    if config.compile:
+        from nanogpt import compile
+
+        shape = (cast(int, config.batch_size), config.block_size)
+        parts = (run.model, run.optimizer, shape, machine)
+        function = compile.train_function(function, config.compile, *parts)
+    if several:
+        function = parallel.connect(function, run.model, machine)
+        micro_batches = partial(parallel.micro_batches, batches, machine.world, function)
+        step = parallel.step_of_all(train_step, machine.world)
+    if config.cuda_graph:
+        from nanogpt import graphs
+
+        step = graphs.StepGraph(train_step, batches.full, machine)
+    return function, micro_batches, step
+
+
+# ----------------------------------------------------------------------------- one update
+
+
+def train_step(
+    model: Callable[..., tuple[Tensor, Tensor]],
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    micro_batches: Iterable[tuple[float | Tensor, tuple[Tensor, ...]]],
+    lr: float | Tensor,
+    grad_clip: float,
+) -> tuple[Tensor, Tensor]:
+    """Update the weights once, with the mean gradient of `micro_batches`.
+
+    Each is a loss weight and a batch (idx, targets, and perhaps documents); the weights add up to 1. Returns
+    the loss and the gradient's norm before clipping, scalars on the device: reading one waits for the device.
+    """
+    total: Any = 0.0
+    for weight, batch in micro_batches:
+        loss = model(*batch)[1] * weight  # the logits are let go at once
+        scaler.scale(loss).backward()  # scaled for float16 alone
+        total += loss.detach()
+    stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
+    scaler.unscale_(stepped)
+    grad_norm = clip_gradients(optimizer.names, grad_clip, optimizer.layout)
+    optimizer.lr = lr
+    scaler.step(stepped)
+    scaler.update()
+    optimizer.zero_grad()
+    return total, grad_norm
+
+
+def seed_dropout(machine: runtime.Machine, seed: int, iter_num: int) -> None:
+    """Draw random numbers anew from (seed, iter_num): nothing that happens between steps changes them, and a
+    resumed run draws the same."""
+    machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
+
+
+def check_finite(loss: Tensor, grad_norm: Tensor, iter_num: int, lr: float, scaled: bool) -> None:
+    """Raise Diverged if an update was made of non-finite numbers. With a scaled loss (float16) a non-finite
+    gradient is no harm: the scaler has skipped the update."""
+    if not math.isfinite(float(loss)) or not (scaled or math.isfinite(float(grad_norm))):
+        raise Diverged(
+            f"loss {float(loss)}, gradient norm {float(grad_norm)} at iteration {iter_num} with learning "
+            f"rate {lr:.3g}; go on from the last checkpoint with a smaller --learning_rate "
+            f"(--init_from=resume)"
+        )
+
+
+def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) -> float:
+    """The scheduled rate, times the square root of the batch's share of a full one: the noise of the
+    gradient grows as the batch gets smaller (Malladi et al. 2022)."""
+    smaller = math.sqrt(batches.windows(iter_num) / batches.full)
+    return smaller * schedule.learning_rate(
+        iter_num,
+        config.lr_schedule if config.decay_lr else "constant",
+        peak=config.learning_rate,
+        floor=config.min_lr,
+        warmup_iters=config.warmup_iters if config.decay_lr else 0,
+        decay_iters=config.lr_decay_iters or config.max_iters,
+        cooldown=config.lr_cooldown,
+    )
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -128,11 +394,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Update the weights until max_iters; evaluate, log and save on the way."""
-    config, progress, world = run.config, run.progress, run.machine.world
-    model = ready(run)
-    take_step = steps.train_step
-    if config.cuda_graph:
-        take_step = graphs.StepGraph(run.batches.full, run.machine)
+    config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
+    model, micro_batches, take_step = prepare_step(run)
     hidden = None if world.leads else True  # None: where no terminal shows it
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
@@ -166,21 +429,10 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         # one update
         started = time.perf_counter()
         lr = learning_rate_of(config, progress.iter_num, run.batches)
-        result = take_step(
-            model,
-            run.optimizer,
-            run.batches.step(progress.iter_num),
-            windows=run.batches.windows(progress.iter_num),
-            targets=run.batches.targets(progress.iter_num),
-            batch_size=config.batch_size,
-            lr=lr,
-            grad_clip=config.grad_clip,
-            seed=config.seed,
-            iter_num=progress.iter_num,
-            machine=run.machine,
-            scaler=run.scaler,
-        )
-        verdict = partial(result.check, progress.iter_num, lr, scaled=run.scaler.is_enabled())
+        seed_dropout(machine, config.seed, progress.iter_num)
+        batch = micro_batches(progress.iter_num)
+        loss, grad_norm = take_step(model, run.optimizer, run.scaler, batch, lr, config.grad_clip)
+        verdict = partial(check_finite, loss, grad_norm, progress.iter_num, lr, run.scaler.is_enabled())
         is_logged = progress.iter_num % config.log_interval == 0
         if is_logged:
             verdict()  # waits for the device
@@ -196,7 +448,9 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
                 tokens=read,
                 lr=lr,
                 elapsed_s=progress.elapsed_s,
-                **result.row(config.grad_clip),
+                loss=float(loss),
+                grad_norm=float(grad_norm),
+                clipped=0 < config.grad_clip < float(grad_norm),
             )
             unlogged_s, unlogged, logged_at = 0.0, 0, read
         progress.iter_num += 1
@@ -204,50 +458,23 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         bar.update()
 
 
-def ready(run: Run) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The model as it is trained: in its number format, compiled if that was chosen, one of the copies."""
-    shape = (run.config.batch_size, run.config.block_size)
-    trial = partial(steps.try_out, optimizer=run.optimizer, shape=shape, machine=run.machine)
-    function = parallel.without_logits(parallel.in_dtype(run.model, run.machine))
-    parts = {"blocks": run.model.h, "head": run.model if run.machine.device.type == "cuda" else None}
-    model, notice = parallel.wrap(function, compile=run.config.compile, trial=trial, **parts)
-    if notice:
-        print(notice)
-    return parallel.connect(model, run.model, run.machine)
-
-
 def look(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
     """What the first process sees in the model, if it is time (watch.py); the others help to gather it."""
     iter_num = run.progress.iter_num
-    if not run.watches or not (last or iter_num % run.config.eval_interval == 0):
+    if not run.watch or not (last or iter_num % run.config.eval_interval == 0):
         return
-    if run.machine.world.any(run.watch.due(iter_num)) and (model := run.whole_model()):
+    if run.machine.world.any(run.watch.due(iter_num)) and (model := whole_model(run)):
         model = model.to(run.machine.device)  # where it is, unless it was gathered
         yield from run.watch.look(model, iter_num, write, stop.asked)
-
-
-def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) -> float:
-    """The scheduled rate, times the square root of the batch's share of a full one: the noise of the
-    gradient grows as the batch gets smaller (Malladi et al. 2022)."""
-    smaller = math.sqrt(batches.windows(iter_num) / batches.full)
-    return smaller * schedule.learning_rate(
-        iter_num,
-        config.lr_schedule if config.decay_lr else "constant",
-        peak=config.learning_rate,
-        floor=config.min_lr,
-        warmup_iters=config.warmup_iters if config.decay_lr else 0,
-        decay_iters=config.lr_decay_iters or config.max_iters,
-        cooldown=config.lr_cooldown,
-    )
 
 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     run.machine.world.at(progress.iter_num, "evaluating")
-    shape = (config.batch_size, config.block_size)
+    shape = (cast(int, config.batch_size), config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
-    both = steps.evaluate_splits(run.model, run.dataset, shape, *how)
+    both = validation.evaluate_splits(run.model, run.dataset, shape, *how)
     if both is None:  # stopped meanwhile; a resumed run evaluates here again
         return False
     train, val = both
@@ -281,7 +508,7 @@ def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
         raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
     if run.exhausted:
         print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
-    print(finetune.gap(metrics.read(Path(run.config.out_dir))))
+    print(metrics.gap(metrics.read(Path(run.config.out_dir))))
 
 
 def is_time_to_save(run: Run, improved: bool) -> bool:
@@ -293,20 +520,68 @@ def is_time_to_save(run: Run, improved: bool) -> bool:
     return progress.iter_num > 0 and (improved or due)
 
 
+def open_folder(run: Run, command: list[str]) -> str:
+    """Make out_dir ours, with the tokenizer and the options in it; returns what became of a run that was
+    there ("" if none was)."""
+    config, out = run.config, Path(run.config.out_dir)
+    run.lock, notice = checkpoint.claim(out, run.resumed, config.overwrite)
+    if run.resumed:
+        metrics.rewind(out, run.resumed.iter_num, evaluated=run.progress.val_loss is not None)
+        if run.watch:
+            run.watch.resume()
+    files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
+    about = {
+        "options": asdict(config),
+        "model": asdict(run.model.config),
+        "command": command,
+        "commit": runtime.git_commit(ROOT),
+        **run.machine.environment(),
+    }
+    files.write_json(out / "config.json", about)
+    return notice
+
+
+def open_log(run: Run) -> metrics.Log:
+    config, leads = run.config, run.machine.world.leads
+    tracker = None
+    if config.wandb_log and leads:
+        tracker = metrics.Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
+    path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
+    cost, peak = flops.of_model(run.model), run.machine.peak_flops()
+    return metrics.Log(path, tracker, cost / peak if peak else None)
+
+
 def save(run: Run) -> None:
     """Gather what several processes hold, and let the first one write it; the others wait."""
-    model, optimizer = run.whole_model(), run.optimizer.state()
+    config, world = run.config, run.machine.world
+    model, optimizer = whole_model(run), run.optimizer.state()
     state = {
         **asdict(run.progress),
-        "options": asdict(run.config),
+        "options": asdict(config),
         "scaler": run.scaler.state_dict(),
-        "lora": lora.to_state(run.config.adapters()),
+        "lora": adapters(config),
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }
-    world = run.machine.world
     world.at(run.progress.iter_num, "saving")
-    world.lead(lambda: run.writer.save(Path(run.config.out_dir), model, optimizer, state))
+    world.lead(lambda: run.writer.save(Path(config.out_dir), cast(GPT, model), optimizer, state))
+
+
+def whole_model(run: Run) -> GPT | None:
+    """The model with all its weights: itself or, where it is sharded, a copy of it in the first process and
+    None in the others, which all must ask for together."""
+    if not run.optimizer.layout.sharded:
+        return run.model
+    from nanogpt.distributed import parallel
+
+    return parallel.whole_model(run.model, run.optimizer.layout, adapters(run.config))
+
+
+def adapters(config: Config) -> dict[str, Any] | None:
+    """What lora.Adapters takes, as a checkpoint keeps it; None without adapters."""
+    if not config.lora_rank:
+        return None
+    return {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
 
 
 def tell_saved(run: Run) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import checkpoint, data, runtime, steps
+from nanogpt import checkpoint, data, runtime, validation
 from nanogpt.model import GPT, GPTConfig
 
 
@@ -44,7 +44,7 @@ def exact_loss(saved: Path, val: data.Tokens, device: str = "cpu") -> float:
     windows = (len(val) - 1) // model.config.block_size
     machine = runtime.setup(device, "float32", model.config.n_embd)
     batches = data.eval_batches(val, model.config.block_size, 64, windows, machine.device)
-    result = steps.evaluate(model, batches, machine)
+    result = validation.evaluate(model, batches, machine)
     assert result
     return result.loss
 

@@ -310,32 +310,6 @@ def help_text(cls: type, everything: bool = True) -> str:
     return "\n".join(lines) + end
 
 
-def options_of(program: str) -> frozenset[str]:
-    """The names of the options of a program of the repository ("train.py"), inherited ones included, read
-    from the source: no program imports another."""
-    tree = _parsed(ROOT / program)
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    homes = {alias.name: str(node.module) for node in imports for alias in node.names}
-    own = _class(tree, "Config")
-    names = _annotated(own)
-    for base in map(ast.unparse, own.bases):
-        path = (ROOT / homes[base].replace(".", "/")).with_suffix(".py")
-        names |= _annotated(_class(_parsed(path), base))
-    return frozenset(names)
-
-
-def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _class(tree: ast.Module, name: str) -> ast.ClassDef:
-    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-
-
-def _annotated(node: ast.ClassDef) -> set[str]:
-    return {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)}
-
-
 def picked(cls: type[T], config: Any, **others: Any) -> T:
     """An instance of the dataclass `cls` from the fields of `config` that have the same names."""
     names = typing.get_type_hints(cls)

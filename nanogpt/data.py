@@ -220,6 +220,17 @@ class TrainBatches:
             if every or bool((batch[1] != IGNORE).any()):
                 yield to_device(batch, self.device)
 
+    def weighted(self, step: int) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+        """The micro-batches of `step` with their loss weights: every window weighs the same."""
+        for batch in self.step(step):
+            yield len(batch[0]) / self.windows(step), batch
+
+    def weighted_by_targets(self, step: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """As `weighted`, where not every target is scored: every scored target weighs the same."""
+        targets = self.targets(step)
+        for batch in self.step(step):
+            yield (batch[1] != IGNORE).sum() / targets, batch
+
     def targets(self, step: int) -> int:
         """How many targets of update number `step` are scored in all processes, which must ask together; 0
         for all of them. UserError if none is."""

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 
 from nanogpt import tokenizer
-from nanogpt.data import Dataset, Tokens
+from nanogpt.data import Dataset, Tokens, order_of
 from nanogpt.errors import UserError
+from nanogpt.order import BatchOrder, MixedOrder, RowOrder
 
 Mode = Literal["stream", "rows", "masked"]
 CHUNK = 1 << 22  # tokens looked through at a time
@@ -57,3 +58,8 @@ def rows(tokens: Tokens, separator: int, block_size: int) -> np.ndarray:
     if not starts:
         raise UserError(f"no document begins {block_size} tokens before the end of {tokens.parts[0].path}")
     return np.array(starts, dtype=np.int64)
+
+
+def row_order(tokens: Tokens, separator: int, block_size: int, seed: int) -> BatchOrder | MixedOrder:
+    """The order of windows that begin at documents, as `rows` finds them."""
+    return order_of(tokens, lambda text: RowOrder(rows(text, separator, block_size), seed))

@@ -2,22 +2,26 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from nanogpt import optim, steps
-from nanogpt.config import picked
-from nanogpt.distributed import parallel
 from nanogpt.errors import UserError
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig
 from nanogpt.runtime import Machine
 
 
-def batch_size(config: Any, machine: Machine, vocab_size: int) -> int:
-    """Windows a micro-batch for updates of batch_tokens, with the most that one step of this run can take in.
-    UserError where there is no telling."""
+def choose(
+    config: Any, machine: Machine, whole: bool, why: str, trial: Callable[[int], None], notices: list[str]
+) -> Any:
+    """`config` with the windows of a micro-batch for updates of batch_tokens: the most that `trial` can run.
+    UserError where there is no telling, or where no process is to hold the whole model (`whole`, `why`)."""
+    if not whole:
+        raise UserError(
+            f"--batch_size=auto tries the whole model on one GPU, and it is to be divided ({why}); "
+            f"give a number, such as --batch_size=12"
+        )
     windows, rest = divmod(config.batch_tokens, config.block_size)
     if not windows or rest:
         raise UserError(
@@ -29,15 +33,15 @@ def batch_size(config: Any, machine: Machine, vocab_size: int) -> int:
             f"--batch_size=auto asks a GPU how much fits, and this is {machine.name()}; give a number, such "
             f"as --batch_size=12"
         )
-    shape = picked(GPTConfig, config, vocab_size=vocab_size)
     world = machine.world
-    found = largest(windows, lambda rows: fits(rows, shape, config, machine), world.any, world.size)
-    if not found:
+    rows = largest(windows, partial(fits, trial=trial, machine=machine), world.any, world.size)
+    if not rows:
         raise UserError(
             f"--batch_size=auto: not one window of {config.block_size} tokens fits in the memory of "
             f"{machine.name()}; give a smaller --block_size or model"
         )
-    return found
+    notices.append(f"batch_size = {rows}: the most that fits in the memory of {machine.name()}")
+    return replace(config, batch_size=rows)
 
 
 def largest(
@@ -55,10 +59,10 @@ def largest(
     return 0
 
 
-def fits(rows: int, shape: GPTConfig, config: Any, machine: Machine) -> bool:
-    """Whether two updates with micro-batches of `rows` windows can be made, optimizer and all."""
+def fits(rows: int, trial: Callable[[int], None], machine: Machine) -> bool:
+    """Whether `trial`, two updates with micro-batches of `rows` windows, has the memory it needs."""
     try:
-        _try(rows, shape, config, machine)
+        trial(rows)
         enough = True
     except torch.OutOfMemoryError:
         enough = False
@@ -67,27 +71,3 @@ def fits(rows: int, shape: GPTConfig, config: Any, machine: Machine) -> bool:
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
     return enough
-
-
-def _try(rows: int, shape: GPTConfig, config: Any, machine: Machine) -> None:
-    model = GPT(shape).to(machine.device)
-    model.loss_rows = config.loss_rows
-    if config.recompute:
-        parallel.recompute(model, machine)
-    rules = picked(OptimConfig, config)
-    optimizer = optim.build(rules, model.named_parameters(), model.fused_rows(), machine.half)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-    tokens = torch.zeros(rows, config.block_size, dtype=torch.int64, device=machine.device)
-    alone = Machine(machine.device, machine.dtype, machine.reason, casting=machine.casting)  # nobody is asked
-    for _ in range(2):  # the second finds the gradients' memory in the pieces that the first has left
-        steps.update(
-            machine.in_dtype(model),
-            optimizer,
-            [(tokens, tokens)],
-            windows=rows,
-            lr=0.0,
-            grad_clip=config.grad_clip,
-            machine=alone,
-            scaler=scaler,
-        )
-    machine.synchronize()

@@ -1,5 +1,7 @@
 """Arithmetic of a training step on paper: what it costs, and what this chip could do at best."""
 
+from typing import Any
+
 # Dense bf16 peak of a chip in FLOP/s, from the makers' data sheets. Unknown chips get no percentage.
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -22,6 +24,12 @@ def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -
     with those published elsewhere.
     """
     return 6 * n_params + 12 * n_layer * n_embd * block_size
+
+
+def of_model(model: Any) -> int:
+    """`flops_per_token` of a GPT."""
+    shape = model.config
+    return flops_per_token(model.n_params(positions=False), shape.n_layer, shape.n_embd, shape.block_size)
 
 
 def peak_flops(device_name: str) -> float | None:

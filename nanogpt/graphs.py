@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nanogpt import steps
 from nanogpt.cache import Attention, KVCache, Layer, Step, masked_after, one_query
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder
@@ -21,7 +20,6 @@ from nanogpt.model import GPT
 from nanogpt.optim import Optimizer
 from nanogpt.runtime import Machine
 from nanogpt.sampling import SamplingOptions, draw
-from nanogpt.steps import StepResult
 
 T = TypeVar("T")
 Record = Callable[[Callable[[], T]], tuple[T, Callable[[], None]]]
@@ -72,43 +70,44 @@ def require_recordable(config: Any, machine: Machine, scored: bool) -> None:
 
 
 class StepGraph:
-    """steps.train_step for batches of one shape: the first few calls run as ever, the next is recorded, and
+    """A training step for batches of one shape: the first few calls run as ever, the next is recorded, and
     replayed from then on. Batches of another shape (--batch_ramp_tokens) run as ever. The result of a call
     is overwritten by the next one."""
 
-    def __init__(self, windows: int, machine: Machine, record: Record = cuda_graph):
-        self.windows, self.machine, self.record = windows, machine, record  # `windows` of a full batch
+    def __init__(
+        self,
+        step: Callable[..., tuple[Tensor, Tensor]],
+        windows: int,
+        machine: Machine,
+        record: Record = cuda_graph,
+    ):
+        self.step, self.windows = step, windows  # train.train_step, and of a full batch
+        self.machine, self.record = machine, record
         self.calls = 0
         self.lr = torch.zeros((), device=machine.device)
         self.batches: list[tuple[Tensor, ...]] = []  # where a recorded step finds them
-        self.result: StepResult | None = None
+        self.result: tuple[Tensor, Tensor] | None = None
         self.replay: Callable[[], None] | None = None
 
     def __call__(
         self,
         model: Callable[..., tuple[Tensor, Tensor]],
         optimizer: Optimizer,
-        batches: Iterable[tuple[Tensor, ...]],
-        *,
-        windows: int,
-        lr: float,
-        seed: int,
-        iter_num: int,
-        machine: Machine,
-        **options: Any,
-    ) -> StepResult:
-        steps.reseed(machine, seed, iter_num)
-        # Nobody looks at the iter_num of a recorded step: it runs in one process.
-        options |= {"windows": windows, "iter_num": iter_num, "machine": machine}
-        update: Callable[..., StepResult] = partial(steps.update, model, optimizer, **options)
-        if windows != self.windows:
-            return update(batches, lr=lr)
-        self._take(batches)
+        scaler: torch.amp.GradScaler,
+        micro_batches: Iterable[tuple[float | Tensor, tuple[Tensor, ...]]],
+        lr: float | Tensor,
+        grad_clip: float,
+    ) -> tuple[Tensor, Tensor]:
+        weighted = list(micro_batches)
+        if sum(len(batch[0]) for _, batch in weighted) != self.windows:
+            return self.step(model, optimizer, scaler, weighted, lr, grad_clip)
+        self._take(batch for _, batch in weighted)
         self.lr.fill_(lr)
-        work = partial(update, self.batches, lr=self.lr)
+        there = [(weight, batch) for (weight, _), batch in zip(weighted, self.batches, strict=True)]
+        work = partial(self.step, model, optimizer, scaler, there, self.lr, grad_clip)
         self.calls += 1
         if self.calls <= WARM_UPS:
-            return aside(work, machine.device)
+            return aside(work, self.machine.device)
         if self.replay is None:
             self.result, self.replay = self.record(work)
         self.replay()

@@ -7,10 +7,9 @@ under W's name (`merged`), a plain model that costs what it did before.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,12 +98,3 @@ def merged(
             low = read(of + B).double() @ read(of + A).double()
             tensor = (tensor.double() + adapters.scale * low).to(tensor.dtype)
         yield name, tensor
-
-
-def to_state(adapters: Adapters | None) -> dict[str, Any] | None:
-    return asdict(adapters) if adapters else None
-
-
-def from_state(state: Mapping[str, Any] | None) -> Adapters | None:
-    """What `to_state` made; None from the state of a run without adapters."""
-    return Adapters(**state) if state else None

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,23 @@ def rewind(run: Path, iter_num: int, evaluated: bool) -> None:
 def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity; readers get null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def gap(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line on training and validation loss of the `rows` of metrics.jsonl: at the best evaluation, and
+    at the last if that is another; empty where nothing was evaluated."""
+    evaluations = [row for row in rows if row["event"] == "eval"]
+    if not evaluations:
+        return ""
+    best, last = min(evaluations, key=lambda row: row["val_loss"]), evaluations[-1]
+    line = f"best validation loss {best['val_loss']:.4f} at iteration {best['iter']}: {_losses(best)}"
+    if last is not best:
+        line += f"; at the end, iteration {last['iter']}: {_losses(last)}"
+        if last["train_loss"] < best["train_loss"]:
+            line += " (it learns the training text by heart)"
+    return line
+
+
+def _losses(row: Mapping[str, Any]) -> str:
+    train, val = row["train_loss"], row["val_loss"]
+    return f"train {train:.4f}, val {val:.4f}, gap {val - train:+.4f}"

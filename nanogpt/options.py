@@ -53,6 +53,17 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
+class FinetuneOptions:
+    # finetuning
+    patience: Count = 0  # stop after so many evaluations without a better validation loss; 0: never
+    freeze: str = ""  # leave these parameters alone: patterns such as wte*,h.0.*
+    train_only: str = ""  # train these parameters alone
+    lora_rank: Count = 0  #: train adapters of this rank beside frozen weights; 0: the weights
+    lora_alpha: Rate = 16.0  # what adapters add counts lora_alpha / lora_rank
+    lora_targets: str = "c_attn,c_proj"  # linear maps that get one: c_attn, c_proj, c_fc, h.0.*
+
+
+@dataclass(frozen=True)
 class MachineOptions:
     # machine
     device: str = "auto"  #: cpu, cuda, cuda:1, mps; auto: the best there is

@@ -147,9 +147,9 @@ def setup(device: str, dtype: str, width: int, world: World | None = None) -> Ma
     A program that brings no `world` runs in one process. Raises UserError for a device that this machine,
     or this build of torch, does not have.
     """
-    if not world and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(f"torchrun started {processes} processes of a program that runs in one; use python")
-    world = world or World()
+    if not world:
+        require_one_process()
+        world = World()
     chosen = _device(device)
     if chosen.type == "cuda" and chosen.index is None and world.size > 1:
         chosen = _device(f"cuda:{world.local_rank}")
@@ -163,6 +163,12 @@ def setup(device: str, dtype: str, width: int, world: World | None = None) -> Ma
         return Machine(chosen, dtype, f"{_named(chosen, world)}, {dtype} as asked", world)
     best, why = _dtype(chosen, width)
     return Machine(chosen, best, f"{_named(chosen, world)}, {best}: {why}", world)
+
+
+def require_one_process() -> None:
+    """UserError if torchrun started several of a program that runs in one."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(f"torchrun started {processes} processes of a program that runs in one; use python")
 
 
 def _device(name: str) -> torch.device:

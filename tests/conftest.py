@@ -221,6 +221,29 @@ def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "dataset", words(1800))
 
 
+def update(
+    model,
+    optimizer,
+    machine,
+    scaler,
+    batches,
+    *,
+    function=None,
+    iter_num=0,
+    lr=1e-3,
+    grad_clip=1.0,
+    take=None,
+):
+    """Make one step of train.py on `batches` (idx, targets, ...), weighted by their rows; return the loss and
+    the gradient norm. `function`: what computes, if not the model in its number format."""
+    batches = list(batches)
+    rows = sum(len(batch[0]) for batch in batches)
+    train.seed_dropout(machine, 1, iter_num)
+    weighted = [(len(batch[0]) / rows, batch) for batch in batches]
+    function = function or machine.in_dtype(model)
+    return (take or train.train_step)(function, optimizer, scaler, weighted, lr, grad_clip)
+
+
 def small_run(dataset: Path, out: Path, **options: Any) -> train.Config:
     """A run that takes seconds: two layers of 32 channels, 16 characters of context."""
     small: dict[str, Any] = {

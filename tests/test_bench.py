@@ -11,8 +11,7 @@ import torch
 
 import bench
 import train
-from nanogpt import runtime, steps
-from nanogpt.config import ROOT, options_of, read
+from nanogpt.config import ROOT, read
 from nanogpt.distributed import interconnect
 from nanogpt.errors import UserError
 
@@ -48,35 +47,30 @@ def test_prints_the_figures(dataset, capsys):
 
 
 def test_times_the_step_of_train_py_every_time(dataset, monkeypatch, capsys):
-    taken, real = [], steps.train_step
-
-    def watched(*arguments, **options):
-        taken.append(options["iter_num"])
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(steps, "train_step", watched)
-    bench.main(replace(TINY, dataset=str(dataset)))
-    assert taken == [0, 1, 2, 3]
+    taken, real = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *given: taken.append(given[5]) or real(*given))
+    bench.main(replace(TINY, dataset=str(dataset), grad_clip=0.5))
+    assert taken == [0.5] * 4
 
 
 def test_learns_what_train_py_learns(dataset, tmp_path, monkeypatch):
     """With its seed, data and options the losses are those of a run, to the bit."""
-    results, real = [], steps.train_step
-    monkeypatch.setattr(steps, "train_step", lambda *a, **k: results.append(real(*a, **k)) or results[-1])
+    results, real = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *given: results.append(real(*given)) or results[-1])
     config = replace(TINY, dataset=str(dataset))
-    shared = {f.name: getattr(config, f.name) for f in fields(train.Config) if hasattr(config, f.name)}
-    out = str(tmp_path / "out")
-    train.main(train.Config(**shared, out_dir=out, max_iters=3, decay_lr=False, eval_iters=1))
-    trial = bench.Bench(config, runtime.setup("cpu", "auto", 32), bench.open_tokens(config, tmp_path))
+    shared = {f.name: getattr(config, f.name) for f in fields(train.Config)}
+    shared |= {"out_dir": str(tmp_path / "out"), "max_iters": 3, "decay_lr": False, "eval_iters": 1}
+    train.main(train.Config(**shared))
+    trial = bench.Bench(config, tmp_path)
     for _ in range(3):
         trial.step()
-    losses = [float(result.loss) for result in results]
+    losses = [float(loss) for loss, _ in results]
     assert losses[:3] == losses[3:] and len(set(losses)) == 3
 
 
 def test_without_data_it_says_so_and_takes_random_tokens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "ROOT", tmp_path)  # where nothing is prepared
+    monkeypatch.setattr(train.resolve, "ROOT", tmp_path)  # where nothing is prepared
     bench.main(replace(TINY, steps=1))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("data:"))
     assert (
@@ -90,7 +84,7 @@ def test_without_data_it_says_so_and_takes_random_tokens(tmp_path, monkeypatch, 
 def test_random_tokens_on_request(dataset, tmp_path, capsys):
     for vocab_size, width in ((50, 2), (100_000, 4)):
         config = replace(TINY, dataset=str(dataset), real_data=False, vocab_size=vocab_size)
-        tokens = bench.open_tokens(config, tmp_path)
+        tokens = train.resolve.open_data(bench.with_data(config, tmp_path)).train
         assert "as asked" in capsys.readouterr().out
         assert tokens.parts[0].dtype.itemsize == width
         assert int(tokens.read(0, 1000).max()) < vocab_size
@@ -128,18 +122,16 @@ def test_bad_input_is_one_line(dataset, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.\nlong story")
 
-    monkeypatch.setattr(steps, "train_step", full)
+    monkeypatch.setattr(train, "train_step", full)
     with pytest.raises(UserError, match="out of memory; try half the --batch_size"):
         bench.main(replace(TINY, dataset=str(dataset)))
 
 
 def test_presets_of_train_py_are_read(tmp_path):
-    assert options_of("train.py") == {f.name for f in fields(train.Config)}
     preset = tmp_path / "preset.py"
     preset.write_text("n_layer = 3\nmax_iters = 7\nout_dir = 'x'\n", encoding="utf-8")
-    options = read(bench.Config, [str(preset), "--steps=5"], other_keys=options_of("train.py"))
-    assert options.values == {"n_layer": 3, "steps": 5}
-    assert set(options.ignored) == {"max_iters", "out_dir"}
+    options = read(bench.Config, [str(preset), "--steps=5"])
+    assert options.values == {"n_layer": 3, "max_iters": 7, "out_dir": "x", "steps": 5}
 
 
 def test_options_that_both_have_mean_the_same():

@@ -24,7 +24,7 @@ import plan
 import sample
 import serve
 import train
-from nanogpt import run as runs
+from nanogpt import resolve as runs
 from nanogpt.config import assignments, read
 from nanogpt.exchange import hf
 from tests import hf_folders, texts

@@ -10,7 +10,7 @@ import torch
 
 import train
 from nanogpt import checkpoint, data, documents
-from nanogpt import run as runs
+from nanogpt import resolve as runs
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.order import RowOrder

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanogpt import estimate
-from nanogpt.distributed import parallel
+from nanogpt import compile, estimate
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig
 from nanogpt.runtime import Machine
@@ -43,7 +42,7 @@ def test_activations_are_what_torch_allocates(switches, recompute, loss_rows):
     model, idx = GPT(shape), torch.randint(0, shape.vocab_size, (4, 256))
     model.loss_rows = loss_rows
     if recompute:
-        parallel.recompute(model, Machine(torch.device("cpu"), "float32", ""))
+        compile.recompute(model, Machine(torch.device("cpu"), "float32", ""))
     model(idx, idx)[1].backward()  # gradients are there before the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loss = model(idx, idx)[1]  # the logits are let go, as in train_step

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import export
 import sample
 import train
-from nanogpt import checkpoint, finetune, lora
+from nanogpt import checkpoint, lora, metrics
 from nanogpt.errors import Stopped, UserError
 from nanogpt.exchange import weights
 from tests.conftest import small_run, words, write_dataset
@@ -75,11 +75,11 @@ def test_a_resumed_run_counts_on(overfitting, tmp_path, monkeypatch, capsys):
 
 def test_the_line_at_the_end():
     rows = [{"event": "step", "iter": 0}]
-    assert finetune.gap(rows) == ""
+    assert metrics.gap(rows) == ""
     rows += [
         {"event": "eval", "iter": i, "train_loss": t, "val_loss": v} for i, t, v in [(0, 4, 4), (5, 2, 3)]
     ]
-    assert finetune.gap(rows) == (
+    assert metrics.gap(rows) == (
         "best validation loss 3.0000 at iteration 5: train 2.0000, val 3.0000, gap +1.0000"
     )
 

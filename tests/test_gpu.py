@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 import sample
 import train
-from nanogpt import checkpoint, data, fit, graphs, kernels, optim, runtime, steps
-from nanogpt.distributed import parallel
+from nanogpt import checkpoint, compile, data, fit, graphs, kernels, optim, runtime
 from nanogpt.errors import Stopped, UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
 from nanogpt.writer import Writer
+from tests.conftest import update
 from tests.test_train import bits, logged
 
 pytestmark = pytest.mark.cuda
@@ -40,17 +40,17 @@ def parts(device, dtype="bfloat16", rules="muon", casting="auto", **changes):
     return model, optimizer, machine, scaler
 
 
-def updates(everything, count, take=steps.train_step, lr=1e-2):
+def updates(everything, count, take=None, lr=1e-2):
     model, optimizer, machine, scaler = everything
     found = []
-    function = parallel.without_logits(machine.in_dtype(model))
+    function = compile.without_logits(machine.in_dtype(model))
     for i in range(count):
         draw = torch.Generator().manual_seed(i % 3)
         idx = torch.randint(50, (8, 65), generator=draw)
         batches = [data.to_device((idx[k::2, :-1], idx[k::2, 1:]), machine.device) for k in (0, 1)]
-        how = {"windows": 8, "lr": lr, "grad_clip": 1.0, "seed": 1, "iter_num": i}
-        result = take(function, optimizer, batches, machine=machine, scaler=scaler, **how)
-        found.append((result.loss.clone(), result.grad_norm.clone()))
+        how = {"function": function, "iter_num": i, "lr": lr, "take": take}
+        loss, norm = update(model, optimizer, machine, scaler, batches, **how)
+        found.append((loss.clone(), norm.clone()))
     return [(float(loss), float(norm)) for loss, norm in found]
 
 
@@ -78,10 +78,7 @@ def test_nothing_in_a_step_waits(device, rules, casting, rows):
     try:
         model, optimizer, machine, scaler = everything
         idx = torch.zeros(8, 64, dtype=torch.int64, device=device)
-        how = {"windows": 8, "lr": 1e-2, "grad_clip": 1.0, "seed": 1, "iter_num": 3}
-        steps.train_step(
-            machine.in_dtype(model), optimizer, [(idx, idx)], machine=machine, scaler=scaler, **how
-        )
+        update(model, optimizer, machine, scaler, [(idx, idx)], iter_num=3, lr=1e-2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -105,7 +102,7 @@ def test_batches_come_without_waiting(device, dataset):
 def test_a_recorded_step_is_the_plain_one(device, rules, changes):
     plain = updates(parts(device, rules=rules, **changes), 12)
     everything = parts(device, rules=rules, **changes)
-    graph = graphs.StepGraph(8, everything[2])
+    graph = graphs.StepGraph(train.train_step, 8, everything[2])
     found = updates(everything, 12, graph)
     assert graph.replay
     torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=0.02, atol=0.02)
@@ -260,12 +257,12 @@ def test_the_batch_that_fits_is_found_and_is_the_same_run(config, capsys):
     train.main(replace(config, batch_size=128))
     expected = logged(config.out_dir)
     machine = runtime.setup(config.device, "float32", 256)
-    shape = GPTConfig(vocab_size=10, block_size=32, n_layer=2, n_head=2, n_embd=256, vocab_multiple=64)
+    trial = partial(train.try_batch_size, config, machine, 10)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    assert fit.fits(256, shape, config, machine)
+    assert fit.fits(256, trial, machine)
     with room_for(torch.cuda.max_memory_reserved() * 1.5):
-        chosen = fit.largest(windows, partial(fit.fits, shape=shape, config=config, machine=machine), bool)
+        chosen = fit.largest(windows, partial(fit.fits, trial=trial, machine=machine), bool)
         assert 64 <= chosen < windows
         train.main(replace(config, batch_size="auto", overwrite=True))
     assert "batch_size = " in capsys.readouterr().out

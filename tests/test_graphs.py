@@ -2,17 +2,20 @@
 work on the same places in memory at each replay."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
-from nanogpt import fit, graphs, optim, runtime, steps
+import train
+from nanogpt import fit, graphs, optim, runtime
 from nanogpt.errors import UserError
 from nanogpt.generate import Completion, Decoder, Text, complete
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer import ByteTokenizer
 from nanogpt.world import World
+from tests.conftest import update
 from tests.test_generate import SWITCHES, model_of
 
 pytestmark = pytest.mark.cpu  # test_gpu.py records in earnest
@@ -28,12 +31,12 @@ class Recorder:
 
     def step(self, work):
         self.recorded += 1
-        result = steps.StepResult(torch.empty(()), torch.empty(()))
+        result = torch.empty(()), torch.empty(())
 
         def replay():
             self.replayed += 1
-            found = work()
-            result.loss.copy_(found.loss), result.grad_norm.copy_(found.grad_norm)
+            for place, part in zip(result, work(), strict=True):
+                place.copy_(part)
 
         return result, replay
 
@@ -53,7 +56,7 @@ class Recorder:
 def test_a_recorded_training_step_is_the_plain_one(rules):
     """Ten updates of two micro-batches, with dropout, changing rates and one batch of another size."""
     found, recorder = [], Recorder()
-    for graph in (None, graphs.StepGraph(8, CPU, recorder.step)):
+    for graph in (None, graphs.StepGraph(train.train_step, 8, CPU, recorder.step)):
         torch.manual_seed(0)
         model = GPT(
             GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False)
@@ -67,10 +70,8 @@ def test_a_recorded_training_step_is_the_plain_one(rules):
             rows = 3 if i == 6 else 4
             idx = torch.randint(10, (2, rows, 17), generator=torch.Generator().manual_seed(i))
             batches = ((part[:, :-1], part[:, 1:]) for part in idx)
-            how = {"windows": 2 * rows, "lr": 1e-2 / (i + 1), "grad_clip": 1.0, "seed": 1, "iter_num": i}
-            take = graph or steps.train_step
-            result = take(model, optimizer, batches, machine=CPU, scaler=scaler, **how)
-            losses.append((float(result.loss), float(result.grad_norm)))
+            how = {"iter_num": i, "lr": 1e-2 / (i + 1), "take": graph}
+            losses.append([float(part) for part in update(model, optimizer, CPU, scaler, batches, **how)])
         found.append((losses, [p.detach() for p in model.parameters()]))
     assert recorder.recorded == 1 and recorder.replayed == 10 - graphs.WARM_UPS - 1
     torch.testing.assert_close(torch.tensor(found[0][0]), torch.tensor(found[1][0]), rtol=1e-5, atol=1e-5)
@@ -149,16 +150,16 @@ def test_the_micro_batch_is_halved_until_it_fits(monkeypatch):
     """Devices on which 1 to 65 windows fit, for several numbers of windows an iteration."""
     tried = []
 
-    def one_try(rows, room, *unused):
+    def one_try(room, rows):
         tried.append(rows)
         if rows > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fit, "_try", one_try)
     monkeypatch.setattr(fit.gc, "collect", lambda: 0)
     for room, windows in itertools.product(range(1, 66), (1, 12, 48, 49, 64)):
         tried.clear()
-        rows = fit.largest(windows, lambda n, room=room: fit.fits(n, room, None, CPU), lambda flag: flag)
+        trial = partial(one_try, room)
+        rows = fit.largest(windows, lambda n, trial=trial: fit.fits(n, trial, CPU), lambda flag: flag)
         assert rows and windows % rows == 0 and rows <= room
         assert all(b <= a // 2 for a, b in itertools.pairwise(tried)) and len(tried) <= 7
     assert fit.largest(8, lambda n: False, lambda flag: flag) == 0
@@ -187,17 +188,19 @@ class Recomputing(Config):
     recompute = True
 
 
-@pytest.mark.parametrize("config", [Config, Recomputing])
-def test_a_try_takes_real_steps(config, monkeypatch):
-    taken, real = [], steps.update
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_try_takes_real_steps(recompute, monkeypatch):
+    taken, real = [], train.train_step
 
-    def update(model, optimizer, batches, **how):
-        taken.append(how["windows"])
-        return real(model, optimizer, batches, **how)
+    def step(model, optimizer, scaler, micro_batches, *rates):
+        taken.extend(len(batch[0]) for _, batch in micro_batches)
+        return real(model, optimizer, scaler, micro_batches, *rates)
 
-    monkeypatch.setattr(steps, "update", update)
-    shape = GPTConfig(vocab_size=10, block_size=16, n_layer=1, n_head=2, n_embd=16)
-    assert fit.fits(4, shape, config, CPU) and taken == [4, 4]
+    monkeypatch.setattr(train, "train_step", step)
+    sizes = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "optimizer": "muon", "loss_rows": 8}
+    config = train.Config(**sizes, recompute=recompute)
+    trial = partial(train.try_batch_size, config, CPU, 10)
+    assert fit.fits(4, trial, CPU) and taken == [4, 4]
 
 
 def test_where_nothing_fits_it_says_so(monkeypatch):
@@ -205,6 +208,7 @@ def test_where_nothing_fits_it_says_so(monkeypatch):
         def name(self):
             return "a GPU"
 
-    monkeypatch.setattr(fit, "fits", lambda *unused: False)
+    gpu = Gpu(torch.device("cuda"), "float32", "test")
+    monkeypatch.setattr(fit, "fits", lambda *unused, **named: False)
     with pytest.raises(UserError, match="not one window of 16 tokens fits in the memory of a GPU"):
-        fit.batch_size(Config, Gpu(torch.device("cuda"), "float32", "test"), 10)
+        fit.choose(Config, gpu, True, "", lambda rows: None, [])

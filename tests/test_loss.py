@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt import data, steps
+from nanogpt import data, validation
 from nanogpt.loss import LOGITS_AT_ONCE, chunked_cross_entropy, default_rows, project
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.runtime import Machine
@@ -102,7 +102,7 @@ def test_evaluation_is_the_same_in_parts(dataset, device, monkeypatch):
     for rows in (10**6, 1, 40):
         monkeypatch.setitem(LOGITS_AT_ONCE, device.type, 10 * rows)
         batches = data.eval_batches(tokens, 16, 7, 10**9, machine.device)
-        found.append(steps.evaluate(model, batches, machine))
+        found.append(validation.evaluate(model, batches, machine))
     assert found[0].tokens == found[1].tokens == found[2].tokens
     assert found[1].loss == pytest.approx(found[0].loss, abs=1e-6) == found[2].loss
 

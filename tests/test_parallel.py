@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nanogpt import checkpoint, data, metrics, run, steps
+from nanogpt import checkpoint, compile, data, fit, metrics
 from nanogpt.distributed import parallel
 from nanogpt.distributed.layout import Replicated
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, IGNORE, GPTConfig
-from nanogpt.optim import Layout, OptimConfig, build
+from nanogpt.optim import OptimConfig, build
 from nanogpt.prepare import corpus
 from nanogpt.runtime import Machine
 from nanogpt.world import World
@@ -261,23 +261,32 @@ def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_s
         return model(*batch)
 
     own = machine.world.share(windows)[1]
-    batches = [(part, part) for part in torch.randint(10, (own, 4)).split(batch_size)]
-    result = steps.train_step(
-        parallel.Connected(function, order.append),
-        build(OptimConfig(), model.named_parameters()),
-        batches,
-        windows=windows,
-        batch_size=batch_size,
-        lr=0.0,
-        grad_clip=0.0,
-        seed=1,
-        iter_num=0,
-        machine=machine,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
+    mine = [(part, part) for part in torch.randint(10, (own, 4)).split(batch_size)]
+
+    class Batches:
+        """As much of data.TrainBatches as is asked for."""
+
+        def __init__(self):
+            self.batch_size = batch_size
+
+        def windows(self, step):
+            return windows
+
+        def targets(self, step):
+            return 0
+
+        def step(self, step):
+            return iter(mine)
+
+    connected = parallel.Connected(function, order.append)
+    optimizer = build(OptimConfig(), model.named_parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    micro_batches = parallel.micro_batches(Batches(), machine.world, connected, 0)
+    step = parallel.step_of_all(train.train_step, machine.world)
+    loss, _ = step(connected, optimizer, scaler, micro_batches, 0.0, 0.0)
     assert order == [thing for switch in switches for thing in (switch, "forward")]
-    idx = torch.cat([part for part, _ in batches])
-    assert float(result.loss) == pytest.approx(model(idx, idx)[1].item() * own / windows, rel=1e-6)
+    idx = torch.cat([part for part, _ in mine])
+    assert float(loss) == pytest.approx(model(idx, idx)[1].item() * own / windows, rel=1e-6)
 
 
 def test_recomputing_changes_no_gradient_and_keeps_less():
@@ -285,7 +294,7 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=4, n_head=2, n_embd=32, dropout=0.2))
         if recompute:
-            parallel.recompute(model, Machine(torch.device("cpu"), "float32", "test"))
+            compile.recompute(model, Machine(torch.device("cpu"), "float32", "test"))
         idx, kept = torch.randint(10, (8, 16)), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
             _, loss = model(idx, idx)
@@ -300,23 +309,22 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
 def test_recomputing_needs_the_weights_that_were_used():
     model = GPT(GPTConfig(vocab_size=10, n_layer=1))
     with pytest.raises(UserError, match="--recompute in bfloat16 on a CPU"):
-        parallel.recompute(model, Machine(torch.device("cpu"), "bfloat16", ""))
+        compile.recompute(model, Machine(torch.device("cpu"), "bfloat16", ""))
     with pytest.raises(
         UserError, match=r"--recompute in bfloat16 by --casting=weights .* give --casting=auto"
     ):
-        parallel.recompute(model, Machine(torch.device("cuda"), "bfloat16", "", casting="weights"))
+        compile.recompute(model, Machine(torch.device("cuda"), "bfloat16", "", casting="weights"))
 
 
 def test_a_batch_that_fits_is_that_of_a_whole_model(dataset):
     config = train.Config(dataset=str(dataset), batch_size="auto", batch_tokens=480, block_size=16)
     divided, machine = choose("fsdp"), Machine(torch.device("cuda"), "bfloat16", "")
     with pytest.raises(UserError, match=r"--batch_size=auto .* divided \(fsdp: as asked\); give a number"):
-        run.fitted(config, machine, divided, data.load(dataset), [])
+        fit.choose(config, machine, divided.whole, divided.why, lambda rows: None, [])
 
 
 def test_owners_have_about_as_much_to_do():
-    layout = Layout()
-    layout.size = 4
+    layout = Replicated(World(0, 4))
     costs = [9.0, 1, 1, 5, 4, 4, 3, 9, 2]
     owners = layout.owners(costs)
     loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(4)]

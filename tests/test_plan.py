@@ -8,12 +8,14 @@ import torch
 
 import plan
 import train
-from nanogpt import estimate, optim, steps
-from nanogpt import run as runs
-from nanogpt.config import options_of, picked, read
+from nanogpt import estimate, flops, optim
+from nanogpt import resolve as runs
+from nanogpt.config import picked, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.optim import OptimConfig
+
+OPTIONS = frozenset(train.Config.__dataclass_fields__)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [
@@ -33,7 +35,7 @@ def test_parameters_and_optimizer_state_are_those_of_real_models(shape, optimize
     real = list(model.parameters())
     assert found.total == sum(p.numel() for p in real)
     assert found.total - found.padding == model.n_params()
-    assert estimate.flops_per_token(shape) == steps.flops_per_token(model)
+    assert estimate.flops_per_token(shape) == flops.of_model(model)
     need = estimate.memory(shape, rules, batch_size=4)
     assert need.weights == sum(p.numel() * p.element_size() for p in real)
     state = optim.build(rules, model.named_parameters(), model.fused_rows()).state()
@@ -79,7 +81,7 @@ def test_presets_have_their_size_batch_and_length(name, millions):
 
 
 def test_plan_says_what_train_py_would_do(capsys):
-    options = read(plan.Config, ["config/train_gpt2.py"], other_keys=options_of("train.py"))
+    options = read(plan.Config, ["config/train_gpt2.py"], other_keys=OPTIONS)
     plan.main(plan.Config(**options.values), options.origins)
     said = capsys.readouterr().out
     assert "parameters: 124,337,664 " in said and "294,912,000,000 in 600,000 iterations of 491,520" in said
@@ -91,7 +93,7 @@ def test_plan_says_what_train_py_would_do(capsys):
 
 def test_a_flag_for_the_length_counts(capsys):
     words = ["config/train_gpt2_xl.py", "--max_iters=10", "--dollars_per_gpu_hour=2", "--gpu_memory=24"]
-    options = read(plan.Config, words, other_keys=options_of("train.py"))
+    options = read(plan.Config, words, other_keys=OPTIONS)
     plan.main(plan.Config(**options.values), options.origins)
     said = capsys.readouterr().out
     assert "5,242,880 in 10 iterations of 524,288" in said and "cost: $" in said
@@ -140,7 +142,7 @@ def test_the_page_says_what_plan_py_says(capsys):
     assert len(rows) >= 6
     for preset, gpu, gigabytes, hours, dollars in rows:
         words = [str(ROOT / preset), f"--gpu={gpu}", "--dollars_per_gpu_hour=2"]
-        options = read(plan.Config, words, other_keys=options_of("train.py"))
+        options = read(plan.Config, words, other_keys=OPTIONS)
         plan.main(plan.Config(**options.values), options.origins)
         said = capsys.readouterr().out
         assert f"memory a GPU: {gigabytes} GB" in said, preset

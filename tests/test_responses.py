@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import train
-from nanogpt import data, steps, tokenizer
+from nanogpt import data, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.prepare import corpus
@@ -132,18 +132,20 @@ def test_the_gradient_is_the_responses_whatever_the_micro_batch(config):
 
 def test_train_py_learns_responses_only(config, capsys, monkeypatch):
     seen = []
-    real = steps.train_step
+    real = train.train_step
 
-    def spy(model, optimizer, micro, **options):
+    def spy(model, optimizer, scaler, micro, *rates):
         micro = list(micro)
-        seen.append((sum(int((batch[1] != IGNORE).sum()) for batch in micro), options["targets"]))
-        return real(model, optimizer, micro, **options)
+        scored = [int((batch[1] != IGNORE).sum()) for _, batch in micro]
+        seen.append(sum(scored))
+        assert [float(w) for w, _ in micro] == pytest.approx([part / sum(scored) for part in scored])
+        return real(model, optimizer, scaler, micro, *rates)
 
-    monkeypatch.setattr(steps, "train_step", spy)
+    monkeypatch.setattr(train, "train_step", spy)
     for mode in ("stream", "rows", "masked"):
         train.main(replace(config, documents=mode, overwrite=True))
         assert "val loss" in capsys.readouterr().out
-    assert len(seen) == 12 and all(0 < found == told < 12 * 32 for found, told in seen)
+    assert len(seen) == 12 and all(0 < found < 12 * 32 for found in seen)
 
 
 def test_a_step_without_a_response_says_so(config, tmp_path):

@@ -4,13 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 
-from nanogpt import runtime
-from nanogpt.distributed import parallel
+from nanogpt import compile, resolve, runtime
 from nanogpt.errors import UserError
 
 
@@ -107,16 +105,15 @@ def test_of_several_processes_one_signal_that_comes_twice_is_one(monkeypatch, ca
 
 
 def run_wrap(function, trial, **changes):
-    return parallel.wrap(function, trial=trial, **{"compile": True, **changes})
+    return compile.wrap(function, trial=trial, **{"compile": True, **changes})
 
 
 def test_compiling_pays_in_long_runs_on_a_gpu():
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    chosen = partial(parallel.choose_compile, "auto")
     shakespeare, gpt2 = 5000 * 16384 * 71e6, 600_000 * 491_520 * 860e6  # nanoGPT's two presets, in FLOPs
-    assert not chosen(cuda, shakespeare, 989e12)
-    assert chosen(cuda, gpt2, 989e12) and chosen(cuda, gpt2, None)
-    assert not chosen(cpu, gpt2, None)
+    assert not compile.pays(shakespeare, 989e12)
+    assert compile.pays(gpt2, 989e12) and compile.pays(gpt2, None)
+    cpu = runtime.setup("cpu", "float32", 16)
+    assert not resolve.worth_compiling(None, None, None, cpu)  # however long the run
     assert run_wrap(torch.nn.Identity(), None, compile=False)[1] == ""
 
 

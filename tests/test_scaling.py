@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import plan
+import train
 from nanogpt import estimate, flops
-from nanogpt.config import ROOT, options_of, read
+from nanogpt.config import ROOT, read
 from nanogpt.distributed import scaling, wire
 from nanogpt.distributed.scaling import Network, Setting
 from nanogpt.distributed.wire import Call, World
@@ -21,6 +22,8 @@ from nanogpt.errors import UserError
 from nanogpt.model import GPT2_SIZES
 from nanogpt.optim import OptimConfig
 from tests.scaling_worker import MICRO_BATCHES, SHAPE
+
+OPTIONS = frozenset(train.Config.__dataclass_fields__)
 
 ADAMW = OptimConfig("adamw")
 SETTING = Setting(
@@ -191,7 +194,7 @@ def test_every_gpu_has_its_links():
 
 
 def planned(words: list[str], capsys) -> str:
-    options = read(plan.Config, words, other_keys=options_of("train.py"))
+    options = read(plan.Config, words, other_keys=OPTIONS)
     plan.main(plan.Config(**options.values), options.origins)
     return capsys.readouterr().out
 

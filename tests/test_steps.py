@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from nanogpt import data, runtime, steps
+import train
+from nanogpt import data, runtime, validation
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer, build
+from tests.conftest import update
 
 CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
@@ -31,21 +33,6 @@ def parts(dropout=0.0, dtype="float32"):
     return model, optimizer, machine, scaler
 
 
-def step(model, optimizer, machine, scaler, batches, iter_num=0, lr=1e-3, grad_clip=1.0):
-    return steps.train_step(
-        machine.in_dtype(model),
-        optimizer,
-        batches,
-        windows=sum(len(idx) for idx, _ in batches),
-        lr=lr,
-        grad_clip=grad_clip,
-        seed=1,
-        iter_num=iter_num,
-        machine=machine,
-        scaler=scaler,
-    )
-
-
 def some(count, rows=12, seed=3):
     draw = torch.Generator().manual_seed(seed)
     idx = torch.randint(10, (rows, 17), generator=draw).to(machine_of().device)
@@ -57,11 +44,11 @@ def test_accumulation_equals_one_large_batch(count):
     results = []
     for n in (1, count):
         everything = parts()
-        result = step(*everything, some(n))
+        result = update(*everything, some(n))
         results.append((result, [p.detach().clone() for p in everything[0].parameters()]))
     (one, weights), (many, others) = results
-    torch.testing.assert_close(one.loss, many.loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(one.grad_norm, many.grad_norm, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one[0], many[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one[1], many[1], rtol=1e-5, atol=1e-6)
     for a, b in zip(weights, others, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
@@ -72,11 +59,11 @@ def test_a_smaller_last_micro_batch_weighs_less():
     results = []
     for batches in ([(idx, targets)], list(zip(idx.split(5), targets.split(5), strict=True))):
         everything = parts()
-        result = step(*everything, batches)
+        result = update(*everything, batches)
         results.append((result, everything[1].state()))
     (one, whole), (many, uneven) = results
-    torch.testing.assert_close(many.loss, one.loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(many.grad_norm, one.grad_norm, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(many[0], one[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(many[1], one[1], rtol=1e-5, atol=1e-6)
     for (
         name,
         tensor,
@@ -88,15 +75,15 @@ def test_dropout_is_a_function_of_seed_and_step():
     def loss(iter_num, between):
         everything = parts(dropout=0.3)
         torch.rand(between)  # whatever others draw meanwhile
-        return float(step(*everything, some(2), iter_num=iter_num).loss)
+        return float(update(*everything, some(2), iter_num=iter_num)[0])
 
     assert loss(5, 0) == loss(5, 100) != loss(6, 0)
 
 
 def test_gradients_are_clipped_and_the_norm_is_that_before():
     everything = parts()
-    result = step(*everything, some(1), lr=0.0, grad_clip=1e-3)
-    assert float(result.grad_norm) > 0.1
+    result = update(*everything, some(1), lr=0.0, grad_clip=1e-3)
+    assert float(result[1]) > 0.1
     assert all(p.grad is None for p in everything[0].parameters())
     means = [tensor for name, tensor in everything[1].state().items() if name.endswith(".exp_avg")]
     seen = torch.cat([mean.flatten() for mean in means]).norm() / (1 - OptimConfig().beta1)
@@ -107,37 +94,37 @@ def test_a_loss_that_is_not_finite_is_found():
     model, *rest = parts()
     with torch.no_grad():
         model.wte.weight[:] = float("inf")
-    result = step(model, *rest, some(1))
+    result = update(model, *rest, some(1))
     with pytest.raises(Diverged, match=r"iteration 7 with learning rate 0\.001"):
-        result.check(7, 1e-3, scaled=False)
+        train.check_finite(*result, 7, 1e-3, scaled=False)
 
 
 def test_a_gradient_that_is_not_finite_is_found_under_a_finite_loss():
     model, *rest = parts()
     model.h[1].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("nan"))
-    result = step(model, *rest, some(2), lr=0.0)
-    assert math.isfinite(float(result.loss))
+    result = update(model, *rest, some(2), lr=0.0)
+    assert math.isfinite(float(result[0]))
     with pytest.raises(Diverged, match=r"gradient norm nan at iteration 7"):
-        result.check(7, 1e-3, scaled=False)
-    result.check(7, 1e-3, scaled=True)  # float16: the scaler has left this update out
+        train.check_finite(*result, 7, 1e-3, scaled=False)
+    train.check_finite(*result, 7, 1e-3, scaled=True)  # float16: the scaler has left this update out
 
 
 def test_float16_skips_an_update_that_overflows():
     model, optimizer, machine, scaler = parts(dtype="float16")
     before = [p.detach().clone() for p in model.parameters()]
     scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**60)
-    result = step(model, optimizer, machine, scaler, some(2))
-    result.check(0, 1e-3, scaled=True)  # no divergence: the scaler saw to it
+    result = update(model, optimizer, machine, scaler, some(2))
+    train.check_finite(*result, 0, 1e-3, scaled=True)  # no divergence: the scaler saw to it
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert scaler.get_scale() == 2.0**59
     scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**4)
-    losses = [float(step(model, optimizer, machine, scaler, some(2), i).loss) for i in range(20)]
+    losses = [float(update(model, optimizer, machine, scaler, some(2), iter_num=i)[0]) for i in range(20)]
     assert losses[-1] < losses[0] - 0.1
 
 
 def test_bfloat16_trains_with_float32_weights():
     everything = parts(dtype="bfloat16")
-    losses = [float(step(*everything, some(2), i).loss) for i in range(20)]
+    losses = [float(update(*everything, some(2), iter_num=i)[0]) for i in range(20)]
     assert losses[-1] < losses[0] - 0.1
     assert {p.dtype for p in everything[0].parameters()} == {torch.float32}
 
@@ -153,7 +140,7 @@ def tokens(dataset):
 def score(model, tokens, batch_size, most=10**9, **kwargs):
     machine = machine_of()
     batches = data.eval_batches(tokens, 16, batch_size, most, machine.device)
-    return steps.evaluate(model, batches, machine, **kwargs)
+    return validation.evaluate(model, batches, machine, **kwargs)
 
 
 def test_evaluation_is_the_mean_over_every_token_at_any_batch_size(tokens):
@@ -183,7 +170,7 @@ def test_standard_error_is_that_of_repeated_samples(tokens):
     for _ in range(200):
         starts = torch.randint(len(ids) - 17, (12,), generator=draw)
         rows = torch.stack([ids[s : s + 17] for s in starts])
-        means.append(steps.evaluate(model, [(rows[:, :-1], rows[:, 1:])], machine_of()).loss)
+        means.append(validation.evaluate(model, [(rows[:, :-1], rows[:, 1:])], machine_of()).loss)
     assert few.stderr == pytest.approx(torch.tensor(means).std().item(), rel=0.5)
 
 
@@ -201,6 +188,6 @@ def test_evaluation_stops_when_asked(tokens):
 
 
 def test_what_is_said_of_a_loss():
-    result = steps.Evaluation(loss=math.log(8), stderr=0.1, tokens=10)
+    result = validation.Evaluation(loss=math.log(8), stderr=0.1, tokens=10)
     assert result.describe(None) == "perplexity 8"
     assert result.describe(2.0) == "perplexity 8, 1.5000 bits a byte"

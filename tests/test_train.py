@@ -333,6 +333,6 @@ def test_out_of_memory_is_one_line(config, monkeypatch):
     def full(*arguments, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: ...")
 
-    monkeypatch.setattr(train.steps, "train_step", full)
+    monkeypatch.setattr(train, "train_step", full)
     with pytest.raises(UserError, match="out of memory; try half the --batch_size"):
         train.main(config)

@@ -73,18 +73,18 @@ def test_resumed_it_scores_nothing_twice_and_misses_nothing(watched, tmp_path, m
     whole = replace(watched, max_iters=12)
     train.main(whole)
     parts = replace(whole, out_dir=str(tmp_path / "parts"), save_interval=1)
-    step, stop = train.steps.train_step, {}
+    seed, stop = train.seed_dropout, {}
     enter = runtime.StopRequest.__enter__
     monkeypatch.setattr(
         runtime.StopRequest, "__enter__", lambda self: stop.setdefault("request", enter(self))
     )
 
-    def at_eight(*given, **options):
-        if options["iter_num"] == 7:  # asked to stop before the scores after update 8 are made
+    def at_eight(machine, number, iter_num):
+        if iter_num == 7:  # asked to stop before the scores after update 8 are made
             stop["request"].reason = "a test"
-        return step(*given, **options)
+        seed(machine, number, iter_num)
 
-    monkeypatch.setattr(train.steps, "train_step", at_eight)
+    monkeypatch.setattr(train, "seed_dropout", at_eight)
     with pytest.raises(Stopped):
         train.main(parts)
     monkeypatch.undo()

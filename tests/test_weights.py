@@ -13,7 +13,7 @@ from nanogpt import checkpoint, optim, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.exchange import weights
 from nanogpt.runtime import setup
-from nanogpt.steps import evaluate_splits
+from nanogpt.validation import evaluate_splits
 from tests import hf_folders
 from tests.conftest import words, write_dataset
 from tests.test_ckpt import ARGS, CHARACTERS, nanogpts, nanogpts_logits, write_ckpt

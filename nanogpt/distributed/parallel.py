@@ -6,10 +6,10 @@ In what order, and why:
    each block a unit, what is outside of blocks the last one), so the optimizer is made of the parts, and a
    model that fits on no device is never whole on one. Under ddp nothing happens to the model.
 2. `in_dtype`: the number format. Under fsdp and hsdp it belongs to the units, which send weights in it.
-3. `recompute`: activation checkpointing of each block, inside the hooks of its unit, which has its weights
-   there again when the backward pass wants them.
-4. `wrap`: torch.compile, of the whole function or of each block, around the checkpointing, so that the
-   compiler sees it. A unit is compiled inside its hooks: weights are gathered outside of compiled code.
+3. `compile.recompute`: activation checkpointing of each block, inside the hooks of its unit, which has its
+   weights there again when the backward pass wants them.
+4. `compile.wrap`: torch.compile, of the whole function or of each block, around the checkpointing, so that
+   the compiler sees it. A unit is compiled inside its hooks: weights are gathered outside of compiled code.
 5. `connect`: DDP around what was compiled, so that the hooks on its parameters see gradients that are
    complete. A switch says which backward pass is the last of a step; only that one averages gradients.
 
@@ -19,7 +19,6 @@ Nobody outside this module and layout.py asks which of them it is.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,22 +26,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanogpt import download
+from nanogpt import estimate, lora
+from nanogpt.compile import Function, is_sharded
+from nanogpt.data import TrainBatches
 from nanogpt.distributed.layout import Replicated, Sharded
 from nanogpt.errors import UserError
-from nanogpt.model import GPT
-from nanogpt.optim import Layout
+from nanogpt.loss import IGNORE
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import Layout, OptimConfig
 from nanogpt.runtime import DTYPES, Machine
 from nanogpt.world import World
 
-Function = Callable[..., Any]
 Batch = TypeVar("Batch")
 
-# What the choice of --compile=auto rests on; nanoGPT's README says "a minute" and 250 to 135 ms a step.
-COMPILING_S = 60.0  # before the first step, with nothing in the cache
-SAVED = 0.25  # of the time of a step
-EAGER_MFU = 0.3  # share of the chip's peak that a plain step reaches
-UNKNOWN_PEAK = 100e12  # FLOP/s of a GPU that flops.py does not know
 ROOM = 0.8  # of a device's memory, for what a run holds all the time; the rest is for activations
 
 
@@ -89,6 +85,25 @@ def choose(asked: str, shard_size: int, world: World, weights: int, optimizer: i
     size = {"ddp": 1, "fsdp": world.size, "hsdp": on_a_node}[mode]
     copies = f", {world.size // size} copies of {size} processes each" if mode == "hsdp" else ""
     return Division(mode, size, f"{mode}{copies}: {why}")
+
+
+def divide(shape: GPTConfig, rules: OptimConfig, asked: str, shard_size: int, machine: Machine) -> Division:
+    """What each process holds of a model of `shape`, by --parallel and --shard_size (`choose`)."""
+    need = estimate.memory(shape, rules, batch_size=1)  # activations do not count here
+    return choose(asked, shard_size, machine.world, need.weights, need.optimizer, device_memory(machine))
+
+
+def whole_model(model: GPT, layout: Layout, adapters: dict[str, Any] | None) -> GPT | None:
+    """A copy of a sharded model with all its weights, in the first process; None in the others."""
+    tensors = layout.gather(layout.pieces_of(model))
+    if not tensors:
+        return None
+    with torch.device("meta"):
+        whole = GPT(model.config)
+        if adapters:
+            lora.adapt(whole, lora.Adapters(**adapters))
+    whole.load_state_dict(tensors, assign=True)
+    return whole.requires_grad_(False).train()
 
 
 def _divisors(n: int) -> str:
@@ -147,24 +162,59 @@ def _policies(machine: Machine) -> tuple[Any, Any]:
     return MixedPrecisionPolicy() if machine.device.type == "cpu" else policy, MixedPrecisionPolicy()
 
 
-def is_sharded(model: object) -> bool:
-    """Whether no process has all weights of `model`, so that all must run it together."""
-    return hasattr(model, "set_requires_gradient_sync")
-
-
 def in_dtype(model: nn.Module, machine: Machine) -> Function:
     """Machine.in_dtype; where it casts weights, the units of a sharded model do so themselves."""
     return model if is_sharded(model) and machine.casts_weights else machine.in_dtype(model)
 
 
-def make_scaler(machine: Machine, layout: Layout) -> torch.amp.GradScaler:
-    """For float16; processes that hold different gradients agree on whether one overflowed."""
-    enabled = machine.dtype == "float16"
-    if not layout.sharded or not enabled:
-        return torch.amp.GradScaler(machine.device.type, enabled=enabled)
+def sharded_scaler(machine: Machine) -> torch.amp.GradScaler:
+    """For float16: processes that hold different gradients agree on whether one overflowed."""
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     return ShardedGradScaler(machine.device.type, process_group=dist.group.WORLD)
+
+
+def micro_batches(
+    batches: TrainBatches, world: World, function: Function, step: int
+) -> Iterator[tuple[float | Tensor, tuple[Tensor, ...]]]:
+    """This process's micro-batches of update number `step` with their loss weights, times the number of
+    processes, because gradients are averaged over them. All make the same number of passes, because those of
+    a sharded model need one another: a rank with one micro-batch fewer runs a dummy row with weight 0."""
+    windows, targets = batches.windows(step), batches.targets(step)
+    left, made = world.share(windows)[1], 0
+    largest = -(-windows // world.size)
+    passes = -(-largest // batches.batch_size)
+    world.at(step, "reading data")
+    source = batches.step(step)
+    batch = next(source, None)
+    while batch is not None:
+        following, made = next(source, None), made + 1
+        if following is None and made < passes:
+            following = tuple(part[:1] for part in batch)
+        counted = min(left, len(batch[0]))
+        left -= counted
+        world.at(step, "computing")
+        average_next(function, wanted=following is None)
+        weight: float | Tensor = counted / windows
+        if targets:  # with no scored target the weight is 0: a mean over nothing is NaN
+            idx, wanted, *documents = batch
+            scored = wanted != IGNORE
+            weight = scored[:counted].sum() / targets
+            batch = idx, torch.where(scored.any(), wanted, 0), *documents
+        yield weight * world.size, batch
+        world.at(step, "reading data")
+        batch = following
+    world.at(step, "updating")
+
+
+def step_of_all(step: Function, world: World) -> Function:
+    """train.py's step, whose loss becomes the mean over all processes."""
+
+    def step_together(*given: Any) -> tuple[Tensor, Tensor]:
+        loss, grad_norm = step(*given)
+        return world.sum(loss) / world.size, grad_norm
+
+    return step_together
 
 
 def in_step(
@@ -177,28 +227,6 @@ def in_step(
         if over:
             return
         yield batch
-
-
-def choose_compile(asked: bool | str, device: torch.device, flops: float, peak: float | None) -> bool | str:
-    """--compile, where "auto" asks whether it saves more time than it takes in a run of so many `flops`.
-
-    It is worked out, not measured, so that a run and its resumed half choose the same. On a CPU the
-    answer is no: it saves 25 % of a step at 128 channels but 4 % at 384 (docs/results.md).
-    """
-    if asked != "auto":
-        return asked
-    plain_s = flops / (EAGER_MFU * (peak or UNKNOWN_PEAK))
-    return device.type == "cuda" and SAVED * plain_s > COMPILING_S
-
-
-def without_logits(function: Function) -> Function:
-    """`function`, which gives logits and a loss, with None for the logits: a compiler need not write what
-    nobody is given, 13 GB in float32 for 64 x 1,024 tokens of GPT-2's vocabulary."""
-
-    def loss_alone(*inputs: Tensor) -> Any:
-        return None, function(*inputs)[1]
-
-    return loss_alone
 
 
 class Connected:
@@ -254,75 +282,3 @@ def average_next(function: Function, wanted: bool) -> None:
     The forward pass looks at it, too."""
     if isinstance(function, Connected):
         function.switch(wanted)
-
-
-def recompute(model: GPT, machine: Machine) -> None:
-    """Keep of each block's forward pass the input alone, and run it again in the backward pass: a third more
-    arithmetic, a fraction of the activations (Chen et al. 2016).
-
-    UserError where Machine.in_dtype lends the model its weights for the forward pass alone.
-    """
-    if machine.casts_weights and not is_sharded(model):
-        on_cpu = machine.device.type == "cpu"
-        how, instead = (
-            ("on a CPU", "--dtype=float32") if on_cpu else ("by --casting=weights", "--casting=auto")
-        )
-        raise UserError(
-            f"--recompute in {machine.dtype} {how} works with --parallel=fsdp alone; else give {instead}"
-        )
-    from torch.utils.checkpoint import checkpoint
-
-    for block in model.h:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def wrap(
-    function: Function,
-    *,
-    compile: bool | str,
-    trial: Callable[[Function], None],
-    blocks: Iterable[nn.Module] = (),
-    dynamic: bool = False,
-    head: Any = None,
-) -> tuple[Function, str]:
-    """Compile a model (or one of its methods) if asked: True, in one piece; "blocks", each of `blocks` by
-    itself, which are alike, so that one is traced for all (docs/results.md: a quarter of the time for half
-    of the gain).
-
-    With "blocks" the head and the loss of the model `head`, if it is given, are one more piece: a GPU writes
-    and reads its logits several times otherwise. Those of a sharded model stay as they are.
-
-    Compilation happens at the first call, so `trial` calls it once. `dynamic`: for shapes that change
-    from call to call. Returns what to call and a notice ("" if all went as asked). A machine without a
-    working compiler gets `function` back and one line that says so; or a UserError where blocks are sharded,
-    which the trial has left half gathered. The plain model stays the one to save.
-    """
-    if not compile:
-        return function, ""
-    blocks = list(blocks)
-    sharded = any(map(is_sharded, blocks))
-    # torch's own place for what it compiled is lost with the system's temporary files
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(download.cache_folder() / "compiled"))
-    parts = blocks if compile == "blocks" or sharded else []
-    before = [vars(block).get("forward") for block in parts]
-    for block in parts:
-        block.forward = torch.compile(block.forward, dynamic=dynamic)
-    if parts and head is not None and not sharded:
-        head.compiled_loss = torch.compile(head.loss, dynamic=dynamic)
-    compiled = function if parts else torch.compile(function, dynamic=dynamic)
-    try:
-        trial(compiled)
-    except Exception as error:  # the compiler raises whatever its back end does
-        for block, forward in zip(parts, before, strict=True):
-            del block.forward  # the class's own shows again
-            if forward:
-                block.forward = forward
-        if head is not None:
-            head.compiled_loss = None
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if sharded:
-            raise UserError(
-                f"torch.compile does not work here ({lines[0][:120]}); start with --compile=False"
-            ) from None
-        return function, f"torch.compile does not work here ({lines[0][:120]}); running without it"
-    return compiled, ""

@@ -63,7 +63,7 @@ def _open_checkpoint(found: checkpoint.Checkpoint, run: Path, damage: list[str])
     file = found.path / "model.safetensors"
     with safe_open(file, "pt") as listing:
         names = list(listing.keys())
-    adapters = found.adapters
+    adapters = lora.Adapters(**found.state["lora"]) if found.state.get("lora") else None
 
     def read() -> Iterable[tuple[str, Tensor]]:
         if adapters:
