@@ -22,7 +22,7 @@ import torch
 from tqdm import trange
 
 import train
-from nanogpt import estimate, files, flops, kernels, runtime, tokenizer
+from nanogpt import estimate, files, flops, kernels, runtime, tokenizer, vocabulary
 from nanogpt.config import Count, Fraction, Positive, load, picked
 from nanogpt.distributed import interconnect, scaling, wire
 from nanogpt.errors import UserError, run_program
@@ -93,7 +93,7 @@ def with_data(config: Config, scratch: Path) -> Config:
     known = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     text = tokenizer.to_text(tokenizer.CharTokenizer([next(known) for _ in range(config.vocab_size)]))
     files.write_text(scratch / "tokenizer.json", text)
-    about = {"format": FORMAT, "dtype": dtype, "tokenizer": {"sha256": tokenizer.identify(text).sha256}}
+    about = {"format": FORMAT, "dtype": dtype, "tokenizer": {"sha256": vocabulary.identify(text).sha256}}
     files.write_json(scratch / "meta.json", about)
     return replace(config, dataset=str(scratch))
 

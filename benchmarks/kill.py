@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import train
 from benchmarks import shared
-from nanogpt import checkpoint, data, files, metrics, tokenizer
+from nanogpt import checkpoint, data, files, metrics, tokenizer, vocabulary
 from nanogpt.config import ROOT, Count, Positive, Range, Seconds, load
 from nanogpt.errors import UserError, run_program
 
@@ -147,7 +147,7 @@ def write_dataset(folder: Path) -> None:
     (folder / "val.bin").write_bytes(ids[-1000:].tobytes())
     text = tokenizer.to_text(tokenizer.ByteTokenizer())
     files.write_text(folder / "tokenizer.json", text)
-    about = {"format": data.FORMAT, "tokenizer": {"sha256": tokenizer.identify(text).sha256}}
+    about = {"format": data.FORMAT, "tokenizer": {"sha256": vocabulary.identify(text).sha256}}
     files.write_json(folder / "meta.json", about)
 
 

@@ -97,10 +97,6 @@ def accelerated(hugging_face: str, slow: Encode) -> Encode:
 # ----------------------------------------------------------------------------- tokenizer.json
 
 
-def is_hugging_face(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("model"), dict) and "format" not in value
-
-
 def load(text: str, name: str) -> Any:
     """A tokenizers.Tokenizer; UserError names the file if its text is none."""
     try:
@@ -111,13 +107,6 @@ def load(text: str, name: str) -> Any:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{name} is not a tokenizer that the tokenizers library can read: {error}") from None
-
-
-def vocab_size(value: dict[str, Any]) -> int:
-    """One more than the largest id; ValueError or TypeError if there are no ids."""
-    vocab = value["model"]["vocab"]
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    return max([*ids, *(token["id"] for token in value.get("added_tokens") or [])]) + 1
 
 
 def bytes_of_tokens(value: dict[str, Any]) -> dict[int, bytes]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt import files, tokenizer
+from nanogpt import files, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.order import BatchOrder, MixedOrder, Share, everything
@@ -59,15 +59,15 @@ def load(folder: Path) -> Dataset:
     Raises UserError, which names the file and what to do.
     """
     meta: dict[str, Any] = {}
-    text = tokenizer.GPT2_BY_NAME
+    text = vocabulary.GPT2_BY_NAME
     if (folder / "meta.json").is_file():
         meta = files.read_json(folder / "meta.json")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise UserError(f"{folder / 'meta.json'} is not of format {FORMAT}; prepare the data again")
         text = _own_tokenizer(folder, meta)
     elif (folder / "meta.pkl").is_file():
-        text = tokenizer.to_text(nanogpt_characters(folder / "meta.pkl"))
-    identity = tokenizer.identify(text)
+        text = nanogpt_tokenizer(folder / "meta.pkl")
+    identity = vocabulary.identify(text)
     splits = {}
     for split in ("train", "val"):
         paths = split_files(folder, split)
@@ -113,7 +113,7 @@ def _own_tokenizer(folder: Path, meta: dict[str, Any]) -> str:
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")
     text = path.read_text(encoding="utf-8")
-    found = tokenizer.identify(text, str(path)).sha256
+    found = vocabulary.identify(text, str(path)).sha256
     if found != meta["tokenizer"]["sha256"]:
         raise UserError(
             f"{path} is not the tokenizer that made this data (its SHA-256 begins with {found[:12]}, "
@@ -129,12 +129,12 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def nanogpt_characters(path: Path) -> tokenizer.CharTokenizer:
-    """The characters of nanoGPT's meta.pkl; UserError if it is anything else."""
+def nanogpt_tokenizer(path: Path) -> str:
+    """The tokenizer.json of nanoGPT's meta.pkl, a table of characters; UserError if it is anything else."""
     try:
         with path.open("rb") as file:
             itos = _PlainUnpickler(file).load()["itos"]
-        return tokenizer.CharTokenizer([itos[i] for i in range(len(itos))])
+        return vocabulary.of_characters([itos[i] for i in range(len(itos))])
     except (pickle.UnpicklingError, ValueError, KeyError, TypeError, EOFError, IndexError) as error:
         raise UserError(f"{path} is not nanoGPT's table of characters: {error}") from None
 

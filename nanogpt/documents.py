@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from nanogpt import tokenizer
+from nanogpt import tokenizer, vocabulary
 from nanogpt.data import Dataset, Tokens, order_of
 from nanogpt.errors import UserError
 from nanogpt.order import BatchOrder, MixedOrder, RowOrder
@@ -19,8 +19,8 @@ CHUNK = 1 << 22  # tokens looked through at a time
 
 def separator(dataset: Dataset, mode: Mode) -> int:
     """The id between documents; UserError where the tokenizer has none, or the text."""
-    if tokenizer.identify(dataset.tokenizer).kind == "gpt2":  # known without its merges
-        found: int | None = tokenizer.GPT2_VOCAB_SIZE - 1
+    if vocabulary.identify(dataset.tokenizer).kind == "gpt2":  # known without its merges
+        found: int | None = vocabulary.GPT2_VOCAB_SIZE - 1
     else:
         found = tokenizer.from_text(dataset.tokenizer).end_of_text
     if found is None:

@@ -8,24 +8,19 @@ Face is its own tokenizer.json.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from nanogpt import bpe, download
+from nanogpt import bpe, download, vocabulary
 from nanogpt.errors import UserError
 
-FORMAT = "nanogpt-tokenizer-1"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of encoder.json
 END_OF_TEXT = bpe.END_OF_TEXT
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # under which names it is found
 BLANKS = 1 << 18  # tiktoken's pattern overflows its stack, and panics, at a million blanks on end
-GPT2_VOCAB_SIZE = 50257
-GPT2_BY_NAME = json.dumps({"format": FORMAT, "type": "gpt2"})  # for data that came without a tokenizer
 
 
 class Tokenizer(Protocol):
@@ -154,7 +149,7 @@ class HuggingFaceTokenizer:
         self._plain = bpe.load(text, name)
         self._plain.encode_special_tokens = True  # special tokens are ordinary text
         self._special = bpe.load(text, name)
-        self.vocab_size = bpe.vocab_size(json.loads(text))
+        self.vocab_size = vocabulary.hugging_face_size(json.loads(text))
         self.end_of_text: int | None = next(
             (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
         )
@@ -208,16 +203,16 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 def to_text(tokenizer: Tokenizer) -> str:
     """The JSON text that `from_text` reads."""
-    own = {} if tokenizer.kind == "hf" else {"format": FORMAT, "type": tokenizer.kind}
+    own = {} if tokenizer.kind == "hf" else {"format": vocabulary.FORMAT, "type": tokenizer.kind}
     value = {**own, **tokenizer.to_json()}
     return json.dumps(value, ensure_ascii=True) + "\n"
 
 
 def from_text(text: str, name: str = "tokenizer.json") -> Tokenizer:
     """The tokenizer of a JSON text; UserError names the file if it is not one of ours."""
-    identify(text, name)
+    vocabulary.identify(text, name)
     value = json.loads(text)
-    if bpe.is_hugging_face(value):
+    if vocabulary.is_hugging_face(value):
         return HuggingFaceTokenizer(text, name)
     if value["type"] == "char":
         return CharTokenizer(value["characters"])
@@ -226,44 +221,8 @@ def from_text(text: str, name: str = "tokenizer.json") -> Tokenizer:
     return GPT2Tokenizer(value["merges"]) if "merges" in value else gpt2()
 
 
-@dataclass(frozen=True)
-class Identity:
-    kind: str
-    vocab_size: int
-    sha256: str  # by which data and models tell whether they mean the same ids
-
-
-def identify(text: str, name: str = "tokenizer.json") -> Identity:
-    """What the JSON text of a tokenizer describes, without building it; UserError as `from_text`."""
-    try:
-        value = json.loads(text)
-        if bpe.is_hugging_face(value):
-            return Identity("hf", bpe.vocab_size(value), _sha256(json.dumps(value, sort_keys=True)))
-        if value["format"] != FORMAT:
-            raise ValueError(f"format {value['format']!r}")
-        kind = value["type"]
-        content: Any = None
-        if kind == "char":
-            content = value["characters"]
-            if len(set(content)) != len(content) or not all(len(character) == 1 for character in content):
-                raise ValueError("its characters are not distinct single characters")
-        elif kind == "gpt2":  # without "merges" it is GPT-2's all the same, found when text is needed
-            if "merges" in value and _sha256(value["merges"]) != GPT2_SHA256:
-                raise ValueError("its merges are not GPT-2's")
-        elif kind != "byte":
-            raise ValueError(f"type {kind!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{name} is not a tokenizer of format {FORMAT}: {error!r}") from None
-    vocab_size = {"byte": 256, "gpt2": GPT2_VOCAB_SIZE}.get(kind) or len(content)
-    return Identity(kind, vocab_size, _sha256(json.dumps([kind, content])))
-
-
 def fingerprint(tokenizer: Tokenizer) -> str:
-    return identify(to_text(tokenizer)).sha256
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return vocabulary.identify(to_text(tokenizer)).sha256
 
 
 # ----------------------------------------------------------------------------- GPT-2's files
@@ -281,8 +240,8 @@ def gpt2(path: str = "") -> GPT2Tokenizer:
     if not path:
         file = download.cache_folder() / "gpt2" / "vocab.bpe"
         instead = f"put that file at {file}, or use --tokenizer=char or byte, which need no download"
-        download.fetch(GPT2_URL, GPT2_SHA256, file, instead)
-    content = _known(file, GPT2_SHA256)
+        download.fetch(GPT2_URL, vocabulary.GPT2_SHA256, file, instead)
+    content = _known(file, vocabulary.GPT2_SHA256)
     if (file.parent / "encoder.json").is_file():
         _known(file.parent / "encoder.json", GPT2_ENCODER_SHA256)
     return GPT2Tokenizer(content.decode("utf-8"))

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import train
-from nanogpt import bpe, tokenizer
+from nanogpt import bpe, tokenizer, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prepare import encode, sources
@@ -131,16 +131,16 @@ def real() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def vocabulary() -> str:
+def trained_bpe() -> str:
     """A byte-level BPE of 1,000 tokens, learnt from Python's library: the text of its tokenizer.json."""
     text = python_sources(300_000)
     return bpe.train((text[i : i + 2000] for i in range(0, len(text), 2000)), 1000)
 
 
 @pytest.fixture(scope="session")
-def own_merges(vocabulary: str) -> str:
-    """The merges of `vocabulary`, as a vocab.bpe has them."""
-    pairs = json.loads(vocabulary)["model"]["merges"]
+def own_merges(trained_bpe: str) -> str:
+    """The merges of `trained_bpe`, as a vocab.bpe has them."""
+    pairs = json.loads(trained_bpe)["model"]["merges"]
     return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs), ""])
 
 
@@ -149,8 +149,8 @@ def merges(request, own_merges, real, tmp_path, monkeypatch) -> Path:
     """A vocab.bpe: one that is taken for GPT-2's in this process, and GPT-2's."""
     if request.param == "gpt2":
         return real("gpt2/vocab.bpe")
-    monkeypatch.setattr(tokenizer, "GPT2_SHA256", hashlib.sha256(own_merges.encode()).hexdigest())
-    monkeypatch.setattr(tokenizer, "GPT2_VOCAB_SIZE", tokenizer.GPT2Tokenizer(own_merges).vocab_size)
+    monkeypatch.setattr(vocabulary, "GPT2_SHA256", hashlib.sha256(own_merges.encode()).hexdigest())
+    monkeypatch.setattr(vocabulary, "GPT2_VOCAB_SIZE", tokenizer.GPT2Tokenizer(own_merges).vocab_size)
     path = tmp_path / "own.bpe"
     path.write_bytes(own_merges.encode())
     return path

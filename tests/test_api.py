@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nanogpt
-from nanogpt import runtime, tokenizer
+from nanogpt import runtime, vocabulary
 from nanogpt.errors import UserError
 from tests import hf_folders
 from tests.test_sample import trained  # noqa: F401
@@ -90,7 +90,7 @@ def test_what_cannot_be_loaded_or_written(model, trained, tmp_path, monkeypatch)
 
 
 def test_a_folder_of_hugging_face(merges, tmp_path):
-    folder = hf_folders.write(tmp_path / "gpt2", merges=merges, vocab_size=tokenizer.GPT2_VOCAB_SIZE)
+    folder = hf_folders.write(tmp_path / "gpt2", merges=merges, vocab_size=vocabulary.GPT2_VOCAB_SIZE)
     model = nanogpt.load(folder, device="cpu", dtype="float32")
     ids = model.encode("Hello")
     text = model.generate("Hello", max_new_tokens=5, temperature=0)

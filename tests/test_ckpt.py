@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nanogpt import tokenizer
+from nanogpt import tokenizer, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange import ckpt
 from nanogpt.exchange.pretrained import Pretrained
@@ -130,7 +130,7 @@ def test_gpt2s_tokens_in_a_padded_table(tmp_path):
     path = write_ckpt(tmp_path, args)
     (tmp_path / "meta.pkl").unlink()
     found = ckpt.open_file(path, [])
-    assert found.tokenizer == tokenizer.GPT2_BY_NAME
+    assert found.tokenizer == vocabulary.GPT2_BY_NAME
     assert (found.config.vocab_size, found.config.padded_vocab_size) == (50257, 50304)
 
 

@@ -28,8 +28,8 @@ def letters() -> Subject:
 
 
 @pytest.fixture(scope="module")
-def trained(vocabulary) -> Subject:
-    return subject_of(tokenizer.from_text(vocabulary), block_size=96)
+def trained(trained_bpe) -> Subject:
+    return subject_of(tokenizer.from_text(trained_bpe), block_size=96)
 
 
 @pytest.fixture(scope="module")

@@ -189,9 +189,9 @@ def the_same_ids(tokens: tokenizer.Tokenizer, folder: Path, bodies: list[str]):
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "trained"])
-def test_tokenizers_give_the_same_ids(kind, tmp_path, vocabulary):
+def test_tokenizers_give_the_same_ids(kind, tmp_path, trained_bpe):
     chars = tokenizer.CharTokenizer(sorted(set("".join(PLAIN))))
-    trained = tokenizer.from_text(vocabulary)
+    trained = tokenizer.from_text(trained_bpe)
     the_same_ids(
         {"byte": tokenizer.ByteTokenizer(), "char": chars, "trained": trained}[kind], tmp_path, PLAIN
     )

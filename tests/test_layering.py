@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
-    {"files", "download", "bpe", "world", "prepare/pool", "serving/refusal", "serving/meters"},
+    {"files", "download", "bpe", "world", "vocabulary", "prepare/pool", "serving/refusal", "serving/meters"},
     {"config", "schedule", "flops", "tokenizer", "order", "tokenfiles", "loss"}
     | {"score/significance", "serving/guard", "serving/transport", "distributed/heartbeat"}
     | {"distributed/meeting"},

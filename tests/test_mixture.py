@@ -11,7 +11,7 @@ import torch
 
 import eval as evaluation
 import train
-from nanogpt import checkpoint, data, metrics, mixture, tokenizer
+from nanogpt import checkpoint, data, metrics, mixture, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.order import CYCLE, BatchOrder, MixedOrder, slots
 from nanogpt.world import World
@@ -176,7 +176,7 @@ def test_llmc_shards_and_bare_files_mix(bare_tokens, tmp_path):
         header[:3] = 20240520, 1, len(ids)
         (shards / f"x_{split}_000001.bin").write_bytes(header.tobytes() + ids.tobytes())
     found = mixture.load(f"{shards}:1,{bare_tokens}:3", Path())
-    assert tokenizer.identify(found.tokenizer).kind == "gpt2" and found.bytes_per_token is None
+    assert vocabulary.identify(found.tokenizer).kind == "gpt2" and found.bytes_per_token is None
     assert found.train.read(995, 10)[:5].tolist() == [995, 996, 997, 998, 999]
     drawn = data.TrainBatches(found.train, 16, 40, 1, 1, CPU).order.starts(0, 40)
     assert (drawn < 1000).sum() == 10

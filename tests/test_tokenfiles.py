@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import data, tokenfiles
+from nanogpt import data, tokenfiles, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.order import BatchOrder
 from nanogpt.prepare import shards
@@ -69,7 +69,7 @@ def test_many_shards_are_opened_as_they_are_used(tmp_path, opened, kind):
         meta = {
             "format": "nanogpt-data-1",
             "dtype": "uint16",
-            "tokenizer": {"sha256": data.tokenizer.identify(text).sha256},
+            "tokenizer": {"sha256": vocabulary.identify(text).sha256},
             "splits": {"train": {"tokens": len(ids), "files": listed}},
         }
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import bpe, tokenizer
+from nanogpt import bpe, tokenizer, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from tests import texts
@@ -25,7 +25,9 @@ KINDS = ["char", "byte", "trained", "own merges", "gpt2"]
 
 
 @pytest.fixture(scope="session")
-def make(vocabulary: str, own_merges: str, real: Callable[[str], Path]) -> Callable[..., tokenizer.Tokenizer]:
+def make(
+    trained_bpe: str, own_merges: str, real: Callable[[str], Path]
+) -> Callable[..., tokenizer.Tokenizer]:
     """A tokenizer of each kind, that of characters for a text; "own merges" is GPT-2's with others."""
 
     def made(kind: str, text: str = "") -> tokenizer.Tokenizer:
@@ -34,7 +36,7 @@ def make(vocabulary: str, own_merges: str, real: Callable[[str], Path]) -> Calla
         if kind == "gpt2":
             return tokenizer.gpt2(str(real("gpt2/vocab.bpe")))
         if kind == "trained":
-            return tokenizer.from_text(vocabulary)
+            return tokenizer.from_text(trained_bpe)
         return CharTokenizer(sorted(set(text))) if kind == "char" else ByteTokenizer()
 
     return made
@@ -147,10 +149,12 @@ def test_merges_are_checked_and_their_absence_is_explained(own_merges, tmp_path,
 
 
 def test_encoder_json_is_checked_where_it_is_given(own_merges, tmp_path, monkeypatch):
-    hashes = {"vocab.bpe": "GPT2_SHA256", "encoder.json": "GPT2_ENCODER_SHA256"}
-    for (name, constant), content in zip(hashes.items(), (own_merges, '{"a": 0}'), strict=True):
+    for name, home, constant, content in (
+        ("vocab.bpe", vocabulary, "GPT2_SHA256", own_merges),
+        ("encoder.json", tokenizer, "GPT2_ENCODER_SHA256", '{"a": 0}'),
+    ):
         (tmp_path / name).write_bytes(content.encode())
-        monkeypatch.setattr(tokenizer, constant, hashlib.sha256(content.encode()).hexdigest())
+        monkeypatch.setattr(home, constant, hashlib.sha256(content.encode()).hexdigest())
     assert tokenizer.gpt2(str(tmp_path)).merges == own_merges
     (tmp_path / "encoder.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"encoder\.json is not GPT-2's encoder\.json"):
@@ -160,7 +164,7 @@ def test_encoder_json_is_checked_where_it_is_given(own_merges, tmp_path, monkeyp
 # ----------------------------------------------------------------------------- tokenizers of Hugging Face
 
 
-def test_training_gives_the_same_file_on_any_number_of_threads(vocabulary, tmp_path):
+def test_training_gives_the_same_file_on_any_number_of_threads(trained_bpe, tmp_path):
     path = tmp_path / "text.py"
     path.write_bytes(texts.python_sources(300_000).encode())
     code = (
@@ -177,12 +181,12 @@ def test_training_gives_the_same_file_on_any_number_of_threads(vocabulary, tmp_p
             encoding="utf-8",
             check=True,
         )
-        assert run.stdout == vocabulary
+        assert run.stdout == trained_bpe
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_text_comes_back_from_a_trained_vocabulary(seed, vocabulary):
-    tokens = tokenizer.from_text(vocabulary)
+def test_any_text_comes_back_from_a_trained_vocabulary(seed, trained_bpe):
+    tokens = tokenizer.from_text(trained_bpe)
     assert (tokens.kind, tokens.vocab_size, tokens.end_of_text) == ("hf", 1000, 0)
     text = random_text(seed) + "<|endoftext|>"
     assert tokens.decode_bytes(tokens.encode(text)) == text.encode("utf-8")

@@ -9,7 +9,7 @@ import torch
 
 import sample
 import train
-from nanogpt import checkpoint, optim, tokenizer
+from nanogpt import checkpoint, optim, tokenizer, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange import weights
 from nanogpt.runtime import setup
@@ -124,7 +124,7 @@ def test_a_model_without_tokenizer_takes_data_with_as_many_ids(config, dataset, 
 
 def test_the_run_folder_gets_the_merges(config, merges, monkeypatch, tmp_path, capsys):
     """Finetuned from a folder with merges.txt, a run decodes its text without cache or net."""
-    ids = tokenizer.GPT2_VOCAB_SIZE
+    ids = vocabulary.GPT2_VOCAB_SIZE
     folder = hf_folders.write(tmp_path / "hf", merges=merges, vocab_size=ids, n_positions=24)
     for split in ("train", "val"):
         path = Path(config.dataset) / f"{split}.bin"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import data, tokenizer
+from nanogpt import data, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange.pretrained import (
     Pretrained,
@@ -68,13 +68,13 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
     dataset = Path(str(options.get("dataset", ""))).name
     text = _characters([path.parent, *(folder / dataset for folder in data_folders if dataset)])
     if not text and config.vocab_size in GPT2_ROWS:
-        text = tokenizer.GPT2_BY_NAME
+        text = vocabulary.GPT2_BY_NAME
     loss = saved.get("best_val_loss")
     return Pretrained(
         str(path),
         with_vocabulary(config, text, str(path)),
         text,
-        tokenizer.identify(text).sha256 if text else "",
+        vocabulary.identify(text).sha256 if text else "",
         read,
         iter_num=int(saved.get("iter_num", 0)),
         val_loss=None if loss is None else float(loss),
@@ -105,10 +105,10 @@ def _characters(folders: list[Path]) -> str:
     """The tokenizer of the first folder that holds nanoGPT's meta.pkl or our tokenizer.json; or ""."""
     for folder in folders:
         if (folder / "meta.pkl").is_file():
-            return tokenizer.to_text(data.nanogpt_characters(folder / "meta.pkl"))
+            return data.nanogpt_tokenizer(folder / "meta.pkl")
         if (folder / "tokenizer.json").is_file():
             text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            tokenizer.identify(text, str(folder / "tokenizer.json"))
+            vocabulary.identify(text, str(folder / "tokenizer.json"))
             return text
     return ""
 
@@ -124,7 +124,7 @@ def require(config: GPTConfig, text: str) -> None:
     if wrong := unlike(config, known):
         switches = ", ".join(f"{name}={getattr(config, name)}" for name in wrong)
         raise UserError(f"nanoGPT's model does not know {switches}; try --format=hf")
-    kind = tokenizer.identify(text).kind if text else "gpt2"
+    kind = vocabulary.identify(text).kind if text else "gpt2"
     if kind not in ("char", "gpt2"):
         raise UserError(f"nanoGPT knows characters and GPT-2's tokens, this model {kind}; try --format=hf")
 
@@ -153,7 +153,7 @@ def write_folder(folder: Path, model: GPT, source: Pretrained) -> list[str]:
     said = ["it has no optimizer state: nanoGPT can sample it, but not resume training from it"]
     if config.activation == "gelu_tanh":
         said.append("nanoGPT computes GELU exactly, this model its tanh form: units differ by up to 5e-4")
-    if text and tokenizer.identify(text).kind == "char":
+    if text and vocabulary.identify(text).kind == "char":
         characters = json.loads(text)["characters"]
         meta = {
             "vocab_size": len(characters),

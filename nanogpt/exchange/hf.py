@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanogpt import files, tokenizer
+from nanogpt import files, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange.pretrained import (
     OWN_TOKENIZER,
@@ -130,7 +130,7 @@ def open_folder(folder: Path) -> Pretrained:
     text = find_tokenizer(folder, stored_config.vocab_size)
     config = with_vocabulary(stored_config, text, str(folder))
     config = replace(config, bias=not no_bias)
-    return Pretrained(str(folder), config, text, tokenizer.identify(text).sha256 if text else "", read)
+    return Pretrained(str(folder), config, text, vocabulary.identify(text).sha256 if text else "", read)
 
 
 def shape(about: Any, path: Path) -> GPTConfig:
@@ -245,25 +245,25 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
     its merges; empty if there is none. UserError for files that are another tokenizer's."""
     if (folder / OWN_TOKENIZER).is_file():
         text = (folder / OWN_TOKENIZER).read_text(encoding="utf-8")
-        tokenizer.identify(text, str(folder / OWN_TOKENIZER))
+        vocabulary.identify(text, str(folder / OWN_TOKENIZER))
         return text
     present = [path for path in (folder / "merges.txt", folder / "tokenizer.json") if path.is_file()]
     for path in present:
         merges = _plain_merges(path) if path.suffix == ".txt" else _json_merges(path)
         lines = "\n".join(line for line in merges if not line.startswith("#version"))
-        value = {"format": tokenizer.FORMAT, "type": "gpt2", "merges": f"#version: 0.2\n{lines}\n"}
+        value = {"format": vocabulary.FORMAT, "type": "gpt2", "merges": f"#version: 0.2\n{lines}\n"}
         if text := _if_known(json.dumps(value)):
             return text + "\n"
     if present and (text := _if_known(present[-1].read_text(encoding="utf-8", errors="replace"))):
         return text
     if present:
         raise UserError(f"{present[-1]} is no tokenizer that can be read here: it is not GPT-2's")
-    return tokenizer.GPT2_BY_NAME if vocab_size in (50257, 50304) else ""
+    return vocabulary.GPT2_BY_NAME if vocab_size in (50257, 50304) else ""
 
 
 def _if_known(text: str) -> str:
     try:
-        tokenizer.identify(text)
+        vocabulary.identify(text)
     except UserError:
         return ""
     return text

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanogpt import files, tokenizer
+from nanogpt import files, tokenizer, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange import hf_tokenizer
 from nanogpt.exchange.pretrained import OWN_TOKENIZER, theirs, unlike
@@ -230,7 +230,7 @@ def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: b
             said.append("without a tokenizer: nothing tells which one the model was trained with")
     except UserError as error:  # GPT-2's, by name, and its merges are not to be had
         said.append(f"without a tokenizer: {error}")
-    end = tokens.end_of_text if tokens else tokenizer.GPT2_VOCAB_SIZE - 1 if text else None
+    end = tokens.end_of_text if tokens else vocabulary.GPT2_VOCAB_SIZE - 1 if text else None
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     about = {"architectures": [target.architecture], "vocab_size": config.vocab_size, "dtype": dtype, **ends}
     files.write_json(folder / "config.json", about | target.settings(config))

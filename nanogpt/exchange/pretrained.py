@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from nanogpt import tokenizer
+from nanogpt import vocabulary
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import Tokenizer, from_text
@@ -175,7 +175,7 @@ def with_vocabulary(config: GPTConfig, text: str, origin: str) -> GPTConfig:
     the table beyond its ids are padding, which is neither scored nor sampled."""
     if not text:
         return config
-    ids = tokenizer.identify(text).vocab_size
+    ids = vocabulary.identify(text).vocab_size
     if ids > config.vocab_size:
         raise UserError(
             f"{origin}: the tokenizer has {ids} ids, but the model's table has {config.vocab_size} rows; "

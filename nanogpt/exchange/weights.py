@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from nanogpt import checkpoint, lora, tokenizer
+from nanogpt import checkpoint, lora, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange import ckpt, hf
 from nanogpt.exchange.pretrained import Pretrained, stored_tensor
@@ -58,7 +58,7 @@ def _open_checkpoint(found: checkpoint.Checkpoint, run: Path, damage: list[str])
     if not path.is_file():
         raise UserError(f"{path} is missing: a run folder holds one; copy it from the run or its dataset")
     text = path.read_text(encoding="utf-8")
-    if tokenizer.identify(text, str(path)).sha256 != found.state["tokenizer"]:
+    if vocabulary.identify(text, str(path)).sha256 != found.state["tokenizer"]:
         raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")
     file = found.path / "model.safetensors"
     with safe_open(file, "pt") as listing:

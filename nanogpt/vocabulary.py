@@ -1,0 +1,65 @@
+"""What a tokenizer's file describes, read without building it: kind, size and fingerprint."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt.errors import UserError
+
+FORMAT = "nanogpt-tokenizer-1"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of vocab.bpe
+GPT2_VOCAB_SIZE = 50257
+GPT2_BY_NAME = json.dumps({"format": FORMAT, "type": "gpt2"})  # for data that came without a tokenizer
+
+
+@dataclass(frozen=True)
+class Identity:
+    kind: str
+    vocab_size: int
+    sha256: str  # by which data and models tell whether they mean the same ids
+
+
+def identify(text: str, name: str = "tokenizer.json") -> Identity:
+    """What the JSON text of a tokenizer describes, without building it; UserError as `from_text`."""
+    try:
+        value = json.loads(text)
+        if is_hugging_face(value):
+            return Identity("hf", hugging_face_size(value), sha256_of(json.dumps(value, sort_keys=True)))
+        if value["format"] != FORMAT:
+            raise ValueError(f"format {value['format']!r}")
+        kind = value["type"]
+        content: Any = None
+        if kind == "char":
+            content = value["characters"]
+            if len(set(content)) != len(content) or not all(len(character) == 1 for character in content):
+                raise ValueError("its characters are not distinct single characters")
+        elif kind == "gpt2":  # without "merges" it is GPT-2's all the same, found when text is needed
+            if "merges" in value and sha256_of(value["merges"]) != GPT2_SHA256:
+                raise ValueError("its merges are not GPT-2's")
+        elif kind != "byte":
+            raise ValueError(f"type {kind!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{name} is not a tokenizer of format {FORMAT}: {error!r}") from None
+    vocab_size = {"byte": 256, "gpt2": GPT2_VOCAB_SIZE}.get(kind) or len(content)
+    return Identity(kind, vocab_size, sha256_of(json.dumps([kind, content])))
+
+
+def is_hugging_face(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("model"), dict) and "format" not in value
+
+
+def hugging_face_size(value: dict[str, Any]) -> int:
+    """One more than the largest id; ValueError or TypeError if there are no ids."""
+    vocab = value["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    return max([*ids, *(token["id"] for token in value.get("added_tokens") or [])]) + 1
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def of_characters(characters: list[str]) -> str:
+    """The tokenizer.json of one id a character."""
+    return json.dumps({"format": FORMAT, "type": "char", "characters": characters}) + "\n"
