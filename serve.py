@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
-from nanogpt import api, files, runtime
+from nanogpt import api, files, native
 from nanogpt.config import ROOT, Positive, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.generate import Decoder
@@ -72,7 +72,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     with bind(config.host, config.port) as listener:
         port = listener.getsockname()[1]
         served = open_model(config)
-        runtime.release_threads()  # the scheduler's thread computes from now on
+        native.release_threads()  # the scheduler's thread computes from now on
         served.scheduler.start()
         app = server.build(served, port=port, local=local, token=token)
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # not what clients do

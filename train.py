@@ -545,7 +545,9 @@ def open_log(run: Run) -> metrics.Log:
     config, leads = run.config, run.machine.world.leads
     tracker = None
     if config.wandb_log and leads:
-        tracker = metrics.Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
+        from nanogpt.trackers import Wandb
+
+        tracker = Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
     path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
     cost, peak = flops.of_model(run.model), run.machine.peak_flops()
     return metrics.Log(path, tracker, cost / peak if peak else None)

@@ -8,10 +8,8 @@ never executed, so opening a stranger's preset runs nothing. Everything wrong is
 
 import ast
 import difflib
-import inspect
 import math
 import operator
-import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -80,7 +78,9 @@ def read(
     """As `load`, for programs that take positional arguments of their own (`arguments`), or whose
     preset files also hold keys of another program (`other_keys`)."""
     if asked := {"--help", "-h", "--help=all"} & set(argv):
-        print(help_text(cls, everything="--help=all" in asked))
+        from nanogpt.usage import help_text
+
+        print(help_text(cls, describe, everything="--help=all" in asked))
         raise SystemExit(0)
     types = typing.get_type_hints(cls, include_extras=True)
     found = Options({}, {}, [], {})
@@ -277,37 +277,6 @@ def _shown(path: Path) -> str:
 
 
 # ----------------------------------------------------------------------------- what is printed and saved
-
-
-def help_text(cls: type, everything: bool = True) -> str:
-    """Return the options of `cls`, then those it inherits, with the comments in the source as their meaning.
-
-    Without `everything` only those whose comment begins with `#:`, if `cls` itself has any, and of the
-    program's docstring only the commands.
-    """
-    module = inspect.getmodule(cls)
-    about = inspect.cleandoc((module.__doc__ if module else None) or "")
-    defaults = {field.name: field.default for field in fields(cls)}
-    types = typing.get_type_hints(cls, include_extras=True)
-    sources = [inspect.getsource(base) for base in cls.__mro__ if base is not object]
-    source = "\n".join(sources)
-    if everything or "  #: " not in sources[0]:
-        shown, end = set(defaults), ""
-    else:
-        shown = set(re.findall(r"(?m)^    (\w+): .*?  #: ", source))
-        end = f"\n\n--help=all shows all {len(defaults)} options."
-        about = "\n\n".join(about.split("\n\n")[:2])
-    lines = [about, "", "Options (--name=value):"]
-    for line in source.splitlines():
-        if (heading := re.match(r"    # (.+)", line)) and not end:
-            lines.append(f"\n  {heading[1]}")
-        elif (option := re.match(r"    (\w+): .*?  #:? (.+)", line)) and option[1] in shown:
-            shown.remove(option[1])  # a field that the class gives another default comes again with its base
-            default = "" if defaults[option[1]] is MISSING else f"={defaults[option[1]]!r}"
-            lines.append(f"    --{option[1] + default:<38} {option[2]}")
-            if get_origin(types[option[1]]) is Literal:
-                lines.append(f"      {'':<38} {describe(types[option[1]])}")
-    return "\n".join(lines) + end
 
 
 def picked(cls: type[T], config: Any, **others: Any) -> T:

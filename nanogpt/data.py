@@ -7,7 +7,6 @@ llm.c's `.bin` and `.npy` arrays (tokenfiles.py).
 
 import itertools
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,9 @@ def load(folder: Path) -> Dataset:
             raise UserError(f"{folder / 'meta.json'} is not of format {FORMAT}; prepare the data again")
         text = _own_tokenizer(folder, meta)
     elif (folder / "meta.pkl").is_file():
-        text = nanogpt_tokenizer(folder / "meta.pkl")
+        from nanogpt.meta_pkl import tokenizer_of
+
+        text = tokenizer_of(folder / "meta.pkl")
     identity = vocabulary.identify(text)
     splits = {}
     for split in ("train", "val"):
@@ -120,23 +121,6 @@ def _own_tokenizer(folder: Path, meta: dict[str, Any]) -> str:
             f"meta.json says {meta['tokenizer']['sha256'][:12]}); prepare the data again"
         )
     return text
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers; a pickle that names any class or function is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def nanogpt_tokenizer(path: Path) -> str:
-    """The tokenizer.json of nanoGPT's meta.pkl, a table of characters; UserError if it is anything else."""
-    try:
-        with path.open("rb") as file:
-            itos = _PlainUnpickler(file).load()["itos"]
-        return vocabulary.of_characters([itos[i] for i in range(len(itos))])
-    except (pickle.UnpicklingError, ValueError, KeyError, TypeError, EOFError, IndexError) as error:
-        raise UserError(f"{path} is not nanoGPT's table of characters: {error}") from None
 
 
 def _short(path: Path, root: Path) -> str:

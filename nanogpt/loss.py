@@ -1,14 +1,7 @@
-"""Logits and their cross-entropy: the padded vocabulary, and a loss that never holds all logits at once.
+"""Logits of a padded vocabulary, and how many of them are computed at once (chunked_loss.py).
 
-For 64 x 1,024 tokens of GPT-2's vocabulary float32 logits take 13 GB, and the plain loss holds them, their
-log-probabilities and the gradients of both. `chunked_cross_entropy` computes the logits of a chunk of tokens,
-their loss and their gradient while they are at hand, and keeps only the gradients of the hidden states and of
-the head: as many operations as the plain loss, for a fraction of its memory.
-
-Shapes: N tokens, C channels, V vocabulary, P >= V rows of the padded table.
+Shapes: C channels, V vocabulary, P >= V rows of the padded table.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,93 +43,3 @@ def default_rows(device: torch.device, tokens: int, vocab_size: int) -> int:
     """
     at_once = rows_at_once(device.type, vocab_size)
     return 0 if device.type != "cpu" or 2 * tokens <= at_once else 4 * at_once
-
-
-def chunked_cross_entropy(
-    x: Tensor, table: Tensor, targets: Tensor, rows: int, size: int, cap: float
-) -> Tensor:
-    """Return the mean cross-entropy in nats of targets (N,), those equal to IGNORE left out, from hidden
-    states x (N, C) and the head's table (P, C), `rows` tokens at a time."""
-    kind = x.device.type
-    dtype = x.dtype
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    apply = _ChunkedCrossEntropy.apply
-    if torch.compiler.is_compiling():  # unrolled into one graph, all chunks would be there at once
-        apply = torch.compiler.disable(apply)
-    return apply(x, table, targets, rows, size, cap, dtype)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients for a loss of 1 are computed in the forward pass; the backward pass scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        table: Tensor,
-        targets: Tensor,
-        rows: int,
-        size: int,
-        cap: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        weight = (table if multiplies_padding(table.device) else table[:size]).to(dtype)
-        counted = (targets != IGNORE)[:, None]
-        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # Chunks add up in float32: a sum in bfloat16 would lose what a single product keeps.
-        to_table = None
-        if ctx.needs_input_grad[1]:
-            to_table = torch.zeros(table.shape, dtype=torch.float32, device=x.device)
-        for start in range(0, len(x), rows):
-            chunk = slice(start, start + rows)
-            part, kept = x[chunk].to(dtype), counted[chunk]
-            error = _losses_and_error(part, weight, targets[chunk].clamp(min=0), losses[chunk], size, cap)
-            # An ignored target has no gradient: its row of `error` is multiplied by zeros in both products.
-            if to_x is not None:
-                to_x[chunk] = (error @ weight) * kept
-            if to_table is not None and dtype == torch.float32:
-                to_table[: len(weight)].addmm_(error.mT, part * kept)
-            elif to_table is not None:
-                to_table[: len(weight)] += error.mT @ (part * kept)
-            del error  # or it would be there beside the next one
-        count = counted.sum()
-        ctx.save_for_backward(to_x, to_table, count)
-        ctx.dtype = table.dtype
-        return (losses * counted[:, 0]).sum() / count
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        to_x, to_table, count = ctx.saved_tensors
-        scale = gradient / count
-        of_x = None if to_x is None else to_x * scale
-        of_table = None if to_table is None else to_table.mul_(scale).to(ctx.dtype)
-        return of_x, of_table, *[None] * 5
-
-
-def _losses_and_error(
-    x: Tensor, weight: Tensor, targets: Tensor, losses: Tensor, size: int, cap: float
-) -> Tensor:
-    """Write the cross-entropy of each of targets (n,) to `losses` (n,), and return its gradient with respect
-    to the logits, (n, len(weight)), in the number format of x (n, C)."""
-    error = x.new_empty(len(x), len(weight))
-    rows = rows_at_once(x.device.type, len(weight))
-    parts = zip(x.split(rows), targets.split(rows), losses.split(rows), error.split(rows), strict=True)
-    for part, wanted, loss, out in parts:
-        logits = F.linear(part, weight).float()
-        if cap:
-            logits.div_(cap).tanh_().mul_(cap)
-        logits[:, size:] = -torch.inf
-        probabilities = torch.softmax(logits, -1, out=out if out.dtype == logits.dtype else None)
-        # The logarithm of the sum of exponentials, by the largest of them.
-        total = logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
-        each = torch.arange(len(part), device=x.device)
-        torch.sub(total, logits[each, wanted], out=loss)
-        probabilities[each, wanted] -= 1
-        if cap:
-            probabilities *= logits.div_(cap).square_().neg_().add_(1)  # the slope of the cap
-            probabilities[:, size:] = 0  # where there is none
-        out.copy_(probabilities)
-        del logits, probabilities  # or they would be there beside the next ones
-    return error

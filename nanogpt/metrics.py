@@ -14,21 +14,6 @@ from nanogpt.errors import UserError
 NAME = "metrics.jsonl"
 
 
-class Wandb:
-    def __init__(self, project: str, name: str, config: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb_log=True needs Weights & Biases: pip install wandb") from None
-        self._run = wandb.init(project=project, name=name, config=config)
-
-    def log(self, row: dict[str, Any]) -> None:
-        self._run.log({key: value for key, value in row.items() if key != "event"}, step=row["iter"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class Log:
     """Where a run's numbers go: the console, metrics.jsonl (a JSON object a line, flushed), a tracker.
 
@@ -36,7 +21,7 @@ class Log:
     step, the number of updates done for the others.
     """
 
-    def __init__(self, path: Path, tracker: Wandb | None, peak_share: float | None):
+    def __init__(self, path: Path, tracker: Any, peak_share: float | None):
         """`path`: the file; `peak_share`: the share of the chip's peak FLOP/s that one token a second
         takes, if known."""
         self._file = path.open("a", encoding="utf-8", newline="\n")

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from nanogpt.loss import (
     IGNORE,
-    chunked_cross_entropy,
     multiplies_padding,
     project,
     rows_at_once,
@@ -280,6 +279,8 @@ class GPT(nn.Module):
         if reduction == "none":
             return None, self.token_losses(x, targets)
         if self.loss_rows:
+            from nanogpt.chunked_loss import chunked_cross_entropy
+
             how = (self.loss_rows, self.config.vocab_size, self.config.softcap)
             return None, chunked_cross_entropy(x.flatten(0, 1), self.head_table, targets.flatten(), *how)
         if self.compiled_loss:

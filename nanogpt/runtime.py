@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nanogpt import files, flops
-from nanogpt.config import ROOT
+from nanogpt import flops
 from nanogpt.errors import UserError
 from nanogpt.world import World
 
@@ -127,18 +126,11 @@ def join(config: Any, run: Path) -> World:
     """The processes that torchrun started, if it did, for a program's options, ProcessOptions among them;
     UserError as `setup`, or if the processes do not meet, or are not the same. What is left of one that hangs
     is written into the folder `run`."""
-    kind = _device(config.device).type
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     from nanogpt.distributed.world import meet
 
-    about = {
-        "machine": {"device": kind, "torch": torch.__version__},
-        "code": code_digests(ROOT),
-        "options": asdict(config),
-    }
-    waits = (config.meet_timeout_s, config.timeout_s)
-    return meet(kind, config.backend, about, run, *waits)
+    return meet(_device(config.device).type, asdict(config), run)
 
 
 def setup(device: str, dtype: str, width: int, world: World | None = None) -> Machine:
@@ -237,19 +229,6 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def release_threads() -> None:
-    """Let go of the threads that share this thread's products; from now on another thread computes.
-
-    OpenMP keeps them as long as the thread lives that asked for them. Where those of two are more than the
-    cores, libgomp lets all sleep after each product: a token takes 1.5 times as long (85M) or twice (0.8M).
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    with suppress(OSError, AttributeError):  # another OpenMP
-        soft = 1  # omp_pause_soft of omp.h
-        ctypes.CDLL(None).omp_pause_resource_all(soft)
-
-
 def free_memory() -> int | None:
     """Bytes that this process can still take, by the system and by its control group, if they tell."""
     try:
@@ -309,12 +288,6 @@ class StopRequest:
 
     def __exit__(self, *unused: object) -> None:
         self._restore()
-
-
-def code_digests(root: Path) -> dict[str, str]:
-    """SHA-256 of the library's and the programs' sources, by path."""
-    paths = [*root.glob("*.py"), *(root / "nanogpt").rglob("*.py")]
-    return {path.relative_to(root).as_posix(): files.sha256(path) for path in paths}
 
 
 def git_commit(folder: Path) -> str | None:

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from nanogpt import data, validation
-from nanogpt.loss import LOGITS_AT_ONCE, chunked_cross_entropy, default_rows, project
+from nanogpt.chunked_loss import chunked_cross_entropy
+from nanogpt.loss import LOGITS_AT_ONCE, default_rows, project
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.runtime import Machine
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nanogpt import metrics
+from nanogpt import metrics, trackers
 from nanogpt.errors import UserError
 
 
@@ -72,4 +72,4 @@ def test_a_folder_without_rows(tmp_path):
 def test_wandb_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        metrics.Wandb("p", "n", {})
+        trackers.Wandb("p", "n", {})

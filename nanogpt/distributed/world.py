@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanogpt import files
+from nanogpt.config import ROOT
 from nanogpt.distributed import meeting
 from nanogpt.distributed.heartbeat import GO_ON, Heartbeat
 from nanogpt.errors import SHARED, TOLD, Diverged, Lost, Stopped, UserError
@@ -153,20 +155,19 @@ def _shared(error: Exception, rank: int) -> Exception:
     return error
 
 
-def meet(
-    device_type: str,
-    backend: str,
-    about: dict[str, dict[str, Any]],
-    run: Path,
-    meet_timeout_s: float,
-    timeout_s: float,
-) -> Processes:
-    """The processes that torchrun has started; a CPU needs gloo whatever `backend` says.
+def meet(device_type: str, options: dict[str, Any], run: Path) -> Processes:
+    """The processes that torchrun has started; a CPU needs gloo whatever --backend says.
 
-    `about`: options, code, versions, which must be the same in all processes; `run`: the folder for what is
-    left of a process that hangs. All processes but the first lose their standard output. UserError if the
-    others do not come within `meet_timeout_s` seconds, or differ.
+    `options`, code and versions must be the same in all processes; `run`: the folder for what is left of a
+    process that hangs. All processes but the first lose their standard output. UserError if the others do not
+    come within --meet_timeout_s seconds, or differ.
     """
+    about = {
+        "machine": {"device": device_type, "torch": torch.__version__},
+        "code": code_digests(ROOT),
+        "options": options,
+    }
+    backend, meet_timeout_s, timeout_s = (options[n] for n in ("backend", "meet_timeout_s", "timeout_s"))
     size = int(os.environ["WORLD_SIZE"])
     rank = int(os.environ.get("RANK", "0"))
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -227,3 +228,9 @@ def _dump_recorder(run: Path, rank: int) -> None:
         (run / f"nccl-process-{rank}").write_bytes(trace)
     except (AttributeError, RuntimeError, OSError):  # a build without NCCL; a folder that is not there
         return
+
+
+def code_digests(root: Path) -> dict[str, str]:
+    """SHA-256 of the library's and the programs' sources, by path."""
+    paths = [*root.glob("*.py"), *(root / "nanogpt").rglob("*.py")]
+    return {path.relative_to(root).as_posix(): files.sha256(path) for path in paths}

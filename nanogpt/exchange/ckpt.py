@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import data, vocabulary
+from nanogpt import meta_pkl, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange.pretrained import (
     Pretrained,
@@ -105,7 +105,7 @@ def _characters(folders: list[Path]) -> str:
     """The tokenizer of the first folder that holds nanoGPT's meta.pkl or our tokenizer.json; or ""."""
     for folder in folders:
         if (folder / "meta.pkl").is_file():
-            return data.nanogpt_tokenizer(folder / "meta.pkl")
+            return meta_pkl.tokenizer_of(folder / "meta.pkl")
         if (folder / "tokenizer.json").is_file():
             text = (folder / "tokenizer.json").read_text(encoding="utf-8")
             vocabulary.identify(text, str(folder / "tokenizer.json"))

@@ -1,0 +1,25 @@
+"""nanoGPT's meta.pkl: the table of characters beside its datasets, read without running code."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from nanogpt import vocabulary
+from nanogpt.errors import UserError
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers; a pickle that names any class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def tokenizer_of(path: Path) -> str:
+    """The tokenizer.json of nanoGPT's meta.pkl, a table of characters; UserError if it is anything else."""
+    try:
+        with path.open("rb") as file:
+            itos = _PlainUnpickler(file).load()["itos"]
+        return vocabulary.of_characters([itos[i] for i in range(len(itos))])
+    except (pickle.UnpicklingError, ValueError, KeyError, TypeError, EOFError, IndexError) as error:
+        raise UserError(f"{path} is not nanoGPT's table of characters: {error}") from None
