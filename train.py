@@ -21,18 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
-from filelock import FileLock
-from torch import Tensor
-from tqdm import tqdm
-
-from nanogpt import checkpoint, data, files, flops, metrics, optim, resolve, runtime, schedule, validation
-from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, load, picked
 from nanogpt.errors import Diverged, Stopped, run_program
-from nanogpt.loss import default_rows
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Layout, OptimConfig, Optimizer, clip_gradients
 from nanogpt.options import (
     FinetuneOptions,
     MachineOptions,
@@ -44,11 +34,6 @@ from nanogpt.options import (
     WatchOptions,
 )
 from nanogpt.schedule import Schedule
-from nanogpt.world import World
-from nanogpt.writer import Writer
-
-if TYPE_CHECKING:
-    from nanogpt.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -97,6 +82,27 @@ class Config(
     # processes
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # what each holds; auto: ddp if the model fits
     shard_size: Count = 0  # hsdp: processes that share one copy of the model; 0: those of a machine
+
+
+# The command line is read before torch is imported: --help and a typo are answered at once.
+GIVEN = run_program(lambda: load(Config, sys.argv[1:])) if __name__ == "__main__" else None
+
+# ruff: noqa: E402
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+from nanogpt import checkpoint, data, files, flops, metrics, optim, resolve, runtime, schedule, validation
+from nanogpt.checkpoint import Checkpoint, Progress
+from nanogpt.loss import default_rows
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import Layout, OptimConfig, Optimizer, clip_gradients
+from nanogpt.world import World
+from nanogpt.writer import Writer
+
+if TYPE_CHECKING:
+    from nanogpt.watch import Watch
 
 
 @dataclass
@@ -591,5 +597,5 @@ def tell_saved(run: Run) -> None:
         tqdm.write(f"saved {path}")
 
 
-if __name__ == "__main__":
-    run_program(lambda: main(*load(Config, sys.argv[1:])))
+if GIVEN:
+    run_program(partial(main, *GIVEN))

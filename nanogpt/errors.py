@@ -22,7 +22,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -47,8 +50,12 @@ FINAL = (2, 70, 75)  # torchrun cannot mend these by starting again
 ENV_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the reason of a failure
 
 
-def run_program(main: Callable[[], None]) -> None:
-    """Call `main` and leave with its exit code; an expected failure is one line on stderr."""
+def run_program(main: Callable[[], T]) -> T:
+    """Return what `main` returns; an expected failure ends the program with one line on stderr and its code.
+
+    So do Ctrl-C and a missing package while modules are imported afterwards.
+    """
+    sys.excepthook = _in_one_line
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character gets its number, and a pipe each line when it is printed.
         if isinstance(stream, io.TextIOWrapper):
@@ -57,14 +64,16 @@ def run_program(main: Callable[[], None]) -> None:
         for_torchrun(code, "as in the attempt before this one")
         sys.exit(code)
     try:
-        main()
+        result = main()
         sys.stdout.flush()
+        return result
     except UserError as error:
         leave(2, error, f"error: {error}")
     except Diverged as error:
         leave(70, error, f"diverged: {error}")
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         leave(74, error, f"input/output error: {error}")
     except Stopped as error:
@@ -75,7 +84,19 @@ def run_program(main: Callable[[], None]) -> None:
         leave(130, error, "interrupted")
 
 
-def leave(code: int, error: BaseException, message: str) -> None:
+def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As sys.excepthook, for what needs no stack."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("nanogpt"):
+        name = error.name.partition(".")[0]
+        print(f"error: the package {name} is not installed: pip install {name}", file=sys.stderr, flush=True)
+        os._exit(2)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def leave(code: int, error: BaseException, message: str) -> NoReturn:
     """Leave with `code`, and `message` for stderr; of an error that all processes share, one tells."""
     sys.stdout.flush()
     notes = getattr(error, "__notes__", ())

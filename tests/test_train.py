@@ -329,6 +329,30 @@ def test_exit_codes_and_one_line(config, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_options_are_answered_without_torch(tmp_path):
+    """--help, a typo and an unknown preset, where importing torch would fail; then that in one line."""
+    (tmp_path / "torch.py").write_text(
+        "raise ModuleNotFoundError('no torch', name='torch')", encoding="utf-8"
+    )
+    cases = [
+        (["--help"], 0, ""),
+        (["--max_itres=3"], 2, "error: --max_itres=3: unknown option 'max_itres'; did you mean 'max_iters'?"),
+        (["config/none.py"], 2, "error: no preset 'config/none.py'"),
+        ([], 2, "error: the package torch is not installed: pip install torch"),
+    ]
+    for arguments, code, said in cases:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "train.py", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
 def test_out_of_memory_is_one_line(config, monkeypatch):
     def full(*arguments, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: ...")
