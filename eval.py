@@ -25,7 +25,8 @@ from tqdm import tqdm
 from nanogpt import checkpoint, files, mixture, runtime, tokenizer
 from nanogpt.config import ROOT, Count, read
 from nanogpt.errors import UserError, run_program
-from nanogpt.exchange import hf, weights
+from nanogpt.exchange import weights
+from nanogpt.exchange.pretrained import NAMES
 from nanogpt.prepare import sources, text
 from nanogpt.score import evals, harness, tasks
 from nanogpt.score.evals import Report
@@ -109,7 +110,7 @@ def open_model(name: str, config: Config) -> Opened:
     """What `name` stands for: a run folder (its checkpoint --which) or one of its checkpoints, gpt2 to
     gpt2-xl, a folder of Hugging Face, nanoGPT's ckpt.pt; UserError if it is nothing or lacks a part."""
     run = Path(name)
-    is_run = bool(checkpoint.steps(run)) or not (run.exists() or name in hf.NAMES)
+    is_run = bool(checkpoint.steps(run)) or not (run.exists() or name in NAMES)
     found = weights.open_weights("resume" if is_run else name, ROOT, run, config.which)
     print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
     tokens = found.open_tokenizer()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nanogpt import api, graphs
+from nanogpt import api
 from nanogpt.config import Count, Fraction, Positive, Range, load, picked
 from nanogpt.errors import UserError, run_program
 from nanogpt.generate import Completion, Token
@@ -77,6 +77,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     )
     print(f"{model.origin}; {model.machine.reason}", file=sys.stderr)
     if config.cuda_graph:
+        from nanogpt import graphs
+
         graphs.require_cuda(model.machine.device)
         model = replace(model, decoder=graphs.GraphDecoder)
 

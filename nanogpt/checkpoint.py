@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -24,7 +24,9 @@ from torch import Tensor
 from nanogpt import files
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Piece
+
+if TYPE_CHECKING:
+    from nanogpt.optim import Piece
 
 FORMAT = "nanogpt-checkpoint-1"
 KEPT = 2  # the newest ones; the best is kept too
@@ -85,7 +87,7 @@ class Checkpoint:
         before = self.state["environment"]
         return "; ".join(f"{k} {before.get(k)} -> {v}" for k, v in environment.items() if before.get(k) != v)
 
-    def load_optimizer(self, tensors: Mapping[str, Tensor | Piece]) -> None:
+    def load_optimizer(self, tensors: "Mapping[str, Tensor | Piece]") -> None:
         """Fill the optimizer's state (by name), or what this process has of it, in place."""
         path = self.path / "optimizer.safetensors"
         with safe_open(path, "pt") as saved:

@@ -26,7 +26,7 @@ import serve
 import train
 from nanogpt import resolve as runs
 from nanogpt.config import assignments, read
-from nanogpt.exchange import hf
+from nanogpt.exchange.pretrained import NAMES
 from tests import hf_folders, texts
 from tests.conftest import found, words, write_dataset
 
@@ -93,7 +93,7 @@ def stocked(folder: Path) -> Path:
     if merges:
         (folder / "cache" / "gpt2").mkdir(parents=True)
         shutil.copy(merges, folder / "cache" / "gpt2")
-    for name in hf.NAMES:
+    for name in NAMES:
         shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
         hf_folders.write_cache(folder / "hf", f"openai-community/{name}", merges=merges, **shape)
     ids = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")

@@ -19,6 +19,7 @@ from torch import Tensor
 from nanogpt import files, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange.pretrained import (
+    NAMES,
     OWN_TOKENIZER,
     Pretrained,
     mismatches,
@@ -30,7 +31,6 @@ from nanogpt.exchange.pretrained import (
 )
 from nanogpt.model import GPTConfig
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["merges.txt", "vocab.json", "tokenizer.json", OWN_TOKENIZER]
 ACTIVATION_OF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}

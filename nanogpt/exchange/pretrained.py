@@ -18,6 +18,7 @@ from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import Tokenizer, from_text
 
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's models
 OWN_TOKENIZER = "tokenizer.nanogpt.json"  # ours beside Hugging Face's, in the folders that we write
 POSITIONS = "position.wpe.weight"
 NO_SWITCH = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "vocab_multiple", "init"}

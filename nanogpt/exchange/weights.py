@@ -7,10 +7,9 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from nanogpt import checkpoint, lora, vocabulary
+from nanogpt import checkpoint, vocabulary
 from nanogpt.errors import UserError
-from nanogpt.exchange import ckpt, hf
-from nanogpt.exchange.pretrained import Pretrained, stored_tensor
+from nanogpt.exchange.pretrained import NAMES, Pretrained, stored_tensor
 
 
 def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretrained:
@@ -24,25 +23,32 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
     path = Path(name)
     if name == "resume":
         return _open_run(run, which)
-    if name in hf.NAMES:
-        return hf.open_folder(hf.find(name))
+    if name in NAMES:
+        return _of_hugging_face(name)
     if path.suffix == ".safetensors" and path.is_file():
         raise UserError(f"--init_from={name} is one file of a model; give its folder: {path.parent}")
     if path.is_file() or (path / "ckpt.pt").is_file():
+        from nanogpt.exchange import ckpt
+
         return ckpt.open_file(path if path.is_file() else path / "ckpt.pt", [Path("data"), root / "data"])
     if (path / "manifest.json").is_file():
         return _open_checkpoint(checkpoint.verify(path), path.parent, [])
     if checkpoint.steps(path):
         return _open_run(path, which)
-    if path.is_dir():
-        return hf.open_folder(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return hf.open_folder(hf.find(name))
+    if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return _of_hugging_face(name)
     raise UserError(
         f"--init_from={name}: no such file or folder; it can be resume (in train.py scratch and auto, too), "
-        f"{', '.join(hf.NAMES)}, the folder of a Hugging Face GPT-2, owner/name of one on the hub, "
+        f"{', '.join(NAMES)}, the folder of a Hugging Face GPT-2, owner/name of one on the hub, "
         f"a run folder, or nanoGPT's ckpt.pt"
     )
+
+
+def _of_hugging_face(name: str) -> Pretrained:
+    """A folder in the layout of Hugging Face, or a model of the hub."""
+    from nanogpt.exchange import hf
+
+    return hf.open_folder(Path(name) if Path(name).is_dir() and name not in NAMES else hf.find(name))
 
 
 def _open_run(run: Path, which: str) -> Pretrained:
@@ -63,10 +69,12 @@ def _open_checkpoint(found: checkpoint.Checkpoint, run: Path, damage: list[str])
     file = found.path / "model.safetensors"
     with safe_open(file, "pt") as listing:
         names = list(listing.keys())
-    adapters = lora.Adapters(**found.state["lora"]) if found.state.get("lora") else None
 
     def read() -> Iterable[tuple[str, Tensor]]:
-        if adapters:
+        if found.state.get("lora"):
+            from nanogpt import lora
+
+            adapters = lora.Adapters(**found.state["lora"])
             return lora.merged(names, lambda name: stored_tensor(file, name), adapters)
         return ((name, stored_tensor(file, name)) for name in names)
 

@@ -1,0 +1,86 @@
+"""Simplicity, counted: the code lines that a plain run and a sample load, and what they do not load.
+
+A code line holds a token other than a comment or a docstring. docs/design.md keeps the ledger.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import train_until_it_knows
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN, SAMPLE, PRODUCT = 2905, 2910, 11510  # what was reached; docs/design.md says what is aimed at
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+SILENT |= {tokenize.ENDMARKER, tokenize.ENCODING}
+LOADED = """
+import json, runpy, sys
+program, target = sys.argv[1:3]
+sys.argv = [program, *sys.argv[3:]]
+sys.path[0] = "."
+try:
+    runpy.run_path(program, run_name="__main__")
+finally:
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    open(target, "w", encoding="utf-8").write(json.dumps([file for file in files if file]))
+"""
+
+
+def code_lines(path: Path) -> int:
+    lines: set[int] = set()
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in SILENT:
+                lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def loaded(program: str, *arguments: str, note: Path) -> dict[str, int]:
+    """The files of ours that a program has loaded when it ends, and their code lines."""
+    command = [sys.executable, "-c", LOADED, program, str(note), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    paths = {ROOT / program} | {Path(file).resolve() for file in json.loads(note.read_text(encoding="utf-8"))}
+    own = [path for path in paths if path.suffix == ".py" and path.is_relative_to(ROOT) and path.exists()]
+    own = [path for path in own if "site-packages" not in path.parts]
+    return {path.relative_to(ROOT).as_posix(): code_lines(path) for path in own}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train_until_it_knows(folder, 3)
+    return folder
+
+
+def test_a_plain_run_loads_little_and_nothing_for_options_it_does_not_have(run, tmp_path):
+    given = [f"--dataset={run / 'dataset'}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_iters=1"]
+    found = loaded("train.py", "config/quickstart.py", *given, "--eval_iters=1", note=tmp_path / "note.json")
+    assert {"train.py", "nanogpt/model.py", "nanogpt/checkpoint.py"} <= set(found)
+    foreign = ("distributed", "exchange", "score", "serving", "prepare")
+    optional = ("generate", "cache", "sampling", "lora", "finetune", "graphs", "fit", "compile", "watch")
+    optional += ("mixture", "documents", "kernels", "estimate", "tokenizer", "chunked_loss")
+    unwanted = [f"nanogpt/{name}/__init__.py" for name in foreign] + [f"nanogpt/{n}.py" for n in optional]
+    assert set(found) & set(unwanted) == set()
+    assert sum(found.values()) <= TRAIN, found
+
+
+def test_a_sample_loads_little(run, tmp_path):
+    given = [f"--out_dir={run / 'out'}", "--device=cpu", "--num_samples=1", "--max_new_tokens=3"]
+    found = loaded("sample.py", *given, note=tmp_path / "note.json")
+    assert "nanogpt/distributed/__init__.py" not in found
+    assert sum(found.values()) <= SAMPLE, found
+
+
+def test_the_product_stays_small():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), *ROOT.glob("nanogpt/**/*.py")]
+    assert sum(map(code_lines, files)) <= PRODUCT
