@@ -47,6 +47,16 @@ def test_a_ramp_reads_every_sample_once_and_in_order(tmp_path):
     assert ramp.tokens_before(4) == 27 * 8 and ramp.tokens_before(0) == 0
 
 
+def test_every_window_weighs_the_same_in_a_smaller_last_micro_batch_too(tmp_path):
+    """Steps of 12 and 7 windows in micro-batches of 5: 5, 5, 2 and 5, 2."""
+    tokens = tokens_of(np.arange(4000) % 60, tmp_path)
+    batches = data.TrainBatches(tokens, 8, 5, 3, 1, CPU, ramp=[12, 7])
+    for step, rows in ((0, [5, 5, 2]), (1, [5, 2]), (2, [5, 5, 5])):
+        weighted = list(batches.weighted(step))
+        assert [len(idx) for _, (idx, _) in weighted] == rows
+        assert [weight for weight, _ in weighted] == [count / sum(rows) for count in rows]
+
+
 def test_targets_are_the_next_tokens(tmp_path):
     tokens = tokens_of(np.arange(1000), tmp_path)
     idx, targets = next(data.TrainBatches(tokens, 16, 5, 1, 1, CPU).step(3))
