@@ -36,6 +36,7 @@ from nanogpt.options import (
 from nanogpt.schedule import Schedule
 
 
+# Each comment is an option's help. --help shows those that begin with `#:`, --help=all every one.
 @dataclass(frozen=True)
 class Config(
     ModelOptions,
@@ -242,9 +243,21 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         watch = Watch(options, Path(config.out_dir), dataset.tokenizer, machine)
     if config.compile == "auto":  # a resumed run inherits what is chosen
         config = replace(config, compile=resolve.worth_compiling(config, batches, model, machine))
-    progress = resumed.progress if resumed else Progress()
-    parts = (machine, dataset, batches, model, optimizer, scaler, progress, resumed, watch)
-    return Run(config, *parts, Writer(), why, notices)
+    return Run(
+        config=config,
+        machine=machine,
+        dataset=dataset,
+        batches=batches,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        progress=resumed.progress if resumed else Progress(),
+        resumed=resumed,
+        watch=watch,
+        writer=Writer(),
+        division=why,
+        notices=notices,
+    )
 
 
 def make_model(
@@ -255,8 +268,8 @@ def make_model(
     pretrained: Any = None,
     home: torch.device | None = None,
 ) -> GPT:
-    """With the weights of the checkpoint, or those that were found, or new ones from the seed; with new
-    adapters, if the options ask for them. `home`: where it is made, if it is to be divided afterwards."""
+    """Build the model with the weights of the checkpoint, or pretrained ones, or new ones from the seed; with
+    new adapters, if the options ask for them. `home`: where it is made, if it is to be divided afterwards."""
     device = home or machine.device
     shape = picked(GPTConfig, config, vocab_size=vocab_size)
     if resumed:
@@ -275,7 +288,7 @@ def make_model(
 
 
 def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout: Layout) -> Optimizer:
-    """Of the parameters that are trained; for --eval_only without its state, twice the weights' size."""
+    """Build the optimizer of the parameters that are trained; for --eval_only without its state."""
     named: Iterable[tuple[str, Tensor]] = model.named_parameters()
     if config.eval_only:
         named = ((n, torch.empty(p.shape, device="meta", requires_grad=p.requires_grad)) for n, p in named)
@@ -325,7 +338,7 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
         function = parallel.connect(function, run.model, machine)
         micro_batches = partial(parallel.micro_batches, batches, machine.world, function)
         step = parallel.step_of_all(train_step, machine.world)
-    if config.cuda_graph:
+    elif config.cuda_graph:  # in one process alone (graphs.require_recordable)
         from nanogpt import graphs
 
         step = graphs.StepGraph(train_step, batches.full, machine)
@@ -406,7 +419,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at = progress.iter_num if progress.iter_num else -1
-    unlogged_s, unlogged, verdict = 0.0, 0, None
+    unlogged_s, unlogged, pending_check = 0.0, 0, None
     logged_at = run.batches.tokens_before(progress.iter_num)  # in tokens
     while True:
         # between two updates: evaluate, save, see whether to stop
@@ -422,8 +435,8 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
         leaving = world.any(bool(stop.reason) or run.writer.failed) or last  # all leave at the same step
         if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
-            if verdict:
-                verdict()
+            if pending_check:
+                pending_check()
             save(run)
             saved_at = progress.iter_num
         tell_saved(run)
@@ -438,10 +451,11 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         seed_dropout(machine, config.seed, progress.iter_num)
         batch = micro_batches(progress.iter_num)
         loss, grad_norm = take_step(model, run.optimizer, run.scaler, batch, lr, config.grad_clip)
-        verdict = partial(check_finite, loss, grad_norm, progress.iter_num, lr, run.scaler.is_enabled())
+        scaled = run.scaler.is_enabled()
+        pending_check = partial(check_finite, loss, grad_norm, progress.iter_num, lr, scaled)
         is_logged = progress.iter_num % config.log_interval == 0
         if is_logged:
-            verdict()  # waits for the device
+            pending_check()  # waits for the device
         took_s = time.perf_counter() - started
         progress.elapsed_s += took_s
         unlogged_s, unlogged = unlogged_s + took_s, unlogged + 1

@@ -249,7 +249,7 @@ class GPT(nn.Module):
         self.packed_head: nn.Module | None = None  # the head's matrix in another form (quantize.py)
         self.loss_rows = 0  # tokens whose logits are there at once while a loss is made; 0: all
         self.compiled_loss: Callable[[Tensor, Tensor], Tensor] | None = (
-            None  # `loss`, if parallel.wrap made it
+            None  # `loss`, if compile.wrap made it
         )
         self.lm_head = None
         if not config.tied:
@@ -359,7 +359,7 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def init_gpt2(model: GPT) -> None:
-    """GPT-2's: N(0, 0.02), and 1/sqrt(2 n_layer) of that for the projections into the residual stream,
+    """GPT-2's: N(0, 0.02²), and 1/sqrt(2 n_layer) of that for the projections into the residual stream,
     so that its variance does not grow with depth. Biases 0, gains 1."""
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "smear.weight")):

@@ -57,7 +57,7 @@ class Watch:
             return
         was_training = model.training
         model.eval()
-        # Blocks that parallel.wrap compiled for the shape of a step would be compiled anew for each length.
+        # Blocks that compile.wrap compiled for the shape of a step would be compiled anew for each length.
         compiled = [(block, block.__dict__.pop("forward", None)) for block in model.h]
         try:
             with (
