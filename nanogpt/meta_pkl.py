@@ -20,6 +20,11 @@ def tokenizer_of(path: Path) -> str:
     try:
         with path.open("rb") as file:
             itos = _PlainUnpickler(file).load()["itos"]
-        return vocabulary.of_characters([itos[i] for i in range(len(itos))])
+        characters = [itos[i] for i in range(len(itos))]
+        if len(set(characters)) != len(itos) or any(
+            not isinstance(c, str) or len(c) != 1 for c in characters
+        ):
+            raise ValueError("its entries are not distinct single characters")
+        return vocabulary.of_characters(characters)
     except (pickle.UnpicklingError, ValueError, KeyError, TypeError, EOFError, IndexError) as error:
         raise UserError(f"{path} is not nanoGPT's table of characters: {error}") from None

@@ -128,6 +128,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(bare_tokens, tmp_path, wrap):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("itos", [{0: 1, 1: 2}, {0: "ab", 1: "c"}, {0: "a", 1: "a"}, {0: b"a", 1: "b"}])
+def test_a_pickle_without_a_table_of_characters_is_named(bare_tokens, itos):
+    (bare_tokens / "meta.pkl").write_bytes(pickle.dumps({"itos": itos}))
+    with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table of characters: "):
+        data.load(bare_tokens)
+
+
 @pytest.mark.parametrize("name", ["eval", "getattr", "print", "__import__", "bytearray"])
 def test_a_pickle_that_names_a_builtin_is_refused(bare_tokens, name):
     (bare_tokens / "meta.pkl").write_bytes(b"\x80\x04cbuiltins\n" + name.encode() + b"\n.")
