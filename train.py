@@ -15,8 +15,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -123,7 +123,7 @@ class Run:
     writer: Writer  # of its checkpoints, in the first process
     division: str  # how several processes divide the model, and why; nothing for one
     notices: list[str]  # what the user should know of how it was put together
-    lock: FileLock | None = field(default=None)  # on out_dir
+    lock: FileLock | None = None  # on out_dir
 
     @property
     def exhausted(self) -> bool:
@@ -138,18 +138,13 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with (
-        runtime.StopRequest() as stop,
-        runtime.join(config, Path(config.out_dir)) as world,
-        ExitStack() as held,
-    ):
+    with runtime.StopRequest() as stop, runtime.join(config, Path(config.out_dir)) as world:
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
         run = world.agree(lambda: build(config, origins, world))
         config = run.config
         print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
-        parts = (run.machine, run.dataset, run.batches, run.model)
-        print(resolve.describe(config, *parts, run.division))
+        print(resolve.describe(config, run.machine, run.dataset, run.batches, run.model, run.division))
         if config.eval_only:
             evaluate(run, stop)
             return
@@ -161,12 +156,13 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             return
         if notice := world.lead(lambda: open_folder(run, sys.argv)):
             print(notice)
+        kernels_in_use: AbstractContextManager[None] = nullcontext()
         if config.attention != "auto" or config.deterministic or run.machine.device.type == "cuda":
             from nanogpt import kernels
 
-            held.enter_context(kernels.chosen(config.attention, config.deterministic))
+            kernels_in_use = kernels.chosen(config.attention, config.deterministic)
         try:
-            with closing(open_log(run)) as log, run.machine.memory_errors():
+            with closing(open_log(run)) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)
         finally:
             run.writer.close()
@@ -316,8 +312,8 @@ def try_batch_size(config: Config, machine: runtime.Machine, vocab_size: int, ro
 
 
 def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """What an update needs, chosen once: the model as a function that computes in its number format, compiled
-    if that was chosen; its micro-batches by the number of the update; and the step itself."""
+    """Choose once what every update needs: the model's forward function, in its number format and perhaps
+    compiled; the micro-batches of an update, by its number; and the step, train_step or one around it."""
     config, machine, batches = run.config, run.machine, run.batches
     several = machine.world.size > 1
     function, step = machine.in_dtype(run.model), train_step
@@ -332,8 +328,7 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
         from nanogpt import compile
 
         shape = (cast(int, config.batch_size), config.block_size)
-        parts = (run.model, run.optimizer, shape, machine)
-        function = compile.train_function(function, config.compile, *parts)
+        function = compile.train_function(function, config.compile, run.model, run.optimizer, shape, machine)
     if several:
         function = parallel.connect(function, run.model, machine)
         micro_batches = partial(parallel.micro_batches, batches, machine.world, function)

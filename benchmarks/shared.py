@@ -1,4 +1,4 @@
-"""What benchmarks share: a Markdown table for docs/results.md with machine and date, and the loss of a
+"""Shared by the benchmarks: a Markdown table for docs/results.md with machine and date, and the loss of a
 checkpoint on a whole split, by which runs are compared."""
 
 import datetime

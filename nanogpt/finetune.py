@@ -1,4 +1,4 @@
-"""Finetuning: which parameters are trained, when to stop, and what to say at the end."""
+"""Finetuning: which parameters are trained."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -8,8 +8,6 @@ from torch import nn
 from nanogpt import lora
 from nanogpt.errors import UserError
 from nanogpt.options import FinetuneOptions
-
-FIXED = {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}  # a resumed run keeps them
 
 
 def problems(options: FinetuneOptions) -> list[str]:

@@ -35,7 +35,7 @@ def require_cuda(device: torch.device) -> None:
 def cuda_graph(work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
     """What `work` returns, and what makes that be worked out: nothing is before it is called."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: a thread that reads batches ahead may allocate pinned memory meanwhile.
+    # thread_local: other threads may call CUDA meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = work()
     return result, graph.replay

@@ -4,12 +4,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from nanogpt import files
 from nanogpt.errors import UserError
+
+if TYPE_CHECKING:
+    from nanogpt.trackers import Wandb
 
 NAME = "metrics.jsonl"
 
@@ -21,7 +24,7 @@ class Log:
     step, the number of updates done for the others.
     """
 
-    def __init__(self, path: Path, tracker: Any, peak_share: float | None):
+    def __init__(self, path: Path, tracker: "Wandb | None", peak_share: float | None):
         """`path`: the file; `peak_share`: the share of the chip's peak FLOP/s that one token a second
         takes, if known."""
         self._file = path.open("a", encoding="utf-8", newline="\n")

@@ -19,13 +19,8 @@ from nanogpt.runtime import Machine
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
 NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "parallel", "shard_size"}
 SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
-FIXED = SHAPE | {
-    "freeze",
-    "train_only",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-}  # a resumed run keeps these
+# A resumed run keeps these.
+FIXED = SHAPE | {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}
 
 
 def choose_start(

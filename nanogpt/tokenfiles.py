@@ -19,7 +19,7 @@ from nanogpt.errors import UserError
 
 FORMAT = "nanogpt-data-1"  # of meta.json
 CHECKED_AT_START = 1 << 30  # bytes: the ids of a split of this size are all checked before the first step
-CHUNK = 1 << 22  # tokens checked, or copied, at a time
+CHUNK = 1 << 22  # tokens checked at a time
 LOOKED_AT = 256  # shards of a split that are opened before the first step; more are checked as they are used
 KEPT_OPEN = 128  # files at a time: a process may have 1,024 on most systems
 LLMC = (20240520, 1)  # magic number and version of its header

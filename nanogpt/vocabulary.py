@@ -1,4 +1,4 @@
-"""What a tokenizer's file describes, read without building it: kind, size and fingerprint."""
+"""Kind, size and fingerprint of a tokenizer's file, read without building the tokenizer."""
 
 import hashlib
 import json

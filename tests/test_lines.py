@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import train_until_it_knows
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN, SAMPLE, PRODUCT = 2918, 2906, 11523  # what was reached; docs/design.md says what is aimed at
+TRAIN, SAMPLE, PRODUCT = 2909, 2906, 11521  # what was reached; docs/design.md says what is aimed at
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 SILENT |= {tokenize.ENDMARKER, tokenize.ENCODING}
