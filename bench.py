@@ -9,6 +9,7 @@ It takes all options and presets of train.py; what only concerns a whole run (in
 changes nothing.
 """
 
+import itertools
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ import torch
 from tqdm import trange
 
 import train
-from nanogpt import estimate, files, flops, kernels, runtime, tokenizer, vocabulary
+from nanogpt import estimate, files, flops, kernels, runtime, vocabulary
 from nanogpt.config import Count, Fraction, Positive, load, picked
 from nanogpt.distributed import interconnect, scaling, wire
 from nanogpt.errors import UserError, run_program
@@ -76,13 +77,13 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 def with_data(config: Config, scratch: Path) -> Config:
     """`config` with the dataset to read; or, said in a line, one of random tokens in `scratch`."""
+    if config.real_data and config.dataset != Config.dataset:
+        return config
     if config.real_data:
         try:
             train.resolve.open_data(config)
             return config
         except UserError as error:
-            if config.dataset != Config.dataset:
-                raise
             print(f"data: random tokens below --vocab_size={config.vocab_size}, because {error}")
     else:
         print(f"data: random tokens below --vocab_size={config.vocab_size}, as asked")
@@ -91,7 +92,7 @@ def with_data(config: Config, scratch: Path) -> Config:
     for split in ("train", "val"):
         ids.astype(dtype).tofile(scratch / f"{split}.bin")
     known = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    text = tokenizer.to_text(tokenizer.CharTokenizer([next(known) for _ in range(config.vocab_size)]))
+    text = vocabulary.of_characters(list(itertools.islice(known, config.vocab_size)))
     files.write_text(scratch / "tokenizer.json", text)
     about = {"format": FORMAT, "dtype": dtype, "tokenizer": {"sha256": vocabulary.identify(text).sha256}}
     files.write_json(scratch / "meta.json", about)
@@ -202,6 +203,8 @@ def communicate(config: Config, world: World) -> None:
 
 
 def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
+    if config.batch_size == "auto":
+        raise UserError("--comm weighs what is sent against a micro-batch: give --batch_size a number")
     if problems := shape.problems():
         raise UserError("; ".join(problems))
     if config.mfu and not machine.peak_flops():

@@ -11,9 +11,10 @@ import torch
 
 import bench
 import train
-from nanogpt.config import ROOT, read
+from nanogpt.config import ROOT, picked, read
 from nanogpt.distributed import interconnect
 from nanogpt.errors import UserError
+from nanogpt.model import GPTConfig
 
 TINY = bench.Config(
     steps=3,
@@ -162,6 +163,13 @@ def test_the_network_of_two_processes(tmp_path):
         assert bus == pytest.approx(rate * (1 if row[1] == "all_reduce" else 0.5), abs=2e-3)
     assert "measured, all processes at once" in done.stdout and "GB sent a process and step" in done.stdout
     assert re.search(r"this network can(not)? feed this model with 1 x 128 tokens", done.stdout)
+
+
+def test_the_network_needs_the_size_of_a_micro_batch():
+    config = replace(TINY, comm=True, batch_size="auto")
+    machine = train.runtime.setup("cpu", "float32", 16)
+    with pytest.raises(UserError, match="give --batch_size a number"):
+        bench.require(config, machine, picked(GPTConfig, config))
 
 
 def test_one_process_has_no_network():
