@@ -25,10 +25,10 @@ from tqdm import trange
 import train
 from nanogpt import estimate, files, flops, kernels, runtime, vocabulary
 from nanogpt.config import Count, Fraction, Positive, load, picked
+from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed import interconnect, scaling, wire
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
-from nanogpt.tokenfiles import FORMAT
 from nanogpt.world import World
 
 

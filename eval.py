@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import checkpoint, files, mixture, runtime, tokenizer
+from nanogpt import checkpoint, files, runtime, tokenizer
 from nanogpt.config import ROOT, Count, read
+from nanogpt.data import mixture
 from nanogpt.errors import UserError, run_program
 from nanogpt.exchange import weights
 from nanogpt.exchange.pretrained import NAMES

@@ -94,8 +94,9 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import checkpoint, data, files, flops, metrics, optim, resolve, runtime, schedule, validation
+from nanogpt import checkpoint, files, flops, metrics, optim, resolve, runtime, schedule, validation
 from nanogpt.checkpoint import Checkpoint, Progress
+from nanogpt.data import loader
 from nanogpt.loss import default_rows
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, OptimConfig, Optimizer, clip_gradients
@@ -112,8 +113,8 @@ class Run:
 
     config: Config
     machine: runtime.Machine
-    dataset: data.Dataset
-    batches: data.TrainBatches
+    dataset: loader.Dataset
+    batches: loader.TrainBatches
     model: GPT  # the plain one, which is evaluated and saved
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
@@ -388,7 +389,7 @@ def check_finite(loss: Tensor, grad_norm: Tensor, iter_num: int, lr: float, scal
         )
 
 
-def learning_rate_of(config: Config, iter_num: int, batches: data.TrainBatches) -> float:
+def learning_rate_of(config: Config, iter_num: int, batches: loader.TrainBatches) -> float:
     """The scheduled rate, times the square root of the batch's share of a full one: the noise of the
     gradient grows as the batch gets smaller (Malladi et al. 2022)."""
     smaller = math.sqrt(batches.windows(iter_num) / batches.full)

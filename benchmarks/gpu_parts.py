@@ -26,7 +26,7 @@ from benchmarks.gpu_sides import (
     started,
 )
 from benchmarks.shared import exact_loss
-from nanogpt import data
+from nanogpt.data import loader
 from nanogpt.errors import UserError
 
 TARGET = 1.4697  # nanoGPT's published loss of its character preset
@@ -198,7 +198,7 @@ def shakespeare(setup: Setup) -> dict[str, Any]:
     folder = Path(setup.checkout, "data", "shakespeare_char")
     if not (folder / "train.bin").is_file():
         raise UserError(f"{folder} is not prepared: run its prepare.py")
-    val, preset = data.load(folder).val, "config/train_shakespeare_char.py"
+    val, preset = loader.load(folder).val, "config/train_shakespeare_char.py"
     target, small, machine = TARGET, [], ["--device=cuda"]
     if setup.tiny:
         target = 4.0
@@ -273,7 +273,7 @@ def mini_owt(setup: Setup) -> dict[str, Any]:
     _, copies = kept_checkpoints(setup, "theirs", setup.theirs(), [*usual, *schedule, *last], share)
     if not copies:
         raise Failed(f"nanoGPT did not come to step {steps} in {share:.0f} s; give more --minutes")
-    target = exact_loss(list(copies.values())[-1], data.load(folder).val, setup.device)
+    target = exact_loss(list(copies.values())[-1], loader.load(folder).val, setup.device)
     found: dict[str, Any] = {"figures": [], "their_loss": target, "their_steps": steps, "losses": {}}
     what = "mini_owt, steps to nanoGPT's loss"
     for length in (steps * 2 // 5, steps * 2 // 3):

@@ -40,8 +40,9 @@ from tqdm import tqdm
 
 import train
 from benchmarks import shared
-from nanogpt import checkpoint, data, files, metrics, tokenizer, vocabulary
+from nanogpt import checkpoint, files, metrics, tokenizer, vocabulary
 from nanogpt.config import ROOT, Count, Positive, Range, Seconds, load
+from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 
 CLOCK = {"step_s", "tokens_per_s", "elapsed_s"}  # what a row and state.json hold of it: never twice the same
@@ -147,7 +148,7 @@ def write_dataset(folder: Path) -> None:
     (folder / "val.bin").write_bytes(ids[-1000:].tobytes())
     text = tokenizer.to_text(tokenizer.ByteTokenizer())
     files.write_text(folder / "tokenizer.json", text)
-    about = {"format": data.FORMAT, "tokenizer": {"sha256": vocabulary.identify(text).sha256}}
+    about = {"format": loader.FORMAT, "tokenizer": {"sha256": vocabulary.identify(text).sha256}}
     files.write_json(folder / "meta.json", about)
 
 

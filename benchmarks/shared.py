@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import checkpoint, data, runtime, validation
+from nanogpt import checkpoint, runtime, validation
+from nanogpt.data import loader
 from nanogpt.model import GPT, GPTConfig
 
 
@@ -36,14 +37,14 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def exact_loss(saved: Path, val: data.Tokens, device: str = "cpu") -> float:
+def exact_loss(saved: Path, val: loader.Tokens, device: str = "cpu") -> float:
     """The mean loss over all of `val`, in float32, in windows of the model's block_size. `saved` is a
     checkpoint folder of ours, or nanoGPT's ckpt.pt."""
     model = checkpoint.verify(saved).load_model() if saved.is_dir() else load_nanogpt(saved)
     model = model.to(device)
     windows = (len(val) - 1) // model.config.block_size
     machine = runtime.setup(device, "float32", model.config.n_embd)
-    batches = data.eval_batches(val, model.config.block_size, 64, windows, machine.device)
+    batches = loader.eval_batches(val, model.config.block_size, 64, windows, machine.device)
     result = validation.evaluate(model, batches, machine)
     assert result
     return result.loss

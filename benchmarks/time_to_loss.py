@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks import shared
 from benchmarks.shared import exact_loss
-from nanogpt import data
 from nanogpt.config import ROOT, Positive, Rate, read
+from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 
 # What nanoGPT's README gives for a laptop. It ends at 1.905 (mean of seeds), which it prints as 1.89.
@@ -57,7 +57,7 @@ def main(config: Config, arguments: list[str]) -> None:
     folder = theirs / "data" / config.dataset
     if not (folder / "train.bin").is_file():
         raise UserError(f"{folder} is not prepared: run its prepare.py")
-    val = data.load(folder).val
+    val = loader.load(folder).val
     found: dict[str, list[Run]] = {"nanoGPT": [], "ours": []}
     for seed in range(1337, 1337 + config.seeds):
         sides = {
@@ -70,7 +70,7 @@ def main(config: Config, arguments: list[str]) -> None:
     report(config, found)
 
 
-def run(program: Path, options: list[str], seed: int, val: data.Tokens, target: float) -> Run:
+def run(program: Path, options: list[str], seed: int, val: loader.Tokens, target: float) -> Run:
     """One run of `program`; UserError if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         copies = Path(scratch, "copies")

@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt import checkpoint, data, flops, schedule
+from nanogpt import checkpoint, flops, schedule
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import ROOT, inherit, picked
+from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig
@@ -113,24 +114,24 @@ def ramp_of(config: Any) -> list[int]:
     )
 
 
-def open_data(config: Any) -> data.Dataset:
+def open_data(config: Any) -> loader.Dataset:
     """The dataset, or several as one; UserError for a text shorter than a window."""
     if Path(config.dataset).is_dir() or not set(config.dataset) & set(",:"):
-        dataset = data.load(data.find(config.dataset, ROOT))
+        dataset = loader.load(loader.find(config.dataset, ROOT))
     else:
-        from nanogpt import mixture
+        from nanogpt.data import mixture
 
         dataset = mixture.load(config.dataset, ROOT)
-    data.require_window(dataset.train, config.block_size, "training")
-    data.require_window(dataset.val, config.block_size, "validation")
+    loader.require_window(dataset.train, config.block_size, "training")
+    loader.require_window(dataset.val, config.block_size, "validation")
     return dataset
 
 
-def open_batches(config: Any, dataset: data.Dataset, machine: Machine) -> data.TrainBatches:
+def open_batches(config: Any, dataset: loader.Dataset, machine: Machine) -> loader.TrainBatches:
     """The batches of --documents; UserError for data that has no documents, or for too many processes."""
     separator, order = None, None
     if config.documents != "stream":
-        from nanogpt import documents
+        from nanogpt.data import documents
 
         separator = documents.separator(dataset, config.documents)
         if config.documents == "rows":
@@ -144,12 +145,12 @@ def open_batches(config: Any, dataset: data.Dataset, machine: Machine) -> data.T
             f"--gradient_accumulation_steps"
         )
     numbers = (config.block_size, config.batch_size, config.gradient_accumulation_steps, config.seed)
-    return data.TrainBatches(
+    return loader.TrainBatches(
         dataset.train, *numbers, machine.device, ramp, separator, order, world.share, world.total
     )
 
 
-def require_tokenizer(resumed: Checkpoint | None, pretrained: Any, dataset: data.Dataset) -> None:
+def require_tokenizer(resumed: Checkpoint | None, pretrained: Any, dataset: loader.Dataset) -> None:
     """UserError where the weights that a run starts from know other ids than the data."""
     if pretrained:
         pretrained.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
@@ -161,7 +162,7 @@ def require_tokenizer(resumed: Checkpoint | None, pretrained: Any, dataset: data
         )
 
 
-def worth_compiling(config: Any, batches: data.TrainBatches, model: GPT, machine: Machine) -> bool:
+def worth_compiling(config: Any, batches: loader.TrainBatches, model: GPT, machine: Machine) -> bool:
     """--compile=auto: never on a CPU, where it saves 25 % of a step at 128 channels but 4 % at 384
     (docs/results.md)."""
     if machine.device.type != "cuda":
@@ -174,8 +175,8 @@ def worth_compiling(config: Any, batches: data.TrainBatches, model: GPT, machine
 def describe(
     config: Any,
     machine: Machine,
-    dataset: data.Dataset,
-    batches: data.TrainBatches,
+    dataset: loader.Dataset,
+    batches: loader.TrainBatches,
     model: GPT,
     division: str,
 ) -> str:

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nanogpt.data import Dataset, eval_batches
+from nanogpt.data.loader import Dataset, eval_batches
+from nanogpt.data.token_files import Mixture
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.model import GPT
 from nanogpt.runtime import Machine
-from nanogpt.tokenfiles import Mixture
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import export
 import plot
 import sample
 import train
-from nanogpt import data, metrics
+from nanogpt import metrics
 from nanogpt.config import REMOVED, load, preset
+from nanogpt.data import loader
 from tests.conftest import small_run
 
 HERE = Path(__file__).resolve().parent / "contract"
@@ -109,7 +110,7 @@ def test_an_old_run_is_sampled_scored_plotted_and_exported(old_run, tmp_path, ca
 
 
 def test_an_old_dataset_is_read():
-    found = data.load(HERE / "dataset")
+    found = loader.load(HERE / "dataset")
     assert (found.vocab_size, len(found.train), len(found.val)) == (20, 7455, 829)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import data, files, tokenizer
+from nanogpt import files, tokenizer
+from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus, encode, shards, text
 from tests import texts
@@ -88,7 +89,7 @@ def test_meta_describes_the_files(novel, tmp_path):
     out = tmp_path / "out"
     summary = corpus.prepare([novel], out, kind="byte", val_fraction=0.25)
     meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-    assert meta == summary.meta and meta["format"] == data.FORMAT
+    assert meta == summary.meta and meta["format"] == loader.FORMAT
     for split in ("train", "val"):
         content = (out / f"{split}.bin").read_bytes()
         assert meta["splits"][split] == {
@@ -112,7 +113,7 @@ def test_meta_describes_the_files(novel, tmp_path):
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe:300", "gpt2"])
 def test_the_loader_opens_what_was_prepared(kind, novel, tmp_path, of_kind):
     summary = corpus.prepare([novel], tmp_path / "out", **of_kind(kind))
-    dataset = data.load(tmp_path / "out")
+    dataset = loader.load(tmp_path / "out")
     assert dataset.vocab_size == summary.tokenizer.vocab_size
     assert dataset.fingerprint == tokenizer.fingerprint(summary.tokenizer)
     assert len(dataset.train) == summary.meta["splits"]["train"]["tokens"]
@@ -133,7 +134,7 @@ def test_an_alphabet_beyond_uint16_is_written_in_uint32(tmp_path):
     assert (summary.meta["dtype"], summary.meta["vocab_size"]) == ("uint32", 65_537)
     assert text_of(tmp_path / "out", "train") + text_of(tmp_path / "out", "val") == body
     corpus.prepare([written(tmp_path, "x.txt", body[:-1] + body[:-1])], tmp_path / "out", kind="char")
-    assert data.load(tmp_path / "out").vocab_size == 65_537
+    assert loader.load(tmp_path / "out").vocab_size == 65_537
 
 
 def test_bytes_are_the_default_for_a_huge_alphabet(tmp_path):
@@ -386,10 +387,10 @@ def test_an_interrupted_run_leaves_the_old_data_or_none(function, call, before, 
             assert left == state(tmp_path / "new")
     else:
         with pytest.raises(UserError):
-            data.load(out)
+            loader.load(out)
     assert before or left or not out.exists()
     corpus.prepare([novel], out)
-    data.load(out)
+    loader.load(out)
 
 
 def test_a_killed_run_leaves_nothing_loadable_and_the_next_one_cleans_up(novel, tmp_path):
@@ -406,7 +407,7 @@ def test_a_killed_run_leaves_nothing_loadable_and_the_next_one_cleans_up(novel, 
         assert run.returncode == 9
         assert (out / shards.UNFINISHED).is_dir()
         with pytest.raises(UserError):
-            data.load(out)
+            loader.load(out)
     corpus.prepare([novel], out)
     assert sorted(state(out)) == sorted(corpus.NAMES)
-    data.load(out)
+    loader.load(out)

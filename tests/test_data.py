@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import data
+from nanogpt.data import loader
 from nanogpt.errors import UserError
 from tests.conftest import write_dataset
 
 CPU = torch.device("cpu")
 
 
-def tokens_of(values, tmp_path: Path, vocab_size=65536) -> data.Tokens:
+def tokens_of(values, tmp_path: Path, vocab_size=65536) -> loader.Tokens:
     path = tmp_path / "tokens.bin"
     np.asarray(values, dtype="<u2").tofile(path)
-    return data.Tokens([data.TokenFile(path, np.dtype("<u2"), 0, len(values))], vocab_size)
+    return loader.Tokens([loader.TokenFile(path, np.dtype("<u2"), 0, len(values))], vocab_size)
 
 
 @pytest.mark.parametrize("split", [(12, 1), (6, 2), (4, 3), (1, 12)])
 def test_a_step_sees_the_same_samples_at_any_micro_batch(tmp_path, split):
     tokens = tokens_of(np.arange(4000) % 5000, tmp_path)
     batch_size, micro_steps = split
-    batches = data.TrainBatches(tokens, 8, batch_size, micro_steps, 1, CPU)
+    batches = loader.TrainBatches(tokens, 8, batch_size, micro_steps, 1, CPU)
     got = [torch.cat([idx for idx, _ in batches.step(step)]) for step in (0, 1, 77)]
-    whole = data.TrainBatches(tokens, 8, 12, 1, 1, CPU)
+    whole = loader.TrainBatches(tokens, 8, 12, 1, 1, CPU)
     for rows, step in zip(got, (0, 1, 77), strict=True):
         assert torch.equal(rows, next(whole.step(step))[0])
 
@@ -36,8 +36,8 @@ def test_a_step_sees_the_same_samples_at_any_micro_batch(tmp_path, split):
 def test_a_ramp_reads_every_sample_once_and_in_order(tmp_path):
     """Whatever the sizes of the first batches: no window is left out or read twice."""
     tokens = tokens_of(np.arange(4000) % 5000, tmp_path)
-    ramp = data.TrainBatches(tokens, 8, 5, 3, 1, CPU, ramp=[2, 5, 7, 13])
-    plain = data.TrainBatches(tokens, 8, 1, 1, 1, CPU)
+    ramp = loader.TrainBatches(tokens, 8, 5, 3, 1, CPU, ramp=[2, 5, 7, 13])
+    plain = loader.TrainBatches(tokens, 8, 1, 1, 1, CPU)
     got = [[idx for idx, _ in ramp.step(step)] for step in range(7)]
     assert [[len(idx) for idx in micro] for micro in got[:4]] == [[2], [5], [5, 2], [5, 5, 3]]
     assert [sum(map(len, micro)) for micro in got] == [ramp.windows(i) for i in range(7)]
@@ -50,7 +50,7 @@ def test_a_ramp_reads_every_sample_once_and_in_order(tmp_path):
 def test_every_window_weighs_the_same_in_a_smaller_last_micro_batch_too(tmp_path):
     """Steps of 12 and 7 windows in micro-batches of 5: 5, 5, 2 and 5, 2."""
     tokens = tokens_of(np.arange(4000) % 60, tmp_path)
-    batches = data.TrainBatches(tokens, 8, 5, 3, 1, CPU, ramp=[12, 7])
+    batches = loader.TrainBatches(tokens, 8, 5, 3, 1, CPU, ramp=[12, 7])
     for step, rows in ((0, [5, 5, 2]), (1, [5, 2]), (2, [5, 5, 5])):
         weighted = list(batches.weighted(step))
         assert [len(idx) for _, (idx, _) in weighted] == rows
@@ -59,7 +59,7 @@ def test_every_window_weighs_the_same_in_a_smaller_last_micro_batch_too(tmp_path
 
 def test_targets_are_the_next_tokens(tmp_path):
     tokens = tokens_of(np.arange(1000), tmp_path)
-    idx, targets = next(data.TrainBatches(tokens, 16, 5, 1, 1, CPU).step(3))
+    idx, targets = next(loader.TrainBatches(tokens, 16, 5, 1, 1, CPU).step(3))
     assert idx.shape == targets.shape == (5, 16) and idx.dtype == torch.int64
     assert torch.equal(targets, idx + 1)
     assert torch.equal(idx, idx[:, :1] + torch.arange(16))
@@ -69,7 +69,7 @@ def test_evaluation_scores_every_token_once(tmp_path):
     tokens = tokens_of(np.arange(1003), tmp_path)
     for batch_size in (1, 7, 64):
         scored = []
-        for idx, targets in data.eval_batches(tokens, 16, batch_size, 10**6, CPU):
+        for idx, targets in loader.eval_batches(tokens, 16, batch_size, 10**6, CPU):
             assert torch.equal(targets[targets >= 0], idx[targets >= 0] + 1)
             scored += targets[targets >= 0].tolist()
         assert scored == list(range(1, 1003))
@@ -77,7 +77,7 @@ def test_evaluation_scores_every_token_once(tmp_path):
 
 def test_evaluation_of_a_part_is_spread_evenly(tmp_path):
     tokens = tokens_of(np.arange(1003), tmp_path)
-    first = [idx[:, 0] for idx, _ in data.eval_batches(tokens, 16, 4, 10, CPU)]
+    first = [idx[:, 0] for idx, _ in loader.eval_batches(tokens, 16, 4, 10, CPU)]
     starts = torch.cat(first).tolist()
     assert len(starts) == 10 and starts[0] == 0 and starts[-1] == 61 * 16
     assert max(np.diff(starts)) - min(np.diff(starts)) <= 16
@@ -87,18 +87,18 @@ def test_evaluation_of_a_part_is_spread_evenly(tmp_path):
 
 
 def test_reads_its_own_folder(dataset):
-    found = data.load(dataset)
+    found = loader.load(dataset)
     assert found.vocab_size == 10 and found.bytes_per_token == 1.0
     assert found.train.read(0, 5).tolist() == np.fromfile(dataset / "train.bin", "<u2")[:5].tolist()
 
 
 def test_bytes_per_token_are_those_of_the_validation_text(tmp_path):
     text = "ab" * 900 + "é" * 150 + "a" * 50  # the last tenth: 200 characters, 350 bytes
-    assert data.load(write_dataset(tmp_path / "data", text)).bytes_per_token == 350 / 200
+    assert loader.load(write_dataset(tmp_path / "data", text)).bytes_per_token == 350 / 200
 
 
 def test_reads_bare_files_as_gpt2_tokens(bare_tokens):
-    found = data.load(bare_tokens)
+    found = loader.load(bare_tokens)
     assert found.vocab_size == 50257 and found.bytes_per_token is None and len(found.train) == 2500
 
 
@@ -107,7 +107,7 @@ def test_reads_nanogpts_table_of_characters(bare_tokens):
     np.ones(50, "<u2").tofile(bare_tokens / "val.bin")
     meta = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
     (bare_tokens / "meta.pkl").write_bytes(pickle.dumps(meta))
-    found = data.load(bare_tokens)
+    found = loader.load(bare_tokens)
     assert found.vocab_size == 2 and '"a", "b"' in found.tokenizer
 
 
@@ -124,7 +124,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(bare_tokens, tmp_path, wrap):
     marker = tmp_path / "HACKED"
     (bare_tokens / "meta.pkl").write_bytes(pickle.dumps(wrap(Payload(marker))))
     with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table"):
-        data.load(bare_tokens)
+        loader.load(bare_tokens)
     assert not marker.exists()
 
 
@@ -132,14 +132,14 @@ def test_a_pickle_with_code_is_refused_and_not_run(bare_tokens, tmp_path, wrap):
 def test_a_pickle_without_a_table_of_characters_is_named(bare_tokens, itos):
     (bare_tokens / "meta.pkl").write_bytes(pickle.dumps({"itos": itos}))
     with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table of characters: "):
-        data.load(bare_tokens)
+        loader.load(bare_tokens)
 
 
 @pytest.mark.parametrize("name", ["eval", "getattr", "print", "__import__", "bytearray"])
 def test_a_pickle_that_names_a_builtin_is_refused(bare_tokens, name):
     (bare_tokens / "meta.pkl").write_bytes(b"\x80\x04cbuiltins\n" + name.encode() + b"\n.")
     with pytest.raises(UserError, match=rf"meta\.pkl is not nanoGPT's table .* it names builtins\.{name}"):
-        data.load(bare_tokens)
+        loader.load(bare_tokens)
 
 
 def test_reads_shards_as_one_sequence(bare_tokens):
@@ -147,7 +147,7 @@ def test_reads_shards_as_one_sequence(bare_tokens):
     (bare_tokens / "train.bin").unlink()
     for i, part in enumerate(np.split(ids, [700, 1500])):
         part.tofile(bare_tokens / f"train_{i:06d}.bin")
-    found = data.load(bare_tokens)
+    found = loader.load(bare_tokens)
     assert len(found.train) == 2500
     assert (found.train.read(650, 1000) == ids[650:1650]).all()
 
@@ -162,7 +162,7 @@ def test_reads_llmc_and_numpy_shards(bare_tokens, tmp_path):
         (llmc / f"fineweb_{split}_000001.bin").write_bytes(header + ids.tobytes())
         np.save(arrays / f"edufineweb_{split}_000001.npy", ids)
     for folder in (llmc, arrays):
-        found = data.load(folder)
+        found = loader.load(folder)
         assert len(found.train) == 2500 and (found.train.read(0, 2500) == ids).all()
 
 
@@ -202,11 +202,11 @@ def test_faults_are_found_before_training(dataset, fault):
     damage, said = FAULTS[fault]
     damage(dataset)
     with pytest.raises(UserError, match=said):
-        data.load(dataset)
+        loader.load(dataset)
 
 
 def test_a_file_that_shrinks_while_it_is_read(dataset):
-    tokens = data.load(dataset).train
+    tokens = loader.load(dataset).train
     cut(dataset / "train.bin", 100)
     with pytest.raises(UserError, match="became shorter"):
         tokens.read(0, 1000)
@@ -215,13 +215,13 @@ def test_a_file_that_shrinks_while_it_is_read(dataset):
 def test_names_what_there_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data" / "mine", "abcdefgh" * 100)
-    assert data.find("mine", tmp_path) == data.find("data/mine", tmp_path) == Path("data/mine")
+    assert loader.find("mine", tmp_path) == loader.find("data/mine", tmp_path) == Path("data/mine")
     with pytest.raises(UserError, match="no dataset at 'other': prepared here: mine"):
-        data.find("other", tmp_path)
+        loader.find("other", tmp_path)
     (tmp_path / "data" / "known").mkdir()
     (tmp_path / "data" / "known" / "prepare.py").touch()
     with pytest.raises(UserError, match=r"not prepared: python data/known/prepare\.py"):
-        data.find("known", tmp_path)
+        loader.find("known", tmp_path)
 
 
 def test_memory_does_not_grow_with_what_was_read(tmp_path):
@@ -231,8 +231,8 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path):
         pytest.skip("this system does not tell a process its resident pages")
     path = tmp_path / "tokens.bin"
     np.zeros(32 << 20, dtype="<u2").tofile(path)
-    tokens = data.Tokens([data.TokenFile(path, np.dtype("<u2"), 0, 32 << 20)], 1)
-    batches = data.TrainBatches(tokens, 256, 20, 1, 1, CPU)
+    tokens = loader.Tokens([loader.TokenFile(path, np.dtype("<u2"), 0, 32 << 20)], 1)
+    batches = loader.TrainBatches(tokens, 256, 20, 1, 1, CPU)
     for step in range(20):
         list(batches.step(step))
     before = int(pages.read_text().split()[1])
@@ -242,6 +242,6 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path):
 
 
 def test_a_split_shorter_than_a_window_is_refused(tmp_path):
-    data.require_window(tokens_of(range(17), tmp_path), 16, "training")
+    loader.require_window(tokens_of(range(17), tmp_path), 16, "training")
     with pytest.raises(UserError, match="training text has 16 tokens, fewer than one window"):
-        data.require_window(tokens_of(range(16), tmp_path), 16, "training")
+        loader.require_window(tokens_of(range(16), tmp_path), 16, "training")

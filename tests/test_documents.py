@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import train
-from nanogpt import checkpoint, data, documents
+from nanogpt import checkpoint
 from nanogpt import resolve as runs
+from nanogpt.data import documents, loader
+from nanogpt.data.samplers import RowOrder
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.order import RowOrder
 
 END = 50256
 
@@ -92,7 +93,7 @@ def test_one_document_is_the_plain_model():
 
 
 def test_rows_start_at_documents_and_never_overlap(folder, monkeypatch):
-    tokens = data.load(folder).train
+    tokens = loader.load(folder).train
     raw = np.fromfile(folder / "train.bin", "<u2")
     begins = documents.rows(tokens, END, 16)
     assert begins[0] == 0 and (raw[begins[1:]] == END).all()

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import sample
 import train
-from nanogpt import checkpoint, compile, data, fit, graphs, kernels, optim, runtime
+from nanogpt import checkpoint, compile, fit, graphs, kernels, optim, runtime
+from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
@@ -47,7 +48,7 @@ def updates(everything, count, take=None, lr=1e-2):
     for i in range(count):
         draw = torch.Generator().manual_seed(i % 3)
         idx = torch.randint(50, (8, 65), generator=draw)
-        batches = [data.to_device((idx[k::2, :-1], idx[k::2, 1:]), machine.device) for k in (0, 1)]
+        batches = [loader.to_device((idx[k::2, :-1], idx[k::2, 1:]), machine.device) for k in (0, 1)]
         how = {"function": function, "iter_num": i, "lr": lr, "take": take}
         loss, norm = update(model, optimizer, machine, scaler, batches, **how)
         found.append((loss.clone(), norm.clone()))
@@ -84,9 +85,9 @@ def test_nothing_in_a_step_waits(device, rules, casting, rows):
 
 
 def test_batches_come_without_waiting(device, dataset):
-    tokens = data.load(dataset).train
-    expected = [*data.TrainBatches(tokens, 16, 4, 2, 1, torch.device("cpu")).step(5)]
-    batches = data.TrainBatches(tokens, 16, 4, 2, 1, device)
+    tokens = loader.load(dataset).train
+    expected = [*loader.TrainBatches(tokens, 16, 4, 2, 1, torch.device("cpu")).step(5)]
+    batches = loader.TrainBatches(tokens, 16, 4, 2, 1, device)
     list(batches.step(4))
     torch.cuda.set_sync_debug_mode("error")
     try:

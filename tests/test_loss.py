@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt import data, validation
+from nanogpt import validation
 from nanogpt.chunked_loss import chunked_cross_entropy
+from nanogpt.data import loader
 from nanogpt.loss import LOGITS_AT_ONCE, default_rows, project
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.runtime import Machine
@@ -98,11 +99,11 @@ def test_a_model_trains_on_it_as_on_the_other(tied, dtype, device):
 def test_evaluation_is_the_same_in_parts(dataset, device, monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=1, n_head=2, n_embd=C))
-    machine, tokens = Machine(device, "float32", "test"), data.load(dataset).val
+    machine, tokens = Machine(device, "float32", "test"), loader.load(dataset).val
     found = []
     for rows in (10**6, 1, 40):
         monkeypatch.setitem(LOGITS_AT_ONCE, device.type, 10 * rows)
-        batches = data.eval_batches(tokens, 16, 7, 10**9, machine.device)
+        batches = loader.eval_batches(tokens, 16, 7, 10**9, machine.device)
         found.append(validation.evaluate(model, batches, machine))
     assert found[0].tokens == found[1].tokens == found[2].tokens
     assert found[1].loss == pytest.approx(found[0].loss, abs=1e-6) == found[2].loss

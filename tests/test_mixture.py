@@ -11,9 +11,10 @@ import torch
 
 import eval as evaluation
 import train
-from nanogpt import checkpoint, data, metrics, mixture, vocabulary
+from nanogpt import checkpoint, metrics, vocabulary
+from nanogpt.data import loader, mixture
+from nanogpt.data.samplers import CYCLE, BatchOrder, MixedOrder, slots
 from nanogpt.errors import UserError
-from nanogpt.order import CYCLE, BatchOrder, MixedOrder, slots
 from nanogpt.world import World
 from tests.conftest import words, write_dataset
 
@@ -109,15 +110,15 @@ def test_names_and_weights(tmp_path, monkeypatch):
 def test_batches_hold_both_by_weight_on_any_number_of_processes(folders):
     one, two = folders
     found = mixture.load(f"{one}:0.75,{two}:0.25", Path())
-    assert len(found.train) == sum(len(data.load(folder).train) for folder in folders)
-    whole = data.TrainBatches(found.train, 16, 12, 1, 3, CPU)
+    assert len(found.train) == sum(len(loader.load(folder).train) for folder in folders)
+    whole = loader.TrainBatches(found.train, 16, 12, 1, 3, CPU)
     for step in (0, 5):
         rows = next(whole.step(step))[0]
-        of_one = whole.order.starts(12 * step, 12) < len(data.load(one).train)
+        of_one = whole.order.starts(12 * step, 12) < len(loader.load(one).train)
         assert of_one.sum() == 9
         parts = []
         for rank in range(5):  # uneven
-            batches = data.TrainBatches(found.train, 16, 2, 6, 3, CPU, share=World(rank, 5).share)
+            batches = loader.TrainBatches(found.train, 16, 2, 6, 3, CPU, share=World(rank, 5).share)
             parts += [idx for idx, _ in batches.step(step)]
         assert torch.equal(torch.cat(parts), rows)
 
@@ -146,7 +147,7 @@ def test_what_does_not_go_together(folders, tmp_path, bare_tokens):
     short = write_dataset(tmp_path / "short", "ab" * 30)
     other = write_dataset(tmp_path / "other", "ab" * 300)
     with pytest.raises(UserError, match="validation text of short has 6 tokens, fewer than one window"):
-        data.require_window(mixture.load(f"{other}:1,{short}:1", Path()).val, 16, "validation")
+        loader.require_window(mixture.load(f"{other}:1,{short}:1", Path()).val, 16, "validation")
 
 
 def test_masks_of_both_are_used(folders):
@@ -158,13 +159,13 @@ def test_masks_of_both_are_used(folders):
             about["mask"] = {"name": f"{split}.mask.bin"}
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     found = mixture.load(f"{folders[0]}:1,{folders[1]}:1", Path())
-    batches = data.TrainBatches(found.train, 16, 4, 1, 1, CPU)
+    batches = loader.TrainBatches(found.train, 16, 4, 1, 1, CPU)
     starts = batches.order.starts(0, 4)
     _, targets = next(batches.step(0))
     first = found.train.mixture.offsets[1]
     for start, row in zip(starts, targets, strict=True):
         own, most = (start, 3) if start < first else (start - first, 4)
-        assert ((row != data.IGNORE).numpy() == ((own + 1 + np.arange(16)) % 7 < most)).all()
+        assert ((row != loader.IGNORE).numpy() == ((own + 1 + np.arange(16)) % 7 < most)).all()
 
 
 def test_llmc_shards_and_bare_files_mix(bare_tokens, tmp_path):
@@ -178,7 +179,7 @@ def test_llmc_shards_and_bare_files_mix(bare_tokens, tmp_path):
     found = mixture.load(f"{shards}:1,{bare_tokens}:3", Path())
     assert vocabulary.identify(found.tokenizer).kind == "gpt2" and found.bytes_per_token is None
     assert found.train.read(995, 10)[:5].tolist() == [995, 996, 997, 998, 999]
-    drawn = data.TrainBatches(found.train, 16, 40, 1, 1, CPU).order.starts(0, 40)
+    drawn = loader.TrainBatches(found.train, 16, 40, 1, 1, CPU).order.starts(0, 40)
     assert (drawn < 1000).sum() == 10
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nanogpt import checkpoint, compile, data, fit, metrics
+from nanogpt import checkpoint, compile, fit, metrics
+from nanogpt.data import loader
 from nanogpt.distributed import parallel
 from nanogpt.distributed.layout import Replicated
 from nanogpt.errors import UserError
@@ -147,10 +148,10 @@ def test_every_division_trains_as_one_process(folder, name):
 
 def test_some_processes_had_no_response_to_learn(folder):
     """So the runs above have met micro-batches without a target, and whole shares."""
-    tokens, scored = data.load(folder / "questions").train, []
+    tokens, scored = loader.load(folder / "questions").train, []
     for rank in range(4):
         share = World(rank, 4).share
-        batches = data.TrainBatches(tokens, 16, 2, 5, 1337, torch.device("cpu"), share=share)
+        batches = loader.TrainBatches(tokens, 16, 2, 5, 1337, torch.device("cpu"), share=share)
         scored += [[bool((b[1] != IGNORE).any()) for b in batches.step(step)] for step in range(8)]
     assert [len(parts) for parts in scored] == [2] * 16 + [1] * 16
     assert {any(parts) for parts in scored} == {True, False} and [True, False] in scored

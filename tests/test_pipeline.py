@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import data, files, tokenizer
+from nanogpt import files, tokenizer
+from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
 from nanogpt.prepare import corpus, encode, pool, shards, text
 from tests.conftest import words
@@ -121,7 +122,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         with pytest.raises(Stopped if error is KeyboardInterrupt else error):
             corpus.prepare([source], out, **options)
         with pytest.raises(UserError):
-            data.load(out)
+            loader.load(out)
     unfinished = out / shards.UNFINISHED
     grown = [path for path in unfinished.iterdir() if path.name not in ("state.json", ".lock")]
     assert {"folded", "train-000000"} <= {path.name for path in grown}
@@ -235,7 +236,7 @@ def test_shards_are_the_same_tokens_and_llm_c_can_read_them(kind, source, tmp_pa
     options = of_kind(kind)
     corpus.prepare([source], tmp_path / "one", **options)
     corpus.prepare([source], tmp_path / "many", shard_tokens=10_000, **options)
-    one, many = data.load(tmp_path / "one"), data.load(tmp_path / "many")
+    one, many = loader.load(tmp_path / "one"), loader.load(tmp_path / "many")
     for split in ("train", "val"):
         a, b = getattr(one, split), getattr(many, split)
         assert np.array_equal(a.read(0, len(a)), b.read(0, len(b)))
@@ -252,7 +253,7 @@ def test_shards_that_are_filled_to_the_end_leave_no_empty_one(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("ab" * 500, encoding="utf-8")
     corpus.prepare([path], tmp_path / "out", kind="byte", shard_tokens=100)
-    loaded = data.load(tmp_path / "out")
+    loaded = loader.load(tmp_path / "out")
     assert [part.tokens for part in loaded.train.parts] == [100] * 9
     assert [part.tokens for part in loaded.val.parts] == [100]
 

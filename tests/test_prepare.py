@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import data, download, tokenizer
+from nanogpt import download, tokenizer
+from nanogpt.data import loader
 from tests import texts
 from tests.conftest import found, words
 
@@ -112,7 +113,7 @@ def test_every_odd_file_comes_back_exactly_or_is_refused_in_one_line(tmp_path):
         encoding = "utf-16" if path.name.startswith("utf16") else "utf-8-sig"
         with path.open(encoding=encoding) as file:  # universal newlines
             assert text_of(out) == file.read(), path.name
-        data.load(out)
+        loader.load(out)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanogpt import data, tokenizer
+from nanogpt import tokenizer
+from nanogpt.data import loader
 from nanogpt.errors import UserError
 from tests import texts
 from tests.conftest import found, words
@@ -39,7 +40,7 @@ def repository(pages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def documents_of(out: Path) -> list[list[int]]:
     """The documents of both splits, sorted."""
-    loaded = data.load(out)
+    loaded = loader.load(out)
     found = []
     for tokens in (loaded.train, loaded.val):
         ids = tokens.read(0, len(tokens))
@@ -63,7 +64,7 @@ def test_web_pages_become_the_tokens_of_gpt2(repository, pages, tmp_path, real):
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
         run = prepare(f"{name}/prepare.py", source, f"--out={out}", *common, *shard, **offline)
         assert (run.returncode, run.stderr) == (0, "")
-        loaded = data.load(out)
+        loaded = loader.load(out)
         splits.append([part.read(0, len(part)) for part in (loaded.train, loaded.val)])
         per_token = sum(len(page.encode()) for page in pages) / sum(map(len, splits[-1]))
         assert f"{len(pages)} documents" in run.stdout and f"bytes per token: {per_token:.2f}" in run.stdout
@@ -102,7 +103,7 @@ def test_a_vocabulary_is_trained_and_used_again(tmp_path):
     run = prepare("prepare.py", *text, f"--out={tmp_path / 'a'}", "--tokenizer=bpe:400")
     assert run.returncode == 0 and "tokenizer: hf, vocab size: 400" in run.stdout, run.stderr
     whole = sum(len(body.encode()) for body in bodies)
-    loaded = data.load(tmp_path / "a")
+    loaded = loader.load(tmp_path / "a")
     tokens = len(loaded.train) + len(loaded.val)
     assert f"bytes per token: {whole / tokens:.2f}" in run.stdout
     for again in (tmp_path / "a", tmp_path / "a" / "tokenizer.json"):

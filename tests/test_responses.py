@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import train
-from nanogpt import data, tokenizer
+from nanogpt import tokenizer
+from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.prepare import corpus
@@ -35,7 +36,7 @@ def prepare(file, out, **options):
 def test_the_mask_is_the_responses_and_their_ends(questions, tmp_path):
     summary = prepare(questions, tmp_path / "out")
     assert "loss on responses only" in "\n".join(summary.lines())
-    dataset = data.load(tmp_path / "out")
+    dataset = loader.load(tmp_path / "out")
     assert dataset.bytes_per_token is None
     tokens = tokenizer.from_text(dataset.tokenizer)
     seen = []
@@ -58,7 +59,7 @@ def test_processes_change_no_byte_and_other_data_leaves_no_mask(questions, tmp_p
     assert "train.mask.bin" in names and "val.mask.bin" in names
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
     corpus.prepare([questions], two, kind="byte", text_key="response")
-    assert not list(two.glob("*mask*")) and data.load(two).train.scored is None
+    assert not list(two.glob("*mask*")) and loader.load(two).train.scored is None
 
 
 def test_rows_without_a_response_are_refused(tmp_path, questions):
@@ -74,7 +75,7 @@ def test_rows_without_a_response_are_refused(tmp_path, questions):
     mask = tmp_path / "out" / "train.mask.bin"
     mask.write_bytes(mask.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"train.mask.bin is missing or not of \d+ bytes"):
-        data.load(tmp_path / "out")
+        loader.load(tmp_path / "out")
 
 
 @pytest.fixture
@@ -98,9 +99,9 @@ def config(questions, tmp_path):
     )
 
 
-def batches(config, batch_size: int) -> data.TrainBatches:
-    tokens = data.load(train.Path(config.dataset)).train
-    return data.TrainBatches(tokens, 32, batch_size, 12 // batch_size, 1, torch.device("cpu"))
+def batches(config, batch_size: int) -> loader.TrainBatches:
+    tokens = loader.load(train.Path(config.dataset)).train
+    return loader.TrainBatches(tokens, 32, batch_size, 12 // batch_size, 1, torch.device("cpu"))
 
 
 def test_the_gradient_is_the_responses_whatever_the_micro_batch(config):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import train
-from nanogpt import data, runtime, validation
+from nanogpt import runtime, validation
+from nanogpt.data import loader
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer, build
@@ -134,12 +135,12 @@ def test_bfloat16_trains_with_float32_weights():
 
 @pytest.fixture
 def tokens(dataset):
-    return data.load(dataset).val
+    return loader.load(dataset).val
 
 
 def score(model, tokens, batch_size, most=10**9, **kwargs):
     machine = machine_of()
-    batches = data.eval_batches(tokens, 16, batch_size, most, machine.device)
+    batches = loader.eval_batches(tokens, 16, batch_size, most, machine.device)
     return validation.evaluate(model, batches, machine, **kwargs)
 
 

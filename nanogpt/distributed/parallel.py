@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt import estimate, lora
 from nanogpt.compile import Function, is_sharded
-from nanogpt.data import TrainBatches
+from nanogpt.data.loader import TrainBatches
 from nanogpt.distributed.layout import Replicated, Sharded
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE

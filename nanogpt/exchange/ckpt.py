@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import meta_pkl, vocabulary
+from nanogpt import vocabulary
+from nanogpt.data import meta_pkl
 from nanogpt.errors import UserError
 from nanogpt.exchange.pretrained import (
     Pretrained,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanogpt.data.token_files import Tokens
 from nanogpt.errors import UserError
 from nanogpt.loss import rows_at_once
 from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES, Machine
-from nanogpt.tokenfiles import Tokens
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # of a batch where none is asked for

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from nanogpt.order import BatchOrder, permute
+from nanogpt.data.samplers import BatchOrder, permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 1023, 1025])

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from nanogpt import files, vocabulary
+from nanogpt.data.samplers import BatchOrder, MixedOrder, Share, everything
+from nanogpt.data.token_files import FORMAT, TokenFile, Tokens, open_split, split_files
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
-from nanogpt.order import BatchOrder, MixedOrder, Share, everything
-from nanogpt.tokenfiles import FORMAT, TokenFile, Tokens, open_split, split_files
 
 # ----------------------------------------------------------------------------- files
 
@@ -65,7 +65,7 @@ def load(folder: Path) -> Dataset:
             raise UserError(f"{folder / 'meta.json'} is not of format {FORMAT}; prepare the data again")
         text = _own_tokenizer(folder, meta)
     elif (folder / "meta.pkl").is_file():
-        from nanogpt.meta_pkl import tokenizer_of
+        from nanogpt.data.meta_pkl import tokenizer_of
 
         text = tokenizer_of(folder / "meta.pkl")
     identity = vocabulary.identify(text)

@@ -8,10 +8,10 @@ nothing of their own.
 from fractions import Fraction
 from pathlib import Path
 
-from nanogpt import data
-from nanogpt.data import Dataset
+from nanogpt.data import loader
+from nanogpt.data.loader import Dataset
+from nanogpt.data.token_files import Mixture, Tokens
 from nanogpt.errors import UserError
-from nanogpt.tokenfiles import Mixture, Tokens
 
 
 def load(name: str, root: Path) -> Dataset:
@@ -22,12 +22,12 @@ def load(name: str, root: Path) -> Dataset:
     """
     parts = parse(name)
     if len(parts) == 1:
-        return data.load(data.find(parts[0][0], root))
-    folders = [data.find(part, root) for part, _ in parts]
+        return loader.load(loader.find(parts[0][0], root))
+    folders = [loader.find(part, root) for part, _ in parts]
     for number, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:number]]:
             raise UserError(f"--dataset={name} names {folder} twice; give it once, with a larger weight")
-    found = [data.load(folder) for folder in folders]
+    found = [loader.load(folder) for folder in folders]
     first = found[0]
     for other in found[1:]:
         if other.fingerprint != first.fingerprint:

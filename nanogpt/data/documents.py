@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 
 from nanogpt import tokenizer, vocabulary
-from nanogpt.data import Dataset, Tokens, order_of
+from nanogpt.data.loader import Dataset, Tokens, order_of
+from nanogpt.data.samplers import BatchOrder, MixedOrder, RowOrder
 from nanogpt.errors import UserError
-from nanogpt.order import BatchOrder, MixedOrder, RowOrder
 
 Mode = Literal["stream", "rows", "masked"]
 CHUNK = 1 << 22  # tokens looked through at a time

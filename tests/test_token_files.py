@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import data, tokenfiles, vocabulary
+from nanogpt import vocabulary
+from nanogpt.data import loader, token_files
+from nanogpt.data.samplers import BatchOrder
 from nanogpt.errors import UserError
-from nanogpt.order import BatchOrder
 from nanogpt.prepare import shards
 from nanogpt.world import World
 
@@ -35,7 +36,7 @@ def write_shards(folder: Path, count: int, tokens: int = 64, headers: bool = Tru
 def opened(monkeypatch) -> list[str]:
     """The names of the files that are opened to be read."""
     names: list[str] = []
-    real, path_open = tokenfiles.token_file, tokenfiles.io.FileIO
+    real, path_open = token_files.token_file, token_files.io.FileIO
 
     class Watched(path_open):
         def __init__(self, path, *rest):
@@ -46,14 +47,14 @@ def opened(monkeypatch) -> list[str]:
         names.append(Path(path).name)
         return real(path, dtype)
 
-    monkeypatch.setattr(tokenfiles, "token_file", looked_at)
-    monkeypatch.setattr(tokenfiles.io, "FileIO", Watched)
+    monkeypatch.setattr(token_files, "token_file", looked_at)
+    monkeypatch.setattr(token_files.io, "FileIO", Watched)
     return names
 
 
 @pytest.mark.parametrize("kind", ["llm.c", "listed", "npy"])
 def test_many_shards_are_opened_as_they_are_used(tmp_path, opened, kind):
-    folder, count = tmp_path / "data", tokenfiles.LOOKED_AT + 44
+    folder, count = tmp_path / "data", token_files.LOOKED_AT + 44
     ids = write_shards(folder, count)
     if kind == "npy":
         for path in list(folder.glob("*.bin")):
@@ -73,30 +74,32 @@ def test_many_shards_are_opened_as_they_are_used(tmp_path, opened, kind):
             "splits": {"train": {"tokens": len(ids), "files": listed}},
         }
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    found = tokenfiles.open_split(data.split_files(folder, "train"), np.dtype("<u2"))
-    tokens = data.Tokens(found, 50257)
+    found = token_files.open_split(loader.split_files(folder, "train"), np.dtype("<u2"))
+    tokens = loader.Tokens(found, 50257)
     assert len(set(opened)) == 2 and len(tokens) == len(ids)
     assert (tokens.read(10_000, 1000) == ids[10_000:11_000]).all()
     assert len(set(opened)) <= 2 + 1000 // 64 + 2
-    assert (data.load(folder).train.read(0, len(ids)) == ids).all()  # the checks at the start, and all of it
+    assert (
+        loader.load(folder).train.read(0, len(ids)) == ids
+    ).all()  # the checks at the start, and all of it
 
 
 def test_few_files_are_open_at_a_time(tmp_path):
     ids = write_shards(tmp_path / "data", 300)
-    tokens = data.load(tmp_path / "data").train
+    tokens = loader.load(tmp_path / "data").train
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     assert (tokens.read(0, len(ids)) == ids).all() and (tokens.read(0, len(ids)) == ids).all()
-    assert len(tokens._open) == tokenfiles.KEPT_OPEN
+    assert len(tokens._open) == token_files.KEPT_OPEN
     if before:
-        assert len(os.listdir("/proc/self/fd")) <= before + tokenfiles.KEPT_OPEN
+        assert len(os.listdir("/proc/self/fd")) <= before + token_files.KEPT_OPEN
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer header", "gone"])
 def test_a_shard_that_is_not_what_it_seemed_is_named_when_it_is_used(tmp_path, damage):
     folder = tmp_path / "data"
     write_shards(folder, 300)
-    paths = data.split_files(folder, "train")
-    tokens = data.Tokens(tokenfiles.open_split(paths, np.dtype("<u2")), 50257)
+    paths = loader.split_files(folder, "train")
+    tokens = loader.Tokens(token_files.open_split(paths, np.dtype("<u2")), 50257)
     broken = folder / "tokens_train_000123.bin"
     if damage == "gone":
         broken.unlink()
@@ -110,11 +113,11 @@ def test_a_shard_that_is_not_what_it_seemed_is_named_when_it_is_used(tmp_path, d
 
 def test_a_process_reads_the_files_of_its_share_alone(tmp_path, opened):
     write_shards(tmp_path / "data", 200)
-    paths = data.split_files(tmp_path / "data", "train")
+    paths = loader.split_files(tmp_path / "data", "train")
     starts = None
     for rank in range(4):
-        tokens = data.Tokens(tokenfiles.open_split(paths, np.dtype("<u2")), 50257)
-        batches = data.TrainBatches(tokens, 16, 8, 1, 1, CPU, share=World(rank, 4).share)
+        tokens = loader.Tokens(token_files.open_split(paths, np.dtype("<u2")), 50257)
+        batches = loader.TrainBatches(tokens, 16, 8, 1, 1, CPU, share=World(rank, 4).share)
         opened.clear()
         list(batches.step(3))
         starts = batches.order.starts(3 * 8 + rank * 2, 2)
@@ -135,8 +138,8 @@ def test_ten_terabytes_on_paper(tmp_path):
     (folder / "tokens_val_000000.bin").write_bytes(bytes(4000))
     tracemalloc.start()
     started = time.perf_counter()
-    train = data.load(folder).train
-    batches = data.TrainBatches(train, 1024, 12, 40, 1, CPU)
+    train = loader.load(folder).train
+    batches = loader.TrainBatches(train, 1024, 12, 40, 1, CPU)
     batch = next(batches.step(10_000_000))
     took_s, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

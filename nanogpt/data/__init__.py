@@ -1,0 +1,1 @@
+"""Token files, the order in which they are read, and batches."""
