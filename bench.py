@@ -23,12 +23,13 @@ import torch
 from tqdm import trange
 
 import train
-from nanogpt import estimate, files, flops, kernels, runtime, vocabulary
+from nanogpt import estimate, files, flops, kernels, runtime
 from nanogpt.config import Count, Fraction, Positive, load, picked
 from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed import interconnect, scaling, wire
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
+from nanogpt.tokenizer import vocabulary
 from nanogpt.world import World
 
 

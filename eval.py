@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import checkpoint, files, runtime, tokenizer
+from nanogpt import checkpoint, files, runtime
 from nanogpt.config import ROOT, Count, read
 from nanogpt.data import mixture
 from nanogpt.errors import UserError, run_program
@@ -32,6 +32,7 @@ from nanogpt.prepare import sources, text
 from nanogpt.score import evals, harness, tasks
 from nanogpt.score.evals import Report
 from nanogpt.score.scoring import Advance, Subject, Windows, encode_text
+from nanogpt.tokenizer import tokenizer
 
 
 @dataclass(frozen=True)

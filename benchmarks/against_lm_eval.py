@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import shared
-from nanogpt import checkpoint, files, runtime, tokenizer
+from nanogpt import checkpoint, files, runtime
 from nanogpt.config import Count, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.score import evals, scoring, tasks
+from nanogpt.tokenizer import tokenizer
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,11 @@ from tqdm import tqdm
 
 import train
 from benchmarks import shared
-from nanogpt import checkpoint, files, metrics, tokenizer, vocabulary
+from nanogpt import checkpoint, files, metrics
 from nanogpt.config import ROOT, Count, Positive, Range, Seconds, load
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
+from nanogpt.tokenizer import tokenizer, vocabulary
 
 CLOCK = {"step_s", "tokens_per_s", "elapsed_s"}  # what a row and state.json hold of it: never twice the same
 

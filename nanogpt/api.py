@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from nanogpt import native, quantize, runtime, tokenizer
+from nanogpt import native, quantize, runtime
 from nanogpt.config import ROOT
 from nanogpt.errors import UserError
 from nanogpt.exchange import weights
 from nanogpt.generate import Completion, Decoder, Text, Token, complete, score
 from nanogpt.model import GPT
 from nanogpt.sampling import Controls, SamplingOptions
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import tokenizer
+from nanogpt.tokenizer.tokenizer import Tokenizer
 
 SEEDS = 1 << 63  # of torch's generators
 

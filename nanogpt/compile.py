@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt import download
 from nanogpt.errors import UserError
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer
 from nanogpt.runtime import Machine
+from nanogpt.tokenizer import download
 
 Function = Callable[..., Any]
 

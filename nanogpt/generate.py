@@ -40,7 +40,7 @@ from nanogpt.decode_step import DecodeStep, kept_in
 from nanogpt.model import GPT
 from nanogpt.sampling import SamplingOptions, draw_each, penalise
 from nanogpt.stream import TextStream
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 4096  # read at once, at most: what a pass needs in memory
 SHARED = 32  # tokens in common from which copying is worth a pass of its own over what differs

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import download, files
+from nanogpt import files
+from nanogpt.tokenizer import download
 
 SOURCE = Path(__file__).with_name("products.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable, Sequence
 
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import CharTokenizer, HuggingFaceTokenizer, Tokenizer, decode
+from nanogpt.tokenizer.tokenizer import CharTokenizer, HuggingFaceTokenizer, Tokenizer, decode
 
 
 class TextStream:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nanogpt import files, kernels, metrics, tokenizer
+from nanogpt import files, kernels, metrics
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT
@@ -17,6 +17,7 @@ from nanogpt.runtime import Machine
 from nanogpt.sampling import SamplingOptions
 from nanogpt.score import evals, tasks
 from nanogpt.score.scoring import Subject
+from nanogpt.tokenizer import tokenizer
 
 SEPARATOR = "-" * 15
 SAMPLES = 4

@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import train
-from nanogpt import bpe, tokenizer, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prepare import encode, sources
 from nanogpt.prepare.text import Texts
+from nanogpt.tokenizer import bpe, tokenizer, vocabulary
 from tests.texts import python_sources
 
 # The models here are so small that two threads spend their time waiting for each other.

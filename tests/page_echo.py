@@ -16,7 +16,7 @@ from nanogpt.serving.completions import Limits
 from nanogpt.serving.meters import Meters
 from nanogpt.serving.scheduler import Scheduler
 from nanogpt.serving.server import build
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.tokenizer.tokenizer import CharTokenizer
 
 
 class Echo:

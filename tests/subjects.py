@@ -2,9 +2,10 @@
 
 import torch
 
-from nanogpt import runtime, tokenizer
+from nanogpt import runtime
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.score.scoring import Subject
+from nanogpt.tokenizer import tokenizer
 
 LETTERS = tokenizer.CharTokenizer("\n abcdefgh")
 

@@ -13,7 +13,7 @@ from nanogpt.serving import answers, completions
 from nanogpt.serving.answers import Answer, Mail
 from nanogpt.serving.completions import Limits
 from nanogpt.serving.scheduler import Piece
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.tokenizer.tokenizer import ByteTokenizer
 
 LETTERS = "abcdefghij" * 5
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import nanogpt
-from nanogpt import runtime, vocabulary
+from nanogpt import runtime
 from nanogpt.errors import UserError
+from nanogpt.tokenizer import vocabulary
 from tests import hf_folders
 from tests.test_sample import trained  # noqa: F401
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nanogpt import tokenizer, vocabulary
 from nanogpt.errors import UserError
 from nanogpt.exchange import ckpt
 from nanogpt.exchange.pretrained import Pretrained
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import tokenizer, vocabulary
 
 ARGS = {
     "n_layer": 2,

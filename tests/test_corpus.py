@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import files, tokenizer
+from nanogpt import files
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus, encode, shards, text
+from nanogpt.tokenizer import tokenizer
 from tests import texts
 from tests.conftest import words
 

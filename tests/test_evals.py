@@ -12,12 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.against_lm_eval import by_lm_eval, given_by, likelihoods, same_prediction
-from nanogpt import loss, tokenizer
+from nanogpt import loss
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder, Text
 from nanogpt.sampling import SamplingOptions
 from nanogpt.score import evals, harness, scoring, tasks
 from nanogpt.score.scoring import Ids, Requests, Subject, Windows
+from nanogpt.tokenizer import tokenizer
 from tests import texts
 from tests.subjects import LETTERS, subject_of
 

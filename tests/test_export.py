@@ -12,12 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import export
 import train
-from nanogpt import checkpoint, tokenizer
+from nanogpt import checkpoint
 from nanogpt.errors import UserError
 from nanogpt.exchange import hf, hf_export, hf_tokenizer
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
+from nanogpt.tokenizer import tokenizer
 from tests import hf_folders, texts
 from tests.conftest import found, words, write_dataset
 

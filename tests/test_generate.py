@@ -11,7 +11,7 @@ from nanogpt.cache import Step
 from nanogpt.generate import Completion, Decoder, Text, complete, most_shared, packed, score, window_start
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer
 
 GREEDY = SamplingOptions(temperature=0.0)
 BLOCK = 16

@@ -13,7 +13,7 @@ from nanogpt.errors import UserError
 from nanogpt.generate import Completion, Decoder, Text, complete
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.tokenizer.tokenizer import ByteTokenizer
 from nanogpt.world import World
 from tests.conftest import update
 from tests.test_generate import SWITCHES, model_of

@@ -181,7 +181,7 @@ def test_loading_is_not_a_view_of_the_file(tmp_path):
 
 
 def test_the_tokenizer_comes_along(tmp_path, merges):
-    from nanogpt import tokenizer
+    from nanogpt.tokenizer import tokenizer
 
     folder = hf_folders.write(tmp_path / "a", merges=merges)
     text = hf.open_folder(folder).tokenizer

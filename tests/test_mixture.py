@@ -11,10 +11,11 @@ import torch
 
 import eval as evaluation
 import train
-from nanogpt import checkpoint, metrics, vocabulary
+from nanogpt import checkpoint, metrics
 from nanogpt.data import loader, mixture
 from nanogpt.data.samplers import CYCLE, BatchOrder, MixedOrder, slots
 from nanogpt.errors import UserError
+from nanogpt.tokenizer import vocabulary
 from nanogpt.world import World
 from tests.conftest import words, write_dataset
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import files, tokenizer
+from nanogpt import files
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
 from nanogpt.prepare import corpus, encode, pool, shards, text
+from nanogpt.tokenizer import tokenizer
 from tests.conftest import words
 from tests.test_sources import write
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.position import ALiBi, Learned, Rotary, alibi_slopes
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.tokenizer.tokenizer import CharTokenizer
 from tests.conftest import words
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import download, tokenizer
 from nanogpt.data import loader
+from nanogpt.tokenizer import download, tokenizer
 from tests import texts
 from tests.conftest import found, words
 

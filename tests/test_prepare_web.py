@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanogpt import tokenizer
 from nanogpt.data import loader
 from nanogpt.errors import UserError
+from nanogpt.tokenizer import tokenizer
 from tests import texts
 from tests.conftest import found, words
 from tests.test_prepare import assert_refused, prepare

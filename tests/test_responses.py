@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 import train
-from nanogpt import tokenizer
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.prepare import corpus
+from nanogpt.tokenizer import tokenizer
 from tests.conftest import words
 
 

@@ -14,7 +14,7 @@ import train
 from nanogpt.config import load
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer
 from tests.conftest import train_until_it_knows
 
 

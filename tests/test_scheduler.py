@@ -11,7 +11,7 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
 from nanogpt.serving import scheduler
 from nanogpt.serving.scheduler import Choice, Full, Scheduler
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.tokenizer.tokenizer import ByteTokenizer
 
 GREEDY = SamplingOptions(temperature=0)
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 
-from nanogpt import checkpoint, tokenizer
+from nanogpt import checkpoint
 from nanogpt.config import ROOT
 from nanogpt.exchange import hf_tokenizer
 from nanogpt.generate import score
+from nanogpt.tokenizer import tokenizer
 from tests.serving import serving, train_small
 
 

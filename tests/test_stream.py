@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt.errors import UserError
 from nanogpt.stream import TextStream
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, decode
+from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, decode
 
 TEXT = "Grüße, 世界 🦊! naïve ﷽ 👩‍👩‍👧\n"
 

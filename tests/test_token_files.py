@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import vocabulary
 from nanogpt.data import loader, token_files
 from nanogpt.data.samplers import BatchOrder
 from nanogpt.errors import UserError
 from nanogpt.prepare import shards
+from nanogpt.tokenizer import vocabulary
 from nanogpt.world import World
 
 CPU = torch.device("cpu")

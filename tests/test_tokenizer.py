@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import bpe, tokenizer, vocabulary
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from nanogpt.tokenizer import bpe, tokenizer, vocabulary
+from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from tests import texts
 from tests.conftest import found
 

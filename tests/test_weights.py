@@ -9,10 +9,11 @@ import torch
 
 import sample
 import train
-from nanogpt import checkpoint, optim, tokenizer, vocabulary
+from nanogpt import checkpoint, optim
 from nanogpt.errors import UserError
 from nanogpt.exchange import weights
 from nanogpt.runtime import setup
+from nanogpt.tokenizer import tokenizer, vocabulary
 from nanogpt.validation import evaluate_splits
 from tests import hf_folders
 from tests.conftest import words, write_dataset

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from nanogpt import tokenizer, vocabulary
 from nanogpt.data.loader import Dataset, Tokens, order_of
 from nanogpt.data.samplers import BatchOrder, MixedOrder, RowOrder
 from nanogpt.errors import UserError
+from nanogpt.tokenizer import tokenizer, vocabulary
 
 Mode = Literal["stream", "rows", "masked"]
 CHUNK = 1 << 22  # tokens looked through at a time

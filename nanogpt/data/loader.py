@@ -2,7 +2,7 @@
 
 A dataset is a folder with `train.bin` and `val.bin`, raw little-endian ids, and `meta.json` beside
 them (written by data/prepare.py). Also read: nanoGPT's bare files with or without `meta.pkl`, shards,
-llm.c's `.bin` and `.npy` arrays (tokenfiles.py).
+llm.c's `.bin` and `.npy` arrays (token_files.py).
 """
 
 import itertools
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt import files, vocabulary
+from nanogpt import files
 from nanogpt.data.samplers import BatchOrder, MixedOrder, Share, everything
 from nanogpt.data.token_files import FORMAT, TokenFile, Tokens, open_split, split_files
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
+from nanogpt.tokenizer import vocabulary
 
 # ----------------------------------------------------------------------------- files
 

@@ -4,8 +4,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from nanogpt import vocabulary
 from nanogpt.errors import UserError
+from nanogpt.tokenizer import vocabulary
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import vocabulary
 from nanogpt.data import meta_pkl
 from nanogpt.errors import UserError
 from nanogpt.exchange.pretrained import (
@@ -27,6 +26,7 @@ from nanogpt.exchange.pretrained import (
     with_vocabulary,
 )
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import vocabulary
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 NEVER = 1e9  # nanoGPT's loss of what was not evaluated

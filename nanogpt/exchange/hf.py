@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanogpt import files, vocabulary
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.exchange.pretrained import (
     NAMES,
@@ -30,6 +30,7 @@ from nanogpt.exchange.pretrained import (
     with_vocabulary,
 )
 from nanogpt.model import GPTConfig
+from nanogpt.tokenizer import vocabulary
 
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["merges.txt", "vocab.json", "tokenizer.json", OWN_TOKENIZER]

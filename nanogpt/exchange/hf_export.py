@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanogpt import files, tokenizer, vocabulary
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.exchange import hf_tokenizer
 from nanogpt.exchange.pretrained import OWN_TOKENIZER, theirs, unlike
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runtime import DTYPES
+from nanogpt.tokenizer import tokenizer, vocabulary
 
 LIBRARY = Path(__file__).resolve().parent.parent
 CODE = ("exchange/modeling_nanogpt.py", "model.py", "cache.py", "loss.py", "position.py")

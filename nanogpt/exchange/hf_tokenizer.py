@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanogpt import bpe, files
+from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.tokenizer import bpe
+from nanogpt.tokenizer.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
 # What encodes an ordinary text without a bound, as a model's own length does not bound a text.
 UNBOUNDED = int(1e30)

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from nanogpt import vocabulary
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import Tokenizer, from_text
+from nanogpt.tokenizer import vocabulary
+from nanogpt.tokenizer.tokenizer import Tokenizer, from_text
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's models
 OWN_TOKENIZER = "tokenizer.nanogpt.json"  # ours beside Hugging Face's, in the folders that we write

@@ -7,9 +7,10 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from nanogpt import checkpoint, vocabulary
+from nanogpt import checkpoint
 from nanogpt.errors import UserError
 from nanogpt.exchange.pretrained import NAMES, Pretrained, stored_tensor
+from nanogpt.tokenizer import vocabulary
 
 
 def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretrained:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt import files, tokenizer
+from nanogpt import files
 from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import Stopped, UserError
 from nanogpt.prepare import encode, pool, shards, sources, survey
@@ -24,6 +24,7 @@ from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.shards import SPLITS
 from nanogpt.prepare.survey import Options, counted
 from nanogpt.prepare.text import Texts, find
+from nanogpt.tokenizer import tokenizer
 
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # the first is the last to appear
 LARGE_ALPHABET = 20_000  # distinct characters from which bytes are the default

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import tokenizer
 from nanogpt.errors import UserError
 from nanogpt.prepare import sources
 from nanogpt.prepare.sources import BadRow, Piece
 from nanogpt.prepare.text import Digest, Document, Pair, code_points, with_newlines
+from nanogpt.tokenizer import tokenizer
 
 PIECE = 1 << 20  # characters encoded at a time
 LONGEST_WORD = 1 << 21  # characters without a place where byte pairs can be cut

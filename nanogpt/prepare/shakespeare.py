@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt import download
 from nanogpt.prepare import corpus
+from nanogpt.tokenizer import download
 
 
 @dataclass

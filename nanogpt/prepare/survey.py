@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt import bpe, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.prepare import encode, pool, sources
 from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.text import Document, Texts
+from nanogpt.tokenizer import bpe, tokenizer
 
 FEW = 100  # documents: fewer are each cut in two, as many or more go whole to train or to val
 LEARNT_FROM = 1 << 28  # characters from which a BPE is learnt, at the beginning of the text

@@ -17,7 +17,7 @@ from nanogpt.score import significance
 from nanogpt.score.scoring import Advance, Pair, Requests, Subject, Windows, beginning, score
 from nanogpt.score.significance import Difference, Metric
 from nanogpt.score.tasks import Item, Task
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer.tokenizer import Tokenizer
 
 Totals = dict[str, tuple[np.ndarray, np.ndarray | None]]  # metric -> values (n,), and sizes if not 1
 STRETCH = 2048  # bytes of text that count as one item for standard errors; fewer in a short text

@@ -20,7 +20,7 @@ from nanogpt.errors import UserError
 from nanogpt.loss import rows_at_once
 from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES, Machine
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # of a batch where none is asked for
 Advance = Callable[[int], object]

@@ -20,8 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from nanogpt import download
 from nanogpt.errors import UserError
+from nanogpt.tokenizer import download
 
 Row = dict[str, Any]
 CONTEXT = ("ctx", "context", "question", "query", "prompt")

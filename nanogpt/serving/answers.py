@@ -21,7 +21,7 @@ from nanogpt.serving.guard import Receive, Scope, Send
 from nanogpt.serving.meters import Meters
 from nanogpt.serving.refusal import Refusal
 from nanogpt.serving.scheduler import Choice, Piece, PromptScores, Scheduler
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer.tokenizer import Tokenizer
 
 Letter = tuple[Choice, Piece]
 EVENT_S = 0.02  # from one event of a stream to the next, at least: tokens that come faster share one

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from nanogpt import tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import Token
 from nanogpt.sampling import Controls, SamplingOptions
 from nanogpt.serving.refusal import Refusal
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import tokenizer
+from nanogpt.tokenizer.tokenizer import Tokenizer
 
 IGNORED = {"user", "metadata", "store"}  # what changes no answer
 UNSUPPORTED: dict[str, Any] = {

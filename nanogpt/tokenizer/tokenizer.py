@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanogpt import bpe, download, vocabulary
 from nanogpt.errors import UserError
+from nanogpt.tokenizer import bpe, download, vocabulary
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of encoder.json
