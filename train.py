@@ -212,9 +212,9 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         found = kernels.require_attention(config.attention, model.config, machine, config.block_size, biased)
         notices.append(f"attention: {found}")
     if config.freeze or config.train_only or config.lora_rank:
-        from nanogpt import finetune
+        from nanogpt.finetune import freeze
 
-        notices += finetune.choose_trained(model, config)
+        notices += freeze.choose_trained(model, config)
     if world.size > 1:
         layout = parallel.lay_out(model, machine, division)
     if config.recompute:
@@ -275,7 +275,7 @@ def make_model(
         torch.manual_seed(config.seed)
         model = pretrained.load(shape, device).train() if pretrained else GPT(shape).to(device)
         if adapted := adapters(config):
-            from nanogpt import lora
+            from nanogpt.finetune import lora
 
             lora.adapt(model, lora.Adapters(**adapted))
             lora.initialise(model, config.seed)

@@ -69,7 +69,7 @@ class Checkpoint:
         with torch.device("meta"):
             model = GPT(replace(self.model_config, dropout=dropout))
             if self.state.get("lora"):
-                from nanogpt import lora
+                from nanogpt.finetune import lora
 
                 lora.adapt(model, lora.Adapters(**self.state["lora"]))
         tensors = load_file(self.path / "model.safetensors", device=str(device))

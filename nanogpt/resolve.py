@@ -61,9 +61,9 @@ def check(config: Any) -> None:
     """Refuse combinations that make no sense, all at once."""
     wrong = picked(GPTConfig, config).problems() + picked(OptimConfig, config).problems()
     if config.lora_rank:
-        from nanogpt import finetune
+        from nanogpt.finetune import freeze
 
-        wrong += finetune.problems(config)
+        wrong += freeze.problems(config)
     if config.decay_lr:
         ends = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
         wrong += schedule.problems(config.lr_schedule, *ends)

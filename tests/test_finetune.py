@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 import export
 import sample
 import train
-from nanogpt import checkpoint, lora, metrics
+from nanogpt import checkpoint, metrics
 from nanogpt.errors import Stopped, UserError
 from nanogpt.exchange import weights
+from nanogpt.finetune import lora
 from tests.conftest import small_run, words, write_dataset
 
 

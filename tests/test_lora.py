@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanogpt import lora
 from nanogpt.errors import UserError
-from nanogpt.lora import Adapters
+from nanogpt.finetune import lora
+from nanogpt.finetune.lora import Adapters
 from nanogpt.model import GPT, GPTConfig
 
 SMALL = GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16)

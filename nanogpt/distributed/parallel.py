@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanogpt import estimate, lora
+from nanogpt import estimate
 from nanogpt.compile import Function, is_sharded
 from nanogpt.data.loader import TrainBatches
 from nanogpt.distributed.layout import Replicated, Sharded
 from nanogpt.errors import UserError
+from nanogpt.finetune import lora
 from nanogpt.loss import IGNORE
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, OptimConfig

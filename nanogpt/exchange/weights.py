@@ -73,7 +73,7 @@ def _open_checkpoint(found: checkpoint.Checkpoint, run: Path, damage: list[str])
 
     def read() -> Iterable[tuple[str, Tensor]]:
         if found.state.get("lora"):
-            from nanogpt import lora
+            from nanogpt.finetune import lora
 
             adapters = lora.Adapters(**found.state["lora"])
             return lora.merged(names, lambda name: stored_tensor(file, name), adapters)

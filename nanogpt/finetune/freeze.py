@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from nanogpt import lora
 from nanogpt.errors import UserError
+from nanogpt.finetune import lora
 from nanogpt.options import FinetuneOptions
 
 

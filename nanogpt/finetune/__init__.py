@@ -1,0 +1,1 @@
+"""Finetuning: which parameters are trained, and low-rank adapters."""
