@@ -23,11 +23,12 @@ import torch
 from tqdm import trange
 
 import train
-from nanogpt import estimate, files, flops, kernels, runtime
+from nanogpt import estimate, files, flops, runtime
 from nanogpt.config import Count, Fraction, Positive, load, picked
 from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed import interconnect, scaling, wire
 from nanogpt.errors import UserError, run_program
+from nanogpt.gpu import attention_kernels
 from nanogpt.model import GPTConfig
 from nanogpt.tokenizer import vocabulary
 from nanogpt.world import World
@@ -66,7 +67,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             return
         runtime.require_one_process()
         bench = Bench(config, Path(scratch), origins)
-        how = kernels.chosen(config.attention, config.deterministic)
+        how = attention_kernels.chosen(config.attention, config.deterministic)
         with bench.run.machine.memory_errors(), how:
             print(bench.describe())
             count = config.warmup_steps + config.steps
@@ -211,9 +212,9 @@ def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
     if config.mfu and not machine.peak_flops():
         raise UserError(f"--mfu={config.mfu:g}: the peak of {machine.name()} is not known; leave it out")
     if config.cuda_graph:
-        from nanogpt import graphs
+        from nanogpt.gpu import cuda_graphs
 
-        graphs.require_recordable(config, machine, scored=False)
+        cuda_graphs.require_recordable(config, machine, scored=False)
 
 
 def bandwidth(timing: interconnect.Timing) -> float:
@@ -254,7 +255,7 @@ def pass_time(config: Config, machine: runtime.Machine, shape: GPTConfig) -> tup
         return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
     small = replace(config, real_data=False, batch_tokens=0, gradient_accumulation_steps=1)
     small = replace(small, device=str(machine.device), max_tokens=0)
-    how = kernels.chosen(config.attention, config.deterministic)
+    how = attention_kernels.chosen(config.attention, config.deterministic)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, machine.memory_errors(), how:
         bench = Bench(small, Path(scratch))
         took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]

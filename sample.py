@@ -77,10 +77,10 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     )
     print(f"{model.origin}; {model.machine.reason}", file=sys.stderr)
     if config.cuda_graph:
-        from nanogpt import graphs
+        from nanogpt.gpu import cuda_graphs
 
-        graphs.require_cuda(model.machine.device)
-        model = replace(model, decoder=graphs.GraphDecoder)
+        cuda_graphs.require_cuda(model.machine.device)
+        model = replace(model, decoder=cuda_graphs.GraphDecoder)
 
     def completions(prompts: list[str]) -> list[Completion]:
         return model.completions(

@@ -159,9 +159,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             print(notice)
         kernels_in_use: AbstractContextManager[None] = nullcontext()
         if config.attention != "auto" or config.deterministic or run.machine.device.type == "cuda":
-            from nanogpt import kernels
+            from nanogpt.gpu import attention_kernels
 
-            kernels_in_use = kernels.chosen(config.attention, config.deterministic)
+            kernels_in_use = attention_kernels.chosen(config.attention, config.deterministic)
         try:
             with closing(open_log(run)) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)
@@ -193,23 +193,25 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         division = parallel.divide(shape, rules, config.parallel, config.shard_size, machine)
         home, why = division.home(machine.device), division.why
     if config.batch_size == "auto":
-        from nanogpt import fit
+        from nanogpt.gpu import auto_batch_size
 
         trial = partial(try_batch_size, config, machine, dataset.vocab_size)
-        config = fit.choose(config, machine, home == machine.device, why, trial, notices)
+        config = auto_batch_size.choose(config, machine, home == machine.device, why, trial, notices)
     config = resolve.count_tokens(config, origins)
     if config.cuda_graph:
-        from nanogpt import graphs
+        from nanogpt.gpu import cuda_graphs
 
-        graphs.require_recordable(config, machine, dataset.train.scored is not None)
+        cuda_graphs.require_recordable(config, machine, dataset.train.scored is not None)
     batches = resolve.open_batches(config, dataset, machine)
     resolve.require_tokenizer(resumed, pretrained, dataset)
     model = make_model(config, machine, dataset.vocab_size, resumed, pretrained, home)
     if config.attention != "auto" or machine.device.type == "cuda":
-        from nanogpt import kernels
+        from nanogpt.gpu import attention_kernels
 
         biased = config.documents == "masked" or model.config.position == "alibi"
-        found = kernels.require_attention(config.attention, model.config, machine, config.block_size, biased)
+        found = attention_kernels.require_attention(
+            config.attention, model.config, machine, config.block_size, biased
+        )
         notices.append(f"attention: {found}")
     if config.freeze or config.train_only or config.lora_rank:
         from nanogpt.finetune import freeze
@@ -335,9 +337,9 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
         micro_batches = partial(parallel.micro_batches, batches, machine.world, function)
         step = parallel.step_of_all(train_step, machine.world)
     elif config.cuda_graph:  # in one process alone (graphs.require_recordable)
-        from nanogpt import graphs
+        from nanogpt.gpu import cuda_graphs
 
-        step = graphs.StepGraph(train_step, batches.full, machine)
+        step = cuda_graphs.StepGraph(train_step, batches.full, machine)
     return function, micro_batches, step
 
 

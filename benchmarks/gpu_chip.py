@@ -16,7 +16,7 @@ from benchmarks.gpu_sides import Failed, Setup, environment, figure
 from nanogpt import optim
 from nanogpt.config import ROOT
 from nanogpt.generate import Decoder, Text
-from nanogpt.graphs import GraphDecoder
+from nanogpt.gpu.cuda_graphs import GraphDecoder
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.quantize import cast
 from nanogpt.sampling import SamplingOptions

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nanogpt import files, kernels, metrics
+from nanogpt import files, metrics
 from nanogpt.errors import UserError
 from nanogpt.generate import Decoder, Text
+from nanogpt.gpu import attention_kernels
 from nanogpt.model import GPT
 from nanogpt.options import WatchOptions
 from nanogpt.runtime import Machine
@@ -62,7 +63,7 @@ class Watch:
         compiled = [(block, block.__dict__.pop("forward", None)) for block in model.h]
         try:
             with (
-                kernels.chosen()
+                attention_kernels.chosen()
             ):  # a GPU's cumulative sum, by which tokens are drawn, may not repeat its bits
                 if self._scores(iter_num):
                     yield from self._score(model, iter_num, write, stopped)

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 import sample
 import train
-from nanogpt import checkpoint, compile, fit, graphs, kernels, optim, runtime
+from nanogpt import checkpoint, compile, optim, runtime
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
 from nanogpt.generate import Decoder, Text
+from nanogpt.gpu import attention_kernels, auto_batch_size, cuda_graphs
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
 from nanogpt.writer import Writer
@@ -103,7 +104,7 @@ def test_batches_come_without_waiting(device, dataset):
 def test_a_recorded_step_is_the_plain_one(device, rules, changes):
     plain = updates(parts(device, rules=rules, **changes), 12)
     everything = parts(device, rules=rules, **changes)
-    graph = graphs.StepGraph(train.train_step, 8, everything[2])
+    graph = cuda_graphs.StepGraph(train.train_step, 8, everything[2])
     found = updates(everything, 12, graph)
     assert graph.replay
     torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=0.02, atol=0.02)
@@ -121,14 +122,16 @@ def test_each_kernel_of_attention_is_right(device, name):
     torch.manual_seed(0)
     exact = [torch.randn(2, 4, 128, 64, device=device).bfloat16().float().requires_grad_() for _ in range(3)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    with kernels.chosen("math"):
+    with attention_kernels.chosen("math"):
         expected = F.scaled_dot_product_attention(*exact, is_causal=True)
     machine = runtime.Machine(device, "bfloat16", "test")
     try:
-        kernels.require_attention(name, replace(SHAPE, n_head=4, n_embd=256), machine, 128, biased=False)
+        attention_kernels.require_attention(
+            name, replace(SHAPE, n_head=4, n_embd=256), machine, 128, biased=False
+        )
     except UserError as error:
         pytest.skip(str(error))
-    with kernels.chosen(name):
+    with attention_kernels.chosen(name):
         found = F.scaled_dot_product_attention(*rounded, is_causal=True)
     torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
     seed = torch.randn_like(expected)
@@ -155,7 +158,7 @@ def test_recorded_decoding_writes_the_same(device, options, batch):
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     found = []
-    for kind in (Decoder, graphs.GraphDecoder):
+    for kind in (Decoder, cuda_graphs.GraphDecoder):
         texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(batch)]
         decoder = kind(model, batch)
         decoder.add(texts)
@@ -164,7 +167,7 @@ def test_recorded_decoding_writes_the_same(device, options, batch):
         found.append([text.ids for text in texts])
     assert found[0] == found[1]
     texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(batch)]
-    decoder = graphs.GraphDecoder(model, batch)
+    decoder = cuda_graphs.GraphDecoder(model, batch)
     decoder.add(texts)
     decoder.run(50)
     assert [text.ids for text in texts] == [ids[:53] for ids in found[0]]
@@ -261,9 +264,11 @@ def test_the_batch_that_fits_is_found_and_is_the_same_run(config, capsys):
     trial = partial(train.try_batch_size, config, machine, 10)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    assert fit.fits(256, trial, machine)
+    assert auto_batch_size.fits(256, trial, machine)
     with room_for(torch.cuda.max_memory_reserved() * 1.5):
-        chosen = fit.largest(windows, partial(fit.fits, trial=trial, machine=machine), bool)
+        chosen = auto_batch_size.largest(
+            windows, partial(auto_batch_size.fits, trial=trial, machine=machine), bool
+        )
         assert 64 <= chosen < windows
         train.main(replace(config, batch_size="auto", overwrite=True))
     assert "batch_size = " in capsys.readouterr().out

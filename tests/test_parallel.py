@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nanogpt import checkpoint, compile, fit, metrics
+from nanogpt import checkpoint, compile, metrics
 from nanogpt.data import loader
 from nanogpt.distributed import parallel
 from nanogpt.distributed.layout import Replicated
 from nanogpt.errors import UserError
+from nanogpt.gpu import auto_batch_size
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.optim import OptimConfig, build
 from nanogpt.prepare import corpus
@@ -321,7 +322,7 @@ def test_a_batch_that_fits_is_that_of_a_whole_model(dataset):
     config = train.Config(dataset=str(dataset), batch_size="auto", batch_tokens=480, block_size=16)
     divided, machine = choose("fsdp"), Machine(torch.device("cuda"), "bfloat16", "")
     with pytest.raises(UserError, match=r"--batch_size=auto .* divided \(fsdp: as asked\); give a number"):
-        fit.choose(config, machine, divided.whole, divided.why, lambda rows: None, [])
+        auto_batch_size.choose(config, machine, divided.whole, divided.why, lambda rows: None, [])
 
 
 def test_owners_have_about_as_much_to_do():

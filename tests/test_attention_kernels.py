@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 import train
-from nanogpt import compile, kernels, optim, runtime
+from nanogpt import compile, optim, runtime
 from nanogpt.errors import UserError
+from nanogpt.gpu import attention_kernels
 from nanogpt.model import GPT, GPTConfig
 from tests.conftest import update
 
@@ -19,18 +20,21 @@ CPU = runtime.Machine(torch.device("cpu"), "float32", "test")
 
 @pytest.mark.cpu
 def test_attention_is_pinned_and_named():
-    name = partial(kernels.attention_name, SHAPE, CPU, 32)
-    with kernels.chosen("math"):
+    name = partial(attention_kernels.attention_name, SHAPE, CPU, 32)
+    with attention_kernels.chosen("math"):
         assert name() == "math"
-    with kernels.chosen("flash"):
+    with attention_kernels.chosen("flash"):
         assert name() == "flash"
-    assert kernels.require_attention("math", SHAPE, CPU, 32, biased=False) == "math"
+    assert attention_kernels.require_attention("math", SHAPE, CPU, 32, biased=False) == "math"
     with pytest.raises(
         UserError, match=r"--attention=cudnn: torch .* does not do it for heads of 16 .*float32"
     ):
-        kernels.require_attention("cudnn", SHAPE, CPU, 32, biased=False)
+        attention_kernels.require_attention("cudnn", SHAPE, CPU, 32, biased=False)
     grouped = replace(SHAPE, n_kv_head=1)
-    assert kernels.require_attention("auto", grouped, CPU, 32, biased=True) in kernels.ATTENTION
+    assert (
+        attention_kernels.require_attention("auto", grouped, CPU, 32, biased=True)
+        in attention_kernels.ATTENTION
+    )
 
 
 @pytest.mark.cpu
@@ -38,7 +42,7 @@ def test_kernels_of_attention_agree():
     q, k, v = torch.randn(3, 2, 2, 32, 16, dtype=torch.float64)
     found = []
     for name in ("auto", "math", "flash"):
-        with kernels.chosen(name):
+        with attention_kernels.chosen(name):
             found.append(F.scaled_dot_product_attention(q, k, v, is_causal=True))
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
@@ -46,11 +50,11 @@ def test_kernels_of_attention_agree():
 
 @pytest.mark.cpu
 def test_what_was_chosen_ends_with_the_run():
-    with pytest.raises(KeyboardInterrupt), kernels.chosen("math", deterministic=True):
+    with pytest.raises(KeyboardInterrupt), attention_kernels.chosen("math", deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
         raise KeyboardInterrupt
     assert not torch.are_deterministic_algorithms_enabled()
-    assert kernels.attention_name(SHAPE, CPU, 32) != "math"
+    assert attention_kernels.attention_name(SHAPE, CPU, 32) != "math"
 
 
 @pytest.mark.parametrize("casting", ["autocast", "weights"])

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import train
-from nanogpt import fit, graphs, optim, runtime
+from nanogpt import optim, runtime
 from nanogpt.errors import UserError
 from nanogpt.generate import Completion, Decoder, Text, complete
+from nanogpt.gpu import auto_batch_size, cuda_graphs
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer.tokenizer import ByteTokenizer
@@ -56,7 +57,7 @@ class Recorder:
 def test_a_recorded_training_step_is_the_plain_one(rules):
     """Ten updates of two micro-batches, with dropout, changing rates and one batch of another size."""
     found, recorder = [], Recorder()
-    for graph in (None, graphs.StepGraph(train.train_step, 8, CPU, recorder.step)):
+    for graph in (None, cuda_graphs.StepGraph(train.train_step, 8, CPU, recorder.step)):
         torch.manual_seed(0)
         model = GPT(
             GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False)
@@ -73,7 +74,7 @@ def test_a_recorded_training_step_is_the_plain_one(rules):
             how = {"iter_num": i, "lr": 1e-2 / (i + 1), "take": graph}
             losses.append([float(part) for part in update(model, optimizer, CPU, scaler, batches, **how)])
         found.append((losses, [p.detach() for p in model.parameters()]))
-    assert recorder.recorded == 1 and recorder.replayed == 10 - graphs.WARM_UPS - 1
+    assert recorder.recorded == 1 and recorder.replayed == 10 - cuda_graphs.WARM_UPS - 1
     torch.testing.assert_close(torch.tensor(found[0][0]), torch.tensor(found[1][0]), rtol=1e-5, atol=1e-5)
     for a, b in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -82,14 +83,14 @@ def test_a_recorded_training_step_is_the_plain_one(rules):
 def test_what_cannot_be_recorded_is_refused():
     cuda = torch.device("cuda")
     machine = runtime.Machine(cuda, "bfloat16", "test")
-    graphs.require_recordable(Config, machine, scored=False)
+    cuda_graphs.require_recordable(Config, machine, scored=False)
     with pytest.raises(UserError, match=r"does not go with float16.* and data of prompts"):
-        graphs.require_recordable(Config, runtime.Machine(cuda, "float16", "test"), scored=True)
+        cuda_graphs.require_recordable(Config, runtime.Machine(cuda, "float16", "test"), scored=True)
     with pytest.raises(UserError, match=r"does not go with several processes and --recompute"):
         several = runtime.Machine(cuda, "bfloat16", "test", World(0, 2))
-        graphs.require_recordable(Recomputing, several, scored=False)
+        cuda_graphs.require_recordable(Recomputing, several, scored=False)
     with pytest.raises(UserError, match="needs a CUDA GPU, and this is cpu"):
-        graphs.GraphDecoder(model_of(), 1)
+        cuda_graphs.GraphDecoder(model_of(), 1)
 
 
 # ----------------------------------------------------------------------------- writing
@@ -114,11 +115,11 @@ OPTIONS = {
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_recorded_steps_write_the_same_texts(switches, options, monkeypatch):
     """Seven texts of all lengths in three slots, beyond the context too, with several lengths of cache."""
-    monkeypatch.setattr(graphs, "SHORTEST", 4)
+    monkeypatch.setattr(cuda_graphs, "SHORTEST", 4)
     model, recorder = model_of(**switches), Recorder()
     prompts = [[(3 * i + j) % 50 for j in range(1 + 4 * i)] for i in range(7)]
     found = []
-    for kind in (Decoder, lambda *given: graphs.GraphDecoder(*given, record=recorder.text)):
+    for kind in (Decoder, lambda *given: cuda_graphs.GraphDecoder(*given, record=recorder.text)):
         texts = [Text(ids, options[i % len(options)], seed=i) for i, ids in enumerate(prompts)]
         found.append(written(kind(model, 3), texts, 12))
     assert found[0] == found[1]
@@ -131,7 +132,7 @@ def test_many_steps_at_once_are_as_many_steps(options):
     found = []
     for at_once in (False, True):
         texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(3)]
-        decoder = graphs.GraphDecoder(model, 3, 40, recorder.text) if at_once else Decoder(model, 3, 40)
+        decoder = cuda_graphs.GraphDecoder(model, 3, 40, recorder.text) if at_once else Decoder(model, 3, 40)
         decoder.add(texts)
         if at_once:
             first = decoder.run(20)
@@ -155,25 +156,31 @@ def test_the_micro_batch_is_halved_until_it_fits(monkeypatch):
         if rows > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fit.gc, "collect", lambda: 0)
+    monkeypatch.setattr(auto_batch_size.gc, "collect", lambda: 0)
     for room, windows in itertools.product(range(1, 66), (1, 12, 48, 49, 64)):
         tried.clear()
         trial = partial(one_try, room)
-        rows = fit.largest(windows, lambda n, trial=trial: fit.fits(n, trial, CPU), lambda flag: flag)
+        rows = auto_batch_size.largest(
+            windows, lambda n, trial=trial: auto_batch_size.fits(n, trial, CPU), lambda flag: flag
+        )
         assert rows and windows % rows == 0 and rows <= room
         assert all(b <= a // 2 for a, b in itertools.pairwise(tried)) and len(tried) <= 7
-    assert fit.largest(8, lambda n: False, lambda flag: flag) == 0
+    assert auto_batch_size.largest(8, lambda n: False, lambda flag: flag) == 0
 
 
 def test_what_one_process_cannot_hold_none_takes():
     elsewhere = iter([True, True, False])
-    assert fit.largest(64, lambda rows: True, lambda failed: failed or next(elsewhere)) == 16
+    assert auto_batch_size.largest(64, lambda rows: True, lambda failed: failed or next(elsewhere)) == 16
 
 
 def test_no_process_tries_more_than_its_share():
     tried = []
-    assert fit.largest(480, lambda rows: not tried.append(rows), bool, processes=8) == 60 == tried[0]
-    assert fit.largest(10, lambda rows: True, bool, processes=4) == 2  # 3, 3, 2, 2 windows, in turns of 2
+    assert (
+        auto_batch_size.largest(480, lambda rows: not tried.append(rows), bool, processes=8) == 60 == tried[0]
+    )
+    assert (
+        auto_batch_size.largest(10, lambda rows: True, bool, processes=4) == 2
+    )  # 3, 3, 2, 2 windows, in turns of 2
 
 
 class Config:
@@ -200,7 +207,7 @@ def test_a_try_takes_real_steps(recompute, monkeypatch):
     sizes = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "optimizer": "muon", "loss_rows": 8}
     config = train.Config(**sizes, recompute=recompute)
     trial = partial(train.try_batch_size, config, CPU, 10)
-    assert fit.fits(4, trial, CPU) and taken == [4, 4]
+    assert auto_batch_size.fits(4, trial, CPU) and taken == [4, 4]
 
 
 def test_where_nothing_fits_it_says_so(monkeypatch):
@@ -209,6 +216,6 @@ def test_where_nothing_fits_it_says_so(monkeypatch):
             return "a GPU"
 
     gpu = Gpu(torch.device("cuda"), "float32", "test")
-    monkeypatch.setattr(fit, "fits", lambda *unused, **named: False)
+    monkeypatch.setattr(auto_batch_size, "fits", lambda *unused, **named: False)
     with pytest.raises(UserError, match="not one window of 16 tokens fits in the memory of a GPU"):
-        fit.choose(Config, gpu, True, "", lambda rows: None, [])
+        auto_batch_size.choose(Config, gpu, True, "", lambda rows: None, [])
