@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from nanogpt import checkpoint, files, runtime
 from nanogpt.config import ROOT, Count, read
+from nanogpt.convert import weights
+from nanogpt.convert.pretrained import NAMES
 from nanogpt.data import mixture
 from nanogpt.errors import UserError, run_program
-from nanogpt.exchange import weights
-from nanogpt.exchange.pretrained import NAMES
 from nanogpt.prepare import sources, text
 from nanogpt.score import evals, harness, tasks
 from nanogpt.score.evals import Report

@@ -15,8 +15,8 @@ from typing import Literal
 
 from nanogpt import files
 from nanogpt.config import ROOT, load
+from nanogpt.convert import ckpt, hf_export, weights
 from nanogpt.errors import UserError, run_program
-from nanogpt.exchange import ckpt, hf_export, weights
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Unpack
 
 from nanogpt import native, quantize, runtime
 from nanogpt.config import ROOT
+from nanogpt.convert import weights
 from nanogpt.errors import UserError
-from nanogpt.exchange import weights
 from nanogpt.generate import Completion, Decoder, Text, Token, complete, score
 from nanogpt.model import GPT
 from nanogpt.sampling import Controls, SamplingOptions

@@ -32,7 +32,7 @@ def choose_start(
     if config.init_from == "scratch":
         return config, None, None
     if config.init_from not in ("resume", "auto"):
-        from nanogpt.exchange import weights
+        from nanogpt.convert import weights
 
         found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir))
         notices += found.notices

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nanogpt.convert import ckpt
+from nanogpt.convert.pretrained import Pretrained
 from nanogpt.errors import UserError
-from nanogpt.exchange import ckpt
-from nanogpt.exchange.pretrained import Pretrained
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import tokenizer, vocabulary
 

@@ -26,7 +26,7 @@ import serve
 import train
 from nanogpt import resolve as runs
 from nanogpt.config import assignments, read
-from nanogpt.exchange.pretrained import NAMES
+from nanogpt.convert.pretrained import NAMES
 from tests import hf_folders, texts
 from tests.conftest import found, words, write_dataset
 

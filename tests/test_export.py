@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import export
 import train
 from nanogpt import checkpoint
+from nanogpt.convert import hf, hf_export, hf_tokenizer
 from nanogpt.errors import UserError
-from nanogpt.exchange import hf, hf_export, hf_tokenizer
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions

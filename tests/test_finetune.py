@@ -11,8 +11,8 @@ import export
 import sample
 import train
 from nanogpt import checkpoint, metrics
+from nanogpt.convert import weights
 from nanogpt.errors import Stopped, UserError
-from nanogpt.exchange import weights
 from nanogpt.finetune import lora
 from tests.conftest import small_run, words, write_dataset
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from nanogpt.convert import hf
 from nanogpt.errors import UserError
-from nanogpt.exchange import hf
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT2_SIZES
 from nanogpt.sampling import SamplingOptions

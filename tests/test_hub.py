@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt.convert import hf
 from nanogpt.errors import UserError
-from nanogpt.exchange import hf
 from nanogpt.model import GPTConfig
 from tests import hf_folders
 

@@ -10,7 +10,7 @@ import torch
 
 from nanogpt import checkpoint
 from nanogpt.config import ROOT
-from nanogpt.exchange import hf_tokenizer
+from nanogpt.convert import hf_tokenizer
 from nanogpt.generate import score
 from nanogpt.tokenizer import tokenizer
 from tests.serving import serving, train_small

@@ -10,8 +10,8 @@ import torch
 import sample
 import train
 from nanogpt import checkpoint, optim
+from nanogpt.convert import weights
 from nanogpt.errors import UserError
-from nanogpt.exchange import weights
 from nanogpt.runtime import setup
 from nanogpt.tokenizer import tokenizer, vocabulary
 from nanogpt.validation import evaluate_splits

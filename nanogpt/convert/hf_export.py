@@ -22,15 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanogpt import files
+from nanogpt.convert import hf_tokenizer
+from nanogpt.convert.pretrained import OWN_TOKENIZER, theirs, unlike
 from nanogpt.errors import UserError
-from nanogpt.exchange import hf_tokenizer
-from nanogpt.exchange.pretrained import OWN_TOKENIZER, theirs, unlike
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runtime import DTYPES
 from nanogpt.tokenizer import tokenizer, vocabulary
 
 LIBRARY = Path(__file__).resolve().parent.parent
-CODE = ("exchange/modeling_nanogpt.py", "model.py", "cache.py", "loss.py", "position.py")
+CODE = ("convert/modeling_nanogpt.py", "model.py", "cache.py", "loss.py", "position.py")
 RMS_EPS = torch.finfo(torch.float32).eps  # of F.rms_norm, and 1e-5 of LayerNorm
 Weights = dict[str, Tensor]
 

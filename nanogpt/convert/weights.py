@@ -8,8 +8,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nanogpt import checkpoint
+from nanogpt.convert.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.errors import UserError
-from nanogpt.exchange.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.tokenizer import vocabulary
 
 
@@ -29,7 +29,7 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
     if path.suffix == ".safetensors" and path.is_file():
         raise UserError(f"--init_from={name} is one file of a model; give its folder: {path.parent}")
     if path.is_file() or (path / "ckpt.pt").is_file():
-        from nanogpt.exchange import ckpt
+        from nanogpt.convert import ckpt
 
         return ckpt.open_file(path if path.is_file() else path / "ckpt.pt", [Path("data"), root / "data"])
     if (path / "manifest.json").is_file():
@@ -47,7 +47,7 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
 
 def _of_hugging_face(name: str) -> Pretrained:
     """A folder in the layout of Hugging Face, or a model of the hub."""
-    from nanogpt.exchange import hf
+    from nanogpt.convert import hf
 
     return hf.open_folder(Path(name) if Path(name).is_dir() and name not in NAMES else hf.find(name))
 

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt.data import meta_pkl
-from nanogpt.errors import UserError
-from nanogpt.exchange.pretrained import (
+from nanogpt.convert.pretrained import (
     Pretrained,
     mismatches,
     ours,
@@ -25,6 +23,8 @@ from nanogpt.exchange.pretrained import (
     unlike,
     with_vocabulary,
 )
+from nanogpt.data import meta_pkl
+from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import vocabulary
 

@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanogpt import files
-from nanogpt.errors import UserError
-from nanogpt.exchange.pretrained import (
+from nanogpt.convert.pretrained import (
     NAMES,
     OWN_TOKENIZER,
     Pretrained,
@@ -29,6 +28,7 @@ from nanogpt.exchange.pretrained import (
     theirs,
     with_vocabulary,
 )
+from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
 from nanogpt.tokenizer import vocabulary
 
