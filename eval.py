@@ -28,10 +28,10 @@ from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
 from nanogpt.data import mixture
 from nanogpt.errors import UserError, run_program
+from nanogpt.evaluation import evals, harness, tasks
+from nanogpt.evaluation.evals import Report
+from nanogpt.evaluation.log_likelihood import Advance, Subject, Windows, encode_text
 from nanogpt.prepare import sources, text
-from nanogpt.score import evals, harness, tasks
-from nanogpt.score.evals import Report
-from nanogpt.score.scoring import Advance, Subject, Windows, encode_text
 from nanogpt.tokenizer import tokenizer
 
 

@@ -104,7 +104,7 @@ from nanogpt.world import World
 from nanogpt.writer import Writer
 
 if TYPE_CHECKING:
-    from nanogpt.watch import Watch
+    from nanogpt.evaluation.in_training import Watch
 
 
 @dataclass
@@ -236,7 +236,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
             notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
     watch = None
     if config.eval_tasks or config.sample_prompt:
-        from nanogpt.watch import Watch
+        from nanogpt.evaluation.in_training import Watch
 
         options = config if world.leads else WatchOptions()  # one process looks on
         watch = Watch(options, Path(config.out_dir), dataset.tokenizer, machine)

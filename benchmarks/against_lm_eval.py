@@ -23,7 +23,7 @@ from benchmarks import shared
 from nanogpt import checkpoint, files, runtime
 from nanogpt.config import Count, load
 from nanogpt.errors import UserError, run_program
-from nanogpt.score import evals, scoring, tasks
+from nanogpt.evaluation import evals, log_likelihood, tasks
 from nanogpt.tokenizer import tokenizer
 
 
@@ -47,7 +47,7 @@ def main(config: Config) -> None:
         raise UserError(f"no checkpoint in {config.run}")
     tokens = tokenizer.from_text((Path(config.run) / "tokenizer.json").read_text(encoding="utf-8"))
     machine = runtime.setup("cpu", "float32", found.model_config.n_embd)
-    subject = scoring.Subject(found.load_model(), tokens, machine)
+    subject = log_likelihood.Subject(found.load_model(), tokens, machine)
     theirs = HFLM(pretrained=config.export, dtype="float32", device="cpu", batch_size=config.batch_size)
     rows = []
     for kind in ("hellaswag", "lambada", "text"):
@@ -59,15 +59,15 @@ def main(config: Config) -> None:
         raise UserError("a score differs from lm-eval's")
 
 
-def compare(kind: str, path: Path, subject: scoring.Subject, lm: Any, limit: int) -> list[str]:
+def compare(kind: str, path: Path, subject: log_likelihood.Subject, lm: Any, limit: int) -> list[str]:
     """Items, how many are predicted otherwise, the largest difference of a log-likelihood (of a text: of
     the nats a token), and the seconds of both."""
     with tempfile.TemporaryDirectory() as folder:
         if kind == "text":
             text = path.read_text(encoding="utf-8")
             samples, took_s = timed(lambda: by_lm_eval(Path(folder), kind, [{"page": text}], lm)[0])
-            ids = scoring.encode_text(text, subject.tokenizer)
-            windows = scoring.Windows([ids], subject.block_size, subject.block_size)
+            ids = log_likelihood.encode_text(text, subject.tokenizer)
+            windows = log_likelihood.Windows([ids], subject.block_size, subject.block_size)
             report = evals.run_text(kind, windows, subject)
             total = -float(samples[0]["filtered_resps"][0]) / report.counts["tokens"]
             found = [str(len(windows)), "0", f"{abs(total - report.metrics['loss'].value):.1e}"]

@@ -3,8 +3,8 @@
 import torch
 
 from nanogpt import runtime
+from nanogpt.evaluation.log_likelihood import Subject
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.score.scoring import Subject
 from nanogpt.tokenizer import tokenizer
 
 LETTERS = tokenizer.CharTokenizer("\n abcdefgh")

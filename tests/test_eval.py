@@ -9,7 +9,7 @@ import pytest
 import eval as program
 from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.score import evals
+from nanogpt.evaluation import evals
 from tests.conftest import train_until_it_knows
 
 QUESTIONS = [{"context": "", "choices": ["abc", "fgh"], "label": i % 2} for i in range(6)]

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from benchmarks.against_lm_eval import by_lm_eval, given_by, likelihoods, same_prediction
 from nanogpt import loss
 from nanogpt.errors import UserError
+from nanogpt.evaluation import evals, harness, log_likelihood, tasks
+from nanogpt.evaluation.log_likelihood import Ids, Requests, Subject, Windows
 from nanogpt.generate import Decoder, Text
 from nanogpt.sampling import SamplingOptions
-from nanogpt.score import evals, harness, scoring, tasks
-from nanogpt.score.scoring import Ids, Requests, Subject, Windows
 from nanogpt.tokenizer import tokenizer
 from tests import texts
 from tests.subjects import LETTERS, subject_of
@@ -53,7 +53,7 @@ def reference(subject: Subject, ids: np.ndarray, scored: int) -> tuple[np.ndarra
     return losses[-scored:].numpy(), bool((logits[0].argmax(-1) == idx[0, 1:])[-scored:].all())
 
 
-def random_pairs(count: int) -> list[scoring.Pair]:
+def random_pairs(count: int) -> list[log_likelihood.Pair]:
     draw = np.random.default_rng(0)
     sizes = draw.integers(1, 20, (count, 2))
     return [tuple(draw.integers(0, 10, size) for size in pair) for pair in sizes]
@@ -68,7 +68,7 @@ def test_every_batch_size_gives_the_scores_of_a_row_alone(options):
     rows = Requests(random_pairs(60), 24)
     expected = [reference(subject, *rows[i]) for i in range(60)]
     for batch_size in (1, 3, 100):
-        found = sorted(scoring.score(replace(subject, batch_size=batch_size), rows, greedy=True))
+        found = sorted(log_likelihood.score(replace(subject, batch_size=batch_size), rows, greedy=True))
         assert [i for i, _, _ in found] == list(range(60))
         for (_, nats, greedy), (expected_nats, expected_greedy) in zip(found, expected, strict=True):
             np.testing.assert_allclose(nats, expected_nats, atol=1e-4)
@@ -77,9 +77,9 @@ def test_every_batch_size_gives_the_scores_of_a_row_alone(options):
 
 def test_the_head_works_in_parts(letters, monkeypatch):
     rows = Requests(random_pairs(20), 24)
-    whole = [nats for _, nats, _ in scoring.score(letters, rows)]
+    whole = [nats for _, nats, _ in log_likelihood.score(letters, rows)]
     monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", 25)  # two positions of ten ids
-    for nats, expected in zip((n for _, n, _ in scoring.score(letters, rows)), whole, strict=True):
+    for nats, expected in zip((n for _, n, _ in log_likelihood.score(letters, rows)), whole, strict=True):
         np.testing.assert_allclose(nats, expected, atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_bfloat16_scores_what_train_py_scores_in_it(letters):
     subject = replace(letters, machine=replace(letters.machine, dtype="bfloat16"))
     rows = Requests(random_pairs(20), 24)
     compute = subject.machine.in_dtype(letters.model)
-    for number, nats, _ in scoring.score(subject, rows):
+    for number, nats, _ in log_likelihood.score(subject, rows):
         ids, scored = rows[number]
         idx = torch.from_numpy(ids)[None]
         with torch.no_grad():
@@ -110,7 +110,7 @@ def test_rows_are_cut_from_the_left(letters):
 
 def test_batches_stay_within_the_budget_and_shares_cover_all():
     lengths = np.random.default_rng(0).integers(1, 50, 300)
-    shares = [list(scoring.batches(lengths, 200, rank, 3)) for rank in range(3)]
+    shares = [list(log_likelihood.batches(lengths, 200, rank, 3)) for rank in range(3)]
     for batch in (batch for share in shares for batch in share):
         assert len(batch) * lengths[batch].max() <= 200
     assert sorted(np.concatenate([np.concatenate(share) for share in shares])) == list(range(300))
@@ -164,7 +164,7 @@ def test_a_text_without_two_ids_is_refused():
 
 def test_loss_of_a_text_is_the_mean_over_its_tokens(letters):
     text = "abc dead\nbeef " * 40
-    ids = scoring.encode_text(text, LETTERS)
+    ids = log_likelihood.encode_text(text, LETTERS)
     report = evals.run_text("x", Windows([ids], 24, 24), letters, words=evals.count_words(text))
     nats = np.concatenate([reference(letters, *Windows([ids], 24, 24)[i])[0] for i in range(24)])
     assert len(nats) == len(text) - 1 == report.counts["tokens"] == report.counts["bytes"]
@@ -177,7 +177,7 @@ def test_loss_of_a_text_is_the_mean_over_its_tokens(letters):
 
 def test_more_context_does_not_change_what_has_it_all(letters):
     """With stride 1 every id has a full context behind it: the loss of each from a window of its own."""
-    ids = scoring.encode_text("abcdefgh deaf" * 5, LETTERS)
+    ids = log_likelihood.encode_text("abcdefgh deaf" * 5, LETTERS)
     report = evals.run_text("x", Windows([ids], 24, 1), letters)
     nats = [reference(letters, ids.ids[max(0, i - 24) : i + 1], 1)[0][0] for i in range(1, len(ids))]
     assert report.metrics["loss"].value == pytest.approx(np.mean(nats), abs=1e-4)
@@ -185,7 +185,7 @@ def test_more_context_does_not_change_what_has_it_all(letters):
 
 def test_bytes_are_those_of_the_text(pairs):
     text = "Der Käse, 三国演义, and a <|endoftext|> that is text.\n" * 90
-    ids = scoring.encode_text(text, pairs.tokenizer)
+    ids = log_likelihood.encode_text(text, pairs.tokenizer)
     report = evals.run_text("x", Windows([ids], 96, 96), pairs)
     assert report.counts["bytes"] == len(text.encode())
     sizes = [row["bytes"] for row in report.rows]
@@ -325,7 +325,7 @@ def test_perplexity_equals_lm_eval(subject_and, tmp_path, file):
     subject, path = subject_and(file)
     text = path.read_text(encoding="utf-8")[:6000]
     _, scores = by_lm_eval(tmp_path, "text", [{"page": text}], harness.adapter(subject))
-    ids = scoring.encode_text(text, subject.tokenizer)
+    ids = log_likelihood.encode_text(text, subject.tokenizer)
     report = evals.run_text("x", Windows([ids], 96, 96), subject, words=evals.count_words(text))
     for name in ("word_perplexity", "bits_per_byte"):
         assert report.metrics[name].value == pytest.approx(scores[f"{name},none"], rel=1e-4)

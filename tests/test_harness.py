@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.against_lm_eval import by_lm_eval
 from nanogpt.errors import UserError
+from nanogpt.evaluation import harness, log_likelihood
 from nanogpt.generate import window_start
-from nanogpt.score import harness, scoring
 from tests.subjects import LETTERS, subject_of
 
 
@@ -69,8 +69,8 @@ def test_rolling_likelihoods_of_several_texts_and_an_empty_one(letters):
     assert found[1] == 0
     for text, value in zip(texts, found, strict=True):
         if text:
-            windows = scoring.Windows([scoring.encode_text(text, LETTERS)], 24, 24)
-            assert value == pytest.approx(-sum(n.sum() for _, n, _ in scoring.score(letters, windows)))
+            windows = log_likelihood.Windows([log_likelihood.encode_text(text, LETTERS)], 24, 24)
+            assert value == pytest.approx(-sum(n.sum() for _, n, _ in log_likelihood.score(letters, windows)))
 
 
 def test_what_lm_eval_cannot_load_is_one_line(letters, tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from nanogpt.score import significance
-from nanogpt.score.significance import difference, mcnemar, mean, sign_flips
+from nanogpt.evaluation import significance
+from nanogpt.evaluation.significance import difference, mcnemar, mean, sign_flips
 
 
 def test_mean_and_its_error():

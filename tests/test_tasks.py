@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from nanogpt.errors import UserError
-from nanogpt.score import tasks
-from nanogpt.score.tasks import Item
+from nanogpt.evaluation import tasks
+from nanogpt.evaluation.tasks import Item
 
 ARC = {
     "question": "Which is a gas?",

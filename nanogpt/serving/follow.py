@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt import metrics
-from nanogpt.watch import SEPARATOR
+from nanogpt.evaluation.in_training import SEPARATOR
 
 KEYS = ("event", "iter", "tokens", "elapsed_s", "loss", "train_loss", "val_loss", "lr", "tokens_per_s")
 CHUNK = 1 << 20  # bytes of metrics.jsonl in one look

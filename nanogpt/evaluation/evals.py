@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from nanogpt.errors import UserError
-from nanogpt.score import significance
-from nanogpt.score.scoring import Advance, Pair, Requests, Subject, Windows, beginning, score
-from nanogpt.score.significance import Difference, Metric
-from nanogpt.score.tasks import Item, Task
+from nanogpt.evaluation import significance
+from nanogpt.evaluation.log_likelihood import Advance, Pair, Requests, Subject, Windows, beginning, score
+from nanogpt.evaluation.significance import Difference, Metric
+from nanogpt.evaluation.tasks import Item, Task
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 Totals = dict[str, tuple[np.ndarray, np.ndarray | None]]  # metric -> values (n,), and sizes if not 1

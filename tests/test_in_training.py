@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import train
-from nanogpt import metrics, runtime, watch
+from nanogpt import metrics, runtime
 from nanogpt.errors import Stopped, UserError
+from nanogpt.evaluation import in_training
 from nanogpt.model import GPT, GPTConfig
 from tests.conftest import small_run
 from tests.test_train import bits, logged
@@ -98,7 +99,7 @@ def test_resumed_it_scores_nothing_twice_and_misses_nothing(watched, tmp_path, m
 def test_blocks_compiled_for_a_step_are_left_alone(watched, dataset):
     text = (dataset / "tokenizer.json").read_text(encoding="utf-8")
     options = replace(watched, sample_prompt="")
-    look = watch.Watch(options, Path(watched.out_dir), text, runtime.setup("cpu", "bfloat16", 32))
+    look = in_training.Watch(options, Path(watched.out_dir), text, runtime.setup("cpu", "bfloat16", 32))
     model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32))
     seen, plain = [], []
     lines = list(look.look(model, 0, lambda **values: plain.append(values), lambda: False))
@@ -122,11 +123,11 @@ def test_what_is_wrong_is_said_before_anything_is_written(watched):
 
 
 def test_the_items_are_spread_over_the_file():
-    assert watch._spread(list(range(10)), 4) == [0, 2, 5, 7]
-    assert watch._spread([1, 2], 4) == [1, 2]
+    assert in_training._spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert in_training._spread([1, 2], 4) == [1, 2]
 
 
 def test_nothing_is_loaded_when_nothing_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch.tokenizer, "from_text", lambda text: pytest.fail("a tokenizer was built"))
+    monkeypatch.setattr(in_training.tokenizer, "from_text", lambda text: pytest.fail("a tokenizer was built"))
     machine = runtime.setup("cpu", "float32", 16)
-    watch.Watch(watch.WatchOptions(), tmp_path, "", machine)
+    in_training.Watch(in_training.WatchOptions(), tmp_path, "", machine)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from nanogpt import files, metrics
 from nanogpt.errors import UserError
+from nanogpt.evaluation import evals, tasks
+from nanogpt.evaluation.log_likelihood import Subject
 from nanogpt.generate import Decoder, Text
 from nanogpt.gpu import attention_kernels
 from nanogpt.model import GPT
 from nanogpt.options import WatchOptions
 from nanogpt.runtime import Machine
 from nanogpt.sampling import SamplingOptions
-from nanogpt.score import evals, tasks
-from nanogpt.score.scoring import Subject
 from nanogpt.tokenizer import tokenizer
 
 SEPARATOR = "-" * 15
