@@ -30,7 +30,7 @@ from nanogpt.generate import Decoder
 from nanogpt.model import GPT
 
 if TYPE_CHECKING:
-    from nanogpt.serving.answers import Served
+    from nanogpt.server.streaming import Served
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TOKEN = "NANOGPT_TOKEN"
@@ -60,7 +60,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     try:
         import uvicorn
 
-        from nanogpt.serving import server, transport
+        from nanogpt.server import app, http
     except ImportError as error:
         raise UserError(
             f"serve.py needs {error.name}: pip install -c constraints.txt -e '.[serve]'"
@@ -74,11 +74,11 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         served = open_model(config)
         native.release_threads()  # the scheduler's thread computes from now on
         served.scheduler.start()
-        app = server.build(served, port=port, local=local, token=token)
+        app = app.build(served, port=port, local=local, token=token)
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # not what clients do
         settings = uvicorn.Config(
             app,
-            http=transport.DeadlineProtocol,
+            http=http.DeadlineProtocol,
             ws="none",
             loop="asyncio",
             log_config=None,
@@ -121,10 +121,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 def open_model(config: Config) -> "Served":
     """The model, ready to be served. UserError as api.load."""
-    from nanogpt.serving.answers import Served
-    from nanogpt.serving.completions import Limits
-    from nanogpt.serving.meters import Meters
-    from nanogpt.serving.scheduler import Scheduler
+    from nanogpt.server.metrics import Meters
+    from nanogpt.server.openai_api import Limits
+    from nanogpt.server.scheduler import Scheduler
+    from nanogpt.server.streaming import Served
 
     loaded = api.load(
         config.init_from,

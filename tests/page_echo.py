@@ -11,11 +11,11 @@ from typing import Any
 import serve
 from nanogpt.config import ROOT
 from nanogpt.generate import Text, Token
-from nanogpt.serving.answers import Served
-from nanogpt.serving.completions import Limits
-from nanogpt.serving.meters import Meters
-from nanogpt.serving.scheduler import Scheduler
-from nanogpt.serving.server import build
+from nanogpt.server.app import build
+from nanogpt.server.metrics import Meters
+from nanogpt.server.openai_api import Limits
+from nanogpt.server.scheduler import Scheduler
+from nanogpt.server.streaming import Served
 from nanogpt.tokenizer.tokenizer import CharTokenizer
 
 

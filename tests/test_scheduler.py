@@ -9,8 +9,8 @@ import torch
 from nanogpt.generate import Decoder, Text
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.sampling import SamplingOptions
-from nanogpt.serving import scheduler
-from nanogpt.serving.scheduler import Choice, Full, Scheduler
+from nanogpt.server import scheduler
+from nanogpt.server.scheduler import Choice, Full, Scheduler
 from nanogpt.tokenizer.tokenizer import ByteTokenizer
 
 GREEDY = SamplingOptions(temperature=0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from nanogpt.generate import Completion, Decoder, Text, Token, score
 from nanogpt.sampling import SamplingOptions
-from nanogpt.serving.meters import Meters
+from nanogpt.server.metrics import Meters
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 512  # read between two steps, at most: others wait that long for their next token

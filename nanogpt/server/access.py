@@ -8,7 +8,7 @@ import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from nanogpt.serving.refusal import Refusal
+from nanogpt.server.api_errors import Refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

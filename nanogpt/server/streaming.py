@@ -15,12 +15,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from nanogpt.serving import completions
-from nanogpt.serving.completions import CompletionRequest, Limits, LogProbs
-from nanogpt.serving.guard import Receive, Scope, Send
-from nanogpt.serving.meters import Meters
-from nanogpt.serving.refusal import Refusal
-from nanogpt.serving.scheduler import Choice, Piece, PromptScores, Scheduler
+from nanogpt.server import openai_api
+from nanogpt.server.access import Receive, Scope, Send
+from nanogpt.server.api_errors import Refusal
+from nanogpt.server.metrics import Meters
+from nanogpt.server.openai_api import CompletionRequest, Limits, LogProbs
+from nanogpt.server.scheduler import Choice, Piece, PromptScores, Scheduler
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 Letter = tuple[Choice, Piece]
@@ -160,7 +160,7 @@ class Answer:
             tokens = [token for part in parts for token in part.tokens]
             logprobs = None if self.asked.logprobs is None else self.logprobs[number].of(tokens)
             text = "".join(part.text for part in parts)
-            found.append(completions.choice(number, text, logprobs, parts[-1].finish))
+            found.append(openai_api.choice(number, text, logprobs, parts[-1].finish))
         return found
 
     def written(self) -> int:
@@ -172,10 +172,10 @@ class Answer:
         try:
             async for pieces in self._pieces():
                 choices = self._together(pieces)
-                parts = (completions.answer(asked, name, [choice]) for choice in choices)
+                parts = (openai_api.answer(asked, name, [choice]) for choice in choices)
                 yield b"".join(b"data: " + part + b"\n\n" for part in parts)
             if asked.usage_in_stream:
-                yield b"data: " + completions.answer(asked, name, [], self.written()) + b"\n\n"
+                yield b"data: " + openai_api.answer(asked, name, [], self.written()) + b"\n\n"
             yield b"data: [DONE]\n\n"
         except Refusal as refusal:
             yield b"data: " + refusal.body() + b"\n\n"
@@ -199,7 +199,7 @@ class Answer:
     async def _collect(self) -> bytes:
         all_pieces = [piece async for pieces in self._pieces() for piece in pieces]
         choices = self._together(sorted(all_pieces, key=lambda piece: piece[0]))
-        return completions.answer(self.asked, self.served.name, choices, self.written())
+        return openai_api.answer(self.asked, self.served.name, choices, self.written())
 
     def leave(self) -> None:
         """Free the slots, if the answer is not complete; who waits for its letters gets ClientDisconnect."""

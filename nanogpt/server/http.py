@@ -10,7 +10,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanogpt.serving.refusal import Refusal
+from nanogpt.server.api_errors import Refusal
 
 
 class DeadlineProtocol(H11Protocol):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from nanogpt.generate import Token
-from nanogpt.serving import answers, completions
-from nanogpt.serving.answers import Answer, Mail
-from nanogpt.serving.completions import Limits
-from nanogpt.serving.scheduler import Piece
+from nanogpt.server import openai_api, streaming
+from nanogpt.server.openai_api import Limits
+from nanogpt.server.scheduler import Piece
+from nanogpt.server.streaming import Answer, Mail
 from nanogpt.tokenizer.tokenizer import ByteTokenizer
 
 LETTERS = "abcdefghij" * 5
@@ -23,7 +23,7 @@ def answering(**fields: Any) -> tuple[Answer, list[None]]:
     known: Any = ByteTokenizer()
     served: Any = SimpleNamespace(tokenizer=known, name="model")
     body = json.dumps({"prompt": "x", **fields}).encode()
-    answer = Answer(served, completions.parse(body, known, "model", Limits(8, 99, 8)), Mail())
+    answer = Answer(served, openai_api.parse(body, known, "model", Limits(8, 99, 8)), Mail())
     calls: list[None] = []
     call = answer.loop.call_soon_threadsafe
     answer.loop.call_soon_threadsafe = lambda *given: calls.append(None) or call(*given)
@@ -43,7 +43,7 @@ def texts(event: bytes) -> str:
 
 
 def test_a_stream_begins_and_ends_at_once_and_is_called_for_no_piece_between(monkeypatch):
-    monkeypatch.setattr(answers, "EVENT_S", 60.0)
+    monkeypatch.setattr(streaming, "EVENT_S", 60.0)
 
     async def stream() -> None:
         answer, calls = answering(stream=True)
@@ -73,7 +73,7 @@ def test_a_stream_has_an_event_now_and_then():
         begun = time.perf_counter()
         event = await anext(events)
         assert texts(event) == LETTERS and event.count(b"data: ") == 1
-        assert time.perf_counter() - begun > 0.9 * answers.EVENT_S
+        assert time.perf_counter() - begun > 0.9 * streaming.EVENT_S
 
     asyncio.run(stream())
 
@@ -109,7 +109,7 @@ def test_who_has_left_gets_nothing_more():
         waiting = asyncio.ensure_future(anext(answer.stream()))
         await asyncio.sleep(0.01)
         answer.leave()
-        with pytest.raises(answers.ClientDisconnect):
+        with pytest.raises(streaming.ClientDisconnect):
             await waiting
         assert cancelled == answer.choices
 

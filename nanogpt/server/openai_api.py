@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from nanogpt.errors import UserError
 from nanogpt.generate import Token
 from nanogpt.sampling import Controls, SamplingOptions
-from nanogpt.serving.refusal import Refusal
+from nanogpt.server.api_errors import Refusal
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.tokenizer import Tokenizer
 

@@ -19,11 +19,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nanogpt.serving import completions, follow
-from nanogpt.serving.answers import Answer, Events, Mail, Served
-from nanogpt.serving.guard import Guard, Receive, Scope, Send
-from nanogpt.serving.refusal import Refusal
-from nanogpt.serving.scheduler import Full
+from nanogpt.server import openai_api, run_log
+from nanogpt.server.access import Guard, Receive, Scope, Send
+from nanogpt.server.api_errors import Refusal
+from nanogpt.server.scheduler import Full
+from nanogpt.server.streaming import Answer, Events, Mail, Served
 
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -102,7 +102,7 @@ class _Routes:
         if not self.served.run:
             return _json({"rows": [], "next": "", "anew": True})
         after = request.query_params.get("after", "")
-        rows, position, anew = await asyncio.to_thread(follow.rows_since, self.served.run, after)
+        rows, position, anew = await asyncio.to_thread(run_log.rows_since, self.served.run, after)
         return _json({"rows": rows, "next": position, "anew": anew})
 
     async def run_samples(self, request: Request) -> Response:
@@ -110,7 +110,7 @@ class _Routes:
             return _json({"samples": []})
         after = request.query_params.get("after", "")[:18]
         number = int(after) if after.isascii() and after.isdigit() else -1
-        return _json({"samples": await asyncio.to_thread(follow.samples, self.served.run, number)})
+        return _json({"samples": await asyncio.to_thread(run_log.samples, self.served.run, number)})
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._model()]})
@@ -131,9 +131,9 @@ class _Routes:
         body = await request.body()
         known = (body, served.tokenizer, served.name, served.limits)
         if len(body) > SHORT:  # encoding a long text takes a while, in which others want their tokens
-            asked = await asyncio.to_thread(completions.parse, *known)
+            asked = await asyncio.to_thread(openai_api.parse, *known)
         else:
-            asked = completions.parse(*known)
+            asked = openai_api.parse(*known)
         if not served.scheduler.alive:
             raise Refusal(503, "the model has failed; see the server's log and start it again")
         answer = Answer(served, asked, self.mail)
