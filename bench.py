@@ -23,13 +23,13 @@ import torch
 from tqdm import trange
 
 import train
-from nanogpt import estimate, files, flops, runtime
+from nanogpt import files, flops, runtime
 from nanogpt.config import Count, Fraction, Positive, load, picked
 from nanogpt.data.token_files import FORMAT
-from nanogpt.distributed import interconnect, scaling, wire
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import attention_kernels
 from nanogpt.model import GPTConfig
+from nanogpt.planning import comm_bench, comm_volume, estimate, scaling
 from nanogpt.tokenizer import vocabulary
 from nanogpt.world import World
 
@@ -175,30 +175,30 @@ def communicate(config: Config, world: World) -> None:
     machine = replace(machine, casting=config.casting)
     shape = picked(GPTConfig, config)
     world.agree(lambda: require(config, machine, shape))
-    inside = interconnect.processes_of_a_node(world)
+    inside = comm_bench.processes_of_a_node(world)
     nodes = -(-world.size // inside)
     on_cuda = machine.device.type == "cuda"
     backend = config.backend if on_cuda else "gloo"
     print(f"network: {world.size} processes on {nodes} nodes, {backend}, {machine.name()}")
-    for line in interconnect.advice(backend, nodes):
+    for line in comm_bench.advice(backend, nodes):
         print(line)
     groups = [("all", None, world.size)]
     if nodes > 1 and inside > 1 and world.size % inside == 0:
-        groups.append(("of a node", interconnect.node_group(world), inside))
+        groups.append(("of a node", comm_bench.node_group(world), inside))
     print("| processes | collective | bytes | median | 10th to 90th percentile | GB/s | bus GB/s |")
     print("|---|---|---|---|---|---|---|")
     bucket = 0.0
     for name, group, members in groups:
         for kind in ("all_reduce", "all_gather"):
-            for size in interconnect.sizes(config.comm_bytes):
-                timing = interconnect.measure(world, machine.device, kind, size, group, members)
+            for size in comm_bench.sizes(config.comm_bytes):
+                timing = comm_bench.measure(world, machine.device, kind, size, group, members)
                 bus = bandwidth(timing)
                 print(
                     f"| {members} {name} | {kind} | {timing.payload:,} | {timing.median_s * 1e6:,.0f} µs | "
                     f"{timing.low_s * 1e6:,.0f} to {timing.high_s * 1e6:,.0f} µs | "
                     f"{timing.payload / timing.median_s / 1e9:.3f} | {bus / 1e9:.3f} |"
                 )
-                if kind == "all_reduce" and group is None and timing.payload <= wire.BUCKET:
+                if kind == "all_reduce" and group is None and timing.payload <= comm_volume.BUCKET:
                     bucket = bus  # of the largest message that DDP sends
     print("bus: what each process sends a second at best, as nccl-tests counts it; compare it with the links")
     judge(config, machine, shape, bucket)
@@ -217,10 +217,10 @@ def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
         cuda_graphs.require_recordable(config, machine, scored=False)
 
 
-def bandwidth(timing: interconnect.Timing) -> float:
+def bandwidth(timing: comm_bench.Timing) -> float:
     """Bus bandwidth in bytes a second."""
-    kind: wire.Kind = "all_gather" if timing.kind == "all_gather" else "all_reduce"
-    return wire.bus_factor(kind, timing.members) * timing.payload / timing.median_s
+    kind: comm_volume.Kind = "all_gather" if timing.kind == "all_gather" else "all_reduce"
+    return comm_volume.bus_factor(kind, timing.members) * timing.payload / timing.median_s
 
 
 def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float) -> None:
@@ -260,7 +260,7 @@ def pass_time(config: Config, machine: runtime.Machine, shape: GPTConfig) -> tup
         bench = Bench(small, Path(scratch))
         took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]
     median = torch.tensor([float(np.median(took[1:]))])
-    return float(interconnect.slowest_of(median, machine.world)), "measured, all processes at once"
+    return float(comm_bench.slowest_of(median, machine.world)), "measured, all processes at once"
 
 
 # ----------------------------------------------------------------------------- figures

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import train
-from nanogpt import estimate, flops
+from nanogpt import flops
 from nanogpt.config import Count, Fraction, Positive, Range, Rate, picked, read
-from nanogpt.distributed import scaling, wire
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
 from nanogpt.optim import OptimConfig
 from nanogpt.options import ModelOptions, OptimizerOptions, TokenOptions
+from nanogpt.planning import comm_volume, estimate, scaling
 
 RECOMPUTED = "; blocks run again, which costs up to a quarter of the speed: is --mfu that of such a run?"
 
@@ -137,7 +137,7 @@ def table(shape: GPTConfig, rules: OptimConfig, setting: scaling.Setting) -> lis
     alone = scaling.predict(shape, rules, "ddp", 1, setting)
     assert alone
     for gpus in (2**power for power in range(11)):
-        found = [scaling.predict(shape, rules, mode, gpus, setting) for mode in wire.MODES]
+        found = [scaling.predict(shape, rules, mode, gpus, setting) for mode in comm_volume.MODES]
         steps = [step for step in found if step]
         if not steps:
             lines.append(f"| {gpus:,} | less than a window each: raise --batch_tokens | | | | | |")

@@ -12,9 +12,9 @@ import torch
 import bench
 import train
 from nanogpt.config import ROOT, picked, read
-from nanogpt.distributed import interconnect
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
+from nanogpt.planning import comm_bench
 
 TINY = bench.Config(
     steps=3,
@@ -178,12 +178,12 @@ def test_one_process_has_no_network():
 
 
 def test_a_cluster_without_infiniband_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(interconnect, "INFINIBAND", tmp_path / "none")
+    monkeypatch.setattr(comm_bench, "INFINIBAND", tmp_path / "none")
     monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
-    assert interconnect.advice("nccl", 1) == interconnect.advice("gloo", 2) == []
-    assert "put NCCL_IB_DISABLE=1 before the command" in interconnect.advice("nccl", 2)[0]
+    assert comm_bench.advice("nccl", 1) == comm_bench.advice("gloo", 2) == []
+    assert "put NCCL_IB_DISABLE=1 before the command" in comm_bench.advice("nccl", 2)[0]
     (tmp_path / "some" / "mlx5_0").mkdir(parents=True)
-    monkeypatch.setattr(interconnect, "INFINIBAND", tmp_path / "some")
-    assert "adapters here: mlx5_0" in interconnect.advice("nccl", 2)[0]
+    monkeypatch.setattr(comm_bench, "INFINIBAND", tmp_path / "some")
+    assert "adapters here: mlx5_0" in comm_bench.advice("nccl", 2)[0]
     monkeypatch.setenv("NCCL_IB_DISABLE", "1")
-    assert "plain sockets" in interconnect.advice("nccl", 2)[0]
+    assert "plain sockets" in comm_bench.advice("nccl", 2)[0]

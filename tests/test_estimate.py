@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanogpt import compile, estimate
+from nanogpt import compile
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig
+from nanogpt.planning import estimate
 from nanogpt.runtime import Machine
 
 MODERN = {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False}

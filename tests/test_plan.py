@@ -8,12 +8,13 @@ import torch
 
 import plan
 import train
-from nanogpt import estimate, flops, optim
+from nanogpt import flops, optim
 from nanogpt import resolve as runs
 from nanogpt.config import picked, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.optim import OptimConfig
+from nanogpt.planning import estimate
 
 OPTIONS = frozenset(train.Config.__dataclass_fields__)
 

@@ -13,14 +13,14 @@ import pytest
 
 import plan
 import train
-from nanogpt import estimate, flops
+from nanogpt import flops
 from nanogpt.config import ROOT, read
-from nanogpt.distributed import scaling, wire
-from nanogpt.distributed.scaling import Network, Setting
-from nanogpt.distributed.wire import Call, World
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2_SIZES
 from nanogpt.optim import OptimConfig
+from nanogpt.planning import comm_volume, estimate, scaling
+from nanogpt.planning.comm_volume import Call, World
+from nanogpt.planning.scaling import Network, Setting
 from tests.scaling_worker import MICRO_BATCHES, SHAPE
 
 OPTIONS = frozenset(train.Config.__dataclass_fields__)
@@ -55,9 +55,9 @@ def test_bytes_on_the_wire_are_those_of_real_runs(counted):
     size, found = counted
     for mode in found[0]["torch"]:
         world = World(size, 2 if mode == "hsdp" else size)
-        foretold = wire.calls(SHAPE, ADAMW, mode, world, number_bytes=4, sharded_state=False)
+        foretold = comm_volume.calls(SHAPE, ADAMW, mode, world, number_bytes=4, sharded_state=False)
         as_gloo = [replace(c, kind="all_reduce") if c.kind == "reduce_scatter" else c for c in foretold]
-        sent = wire.wire_bytes(as_gloo, MICRO_BATCHES)
+        sent = comm_volume.wire_bytes(as_gloo, MICRO_BATCHES)
         assert [one["torch"][mode]["sent"] for one in found] == pytest.approx([sent] * size, rel=0.02), mode
 
 
@@ -68,11 +68,11 @@ def test_bytes_of_updates_are_those_of_real_runs(counted, rule):
     for mode in found[0][rule]:
         world, rules = World(size, 2 if mode == "hsdp" else size), OptimConfig(rule)
         sent = [one[rule][mode] for one in found]
-        foretold = wire.calls(SHAPE, rules, mode, world, number_bytes=4, sharded_state=True)
+        foretold = comm_volume.calls(SHAPE, rules, mode, world, number_bytes=4, sharded_state=True)
         after = [call for call in foretold if call.when == "update"]
-        assert max(sent) == pytest.approx(wire.wire_bytes(after, 1), rel=0.02), mode
+        assert max(sent) == pytest.approx(comm_volume.wire_bytes(after, 1), rel=0.02), mode
         if rule == "muon" and mode != "ddp":
-            each = wire.sent_by_muon(SHAPE, world.shards(mode), number_bytes=4)
+            each = comm_volume.sent_by_muon(SHAPE, world.shards(mode), number_bytes=4)
             assert sent == pytest.approx(each * (size // len(each)), rel=0.02), mode
     assert set(found[0][rule]) == {"ddp", "fsdp"} | ({"hsdp"} if size == 4 else set())
 
@@ -94,8 +94,8 @@ def test_sharded_memory_is_that_of_real_runs(counted):
 
 
 def test_a_bus_factor_is_that_of_nccl_tests():
-    assert wire.bus_factor("all_reduce", 8) == 1.75
-    assert wire.bus_factor("all_gather", 8) == wire.bus_factor("reduce_scatter", 8) == 0.875
+    assert comm_volume.bus_factor("all_reduce", 8) == 1.75
+    assert comm_volume.bus_factor("all_gather", 8) == comm_volume.bus_factor("reduce_scatter", 8) == 0.875
     assert Call("all_reduce", 1000, 4, 1, "last").wire == 1500
 
 
@@ -129,7 +129,7 @@ def test_an_easy_step_by_hand():
     assert step.update_s == pytest.approx(4 * (3 * P + 7 * P / 8) / (0.8 * 3.35e12), rel=0.01)
 
 
-@pytest.mark.parametrize("mode", wire.MODES)
+@pytest.mark.parametrize("mode", comm_volume.MODES)
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
 def test_more_gpus_are_quicker_and_never_more_efficient(mode, name):
     shape = GPT2_SIZES[name]
@@ -149,7 +149,7 @@ def test_more_gpus_are_quicker_and_never_more_efficient(mode, name):
 
 def test_what_fsdp_saves_and_costs():
     shape = GPT2_SIZES["gpt2-xl"]
-    ddp, fsdp, hsdp = (scaling.predict(shape, ADAMW, mode, 64, SETTING) for mode in wire.MODES)
+    ddp, fsdp, hsdp = (scaling.predict(shape, ADAMW, mode, 64, SETTING) for mode in comm_volume.MODES)
     assert ddp and fsdp and hsdp
     assert fsdp.memory.weights < hsdp.memory.weights < ddp.memory.weights
     assert fsdp.memory.weights == pytest.approx(ddp.memory.weights / 64, rel=0.02)
@@ -167,7 +167,7 @@ def test_what_muon_sends_under_fsdp():
     shape, muon = GPT2_SIZES["gpt2"], OptimConfig("muon")
     matrices = estimate.parameters(shape).matrices
     for parts in (2, 8, 64):
-        sent = wire.sent_by_muon(shape, parts, number_bytes=2)
+        sent = comm_volume.sent_by_muon(shape, parts, number_bytes=2)
         assert sum(sent) == pytest.approx(6 * matrices * (parts - 1) / parts, rel=0.02)
         step, plain = (scaling.predict(shape, rules, "fsdp", parts, SETTING) for rules in (muon, ADAMW))
         assert step and plain and step.wire - plain.wire == max(sent)

@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanogpt import estimate
 from nanogpt.compile import Function, is_sharded
 from nanogpt.data.loader import TrainBatches
 from nanogpt.distributed.layout import Replicated, Sharded
@@ -35,6 +34,7 @@ from nanogpt.finetune import lora
 from nanogpt.loss import IGNORE
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, OptimConfig
+from nanogpt.planning import estimate
 from nanogpt.runtime import DTYPES, Machine
 from nanogpt.world import World
 

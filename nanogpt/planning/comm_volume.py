@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
-from nanogpt import estimate
 from nanogpt.distributed.layout import TURN, common, rows_of, share_out
-from nanogpt.estimate import FLOAT
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, is_for_muon, work
+from nanogpt.planning import estimate
+from nanogpt.planning.estimate import FLOAT
 
 Mode = Literal["ddp", "fsdp", "hsdp"]
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]

@@ -7,11 +7,11 @@ docs/scaling-arithmetic.md has the reasons.
 import math
 from dataclasses import dataclass, replace
 
-from nanogpt import estimate
-from nanogpt.distributed.wire import BUCKET, Call, Mode, World, bus_factor, calls, tensors, wire_bytes
-from nanogpt.estimate import FLOAT, HALF
 from nanogpt.model import GPTConfig
 from nanogpt.optim import OptimConfig
+from nanogpt.planning import estimate
+from nanogpt.planning.comm_volume import BUCKET, Call, Mode, World, bus_factor, calls, tensors, wire_bytes
+from nanogpt.planning.estimate import FLOAT, HALF
 
 WHEN = ("forward", "backward", "last", "update")  # of each micro-batch, of the last, after them
 BACKWARD = 2 / 3  # of the arithmetic of a micro-batch
