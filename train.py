@@ -187,10 +187,10 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     rules = picked(OptimConfig, config)
     home, why, layout = machine.device, "", Layout()
     if world.size > 1:
-        from nanogpt.distributed import parallel
+        from nanogpt.distributed import parallelize
 
         shape = resumed.model_config if resumed else picked(GPTConfig, config, vocab_size=dataset.vocab_size)
-        division = parallel.divide(shape, rules, config.parallel, config.shard_size, machine)
+        division = parallelize.divide(shape, rules, config.parallel, config.shard_size, machine)
         home, why = division.home(machine.device), division.why
     if config.batch_size == "auto":
         from nanogpt.gpu import auto_batch_size
@@ -218,7 +218,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
 
         notices += freeze.choose_trained(model, config)
     if world.size > 1:
-        layout = parallel.lay_out(model, machine, division)
+        layout = parallelize.lay_out(model, machine, division)
     if config.recompute:
         from nanogpt.compile import recompute
 
@@ -228,7 +228,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
-        scaler = parallel.sharded_scaler(machine)
+        scaler = parallelize.sharded_scaler(machine)
     if resumed:
         resumed.load_optimizer(optimizer.pieces())
         scaler.load_state_dict(resumed.state["scaler"])
@@ -324,18 +324,18 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
         batches.weighted_by_targets if batches.tokens.scored else batches.weighted
     )
     if several:
-        from nanogpt.distributed import parallel
+        from nanogpt.distributed import parallelize
 
-        function = parallel.in_dtype(run.model, machine)
+        function = parallelize.in_dtype(run.model, machine)
     if config.compile:
         from nanogpt import compile
 
         shape = (cast(int, config.batch_size), config.block_size)
         function = compile.train_function(function, config.compile, run.model, run.optimizer, shape, machine)
     if several:
-        function = parallel.connect(function, run.model, machine)
-        micro_batches = partial(parallel.micro_batches, batches, machine.world, function)
-        step = parallel.step_of_all(train_step, machine.world)
+        function = parallelize.connect(function, run.model, machine)
+        micro_batches = partial(parallelize.micro_batches, batches, machine.world, function)
+        step = parallelize.step_of_all(train_step, machine.world)
     elif config.cuda_graph:  # in one process alone (graphs.require_recordable)
         from nanogpt.gpu import cuda_graphs
 
@@ -592,9 +592,9 @@ def whole_model(run: Run) -> GPT | None:
     None in the others, which all must ask for together."""
     if not run.optimizer.layout.sharded:
         return run.model
-    from nanogpt.distributed import parallel
+    from nanogpt.distributed import parallelize
 
-    return parallel.whole_model(run.model, run.optimizer.layout, adapters(run.config))
+    return parallelize.whole_model(run.model, run.optimizer.layout, adapters(run.config))
 
 
 def adapters(config: Config) -> dict[str, Any] | None:

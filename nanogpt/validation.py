@@ -44,10 +44,10 @@ def evaluate(
     was_training, compute = model.training, machine.in_dtype(model)
     running: Iterable[tuple[Tensor, ...] | None] = itertools.takewhile(lambda _: not stopped(), batches)
     if machine.world.size > 1:
-        from nanogpt.distributed import parallel
+        from nanogpt.distributed import parallelize
 
-        compute = parallel.in_dtype(model, machine)
-        running = parallel.in_step(model, batches, machine.world, stopped)
+        compute = parallelize.in_dtype(model, machine)
+        running = parallelize.in_step(model, batches, machine.world, stopped)
     model.eval()
     sums, counts = [], []
     for batch in running:

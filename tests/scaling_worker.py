@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt import optim
-from nanogpt.distributed import parallel
-from nanogpt.distributed.parallel import Division
+from nanogpt.distributed import parallelize
+from nanogpt.distributed.parallelize import Division
 from nanogpt.distributed.world import Processes
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig
@@ -62,7 +62,7 @@ def updates(size: int) -> dict[str, dict[str, int]]:
     for rule, sent in found.items():
         for mode, division in divisions.items():
             model = GPT(SHAPE)
-            layout = parallel.lay_out(model, machine, division)
+            layout = parallelize.lay_out(model, machine, division)
             about = (model.named_parameters(), model.fused_rows(), torch.float32, layout)
             optimizer = optim.build(OptimConfig(rule), *about)
             for _ in range(2):

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from nanogpt import files
 from nanogpt.config import ROOT
-from nanogpt.distributed import meeting
-from nanogpt.distributed.heartbeat import GO_ON, Heartbeat
+from nanogpt.distributed import rendezvous
+from nanogpt.distributed.watchdog import GO_ON, Heartbeat
 from nanogpt.errors import SHARED, TOLD, Diverged, Lost, Stopped, UserError
 from nanogpt.world import T, World
 
@@ -176,9 +176,9 @@ def meet(device_type: str, options: dict[str, Any], run: Path) -> Processes:
     wait = timedelta(seconds=meet_timeout_s)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-        word = meeting.gather(store, rank, size, meet_timeout_s, address)
+        word = rendezvous.gather(store, rank, size, meet_timeout_s, address)
         store = dist.PrefixStore(word, store)
-        meeting.compare(store, rank, size, about, meet_timeout_s)
+        rendezvous.compare(store, rank, size, about, meet_timeout_s)
         # PyTorch's own time-outs come after ours, which know more; they end what ours cannot see.
         late = timedelta(seconds=3 * timeout_s)
         name = "gloo" if device_type == "cpu" else backend

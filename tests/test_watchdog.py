@@ -8,8 +8,8 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from nanogpt.distributed import heartbeat
-from nanogpt.distributed.heartbeat import Heartbeat
+from nanogpt.distributed import watchdog
+from nanogpt.distributed.watchdog import Heartbeat
 
 TIMEOUT_S = 0.8
 
@@ -28,7 +28,7 @@ def ends(monkeypatch):
         ended.set()
         raise Ended
 
-    monkeypatch.setattr(heartbeat, "leave_at_once", end)
+    monkeypatch.setattr(watchdog, "leave_at_once", end)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     yield said
     ended.set()
@@ -107,7 +107,7 @@ def test_who_lost_the_connection_asks_who_is_gone(hearts, ends):
 
 def test_a_signal_makes_a_process_that_is_stuck_look_around(hearts, ends, monkeypatch):
     """As when a GPU waits for one that was killed, and torchrun asks the others to leave."""
-    monkeypatch.setattr(heartbeat, "SIGNALLED_S", 0.5)
+    monkeypatch.setattr(watchdog, "SIGNALLED_S", 0.5)
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         hearts[1].start()

@@ -5,7 +5,7 @@ import threading
 import pytest
 from torch.distributed import HashStore, PrefixStore
 
-from nanogpt.distributed import meeting
+from nanogpt.distributed import rendezvous
 from nanogpt.errors import SHARED, UserError
 
 
@@ -30,7 +30,7 @@ def together(size, work):
 def test_all_get_the_same_word_and_each_attempt_its_own_in_the_same_store():
     store, words = HashStore(), set()
     for _ in range(3):  # what the attempts before have left is no answer, and no sign of life
-        found = together(4, lambda rank: meeting.gather(store, rank, 4, 10.0, "here:1"))
+        found = together(4, lambda rank: rendezvous.gather(store, rank, 4, 10.0, "here:1"))
         assert len(set(found)) == 1
         words |= set(found)
     assert len(words) == 3
@@ -38,13 +38,13 @@ def test_all_get_the_same_word_and_each_attempt_its_own_in_the_same_store():
 
 def test_who_does_not_come_is_named_to_those_that_did():
     store = HashStore()
-    together(4, lambda rank: meeting.gather(store, rank, 4, 10.0, "here:1"))
+    together(4, lambda rank: rendezvous.gather(store, rank, 4, 10.0, "here:1"))
 
     def come(rank):
         if rank == 2:
             return ""
-        word = meeting.gather(store, rank, 4, 1.0, "here:1")
-        return meeting.compare(PrefixStore(word, store), rank, 4, {}, 5.0)
+        word = rendezvous.gather(store, rank, 4, 1.0, "here:1")
+        return rendezvous.compare(PrefixStore(word, store), rank, 4, {}, 5.0)
 
     first, second, _, third = together(4, come)
     for error in (first, second, third):
@@ -54,7 +54,7 @@ def test_who_does_not_come_is_named_to_those_that_did():
 
 def test_without_the_first_process_the_others_say_where_they_waited():
     with pytest.raises(UserError, match="process 1 was not answered by process 0 at here:1 within"):
-        meeting.gather(HashStore(), 1, 2, 0.1, "here:1")
+        rendezvous.gather(HashStore(), 1, 2, 0.1, "here:1")
 
 
 ABOUT = {
@@ -79,7 +79,7 @@ def test_a_difference_is_told_to_all_of_them(kind, change, message):
 
     def compare(rank):
         about = ABOUT | {kind: ABOUT[kind] | change} if rank == 2 else ABOUT
-        meeting.compare(store, rank, 3, about, 5.0)
+        rendezvous.compare(store, rank, 3, about, 5.0)
 
     for error in together(3, compare):
         assert isinstance(error, UserError) and SHARED in error.__notes__
@@ -88,4 +88,4 @@ def test_a_difference_is_told_to_all_of_them(kind, change, message):
 
 def test_equal_processes_may_go_on():
     store = HashStore()
-    assert together(3, lambda rank: meeting.compare(store, rank, 3, ABOUT, 5.0)) == [None] * 3
+    assert together(3, lambda rank: rendezvous.compare(store, rank, 3, ABOUT, 5.0)) == [None] * 3

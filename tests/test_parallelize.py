@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train
 from nanogpt import checkpoint, compile, metrics
 from nanogpt.data import loader
-from nanogpt.distributed import parallel
+from nanogpt.distributed import parallelize
 from nanogpt.distributed.layout import Replicated
 from nanogpt.errors import UserError
 from nanogpt.gpu import auto_batch_size
@@ -215,7 +215,7 @@ def test_evaluation_alone(folder):
 
 
 def choose(asked="auto", shard_size=0, size=8, on_node=8, weights=1, optimizer=2, memory=100):
-    return parallel.choose(asked, shard_size, World(0, size, on_node=on_node), weights, optimizer, memory)
+    return parallelize.choose(asked, shard_size, World(0, size, on_node=on_node), weights, optimizer, memory)
 
 
 def test_auto_takes_ddp_while_it_fits():
@@ -226,7 +226,7 @@ def test_auto_takes_ddp_while_it_fits():
     assert mode(weights=50) == ("fsdp", 8) and "more than 80%" in choose(weights=50).why
     assert mode(size=16, weights=50) == ("hsdp", 8)
     assert mode(size=16, on_node=1, weights=50) == ("fsdp", 16)
-    assert choose(size=1, on_node=1, weights=50) == parallel.Division("ddp", 1, "")
+    assert choose(size=1, on_node=1, weights=50) == parallelize.Division("ddp", 1, "")
     assert mode("fsdp") == ("fsdp", 8) and mode("ddp", weights=99) == ("ddp", 1)
     assert mode("hsdp", 4) == ("hsdp", 4) and "2 copies of 4 processes" in choose("hsdp", 4).why
     # a share of the optimizer's state counts, not all of it
@@ -280,11 +280,11 @@ def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_s
         def step(self, step):
             return iter(mine)
 
-    connected = parallel.Connected(function, order.append)
+    connected = parallelize.Connected(function, order.append)
     optimizer = build(OptimConfig(), model.named_parameters())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    micro_batches = parallel.micro_batches(Batches(), machine.world, connected, 0)
-    step = parallel.step_of_all(train.train_step, machine.world)
+    micro_batches = parallelize.micro_batches(Batches(), machine.world, connected, 0)
+    step = parallelize.step_of_all(train.train_step, machine.world)
     loss, _ = step(connected, optimizer, scaler, micro_batches, 0.0, 0.0)
     assert order == [thing for switch in switches for thing in (switch, "forward")]
     idx = torch.cat([part for part, _ in mine])
