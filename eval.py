@@ -31,7 +31,7 @@ from nanogpt.errors import UserError, run_program
 from nanogpt.evaluation import evals, harness, tasks
 from nanogpt.evaluation.evals import Report
 from nanogpt.evaluation.log_likelihood import Advance, Subject, Windows, encode_text
-from nanogpt.prepare import sources, text
+from nanogpt.prepare import readers, text_files
 from nanogpt.tokenizer import tokenizer
 
 
@@ -180,14 +180,14 @@ def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:
 
 def read_texts(path: str) -> list[str]:
     """The texts of a file, not encoded yet; UserError if there is none."""
-    found = text.find([Path(path)]).sources
+    found = text_files.find([Path(path)]).sources
     documents: list[str] = []
-    for source, pieces in groupby(sources.pieces(found, sources.Reading()), lambda p: found[p.source]):
+    for source, pieces in groupby(readers.pieces(found, readers.Reading()), lambda p: found[p.source]):
         if source.kind == "text":
             documents.append("".join(str(piece.content) for piece in pieces))
             continue
-        for row in (row for piece in pieces for row in sources.rows(piece, source.kind, "text")):
-            if isinstance(row, sources.BadRow):
+        for row in (row for piece in pieces for row in readers.rows(piece, source.kind, "text")):
+            if isinstance(row, readers.BadRow):
                 raise UserError(f"{source.path}, line {row.number} {row.reason}")
             documents.append(row)
     if not any(documents):

@@ -17,8 +17,8 @@ from torch.utils._device import _device_constructors
 import train
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.prepare import encode, sources
-from nanogpt.prepare.text import Texts
+from nanogpt.prepare import encode, readers
+from nanogpt.prepare.text_files import Texts
 from nanogpt.tokenizer import bpe, tokenizer, vocabulary
 from tests.texts import python_sources
 
@@ -195,7 +195,7 @@ def documents(texts: Texts) -> list[str]:
     kinds, known = tuple(s.kind for s in found), tuple(s.document for s in found)
     encode.start_counting(encode.Job("", kinds, known, encode.Split(0.1), several=True))
     whole: list[str] = []
-    for piece in sources.pieces(found, sources.Reading()):
+    for piece in readers.pieces(found, readers.Reading()):
         result = encode.Encoded()
         for body, offset, _ in encode.bodies(piece, result):
             if offset:

@@ -14,7 +14,7 @@ import pytest
 from nanogpt import files
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from nanogpt.prepare import corpus, encode, shards, text
+from nanogpt.prepare import corpus, encode, shards, text_files
 from nanogpt.tokenizer import tokenizer
 from tests import texts
 from tests.conftest import words
@@ -70,7 +70,7 @@ def novel(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut everywhere, so that a mistake at a cut would show."""
-    monkeypatch.setattr(text, "BLOCK", 61)
+    monkeypatch.setattr(text_files, "BLOCK", 61)
     monkeypatch.setattr(encode, "PIECE", 37)
 
 
@@ -278,7 +278,7 @@ def test_gpt2_rows_are_the_published_ids(real, of_kind, tmp_path):
 def test_byte_pairs_in_pieces_are_those_of_the_whole_for_awkward_texts(
     piece, kind, of_kind, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(text, "BLOCK", 5)
+    monkeypatch.setattr(text_files, "BLOCK", 5)
     monkeypatch.setattr(encode, "PIECE", piece)
     draw = random.Random(piece)
     characters = "  \n\n\t\x0b\x1c\x1f\x85\xa0\u2003\u2028\u3000''!?.,1234½²éßéíıľℵ中文あの，。、🦊\u0301"

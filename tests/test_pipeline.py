@@ -16,7 +16,7 @@ import pytest
 from nanogpt import files
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
-from nanogpt.prepare import corpus, encode, pool, shards, text
+from nanogpt.prepare import corpus, encode, pool, shards, text_files
 from nanogpt.tokenizer import tokenizer
 from tests.conftest import words
 from tests.test_sources import write
@@ -43,7 +43,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "BLOCK", 10_000)
+    monkeypatch.setattr(text_files, "BLOCK", 10_000)
 
 
 # ----------------------------------------------------------------------------- processes
@@ -290,7 +290,7 @@ def test_documents_that_are_in_both_splits_are_counted(tmp_path, monkeypatch):
     split = encode.Split(0.2)
 
     def in_val(body: str) -> bool:
-        digest = text.Digest()
+        digest = text_files.Digest()
         digest.add(body)
         return split.train_length(digest.document()) == 0
 

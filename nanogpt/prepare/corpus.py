@@ -19,11 +19,11 @@ from typing import Any
 from nanogpt import files
 from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import Stopped, UserError
-from nanogpt.prepare import encode, pool, shards, sources, survey
+from nanogpt.prepare import analyze, encode, pool, readers, shards
+from nanogpt.prepare.analyze import Options, counted
 from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.shards import SPLITS
-from nanogpt.prepare.survey import Options, counted
-from nanogpt.prepare.text import Texts, find
+from nanogpt.prepare.text_files import Texts, find
 from nanogpt.tokenizer import tokenizer
 
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # the first is the last to appear
@@ -130,7 +130,7 @@ def prepare(
     wanted = Options(**options)
     given = _given_tokenizer(wanted, out)
     texts = _find(paths, out, keep, wanted)
-    split, several = survey.look(texts, wanted)
+    split, several = analyze.look(texts, wanted)
     large = wanted.hub or sum(source.bytes for source in texts.sources) >= LARGE_TEXT
     workers = wanted.workers or (pool.cores() if large else 0)
     job = Job(
@@ -143,9 +143,9 @@ def prepare(
     )
     alphabet, by_default = "", False
     if given is None and wanted.kind.startswith("bpe:"):
-        given = survey.learnt(int(wanted.kind[4:]), texts, job, wanted)
+        given = analyze.learnt(int(wanted.kind[4:]), texts, job, wanted)
     elif given is None:
-        alphabet = survey.alphabet(texts, job, wanted, workers)
+        alphabet = analyze.alphabet(texts, job, wanted, workers)
         by_default = wanted.kind == "auto" and len(alphabet) >= LARGE_ALPHABET
         given = tokenizer.ByteTokenizer()
         if not by_default:
@@ -191,11 +191,11 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
         ours = ours or name.startswith(("tokens_train_", "tokens_val_"))
         return keep(file) and not (ours and os.path.realpath(file.parent) == own)
 
-    with survey.progress("checking") as bar:
+    with analyze.progress("checking") as bar:
         texts = find(paths, wanted.encoding, not_ours, bar.update)
-    sources.check_columns(texts.sources, wanted.text_key)
+    readers.check_columns(texts.sources, wanted.text_key)
     if wanted.hub:
-        texts.sources.append(sources.hub(wanted.hub, wanted.text_key, wanted.instead))
+        texts.sources.append(readers.hub(wanted.hub, wanted.text_key, wanted.instead))
     if not texts.sources:
         raise UserError(
             "; ".join([f"there is no text in {', '.join(map(str, paths))}", *_skipped(texts)[:1]])
@@ -220,7 +220,7 @@ def _write(
         complete = True
         for split in SPLITS:
             if not writer.tokens[split]:
-                raise survey.empty_split(split, wanted, sum(counts.documents.values()), counts.characters)
+                raise analyze.empty_split(split, wanted, sum(counts.documents.values()), counts.characters)
         done = writer.finish()
         in_both = shards.duplicates(writer.folded, one_split=job.split.few)
         meta = _meta(texts, encoder, counts, writer.folder, done)
@@ -256,10 +256,10 @@ def _encode(
     start = tuple(progress.get("next", (0, None)))
     recorded = time.monotonic()
     done = sum(source.bytes for source in texts.sources[: start[0]])
-    with survey.progress("encoding", texts, done) as bar:
-        pieces = sources.pieces(texts.sources, survey.reading(wanted), (start[0], start[1]), bar.update)
+    with analyze.progress("encoding", texts, done) as bar:
+        pieces = readers.pieces(texts.sources, analyze.reading(wanted), (start[0], start[1]), bar.update)
         for encoded in pool.ordered(encode.encode, pieces, workers, encode.start, (job,)):
-            named = survey.refuse_bad(encoded, texts, wanted)
+            named = analyze.refuse_bad(encoded, texts, wanted)
             counts.bad_rows += len(named)
             counts.bad_shown += named[: SHOWN_BAD - len(counts.bad_shown)]
             counts.add(encoded)
@@ -283,7 +283,7 @@ def _sameness(texts: Texts, encoder: tokenizer.Tokenizer, job: Job, wanted: Opti
         "split": asdict(job.split),
         "shard_tokens": wanted.shard_tokens,
         "text_key": wanted.text_key,
-        "cuts": [encode.PIECE, sources.text.BLOCK],
+        "cuts": [encode.PIECE, readers.text.BLOCK],
         "sources": [[s.name, s.kind, s.encoding, s.bytes, s.sha256] for s in texts.sources],
     }
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import sources
-from nanogpt.prepare.sources import BadRow, Piece
-from nanogpt.prepare.text import Digest, Document, Pair, code_points, with_newlines
+from nanogpt.prepare import readers
+from nanogpt.prepare.readers import BadRow, Piece
+from nanogpt.prepare.text_files import Digest, Document, Pair, code_points, with_newlines
 from nanogpt.tokenizer import tokenizer
 
 PIECE = 1 << 20  # characters encoded at a time
@@ -132,7 +132,7 @@ def bodies(piece: Piece, result: Encoded) -> Iterator[tuple[str, int, Document]]
         assert isinstance(piece.content, str)
         yield piece.content, piece.offset, document
         return
-    for row in sources.rows(piece, _job.kinds[piece.source], _job.text_key):
+    for row in readers.rows(piece, _job.kinds[piece.source], _job.text_key):
         if isinstance(row, BadRow):
             result.bad.append(row)
         elif not row:

@@ -9,9 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import encode, pool, sources
+from nanogpt.prepare import encode, pool, readers
 from nanogpt.prepare.encode import Encoded, Job, Split
-from nanogpt.prepare.text import Document, Texts
+from nanogpt.prepare.text_files import Document, Texts
 from nanogpt.tokenizer import bpe, tokenizer
 
 FEW = 100  # documents: fewer are each cut in two, as many or more go whole to train or to val
@@ -48,7 +48,7 @@ def look(texts: Texts, wanted: Options) -> tuple[Split, bool]:
     if len(found) < FEW:
         job = Job("", tuple(s.kind for s in rows.sources), (None,) * len(rows.sources), Split(0.5), False)
         encode.start_counting(replace(job, text_key=wanted.text_key))
-        for piece in sources.pieces(rows.sources, reading(wanted)):
+        for piece in readers.pieces(rows.sources, reading(wanted)):
             result = Encoded()
             found += (document for _, _, document in encode.bodies(piece, result))
             refuse_bad(result, rows, wanted)
@@ -86,7 +86,7 @@ def alphabet(texts: Texts, job: Job, wanted: Options, workers: int) -> str:
     """Every character that occurs, in the order of code points."""
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     with progress("counting", texts) as bar:
-        pieces = sources.pieces(texts.sources, reading(wanted), advance=bar.update)
+        pieces = readers.pieces(texts.sources, reading(wanted), advance=bar.update)
         for part in pool.ordered(encode.count, pieces, workers, encode.start_counting, (job,)):
             refuse_bad(part.found, texts, wanted)
             seen[part.alphabet] = True
@@ -102,7 +102,7 @@ def learnt(size: int, texts: Texts, job: Job, wanted: Options) -> tokenizer.Toke
 
     def bodies() -> Iterator[str]:
         left = LEARNT_FROM
-        for piece in sources.pieces(texts.sources, reading(wanted), advance=bar.update):
+        for piece in readers.pieces(texts.sources, reading(wanted), advance=bar.update):
             result = Encoded()
             for body in encode.train_bodies(piece, result):
                 left -= len(body)
@@ -115,9 +115,9 @@ def learnt(size: int, texts: Texts, job: Job, wanted: Options) -> tokenizer.Toke
         return tokenizer.from_text(bpe.train(bodies(), size))
 
 
-def reading(wanted: Options) -> sources.Reading:
+def reading(wanted: Options) -> readers.Reading:
     words = wanted.kind not in ("auto", "char", "byte")
-    return sources.Reading(wanted.text_key, lambda chunks: encode.parts(chunks, words))
+    return readers.Reading(wanted.text_key, lambda chunks: encode.parts(chunks, words))
 
 
 # ----------------------------------------------------------------------------- words
@@ -126,7 +126,7 @@ def reading(wanted: Options) -> sources.Reading:
 def progress(what: str, texts: Texts | None = None, done: int = 0) -> "tqdm[Any]":
     """A bar over the bytes read, with their rate and the time left, on stderr; where that is no terminal,
     a line a minute."""
-    total = sources.progress_total(texts.sources) if texts else None
+    total = readers.progress_total(texts.sources) if texts else None
     quiet = {} if sys.stderr.isatty() else {"delay": 60.0, "mininterval": 60.0, "maxinterval": 60.0}
     return tqdm(desc=what, total=total, initial=done, unit="B", unit_scale=True, leave=False, **quiet)
 

@@ -12,8 +12,8 @@ import pytest
 import zstandard
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import sources, text
-from nanogpt.prepare.text import Texts
+from nanogpt.prepare import readers, text_files
+from nanogpt.prepare.text_files import Texts
 from tests.conftest import documents, words
 
 BODIES = [f"document {i}: {words(1 + i % 40, seed=i)}é 🦊" for i in range(700)]
@@ -62,62 +62,62 @@ NAMES = ["x.jsonl", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.zst", "x.parquet", "x.a
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_file_holds_the_same_documents(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK", 5000)
-    assert documents(text.find([write(tmp_path / name, BODIES)])) == BODIES
+    monkeypatch.setattr(text_files, "BLOCK", 5000)
+    assert documents(text_files.find([write(tmp_path / name, BODIES)])) == BODIES
 
 
 def test_datasets_of_the_hub_are_streamed(hub):
-    found = sources.hub(str(hub), "text", "")
+    found = readers.hub(str(hub), "text", "")
     assert documents(Texts([found])) == BODIES
 
 
 @pytest.mark.parametrize("name", [*NAMES, "x.txt", "hub"])
 def test_reading_goes_on_from_any_place(name, tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK", 20_000)
-    monkeypatch.setattr(sources, "ROWS", 64)
+    monkeypatch.setattr(text_files, "BLOCK", 20_000)
+    monkeypatch.setattr(readers, "ROWS", 64)
     if name == "hub":
-        found = [sources.hub(str(hub), "text", "")]
+        found = [readers.hub(str(hub), "text", "")]
     elif name == "x.txt":
         (tmp_path / "x.txt").write_text("".join(BODIES), encoding="utf-8")
-        found = text.find([tmp_path / "x.txt"]).sources
+        found = text_files.find([tmp_path / "x.txt"]).sources
     else:
-        found = text.find([write(tmp_path / name, BODIES)]).sources
-    found = [*found, *text.find([write(tmp_path / "last.jsonl", ["the last"])]).sources]
-    reading = sources.Reading()
+        found = text_files.find([write(tmp_path / name, BODIES)]).sources
+    found = [*found, *text_files.find([write(tmp_path / "last.jsonl", ["the last"])]).sources]
+    reading = readers.Reading()
 
     def bodies(pieces):
         for piece in pieces:
             kind = found[piece.source].kind
-            yield from piece.content if kind == "text" else sources.rows(piece, kind, "text")
+            yield from piece.content if kind == "text" else readers.rows(piece, kind, "text")
 
-    pieces = list(sources.pieces(found, reading))
+    pieces = list(readers.pieces(found, reading))
     whole = list(bodies(pieces))
     assert len(pieces) >= 3 and "".join(whole) == "".join([*BODIES, "the last"])
     for i in (0, 1, len(pieces) // 2, len(pieces) - 2):
         place = json.loads(json.dumps(pieces[i].place))  # as it lies in a file
-        rest = bodies(sources.pieces(found, reading, (pieces[i].source, place)))
+        rest = bodies(readers.pieces(found, reading, (pieces[i].source, place)))
         assert list(rest) == list(bodies(pieces[i + 1 :]))
 
 
 def test_patterns_and_folders_find_files_of_rows(tmp_path):
     for i, name in enumerate(NAMES):
         write(tmp_path / "a" / "b" / f"{i}-{name}", BODIES[i * 100 : i * 100 + 100])
-    assert len(documents(text.find([tmp_path / "a" / "*" / "*.jsonl*"]))) == 400
-    assert documents(text.find([tmp_path / "**" / "*-x.parquet"])) == BODIES[400:500]
-    assert documents(text.find([tmp_path / "a"])) == BODIES[:600]
+    assert len(documents(text_files.find([tmp_path / "a" / "*" / "*.jsonl*"]))) == 400
+    assert documents(text_files.find([tmp_path / "**" / "*-x.parquet"])) == BODIES[400:500]
+    assert documents(text_files.find([tmp_path / "a"])) == BODIES[:600]
     with pytest.raises(UserError, match=r"\*\.nothing: there is no such file"):
-        text.find([tmp_path / "*.nothing"])
+        text_files.find([tmp_path / "*.nothing"])
 
 
 def test_a_readme_beside_tables_is_no_document(hub):
-    found = text.find([hub])
+    found = text_files.find([hub])
     assert documents(found) == BODIES
     assert found.skipped == [("repository/README.md", "not a table, as others in its folder are")]
 
 
 def test_empty_and_missing_values_are_rows_without_a_character(tmp_path):
     pq.write_table(pa.table({"text": ["one", "", None, "two"]}), tmp_path / "x.parquet")
-    assert documents(text.find([tmp_path / "x.parquet"])) == ["one", "two"]
+    assert documents(text_files.find([tmp_path / "x.parquet"])) == ["one", "two"]
 
 
 # ----------------------------------------------------------------------------- bad input
@@ -125,8 +125,8 @@ def test_empty_and_missing_values_are_rows_without_a_character(tmp_path):
 
 def refusal(path: Path, text_key: str = "text") -> str:
     with pytest.raises(UserError) as error:
-        found = text.find([path])
-        sources.check_columns(found.sources, text_key)
+        found = text_files.find([path])
+        readers.check_columns(found.sources, text_key)
         documents(found)
     assert "\n" not in str(error.value) and path.name in str(error.value)
     return str(error.value)
@@ -148,7 +148,7 @@ def test_half_a_file_is_named(name, tmp_path):
 
 
 def test_a_broken_line_is_found_in_a_compressed_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK", 3000)
+    monkeypatch.setattr(text_files, "BLOCK", 3000)
     path = tmp_path / "x.jsonl.xz"
     path.write_bytes(lzma.compress(lines(BODIES[:200]) + b"\n{broken\n" + lines(BODIES)))
     assert "x.jsonl.xz, line 202 is not valid JSON" in refusal(path)
@@ -172,7 +172,7 @@ def test_a_dataset_that_cannot_be_had_is_one_line(name, reason, hub, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=reason) as error:
-        sources.hub(name.format(hub=hub), "text", "put it there")
+        readers.hub(name.format(hub=hub), "text", "put it there")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"'body' is not there; the columns there are: id \(int64\), text"):
-        sources.hub(str(hub), "body", "")
+        readers.hub(str(hub), "body", "")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import sources, text
+from nanogpt.prepare import readers, text_files
 from tests import texts as ours
 from tests.conftest import documents, found
 from tests.texts import ENGLISH, GERMAN
@@ -22,7 +22,7 @@ from tests.texts import ENGLISH, GERMAN
 def read(paths, **options) -> list[str]:
     """The documents of `paths`, whole."""
     paths = [paths] if isinstance(paths, Path) else paths
-    return documents(text.find(paths, **options))
+    return documents(text_files.find(paths, **options))
 
 
 def refusal(paths, **options) -> str:
@@ -79,11 +79,11 @@ def novel(request) -> str:
     ],
 )
 def test_encodings_are_recognised_wherever_a_block_ends(mark, encoding, block, novel, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK", block)
+    monkeypatch.setattr(text_files, "BLOCK", block)
     chinese = novel[:1500] + "🦊 and English.\n"  # four bytes in UTF-8 and GB18030, a pair in UTF-16
     path = written(tmp_path, "x.txt", mark + chinese.encode(encoding))
     assert read(path) == [chinese]
-    assert text.find([path]).sources[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert text_files.find([path]).sources[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_every_script_is_read_from_utf8_and_utf16(languages, tmp_path):
@@ -152,7 +152,7 @@ def test_parts_of_texts_are_never_mistaken(languages, novel, tmp_path):
 
 def test_a_damaged_text_is_refused_where_it_is_damaged(novel, tmp_path, monkeypatch):
     body = novel.encode("utf-8")
-    monkeypatch.setattr(text, "BLOCK", 1000)
+    monkeypatch.setattr(text_files, "BLOCK", 1000)
     for at in (5000, 99_999, len(body) - 1):
         path = written(tmp_path, "x.txt", body[:at] + b"\xff" + body[at:])
         offset = int(re.search(r"at offset (\d+)", refusal(path))[1])
@@ -176,7 +176,7 @@ def test_nul_bytes_are_text_in_a_named_file_and_binary_in_a_folder(tmp_path):
     body = "text\0with\1some\x1bcontrol\x7f characters\n" * 10
     path = written(tmp_path, "x.txt", body)
     assert read(path) == [body]
-    assert text.find([tmp_path]).skipped == [
+    assert text_files.find([tmp_path]).skipped == [
         (f"{tmp_path.name}/x.txt", "binary: 10 of 350 characters are NUL")
     ]
     assert "are NUL" in refusal(written(tmp_path, "y.bin", ENGLISH.encode("utf-32-le")))
@@ -187,12 +187,12 @@ def test_nul_bytes_are_text_in_a_named_file_and_binary_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 2, 1000])
 def test_newlines_become_lf_and_nothing_else_changes(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK", block)
+    monkeypatch.setattr(text_files, "BLOCK", block)
     body = "a\r\nb\rc\nd\r\r\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\r"
-    texts = text.find([written(tmp_path, "x.txt", body)])
+    texts = text_files.find([written(tmp_path, "x.txt", body)])
     assert documents(texts) == ["a\nb\nc\nd\n\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\n"]
     assert texts.sources[0].newlines_changed
-    texts = text.find([written(tmp_path, "x.txt", "a\nb\u2028c\n")])
+    texts = text_files.find([written(tmp_path, "x.txt", "a\nb\u2028c\n")])
     assert documents(texts) == ["a\nb\u2028c\n"]
     assert not texts.sources[0].newlines_changed
 
@@ -206,7 +206,7 @@ def test_each_row_of_jsonl_is_a_document(tmp_path, monkeypatch):
     bodies[3] = "CR\nLF\n"
     for newline in ("\n", "\r\n", "\n\n \n"):
         for block in (7, 1 << 20):
-            monkeypatch.setattr(text, "BLOCK", block)
+            monkeypatch.setattr(text_files, "BLOCK", block)
             assert read(written(tmp_path, "x.JSONL", newline.join(rows) + newline)) == bodies
     assert read(written(tmp_path, "x.jsonl", codecs.BOM_UTF8 + rows[0].encode())) == ["one"]
 
@@ -225,8 +225,8 @@ def test_each_row_of_jsonl_is_a_document(tmp_path, monkeypatch):
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST_ROW", 2000)
-    monkeypatch.setattr(text, "BLOCK", 500)
+    monkeypatch.setattr(readers, "LONGEST_ROW", 2000)
+    monkeypatch.setattr(text_files, "BLOCK", 500)
     path = written(tmp_path, "x.jsonl", '{"text": "fine"}\n\n' + row + '\n{"text": "fine"}\n')
     assert re.search(rf"x\.jsonl, line 3,? .*{reason}", refusal(path))
 
@@ -239,7 +239,7 @@ def test_a_folder_is_searched_in_the_order_of_names(tmp_path):
         written(tmp_path, name, f"text of {name}")
     names = ["B.txt", "b.txt", "c", "a/z.txt", "a/y/deep.md"]
     assert read(tmp_path) == [f"text of {name}" for name in names]
-    assert [source.name for source in text.find([tmp_path]).sources] == [
+    assert [source.name for source in text_files.find([tmp_path]).sources] == [
         f"{tmp_path.name}/{n}" for n in names
     ]
     assert read(tmp_path, keep=lambda file: file.suffix == ".txt") == [
@@ -260,7 +260,7 @@ def test_what_is_not_text_in_a_folder_is_skipped_with_the_reason(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "above").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "same.txt").symlink_to(tmp_path / "good.txt")
-    texts = text.find([tmp_path])
+    texts = text_files.find([tmp_path])
     assert documents(texts) == [ENGLISH]
     reasons = {Path(name).name: reason for name, reason in texts.skipped}
     assert reasons.pop("image.png").startswith("byte 0x89 at offset 0 is neither")
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_opened_is_no_empty_folder(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "scandir", guarded)
     with pytest.raises(PermissionError):
-        text.find([tmp_path])
+        text_files.find([tmp_path])
 
 
 def test_what_was_named_is_refused_not_skipped(tmp_path):
@@ -299,7 +299,7 @@ def test_what_was_named_is_refused_not_skipped(tmp_path):
 
 def test_a_text_that_changes_meanwhile_is_noticed(tmp_path):
     path = written(tmp_path, "x.txt", ENGLISH)
-    texts = text.find([path])
+    texts = text_files.find([path])
     path.write_text(ENGLISH + "more", encoding="utf-8")
     with pytest.raises(UserError, match="changed while it was being read"):
         documents(texts)

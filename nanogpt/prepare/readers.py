@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import text
-from nanogpt.prepare.text import Advance, Source
+from nanogpt.prepare import text_files
+from nanogpt.prepare.text_files import Advance, Source
 
 LONGEST_ROW = 1 << 24  # bytes in a line of JSONL, which has to be parsed whole
 ROWS = 256  # of a table read at a time
@@ -73,7 +73,7 @@ def rows(piece: Piece, kind: str, text_key: str) -> Iterator[str | BadRow]:
     """The documents of a piece that holds rows; "" for a row without a character."""
     if kind != "jsonl":
         for number, value in enumerate(piece.content, piece.first):
-            surrogate = text.lone_surrogate(value or "")
+            surrogate = text_files.lone_surrogate(value or "")
             yield BadRow(number, f"has {surrogate}, which is no text") if surrogate else value or ""
         return
     assert isinstance(piece.content, bytes)
@@ -90,11 +90,11 @@ def _row(line: bytes, number: int, text_key: str) -> str | BadRow:
     body = row.get(text_key) if isinstance(row, dict) else None
     prompt, plus, response = text_key.partition("+")
     if plus and body is None:
-        body = text.pair(row, prompt, response)
+        body = text_files.pair(row, prompt, response)
     if not isinstance(body, str):
         keys = f'"{prompt}": "...", "{response}": "..."' if plus else f'"{text_key}": "..."'
         return BadRow(number, f"has no string `{text_key}`; each line must be like {{{keys}}}{_others(row)}")
-    if surrogate := text.lone_surrogate(body):
+    if surrogate := text_files.lone_surrogate(body):
         return BadRow(number, f"has {surrogate}, which is no text")
     return body
 
@@ -111,7 +111,7 @@ def _others(row: Any) -> str:
 
 def _text(index: int, source: Source, reading: Reading, place: Any, advance: Advance) -> Iterator[Piece]:
     offset = 0
-    chunks = text.with_newlines(text.decoded(source.path, source.encoding, source.mark, advance))
+    chunks = text_files.with_newlines(text_files.decoded(source.path, source.encoding, source.mark, advance))
     for part in reading.parts(chunks):
         after = offset + len(part)
         if part and offset >= (place or 0):
@@ -127,7 +127,7 @@ def _jsonl(index: int, source: Source, reading: Reading, place: Any, advance: Ad
     rest = b""
     for block in _blocks(source, done, advance):
         rest += block
-        if len(rest) < text.BLOCK:
+        if len(rest) < text_files.BLOCK:
             continue
         end = rest.rfind(b"\n") + 1
         if end:
@@ -146,7 +146,7 @@ def _jsonl(index: int, source: Source, reading: Reading, place: Any, advance: Ad
 def _blocks(source: Source, skip: int, advance: Advance) -> Iterator[bytes]:
     """The UTF-8 of a file of lines after its first `skip` bytes; UserError if it is damaged."""
     if source.encoding != "utf-8":
-        for chunk in text.decoded(source.path, source.encoding, source.mark, advance):
+        for chunk in text_files.decoded(source.path, source.encoding, source.mark, advance):
             data = chunk.encode("utf-8", "surrogatepass")
             yield data[skip:]
             skip = max(0, skip - len(data))
@@ -181,7 +181,7 @@ def _unpacked(raw: BinaryIO, path: Path) -> Iterator[bytes]:
         import lzma
 
         file = lzma.LZMAFile(raw)  # noqa: SIM115
-    return iter(lambda: file.read(text.BLOCK), b"")
+    return iter(lambda: file.read(text_files.BLOCK), b"")
 
 
 def _zstandard(raw: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -313,7 +313,7 @@ def _table(index: int, source: Source, reading: Reading, place: Any, advance: Ad
 
 def _values(index: int, row: int, array: Any) -> Iterator[Piece]:
     """The values of an array as pieces, cut in halves while they are large."""
-    if len(array) > 1 and array.nbytes > 2 * text.BLOCK:
+    if len(array) > 1 and array.nbytes > 2 * text_files.BLOCK:
         half = len(array) // 2
         yield from _values(index, row, array[:half])
         yield from _values(index, row + half, array[half:])
