@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nanogpt import api
 from nanogpt.config import Count, Fraction, Positive, Range, load, picked
 from nanogpt.errors import UserError, run_program
-from nanogpt.generate import Completion, Token
-from nanogpt.sampling import SamplingOptions
+from nanogpt.inference import api
+from nanogpt.inference.engine import Completion, Token
+from nanogpt.inference.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
-from nanogpt import api, files, native
+from nanogpt import files
 from nanogpt.config import ROOT, Positive, Range, load
 from nanogpt.errors import UserError, run_program
-from nanogpt.generate import Decoder
+from nanogpt.inference import api, cpu_kernels
+from nanogpt.inference.engine import Decoder
 from nanogpt.model import GPT
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     with bind(config.host, config.port) as listener:
         port = listener.getsockname()[1]
         served = open_model(config)
-        native.release_threads()  # the scheduler's thread computes from now on
+        cpu_kernels.release_threads()  # the scheduler's thread computes from now on
         served.scheduler.start()
         app = app.build(served, port=port, local=local, token=token)
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # not what clients do

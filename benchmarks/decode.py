@@ -21,10 +21,10 @@ import torch
 
 from nanogpt.config import Positive, load
 from nanogpt.errors import UserError, run_program
-from nanogpt.generate import Decoder, Text
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.quantize import cast
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
-from nanogpt.quantize import cast
-from nanogpt.sampling import SamplingOptions
 
 SAMPLING = SamplingOptions(temperature=0.8, top_k=200)
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}

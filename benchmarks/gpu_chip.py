@@ -15,11 +15,11 @@ from benchmarks.decode import theirs as nanogpt_model
 from benchmarks.gpu_sides import Failed, Setup, environment, figure
 from nanogpt import optim
 from nanogpt.config import ROOT
-from nanogpt.generate import Decoder, Text
 from nanogpt.gpu.cuda_graphs import GraphDecoder
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.quantize import cast
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
-from nanogpt.quantize import cast
-from nanogpt.sampling import SamplingOptions
 from nanogpt.writer import Writer
 
 SAMPLING = SamplingOptions(temperature=0.8, top_k=200)

@@ -6,13 +6,13 @@ In Python, `from nanogpt import load` gives a trained model (docs/generation.md)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanogpt.api import load as load
+    from nanogpt.inference.api import load as load
 
 
 def __getattr__(name: str) -> Any:
     """`load`, imported when it is asked for: the programs import this package, and few need all of it."""
     if name == "load":
-        from nanogpt.api import load
+        from nanogpt.inference.api import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,7 +30,7 @@ from nanogpt.loss import (
 from nanogpt.position import POSITIONS, Position
 
 if TYPE_CHECKING:
-    from nanogpt.cache import Layer, Past
+    from nanogpt.inference.kv_cache import Layer, Past
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import serve
 from nanogpt.config import ROOT
-from nanogpt.generate import Text, Token
+from nanogpt.inference.engine import Text, Token
 from nanogpt.server.app import build
 from nanogpt.server.metrics import Meters
 from nanogpt.server.openai_api import Limits

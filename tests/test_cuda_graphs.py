@@ -10,10 +10,10 @@ import torch
 import train
 from nanogpt import optim, runtime
 from nanogpt.errors import UserError
-from nanogpt.generate import Completion, Decoder, Text, complete
 from nanogpt.gpu import auto_batch_size, cuda_graphs
+from nanogpt.inference.engine import Completion, Decoder, Text, complete
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer.tokenizer import ByteTokenizer
 from nanogpt.world import World
 from tests.conftest import update

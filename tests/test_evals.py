@@ -16,8 +16,8 @@ from nanogpt import loss
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evals, harness, log_likelihood, tasks
 from nanogpt.evaluation.log_likelihood import Ids, Requests, Subject, Windows
-from nanogpt.generate import Decoder, Text
-from nanogpt.sampling import SamplingOptions
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.tokenizer import tokenizer
 from tests import texts
 from tests.subjects import LETTERS, subject_of

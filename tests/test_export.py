@@ -15,9 +15,9 @@ import train
 from nanogpt import checkpoint
 from nanogpt.convert import hf, hf_export, hf_tokenizer
 from nanogpt.errors import UserError
-from nanogpt.generate import Decoder, Text
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer import tokenizer
 from tests import hf_folders, texts
 from tests.conftest import found, words, write_dataset

@@ -6,11 +6,20 @@ import random
 import pytest
 import torch
 
-from nanogpt import generate
-from nanogpt.cache import Step
-from nanogpt.generate import Completion, Decoder, Text, complete, most_shared, packed, score, window_start
+from nanogpt.inference import engine
+from nanogpt.inference.engine import (
+    Completion,
+    Decoder,
+    Text,
+    complete,
+    most_shared,
+    packed,
+    score,
+    window_start,
+)
+from nanogpt.inference.kv_cache import Step
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -110,14 +119,14 @@ def test_what_two_texts_have_in_common_is_read_once(switches, monkeypatch):
 
     def counted(idx, past=None, documents=None):
         # The steps on other devices than a CPU come here, too.
-        reads[generate.SHARED] += 0 if past is None or isinstance(past, Step) else idx.numel()
+        reads[engine.SHARED] += 0 if past is None or isinstance(past, Step) else idx.numel()
         return hidden(idx, past)
 
     model.hidden = counted
     draw = random.Random(4)
     texts = [[draw.randrange(2) for _ in range(draw.randint(1, BLOCK))] for _ in range(60)]
     for least in reads:
-        monkeypatch.setattr(generate, "SHARED", least)
+        monkeypatch.setattr(engine, "SHARED", least)
         assert_as_uncached(model, [Text(ids, GREEDY) for ids in texts], Decoder(model, slots=5))
     assert reads[1] <= 0.9 * reads[1000]
 

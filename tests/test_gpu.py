@@ -19,10 +19,10 @@ import train
 from nanogpt import checkpoint, compile, optim, runtime
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
-from nanogpt.generate import Decoder, Text
 from nanogpt.gpu import attention_kernels, auto_batch_size, cuda_graphs
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.sampling import SamplingOptions
 from nanogpt.writer import Writer
 from tests.conftest import update
 from tests.test_train import bits, logged

@@ -8,7 +8,7 @@ import torch
 from benchmarks.against_lm_eval import by_lm_eval
 from nanogpt.errors import UserError
 from nanogpt.evaluation import harness, log_likelihood
-from nanogpt.generate import window_start
+from nanogpt.inference.engine import window_start
 from tests.subjects import LETTERS, subject_of
 
 

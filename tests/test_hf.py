@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from nanogpt.convert import hf
 from nanogpt.errors import UserError
-from nanogpt.generate import Decoder, Text
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT2_SIZES
-from nanogpt.sampling import SamplingOptions
 from tests import hf_folders
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -102,7 +102,7 @@ def test_the_model_knows_torch_and_nothing_else():
         "dataclasses",
         "functools",
         "collections",
-        "nanogpt.cache",
+        "nanogpt.inference.kv_cache",
         "nanogpt.chunked_loss",
         "nanogpt.loss",
         "nanogpt.position",

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt import native
-from nanogpt.generate import Decoder, Text
+from nanogpt.inference import cpu_kernels
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.quantize import FEW, Int8Portable, Packed, PackedInt8, cast, rounded
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.quantize import FEW, Int8Portable, Packed, PackedInt8, cast, rounded
 from nanogpt.runtime import DTYPES
 
-KINDS = [Int8Portable, *([PackedInt8] if native.library() else [])]
-compiled = pytest.mark.skipif(native.library() is None, reason=f"products.cpp: {native.why_not()}")
+KINDS = [Int8Portable, *([PackedInt8] if cpu_kernels.library() else [])]
+compiled = pytest.mark.skipif(
+    cpu_kernels.library() is None, reason=f"cpu_kernels.cpp: {cpu_kernels.why_not()}"
+)
 SHAPES = [(96, 64), (50, 32), (7, 24), (33, 200)]  # rows in whole groups, and not
 
 
@@ -125,11 +127,11 @@ def test_a_model_of_int8_is_nearly_the_same(switches):
 @pytest.mark.parametrize("compiler", [True, False])
 def test_other_formats_are_cast_and_packed(dtype, compiler, monkeypatch):
     if not compiler:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     idx = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(1))
     exact = model_of(position="rope", tied=False)(idx)[0]
     model = cast(model_of(position="rope", tied=False), dtype)
-    packed = compiler and dtype != "float16" and native.library()
+    packed = compiler and dtype != "float16" and cpu_kernels.library()
     assert any(isinstance(module, Packed) for module in model.modules()) == bool(packed)
     assert {p.dtype for p in model.parameters()} == {DTYPES[dtype]}
     error = (model(idx)[0] - exact).abs().max() / exact.std()

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from nanogpt import sampling
 from nanogpt.errors import UserError
-from nanogpt.sampling import (
+from nanogpt.inference import sampling
+from nanogpt.inference.sampling import (
     SamplingOptions,
     draw,
     draw_each,

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from nanogpt.generate import Decoder, Text
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.sampling import SamplingOptions
 from nanogpt.server import scheduler
 from nanogpt.server.scheduler import Choice, Full, Scheduler
 from nanogpt.tokenizer.tokenizer import ByteTokenizer
@@ -61,7 +61,7 @@ def alone(model, prompt, count) -> list[int]:
 
 def test_a_long_prompt_is_read_in_parts_while_others_are_served(model, monkeypatch):
     monkeypatch.setattr(scheduler, "PROMPT_TOKENS", 8)
-    monkeypatch.setattr("nanogpt.generate.SHARED", 4)
+    monkeypatch.setattr("nanogpt.inference.engine.SHARED", 4)
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(256, (n,), generator=draw).tolist() for n in (3, 50, 6, 41)]
     expected = [alone(model, prompt, 12) for prompt in prompts]

@@ -11,7 +11,7 @@ import torch
 from nanogpt import checkpoint
 from nanogpt.config import ROOT
 from nanogpt.convert import hf_tokenizer
-from nanogpt.generate import score
+from nanogpt.inference.engine import score
 from nanogpt.tokenizer import tokenizer
 from tests.serving import serving, train_small
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt.generate import Token
+from nanogpt.inference.engine import Token
 from nanogpt.server import openai_api, streaming
 from nanogpt.server.openai_api import Limits
 from nanogpt.server.scheduler import Piece

@@ -30,7 +30,7 @@ from nanogpt.runtime import DTYPES
 from nanogpt.tokenizer import tokenizer, vocabulary
 
 LIBRARY = Path(__file__).resolve().parent.parent
-CODE = ("convert/modeling_nanogpt.py", "model.py", "cache.py", "loss.py", "position.py")
+CODE = ("convert/modeling_nanogpt.py", "model.py", "inference/kv_cache.py", "loss.py", "position.py")
 RMS_EPS = torch.finfo(torch.float32).eps  # of F.rms_norm, and 1e-5 of LayerNorm
 Weights = dict[str, Tensor]
 
@@ -252,5 +252,7 @@ def _write_code(folder: Path) -> None:
     """The model's own code, its imports made relative: transformers copies these files elsewhere."""
     for name in CODE:
         source = LIBRARY / name
-        text = re.sub(r"^from nanogpt\.", "from .", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text = re.sub(
+            r"^from nanogpt\.(\w+\.)*", "from .", source.read_text(encoding="utf-8"), flags=re.MULTILINE
+        )
         files.write_text(folder / source.name, text)

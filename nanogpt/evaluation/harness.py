@@ -12,8 +12,8 @@ import numpy as np
 from nanogpt.errors import UserError
 from nanogpt.evaluation.log_likelihood import Requests, Subject, Windows, beginning, encode_text, score
 from nanogpt.evaluation.tasks import quiet_hub
-from nanogpt.generate import Completion, Decoder, Text, complete
-from nanogpt.sampling import SamplingOptions
+from nanogpt.inference.engine import Completion, Decoder, Text, complete
+from nanogpt.inference.sampling import SamplingOptions
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 

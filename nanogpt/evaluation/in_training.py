@@ -12,12 +12,12 @@ from nanogpt import files, metrics
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evals, tasks
 from nanogpt.evaluation.log_likelihood import Subject
-from nanogpt.generate import Decoder, Text
 from nanogpt.gpu import attention_kernels
+from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT
 from nanogpt.options import WatchOptions
 from nanogpt.runtime import Machine
-from nanogpt.sampling import SamplingOptions
 from nanogpt.tokenizer import tokenizer
 
 SEPARATOR = "-" * 15

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nanogpt.cache import Attention, KVCache, Layer, Step, masked_after, one_query
 from nanogpt.errors import UserError
-from nanogpt.generate import Decoder
+from nanogpt.inference.engine import Decoder
+from nanogpt.inference.kv_cache import Attention, KVCache, Layer, Step, masked_after, one_query
+from nanogpt.inference.sampling import SamplingOptions, draw
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer
 from nanogpt.runtime import Machine
-from nanogpt.sampling import SamplingOptions, draw
 
 T = TypeVar("T")
 Record = Callable[[Callable[[], T]], tuple[T, Callable[[], None]]]

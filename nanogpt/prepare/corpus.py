@@ -283,7 +283,7 @@ def _sameness(texts: Texts, encoder: tokenizer.Tokenizer, job: Job, wanted: Opti
         "split": asdict(job.split),
         "shard_tokens": wanted.shard_tokens,
         "text_key": wanted.text_key,
-        "cuts": [encode.PIECE, readers.text.BLOCK],
+        "cuts": [encode.PIECE, readers.text_files.BLOCK],
         "sources": [[s.name, s.kind, s.encoding, s.bytes, s.sha256] for s in texts.sources],
     }
 

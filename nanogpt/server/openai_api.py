@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from nanogpt.errors import UserError
-from nanogpt.generate import Token
-from nanogpt.sampling import Controls, SamplingOptions
+from nanogpt.inference.engine import Token
+from nanogpt.inference.sampling import Controls, SamplingOptions
 from nanogpt.server.api_errors import Refusal
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.tokenizer import Tokenizer

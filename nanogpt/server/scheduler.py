@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from nanogpt.generate import Completion, Decoder, Text, Token, score
-from nanogpt.sampling import SamplingOptions
+from nanogpt.inference.engine import Completion, Decoder, Text, Token, score
+from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.server.metrics import Meters
 from nanogpt.tokenizer.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from nanogpt.errors import UserError
-from nanogpt.stream import TextStream
+from nanogpt.inference.detokenizer import TextStream
 from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, decode
 
 TEXT = "Grüße, 世界 🦊! naïve ﷽ 👩‍👩‍👧\n"

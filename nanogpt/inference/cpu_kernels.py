@@ -1,4 +1,4 @@
-"""products.cpp, compiled for this processor when it is first wanted, and called from Python.
+"""cpu_kernels.cpp, compiled for this processor when it is first wanted, and called from Python.
 
 That takes Linux, a C++ compiler (g++, or what CXX names) and a second; the result is kept in the user's
 cache, by its source, the compiler and the processor. Elsewhere torch's own products serve, at half the speed.
@@ -25,10 +25,10 @@ from torch import Tensor
 from nanogpt import files
 from nanogpt.tokenizer import download
 
-SOURCE = Path(__file__).with_name("products.cpp")
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp", "-shared", "-fPIC"]
-GROUP = 32  # rows of a matrix that lie together, as in products.cpp
+GROUP = 32  # rows of a matrix that lie together, as in cpu_kernels.cpp
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _PRODUCT = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT]
 _ATTEND = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER]
@@ -89,11 +89,11 @@ def attend(q: Tensor, kv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor)
 
 
 class NoCompiler(Exception):
-    """Why products.cpp cannot be compiled here, and what would help."""
+    """Why cpu_kernels.cpp cannot be compiled here, and what would help."""
 
 
 def packed(weight: Tensor) -> Tensor:
-    """A matrix (n, m) as products.cpp reads it, rows of zeros added up to whole groups.
+    """A matrix (n, m) as cpu_kernels.cpp reads it, rows of zeros added up to whole groups.
 
     m times the bytes of a number must be a multiple of 4."""
     n, m = weight.shape

@@ -1,7 +1,7 @@
 // Matrices times few rows, and attention of one query a head, on a CPU: what one more token of a text costs.
 //
 // That is reading matrices, keys and values. So a matrix is read once, from front to back, by all threads, and a
-// few rows cost what one does. native.py compiles this file for the processor it is to run on, and calls it.
+// few rows cost what one does. cpu_kernels.py compiles this file for the processor it is to run on, and calls it.
 //
 // A matrix (n, m) lies in groups of 32 rows: of each row 4 bytes (1 float32, 2 bfloat16, 4 int8), then the next 4
 // of each, and so on. 4 bytes of a row of activations are multiplied with those of all 32 at once. So every sum has

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt import native
-from nanogpt.cache import KVCache, masked_after, one_query
+from nanogpt.inference import cpu_kernels
+from nanogpt.inference.kv_cache import KVCache, masked_after, one_query
 from nanogpt.position import ALiBi, Learned, Rotary, turned
 
 Map = Callable[[Tensor], Tensor]
@@ -98,7 +98,7 @@ class DecodeStep:
         """What keeps a token's key and value, and attends: y (B, nh hs) from q (B, nh, hs), kv (2, B,
         n_kv_head, hs), and the layer's keys and values."""
         if self.native:
-            return partial(native.attend, lengths=at + 1)
+            return partial(cpu_kernels.attend, lengths=at + 1)
         B, dtype, bias = len(at), self.cache.keys.dtype, None
         alike = bool((at + 1 == length).all())
         if isinstance(self.position, ALiBi):
@@ -116,8 +116,8 @@ class DecodeStep:
 
 
 def kept_in(model: Any) -> torch.dtype:
-    """The type of keys and values on a CPU: the activations', where products.cpp attends in it, else float32,
-    because one bfloat16 query takes torch 670 us where a float32 one takes 91 (12 heads, 525 keys)."""
+    """The type of keys and values on a CPU: the activations', where cpu_kernels.cpp attends in it, else
+    float32: one bfloat16 query takes torch 670 us where a float32 one takes 91 (12 heads, 525 keys)."""
     return _own(model) if _natively(model) else torch.float32
 
 
@@ -127,4 +127,4 @@ def _own(model: Any) -> torch.dtype:
 
 
 def _natively(model: Any) -> bool:
-    return not isinstance(model.position, ALiBi) and native.attends(_own(model), model.config.head_size)
+    return not isinstance(model.position, ALiBi) and cpu_kernels.attends(_own(model), model.config.head_size)

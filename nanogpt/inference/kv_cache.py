@@ -5,7 +5,7 @@ in three ways, each an object that `GPT.hidden` takes as `past`:
 
     Prefill    reads the first tokens of some texts at once, as in training, and keeps their keys and values
     Chunk      reads more tokens of one text
-    Step       reads one more token of each of the first B slots (on a CPU decode_step.py does it)
+    Step       reads one more token of each of the first B slots (on a CPU cpu_decode.py does it)
 
 Texts of a prefill are padded on the right: attention is causal, so what comes after a token is nothing to
 it, and every text begins at position 0.

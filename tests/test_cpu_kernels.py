@@ -1,4 +1,4 @@
-"""products.cpp: compiled where a compiler is, done without where none is, the same on any processor."""
+"""cpu_kernels.cpp: compiled where a compiler is, done without where none is, the same on any processor."""
 
 import json
 import os
@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt import native
-from nanogpt.native import GROUP, packed
+from nanogpt.inference import cpu_kernels
+from nanogpt.inference.cpu_kernels import GROUP, packed
 
 ROOT = Path(__file__).resolve().parent.parent
 compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
 )
-compiled = pytest.mark.skipif(native.library() is None, reason=f"products.cpp: {native.why_not()}")
+compiled = pytest.mark.skipif(
+    cpu_kernels.library() is None, reason=f"cpu_kernels.cpp: {cpu_kernels.why_not()}"
+)
 PROGRAM = """
 import json, sys, torch
 from nanogpt import native
@@ -78,7 +80,7 @@ def test_attention_is_that_of_each_text_over_its_own_tokens(dtype, size, heads, 
     both = torch.randn(B, heads + 2 * kv_heads, size).to(dtype)
     q, kv = both[:, :heads], both[:, heads:].view(B, 2, kv_heads, size).transpose(0, 1)
     before = keys.clone()
-    y = native.attend(q, kv, keys, values, torch.tensor(lengths))
+    y = cpu_kernels.attend(q, kv, keys, values, torch.tensor(lengths))
     assert y.dtype == dtype and y.shape == (B, heads * size)
     for text, length in enumerate(lengths):
         assert torch.equal(keys[text, :, length - 1], kv[0, text])
@@ -92,15 +94,15 @@ def test_attention_is_that_of_each_text_over_its_own_tokens(dtype, size, heads, 
         torch.testing.assert_close(y[text].double(), exact.flatten(), atol=bound, rtol=bound)
         alone = [x[text : text + 1] for x in (q, kv.transpose(0, 1), keys, values)]
         alone[1] = alone[1].transpose(0, 1)
-        assert torch.equal(native.attend(*alone, torch.tensor([length]))[0], y[text])
+        assert torch.equal(cpu_kernels.attend(*alone, torch.tensor([length]))[0], y[text])
     assert torch.equal(keys, before)  # nothing else was written
 
 
 @compiled
 def test_which_heads_it_attends():
-    assert native.attends(torch.float32, 64) and native.attends(torch.bfloat16, 256)
+    assert cpu_kernels.attends(torch.float32, 64) and cpu_kernels.attends(torch.bfloat16, 256)
     wrong = [(torch.float32, 24), (torch.bfloat16, 48), (torch.float16, 64), (torch.float32, 512)]
-    assert not any(native.attends(*each) for each in wrong)
+    assert not any(cpu_kernels.attends(*each) for each in wrong)
 
 
 @compiler
@@ -149,4 +151,4 @@ def test_without_a_compiler_it_says_what_would_help(tmp_path):
     script.write_text("#!/bin/sh\necho 'x.cpp:1: error: no OpenMP here' >&2\nexit 1\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     (why,) = found_with(tmp_path, CXX=str(script)).values()
-    assert why.endswith("could not compile products.cpp: x.cpp:1: error: no OpenMP here")
+    assert why.endswith("could not compile cpu_kernels.cpp: x.cpp:1: error: no OpenMP here")

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from nanogpt import native, quantize, runtime
+from nanogpt import runtime
 from nanogpt.config import ROOT
 from nanogpt.convert import weights
 from nanogpt.errors import UserError
-from nanogpt.generate import Completion, Decoder, Text, Token, complete, score
+from nanogpt.inference import cpu_kernels, quantize
+from nanogpt.inference.engine import Completion, Decoder, Text, Token, complete, score
+from nanogpt.inference.sampling import Controls, SamplingOptions
 from nanogpt.model import GPT
-from nanogpt.sampling import Controls, SamplingOptions
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
@@ -201,6 +202,6 @@ def load(
         machine = replace(machine, reason=machine.reason.replace("bfloat16", "int8"))
     model = found.load(found.fitted(), machine.device)
     quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
-    if machine.device.type == "cpu" and native.why_not():
-        notice(f"tokens take up to twice as long as they could: {native.why_not()}")
+    if machine.device.type == "cpu" and cpu_kernels.why_not():
+        notice(f"tokens take up to twice as long as they could: {cpu_kernels.why_not()}")
     return LanguageModel(model, tokens, machine, found.origin)

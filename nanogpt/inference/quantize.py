@@ -6,7 +6,7 @@ digits, 15 bits; embeddings are looked up, a row a token, and stay in bfloat16 (
 costs in loss).
 
 torch's own products read a matrix, for one row of activations, at a half to a third of the speed of memory;
-those of products.cpp do better (docs/results.md). What is packed for them is no parameter any more.
+those of cpu_kernels.cpp do better (docs/results.md). What is packed for them is no parameter any more.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt import native
+from nanogpt.inference import cpu_kernels
 from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES
 
@@ -24,20 +24,20 @@ FEW = 8
 
 
 class Packed(nn.Module):
-    """x W^T + b with W (n, m), float32 or bfloat16, as products.cpp reads it; m is a multiple of 4."""
+    """x W^T + b with W (n, m), float32 or bfloat16, as cpu_kernels.cpp reads it; m is a multiple of 4."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         # No buffers: what is packed for a CPU goes nowhere else.
-        self.weight, self.bias = native.packed(weight.detach()), None if bias is None else bias.detach()
+        self.weight, self.bias = cpu_kernels.packed(weight.detach()), None if bias is None else bias.detach()
         self.kind = self.takes = weight.dtype
         self.tensors = [self.weight, self.bias]
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.dtype == self.takes, f"{x.dtype} given to a product of {self.takes}"
         rows = x.reshape(-1, self.in_features)
-        y = native.product(self.kind, self.tensors, self.out_features, rows)
+        y = cpu_kernels.product(self.kind, self.tensors, self.out_features, rows)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -117,7 +117,7 @@ def packable(model: GPT) -> bool:
     """Whether `cast` packs the model's matrices."""
     widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
     narrow = model.wte.weight.device.type != "cpu" or any(width % 4 for width in widths)
-    return not narrow and native.library() is not None
+    return not narrow and cpu_kernels.library() is not None
 
 
 def _replace(model: GPT, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:

@@ -35,11 +35,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanogpt.cache import Chunk, KVCache, Prefill, Step
-from nanogpt.decode_step import DecodeStep, kept_in
+from nanogpt.inference.cpu_decode import DecodeStep, kept_in
+from nanogpt.inference.detokenizer import TextStream
+from nanogpt.inference.kv_cache import Chunk, KVCache, Prefill, Step
+from nanogpt.inference.sampling import SamplingOptions, draw_each, penalise
 from nanogpt.model import GPT
-from nanogpt.sampling import SamplingOptions, draw_each, penalise
-from nanogpt.stream import TextStream
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 4096  # read at once, at most: what a pass needs in memory
