@@ -77,10 +77,11 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     )
     print(f"{model.origin}; {model.machine.reason}", file=sys.stderr)
     if config.cuda_graph:
-        from nanogpt.gpu import cuda_graphs
+        from nanogpt.gpu.cuda_graphs import require_cuda
+        from nanogpt.inference.graph_decode import GraphDecoder
 
-        cuda_graphs.require_cuda(model.machine.device)
-        model = replace(model, decoder=cuda_graphs.GraphDecoder)
+        require_cuda(model.machine.device)
+        model = replace(model, decoder=GraphDecoder)
 
     def completions(prompts: list[str]) -> list[Completion]:
         return model.completions(

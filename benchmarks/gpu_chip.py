@@ -15,8 +15,8 @@ from benchmarks.decode import theirs as nanogpt_model
 from benchmarks.gpu_sides import Failed, Setup, environment, figure
 from nanogpt import optim
 from nanogpt.config import ROOT
-from nanogpt.gpu.cuda_graphs import GraphDecoder
 from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.graph_decode import GraphDecoder
 from nanogpt.inference.quantize import cast
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig

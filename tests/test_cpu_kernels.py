@@ -25,12 +25,12 @@ compiled = pytest.mark.skipif(
 )
 PROGRAM = """
 import json, sys, torch
-from nanogpt import native
-from nanogpt.quantize import Packed, PackedInt8
+from nanogpt.inference import cpu_kernels
+from nanogpt.inference.quantize import Packed, PackedInt8
 torch.manual_seed(0)
 weight, bias, x = torch.randn(70, 96), torch.randn(70), torch.randn(9, 96)
-found = {"why": native.why_not()}
-if native.library():
+found = {"why": cpu_kernels.why_not()}
+if cpu_kernels.library():
     found["int8"] = PackedInt8(weight, bias)(x).tolist()
     found["float32"] = Packed(weight, bias)(x).tolist()
     found["bfloat16"] = Packed(weight.bfloat16(), bias.bfloat16())(x.bfloat16()).tolist()

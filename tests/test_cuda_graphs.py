@@ -11,6 +11,7 @@ import train
 from nanogpt import optim, runtime
 from nanogpt.errors import UserError
 from nanogpt.gpu import auto_batch_size, cuda_graphs
+from nanogpt.inference import graph_decode
 from nanogpt.inference.engine import Completion, Decoder, Text, complete
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
@@ -90,7 +91,7 @@ def test_what_cannot_be_recorded_is_refused():
         several = runtime.Machine(cuda, "bfloat16", "test", World(0, 2))
         cuda_graphs.require_recordable(Recomputing, several, scored=False)
     with pytest.raises(UserError, match="needs a CUDA GPU, and this is cpu"):
-        cuda_graphs.GraphDecoder(model_of(), 1)
+        graph_decode.GraphDecoder(model_of(), 1)
 
 
 # ----------------------------------------------------------------------------- writing
@@ -115,11 +116,11 @@ OPTIONS = {
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_recorded_steps_write_the_same_texts(switches, options, monkeypatch):
     """Seven texts of all lengths in three slots, beyond the context too, with several lengths of cache."""
-    monkeypatch.setattr(cuda_graphs, "SHORTEST", 4)
+    monkeypatch.setattr(graph_decode, "SHORTEST", 4)
     model, recorder = model_of(**switches), Recorder()
     prompts = [[(3 * i + j) % 50 for j in range(1 + 4 * i)] for i in range(7)]
     found = []
-    for kind in (Decoder, lambda *given: cuda_graphs.GraphDecoder(*given, record=recorder.text)):
+    for kind in (Decoder, lambda *given: graph_decode.GraphDecoder(*given, record=recorder.text)):
         texts = [Text(ids, options[i % len(options)], seed=i) for i, ids in enumerate(prompts)]
         found.append(written(kind(model, 3), texts, 12))
     assert found[0] == found[1]
@@ -132,7 +133,7 @@ def test_many_steps_at_once_are_as_many_steps(options):
     found = []
     for at_once in (False, True):
         texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(3)]
-        decoder = cuda_graphs.GraphDecoder(model, 3, 40, recorder.text) if at_once else Decoder(model, 3, 40)
+        decoder = graph_decode.GraphDecoder(model, 3, 40, recorder.text) if at_once else Decoder(model, 3, 40)
         decoder.add(texts)
         if at_once:
             first = decoder.run(20)

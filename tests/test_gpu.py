@@ -20,6 +20,7 @@ from nanogpt import checkpoint, compile, optim, runtime
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
 from nanogpt.gpu import attention_kernels, auto_batch_size, cuda_graphs
+from nanogpt.inference import graph_decode
 from nanogpt.inference.engine import Decoder, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
@@ -158,7 +159,7 @@ def test_recorded_decoding_writes_the_same(device, options, batch):
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     found = []
-    for kind in (Decoder, cuda_graphs.GraphDecoder):
+    for kind in (Decoder, graph_decode.GraphDecoder):
         texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(batch)]
         decoder = kind(model, batch)
         decoder.add(texts)
@@ -167,7 +168,7 @@ def test_recorded_decoding_writes_the_same(device, options, batch):
         found.append([text.ids for text in texts])
     assert found[0] == found[1]
     texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(batch)]
-    decoder = cuda_graphs.GraphDecoder(model, batch)
+    decoder = graph_decode.GraphDecoder(model, batch)
     decoder.add(texts)
     decoder.run(50)
     assert [text.ids for text in texts] == [ids[:53] for ids in found[0]]

@@ -17,7 +17,7 @@ from benchmarks.gpu_sides import Setup
 from nanogpt import config
 from nanogpt.config import ROOT
 from nanogpt.errors import UserError
-from nanogpt.gpu.cuda_graphs import GraphDecoder
+from nanogpt.inference.graph_decode import GraphDecoder
 from tests.test_graphs import Recorder
 
 # Prints what nanoGPT's train.py prints, and needs nothing but Python.

@@ -59,7 +59,7 @@ def test_the_real_shape_in_little_memory(tmp_path):
     shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
     hf_folders.write(tmp_path, **shape)
     code = (
-        "import sys, pathlib, torch; from nanogpt.exchange import hf;"
+        "import sys, pathlib, torch; from nanogpt.convert import hf;"
         "f = hf.open_folder(pathlib.Path(sys.argv[1]));"
         "m = f.load(f.fitted(vocab_multiple=64)); assert m.n_params() == 124439808, m.n_params();"
         "print(pathlib.Path('/proc/self/status').read_text() if sys.platform == 'linux' else '');"

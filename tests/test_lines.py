@@ -66,10 +66,11 @@ def test_a_plain_run_loads_little_and_nothing_for_options_it_does_not_have(run, 
     given = [f"--dataset={run / 'dataset'}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_iters=1"]
     found = loaded("train.py", "config/quickstart.py", *given, "--eval_iters=1", note=tmp_path / "note.json")
     assert {"train.py", "nanogpt/model.py", "nanogpt/checkpoint.py"} <= set(found)
-    foreign = ("distributed", "exchange", "score", "serving", "prepare")
-    optional = ("generate", "cache", "sampling", "lora", "finetune", "graphs", "fit", "compile", "watch")
-    optional += ("mixture", "documents", "kernels", "estimate", "tokenizer", "chunked_loss")
-    unwanted = [f"nanogpt/{name}/__init__.py" for name in foreign] + [f"nanogpt/{n}.py" for n in optional]
+    foreign = ("distributed", "convert", "evaluation", "finetune", "gpu", "inference", "planning", "prepare")
+    optional = ("chunked_loss", "compile", "data/mixture", "data/documents", "tokenizer/tokenizer", "usage")
+    unwanted = [f"nanogpt/{name}/__init__.py" for name in (*foreign, "server")] + [
+        f"nanogpt/{n}.py" for n in optional
+    ]
     assert set(found) & set(unwanted) == set()
     assert sum(found.values()) <= TRAIN, found
 

@@ -171,10 +171,10 @@ def test_other_options_begin_anew(source, tmp_path, small_pieces, monkeypatch):
 def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(number, tmp_path):
     source = write(tmp_path / "x.jsonl.xz", BODIES * 4)
     code = (
-        "import sys; from pathlib import Path; from nanogpt.prepare import corpus, text; import time\n"
+        "import sys; from pathlib import Path; from nanogpt.prepare import corpus, text_files; import time\n"
         "from nanogpt.errors import run_program\n"
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # not in a shell's job
-        "text.BLOCK, corpus.RECORD_S = 20_000, float(sys.argv[4])\n"
+        "text_files.BLOCK, corpus.RECORD_S = 20_000, float(sys.argv[4])\n"
         "if __name__ == '__main__':\n"
         "    add = corpus.Counts.add\n"
         "    corpus.Counts.add = lambda *a: (time.sleep(float(sys.argv[3])), add(*a))[1]\n"

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAY = "".join(texts.web_pages(8))
 EXPECT_PLAY = [  # the words of a command that runs the program behind them with PLAY for Shakespeare
     "-c",
-    "import runpy, sys; from nanogpt import download\n"
+    "import runpy, sys; from nanogpt.tokenizer import download\n"
     f"download.SHAKESPEARE_SHA256 = {hashlib.sha256(PLAY.encode()).hexdigest()!r}\n"
     "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')",
 ]

@@ -168,7 +168,7 @@ def test_training_gives_the_same_file_on_any_number_of_threads(trained_bpe, tmp_
     path = tmp_path / "text.py"
     path.write_bytes(texts.python_sources(300_000).encode())
     code = (
-        "import sys; from nanogpt import bpe\n"
+        "import sys; from nanogpt.tokenizer import bpe\n"
         "text = open(sys.argv[1], encoding='utf-8', newline='').read()\n"
         "sys.stdout.write(bpe.train((text[i : i + 2000] for i in range(0, len(text), 2000)), 1000))"
     )

@@ -1,12 +1,11 @@
-"""CUDA graphs: a whole training step, or a whole step of writing text, recorded once and replayed.
+"""CUDA graphs: a whole training step, recorded once and replayed (decoding: inference/graph_decode.py).
 
 A replay launches hundreds of kernels as one, without Python: where they are so short that a GPU waits for its
-next order (small models, one text), that is most of the time. What is recorded reads and writes fixed places
+next order (small models), that is most of the time. What is recorded reads and writes fixed places
 in memory, so inputs are copied to theirs, the rate among them. Nothing here has run on a GPU yet.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,17 +13,12 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import UserError
-from nanogpt.inference.engine import Decoder
-from nanogpt.inference.kv_cache import Attention, KVCache, Layer, Step, masked_after, one_query
-from nanogpt.inference.sampling import SamplingOptions, draw
-from nanogpt.model import GPT
 from nanogpt.optim import Optimizer
 from nanogpt.runtime import Machine
 
 T = TypeVar("T")
 Record = Callable[[Callable[[], T]], tuple[T, Callable[[], None]]]
 WARM_UPS = 3  # calls before the one that is recorded: kernels are loaded, workspaces made
-SHORTEST = 128  # tokens of the cache that a recorded step reads at least
 
 
 def require_cuda(device: torch.device) -> None:
@@ -122,142 +116,3 @@ class StepGraph:
             else:
                 for place, part in zip(self.batches[number], batch, strict=True):
                     place.copy_(part)
-
-
-# ----------------------------------------------------------------------------- writing
-
-
-class FixedStep(Step):
-    """As cache.Step, for positions (B,) that are on the device only: all texts are read up to `length`, and
-    what lies behind their positions is masked."""
-
-    def __init__(self, cache: KVCache, positions: Tensor, length: int, bias: Tensor | None):
-        self.cache, self.count, self.length = cache, len(positions), length
-        self.positions, self.at = positions, positions[:, None]
-        self.rows = torch.arange(self.count, device=positions.device)
-        if bias is None:
-            bias = masked_after(positions, length, cache.keys.dtype)[:, None, None]
-        self.masked = bias.to(cache.keys.dtype)
-
-    def layer(self, number: int) -> Layer:
-        return Layer(self.at, partial(self._attend_fixed, number))
-
-    def _attend_fixed(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
-        keys, values = self.cache.keys[number], self.cache.values[number]
-        keys[self.rows, :, self.positions] = k[:, :, 0].to(keys.dtype)
-        values[self.rows, :, self.positions] = v[:, :, 0].to(keys.dtype)
-        keys, values = (x[: self.count, :, : self.length] for x in (keys, values))
-        return one_query(q, keys, values, self.masked)
-
-
-@dataclass
-class _Recorded:
-    """One recorded step: for so many texts, so long a cache, drawn in one way."""
-
-    idx: Tensor  # int64 (B, 1): the last token of each text
-    positions: Tensor  # int64 (B,)
-    uniform: Tensor  # float64 (B,)
-    logits: Tensor = field(init=False)  # (B, V)
-    tokens: Tensor = field(init=False)  # int64 (B,)
-    replay: Callable[[], None] = field(init=False)
-
-
-class GraphDecoder(Decoder):
-    """A Decoder whose steps are recorded, with the drawing of tokens where all texts draw in the same way,
-    without penalty and top-p."""
-
-    def __init__(self, model: GPT, slots: int, length: int = 0, record: Record = cuda_graph):
-        if record is cuda_graph:
-            require_cuda(model.wte.weight.device)
-        super().__init__(model, slots, length)
-        self.record = record
-        self.recorded: dict[tuple[int, int, SamplingOptions | None], _Recorded] = {}
-        self.last: _Recorded | None = None  # of the step under way
-
-    @torch.inference_mode()
-    def logits(self) -> Tensor:
-        found = self._prepared()
-        found.replay()
-        self.last = found
-        return found.logits
-
-    def _draw(self, logits: Tensor) -> list[int]:
-        found = self.last
-        if self._kind() is None or found is None:
-            return super()._draw(logits)
-        return found.tokens.tolist()
-
-    @torch.inference_mode()
-    def run(self, count: int) -> Tensor:
-        """`count` more tokens of each text, int64 (count, B), as so many steps would give them; nothing is
-        read on the way, so nothing can end a text. Texts stay within the context."""
-        kind = self._kind()
-        assert kind is not None, "texts are drawn in one way, without penalty and top-p"
-        at = max(len(text.ids) - text.start for text in self.texts)
-        assert at + count <= self.length, f"{at} + {count} tokens do not fit in length={self.length}"
-        found = self._prepared(room=count)
-        uniform = torch.stack(
-            [torch.rand(count - 1, generator=t.generator, dtype=torch.float64) for t in self.texts]
-        )
-        uniform = torch.cat([found.uniform[None], uniform.T.to(self.device)])  # the first ones are there
-        written = torch.empty(count, len(self.texts), dtype=torch.int64, device=self.device)
-        for turn in range(count):
-            found.uniform.copy_(uniform[turn])
-            found.replay()
-            written[turn] = found.tokens
-            found.idx.copy_(found.tokens[:, None])
-            found.positions += 1
-        for text, new in zip(self.texts, written.T.tolist(), strict=True):
-            text.ids += new
-        return written
-
-    def _kind(self) -> SamplingOptions | None:
-        """How all texts draw, if that can be recorded."""
-        kinds: Sequence[SamplingOptions] = list({text.options for text in self.texts})
-        plain = len(kinds) == 1 and kinds[0].repetition_penalty == 1 and kinds[0].top_p == 1
-        return kinds[0] if plain else None
-
-    def _prepared(self, room: int = 1) -> _Recorded:
-        """The recorded step for the texts as they are, its inputs in place; they may grow by `room`."""
-        positions = [len(text.ids) - 1 - text.start for text in self.texts]
-        longest = max(positions) + room
-        assert longest <= self.length, f"a text is longer than length={self.length}"
-        bucket = SHORTEST
-        while bucket < longest:
-            bucket *= 2
-        key = (len(self.texts), min(bucket, self.length), self._kind())
-        found = self.recorded.get(key)
-        inputs = self._inputs(positions)
-        if found is None:
-            found = self.recorded[key] = _Recorded(*inputs)
-            self._record(found, key[1], key[2])
-        for place, new in zip((found.idx, found.positions, found.uniform), inputs, strict=True):
-            place.copy_(new)
-        return found
-
-    def _inputs(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        drawn = (
-            [torch.rand(1, generator=t.generator, dtype=torch.float64) for t in self.texts]
-            if self._kind()
-            else []
-        )
-        uniform = torch.cat(drawn) if drawn else torch.zeros(len(positions), dtype=torch.float64)
-        idx = torch.tensor([text.ids[-1:] for text in self.texts])
-        parts = (idx, torch.tensor(positions), uniform)
-        return tuple(part.to(self.device) for part in parts)  # type: ignore[return-value]
-
-    def _record(self, found: _Recorded, length: int, kind: SamplingOptions | None) -> None:
-        def work() -> tuple[Tensor, Tensor]:
-            at = found.positions[:, None]
-            bias = self.model.position.bias_at(at, length)
-            past = FixedStep(self.cache, found.positions, length, bias)
-            logits = self.model.head(self.model.hidden(found.idx, past)[:, 0])
-            tokens = draw(logits, kind, found.uniform) if kind else logits.argmax(dim=-1)
-            return logits, tokens
-
-        # What a step leaves in the cache is the same each time, but for smear: it remembers one embedding.
-        before = self.cache.embeddings.clone()
-        for _ in range(WARM_UPS):
-            aside(work, self.device)
-        (found.logits, found.tokens), found.replay = self.record(work)
-        self.cache.embeddings.copy_(before)

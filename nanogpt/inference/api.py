@@ -51,7 +51,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     machine: runtime.Machine
     origin: str  # where it lies
-    decoder: type[Decoder] = Decoder  # or graphs.GraphDecoder, on a GPU
+    decoder: type[Decoder] = Decoder  # or graph_decode.GraphDecoder, on a GPU
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt; an empty one is the end of a text, or a new line, which it usually stands
