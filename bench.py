@@ -23,7 +23,7 @@ import torch
 from tqdm import trange
 
 import train
-from nanogpt import files, flops, runtime
+from nanogpt import files, runtime
 from nanogpt.config import Count, Fraction, Positive, load, picked
 from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import UserError, run_program
@@ -270,7 +270,7 @@ def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
     """Print the time of a step, the speed, and how near that is to what the machine can do."""
     low, median, high = np.percentile(step_s, [10, 50, 90])
     machine = bench.run.machine
-    cost = flops.of_model(bench.run.model)
+    cost = bench.run.model.flops_per_token()
     achieved = cost * bench.tokens_per_step / median
     side, possible = matmul_speed(machine)
     print(

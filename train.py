@@ -94,7 +94,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import checkpoint, files, flops, metrics, optim, resolve, runtime, schedule, validation
+from nanogpt import checkpoint, files, metrics, optim, resolve, runtime, schedule, validation
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.data import loader
 from nanogpt.loss import default_rows
@@ -567,7 +567,7 @@ def open_log(run: Run) -> metrics.Log:
 
         tracker = Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
     path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
-    cost, peak = flops.of_model(run.model), run.machine.peak_flops()
+    cost, peak = run.model.flops_per_token(), run.machine.peak_flops()
     return metrics.Log(path, tracker, cost / peak if peak else None)
 
 

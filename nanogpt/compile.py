@@ -20,7 +20,7 @@ Function = Callable[..., Any]
 COMPILING_S = 60.0  # before the first step, with nothing in the cache
 SAVED = 0.25  # of the time of a step
 EAGER_MFU = 0.3  # share of the chip's peak that a plain step reaches
-UNKNOWN_PEAK = 100e12  # FLOP/s of a GPU that flops.py does not know
+UNKNOWN_PEAK = 100e12  # FLOP/s of a GPU that runtime.PEAK_FLOPS lacks
 
 
 def pays(flops: float, peak: float | None) -> bool:

@@ -4,7 +4,7 @@
 that shares its weights with the token embedding. Parameters carry the names of OpenAI's and Hugging
 Face's release. The modern switches (docs/results.md says what each is worth): rotary positions or ALiBi,
 RMSNorm, QK-norm, ReLU² or SwiGLU, grouped queries, projections that begin at zero, a head of its own, a soft
-cap on the logits. The file needs torch, positions and the loss, nothing else: devices, optimizers, files and
+cap on the logits. The file needs torch and the loss, nothing else: devices, optimizers, files and
 text are other modules'.
 
 Shapes: B batch, T tokens, C channels (n_embd), nh heads, hs channels a head, V vocabulary.
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,6 @@ from nanogpt.loss import (
     rows_at_once,
     soft_cap,
 )
-from nanogpt.position import POSITIONS, Position
-
-if TYPE_CHECKING:
-    from nanogpt.inference.kv_cache import Layer, Past
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,115 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# ----------------------------------------------------------------------------- positions
+#
+# Three classes with the same hooks, each doing nothing unless a scheme needs it. `at`, int64 (B, T): where
+# the tokens stand; None: at 0 ... T-1.
+#
+#     embed(x, at)     what is added to the token embeddings x (B, T, C)
+#     rotate(x, at)    what is done to queries and keys x (B, nh, T, hs)
+#     bias(T)          what is added to the attention scores, (nh, T, T), causal mask included; None: none
+#     bias_at(at, T)   the same for single queries at positions `at` (B, 1): (B, nh, 1, T)
+
+
+class Position(nn.Module):
+    """`block_size` positions of a model with `n_embd` channels in `n_head` heads of `head_dim`."""
+
+    def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int):
+        super().__init__()
+
+    def embed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        return x
+
+    def rotate(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        return x
+
+    def bias(self, length: int) -> Tensor | None:
+        return None
+
+    def bias_at(self, at: Tensor, length: int) -> Tensor | None:
+        return None
+
+
+class Learned(Position):
+    """A vector for each position (Radford et al. 2019, GPT-2)."""
+
+    def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int):
+        super().__init__(block_size, n_embd, n_head, head_dim)
+        # from_pretrained: drawn by the model's initialisation, not here too
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(block_size, n_embd), freeze=False)
+
+    def embed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        return x + (self.wpe.weight[: x.shape[1]] if at is None else self.wpe(at))
+
+
+class Rotary(Position):
+    """Each pair of channels (i, i + hs/2) of queries and keys turns with the position, at its own speed,
+    so that their product depends on the distance alone (Su et al. 2021, RoFormer)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int, base: float = 10000.0):
+        super().__init__(block_size, n_embd, n_head, head_dim)
+        if head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of channels, and a head has {head_dim}")
+        speed = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+        angle = torch.arange(block_size, dtype=torch.float64, device="cpu")[:, None] * speed
+        cos, sin = angle.cos().float(), angle.sin().float()
+        self.register_buffer("cos", torch.cat([cos, cos], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=-1), persistent=False)
+
+    def rotate(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        length = x.shape[-2]
+        where = slice(length) if at is None else at[:, None]  # the same for all heads
+        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
+        return turned(x, cos, sin)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., hs) turned by the angles of `Rotary`'s tables."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
+
+
+class ALiBi(Position):
+    """Scores fall with the distance, in each head at its own slope (Press et al. 2022), so that a
+    model works at lengths it was not trained on."""
+
+    scores: Tensor
+
+    def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int):
+        super().__init__(block_size, n_embd, n_head, head_dim)
+        slopes = torch.tensor(alibi_slopes(n_head), device="cpu")
+        back = torch.arange(block_size, device="cpu")
+        distance = (back[:, None] - back).float()
+        scores = -slopes[:, None, None] * distance
+        scores = scores.masked_fill(distance < 0, -torch.inf)
+        self.register_buffer("scores", scores, persistent=False)
+
+    def bias(self, length: int) -> Tensor | None:
+        return self.scores[:, :length, :length]
+
+    def bias_at(self, at: Tensor, length: int) -> Tensor:
+        return self.scores[:, at, :length].transpose(0, 1)
+
+
+def alibi_slopes(n_head: int) -> list[float]:
+    """2^(-8/n), 2^(-16/n), ... for n heads, n a power of two; else those of the next lower power, and
+    every second one of the next higher (as the authors' code does)."""
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    between = [2.0 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)]
+    return slopes + between[: n_head - power]
+
+
+POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "alibi": ALiBi}
+
+
+# ----------------------------------------------------------------------------- attention
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """What each query gets of the values: (B, nh, T, hs) from q of that shape, k and v (B, n_kv_head, T, hs).
 
@@ -143,6 +248,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
     return torch.cat(found, dim=2) if len(found) > 1 else found[0]
 
 
+class Layer(NamedTuple):
+    """What a layer's attention needs of a `Past`."""
+
+    at: Tensor | None  # positions of the tokens that are read, int64 (B, 1); None: 0 ... T-1
+    attend: Callable[..., Tensor]  # of q, k, v, and the function that attends without a cache
+
+
+class Past(Protocol):
+    """Tokens read before, whose keys and values are kept (inference/kv_cache.py)."""
+
+    at: Tensor | None  # as Layer.at
+
+    def before(self, x: Tensor) -> Tensor: ...
+
+    def layer(self, number: int) -> Layer: ...
+
+
 def keep_apart(documents: Tensor, dtype: torch.dtype) -> Tensor:
     """The bias (B, 1, T, T) by which a token sees those before it of its own document: documents (B, T)."""
     seen = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
@@ -163,7 +285,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, position: Position, past: "Layer | None" = None, apart: Tensor | None = None
+        self, x: Tensor, position: Position, past: Layer | None = None, apart: Tensor | None = None
     ) -> Tensor:
         B, T, _ = x.shape
         # Queries and keys lie side by side and are treated alike: one call for both.
@@ -188,7 +310,7 @@ class Smear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_embd))
 
-    def forward(self, x: Tensor, past: "Past | None" = None) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         before = F.pad(x, (0, 0, 1, 0))[:, :-1] if past is None else past.before(x)
         return x + self.weight * before
 
@@ -218,7 +340,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, position: Position, past: "Layer | None" = None, apart: Tensor | None = None
+        self, x: Tensor, position: Position, past: Layer | None = None, apart: Tensor | None = None
     ) -> Tensor:
         x = x + self.attn(self.ln_1(x), position, past, apart)
         return x + self.mlp(self.ln_2(x))
@@ -308,7 +430,7 @@ class GPT(nn.Module):
         """The rows by which logits are made, the padding of the vocabulary among them: (P, C)."""
         return (self.lm_head or self.wte).weight
 
-    def hidden(self, idx: Tensor, past: "Past | None" = None, documents: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, past: Past | None = None, documents: Tensor | None = None) -> Tensor:
         """What the last block leaves, normalised: (B, T, C) from idx (B, T), the first tokens of each
         text; or from what `past` says they are, and with what it remembers. `documents` (B, T) numbers
         each token's document, to keep them apart."""
@@ -352,6 +474,21 @@ class GPT(nn.Module):
             unused += config.block_size * (config.position == "learned")
             unused += 0 if config.tied else config.vocab_size  # an embedding is looked up
         return sum(p.numel() for p in self.parameters()) - unused * config.n_embd
+
+    def flops_per_token(self) -> int:
+        """Return the FLOPs that training spends on a token."""
+        return flops_per_token(self.n_params(positions=False), self.config)
+
+
+def flops_per_token(n_params: int, config: GPTConfig) -> int:
+    """Return the FLOPs of forward and backward pass per token: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM,
+    appendix B).
+
+    `n_params` counts the weights that multiply something, the (tied) head included and position
+    embeddings left out; attention is counted in full although half of it is masked, so figures compare
+    with those published elsewhere.
+    """
+    return 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 # ----------------------------------------------------------------------------- initialisation

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt import checkpoint, flops, schedule
+from nanogpt import checkpoint, schedule
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import ROOT, inherit, picked
 from nanogpt.data import loader
@@ -169,7 +169,7 @@ def worth_compiling(config: Any, batches: loader.TrainBatches, model: GPT, machi
         return False
     from nanogpt.compile import pays
 
-    return pays(batches.tokens_before(config.max_iters) * flops.of_model(model), machine.peak_flops())
+    return pays(batches.tokens_before(config.max_iters) * model.flops_per_token(), machine.peak_flops())
 
 
 def describe(

@@ -18,13 +18,30 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nanogpt import flops
 from nanogpt.errors import UserError
 from nanogpt.world import World
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, where it has them
 REPEATED_S = 1.0  # signals so close together count as one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16 peak of a chip in FLOP/s, from the makers' data sheets. Unknown chips get no percentage.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,  # the first name that fits counts
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "RTX 3090": 71e12,
+    "RTX 4090 Laptop": 81e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The data-sheet peak of the chip named so, or None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 @dataclass(frozen=True)
@@ -107,8 +124,8 @@ class Machine:
         return f"{self.device.type}, {torch.get_num_threads()} threads"
 
     def peak_flops(self) -> float | None:
-        """FLOP/s by the data sheet, where flops.py knows the chip."""
-        return flops.peak_flops(self.name())
+        """FLOP/s by the data sheet; None for a chip that is not known."""
+        return peak_flops(self.name())
 
     def environment(self) -> dict[str, Any]:
         """What the bits of a result depend on beside the options."""

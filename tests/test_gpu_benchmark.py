@@ -18,7 +18,7 @@ from nanogpt import config
 from nanogpt.config import ROOT
 from nanogpt.errors import UserError
 from nanogpt.inference.graph_decode import GraphDecoder
-from tests.test_graphs import Recorder
+from tests.test_cuda_graphs import Recorder
 
 # Prints what nanoGPT's train.py prints, and needs nothing but Python.
 TRAIN = """

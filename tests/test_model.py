@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt.model import GPT, GPT2_SIZES, IGNORE, GPTConfig, attention
-from nanogpt.position import POSITIONS
+from nanogpt.model import GPT, GPT2_SIZES, IGNORE, POSITIONS, GPTConfig, attention
 
 SMALL = GPTConfig(vocab_size=37, block_size=16, n_layer=3, n_head=4, n_embd=32)
 

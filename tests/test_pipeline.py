@@ -19,7 +19,7 @@ from nanogpt.errors import Stopped, UserError
 from nanogpt.prepare import corpus, encode, pool, shards, text_files
 from nanogpt.tokenizer import tokenizer
 from tests.conftest import words
-from tests.test_sources import write
+from tests.test_readers import write
 
 ROOT = Path(__file__).resolve().parent.parent
 BODIES = [f"document {i}: {words(5 + i % 90, seed=i)}" for i in range(1500)]

@@ -8,7 +8,7 @@ import torch
 
 import plan
 import train
-from nanogpt import flops, optim
+from nanogpt import optim
 from nanogpt import resolve as runs
 from nanogpt.config import picked, read
 from nanogpt.errors import UserError
@@ -36,7 +36,7 @@ def test_parameters_and_optimizer_state_are_those_of_real_models(shape, optimize
     real = list(model.parameters())
     assert found.total == sum(p.numel() for p in real)
     assert found.total - found.padding == model.n_params()
-    assert estimate.flops_per_token(shape) == flops.of_model(model)
+    assert estimate.flops_per_token(shape) == model.flops_per_token()
     need = estimate.memory(shape, rules, batch_size=4)
     assert need.weights == sum(p.numel() * p.element_size() for p in real)
     state = optim.build(rules, model.named_parameters(), model.fused_rows()).state()

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.position import ALiBi, Learned, Rotary, alibi_slopes
+from nanogpt.model import GPT, ALiBi, GPTConfig, Learned, Rotary, alibi_slopes
 from nanogpt.tokenizer.tokenizer import CharTokenizer
 from tests.conftest import words
 

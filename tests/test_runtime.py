@@ -132,7 +132,7 @@ def test_without_a_compiler_training_goes_on_plain(monkeypatch):
 
 THREADS = """
 import os, sys, torch
-from nanogpt.native import release_threads
+from nanogpt.inference.cpu_kernels import release_threads
 count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(4)
 before = count()

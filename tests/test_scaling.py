@@ -13,7 +13,7 @@ import pytest
 
 import plan
 import train
-from nanogpt import flops
+from nanogpt import runtime
 from nanogpt.config import ROOT, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2_SIZES
@@ -187,7 +187,7 @@ def test_when_a_network_feeds_a_model():
 
 
 def test_every_gpu_has_its_links():
-    assert set(scaling.CHIPS) == set(flops.PEAK_FLOPS)
+    assert set(scaling.CHIPS) == set(runtime.PEAK_FLOPS)
 
 
 # ----------------------------------------------------------------------------- plan.py

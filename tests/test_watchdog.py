@@ -77,7 +77,7 @@ def test_a_process_that_lives_but_does_not_move_is_named(hearts, ends, tmp_path)
     assert f"the others wait at step 120, waiting; stacks are in {tmp_path / 'stuck'}" in told
     for rank in range(3):
         text = (tmp_path / "stuck" / f"process-{rank}.txt").read_text()
-        assert "test_heartbeat.py" in text  # the main thread's stack
+        assert "test_watchdog.py" in text  # the main thread's stack
 
 
 def test_nobody_ends_while_one_that_is_waited_for_gets_on(hearts, ends):

@@ -11,6 +11,7 @@ import sample
 import train
 from nanogpt import checkpoint, optim
 from nanogpt.convert import weights
+from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.runtime import setup
 from nanogpt.tokenizer import tokenizer, vocabulary
@@ -72,7 +73,7 @@ def test_evaluating_weights_writes_nothing(config, gpt2, capsys, monkeypatch):
     train.main(replace(config, init_from=str(gpt2), eval_only=True))
     assert {tensor.device.type for tensor in built[0].state().values()} == {"meta"}  # takes no memory
     start = opened(gpt2)
-    dataset = train.data.load(Path(config.dataset))
+    dataset = loader.load(Path(config.dataset))
     machine = setup("cpu", "auto", 16)
     model = start.load(start.fitted())
     expected, _ = evaluate_splits(model, dataset, (2, 24), 2, machine, lambda: False)

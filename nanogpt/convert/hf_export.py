@@ -30,7 +30,7 @@ from nanogpt.runtime import DTYPES
 from nanogpt.tokenizer import tokenizer, vocabulary
 
 LIBRARY = Path(__file__).resolve().parent.parent
-CODE = ("convert/modeling_nanogpt.py", "model.py", "inference/kv_cache.py", "loss.py", "position.py")
+CODE = ("convert/modeling_nanogpt.py", "model.py", "loss.py")
 RMS_EPS = torch.finfo(torch.float32).eps  # of F.rms_norm, and 1e-5 of LayerNorm
 Weights = dict[str, Tensor]
 

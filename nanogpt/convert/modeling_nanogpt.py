@@ -1,6 +1,6 @@
 """A model of nanogpt as transformers sees one: for switches that no class of transformers has.
 
-export.py --custom_code=True puts this file, model.py and position.py beside the weights, and
+export.py --custom_code=True puts this file, model.py and loss.py beside the weights, and
 AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) runs them.
 """
 
@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.position import Position
+from nanogpt.model import GPT, GPTConfig, Position
 
 
 class NanoGPTConfig(PretrainedConfig):

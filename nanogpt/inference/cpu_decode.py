@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nanogpt.inference import cpu_kernels
 from nanogpt.inference.kv_cache import KVCache, masked_after, one_query
-from nanogpt.position import ALiBi, Learned, Rotary, turned
+from nanogpt.model import ALiBi, Learned, Rotary, turned
 
 Map = Callable[[Tensor], Tensor]
 

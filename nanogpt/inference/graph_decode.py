@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nanogpt.gpu.cuda_graphs import WARM_UPS, Record, aside, cuda_graph, require_cuda
 from nanogpt.inference.engine import Decoder
-from nanogpt.inference.kv_cache import Attention, KVCache, Layer, Step, masked_after, one_query
+from nanogpt.inference.kv_cache import Attention, KVCache, Step, masked_after, one_query
 from nanogpt.inference.sampling import SamplingOptions, draw
-from nanogpt.model import GPT
+from nanogpt.model import GPT, Layer
 
 SHORTEST = 128  # tokens of the cache that a recorded step reads at least
 

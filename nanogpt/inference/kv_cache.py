@@ -15,11 +15,12 @@ Shapes: S slots, B texts, T tokens, C channels, n_kv_head heads of keys and valu
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from nanogpt.model import Layer
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -73,13 +74,6 @@ def one_query(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> T
     rows = q.reshape(*groups, hs).to(keys.dtype)
     y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
     return y.view(B, heads, 1, hs).to(q.dtype)
-
-
-class Layer(NamedTuple):
-    """What a layer's attention needs of a Prefill or a Step."""
-
-    at: Tensor | None  # positions of the tokens that are read, int64 (B, 1); None: 0 ... T-1
-    attend: Callable[[Tensor, Tensor, Tensor, Attention], Tensor]  # of q, k, v; and how it is done uncached
 
 
 class Prefill:
@@ -180,6 +174,3 @@ class Step:
             keys[self.index], values[self.index] = k[:, :, 0].to(keys.dtype), v[:, :, 0].to(keys.dtype)
         keys, values = keys[: self.count, :, : self.length], values[: self.count, :, : self.length]
         return one_query(q, keys, values, self.bias)
-
-
-Past = Prefill | Chunk | Step

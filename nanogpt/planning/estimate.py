@@ -6,7 +6,7 @@ Parameters and optimizer state are exact, activations within a few per cent of w
 
 from dataclasses import dataclass
 
-from nanogpt import flops
+from nanogpt import model
 from nanogpt.loss import rows_at_once
 from nanogpt.model import GPTConfig
 from nanogpt.optim import OptimConfig
@@ -32,7 +32,7 @@ class Parameters:
 
     @property
     def multiplying(self) -> int:
-        """Those in a product with every token, as flops.flops_per_token wants them."""
+        """Those in a product with every token, as model.flops_per_token wants them."""
         last = self.head or self.embeddings
         padding = self.padding // 2 if self.head else self.padding
         return self.matrices + self.vectors + last - padding
@@ -183,7 +183,7 @@ def _hidden(shape: GPTConfig) -> int:
 
 def flops_per_token(shape: GPTConfig) -> int:
     """Forward and backward, as train.py counts them."""
-    return flops.flops_per_token(parameters(shape).multiplying, shape.n_layer, shape.n_embd, shape.block_size)
+    return model.flops_per_token(parameters(shape).multiplying, shape)
 
 
 def hours(tokens: int, flops_a_token: int, gpus: int, peak: float, mfu: float) -> float:
