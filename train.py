@@ -94,16 +94,16 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import checkpoint, files, metrics, optim, resolve, runtime, schedule, validation
-from nanogpt.checkpoint import Checkpoint, Progress
+from nanogpt import files, metrics, optim, resolve, runtime, schedule, validation
+from nanogpt.checkpoint import Progress, writer
 from nanogpt.data import loader
 from nanogpt.loss import default_rows
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, OptimConfig, Optimizer, clip_gradients
 from nanogpt.world import World
-from nanogpt.writer import Writer
 
 if TYPE_CHECKING:
+    from nanogpt.checkpoint.reader import Checkpoint
     from nanogpt.evaluation.in_training import Watch
 
 
@@ -119,9 +119,9 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    resumed: Checkpoint | None
+    resumed: "Checkpoint | None"
     watch: "Watch | None"  # in-training evaluation (watch.py)
-    writer: Writer  # of its checkpoints, in the first process
+    writer: writer.Writer  # of its checkpoints, in the first process
     division: str  # how several processes divide the model, and why; nothing for one
     notices: list[str]  # what the user should know of how it was put together
     lock: FileLock | None = None  # on out_dir
@@ -253,7 +253,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         progress=resumed.progress if resumed else Progress(),
         resumed=resumed,
         watch=watch,
-        writer=Writer(),
+        writer=writer.Writer(),
         division=why,
         notices=notices,
     )
@@ -263,7 +263,7 @@ def make_model(
     config: Config,
     machine: runtime.Machine,
     vocab_size: int,
-    resumed: Checkpoint | None = None,
+    resumed: "Checkpoint | None" = None,
     pretrained: Any = None,
     home: torch.device | None = None,
 ) -> GPT:
@@ -542,7 +542,7 @@ def open_folder(run: Run, command: list[str]) -> str:
     """Make out_dir ours, with the tokenizer and the options in it; returns what became of a run that was
     there ("" if none was)."""
     config, out = run.config, Path(run.config.out_dir)
-    run.lock, notice = checkpoint.claim(out, run.resumed, config.overwrite)
+    run.lock, notice = writer.claim(out, run.resumed.iter_num if run.resumed else None, config.overwrite)
     if run.resumed:
         metrics.rewind(out, run.resumed.iter_num, evaluated=run.progress.val_loss is not None)
         if run.watch:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import shared
-from nanogpt import checkpoint, files, runtime
+from nanogpt import files, runtime
+from nanogpt.checkpoint import reader
 from nanogpt.config import Count, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.evaluation import evals, log_likelihood, tasks
@@ -42,7 +43,7 @@ def main(config: Config) -> None:
     """Measure and print. Raises UserError if a number differs."""
     from lm_eval.models.huggingface import HFLM
 
-    found, _ = checkpoint.find(Path(config.run), "best")
+    found, _ = reader.find(Path(config.run), "best")
     if found is None:
         raise UserError(f"no checkpoint in {config.run}")
     tokens = tokenizer.from_text((Path(config.run) / "tokenizer.json").read_text(encoding="utf-8"))

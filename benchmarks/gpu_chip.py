@@ -14,13 +14,13 @@ import torch
 from benchmarks.decode import theirs as nanogpt_model
 from benchmarks.gpu_sides import Failed, Setup, environment, figure
 from nanogpt import optim
+from nanogpt.checkpoint.writer import Writer
 from nanogpt.config import ROOT
 from nanogpt.inference.engine import Decoder, Text
 from nanogpt.inference.graph_decode import GraphDecoder
 from nanogpt.inference.quantize import cast
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
-from nanogpt.writer import Writer
 
 SAMPLING = SamplingOptions(temperature=0.8, top_k=200)
 SMALL = GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=2, n_embd=32)

@@ -41,6 +41,7 @@ from tqdm import tqdm
 import train
 from benchmarks import shared
 from nanogpt import checkpoint, files, metrics
+from nanogpt.checkpoint import reader
 from nanogpt.config import ROOT, Count, Positive, Range, Seconds, load
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
@@ -200,7 +201,7 @@ def inspect(out: Path, process: ForkServerProcess, result: Result) -> None:
     steps = []
     for path in checkpoint.steps(out):
         try:
-            steps.append(checkpoint.verify(path).iter_num)
+            steps.append(reader.verify(path).iter_num)
         except UserError as error:
             result.problems.append(f"kill {result.kills}: {error}")
     said = re.findall(r"saved \S+step-(\d+)", Path(f"{out}.log").read_text(encoding="utf-8"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import checkpoint, runtime, validation
+from nanogpt import runtime, validation
+from nanogpt.checkpoint import reader
 from nanogpt.data import loader
 from nanogpt.model import GPT, GPTConfig
 
@@ -40,7 +41,7 @@ def processor() -> str:
 def exact_loss(saved: Path, val: loader.Tokens, device: str = "cpu") -> float:
     """The mean loss over all of `val`, in float32, in windows of the model's block_size. `saved` is a
     checkpoint folder of ours, or nanoGPT's ckpt.pt."""
-    model = checkpoint.verify(saved).load_model() if saved.is_dir() else load_nanogpt(saved)
+    model = reader.verify(saved).load_model() if saved.is_dir() else load_nanogpt(saved)
     model = model.to(device)
     windows = (len(val) - 1) // model.config.block_size
     machine = runtime.setup(device, "float32", model.config.n_embd)

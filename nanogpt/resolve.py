@@ -5,16 +5,18 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanogpt import checkpoint, schedule
-from nanogpt.checkpoint import Checkpoint
+from nanogpt import schedule
 from nanogpt.config import ROOT, inherit, picked
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig
 from nanogpt.runtime import Machine
+
+if TYPE_CHECKING:
+    from nanogpt.checkpoint.reader import Checkpoint
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
@@ -26,7 +28,7 @@ FIXED = SHAPE | {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_target
 
 def choose_start(
     config: Any, origins: dict[str, str], notices: list[str]
-) -> tuple[Any, Checkpoint | None, Any]:
+) -> "tuple[Any, Checkpoint | None, Any]":
     """What --init_from asks to resume, or the weights that it names; and the options of that run or the
     shape of those weights, with what is given now over them."""
     if config.init_from == "scratch":
@@ -40,8 +42,10 @@ def choose_start(
         shape = found.adopted(vars(config), taken & set(origins))
         origins |= {name: found.origin for name in taken - set(origins)}
         return replace(config, **{name: getattr(shape, name) for name in taken}), None, found
+    from nanogpt.checkpoint import reader
+
     out = Path(config.out_dir)
-    resumed, damage = checkpoint.find(out)
+    resumed, damage = reader.find(out)
     if resumed is None:
         if config.init_from == "resume":
             raise UserError(f"no checkpoint in {out}: train first, or say --init_from=auto or scratch")
@@ -150,7 +154,7 @@ def open_batches(config: Any, dataset: loader.Dataset, machine: Machine) -> load
     )
 
 
-def require_tokenizer(resumed: Checkpoint | None, pretrained: Any, dataset: loader.Dataset) -> None:
+def require_tokenizer(resumed: "Checkpoint | None", pretrained: Any, dataset: loader.Dataset) -> None:
     """UserError where the weights that a run starts from know other ids than the data."""
     if pretrained:
         pretrained.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint, files
+from nanogpt import files
+from nanogpt.checkpoint import reader, writer
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, Optimizer, build
@@ -33,7 +34,9 @@ def put(run, model, iter_num, val_loss=None):
     with torch.no_grad():
         model.position.wpe.weight.fill_(iter_num)
     optimizer = adamw(model)
-    return checkpoint.save(run, model, optimizer.state(), {"iter_num": iter_num, "val_loss": val_loss})
+    return writer.Content.of(model, optimizer.state(), {"iter_num": iter_num, "val_loss": val_loss}).write(
+        run
+    )
 
 
 def names(run):
@@ -45,8 +48,8 @@ def test_round_trip(tmp_path, model):
     for tensor in optimizer.state().values():
         tensor.normal_()
     before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-    checkpoint.save(tmp_path, model, before, {"iter_num": 250, "val_loss": 1.5, "extra": [1, "ü"]})
-    found, damage = checkpoint.find(tmp_path)
+    writer.Content.of(model, before, {"iter_num": 250, "val_loss": 1.5, "extra": [1, "ü"]}).write(tmp_path)
+    found, damage = reader.find(tmp_path)
     assert names(tmp_path) == ["step-000250"] and not damage
     assert found.iter_num == 250 and found.state["extra"] == [1, "ü"] and found.model_config == CONFIG
     loaded = found.load_model()
@@ -65,8 +68,8 @@ def test_tables_of_positions_are_there_though_not_saved(tmp_path):
         shape = {"vocab_size": 11, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
         model = GPT(GPTConfig(**shape, position=position)).eval()
         put_at = tmp_path / position
-        checkpoint.save(put_at, model, {"steps": torch.zeros(())}, {"iter_num": 1, "val_loss": None})
-        loaded = checkpoint.find(put_at)[0].load_model()
+        writer.Content.of(model, {"steps": torch.zeros(())}, {"iter_num": 1, "val_loss": None}).write(put_at)
+        loaded = reader.find(put_at)[0].load_model()
         assert {b.device.type for b in loaded.buffers()} == {"cpu"} and list(loaded.buffers())
         idx = torch.randint(11, (2, 8))
         assert torch.equal(loaded(idx)[0], model(idx)[0])
@@ -78,11 +81,11 @@ def test_keeps_the_best_and_the_two_newest(tmp_path, model):
     for step, loss in losses.items():
         put(tmp_path, model, step, loss)
         assert names(tmp_path) == [f"step-{n:06d}" for n in kept[step]]
-    assert checkpoint.find(tmp_path, "best")[0].iter_num == 20
-    assert checkpoint.find(tmp_path, "last")[0].iter_num == 50
-    assert checkpoint.find(tmp_path, "40")[0].iter_num == 40
+    assert reader.find(tmp_path, "best")[0].iter_num == 20
+    assert reader.find(tmp_path, "last")[0].iter_num == 50
+    assert reader.find(tmp_path, "40")[0].iter_num == 40
     with pytest.raises(UserError, match="no checkpoint '30'; there are best, last, and steps 20, 40, 50"):
-        checkpoint.find(tmp_path, "30")
+        reader.find(tmp_path, "30")
 
 
 def test_random_schedules_never_lose_the_best_or_the_newest(tmp_path, model):
@@ -94,8 +97,8 @@ def test_random_schedules_never_lose_the_best_or_the_newest(tmp_path, model):
             loss = draw.choice([None, draw.uniform(1, 3)])
             put(run, model, step, loss)
             best = min(best, (loss, step)) if loss else best
-            assert checkpoint.find(run)[0].iter_num == step
-            assert not best[1] or checkpoint.find(run, "best")[0].iter_num == best[1]
+            assert reader.find(run)[0].iter_num == step
+            assert not best[1] or reader.find(run, "best")[0].iter_num == best[1]
             assert len(names(run)) <= 3
 
 
@@ -126,7 +129,7 @@ def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, model):
         name = files_there[trial % 4]
         damage_in(run / "step-000002" / name, draw.choice(["flip", "zero", "cut", "grow", "delete"]), draw)
         try:
-            found, damage = checkpoint.find(run)
+            found, damage = reader.find(run)
         except UserError:
             pytest.fail(f"trial {trial}: gave up although step 1 is whole")
         if found.iter_num == 2:  # only white space of the manifest was touched
@@ -139,11 +142,11 @@ def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, model):
 
 
 def test_nothing_whole_is_an_error_not_a_fresh_start(tmp_path, model):
-    assert checkpoint.find(tmp_path) == (None, [])
+    assert reader.find(tmp_path) == (None, [])
     path = put(tmp_path, model, 1)
     (path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
-        checkpoint.find(tmp_path)
+        reader.find(tmp_path)
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, model):
@@ -182,9 +185,9 @@ def test_a_disk_that_fails_at_any_point_costs_nothing_old(tmp_path, model, monke
         except OSError:
             failed = True
         monkeypatch.setattr(files, operation, real)
-        newest = checkpoint.find(run)[0]
+        newest = reader.find(run)[0]
         assert newest.iter_num == 3 or (failed and newest.iter_num == 2)
-        assert checkpoint.find(run, "best")[0].iter_num == 2
+        assert reader.find(run, "best")[0].iter_num == 2
         put(run, model, 4)
         assert names(run) == ["step-000002", "step-000003", "step-000004"] or newest.iter_num == 2
         if not failed:
@@ -200,12 +203,12 @@ def test_a_power_cut_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_
     put(run, model, 2, 1.0)
     newest = []
     for left in disk.moments:
-        found, damage = checkpoint.find(left)
+        found, damage = reader.find(left)
         assert not damage and "optimizer.safetensors" in names(found.path)
         assert (found.load_model().position.wpe.weight == found.iter_num).all()
         newest.append(found.iter_num)
     assert newest == sorted(newest) and newest[0] == 1 and newest[-1] == 2
-    assert checkpoint.find(disk.survivors(tmp_path / "end"))[0].iter_num == 2
+    assert reader.find(disk.survivors(tmp_path / "end"))[0].iter_num == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sees by /proc what is flushed")
@@ -234,9 +237,9 @@ def test_a_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypat
 
     def full(tensors, path):
         path.write_bytes(b"half")
-        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device")
+        raise writer.SafetensorError("Error while serializing: I/O error: No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises(OSError, match=r"model\.safetensors could not be written: .*No space left"):
         put(tmp_path, model, 2)
     assert names(tmp_path) == ["step-000001"]
@@ -245,25 +248,25 @@ def test_a_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypat
 def test_a_run_moves_aside_and_is_not_lost(tmp_path, model):
     run = tmp_path / "out"
     put(run, model, 5)
-    lock, notice = checkpoint.claim(run, None, overwrite=False)
+    lock, notice = writer.claim(run, None, overwrite=False)
     lock.release()
     assert "out.1" in notice and names(tmp_path) == ["out", "out.1"]
-    assert checkpoint.find(tmp_path / "out.1")[0].iter_num == 5 and checkpoint.find(run)[0] is None
+    assert reader.find(tmp_path / "out.1")[0].iter_num == 5 and reader.find(run)[0] is None
     put(run, model, 6)
-    lock, notice = checkpoint.claim(run, None, overwrite=False)
+    lock, notice = writer.claim(run, None, overwrite=False)
     lock.release()
     assert names(tmp_path) == ["out", "out.1", "out.2"]
     put(run, model, 7)
-    lock, notice = checkpoint.claim(run, None, overwrite=True)
+    lock, notice = writer.claim(run, None, overwrite=True)
     lock.release()
-    assert names(tmp_path) == ["out", "out.1", "out.2"] and checkpoint.find(run)[0] is None
+    assert names(tmp_path) == ["out", "out.1", "out.2"] and reader.find(run)[0] is None
 
 
 def test_a_nanogpt_run_moves_aside_too(tmp_path):
     run = tmp_path / "out"
     run.mkdir()
     (run / "ckpt.pt").write_bytes(b"x")
-    checkpoint.claim(run, None, overwrite=False)[0].release()
+    writer.claim(run, None, overwrite=False)[0].release()
     assert (tmp_path / "out.1" / "ckpt.pt").exists()
 
 

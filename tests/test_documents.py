@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train
-from nanogpt import checkpoint
 from nanogpt import resolve as runs
+from nanogpt.checkpoint import reader
 from nanogpt.data import documents, loader
 from nanogpt.data.samplers import RowOrder
 from nanogpt.errors import UserError
@@ -120,12 +120,12 @@ def test_train_in_documents_and_resume_to_the_bit(config, tmp_path, mode, capsys
     train.main(replace(broken, max_iters=3, lr_decay_iters=6))
     origins = {"init_from": "", "out_dir": "", "max_iters": "--max_iters=6"}
     train.main(replace(broken, init_from="resume"), origins)
-    one, two = (checkpoint.find(Path(run.out_dir))[0] for run in (straight, broken))
+    one, two = (reader.find(Path(run.out_dir))[0] for run in (straight, broken))
     both = zip(one.load_model().parameters(), two.load_model().parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in both)
     stream = replace(config, out_dir=str(tmp_path / "stream"))
     train.main(stream)
-    other = checkpoint.find(Path(stream.out_dir))[0].load_model()
+    other = reader.find(Path(stream.out_dir))[0].load_model()
     assert not torch.equal(other.wte.weight, one.load_model().wte.weight)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import export
 import train
-from nanogpt import checkpoint
+from nanogpt.checkpoint import reader
 from nanogpt.convert import hf, hf_export, hf_tokenizer
 from nanogpt.errors import UserError
 from nanogpt.inference.engine import Decoder, Text
@@ -257,7 +257,7 @@ def test_a_trained_run(name, run, tmp_path, capsys):
     target = tmp_path / "exported"
     export.main(export.Config(to=str(target), out_dir=str(run / name)))
     assert f"is now {target}" in capsys.readouterr().out
-    found, _ = checkpoint.find(run / name, "best")
+    found, _ = reader.find(run / name, "best")
     model, theirs = found.load_model(), AutoModelForCausalLM.from_pretrained(target).eval()
     the_same_as_trained = torch.randint(0, model.config.vocab_size, (2, 80))
     with torch.no_grad():
@@ -276,7 +276,7 @@ def test_nanogpts_format(run, tmp_path, capsys):
     assert "no optimizer state" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"ckpt.pt", "meta.pkl"}
     export.main(export.Config(to=str(tmp_path / "b"), init_from=str(tmp_path / "a")))
-    found, _ = checkpoint.find(run / "plain", "best")
+    found, _ = reader.find(run / "plain", "best")
     model, theirs = found.load_model(), AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
     idx = torch.randint(0, model.config.vocab_size, (2, 80))
     with torch.no_grad():

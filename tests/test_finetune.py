@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import export
 import sample
 import train
-from nanogpt import checkpoint, metrics
+from nanogpt import metrics
+from nanogpt.checkpoint import reader
 from nanogpt.convert import weights
 from nanogpt.errors import Stopped, UserError
 from nanogpt.finetune import lora
@@ -43,7 +44,7 @@ def overfitting(config, tmp_path):
 def test_it_stops_at_the_best_and_says_so(overfitting, capsys):
     train.main(replace(overfitting, patience=3, always_save_checkpoint=False))
     said = capsys.readouterr().out
-    last, best = (checkpoint.find(Path(overfitting.out_dir), which)[0] for which in ("last", "best"))
+    last, best = (reader.find(Path(overfitting.out_dir), which)[0] for which in ("last", "best"))
     assert last.iter_num == best.iter_num + 3 * 5 < 400
     assert last.state["stale"] == 3 and best.state["stale"] == 0
     assert "stopped: no better validation loss in 3 evaluations" in said
@@ -56,7 +57,7 @@ def test_it_stops_at_the_best_and_says_so(overfitting, capsys):
 def test_a_resumed_run_counts_on(overfitting, tmp_path, monkeypatch, capsys):
     straight = replace(overfitting, patience=3, out_dir=str(tmp_path / "straight"))
     train.main(straight)
-    expected = checkpoint.find(Path(straight.out_dir))[0].iter_num
+    expected = reader.find(Path(straight.out_dir))[0].iter_num
     with monkeypatch.context() as patch:
         patch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # each look: a second later
         for _ in range(200):
@@ -65,13 +66,13 @@ def test_a_resumed_run_counts_on(overfitting, tmp_path, monkeypatch, capsys):
                 break
             except Stopped:
                 continue
-    assert checkpoint.find(Path(overfitting.out_dir))[0].iter_num == expected
+    assert reader.find(Path(overfitting.out_dir))[0].iter_num == expected
     capsys.readouterr()
     again = {"init_from": "", "out_dir": ""}
     train.main(replace(overfitting, init_from="resume"), again)
     assert "raise it to go on" in capsys.readouterr().out
     train.main(replace(overfitting, init_from="resume", patience=4), again | {"patience": "--patience=4"})
-    assert checkpoint.find(Path(overfitting.out_dir))[0].iter_num > expected
+    assert reader.find(Path(overfitting.out_dir))[0].iter_num > expected
 
 
 def test_the_line_at_the_end():
@@ -162,7 +163,7 @@ def test_others_open_the_merged_model(base, tmp_path, capsys):
     tuned = replace(base, init_from=base.out_dir, out_dir=str(tmp_path / "tuned"), lora_rank=4, max_iters=40)
     tuned = replace(tuned, learning_rate=1e-2)
     train.main(tuned, {"init_from": "", "lora_rank": ""})
-    inside = checkpoint.find(Path(tuned.out_dir), "best")[0].load_model()
+    inside = reader.find(Path(tuned.out_dir), "best")[0].load_model()
     found = weights.open_weights("resume", Path(), Path(tuned.out_dir))
     outside = found.load(found.fitted())
     assert not any(lora.is_adapter(name) for name, _ in outside.named_parameters())

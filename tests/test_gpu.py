@@ -17,6 +17,8 @@ from torch.nn import functional as F
 import sample
 import train
 from nanogpt import checkpoint, compile, optim, runtime
+from nanogpt.checkpoint import reader
+from nanogpt.checkpoint.writer import Writer
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
 from nanogpt.gpu import attention_kernels, auto_batch_size, cuda_graphs
@@ -24,7 +26,6 @@ from nanogpt.inference import graph_decode
 from nanogpt.inference.engine import Decoder, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.writer import Writer
 from tests.conftest import update
 from tests.test_train import bits, logged
 
@@ -273,7 +274,7 @@ def test_the_batch_that_fits_is_found_and_is_the_same_run(config, capsys):
         assert 64 <= chosen < windows
         train.main(replace(config, batch_size="auto", overwrite=True))
     assert "batch_size = " in capsys.readouterr().out
-    found = checkpoint.find(Path(config.out_dir))[0].state["options"]
+    found = reader.find(Path(config.out_dir))[0].state["options"]
     assert found["batch_size"] * found["gradient_accumulation_steps"] == windows
     assert found["batch_size"] < windows
     for iteration, row in logged(config.out_dir).items():

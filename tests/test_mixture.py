@@ -11,7 +11,8 @@ import torch
 
 import eval as evaluation
 import train
-from nanogpt import checkpoint, metrics
+from nanogpt import metrics
+from nanogpt.checkpoint import reader
 from nanogpt.data import loader, mixture
 from nanogpt.data.samplers import CYCLE, BatchOrder, MixedOrder, slots
 from nanogpt.errors import UserError
@@ -221,7 +222,7 @@ def test_a_run_reports_each_and_resumes_to_the_bit(config, tmp_path, folders, ca
         assert row["val_loss"] == pytest.approx(0.7 * losses["one"] + 0.3 * losses["two"])
     train.main(replace(config, out_dir=str(tmp_path / "half"), max_iters=6))
     train.main(replace(config, out_dir=str(tmp_path / "half"), init_from="resume"))
-    whole, halves = (checkpoint.find(tmp_path / name)[0].path for name in ("out", "half"))
+    whole, halves = (reader.find(tmp_path / name)[0].path for name in ("out", "half"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (whole / name).read_bytes() == (halves / name).read_bytes()
     capsys.readouterr()

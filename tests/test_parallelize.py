@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from nanogpt import checkpoint, compile, metrics
+from nanogpt import compile, metrics
+from nanogpt.checkpoint import reader
 from nanogpt.data import loader
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.layout import Replicated
@@ -119,7 +120,7 @@ def losses(run: Path, event: str = "step", key: str = "loss") -> list[float]:
 
 def saved(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint of a run."""
-    found, damage = checkpoint.find(run, which)
+    found, damage = reader.find(run, which)
     assert found and not damage
     files = ("model.safetensors", "optimizer.safetensors")
     return {f"{file}: {name}": t for file in files for name, t in load_file(found.path / file).items()}

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from nanogpt import checkpoint
+from nanogpt.checkpoint import reader
 from nanogpt.config import ROOT
 from nanogpt.convert import hf_tokenizer
 from nanogpt.inference.engine import score
@@ -29,7 +29,7 @@ def server(out):
 
 @pytest.fixture(scope="module")
 def model(out):
-    found, _ = checkpoint.find(out, "best")
+    found, _ = reader.find(out, "best")
     tokens = tokenizer.from_text((out / "tokenizer.json").read_text(encoding="utf-8"))
     return found.load_model(), tokens
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from nanogpt import checkpoint, files, metrics, runtime
+from nanogpt.checkpoint import reader
 from nanogpt.errors import Diverged, Stopped, UserError
 from tests.conftest import small_run, words, write_dataset
 
@@ -75,7 +76,7 @@ def test_resumed_is_the_same_run_to_the_bit(config, tmp_path, monkeypatch, all_t
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             StopAt(patch, 23)
             train.main(broken)
-        resumed_at = checkpoint.find(Path(broken.out_dir))[0].iter_num
+        resumed_at = reader.find(Path(broken.out_dir))[0].iter_num
         assert resumed_at in (20, 21, 22)
         train.main(replace(broken, init_from="resume"))
         assert bits(broken.out_dir, 40) == bits(straight.out_dir, 40)
@@ -126,14 +127,14 @@ def test_a_resumed_run_needs_no_option_twice(config, tmp_path, capsys):
     bare = train.Config(init_from="resume", out_dir=config.out_dir, max_iters=15)
     train.main(bare, {"init_from": "--init_from=resume", "out_dir": "...", "max_iters": "--max_iters=15"})
     assert "max_iters = 15 from now on; it was 10" in capsys.readouterr().out
-    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 15
+    assert reader.find(Path(config.out_dir))[0].iter_num == 15
 
 
 def test_it_learns(config, tmp_path):
     train.main(replace(config, max_iters=300, dropout=0.0, gradient_accumulation_steps=1, learning_rate=1e-2))
     rows = logged(config.out_dir, "eval")
     assert rows[300][1] < rows[0][1] - 1.0
-    found = checkpoint.find(Path(config.out_dir), "best")[0]
+    found = reader.find(Path(config.out_dir), "best")[0]
     assert found.state["val_loss"] == min(val for _, val in rows.values())
 
 
@@ -166,10 +167,10 @@ def test_the_same_command_twice_loses_nothing(config, capsys):
     train.main(replace(config, max_iters=3))
     train.main(replace(config, max_iters=4))
     assert "held a run; it is now" in capsys.readouterr().out
-    assert checkpoint.find(Path(config.out_dir + ".1"))[0].iter_num == 3
+    assert reader.find(Path(config.out_dir + ".1"))[0].iter_num == 3
     train.main(replace(config, max_iters=5, overwrite=True))
     assert not Path(config.out_dir + ".2").exists()
-    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 5
+    assert reader.find(Path(config.out_dir))[0].iter_num == 5
 
 
 def test_a_run_that_was_stopped_lets_its_folder_go(config):
@@ -196,7 +197,7 @@ def test_dropout_may_change_on_the_way(config, capsys):
         {"dropout": "--dropout=0", "max_iters": ""},
     )
     assert "dropout = 0.0 from now on; it was 0.2" in capsys.readouterr().out
-    assert checkpoint.find(Path(config.out_dir))[0].model_config.dropout == 0.0
+    assert reader.find(Path(config.out_dir))[0].model_config.dropout == 0.0
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(config, capsys):
@@ -208,7 +209,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(config, capsys):
     train.main(replace(config, max_iters=21, init_from="resume"))
     assert "skipped a damaged checkpoint" in capsys.readouterr().out
     assert (Path(config.out_dir) / "step-000020.damaged").exists()
-    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 21
+    assert reader.find(Path(config.out_dir))[0].iter_num == 21
 
 
 def test_evaluation_only_writes_nothing(config, capsys):
@@ -237,7 +238,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         train.main(replace(config, max_iters=10, init_from="resume"))
     monkeypatch.undo()
-    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 5
+    assert reader.find(Path(config.out_dir))[0].iter_num == 5
 
 
 @pytest.mark.parametrize("compile", [True, "blocks"])
@@ -312,7 +313,7 @@ def test_a_signal_saves_and_leaves_with_75(config, number):
         _, err = process.communicate(timeout=20)
     assert process.returncode == 75
     assert err.strip().splitlines()[-1].startswith(f"stopped by {number.name} at iteration ")
-    found = checkpoint.find(Path(config.out_dir))[0]
+    found = reader.find(Path(config.out_dir))[0]
     assert found.iter_num >= 4 and found.iter_num == len(logged(config.out_dir))
 
 

@@ -9,7 +9,8 @@ import torch
 
 import sample
 import train
-from nanogpt import checkpoint, optim
+from nanogpt import optim
+from nanogpt.checkpoint import reader
 from nanogpt.convert import weights
 from nanogpt.data import loader
 from nanogpt.errors import UserError
@@ -52,7 +53,7 @@ def test_finetuning_begins_with_the_weights_and_can_be_resumed(config, gpt2, tmp
     train.main(config)
     out = capsys.readouterr().out
     assert f"n_layer = 2  ({gpt2})" in out and "bias = True" in out
-    found, _ = checkpoint.find(Path(config.out_dir))
+    found, _ = reader.find(Path(config.out_dir))
     shape = opened(gpt2).fitted(vocab_multiple=64, dropout=0.1)
     assert found.model_config == shape and shape.block_size == 24 and shape.padded_vocab_size == 50304
 
@@ -62,7 +63,7 @@ def test_finetuning_begins_with_the_weights_and_can_be_resumed(config, gpt2, tmp
     assert 0 < moved < 0.01  # three steps of 1e-3 away, not another model
 
     train.main(replace(config, init_from="resume", max_iters=5), {"max_iters": "given", "init_from": "given"})
-    assert checkpoint.find(Path(config.out_dir))[0].iter_num == 5
+    assert reader.find(Path(config.out_dir))[0].iter_num == 5
     with pytest.raises(UserError, match="no checkpoint"):
         train.main(replace(config, init_from="resume", out_dir=str(tmp_path / "other")))
 
@@ -83,7 +84,7 @@ def test_evaluating_weights_writes_nothing(config, gpt2, capsys, monkeypatch):
 
 def test_the_context_is_cut_when_asked(config, gpt2):
     train.main(replace(config, init_from=str(gpt2), block_size=16))
-    found, _ = checkpoint.find(Path(config.out_dir))
+    found, _ = reader.find(Path(config.out_dir))
     assert found.model_config.block_size == 16
     with pytest.raises(UserError, match=r"block_size=32 given, but .* has 24 positions"):
         train.main(replace(config, init_from=str(gpt2), block_size=32))
@@ -173,10 +174,10 @@ def test_finetuning_nanogpts_checkpoint_and_our_own_run(tmp_path, config):
     config = replace(config, dataset=str(data), learning_rate=0.0)
     first = replace(config, init_from=str(path), out_dir=str(tmp_path / "first"))
     train.main(first)
-    for name in (first.out_dir, checkpoint.find(Path(first.out_dir))[0].path):
+    for name in (first.out_dir, reader.find(Path(first.out_dir))[0].path):
         second = replace(config, init_from=str(name), out_dir=str(tmp_path / "second"), overwrite=True)
         train.main(second)
-        model = checkpoint.find(Path(second.out_dir))[0].load_model()
+        model = reader.find(Path(second.out_dir))[0].load_model()
         assert model.config.activation == "gelu"
         idx = torch.randint(0, 11, (2, 16))
         torch.testing.assert_close(model(idx)[0], nanogpts_logits(nanogpts(ARGS), ARGS, idx))

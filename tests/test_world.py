@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import checkpoint, metrics
+from nanogpt import metrics
+from nanogpt.checkpoint import reader
 from nanogpt.config import ROOT
 from nanogpt.world import World
 from tests.conftest import words, write_dataset
@@ -125,7 +126,7 @@ def test_twice_the_same_to_the_bit_and_resumed_on_other_numbers(dataset, tmp_pat
     for name in ("a", "b"):
         code, _, error = train(2, tmp_path / name, *options)
         assert code == 0, error
-    first, second = (checkpoint.find(tmp_path / name)[0].path for name in ("a", "b"))
+    first, second = (reader.find(tmp_path / name)[0].path for name in ("a", "b"))
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert (first / file).read_bytes() == (second / file).read_bytes()
     code, _, error = train(2, tmp_path / "c", *options, "--max_iters=30", "--lr_decay_iters=50")
@@ -150,7 +151,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(dataset, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert "saved; go on with --init_from=resume" in error
-    saved, damage = checkpoint.find(tmp_path / "run")
+    saved, damage = reader.find(tmp_path / "run")
     assert saved and saved.iter_num >= 5 and not damage
 
 

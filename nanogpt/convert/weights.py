@@ -8,6 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nanogpt import checkpoint
+from nanogpt.checkpoint import reader
 from nanogpt.convert.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
@@ -33,7 +34,7 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
 
         return ckpt.open_file(path if path.is_file() else path / "ckpt.pt", [Path("data"), root / "data"])
     if (path / "manifest.json").is_file():
-        return _open_checkpoint(checkpoint.verify(path), path.parent, [])
+        return _open_checkpoint(reader.verify(path), path.parent, [])
     if checkpoint.steps(path):
         return _open_run(path, which)
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
@@ -53,13 +54,13 @@ def _of_hugging_face(name: str) -> Pretrained:
 
 
 def _open_run(run: Path, which: str) -> Pretrained:
-    found, damage = checkpoint.find(run, which)
+    found, damage = reader.find(run, which)
     if found is None:
         raise UserError(f"no checkpoint in {run}: give the --out_dir of a run that train.py has saved")
     return _open_checkpoint(found, run, damage)
 
 
-def _open_checkpoint(found: checkpoint.Checkpoint, run: Path, damage: list[str]) -> Pretrained:
+def _open_checkpoint(found: reader.Checkpoint, run: Path, damage: list[str]) -> Pretrained:
     """The weights of our own checkpoint; UserError if the tokenizer of its run is missing or another."""
     path = run / "tokenizer.json"
     if not path.is_file():

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from nanogpt import checkpoint, files, runtime
+from nanogpt.checkpoint import reader
+from nanogpt.checkpoint.writer import Content, Writer
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import OptimConfig, build
-from nanogpt.writer import Writer
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -51,7 +52,7 @@ def gate(monkeypatch):
 def test_the_same_bytes_whatever_training_does_meanwhile(tmp_path, model, optimizer, gate):
     writer = Writer()
     gate.set()
-    checkpoint.save(tmp_path / "blocking", model, optimizer, state(3))
+    Content.of(model, optimizer, state(3)).write(tmp_path / "blocking")
     gate.clear()
     writer.save(tmp_path / "background", model, optimizer, state(3))
     with torch.no_grad():  # the next update, before the write is done
@@ -73,7 +74,7 @@ def test_one_write_at_a_time_and_the_older_checkpoint_stays_until_then(tmp_path,
     gate.clear()
     writer.save(tmp_path, model, optimizer, state(2))
     assert gate.begun.wait(10)
-    assert checkpoint.find(tmp_path)[0].iter_num == 1  # what a kill would now leave
+    assert reader.find(tmp_path)[0].iter_num == 1  # what a kill would now leave
     third = threading.Thread(target=writer.save, args=(tmp_path, model, optimizer, state(3)))
     third.start()
     third.join(0.2)
@@ -82,7 +83,7 @@ def test_one_write_at_a_time_and_the_older_checkpoint_stays_until_then(tmp_path,
     third.join(10)
     writer.wait()
     assert [path.name for path in writer.complete()] == ["step-000001", "step-000002", "step-000003"]
-    assert checkpoint.find(tmp_path)[0].iter_num == 3
+    assert reader.find(tmp_path)[0].iter_num == 3
 
 
 def test_what_the_thread_fails_with_is_raised_once_where_it_is_waited_for(
@@ -104,10 +105,10 @@ def test_what_the_thread_fails_with_is_raised_once_where_it_is_waited_for(
             with pytest.raises(OSError, match="No space left"):
                 wait()
             assert not writer.failed
-    assert checkpoint.find(tmp_path)[0].iter_num == 1
+    assert reader.find(tmp_path)[0].iter_num == 1
     writer.save(tmp_path, model, optimizer, state(3))
     writer.wait()
-    assert checkpoint.find(tmp_path)[0].iter_num == 3
+    assert reader.find(tmp_path)[0].iter_num == 3
 
 
 def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, model, optimizer):

@@ -1,0 +1,211 @@
+"""Write checkpoints, while training goes on: from a copy in the computer's memory, by a thread.
+
+Training waits for the copy only. One write is under way at most: the next save waits for it, and so does
+the end of the run. What the thread fails with is raised where the run asks for it (`wait`, `save`), and
+until a write is complete the checkpoints before it are whole and the newest.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanogpt import files, runtime
+from nanogpt.checkpoint import FILES, FORMAT, steps, val_loss
+from nanogpt.errors import Diverged
+from nanogpt.model import GPT
+
+KEPT = 2  # the newest ones; the best is kept too
+SPARE = 1 << 28  # bytes that a copy must leave free
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> "Content":
+        """Raises Diverged for a weight that is not finite."""
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise Diverged(
+                f"{bad[0]} holds non-finite weights at iteration {state['iter_num']}; they were not saved. "
+                f"Go on from the last checkpoint with a smaller --learning_rate (--init_from=resume)"
+            )
+        return cls(weights, optimizer, {**state, "model": asdict(model.config)})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for part in (self.weights, self.optimizer) for tensor in part.values())
+
+    def write(self, run: Path) -> Path:
+        """Write the checkpoint of `state["iter_num"]` into the folder `run`, then delete those no longer
+        needed. OSError when the disk fails, which leaves the older ones untouched."""
+        path = run / f"step-{self.state['iter_num']:06d}"
+        with files.staged(path) as draft:
+            draft.mkdir(parents=True)
+            _save_tensors(self.weights, draft / "model.safetensors")
+            _save_tensors(self.optimizer, draft / "optimizer.safetensors")
+            files.write_json(draft / "state.json", self.state)
+            listing = {
+                name: {"bytes": (draft / name).stat().st_size, "sha256": files.sha256(draft / name)}
+                for name in FILES
+            }
+            files.write_json(draft / "manifest.json", {"format": FORMAT, "files": listing})
+            files.remove(path)
+        prune(run)
+        return path
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # its words for whatever the file system said
+        raise OSError(f"{path} could not be written: {error}") from None
+
+
+def prune(run: Path) -> None:
+    """Delete what a kill has left half-built, and checkpoints that are neither best nor newest.
+
+    Called after a new one is complete, so nothing is deleted before its successor is on the disk.
+    """
+    for leftover in run.glob(f"step-*{files.TEMPORARY}*"):
+        files.remove(leftover)
+    whole = [path for path in steps(run) if (path / "manifest.json").is_file()]
+    kept = whole[:KEPT]
+    evaluated = [path for path in whole if math.isfinite(val_loss(path))]
+    kept += [min(evaluated, key=val_loss)] if evaluated else []
+    for path in whole:
+        if path not in kept:
+            # Renamed first: a kill in the middle of a deletion must not leave half a checkpoint.
+            doomed = files.temporary(path)
+            files.rename(path, doomed)
+            files.remove(doomed)
+
+
+def set_aside_newer(run: Path, iter_num: int) -> None:
+    """Rename checkpoints after `iter_num`, which a resumed run has found damaged, so that they are
+    never again taken for the newest."""
+    for path in steps(run):
+        if int(path.name[5:]) > iter_num:
+            target = path.with_name(f"{path.name}.damaged")
+            files.remove(target)
+            files.rename(path, target)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether something was trained into `folder`: by this program or by nanoGPT (ckpt.pt)."""
+    return bool(steps(folder)) or any(
+        (folder / name).exists() for name in ("config.json", "metrics.jsonl", "ckpt.pt")
+    )
+
+
+def claim(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[FileLock, str]:
+    """Make the folder `run` ours to write, for a run that starts or is resumed at
+    iteration `resumed_at`.
+
+    A run that it holds and that is not resumed moves aside to the first free of run.1, run.2, ...; with
+    `overwrite` it is deleted. Returns the lock to hold, and a notice. UserError if another process
+    holds the folder.
+    """
+    lock = files.lock(run)
+    if resumed_at is not None:
+        set_aside_newer(run, resumed_at)
+        return lock, f"resuming {run} at iteration {resumed_at}"
+    if not holds_run(run):
+        return lock, ""
+    number = 1
+    while (aside := run.with_name(f"{run.name}.{number}")).exists():
+        number += 1
+    if os.name == "nt":  # Windows renames no folder with an open file in it
+        lock.release()
+    files.rename(run, aside)
+    fresh = files.lock(run)
+    lock.release()
+    if overwrite:
+        files.remove(aside)
+        return fresh, f"replaced the run in {run}"
+    return fresh, f"{run} held a run; it is now {aside}"
+
+
+class Writer:
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._complete: list[Path] = []
+        self._pinned: dict[str, Tensor] = {}  # for copies from a GPU; kept, because they are slow to get
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` would raise at once."""
+        return self._error is not None
+
+    def save(self, run: Path, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Save a checkpoint; it is complete when `complete` names it. Raises Diverged for these weights, and
+        whatever the write before this one has failed with."""
+        self.wait()
+        content = Content.of(model, optimizer, state)
+        if not self._fits(content):
+            self._complete.append(content.write(run))
+            return
+        copy = self._copy(content)
+        self._thread = threading.Thread(target=self._write, args=(copy, run), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what the thread has failed with, once."""
+        self.close()
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    def close(self) -> None:
+        """As `wait`, for one who has an error already."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def complete(self) -> list[Path]:
+        """The checkpoints that have become complete since this was asked last."""
+        found, self._complete = self._complete, []
+        return found
+
+    def _write(self, content: Content, run: Path) -> None:
+        try:
+            path = content.write(run)
+            self._complete.append(path)
+        except BaseException as error:  # for the main thread
+            self._error = error
+
+    def _fits(self, content: Content) -> bool:
+        free = runtime.free_memory()
+        return free is None or content.nbytes + SPARE < free or bool(self._pinned)
+
+    def _copy(self, content: Content) -> Content:
+        weights = {name: self._host(f"w {name}", tensor) for name, tensor in content.weights.items()}
+        state = {name: self._host(f"o {name}", tensor) for name, tensor in content.optimizer.items()}
+        if self._pinned:
+            torch.cuda.synchronize()
+        return Content(weights, state, content.state)
+
+    def _host(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        if name not in self._pinned:
+            place = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            self._pinned[name] = place
+        return self._pinned[name].copy_(tensor.detach(), non_blocking=True)
