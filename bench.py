@@ -26,6 +26,7 @@ import train
 from nanogpt import files, runtime
 from nanogpt.config import Count, Fraction, Positive, load, picked
 from nanogpt.data.token_files import FORMAT
+from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import attention_kernels
 from nanogpt.model import GPTConfig
@@ -62,7 +63,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         raise UserError(f"--trace={config.trace}: there is no such folder to write it in")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         if config.comm:
-            with runtime.join(config, Path(scratch)) as world:
+            with train.resolve.join(config, Path(scratch)) as world:
                 communicate(config, world)
             return
         runtime.require_one_process()
@@ -166,7 +167,7 @@ def communicate(config: Config, world: World) -> None:
 
     Raises UserError for a single process, which has nobody to talk to.
     """
-    if world.size == 1:
+    if not isinstance(world, Processes):
         raise UserError(
             "--comm times what processes send each other, and there is one: start it as the run is to be, "
             "torchrun --standalone --nproc_per_node=2 bench.py --comm"
@@ -201,14 +202,12 @@ def communicate(config: Config, world: World) -> None:
                 if kind == "all_reduce" and group is None and timing.payload <= comm_volume.BUCKET:
                     bucket = bus  # of the largest message that DDP sends
     print("bus: what each process sends a second at best, as nccl-tests counts it; compare it with the links")
-    judge(config, machine, shape, bucket)
+    judge(config, machine, shape, bucket, world)
 
 
 def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
     if config.batch_size == "auto":
         raise UserError("--comm weighs what is sent against a micro-batch: give --batch_size a number")
-    if problems := shape.problems():
-        raise UserError("; ".join(problems))
     if config.mfu and not machine.peak_flops():
         raise UserError(f"--mfu={config.mfu:g}: the peak of {machine.name()} is not known; leave it out")
     if config.cuda_graph:
@@ -223,12 +222,12 @@ def bandwidth(timing: comm_bench.Timing) -> float:
     return comm_volume.bus_factor(kind, timing.members) * timing.payload / timing.median_s
 
 
-def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float) -> None:
+def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float, world: Processes) -> None:
     """Print whether a network of `bus` bytes a second can feed the model under DDP, and from when."""
-    pass_s, source = pass_time(config, machine, shape)
-    turns, members = config.gradient_accumulation_steps, machine.world.size
+    pass_s, source = pass_time(config, machine, shape, world)
+    turns, members = config.gradient_accumulation_steps, world.size
     found = scaling.feeds(shape, members, bus, pass_s, turns, config.overlap)
-    tokens = config.batch_size * config.block_size
+    tokens = config.windows * config.block_size
     print(
         f"gradients: {found.wire / 1e9:.3f} GB sent a process and step (float32, DDP) at {bus / 1e9:.3f} "
         f"GB/s, the bus of messages as DDP sends them: {found.transfer_s * 1e3:,.1f} ms\n"
@@ -248,10 +247,12 @@ def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float
         )
 
 
-def pass_time(config: Config, machine: runtime.Machine, shape: GPTConfig) -> tuple[float, str]:
+def pass_time(
+    config: Config, machine: runtime.Machine, shape: GPTConfig, world: Processes
+) -> tuple[float, str]:
     """Seconds of a micro-batch, in the slowest process, and how that is known."""
     if config.mfu and (peak := machine.peak_flops()):
-        cost, tokens = estimate.flops_per_token(shape), config.batch_size * config.block_size
+        cost, tokens = estimate.flops_per_token(shape), config.windows * config.block_size
         return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
     small = replace(config, real_data=False, batch_tokens=0, gradient_accumulation_steps=1)
     small = replace(small, device=str(machine.device), max_tokens=0)
@@ -260,7 +261,7 @@ def pass_time(config: Config, machine: runtime.Machine, shape: GPTConfig) -> tup
         bench = Bench(small, Path(scratch))
         took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]
     median = torch.tensor([float(np.median(took[1:]))])
-    return float(comm_bench.slowest_of(median, machine.world)), "measured, all processes at once"
+    return float(comm_bench.slowest_of(median, world)), "measured, all processes at once"
 
 
 # ----------------------------------------------------------------------------- figures

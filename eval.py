@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,10 @@ def main(config: Config) -> None:
         with opened.subject.machine.memory_errors():
             found.append((opened, evaluate(opened, loaded, dataset_of(opened, config), config)))
     opened, reports = found[0]
-    result = {"model": str(opened.path), "results": {report.name: report.to_json() for report in reports}}
+    result: dict[str, Any] = {
+        "model": str(opened.path),
+        "results": {report.name: report.to_json() for report in reports},
+    }
     if config.against:
         result |= compare(*found)
     if for_lm_eval:
@@ -151,14 +155,12 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
                 f"been trained on, or the text itself: --text=FILE"
             )
         split = found.val if config.split == "val" else found.train
-        texts = {found.folder.name: split}
-        if split.mixture:  # each by itself
-            texts = dict(zip(split.mixture.names, split.mixture.members, strict=True))
-        for name, tokens in texts.items():
-            reports.append(score_text(f"{name}/{config.split}", [tokens], 0, subject, config))
+        for text in split.texts:  # each by itself
+            name = f"{text.name or found.folder.name}/{config.split}"
+            reports.append(score_text(name, [text], 0, subject, config))
     for task in loaded:
         endings = sum(len(item.endings) for item in task.items)
-        reports.append(watched(task.name, endings, lambda see, task=task: evals.run_task(task, subject, see)))
+        reports.append(watched(task.name, endings, partial(evals.run_task, task, subject)))
     return reports
 
 

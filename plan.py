@@ -16,24 +16,20 @@ from typing import Annotated
 
 import train
 from nanogpt import runtime
-from nanogpt.config import Count, Fraction, Positive, Range, Rate, picked, read
+from nanogpt.config import Count, Fraction, Positive, Range, Rate, picked, read, require_consistent
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
-from nanogpt.optim import OptimConfig
-from nanogpt.options import ModelOptions, OptimizerOptions, TokenOptions
+from nanogpt.options import BatchOptions, ModelOptions, OptimizerOptions
 from nanogpt.planning import comm_volume, estimate, scaling
 
 RECOMPUTED = "; blocks run again, which costs up to a quarter of the speed: is --mfu that of such a run?"
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, TokenOptions):
+class Config(ModelOptions, OptimizerOptions, BatchOptions):
     # the run
     vocab_size: Positive = 50257  # tokens of the vocabulary
-    block_size: Positive = 1024  # tokens a window
     batch_size: Positive = 12  # windows a micro-batch
-    gradient_accumulation_steps: Positive = 40  # micro-batches an iteration
-    max_iters: Count = 600000  # iterations in all
     recompute: bool = False  # run blocks again in the backward pass: less memory, more time
     loss_rows: Count = 0  # tokens whose logits are there at once: less memory, more time; 0: all
     # the machine
@@ -55,10 +51,8 @@ class Config(ModelOptions, OptimizerOptions, TokenOptions):
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Print the plan. Raises UserError for a shape that cannot be, and a GPU that is not known."""
     origins = origins or {}
+    require_consistent(config, origins)
     shape = picked(GPTConfig, config)
-    rules = picked(OptimConfig, config)
-    if wrong := shape.problems() + rules.problems():
-        raise UserError("\n       ".join(wrong))
     peak = runtime.peak_flops(config.gpu)
     if peak is None:
         raise UserError(f"--gpu={config.gpu} is not known; there are {', '.join(runtime.PEAK_FLOPS)}")
@@ -70,7 +64,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         tokens = config.max_tokens
     found = estimate.parameters(shape)
     need = estimate.memory(
-        shape, rules, config.batch_size, recompute=config.recompute, loss_rows=config.loss_rows
+        shape, config, config.batch_size, recompute=config.recompute, loss_rows=config.loss_rows
     )
     cost = estimate.flops_per_token(shape)
     hours = estimate.hours(tokens, cost, config.gpus, peak, config.mfu)
@@ -95,7 +89,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         advice = "try a smaller --batch_size" if helps else "whatever the --batch_size"
         lines.append(f"does not fit in {config.gpu_memory:g} GB: {advice}")
     if config.scaling:
-        lines += table(shape, rules, setting_of(config, batch // config.block_size, peak))
+        lines += table(shape, config, setting_of(config, batch // config.block_size, peak))
     print("\n".join(lines))
 
 
@@ -124,7 +118,7 @@ def setting_of(config: Config, windows: int, peak: float) -> scaling.Setting:
     )
 
 
-def table(shape: GPTConfig, rules: OptimConfig, setting: scaling.Setting) -> list[str]:
+def table(shape: GPTConfig, rules: OptimizerOptions, setting: scaling.Setting) -> list[str]:
     """Lines of Markdown: a row a number of GPUs, each figure under DDP / FSDP / HSDP."""
     lines = [
         "",

@@ -61,7 +61,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     try:
         import uvicorn
 
-        from nanogpt.server import app, http
+        from nanogpt.server.app import build
+        from nanogpt.server.http import DeadlineProtocol
     except ImportError as error:
         raise UserError(
             f"serve.py needs {error.name}: pip install -c constraints.txt -e '.[serve]'"
@@ -75,11 +76,11 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         served = open_model(config)
         cpu_kernels.release_threads()  # the scheduler's thread computes from now on
         served.scheduler.start()
-        app = app.build(served, port=port, local=local, token=token)
+        app = build(served, port=port, local=local, token=token)
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # not what clients do
         settings = uvicorn.Config(
             app,
-            http=http.DeadlineProtocol,
+            http=DeadlineProtocol,
             ws="none",
             loop="asyncio",
             log_config=None,

@@ -21,57 +21,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, load, picked
+from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Diverged, Stopped, run_program
-from nanogpt.options import (
-    FinetuneOptions,
-    MachineOptions,
-    ModelOptions,
-    OptimizerOptions,
-    ProcessOptions,
-    SpeedOptions,
-    TokenOptions,
-    WatchOptions,
-)
-from nanogpt.schedule import Schedule
+from nanogpt.options import Origins, TrainOptions, WatchOptions
+
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 
 # Each comment is an option's help. --help shows those that begin with `#:`, --help=all every one.
 @dataclass(frozen=True)
-class Config(
-    ModelOptions,
-    OptimizerOptions,
-    TokenOptions,
-    FinetuneOptions,
-    MachineOptions,
-    SpeedOptions,
-    ProcessOptions,
-    WatchOptions,
-):
-    # what goes where
-    out_dir: str = "out"  #: the run folder: checkpoints, options, metrics
-    init_from: str = "scratch"  #: resume; auto: if there is a run; or weights: gpt2 .. gpt2-xl, a folder
-    overwrite: bool = False  # from scratch: replace the run in out_dir instead of moving it aside
-    eval_only: bool = False  # evaluate once and leave; nothing is written
+class Config(TrainOptions):
+    """Those of nanogpt/options.py (folder, data, model, optimizer, machine, ...), and these."""
+
     # how often (in iterations)
     eval_interval: Positive = 2000  #: iterations between evaluations of both splits
     eval_iters: Positive = 200  #: evaluate at most this many batches of each split, the same ones each time
     log_interval: Positive = 1  # print a line and write a row
     save_interval: Count = 0  # save a checkpoint; 0: at each evaluation
     always_save_checkpoint: bool = True  # False: after an evaluation save only if it is the best so far
-    # trackers beside metrics.jsonl
-    wandb_log: bool = False  #: send rows to Weights & Biases too
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # the name of the run there
-    # data
-    dataset: str = "openwebtext"  #: a folder of data/prepare.py, in data/ or any path; a:0.7,b:0.3 mixes two
-    gradient_accumulation_steps: Positive = 40  #: micro-batches an iteration
-    batch_size: Positive | Literal["auto"] = 12  #: windows a micro-batch; auto: as many as fit in a GPU
-    block_size: Positive = 1024  #: tokens a window: the context of the model
-    batch_ramp_tokens: Count = 0  # the batch grows linearly while these are read; 0: it is full at once
-    batch_ramp_start: Fraction = 0.1  # the share of the full batch with which it begins
-    # length
-    max_iters: Count = 600000  #: iterations in all
     max_minutes: Rate = 0.0  #: stop, save and leave after this long; 0: no limit
     # learning-rate schedule
     decay_lr: bool = True  # False: learning_rate all the time
@@ -80,9 +47,23 @@ class Config(
     lr_decay_iters: Count = 0  # where it reaches min_lr; 0: at max_iters
     min_lr: Rate = 6e-5  #: lowest learning rate
     lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
-    # processes
-    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # what each holds; auto: ddp if the model fits
-    shard_size: Count = 0  # hsdp: processes that share one copy of the model; 0: those of a machine
+    # trackers beside metrics.jsonl
+    wandb_log: bool = False  #: send rows to Weights & Biases too
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # the name of the run there
+
+    def problems(self, origins: Origins) -> list[str]:
+        wrong = []
+        if self.decay_lr and self.lr_schedule != "constant":
+            if self.min_lr > self.learning_rate:
+                wrong.append(
+                    f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower --min_lr"
+                )
+            if 0 < self.lr_decay_iters < self.warmup_iters:
+                wrong.append(
+                    f"lr_decay_iters={self.lr_decay_iters} ends before warmup_iters={self.warmup_iters}"
+                )
+        return wrong
 
 
 # The command line is read before torch is imported: --help and a typo are answered at once.
@@ -94,36 +75,27 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt import files, metrics, optim, resolve, runtime, schedule, validation
+from nanogpt import files, metrics, optim, resolve, runtime, validation
 from nanogpt.checkpoint import Progress, writer
-from nanogpt.data import loader
 from nanogpt.loss import default_rows
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Layout, OptimConfig, Optimizer, clip_gradients
+from nanogpt.optim import Layout, Optimizer, clip_gradients
 from nanogpt.world import World
 
 if TYPE_CHECKING:
-    from nanogpt.checkpoint.reader import Checkpoint
     from nanogpt.evaluation.in_training import Watch
 
 
 @dataclass
-class Run:
-    """The parts of a run under way."""
+class Run(resolve.Setup[Config]):
+    """A run under way: what was decided (config, machine, dataset, batches), and what was made."""
 
-    config: Config
-    machine: runtime.Machine
-    dataset: loader.Dataset
-    batches: loader.TrainBatches
     model: GPT  # the plain one, which is evaluated and saved
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    resumed: "Checkpoint | None"
-    watch: "Watch | None"  # in-training evaluation (watch.py)
+    watch: "Watch | None"  # in-training evaluation
     writer: writer.Writer  # of its checkpoints, in the first process
-    division: str  # how several processes divide the model, and why; nothing for one
-    notices: list[str]  # what the user should know of how it was put together
     lock: FileLock | None = None  # on out_dir
 
     @property
@@ -139,13 +111,13 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, runtime.join(config, Path(config.out_dir)) as world:
+    with runtime.StopRequest() as stop, resolve.join(config, Path(config.out_dir)) as world:
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
         run = world.agree(lambda: build(config, origins, world))
         config = run.config
         print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
-        print(resolve.describe(config, run.machine, run.dataset, run.batches, run.model, run.division))
+        print(run.describe(run.model.n_params()))
         if config.eval_only:
             evaluate(run, stop)
             return
@@ -178,53 +150,24 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
     """The run that `config` asks for; `origins` says which of its options were given, and where, and gets
     those that weights decide. Nothing is written. UserError says all that is wrong with the options."""
-    notices: list[str] = []
-    config, resumed, pretrained = resolve.choose_start(config, origins, notices)
-    resolve.check(config)
-    machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
-    machine = replace(machine, casting=config.casting)
-    dataset = resolve.open_data(config)
-    rules = picked(OptimConfig, config)
-    home, why, layout = machine.device, "", Layout()
-    if world.size > 1:
-        from nanogpt.distributed import parallelize
-
-        shape = resumed.model_config if resumed else picked(GPTConfig, config, vocab_size=dataset.vocab_size)
-        division = parallelize.divide(shape, rules, config.parallel, config.shard_size, machine)
-        home, why = division.home(machine.device), division.why
-    if config.batch_size == "auto":
-        from nanogpt.gpu import auto_batch_size
-
-        trial = partial(try_batch_size, config, machine, dataset.vocab_size)
-        config = auto_batch_size.choose(config, machine, home == machine.device, why, trial, notices)
-    config = resolve.count_tokens(config, origins)
-    if config.cuda_graph:
-        from nanogpt.gpu import cuda_graphs
-
-        cuda_graphs.require_recordable(config, machine, dataset.train.scored is not None)
-    batches = resolve.open_batches(config, dataset, machine)
-    resolve.require_tokenizer(resumed, pretrained, dataset)
-    model = make_model(config, machine, dataset.vocab_size, resumed, pretrained, home)
-    if config.attention != "auto" or machine.device.type == "cuda":
-        from nanogpt.gpu import attention_kernels
-
-        biased = config.documents == "masked" or model.config.position == "alibi"
-        found = attention_kernels.require_attention(
-            config.attention, model.config, machine, config.block_size, biased
-        )
-        notices.append(f"attention: {found}")
+    setup = resolve.decide(config, origins, world, try_batch_size)
+    config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
+    model = make_model(config, machine, setup.shape, setup)
     if config.freeze or config.train_only or config.lora_rank:
         from nanogpt.finetune import freeze
 
         notices += freeze.choose_trained(model, config)
-    if world.size > 1:
-        layout = parallelize.lay_out(model, machine, division)
+    layout = Layout()
+    if setup.division:
+        from nanogpt.distributed import parallelize
+
+        layout = parallelize.lay_out(model, machine, setup.division)
     if config.recompute:
         from nanogpt.compile import recompute
 
         recompute(model, machine)
     optimizer = make_optimizer(config, model, machine, layout)
-    if rules.optimizer == "muon" and not any(optim.is_for_muon(n, p) for p, n in optimizer.names.items()):
+    if config.optimizer == "muon" and not any(optim.is_for_muon(n, p) for p, n in optimizer.names.items()):
         notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
@@ -239,50 +182,39 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         from nanogpt.evaluation.in_training import Watch
 
         options = config if world.leads else WatchOptions()  # one process looks on
-        watch = Watch(options, Path(config.out_dir), dataset.tokenizer, machine)
-    if config.compile == "auto":  # a resumed run inherits what is chosen
-        config = replace(config, compile=resolve.worth_compiling(config, batches, model, machine))
+        watch = Watch(options, Path(config.out_dir), setup.dataset.tokenizer, machine)
+    progress = resumed.progress if resumed else Progress()
     return Run(
-        config=config,
-        machine=machine,
-        dataset=dataset,
-        batches=batches,
+        **vars(setup),
         model=model,
         optimizer=optimizer,
         scaler=scaler,
-        progress=resumed.progress if resumed else Progress(),
-        resumed=resumed,
+        progress=progress,
         watch=watch,
         writer=writer.Writer(),
-        division=why,
-        notices=notices,
     )
 
 
 def make_model(
-    config: Config,
-    machine: runtime.Machine,
-    vocab_size: int,
-    resumed: "Checkpoint | None" = None,
-    pretrained: Any = None,
-    home: torch.device | None = None,
+    config: Config, machine: runtime.Machine, shape: GPTConfig, setup: resolve.Setup[Config] | None = None
 ) -> GPT:
-    """Build the model with the weights of the checkpoint, or pretrained ones, or new ones from the seed; with
-    new adapters, if the options ask for them. `home`: where it is made, if it is to be divided afterwards."""
-    device = home or machine.device
-    shape = picked(GPTConfig, config, vocab_size=vocab_size)
-    if resumed:
-        model = resumed.load_model(device, config.dropout).train()
+    """Build the model with the weights that `setup` has found, or with new ones from the seed; with new
+    adapters, if the options ask for them."""
+    if setup and setup.resumed:
+        model = setup.resumed.load_model(setup.home, config.dropout).train()
     else:
         torch.manual_seed(config.seed)
-        model = pretrained.load(shape, device).train() if pretrained else GPT(shape).to(device)
+        if setup and setup.pretrained:
+            model = setup.pretrained.load(shape, setup.home).train()
+        else:
+            model = GPT(shape).to(setup.home if setup else machine.device)
         if adapted := adapters(config):
             from nanogpt.finetune import lora
 
             lora.adapt(model, lora.Adapters(**adapted))
             lora.initialise(model, config.seed)
-    micro_batch = cast(int, config.batch_size) * config.block_size
-    model.loss_rows = config.loss_rows or default_rows(machine.device, micro_batch, vocab_size)
+    tokens = config.windows * config.block_size
+    model.loss_rows = config.loss_rows or default_rows(machine.device, tokens, shape.vocab_size)
     return model
 
 
@@ -292,15 +224,15 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
     if config.eval_only:
         named = ((n, torch.empty(p.shape, device="meta", requires_grad=p.requires_grad)) for n, p in named)
         layout = Layout()
-    return optim.build(picked(OptimConfig, config), named, model.fused_rows(), machine.half, layout)
+    return optim.build(config, named, model.fused_rows(), machine.half, layout)
 
 
-def try_batch_size(config: Config, machine: runtime.Machine, vocab_size: int, rows: int) -> None:
+def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, rows: int) -> None:
     """Make two updates of a new model with micro-batches of `rows` windows, for --batch_size=auto: the second
     finds the gradients' memory in the pieces that the first has left."""
     config = replace(config, batch_size=rows)
     alone = replace(machine, world=World())  # nobody is asked
-    model = make_model(config, alone, vocab_size)
+    model = make_model(config, alone, shape)
     if config.recompute:
         from nanogpt.compile import recompute
 
@@ -320,9 +252,11 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
     config, machine, batches = run.config, run.machine, run.batches
     several = machine.world.size > 1
     function, step = machine.in_dtype(run.model), train_step
-    micro_batches: Callable[..., Any] = (
-        batches.weighted_by_targets if batches.tokens.scored else batches.weighted
-    )
+    micro_batches: Callable[..., Any] = batches.weighted
+    if batches.tokens.scored:
+        from nanogpt.data import responses
+
+        micro_batches = partial(responses.weighted, batches)
     if several:
         from nanogpt.distributed import parallelize
 
@@ -330,13 +264,13 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
     if config.compile:
         from nanogpt import compile
 
-        shape = (cast(int, config.batch_size), config.block_size)
+        shape = (config.windows, config.block_size)
         function = compile.train_function(function, config.compile, run.model, run.optimizer, shape, machine)
     if several:
         function = parallelize.connect(function, run.model, machine)
         micro_batches = partial(parallelize.micro_batches, batches, machine.world, function)
         step = parallelize.step_of_all(train_step, machine.world)
-    elif config.cuda_graph:  # in one process alone (graphs.require_recordable)
+    elif config.cuda_graph:  # in one process alone (cuda_graphs.require_recordable)
         from nanogpt.gpu import cuda_graphs
 
         step = cuda_graphs.StepGraph(train_step, batches.full, machine)
@@ -391,19 +325,31 @@ def check_finite(loss: Tensor, grad_norm: Tensor, iter_num: int, lr: float, scal
         )
 
 
-def learning_rate_of(config: Config, iter_num: int, batches: loader.TrainBatches) -> float:
-    """The scheduled rate, times the square root of the batch's share of a full one: the noise of the
-    gradient grows as the batch gets smaller (Malladi et al. 2022)."""
-    smaller = math.sqrt(batches.windows(iter_num) / batches.full)
-    return smaller * schedule.learning_rate(
-        iter_num,
-        config.lr_schedule if config.decay_lr else "constant",
-        peak=config.learning_rate,
-        floor=config.min_lr,
-        warmup_iters=config.warmup_iters if config.decay_lr else 0,
-        decay_iters=config.lr_decay_iters or config.max_iters,
-        cooldown=config.lr_cooldown,
-    )
+def learning_rate(config: Config, iter_num: int) -> float:
+    """Return the learning rate of update number `iter_num`, counted from 0.
+
+    It rises linearly over `warmup_iters` updates (never 0: the first is peak / (warmup_iters + 1)), then
+    falls from `learning_rate` to `min_lr`, which it reaches at update `lr_decay_iters` and keeps:
+
+    - cosine:   half a cosine, as in GPT-3 (Brown et al. 2020, appendix B) and nanoGPT
+    - linear:   a straight line
+    - wsd:      holds the peak, then a straight line over the last `lr_cooldown` of `lr_decay_iters`
+                (warm-up, stable, decay: Hu et al. 2024, "MiniCPM")
+    - constant: holds the peak
+    """
+    peak, floor, warmup = config.learning_rate, config.min_lr, config.warmup_iters
+    if not config.decay_lr:
+        return peak
+    if iter_num < warmup:
+        return peak * (iter_num + 1) / (warmup + 1)
+    if config.lr_schedule == "constant":
+        return peak
+    start, end = warmup, config.lr_decay_iters or config.max_iters
+    if config.lr_schedule == "wsd":
+        start = max(warmup, round(end * (1 - config.lr_cooldown)))
+    done = min(1.0, max(0.0, (iter_num - start) / max(1, end - start)))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if config.lr_schedule == "cosine" else 1 - done
+    return floor + (peak - floor) * left
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -445,7 +391,9 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
 
         # one update
         started = time.perf_counter()
-        lr = learning_rate_of(config, progress.iter_num, run.batches)
+        # The noise of the gradient grows as the batch gets smaller (Malladi et al. 2022).
+        smaller = math.sqrt(run.batches.windows(progress.iter_num) / run.batches.full)
+        lr = smaller * learning_rate(config, progress.iter_num)
         seed_dropout(machine, config.seed, progress.iter_num)
         batch = micro_batches(progress.iter_num)
         loss, grad_norm = take_step(model, run.optimizer, run.scaler, batch, lr, config.grad_clip)
@@ -490,7 +438,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     run.machine.world.at(progress.iter_num, "evaluating")
-    shape = (cast(int, config.batch_size), config.block_size)
+    shape = (config.windows, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = validation.evaluate_splits(run.model, run.dataset, shape, *how)
     if both is None:  # stopped meanwhile; a resumed run evaluates here again

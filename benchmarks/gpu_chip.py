@@ -21,6 +21,7 @@ from nanogpt.inference.graph_decode import GraphDecoder
 from nanogpt.inference.quantize import cast
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
+from nanogpt.options import OptimizerOptions
 
 SAMPLING = SamplingOptions(temperature=0.8, top_k=200)
 SMALL = GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=2, n_embd=32)
@@ -168,7 +169,7 @@ def stall(setup: Setup) -> dict[str, Any]:
     copy while training goes on."""
     shape = SMALL if setup.tiny else GPT2_SIZES["gpt2"]
     ours = GPT(shape).to(setup.device)
-    rules = optim.build(optim.OptimConfig(), ours.named_parameters())
+    rules = optim.build(OptimizerOptions(), ours.named_parameters())
     theirs = nanogpt_model(setup.checkout, shape).to(setup.device)
     adam = theirs.configure_optimizers(0.1, 6e-4, (0.9, 0.95), setup.device)
     for p in theirs.parameters():

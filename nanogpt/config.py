@@ -12,13 +12,13 @@ import math
 import operator
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from nanogpt.errors import UserError
+from nanogpt.errors import SHARED, UserError
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository: presets lie in its config/
 T = TypeVar("T")
@@ -122,6 +122,9 @@ def read(
     problems += [f"--{key}=... is required" for key in required if key not in found.origins]
     if problems:
         raise UserError("\n       ".join(problems))
+    # A run that resumes, or starts from weights, gets some of its options from there.
+    if found.values.get("init_from", "scratch") == "scratch":
+        require_consistent(cls(**found.values), found.origins)
     return found
 
 
@@ -283,6 +286,15 @@ def picked(cls: type[T], config: Any, **others: Any) -> T:
     """An instance of the dataclass `cls` from the fields of `config` that have the same names."""
     names = typing.get_type_hints(cls)
     return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)} | others)
+
+
+def require_consistent(config: Any, origins: Mapping[str, str]) -> None:
+    """UserError with all that contradicts itself in `config`, by the `problems` of each part of it."""
+    checks = [vars(part)["problems"] for part in type(config).__mro__ if "problems" in vars(part)]
+    if wrong := [line for check in checks for line in check(config, origins)]:
+        error = UserError("\n       ".join(wrong))
+        error.add_note(SHARED)
+        raise error
 
 
 def inherit(

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanogpt.options import OptimizerOptions
+
 Named = Sequence[tuple[str, Tensor]]
 
 
@@ -159,29 +161,8 @@ class Optimizer:
         return self.layout.gather(self.pieces())
 
 
-@dataclass(frozen=True)
-class OptimConfig:
-    optimizer: str = "adamw"  # or "muon": for the matrices of blocks, AdamW for the rest
-    learning_rate: float = 6e-4  # of AdamW, at its peak
-    weight_decay: float = 0.1  # of AdamW's matrices
-    beta1: float = 0.9
-    beta2: float = 0.95
-    muon_lr: float = 0.02  # of Muon, when AdamW's is at its peak
-    muon_weight_decay: float = 0.0
-    muon_turns: int = 5  # of orthogonalisation
-
-    def problems(self) -> list[str]:
-        """What makes these numbers impossible; empty if nothing does."""
-        wrong = []
-        if self.beta1 == 1 or self.beta2 == 1:
-            wrong.append(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
-        if self.optimizer == "muon" and not self.learning_rate:
-            wrong.append("learning_rate=0 leaves Muon without a schedule; make it small instead")
-        return wrong
-
-
 def build(
-    config: OptimConfig,
+    config: OptimizerOptions,
     named_parameters: Iterable[tuple[str, Tensor]],
     rows: dict[str, list[int]] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -212,7 +193,7 @@ def is_for_muon(name: str, parameter: Tensor) -> bool:
 class AdamW:
     """Loshchilov and Hutter 2019: decoupled weight decay on matrices, none on vectors."""
 
-    def __init__(self, config: OptimConfig, named: Named, layout: Layout | None = None):
+    def __init__(self, config: OptimizerOptions, named: Named, layout: Layout | None = None):
         self.config, self.layout = config, layout or Layout()
         self.held = self.layout.divide(named)
         with torch.no_grad():
@@ -270,7 +251,7 @@ class Muon:
 
     def __init__(
         self,
-        config: OptimConfig,
+        config: OptimizerOptions,
         named: Named,
         rows: dict[str, list[int]],
         dtype: torch.dtype = torch.float32,

@@ -1,22 +1,29 @@
-"""What train.py's build() calls: where a run starts, what its options come to, and its data.
-
-`config` is the Config of train.py, whose options are not this module's to define.
+"""What is decided before a model is made: where a run starts, and what its options come to on this machine
+and with this data.
 """
 
-from dataclasses import fields, replace
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from nanogpt import schedule
-from nanogpt.config import ROOT, inherit, picked
+import torch
+
+from nanogpt import runtime
+from nanogpt.config import ROOT, inherit, picked, require_consistent
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig
+from nanogpt.options import DataOptions, TrainOptions
 from nanogpt.runtime import Machine
+from nanogpt.world import World
 
 if TYPE_CHECKING:
     from nanogpt.checkpoint.reader import Checkpoint
+    from nanogpt.convert.pretrained import Pretrained
+    from nanogpt.distributed.parallelize import Division
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
@@ -24,11 +31,119 @@ NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "parallel", "shard_size"}
 SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
 # A resumed run keeps these.
 FIXED = SHAPE | {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}
+C = TypeVar("C", bound=TrainOptions)
+
+
+@dataclass
+class Setup(Generic[C]):
+    """A run that is decided, and not yet made."""
+
+    config: C  # final
+    machine: Machine
+    dataset: loader.Dataset
+    batches: loader.TrainBatches
+    shape: GPTConfig
+    resumed: "Checkpoint | None"
+    pretrained: "Pretrained | None"
+    division: "Division | None"  # of the model between several processes
+    notices: list[str]  # what the user should know of how it was decided
+
+    @property
+    def home(self) -> torch.device:
+        """Where the model is made; what is divided comes to the devices in parts."""
+        return self.division.home(self.machine.device) if self.division else self.machine.device
+
+    def describe(self, n_params: int) -> str:
+        """What is about to be trained, on what, in a few lines."""
+        dataset, batches, iters = self.dataset, self.batches, self.config.max_iters
+        batch = f"{batches.full * batches.block_size:,} tokens an iteration"
+        if batches.ramp:
+            batch += f", from {batches.ramp[0] * batches.block_size:,} at first to all at {len(batches.ramp)}"
+        scored = len(dataset.train) - 1
+        if self.config.documents == "rows":
+            kept = batches.order.n_windows * batches.block_size
+            batch += (
+                f"; rows that start at a document keep {kept:,} of {scored:,} tokens and leave out "
+                f"{1 - kept / scored:.1%}"
+            )
+        read, texts = batches.epochs(iters), dataset.train.texts
+        times = f"the text {read[0]:.2f} times"
+        if len(texts) > 1:
+            each = zip(texts, read, strict=True)
+            times = ", ".join(
+                f"{one.name} ({float(one.weight):.1%}) {often:.2f} times" for one, often in each
+            )
+        divided = f"parallel: {self.division.why}\n" if self.division else ""
+        return (
+            f"machine: {self.machine.reason}\n{divided}"
+            f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
+            f"tokens, vocabulary {dataset.vocab_size:,}\n"
+            f"model: {n_params:,} parameters; {batch}; {iters:,} iterations read {times}"
+        )
+
+
+def decide(
+    config: C, origins: dict[str, str], world: World, trial: Callable[[C, Machine, GPTConfig, int], None]
+) -> Setup[C]:
+    """Decide all that `config` leaves open. Nothing is written. UserError says what is wrong.
+
+    `origins` says which options were given, and where, and gets what weights or numbers of tokens decide.
+
+    `trial` makes some updates with micro-batches of so many windows, for --batch_size=auto.
+    """
+    notices: list[str] = []
+    config, resumed, pretrained = choose_start(config, origins, notices)
+    require_consistent(config, origins)
+    machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
+    machine = replace(machine, casting=config.casting)
+    dataset = open_data(config)
+    shape = picked(GPTConfig, config, vocab_size=dataset.vocab_size)
+    division = None
+    if world.size > 1:
+        from nanogpt.distributed import parallelize
+
+        division = parallelize.divide(shape, config, config.parallel, config.shard_size, machine)
+    if config.batch_size == "auto":
+        from nanogpt.gpu import auto_batch_size
+
+        divided = division.why if division and not division.whole else ""
+        config = auto_batch_size.choose(config, machine, divided, partial(trial, config, machine, shape))
+        notices.append(
+            f"batch_size = {config.batch_size}: the most that fits in the memory of {machine.name()}"
+        )
+    config = config.in_iterations(origins)
+    if config.cuda_graph:
+        from nanogpt.gpu import cuda_graphs
+
+        cuda_graphs.require_recordable(config, machine, dataset.train.scored is not None)
+    batches = open_batches(config, config.seed, dataset, machine)
+    require_tokenizer(resumed, pretrained, dataset)
+    if config.attention != "auto" or machine.device.type == "cuda":
+        from nanogpt.gpu import attention_kernels
+
+        biased = config.documents == "masked" or shape.position == "alibi"
+        found = attention_kernels.require_attention(config.attention, shape, machine, biased)
+        notices.append(f"attention: {found}")
+    if config.compile == "auto":  # a resumed run inherits what is chosen
+        tokens = batches.tokens_before(config.max_iters)
+        config = replace(config, compile=worth_compiling(shape, tokens, machine))
+        origins["compile"] = "auto"
+    return Setup(config, machine, dataset, batches, shape, resumed, pretrained, division, notices)
+
+
+def join(options: TrainOptions, run: Path) -> World:
+    """The processes that torchrun started, if it did. UserError for a device that is not there, or if the
+    processes do not meet, or are not the same. What is left of one that hangs is written into `run`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    from nanogpt.distributed.world import meet
+
+    return meet(runtime.find_device(options.device).type, asdict(options), run)
 
 
 def choose_start(
-    config: Any, origins: dict[str, str], notices: list[str]
-) -> "tuple[Any, Checkpoint | None, Any]":
+    config: C, origins: dict[str, str], notices: list[str]
+) -> "tuple[C, Checkpoint | None, Pretrained | None]":
     """What --init_from asks to resume, or the weights that it names; and the options of that run or the
     shape of those weights, with what is given now over them."""
     if config.init_from == "scratch":
@@ -61,100 +176,47 @@ def choose_start(
     return config, resumed, None
 
 
-def check(config: Any) -> None:
-    """Refuse combinations that make no sense, all at once."""
-    wrong = picked(GPTConfig, config).problems() + picked(OptimConfig, config).problems()
-    if config.lora_rank:
-        from nanogpt.finetune import freeze
-
-        wrong += freeze.problems(config)
-    if config.decay_lr:
-        ends = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters)
-        wrong += schedule.problems(config.lr_schedule, *ends)
-    if wrong:
-        raise UserError("\n       ".join(wrong))
-
-
-def count_tokens(config: Any, origins: dict[str, str]) -> Any:
-    """`config` with the accumulation and the iterations that its numbers of tokens come to.
-
-    A flag beats a file: --max_iters=10 cuts a preset with max_tokens short. UserError if a batch is no
-    whole number of micro-batches, and for two flags that say the same thing.
-    """
-    for tokens, steps_ in (("batch_tokens", "gradient_accumulation_steps"), ("max_tokens", "max_iters")):
-        if getattr(config, tokens) and origins.get(steps_, "").startswith("--"):
-            if origins.get(tokens, "").startswith("--"):
-                raise UserError(f"{origins[tokens]} and {origins[steps_]} say the same; give one of them")
-            config = replace(config, **{tokens: 0})
-    if config.batch_tokens:
-        micro = config.batch_size * config.block_size
-        turns, rest = divmod(config.batch_tokens, micro)
-        if rest or not turns:
-            near = " or ".join(f"{n * micro:,}".replace(",", "_") for n in (turns, turns + 1) if n)
-            raise UserError(
-                f"--batch_tokens={config.batch_tokens} is no whole number of micro-batches of "
-                f"batch_size * block_size = {config.batch_size} * {config.block_size} = {micro} tokens; "
-                f"give {near}, or another --batch_size"
-            )
-        config = replace(config, gradient_accumulation_steps=turns)
-        origins["gradient_accumulation_steps"] = f"batch_tokens={config.batch_tokens}"
-    if config.max_tokens:
-        full = config.batch_size * config.gradient_accumulation_steps * config.block_size
-        sizes = [windows * config.block_size for windows in ramp_of(config)]
-        iters = len(sizes) + max(0, -(-(config.max_tokens - sum(sizes)) // full))
-        config = replace(config, max_iters=iters)
-        origins["max_iters"] = f"max_tokens={config.max_tokens}"
-    return config
-
-
-def ramp_of(config: Any) -> list[int]:
-    """The sizes in windows of the batches before the first full one."""
-    micro_steps = config.gradient_accumulation_steps
-    return schedule.batch_ramp(
-        config.batch_size * micro_steps,
-        config.batch_ramp_start,
-        config.batch_ramp_tokens // config.block_size,
-        unit=config.batch_size if micro_steps > 1 else 1,  # whole micro-batches, where there are several
-    )
-
-
-def open_data(config: Any) -> loader.Dataset:
+def open_data(options: DataOptions) -> loader.Dataset:
     """The dataset, or several as one; UserError for a text shorter than a window."""
-    if Path(config.dataset).is_dir() or not set(config.dataset) & set(",:"):
-        dataset = loader.load(loader.find(config.dataset, ROOT))
+    if Path(options.dataset).is_dir() or not set(options.dataset) & set(",:"):
+        dataset = loader.load(loader.find(options.dataset, ROOT))
     else:
         from nanogpt.data import mixture
 
-        dataset = mixture.load(config.dataset, ROOT)
-    loader.require_window(dataset.train, config.block_size, "training")
-    loader.require_window(dataset.val, config.block_size, "validation")
+        dataset = mixture.load(options.dataset, ROOT)
+    loader.require_window(dataset.train, options.block_size, "training")
+    loader.require_window(dataset.val, options.block_size, "validation")
     return dataset
 
 
-def open_batches(config: Any, dataset: loader.Dataset, machine: Machine) -> loader.TrainBatches:
+def open_batches(
+    options: DataOptions, seed: int, dataset: loader.Dataset, machine: Machine
+) -> loader.TrainBatches:
     """The batches of --documents; UserError for data that has no documents, or for too many processes."""
     separator, order = None, None
-    if config.documents != "stream":
+    if options.documents != "stream":
         from nanogpt.data import documents
 
-        separator = documents.separator(dataset, config.documents)
-        if config.documents == "rows":
-            order = documents.row_order(dataset.train, separator, config.block_size, config.seed)
+        separator = documents.separator(dataset, options.documents)
+        if options.documents == "rows":
+            order = documents.row_order(dataset.train, separator, options.block_size, seed)
             separator = None
-    world, ramp = machine.world, ramp_of(config)
-    fewest = min([*ramp, config.batch_size * config.gradient_accumulation_steps])
+    world, ramp = machine.world, options.ramp()
+    fewest = min([*ramp, options.windows_per_update])
     if fewest < world.size:
         raise UserError(
             f"{world.size} processes for a batch of {fewest} windows; start fewer, or raise --batch_size or "
             f"--gradient_accumulation_steps"
         )
-    numbers = (config.block_size, config.batch_size, config.gradient_accumulation_steps, config.seed)
+    numbers = (options.block_size, options.windows, options.gradient_accumulation_steps, seed)
     return loader.TrainBatches(
         dataset.train, *numbers, machine.device, ramp, separator, order, world.share, world.total
     )
 
 
-def require_tokenizer(resumed: "Checkpoint | None", pretrained: Any, dataset: loader.Dataset) -> None:
+def require_tokenizer(
+    resumed: "Checkpoint | None", pretrained: "Pretrained | None", dataset: loader.Dataset
+) -> None:
     """UserError where the weights that a run starts from know other ids than the data."""
     if pretrained:
         pretrained.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
@@ -166,44 +228,13 @@ def require_tokenizer(resumed: "Checkpoint | None", pretrained: Any, dataset: lo
         )
 
 
-def worth_compiling(config: Any, batches: loader.TrainBatches, model: GPT, machine: Machine) -> bool:
-    """--compile=auto: never on a CPU, where it saves 25 % of a step at 128 channels but 4 % at 384
-    (docs/results.md)."""
+def worth_compiling(shape: GPTConfig, tokens: int, machine: Machine) -> bool:
+    """--compile=auto, for a run that reads so many `tokens`: never on a CPU, where it saves 25 % of a step
+    at 128 channels but 4 % at 384 (docs/results.md)."""
     if machine.device.type != "cuda":
         return False
     from nanogpt.compile import pays
 
-    return pays(batches.tokens_before(config.max_iters) * model.flops_per_token(), machine.peak_flops())
-
-
-def describe(
-    config: Any,
-    machine: Machine,
-    dataset: loader.Dataset,
-    batches: loader.TrainBatches,
-    model: GPT,
-    division: str,
-) -> str:
-    """What is about to be trained, on what, in a few lines."""
-    batch = f"{batches.full * batches.block_size:,} tokens an iteration"
-    if batches.ramp:
-        batch += f", from {batches.ramp[0] * batches.block_size:,} at first to all at {len(batches.ramp)}"
-    scored = len(dataset.train) - 1
-    if config.documents == "rows":
-        kept = batches.order.n_windows * batches.block_size
-        batch += (
-            f"; rows that start at a document keep {kept:,} of {scored:,} tokens and leave out "
-            f"{1 - kept / scored:.1%}"
-        )
-    read, several = batches.epochs(config.max_iters), dataset.train.mixture
-    times = f"the text {read[0]:.2f} times"
-    if several:
-        texts = zip(several.names, several.weights, read, strict=True)
-        times = ", ".join(f"{name} ({float(part):.1%}) {often:.2f} times" for name, part, often in texts)
-    divided = f"parallel: {division}\n" if division else ""
-    return (
-        f"machine: {machine.reason}\n{divided}"
-        f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
-        f"tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model: {model.n_params():,} parameters; {batch}; {config.max_iters:,} iterations read {times}"
-    )
+    with torch.device("meta"):
+        model = GPT(shape)
+    return pays(tokens * model.flops_per_token(), machine.peak_flops())

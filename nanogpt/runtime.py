@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -139,17 +139,6 @@ class Machine:
         }
 
 
-def join(config: Any, run: Path) -> World:
-    """The processes that torchrun started, if it did, for a program's options, ProcessOptions among them;
-    UserError as `setup`, or if the processes do not meet, or are not the same. What is left of one that hangs
-    is written into the folder `run`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World()
-    from nanogpt.distributed.world import meet
-
-    return meet(_device(config.device).type, asdict(config), run)
-
-
 def setup(device: str, dtype: str, width: int, world: World | None = None) -> Machine:
     """Choose device and number format for a model of `width` channels; "auto" takes what serves both.
 
@@ -159,9 +148,9 @@ def setup(device: str, dtype: str, width: int, world: World | None = None) -> Ma
     if not world:
         require_one_process()
         world = World()
-    chosen = _device(device)
+    chosen = find_device(device)
     if chosen.type == "cuda" and chosen.index is None and world.size > 1:
-        chosen = _device(f"cuda:{world.local_rank}")
+        chosen = find_device(f"cuda:{world.local_rank}")
     if chosen.type == "cpu":
         keep_freed_memory()
     if chosen.type == "cuda":
@@ -180,7 +169,8 @@ def require_one_process() -> None:
         raise UserError(f"torchrun started {processes} processes of a program that runs in one; use python")
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device that --device names; UserError if it is not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -4,13 +4,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanogpt.data.loader import Dataset, eval_batches
-from nanogpt.data.token_files import Mixture
+from nanogpt.data.token_files import Tokens
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.model import GPT
@@ -91,40 +90,29 @@ def evaluate_splits(
 
     Of several datasets each is scored, on its part of the batches; their mean by weight is the loss."""
     batch_size, block_size = shape
-    train, val = dataset.train, dataset.val
-    of_train, of_val = train.mixture, val.mixture
-    texts, most = [(train, val)], max_batches * batch_size
-    if of_train and of_val:
-        texts = list(zip(of_train.members, of_val.members, strict=True))
-        most = max(1, most // len(texts))
-    found = []
+    texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
+    most = max(1, max_batches * batch_size // len(texts))
+    found: list[list[Evaluation]] = [[], []]
     for text in texts:
         windows = min(most, (len(text[1]) - 1) // block_size)
-        for tokens in text:
-            batches = eval_batches(
-                tokens,
-                block_size,
-                batch_size,
-                windows,
-                machine.device,
-                separator,
-                machine.world.share,
-            )
-            found.append(evaluate(model, batches, machine, stopped))
-            if found[-1] is None:
+        for tokens, split in zip(text, found, strict=True):
+            share = machine.world.share
+            batches = eval_batches(tokens, block_size, batch_size, windows, machine.device, separator, share)
+            evaluation = evaluate(model, batches, machine, stopped)
+            if evaluation is None:
                 return None
-    scores = cast(list[Evaluation], found)
-    if of_train and of_val:
-        return weighted(of_train, scores[::2]), weighted(of_val, scores[1::2])
-    return scores[0], scores[1]
+            split.append(evaluation)
+    return mean(dataset.train.texts, found[0]), mean(dataset.val.texts, found[1])
 
 
-def weighted(mixture: Mixture, found: list[Evaluation]) -> Evaluation:
-    """The mean by weight of what was `found` on each dataset."""
-    weights = [float(weight) for weight in mixture.weights]
+def mean(texts: list[Tokens], found: list[Evaluation]) -> Evaluation:
+    """The mean by weight of what was `found` on each of `texts`."""
+    if len(texts) == 1:
+        return found[0]
+    both = [(text.name, float(text.weight), one) for text, one in zip(texts, found, strict=True)]
     return Evaluation(
-        sum(weight * one.loss for weight, one in zip(weights, found, strict=True)),
-        math.hypot(*(weight * one.stderr for weight, one in zip(weights, found, strict=True))),
+        sum(weight * one.loss for _, weight, one in both),
+        math.hypot(*(weight * one.stderr for _, weight, one in both)),
         sum(one.tokens for one in found),
-        {name: one.loss for name, one in zip(mixture.names, found, strict=True)},
+        {name: one.loss for name, _, one in both},
     )

@@ -20,7 +20,7 @@ from nanogpt.distributed import parallelize
 from nanogpt.distributed.parallelize import Division
 from nanogpt.distributed.world import Processes
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig
+from nanogpt.options import OptimizerOptions
 from nanogpt.runtime import Machine
 
 SHAPE = GPTConfig(vocab_size=502, block_size=32, n_layer=3, n_head=4, n_embd=64, bias=False)
@@ -64,7 +64,7 @@ def updates(size: int) -> dict[str, dict[str, int]]:
             model = GPT(SHAPE)
             layout = parallelize.lay_out(model, machine, division)
             about = (model.named_parameters(), model.fused_rows(), torch.float32, layout)
-            optimizer = optim.build(OptimConfig(rule), *about)
+            optimizer = optim.build(OptimizerOptions(rule), *about)
             for _ in range(2):
                 model(idx, idx)[1].backward()
                 dist.barrier()

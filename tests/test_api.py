@@ -74,7 +74,7 @@ def test_what_cannot_be_loaded_or_written(model, trained, tmp_path, monkeypatch)
         nanogpt.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="dtype=int4 given"):
         nanogpt.load(tmp_path, dtype="int4")
-    monkeypatch.setattr(runtime, "_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(runtime, "find_device", lambda name: torch.device("meta"))
     with pytest.raises(UserError, match="int8 weights are for CPUs, and this is meta"):
         nanogpt.load(trained, dtype="int8")
     monkeypatch.undo()

@@ -12,6 +12,7 @@ from nanogpt import compile, optim, runtime
 from nanogpt.errors import UserError
 from nanogpt.gpu import attention_kernels
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.options import OptimizerOptions
 from tests.conftest import update
 
 SHAPE = GPTConfig(vocab_size=50, block_size=32, n_layer=2, n_head=2, n_embd=32, vocab_multiple=64)
@@ -25,15 +26,14 @@ def test_attention_is_pinned_and_named():
         assert name() == "math"
     with attention_kernels.chosen("flash"):
         assert name() == "flash"
-    assert attention_kernels.require_attention("math", SHAPE, CPU, 32, biased=False) == "math"
+    assert attention_kernels.require_attention("math", SHAPE, CPU, biased=False) == "math"
     with pytest.raises(
         UserError, match=r"--attention=cudnn: torch .* does not do it for heads of 16 .*float32"
     ):
-        attention_kernels.require_attention("cudnn", SHAPE, CPU, 32, biased=False)
+        attention_kernels.require_attention("cudnn", SHAPE, CPU, biased=False)
     grouped = replace(SHAPE, n_kv_head=1)
     assert (
-        attention_kernels.require_attention("auto", grouped, CPU, 32, biased=True)
-        in attention_kernels.ATTENTION
+        attention_kernels.require_attention("auto", grouped, CPU, biased=True) in attention_kernels.ATTENTION
     )
 
 
@@ -112,7 +112,7 @@ def test_a_step_reads_no_number_and_stays_on_its_device(rules, dtype, rows, monk
             meta
         )
     model.loss_rows = rows
-    config = optim.OptimConfig(rules, muon_weight_decay=0.1)
+    config = OptimizerOptions(rules, muon_weight_decay=0.1)
     optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), torch.bfloat16)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     idx = torch.zeros(4, 32, dtype=torch.int64, device=meta)
@@ -132,7 +132,7 @@ def test_a_rate_on_the_device_is_a_rate(rules):
             ("h.0.a", torch.nn.Parameter(torch.randn(8, 4))),
             ("wte", torch.nn.Parameter(torch.randn(5, 4))),
         ]
-        optimizer = optim.build(optim.OptimConfig(rules, muon_weight_decay=0.1), named)
+        optimizer = optim.build(OptimizerOptions(rules, muon_weight_decay=0.1), named)
         for _ in range(3):
             for _, p in named:
                 p.grad = torch.randn(p.shape)

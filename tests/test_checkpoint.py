@@ -14,7 +14,8 @@ from nanogpt import files
 from nanogpt.checkpoint import reader, writer
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig, Optimizer, build
+from nanogpt.optim import Optimizer, build
+from nanogpt.options import OptimizerOptions
 from tests.power_cut import Disk
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
@@ -27,7 +28,7 @@ def model():
 
 
 def adamw(model) -> Optimizer:
-    return build(OptimConfig(), model.named_parameters())
+    return build(OptimizerOptions(), model.named_parameters())
 
 
 def put(run, model, iter_num, val_loss=None):

@@ -10,7 +10,8 @@ from nanogpt.checkpoint import reader
 from nanogpt.checkpoint.writer import Content, Writer
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig, build
+from nanogpt.optim import build
+from nanogpt.options import OptimizerOptions
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -23,7 +24,7 @@ def model():
 
 @pytest.fixture
 def optimizer(model):
-    state = build(OptimConfig(), model.named_parameters()).state()
+    state = build(OptimizerOptions(), model.named_parameters()).state()
     for tensor in state.values():
         tensor.normal_()
     return state

@@ -24,7 +24,6 @@ import plan
 import sample
 import serve
 import train
-from nanogpt import resolve as runs
 from nanogpt.config import assignments, read
 from nanogpt.convert.pretrained import NAMES
 from tests import hf_folders, texts
@@ -151,7 +150,6 @@ def test_commands_of_nanogpts_documents(command, clone, real):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_every_preset_fits_train(path):
     options = read(train.Config, [str(path)])
-    runs.check(train.Config(**options.values))
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert head.startswith("# ") and f"train.py config/{path.name}" in path.read_text(encoding="utf-8")
     assert set(assignments(path)) == set(options.values)
@@ -194,9 +192,9 @@ def test_commands_of_our_own_pages_have_valid_options(page, command):
     if program == "eval.py":
         read(evaluation.Config, given, arguments=True)
     if program == "plan.py":
-        read(plan.Config, given, other_keys=frozenset(vars(train.Config)))
+        read(plan.Config, given, other_keys=frozenset(train.Config.__dataclass_fields__))
     if program == "bench.py":
-        read(bench.Config, given, other_keys=frozenset(vars(train.Config)))
+        read(bench.Config, given, other_keys=frozenset(train.Config.__dataclass_fields__))
 
 
 def test_the_two_readmes_show_the_same_commands():

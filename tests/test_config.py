@@ -7,10 +7,19 @@ from typing import Literal
 
 import pytest
 
+import bench
+import eval as evaluation
+import export
+import plan
+import plot
+import sample
+import serve
 import train
 from nanogpt.config import Count, Fraction, Positive, Rate, assignments, describe, inherit, load, read
 from nanogpt.errors import UserError
 from nanogpt.usage import help_text
+
+PROGRAMS = [train, sample, evaluation, serve, export, plan, bench, plot]
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,33 @@ def test_train_shows_what_most_people_need_on_one_screen(capsys):
     assert len(short) == 25 and len(shown[0].splitlines()) <= 40 and short < long
     assert len(long) == len(fields(train.Config)) <= 86
     assert f"--help=all shows all {len(long)} options" in shown[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"),
+        (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"),
+        (["--position=rope", "--head_dim=5"], "position=rope turns pairs of channels, but a head has 5"),
+        (["--min_lr=1"], "min_lr=1.0 is above learning_rate=0.0006; lower --min_lr"),
+        (["--beta1=1"], "beta1=1.0 and beta2=0.95 must be below 1"),
+        (["--lora_rank=4", "--freeze=wte*"], "--lora_rank freezes all weights; leave out --freeze and"),
+        (["--batch_tokens=1000"], r"12 \* 1024 = 12288 tokens; give 12_288, or another --batch_size"),
+        (["--max_iters=10", "--max_tokens=10000"], "--max_tokens=10000 and --max_iters=10 say the same"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_when_options_are_read(given, message):
+    with pytest.raises(UserError, match=message):
+        load(train.Config, given)
+    load(train.Config, [*given, "--init_from=resume"])  # the saved run may say otherwise
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_every_option_says_what_it_is(program, capsys):
+    with pytest.raises(SystemExit):
+        load(program.Config, ["--help=all"])
+    helped = set(re.findall(r"(?m)^    --(\w+)\S* +\S", capsys.readouterr().out))
+    assert helped == {field.name for field in fields(program.Config)}
 
 
 def test_a_removed_option_is_named_and_ignored(preset_file, capsys):

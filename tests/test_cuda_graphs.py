@@ -9,12 +9,14 @@ import torch
 
 import train
 from nanogpt import optim, runtime
+from nanogpt.config import picked
 from nanogpt.errors import UserError
 from nanogpt.gpu import auto_batch_size, cuda_graphs
 from nanogpt.inference import graph_decode
 from nanogpt.inference.engine import Completion, Decoder, Text, complete
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.options import OptimizerOptions
 from nanogpt.tokenizer.tokenizer import ByteTokenizer
 from nanogpt.world import World
 from tests.conftest import update
@@ -64,7 +66,7 @@ def test_a_recorded_training_step_is_the_plain_one(rules):
             GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False)
         )
         # No cautious decay: of a weight that is nearly 0 it asks for the sign.
-        rule = optim.OptimConfig(rules)
+        rule = OptimizerOptions(rules)
         optimizer = optim.build(rule, model.named_parameters(), model.fused_rows())
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         losses = []
@@ -207,7 +209,7 @@ def test_a_try_takes_real_steps(recompute, monkeypatch):
     monkeypatch.setattr(train, "train_step", step)
     sizes = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "optimizer": "muon", "loss_rows": 8}
     config = train.Config(**sizes, recompute=recompute)
-    trial = partial(train.try_batch_size, config, CPU, 10)
+    trial = partial(train.try_batch_size, config, CPU, picked(GPTConfig, config, vocab_size=10))
     assert auto_batch_size.fits(4, trial, CPU) and taken == [4, 4]
 
 
@@ -219,4 +221,4 @@ def test_where_nothing_fits_it_says_so(monkeypatch):
     gpu = Gpu(torch.device("cuda"), "float32", "test")
     monkeypatch.setattr(auto_batch_size, "fits", lambda *unused, **named: False)
     with pytest.raises(UserError, match="not one window of 16 tokens fits in the memory of a GPU"):
-        auto_batch_size.choose(Config, gpu, True, "", lambda rows: None, [])
+        auto_batch_size.choose(Config, gpu, "", lambda rows: None)

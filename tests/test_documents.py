@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train
-from nanogpt import resolve as runs
 from nanogpt.checkpoint import reader
+from nanogpt.config import require_consistent
 from nanogpt.data import documents, loader
 from nanogpt.data.samplers import RowOrder
 from nanogpt.errors import UserError
@@ -143,7 +143,8 @@ def test_what_has_no_documents_is_refused(config, dataset, folder):
 
 
 def counted(config, **origins):
-    return runs.count_tokens(config, origins)
+    require_consistent(config, origins)
+    return config.in_iterations(origins)
 
 
 def test_a_batch_and_a_run_in_tokens(config):
@@ -151,7 +152,7 @@ def test_a_batch_and_a_run_in_tokens(config):
     found = counted(config)
     assert (found.gradient_accumulation_steps, found.max_iters) == (5, 7)  # 160 tokens each
     ramped = counted(replace(config, batch_ramp_tokens=480, batch_ramp_start=0.2))
-    sizes = [n * 16 for n in runs.ramp_of(ramped)]
+    sizes = [n * 16 for n in ramped.ramp()]
     assert (
         sum(sizes) + (ramped.max_iters - len(sizes)) * 160
         >= 1000

@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanogpt import compile
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig
+from nanogpt.options import OptimizerOptions
 from nanogpt.planning import estimate
 from nanogpt.runtime import Machine
 
@@ -55,7 +55,7 @@ def test_activations_are_what_torch_allocates(switches, recompute, loss_rows):
         now += change
         peak = max(peak, now)
     how = {"recompute": recompute, "on_cpu": True, "loss_rows": loss_rows}
-    need = estimate.memory(shape, OptimConfig(), 4, number_bytes=4, **how)
+    need = estimate.memory(shape, OptimizerOptions(), 4, number_bytes=4, **how)
     held = need.weights + need.gradients
     assert held + peak == pytest.approx(held + need.activations, rel=0.05)
     assert peak == pytest.approx(need.activations, rel=0.1)

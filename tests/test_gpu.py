@@ -19,6 +19,7 @@ import train
 from nanogpt import checkpoint, compile, optim, runtime
 from nanogpt.checkpoint import reader
 from nanogpt.checkpoint.writer import Writer
+from nanogpt.config import picked
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
 from nanogpt.gpu import attention_kernels, auto_batch_size, cuda_graphs
@@ -26,6 +27,7 @@ from nanogpt.inference import graph_decode
 from nanogpt.inference.engine import Decoder, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.options import OptimizerOptions
 from tests.conftest import update
 from tests.test_train import bits, logged
 
@@ -38,7 +40,7 @@ def parts(device, dtype="bfloat16", rules="muon", casting="auto", **changes):
     torch.manual_seed(0)
     model = GPT(replace(SHAPE, **changes)).to(device)
     machine = replace(runtime.setup(str(device), dtype, 64), casting=casting)
-    config = optim.OptimConfig(rules, learning_rate=1e-2, muon_weight_decay=0.1)
+    config = OptimizerOptions(rules, learning_rate=1e-2, muon_weight_decay=0.1)
     optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), machine.half)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
     return model, optimizer, machine, scaler
@@ -129,7 +131,7 @@ def test_each_kernel_of_attention_is_right(device, name):
     machine = runtime.Machine(device, "bfloat16", "test")
     try:
         attention_kernels.require_attention(
-            name, replace(SHAPE, n_head=4, n_embd=256), machine, 128, biased=False
+            name, replace(SHAPE, n_head=4, n_embd=256, block_size=128), machine, biased=False
         )
     except UserError as error:
         pytest.skip(str(error))
@@ -263,7 +265,7 @@ def test_the_batch_that_fits_is_found_and_is_the_same_run(config, capsys):
     train.main(replace(config, batch_size=128))
     expected = logged(config.out_dir)
     machine = runtime.setup(config.device, "float32", 256)
-    trial = partial(train.try_batch_size, config, machine, 10)
+    trial = partial(train.try_batch_size, config, machine, picked(GPTConfig, config, vocab_size=10))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     assert auto_batch_size.fits(256, trial, machine)

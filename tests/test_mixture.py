@@ -14,7 +14,8 @@ import train
 from nanogpt import metrics
 from nanogpt.checkpoint import reader
 from nanogpt.data import loader, mixture
-from nanogpt.data.samplers import CYCLE, BatchOrder, MixedOrder, slots
+from nanogpt.data.mixed_order import CYCLE, MixedOrder, slots
+from nanogpt.data.samplers import BatchOrder
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
 from nanogpt.world import World
@@ -127,8 +128,8 @@ def test_batches_hold_both_by_weight_on_any_number_of_processes(folders):
 
 def test_without_weights_tokens_count(folders):
     found = mixture.load(",".join(map(str, folders)), Path()).train
-    sizes = [len(member) for member in found.mixture.members]
-    assert [float(w) for w in found.mixture.weights] == pytest.approx(np.array(sizes) / sum(sizes))
+    sizes = [len(member) for member in found.texts]
+    assert [float(text.weight) for text in found.texts] == pytest.approx(np.array(sizes) / sum(sizes))
 
 
 def test_what_does_not_go_together(folders, tmp_path, bare_tokens):
@@ -164,7 +165,7 @@ def test_masks_of_both_are_used(folders):
     batches = loader.TrainBatches(found.train, 16, 4, 1, 1, CPU)
     starts = batches.order.starts(0, 4)
     _, targets = next(batches.step(0))
-    first = found.train.mixture.offsets[1]
+    first = len(found.train.texts[0])
     for start, row in zip(starts, targets, strict=True):
         own, most = (start, 3) if start < first else (start - first, 4)
         assert ((row != loader.IGNORE).numpy() == ((own + 1 + np.arange(16)) % 7 < most)).all()

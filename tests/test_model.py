@@ -343,10 +343,6 @@ def test_compiled_is_the_same_function(switches):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_impossible_choices_are_named():
-    wrong = replace(SMALL, n_kv_head=3, norm="batch", head_dim=5, position="rope").problems()
-    assert wrong == [
-        "n_head=4 is not divisible by n_kv_head=3",
-        "position=rope turns pairs of channels, but a head has 5",
-        "norm=batch is none of layer, rms",
-    ]
+def test_an_impossible_shape_is_named():
+    with pytest.raises(ValueError, match="n_embd=30 is not divisible by n_head=4"):
+        GPT(replace(SMALL, n_embd=30, n_head=4))

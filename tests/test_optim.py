@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nanogpt.optim import Muon, OptimConfig, build, clip_gradients, orthogonalise
+from nanogpt.optim import Muon, build, clip_gradients, orthogonalise
+from nanogpt.options import OptimizerOptions
 
 
 def model_and_gradients(seed=0, steps=6):
@@ -15,7 +16,7 @@ def model_and_gradients(seed=0, steps=6):
 
 
 def adamw(model):
-    return build(OptimConfig(), model.named_parameters())
+    return build(OptimizerOptions(), model.named_parameters())
 
 
 def ours(steps=6, lrs=(1e-2,) * 6):
@@ -105,12 +106,14 @@ def matrices(seed=0):
 
 
 def muon_of(named, decay=0.0):
-    config = OptimConfig("muon", learning_rate=1e-2, weight_decay=0.0, muon_lr=0.05, muon_weight_decay=decay)
+    config = OptimizerOptions(
+        "muon", learning_rate=1e-2, weight_decay=0.0, muon_lr=0.05, muon_weight_decay=decay
+    )
     return build(config, [*named.items(), ("h.0.gain", nn.Parameter(torch.ones(3)))], ROWS)
 
 
 def muon_alone(named, decay=0.0):
-    config = OptimConfig("muon", muon_weight_decay=decay)
+    config = OptimizerOptions("muon", muon_weight_decay=decay)
     return Muon(config, named, {k: v for k, v in ROWS.items() if k in dict(named)})
 
 

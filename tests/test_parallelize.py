@@ -14,12 +14,14 @@ import train
 from nanogpt import compile, metrics
 from nanogpt.checkpoint import reader
 from nanogpt.data import loader
+from nanogpt.data.token_files import Tokens
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.layout import Replicated
 from nanogpt.errors import UserError
 from nanogpt.gpu import auto_batch_size
 from nanogpt.model import GPT, IGNORE, GPTConfig
-from nanogpt.optim import OptimConfig, build
+from nanogpt.optim import build
+from nanogpt.options import OptimizerOptions
 from nanogpt.prepare import corpus
 from nanogpt.runtime import Machine
 from nanogpt.world import World
@@ -271,18 +273,16 @@ def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_s
 
         def __init__(self):
             self.batch_size = batch_size
+            self.tokens = Tokens([], 10)
 
         def windows(self, step):
             return windows
-
-        def targets(self, step):
-            return 0
 
         def step(self, step):
             return iter(mine)
 
     connected = parallelize.Connected(function, order.append)
-    optimizer = build(OptimConfig(), model.named_parameters())
+    optimizer = build(OptimizerOptions(), model.named_parameters())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     micro_batches = parallelize.micro_batches(Batches(), machine.world, connected, 0)
     step = parallelize.step_of_all(train.train_step, machine.world)
@@ -323,7 +323,7 @@ def test_a_batch_that_fits_is_that_of_a_whole_model(dataset):
     config = train.Config(dataset=str(dataset), batch_size="auto", batch_tokens=480, block_size=16)
     divided, machine = choose("fsdp"), Machine(torch.device("cuda"), "bfloat16", "")
     with pytest.raises(UserError, match=r"--batch_size=auto .* divided \(fsdp: as asked\); give a number"):
-        auto_batch_size.choose(config, machine, divided.whole, divided.why, lambda rows: None, [])
+        auto_batch_size.choose(config, machine, divided.why, lambda rows: None)
 
 
 def test_owners_have_about_as_much_to_do():
@@ -339,12 +339,14 @@ def test_owners_have_about_as_much_to_do():
 def test_each_process_keeps_its_share_of_the_state(rule):
     """ZeRO-1: all of the state once, in about equal parts, and every element in one process."""
     model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=4, n_head=2, n_embd=32))
-    whole = build(OptimConfig(rule), model.named_parameters(), model.fused_rows()).state()
+    whole = build(OptimizerOptions(rule), model.named_parameters(), model.fused_rows()).state()
     for size in (2, 4):
         held = []
         for rank in range(size):
             layout = Replicated(World(rank, size))
-            optimizer = build(OptimConfig(rule), model.named_parameters(), model.fused_rows(), layout=layout)
+            optimizer = build(
+                OptimizerOptions(rule), model.named_parameters(), model.fused_rows(), layout=layout
+            )
             pieces = {n: piece for n, piece in optimizer.pieces().items() if not n.endswith("steps")}
             held.append(sum(piece.tensor.numel() for piece in pieces.values()))
             for name, piece in pieces.items():
@@ -361,7 +363,7 @@ def test_state_of_one_process_is_its_own():
     """No copy where nothing is divided: what a checkpoint writes is what the optimizer uses."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8))
-    optimizer = build(OptimConfig("muon"), model.named_parameters(), model.fused_rows())
+    optimizer = build(OptimizerOptions("muon"), model.named_parameters(), model.fused_rows())
     state, pieces = optimizer.state(), optimizer.pieces()
     assert state.keys() == pieces.keys()
     for name, piece in pieces.items():

@@ -9,11 +9,10 @@ import torch
 import plan
 import train
 from nanogpt import optim
-from nanogpt import resolve as runs
 from nanogpt.config import picked, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
-from nanogpt.optim import OptimConfig
+from nanogpt.options import OptimizerOptions
 from nanogpt.planning import estimate
 
 OPTIONS = frozenset(train.Config.__dataclass_fields__)
@@ -32,7 +31,7 @@ SHAPES = [
 def test_parameters_and_optimizer_state_are_those_of_real_models(shape, optimizer):
     with torch.device("meta"):
         model = GPT(shape)
-    found, rules = estimate.parameters(shape), OptimConfig(optimizer)
+    found, rules = estimate.parameters(shape), OptimizerOptions(optimizer)
     real = list(model.parameters())
     assert found.total == sum(p.numel() for p in real)
     assert found.total - found.padding == model.n_params()
@@ -64,8 +63,7 @@ PUBLISHED = {  # millions of parameters: OpenAI's release, and Brown et al. 2020
 def test_presets_have_their_size_batch_and_length(name, millions):
     path = ROOT / "config" / f"{name}.py"
     options = read(train.Config, [str(path)])
-    config = runs.count_tokens(train.Config(**options.values), dict(options.origins))
-    runs.check(config)
+    config = train.Config(**options.values).in_iterations(dict(options.origins))
     with torch.device("meta"):
         model = GPT(picked(GPTConfig, config, vocab_size=50257))
     assert model.n_params() == pytest.approx(millions * 1e6, rel=0.005)
@@ -107,8 +105,8 @@ def test_logits_of_some_tokens_at_a_time_take_their_share(capsys):
     config = plan.Config(loss_rows=2048, bias=True, batch_size=64, scaling=True)
     plan.main(config)
     said = capsys.readouterr().out
-    need = estimate.memory(GPT2_SIZES["gpt2"], OptimConfig(), batch_size=64, loss_rows=2048)
-    plain = estimate.memory(GPT2_SIZES["gpt2"], OptimConfig(), batch_size=64)
+    need = estimate.memory(GPT2_SIZES["gpt2"], OptimizerOptions(), batch_size=64, loss_rows=2048)
+    plain = estimate.memory(GPT2_SIZES["gpt2"], OptimizerOptions(), batch_size=64)
     assert (
         f"about {need.activations / 1e9:.2f}" in said and f" {need.total / 1e9:.1f}" in said.partition("|")[2]
     )
@@ -117,7 +115,7 @@ def test_logits_of_some_tokens_at_a_time_take_their_share(capsys):
 
 def test_blocks_that_run_again_keep_their_inputs(capsys):
     """So that the logits are nearly all that a micro-batch takes; and no bfloat16 copies wait in blocks."""
-    shape, rules, found = GPT2_SIZES["gpt2"], OptimConfig(), {}
+    shape, rules, found = GPT2_SIZES["gpt2"], OptimizerOptions(), {}
     for recompute in (False, True):
         found[recompute] = estimate.memory(shape, rules, batch_size=12, recompute=recompute)
         plan.main(plan.Config(recompute=recompute, bias=True))

@@ -55,8 +55,6 @@ def test_what_each_scheme_leaves_alone():
 def test_rotary_needs_pairs():
     with pytest.raises(ValueError, match="a head has 3"):
         Rotary(16, 6, 2, 3)
-    config = GPTConfig(vocab_size=5, n_embd=6, n_head=2, position="rope")
-    assert config.problems() == ["position=rope turns pairs of channels, but a head has 3"]
 
 
 def loss_at_twice_the_length(position: str) -> tuple[float, float]:

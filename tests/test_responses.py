@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import train
-from nanogpt.data import loader
+from nanogpt.data import loader, responses
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.prepare import corpus
@@ -113,7 +113,7 @@ def test_the_gradient_is_the_responses_whatever_the_micro_batch(config):
         plan = batches(config, size)
         total = 0.0
         for idx, targets in plan.step(0):
-            share = (targets != IGNORE).sum() / plan.targets(0)
+            share = (targets != IGNORE).sum() / responses.count_targets(plan, 0)
             loss = model(idx, targets)[1] * share
             loss.backward()
             total += float(loss.detach())
@@ -153,4 +153,4 @@ def test_a_step_without_a_response_says_so(config, tmp_path):
     mask = tmp_path / "data" / "train.mask.bin"
     mask.write_bytes(bytes(mask.stat().st_size))
     with pytest.raises(UserError, match="none of the 12 windows of iteration 0 holds a token of a response"):
-        batches(config, 3).targets(0)
+        responses.count_targets(batches(config, 3), 0)

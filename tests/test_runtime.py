@@ -113,7 +113,7 @@ def test_compiling_pays_in_long_runs_on_a_gpu():
     assert not compile.pays(shakespeare, 989e12)
     assert compile.pays(gpt2, 989e12) and compile.pays(gpt2, None)
     cpu = runtime.setup("cpu", "float32", 16)
-    assert not resolve.worth_compiling(None, None, None, cpu)  # however long the run
+    assert not resolve.worth_compiling(None, None, cpu)  # however long the run
     assert run_wrap(torch.nn.Identity(), None, compile=False)[1] == ""
 
 

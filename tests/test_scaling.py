@@ -17,7 +17,7 @@ from nanogpt import runtime
 from nanogpt.config import ROOT, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2_SIZES
-from nanogpt.optim import OptimConfig
+from nanogpt.options import OptimizerOptions
 from nanogpt.planning import comm_volume, estimate, scaling
 from nanogpt.planning.comm_volume import Call, World
 from nanogpt.planning.scaling import Network, Setting
@@ -25,7 +25,7 @@ from tests.scaling_worker import MICRO_BATCHES, SHAPE
 
 OPTIONS = frozenset(train.Config.__dataclass_fields__)
 
-ADAMW = OptimConfig("adamw")
+ADAMW = OptimizerOptions("adamw")
 SETTING = Setting(
     batch=512,
     batch_size=16,
@@ -66,7 +66,7 @@ def test_bytes_of_updates_are_those_of_real_runs(counted, rule):
     """Within 2 %, of our optimizers: what each process sends after the gradients are averaged."""
     size, found = counted
     for mode in found[0][rule]:
-        world, rules = World(size, 2 if mode == "hsdp" else size), OptimConfig(rule)
+        world, rules = World(size, 2 if mode == "hsdp" else size), OptimizerOptions(rule)
         sent = [one[rule][mode] for one in found]
         foretold = comm_volume.calls(SHAPE, rules, mode, world, number_bytes=4, sharded_state=True)
         after = [call for call in foretold if call.when == "update"]
@@ -164,7 +164,7 @@ def test_what_fsdp_saves_and_costs():
 def test_what_muon_sends_under_fsdp():
     """A gradient to each matrix's owner and an update back: 4 and 2 bytes a number, all of them but those
     that a GPU keeps; and no GPU has much more to do than others."""
-    shape, muon = GPT2_SIZES["gpt2"], OptimConfig("muon")
+    shape, muon = GPT2_SIZES["gpt2"], OptimizerOptions("muon")
     matrices = estimate.parameters(shape).matrices
     for parts in (2, 8, 64):
         sent = comm_volume.sent_by_muon(shape, parts, number_bytes=2)

@@ -5,16 +5,16 @@ from itertools import pairwise
 
 import pytest
 
-from nanogpt.schedule import batch_ramp, learning_rate
+import train
+from nanogpt.data.ramp import batch_ramp
 
 KINDS = ["cosine", "linear", "wsd", "constant"]
 
 
 def rates(kind: str, n: int = 300, warmup: int = 20, decay: int = 200, floor: float = 1e-4) -> list[float]:
-    return [
-        learning_rate(i, kind, peak=1e-3, floor=floor, warmup_iters=warmup, decay_iters=decay)
-        for i in range(n)
-    ]
+    rules = {"lr_schedule": kind, "learning_rate": 1e-3, "min_lr": floor, "warmup_iters": warmup}
+    config = train.Config(**rules, lr_decay_iters=decay, max_iters=1)
+    return [train.learning_rate(config, i) for i in range(n)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,8 @@ from nanogpt import runtime, validation
 from nanogpt.data import loader
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig, Optimizer, build
+from nanogpt.optim import Optimizer, build
+from nanogpt.options import OptimizerOptions
 from tests.conftest import update
 
 CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -22,7 +23,7 @@ def machine_of(dtype="float32"):
 
 
 def adamw(model) -> Optimizer:
-    return build(OptimConfig(), model.named_parameters())
+    return build(OptimizerOptions(), model.named_parameters())
 
 
 def parts(dropout=0.0, dtype="float32"):
@@ -87,7 +88,7 @@ def test_gradients_are_clipped_and_the_norm_is_that_before():
     assert float(result[1]) > 0.1
     assert all(p.grad is None for p in everything[0].parameters())
     means = [tensor for name, tensor in everything[1].state().items() if name.endswith(".exp_avg")]
-    seen = torch.cat([mean.flatten() for mean in means]).norm() / (1 - OptimConfig().beta1)
+    seen = torch.cat([mean.flatten() for mean in means]).norm() / (1 - OptimizerOptions().beta1)
     assert float(seen) == pytest.approx(1e-3, rel=1e-3)  # what the optimizer was given
 
 

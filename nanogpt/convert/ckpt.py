@@ -19,6 +19,7 @@ from nanogpt.convert.pretrained import (
     mismatches,
     ours,
     parameter_shapes,
+    require_possible,
     theirs,
     unlike,
     with_vocabulary,
@@ -52,8 +53,7 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
         stored = {ours(name.removeprefix(COMPILED)): tensor for name, tensor in weights.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a checkpoint of nanoGPT ({error!r})") from None
-    if problems := config.problems():
-        raise UserError(f"{path}: {'; '.join(problems)}")
+    require_possible(config, path)
     head = stored.pop("lm_head.weight", None)  # the embedding once more
     # Causal masks that versions without flash attention saved.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".attn.bias")}

@@ -24,6 +24,7 @@ from nanogpt.convert.pretrained import (
     mismatches,
     ours,
     parameter_shapes,
+    require_possible,
     stored_tensor,
     theirs,
     with_vocabulary,
@@ -152,8 +153,7 @@ def shape(about: Any, path: Path) -> GPTConfig:
         raise UserError(f"{path} sets what this program does not compute: {'; '.join(wrong)}")
     tied = about.get("tie_word_embeddings", True)
     config = GPTConfig(**sizes, activation=ACTIVATION_OF[activation], tied=tied)
-    if problems := config.problems():
-        raise UserError(f"{path}: {'; '.join(problems)}")
+    require_possible(config, path)
     return config
 
 

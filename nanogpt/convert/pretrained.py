@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.options import shape_problems
 from nanogpt.tokenizer import vocabulary
 from nanogpt.tokenizer.tokenizer import Tokenizer, from_text
 
@@ -136,6 +137,13 @@ def theirs(name: str) -> str:
     if name == "lm_head.weight":
         return name
     return "transformer." + ("wpe.weight" if name == POSITIONS else name)
+
+
+def require_possible(config: GPTConfig, path: Path) -> None:
+    """UserError if the file `path` describes a model that cannot be."""
+    shape = (config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.position)
+    if problems := shape_problems(*shape):
+        raise UserError(f"{path}: {'; '.join(problems)}")
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, list[int]]:

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from nanogpt.data.loader import Dataset, Tokens, order_of
-from nanogpt.data.samplers import BatchOrder, MixedOrder, RowOrder
+from nanogpt.data.mixed_order import MixedOrder
+from nanogpt.data.samplers import BatchOrder, RowOrder
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import tokenizer, vocabulary
 

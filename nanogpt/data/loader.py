@@ -10,18 +10,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanogpt import files
-from nanogpt.data.samplers import BatchOrder, MixedOrder, Share, everything
+from nanogpt.data.samplers import BatchOrder, Share, everything
 from nanogpt.data.token_files import FORMAT, TokenFile, Tokens, open_split, split_files
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.tokenizer import vocabulary
+
+if TYPE_CHECKING:
+    from nanogpt.data.mixed_order import MixedOrder
 
 # ----------------------------------------------------------------------------- files
 
@@ -131,23 +134,25 @@ def _short(path: Path, root: Path) -> str:
 # ----------------------------------------------------------------------------- batches
 
 
-def require_window(tokens: Tokens, block_size: int, split: str, name: str = "") -> None:
-    """UserError if the split, or one of several datasets', is shorter than a window and its last target."""
-    if tokens.mixture:
-        for member, part in zip(tokens.mixture.names, tokens.mixture.members, strict=True):
-            require_window(part, block_size, split, f" of {member}")
-    elif len(tokens) <= block_size:
-        raise UserError(
-            f"the {split} text{name} has {len(tokens)} tokens, fewer than one window of block_size + 1 = "
-            f"{block_size + 1}; use more text or a smaller --block_size"
-        )
+def require_window(tokens: Tokens, block_size: int, split: str) -> None:
+    """UserError if the split, or one of several texts, is shorter than a window and its last target."""
+    for text in tokens.texts:
+        if len(text) <= block_size:
+            name = f" of {text.name}" if text.name else ""
+            raise UserError(
+                f"the {split} text{name} has {len(text)} tokens, fewer than one window of block_size + 1 = "
+                f"{block_size + 1}; use more text or a smaller --block_size"
+            )
 
 
-def order_of(tokens: Tokens, of_one: Callable[[Tokens], BatchOrder]) -> BatchOrder | MixedOrder:
+def order_of(tokens: Tokens, of_one: Callable[[Tokens], BatchOrder]) -> "BatchOrder | MixedOrder":
     """The order `of_one` text; of several, theirs by weight."""
-    if not (mixture := tokens.mixture):
+    if len(tokens.texts) == 1:
         return of_one(tokens)
-    return MixedOrder([of_one(text) for text in mixture.members], mixture.weights, mixture.offsets)
+    from nanogpt.data.mixed_order import MixedOrder
+
+    offsets = [0, *itertools.accumulate(len(text) for text in tokens.texts)][:-1]
+    return MixedOrder([of_one(text) for text in tokens.texts], [t.weight for t in tokens.texts], offsets)
 
 
 def gather(
@@ -183,7 +188,7 @@ class TrainBatches:
         device: torch.device,
         ramp: Sequence[int] = (),
         separator: int | None = None,
-        order: BatchOrder | MixedOrder | None = None,
+        order: "BatchOrder | MixedOrder | None" = None,
         share: Share = everything,
         total: Callable[[int], int] = int,
     ):
@@ -200,7 +205,7 @@ class TrainBatches:
         most batch_size; with a separator, documents (B, T). A process that is alone leaves out those without
         a scored target; several make equally many passes."""
         every = self.tokens.scored is None or self.share(self.windows(step))[1] < self.windows(step)
-        for starts in self._starts(step):
+        for starts in self.starts(step):
             batch = gather(self.tokens, starts, self.block_size, self.separator)
             if every or bool((batch[1] != IGNORE).any()):
                 yield to_device(batch, self.device)
@@ -210,26 +215,8 @@ class TrainBatches:
         for batch in self.step(step):
             yield len(batch[0]) / self.windows(step), batch
 
-    def weighted_by_targets(self, step: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """As `weighted`, where not every target is scored: every scored target weighs the same."""
-        targets = self.targets(step)
-        for batch in self.step(step):
-            yield (batch[1] != IGNORE).sum() / targets, batch
-
-    def targets(self, step: int) -> int:
-        """How many targets of update number `step` are scored in all processes, which must ask together; 0
-        for all of them. UserError if none is."""
-        if self.tokens.scored is None:
-            return 0
-        masks = (gather(self.tokens.scored, starts, self.block_size)[1] for starts in self._starts(step))
-        if not (count := self.total(sum(int(mask.sum()) for mask in masks))):
-            raise UserError(
-                f"none of the {self.windows(step)} windows of iteration {step} holds a token of a response; "
-                f"give a larger --block_size or --batch_size"
-            )
-        return count
-
-    def _starts(self, step: int) -> Iterator[np.ndarray]:
+    def starts(self, step: int) -> Iterator[np.ndarray]:
+        """Where the windows of this process's micro-batches of `step` begin."""
         start, windows = self.share(self.windows(step))
         first = self.windows_before(step) + start
         for done in range(0, windows, self.batch_size):

@@ -1,7 +1,7 @@
 """Several datasets as one: `--dataset=web:0.7,books:0.3` draws windows from each by weight.
 
 Weights need not add up to 1; without any, datasets count by their tokens. Which window is sample n stays a
-pure function of (seed, n) (order.MixedOrder), so resuming, several processes and batches that grow need
+pure function of (seed, n) (mixed_order.py), so resuming, several processes and batches that grow need
 nothing of their own.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanogpt.data import loader
 from nanogpt.data.loader import Dataset
-from nanogpt.data.token_files import Mixture, Tokens
+from nanogpt.data.token_files import Tokens
 from nanogpt.errors import UserError
 
 
@@ -48,8 +48,8 @@ def load(name: str, root: Path) -> Dataset:
     mean = sum(float(w) * length for w, length in zip(weights, lengths, strict=False))
     return Dataset(
         Path(name),
-        _joined([one.train for one in found], Mixture(names, weights, [one.train for one in found])),
-        _joined([one.val for one in found], Mixture(names, weights, [one.val for one in found])),
+        _joined([one.train for one in found], names, weights),
+        _joined([one.val for one in found], names, weights),
         max((one.tokenizer for one in found), key=len),  # GPT-2's with its merges
         first.vocab_size,
         first.fingerprint,
@@ -79,8 +79,10 @@ def _part(part: str, name: str) -> tuple[str, Fraction | None]:
     return folder, weight
 
 
-def _joined(texts: list[Tokens], mixture: Mixture) -> Tokens:
-    joined = Tokens([part for text in texts for part in text.parts], texts[0].vocab_size, mixture)
+def _joined(texts: list[Tokens], names: list[str], weights: list[Fraction]) -> Tokens:
+    for text, name, weight in zip(texts, names, weights, strict=True):
+        text.name, text.weight = name, weight
+    joined = Tokens([part for text in texts for part in text.parts], texts[0].vocab_size, texts)
     masks = [text.scored for text in texts if text.scored]
     if len(masks) == len(texts):
         joined.scored = Tokens([part for mask in masks for part in mask.parts], 2)

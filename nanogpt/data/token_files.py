@@ -34,27 +34,15 @@ class TokenFile:
     seen: bool = True  # False: its size and header are not known, but follow from its neighbours
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Texts that lie one behind another, and how often a window of each is drawn."""
-
-    names: list[str]
-    weights: list[Fraction]
-    members: "list[Tokens]"
-
-    @property
-    def offsets(self) -> list[int]:
-        """Where each begins."""
-        return [0, *itertools.accumulate(len(tokens) for tokens in self.members)][:-1]
-
-
 class Tokens:
     """The tokens of a split, in one or more files, as one sequence."""
 
-    def __init__(self, parts: list[TokenFile], vocab_size: int, mixture: Mixture | None = None):
+    name, weight = "", Fraction(1)  # among several texts, and how often a window of this one is drawn
+
+    def __init__(self, parts: list[TokenFile], vocab_size: int, texts: "list[Tokens] | None" = None):
         self.parts = parts
         self.vocab_size = vocab_size
-        self.mixture = mixture  # what the parts belong to, where that is not one text
+        self.texts = texts or [self]  # that lie one behind another (mixture.py)
         self.ends = list(itertools.accumulate(part.tokens for part in parts))
         self.scored: Tokens | None = None  # 1 where a token is a target; None: everywhere
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()  # the one used last is last

@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt.compile import Function, is_sharded
+from nanogpt.data import responses
 from nanogpt.data.loader import TrainBatches
 from nanogpt.distributed.layout import Replicated, Sharded
 from nanogpt.errors import UserError
 from nanogpt.finetune import lora
 from nanogpt.loss import IGNORE
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Layout, OptimConfig
-from nanogpt.planning import estimate
+from nanogpt.optim import Layout, is_for_muon
+from nanogpt.options import OptimizerOptions
 from nanogpt.runtime import DTYPES, Machine
 from nanogpt.world import World
 
@@ -88,10 +89,16 @@ def choose(asked: str, shard_size: int, world: World, weights: int, optimizer: i
     return Division(mode, size, f"{mode}{copies}: {why}")
 
 
-def divide(shape: GPTConfig, rules: OptimConfig, asked: str, shard_size: int, machine: Machine) -> Division:
+def divide(
+    shape: GPTConfig, rules: OptimizerOptions, asked: str, shard_size: int, machine: Machine
+) -> Division:
     """What each process holds of a model of `shape`, by --parallel and --shard_size (`choose`)."""
-    need = estimate.memory(shape, rules, batch_size=1)  # activations do not count here
-    return choose(asked, shard_size, machine.world, need.weights, need.optimizer, device_memory(machine))
+    with torch.device("meta"):
+        named = list(GPT(shape).named_parameters())
+    weights = sum(p.nbytes for _, p in named)
+    to_muon = sum(p.nbytes for n, p in named if rules.optimizer == "muon" and is_for_muon(n, p))
+    optimizer = 2 * weights - to_muon  # AdamW keeps two numbers a parameter, Muon one
+    return choose(asked, shard_size, machine.world, weights, optimizer, device_memory(machine))
 
 
 def whole_model(model: GPT, layout: Layout, adapters: dict[str, Any] | None) -> GPT | None:
@@ -181,7 +188,7 @@ def micro_batches(
     """This process's micro-batches of update number `step` with their loss weights, times the number of
     processes, because gradients are averaged over them. All make the same number of passes, because those of
     a sharded model need one another: a rank with one micro-batch fewer runs a dummy row with weight 0."""
-    windows, targets = batches.windows(step), batches.targets(step)
+    windows, targets = batches.windows(step), responses.count_targets(batches, step)
     left, made = world.share(windows)[1], 0
     largest = -(-windows // world.size)
     passes = -(-largest // batches.batch_size)

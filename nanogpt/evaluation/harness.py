@@ -5,6 +5,7 @@ It is an optional package: pip install 'nanogpt[lm-eval]'.
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key.removesuffix(",none"): value for key, value in numbers.items()}
 
 
-def describe(results: dict[str, dict[str, Any]]) -> list[str]:
+def describe(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line for each task: arc_easy: acc 0.2541 ± 0.0089, ..."""
     lines = []
     for task, values in results.items():

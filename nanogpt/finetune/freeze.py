@@ -10,16 +10,6 @@ from nanogpt.finetune import lora
 from nanogpt.options import FinetuneOptions
 
 
-def problems(options: FinetuneOptions) -> list[str]:
-    """What makes these options impossible; empty if nothing does."""
-    wrong = []
-    if options.lora_rank and (options.freeze or options.train_only):
-        wrong.append("--lora_rank freezes all weights; leave out --freeze and --train_only")
-    if options.lora_rank and not options.lora_alpha:
-        wrong.append("lora_alpha=0 switches the adapters off; 2 * lora_rank is usual")
-    return wrong
-
-
 def choose_trained(model: nn.Module, options: FinetuneOptions) -> list[str]:
     """Freeze all parameters of `model` that `options` exclude; returns lines that say so.
 

@@ -63,10 +63,10 @@ def _heads(count: int, length: int, size: int, dtype: torch.dtype, device: torch
     return torch.empty(1, count, length, size, dtype=dtype, device=device, requires_grad=True)
 
 
-def require_attention(asked: str, shape: GPTConfig, machine: Machine, length: int, biased: bool) -> str:
+def require_attention(asked: str, shape: GPTConfig, machine: Machine, biased: bool) -> str:
     """The name of the kernel; UserError if one is asked for that torch does not take for this run."""
     with chosen(asked):
-        found = attention_name(shape, machine, length, biased)
+        found = attention_name(shape, machine, shape.block_size, biased)
     if asked not in ("auto", found):
         raise UserError(
             f"--attention={asked}: torch {torch.__version__} on {machine.name()} does not do it for heads of "

@@ -4,29 +4,30 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from nanogpt.errors import UserError
+from nanogpt.options import BatchOptions
 from nanogpt.runtime import Machine
 
+B = TypeVar("B", bound=BatchOptions)
 
-def choose(
-    config: Any, machine: Machine, whole: bool, why: str, trial: Callable[[int], None], notices: list[str]
-) -> Any:
-    """`config` with the windows of a micro-batch for updates of batch_tokens: the most that `trial` can run.
-    UserError where there is no telling, or where no process is to hold the whole model (`whole`, `why`)."""
-    if not whole:
+
+def choose(options: B, machine: Machine, divided: str, trial: Callable[[int], None]) -> B:
+    """`options` with the windows of a micro-batch for updates of batch_tokens: the most that `trial` can run.
+    UserError where there is no telling, or where no process is to hold the whole model (`divided` says why)."""
+    if divided:
         raise UserError(
-            f"--batch_size=auto tries the whole model on one GPU, and it is to be divided ({why}); "
+            f"--batch_size=auto tries the whole model on one GPU, and it is to be divided ({divided}); "
             f"give a number, such as --batch_size=12"
         )
-    windows, rest = divmod(config.batch_tokens, config.block_size)
+    windows, rest = divmod(options.batch_tokens, options.block_size)
     if not windows or rest:
         raise UserError(
             f"--batch_size=auto shares out the tokens of an iteration: give --batch_tokens, a multiple of "
-            f"block_size={config.block_size}, such as {480 * config.block_size}"
+            f"block_size={options.block_size}, such as {480 * options.block_size}"
         )
     if machine.device.type != "cuda":
         raise UserError(
@@ -37,11 +38,10 @@ def choose(
     rows = largest(windows, partial(fits, trial=trial, machine=machine), world.any, world.size)
     if not rows:
         raise UserError(
-            f"--batch_size=auto: not one window of {config.block_size} tokens fits in the memory of "
+            f"--batch_size=auto: not one window of {options.block_size} tokens fits in the memory of "
             f"{machine.name()}; give a smaller --block_size or model"
         )
-    notices.append(f"batch_size = {rows}: the most that fits in the memory of {machine.name()}")
-    return replace(config, batch_size=rows)
+    return replace(options, batch_size=rows)
 
 
 def largest(

@@ -7,13 +7,14 @@ in memory, so inputs are copied to theirs, the rate among them. Nothing here has
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nanogpt.errors import UserError
 from nanogpt.optim import Optimizer
+from nanogpt.options import MachineOptions
 from nanogpt.runtime import Machine
 
 T = TypeVar("T")
@@ -50,13 +51,13 @@ def aside(work: Callable[[], T], device: torch.device) -> T:
 # ----------------------------------------------------------------------------- training
 
 
-def require_recordable(config: Any, machine: Machine, scored: bool) -> None:
+def require_recordable(options: MachineOptions, machine: Machine, scored: bool) -> None:
     """UserError if a run of these options cannot be recorded; `scored`: some targets are left out."""
     require_cuda(machine.device)
     problems = {
         "several processes": machine.world.size > 1,
         "float16, whose scaled loss is looked at in each iteration": machine.dtype == "float16",
-        "--recompute, which saves the state of random numbers on the way": config.recompute,
+        "--recompute, which saves the state of random numbers on the way": options.recompute,
         "data of prompts and responses, of which each batch scores another number of tokens": scored,
     }
     if wrong := [what for what, there in problems.items() if there]:

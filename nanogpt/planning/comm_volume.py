@@ -13,7 +13,8 @@ import torch
 
 from nanogpt.distributed.layout import TURN, common, rows_of, share_out
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import OptimConfig, is_for_muon, work
+from nanogpt.optim import is_for_muon, work
+from nanogpt.options import OptimizerOptions
 from nanogpt.planning import estimate
 from nanogpt.planning.estimate import FLOAT
 
@@ -94,7 +95,12 @@ class World:
 
 
 def calls(
-    shape: GPTConfig, rules: OptimConfig, mode: Mode, world: World, number_bytes: int, sharded_state: bool
+    shape: GPTConfig,
+    rules: OptimizerOptions,
+    mode: Mode,
+    world: World,
+    number_bytes: int,
+    sharded_state: bool,
 ) -> list[Call]:
     """The collectives of a step, those of "forward" and "backward" once for each micro-batch.
 
@@ -128,7 +134,9 @@ def calls(
     return found if parts > 1 else [call for call in found if call.kind == "all_reduce"]
 
 
-def _gathered_updates(shape: GPTConfig, rules: OptimConfig, world: World, number_bytes: int) -> list[Call]:
+def _gathered_updates(
+    shape: GPTConfig, rules: OptimizerOptions, world: World, number_bytes: int
+) -> list[Call]:
     """Under DDP: AdamW's parameters, some at a time, and for each size of Muon's matrices their updates, as
     many from each GPU as the one sends that has the most."""
     by_muon = _alike(shape, world.gpus) if rules.optimizer == "muon" else {}

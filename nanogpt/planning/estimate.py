@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nanogpt import model
 from nanogpt.loss import rows_at_once
 from nanogpt.model import GPTConfig
-from nanogpt.optim import OptimConfig
+from nanogpt.options import OptimizerOptions
 
 FLOAT = 4  # bytes of weights, gradients and optimizer state
 HALF = 2  # bytes of a number in bfloat16
@@ -80,7 +80,7 @@ class Memory:
 
 def memory(
     shape: GPTConfig,
-    rules: OptimConfig,
+    rules: OptimizerOptions,
     batch_size: int,
     number_bytes: int = HALF,
     recompute: bool = False,

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from nanogpt.model import GPTConfig
-from nanogpt.optim import OptimConfig
+from nanogpt.options import OptimizerOptions
 from nanogpt.planning import estimate
 from nanogpt.planning.comm_volume import BUCKET, Call, Mode, World, bus_factor, calls, tensors, wire_bytes
 from nanogpt.planning.estimate import FLOAT, HALF
@@ -127,7 +127,9 @@ def exposed_s(passes: float, transfers: float, first: float, overlap: float) -> 
     return first + max(0.0, transfers - first - overlap * passes)
 
 
-def predict(shape: GPTConfig, rules: OptimConfig, mode: Mode, gpus: int, setting: Setting) -> Step | None:
+def predict(
+    shape: GPTConfig, rules: OptimizerOptions, mode: Mode, gpus: int, setting: Setting
+) -> Step | None:
     """A step on `gpus` GPUs; None where there is not a window for each."""
     windows = -(-setting.batch // gpus)
     if setting.batch < gpus:
@@ -176,7 +178,7 @@ def efficiency(step: Step, alone: Step) -> float:
     return alone.seconds / (step.seconds * step.world.gpus)
 
 
-def update_s(shape: GPTConfig, rules: OptimConfig, mode: Mode, world: World, setting: Setting) -> float:
+def update_s(shape: GPTConfig, rules: OptimizerOptions, mode: Mode, world: World, setting: Setting) -> float:
     """Clipping reads every gradient twice and writes it, AdamW reads four numbers a parameter and writes
     three, at the memory's speed; Muon's products run at half of the peak."""
     numbers = estimate.parameters(shape).total
@@ -231,7 +233,7 @@ def feeds(
 
 def memory(
     shape: GPTConfig,
-    rules: OptimConfig,
+    rules: OptimizerOptions,
     mode: Mode,
     world: World,
     sizes: list[int],

@@ -1,0 +1,15 @@
+"""Batches that grow (Brown et al. 2020, GPT-3, appendix B), as a pure function of the options."""
+
+
+def batch_ramp(full: int, start: float, windows: int, unit: int) -> list[int]:
+    """Return the batch sizes, in windows, of the first updates: each grows linearly with the windows read
+    before it, from the share `start` of `full` to `full` after about `windows` of them. They are multiples of
+    `unit`, at least one; the list ends before the first full batch.
+    """
+    sizes: list[int] = []
+    read = 0
+    while read < windows:
+        size = full * (start + (1 - start) * read / windows)
+        sizes.append(min(full, max(unit, round(size / unit) * unit)))
+        read += sizes[-1]
+    return sizes
