@@ -20,6 +20,7 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.prepare import encode, readers
 from nanogpt.prepare.text_files import Texts
 from nanogpt.tokenizer import bpe, tokenizer, vocabulary
+from nanogpt.tokenizer.gpt2 import GPT2Tokenizer
 from tests.texts import python_sources
 
 # The models here are so small that two threads spend their time waiting for each other.
@@ -150,7 +151,7 @@ def merges(request, own_merges, real, tmp_path, monkeypatch) -> Path:
     if request.param == "gpt2":
         return real("gpt2/vocab.bpe")
     monkeypatch.setattr(vocabulary, "GPT2_SHA256", hashlib.sha256(own_merges.encode()).hexdigest())
-    monkeypatch.setattr(vocabulary, "GPT2_VOCAB_SIZE", tokenizer.GPT2Tokenizer(own_merges).vocab_size)
+    monkeypatch.setattr(vocabulary, "GPT2_VOCAB_SIZE", GPT2Tokenizer(own_merges).vocab_size)
     path = tmp_path / "own.bpe"
     path.write_bytes(own_merges.encode())
     return path

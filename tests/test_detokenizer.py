@@ -7,7 +7,8 @@ import pytest
 
 from nanogpt.errors import UserError
 from nanogpt.inference.detokenizer import TextStream
-from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, decode
+from nanogpt.tokenizer.hugging_face import HuggingFaceTokenizer
+from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, decode
 
 TEXT = "Grüße, 世界 🦊! naïve ﷽ 👩‍👩‍👧\n"
 

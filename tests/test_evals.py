@@ -19,6 +19,7 @@ from nanogpt.evaluation.log_likelihood import Ids, Requests, Subject, Windows
 from nanogpt.inference.engine import Decoder, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.tokenizer import tokenizer
+from nanogpt.tokenizer.gpt2 import load_gpt2
 from tests import texts
 from tests.subjects import LETTERS, subject_of
 
@@ -35,7 +36,7 @@ def trained(trained_bpe) -> Subject:
 
 @pytest.fixture(scope="module")
 def gpt2(real) -> Subject:
-    return subject_of(tokenizer.gpt2(str(real("gpt2/vocab.bpe"))), block_size=96)
+    return subject_of(load_gpt2(str(real("gpt2/vocab.bpe"))), block_size=96)
 
 
 @pytest.fixture(params=["trained", "gpt2"])

@@ -11,6 +11,7 @@ import pytest
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import tokenizer
+from nanogpt.tokenizer.gpt2 import load_gpt2
 from tests import texts
 from tests.conftest import found, words
 from tests.test_prepare import assert_refused, prepare
@@ -72,7 +73,7 @@ def test_web_pages_become_the_tokens_of_gpt2(repository, pages, tmp_path, real):
     for train, val in splits[1:]:
         assert np.array_equal(train, splits[0][0]) and np.array_equal(val, splits[0][1])
     assert len(list(out.glob("tokens_train_*.bin"))) > 5
-    tokens = tokenizer.gpt2(str(merges))
+    tokens = load_gpt2(str(merges))
     assert documents_of(out) == sorted(tokens.encode(page).tolist() for page in pages)
 
 

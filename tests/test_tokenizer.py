@@ -14,7 +14,9 @@ import pytest
 
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import bpe, tokenizer, vocabulary
-from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from nanogpt.tokenizer import gpt2 as gpt2_files
+from nanogpt.tokenizer.gpt2 import GPT2Tokenizer, load_gpt2
+from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer
 from tests import texts
 from tests.conftest import found
 
@@ -34,7 +36,7 @@ def make(
         if kind == "own merges":
             return GPT2Tokenizer(own_merges)
         if kind == "gpt2":
-            return tokenizer.gpt2(str(real("gpt2/vocab.bpe")))
+            return load_gpt2(str(real("gpt2/vocab.bpe")))
         if kind == "trained":
             return tokenizer.from_text(trained_bpe)
         return CharTokenizer(sorted(set(text))) if kind == "char" else ByteTokenizer()
@@ -139,26 +141,26 @@ def test_merges_are_checked_and_their_absence_is_explained(own_merges, tmp_path,
     wrong = tmp_path / "vocab.bpe"
     wrong.write_text(own_merges, encoding="utf-8")
     with pytest.raises(UserError, match="is not GPT-2's"):
-        tokenizer.gpt2(str(wrong))
+        load_gpt2(str(wrong))
     with pytest.raises(UserError, match="no GPT-2 merges at"):
-        tokenizer.gpt2(str(tmp_path / "nowhere"))
+        load_gpt2(str(tmp_path / "nowhere"))
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokenizer, "GPT2_URL", "http://127.0.0.1:9/vocab.bpe")  # nothing listens there
+    monkeypatch.setattr(gpt2_files, "GPT2_URL", "http://127.0.0.1:9/vocab.bpe")  # nothing listens there
     with pytest.raises(UserError, match=r"could not be downloaded.*put that file at .*vocab\.bpe"):
-        tokenizer.gpt2()
+        load_gpt2()
 
 
 def test_encoder_json_is_checked_where_it_is_given(own_merges, tmp_path, monkeypatch):
     for name, home, constant, content in (
         ("vocab.bpe", vocabulary, "GPT2_SHA256", own_merges),
-        ("encoder.json", tokenizer, "GPT2_ENCODER_SHA256", '{"a": 0}'),
+        ("encoder.json", gpt2_files, "GPT2_ENCODER_SHA256", '{"a": 0}'),
     ):
         (tmp_path / name).write_bytes(content.encode())
         monkeypatch.setattr(home, constant, hashlib.sha256(content.encode()).hexdigest())
-    assert tokenizer.gpt2(str(tmp_path)).merges == own_merges
+    assert load_gpt2(str(tmp_path)).merges == own_merges
     (tmp_path / "encoder.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"encoder\.json is not GPT-2's encoder\.json"):
-        tokenizer.gpt2(str(tmp_path))
+        load_gpt2(str(tmp_path))
 
 
 # ----------------------------------------------------------------------------- tokenizers of Hugging Face

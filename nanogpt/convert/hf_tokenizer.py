@@ -7,7 +7,9 @@ from typing import Any
 from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import bpe
-from nanogpt.tokenizer.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from nanogpt.tokenizer.gpt2 import GPT2Tokenizer
+from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 # What encodes an ordinary text without a bound, as a model's own length does not bound a text.
 UNBOUNDED = int(1e30)

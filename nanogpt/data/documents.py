@@ -34,7 +34,7 @@ def separator(dataset: Dataset, mode: Mode) -> int:
         if bool((train.read(first, min(CHUNK, len(train) - first)) == found).any()):
             return found
     raise UserError(
-        f"--documents={mode}: there is no {tokenizer.END_OF_TEXT} (id {found}) in the training text of "
+        f"--documents={mode}: there is no {vocabulary.END_OF_TEXT} (id {found}) in the training text of "
         f"{dataset.folder}, which is one document; train on the stream"
     )
 

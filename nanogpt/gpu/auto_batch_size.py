@@ -17,7 +17,7 @@ B = TypeVar("B", bound=BatchOptions)
 
 def choose(options: B, machine: Machine, divided: str, trial: Callable[[int], None]) -> B:
     """`options` with the windows of a micro-batch for updates of batch_tokens: the most that `trial` can run.
-    UserError where there is no telling, or where no process is to hold the whole model (`divided` says why)."""
+    UserError where that cannot be known, or where no process holds the whole model (`divided` says why)."""
     if divided:
         raise UserError(
             f"--batch_size=auto tries the whole model on one GPU, and it is to be divided ({divided}); "

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable, Sequence
 
 from nanogpt.errors import UserError
-from nanogpt.tokenizer.tokenizer import CharTokenizer, HuggingFaceTokenizer, Tokenizer, decode
+from nanogpt.tokenizer.tokenizer import CharTokenizer, Tokenizer, decode
 
 
 class TextStream:
@@ -59,7 +59,7 @@ def _decoder(tokenizer: Tokenizer) -> Callable[[int | None], str]:
     if isinstance(tokenizer, CharTokenizer):
         characters = tokenizer.characters
         return lambda token: "" if token is None else characters[token]
-    if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.bytewise:
+    if not tokenizer.bytewise:
         return _WholeText(tokenizer).add
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 

@@ -25,6 +25,7 @@ from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.shards import SPLITS
 from nanogpt.prepare.text_files import Texts, find
 from nanogpt.tokenizer import tokenizer
+from nanogpt.tokenizer.gpt2 import load_gpt2
 
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # the first is the last to appear
 LARGE_ALPHABET = 20_000  # distinct characters from which bytes are the default
@@ -173,7 +174,7 @@ def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
     if wanted.kind == "byte":
         return tokenizer.ByteTokenizer()
     if wanted.kind == "gpt2":
-        return tokenizer.gpt2(wanted.gpt2_bpe)
+        return load_gpt2(wanted.gpt2_bpe)
     if not Path(wanted.kind).exists():
         raise UserError(
             f"--tokenizer={wanted.kind} is none of auto, char, byte, gpt2, bpe:SIZE (such as bpe:8192) "

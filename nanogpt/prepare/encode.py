@@ -18,7 +18,7 @@ PIECE = 1 << 20  # characters encoded at a time
 LONGEST_WORD = 1 << 21  # characters without a place where byte pairs can be cut
 
 # The last place where a text can be cut so that the ids of the parts are those of the whole. In GPT-2's
-# pattern (tokenizer.GPT2_PATTERN) white space never follows anything else within a token, and only white
+# pattern (bpe.PATTERN) white space never follows anything else within a token, and only white
 # space looks ahead; so a token ends wherever a space or newline follows what is no white space. (Python
 # counts U+001C to U+001F as white space and the pattern does not: that only makes fewer cuts.) A run of
 # letters ends where punctuation follows, too; Chinese and Japanese may have no space for pages.

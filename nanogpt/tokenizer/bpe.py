@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from nanogpt.errors import UserError
+from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 Encode = Callable[[str], Any]  # -> ids, a list or an array
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
-END_OF_TEXT = "<|endoftext|>"
 TRIAL = 1 << 18  # characters for which a fast encoder is compared with the one it replaces
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

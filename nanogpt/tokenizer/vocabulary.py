@@ -8,6 +8,7 @@ from typing import Any
 from nanogpt.errors import UserError
 
 FORMAT = "nanogpt-tokenizer-1"
+END_OF_TEXT = "<|endoftext|>"  # between documents
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of vocab.bpe
 GPT2_VOCAB_SIZE = 50257
 GPT2_BY_NAME = json.dumps({"format": FORMAT, "type": "gpt2"})  # for data that came without a tokenizer

@@ -1,0 +1,57 @@
+"""Any tokenizer.json of Hugging Face."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from nanogpt.tokenizer import bpe, vocabulary
+from nanogpt.tokenizer.vocabulary import END_OF_TEXT
+
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # under which names it is found
+
+
+class HuggingFaceTokenizer:
+    """Any tokenizer.json of Hugging Face, by the tokenizers library; also what `bpe.train` makes."""
+
+    kind = "hf"
+    words = True
+
+    def __init__(self, text: str, name: str = "tokenizer.json"):
+        self.text = text
+        self._plain = bpe.load(text, name)
+        self._plain.encode_special_tokens = True  # special tokens are ordinary text
+        self._special = bpe.load(text, name)
+        self.vocab_size = vocabulary.hugging_face_size(json.loads(text))
+        self.end_of_text: int | None = next(
+            (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
+        )
+        self._bytes_of = bpe.bytes_of_tokens(json.loads(text))
+        self.bytewise = bool(self._bytes_of)  # each token is some bytes, whatever stands beside it
+        self._ordinary: bpe.Encode = self._library
+
+    def _is_special(self, name: str) -> bool:
+        added = self._plain.get_added_tokens_decoder().values()
+        return any(token.content == name and token.special for token in added)
+
+    def _library(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def accelerate(self) -> None:
+        if alone := bpe.without_special_tokens(json.loads(self.text)):
+            self._ordinary = bpe.accelerated(alone, self._library)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._ordinary(text), dtype=np.int64)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._special.encode(text, add_special_tokens=False).ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        if self._bytes_of:
+            return b"".join(self._bytes_of.get(i, b"") for i in ids)
+        return self._plain.decode(list(ids), skip_special_tokens=False).encode("utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(self.text)
