@@ -10,20 +10,15 @@ Every program ends through `run_program`, so one cause has one exit code everywh
 75   stopped by a signal or a time limit; run it again to go on
 76   another process of the run was lost or hangs; start all of them again
 ==== ================================================================
-
-torchrun starts processes again after any code but 0. After one that would come again (FINAL) they leave at
-once, without a word.
 """
 
 import io
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -46,8 +41,7 @@ class Lost(RuntimeError):
 
 SHARED = "every process of the run has this error"  # a note on it: the first process tells
 TOLD = "another process has told of this error"
-FINAL = (2, 70, 75)  # torchrun cannot mend these by starting again
-ENV_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the reason of a failure
+UNDER_TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # is in the environment of processes that torchrun has started
 
 
 def run_program(main: Callable[[], T]) -> T:
@@ -60,9 +54,10 @@ def run_program(main: Callable[[], T]) -> T:
         # A terminal that lacks a character gets its number, and a pipe each line when it is printed.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    if code := final_code_of_last_attempt(os.environ):
-        for_torchrun(code, "as in the attempt before this one")
-        sys.exit(code)
+    if UNDER_TORCHRUN in os.environ:
+        from nanogpt import torchrun
+
+        torchrun.leave_as_before()
     try:
         result = main()
         sys.stdout.flush()
@@ -101,51 +96,12 @@ def leave(code: int, error: BaseException, message: str) -> NoReturn:
     sys.stdout.flush()
     notes = getattr(error, "__notes__", ())
     silent = TOLD in notes or (SHARED in notes and os.environ.get("RANK", "0") != "0")
-    for_torchrun(code, "another process tells why" if silent else message)
+    if UNDER_TORCHRUN in os.environ:
+        from nanogpt import torchrun
+
+        torchrun.report(code, "another process tells why" if silent else message)
     if silent:
         time.sleep(2)  # the first to leave makes torchrun end the others: let it be the one that tells
     else:
         print(message, file=sys.stderr)
     sys.exit(code)
-
-
-def leave_at_once(message: str) -> None:
-    """End a process whose main thread is stuck (exit code 76), from another thread; "": without a word."""
-    for_torchrun(76, message or "another process tells why")
-    if message:
-        print(f"lost: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # as in `leave`
-    os._exit(76)
-
-
-def for_torchrun(code: int, message: str) -> None:
-    """Leave the reason where torchrun looks for it: its report, which follows, then ends with it."""
-    path = os.environ.get(ENV_ERROR_FILE)
-    if not path:
-        return
-    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    about = {"message": {"message": message, "errorCode": code, "extraInfo": extra}}
-    try:
-        Path(path).write_text(json.dumps(about), encoding="utf-8")
-    except OSError:
-        return  # torchrun then says less; our line is on stderr
-
-
-def final_code_of_last_attempt(environment: Any) -> int:
-    """The exit code that torchrun has seen before it started this process again, if it is one of FINAL.
-
-    torchrun keeps ATTEMPT/LOCAL_RANK/error.json; 0 if it keeps them otherwise, or nothing was left there.
-    """
-    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if not attempt or ENV_ERROR_FILE not in environment:
-        return 0
-    before = Path(environment[ENV_ERROR_FILE]).parent.parent.with_name(f"attempt_{attempt - 1}")
-    for path in sorted(before.glob("*/error.json")):
-        try:
-            code = json.loads(path.read_text(encoding="utf-8"))["message"]["errorCode"]
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-        if code in FINAL:
-            return int(code)
-    return 0

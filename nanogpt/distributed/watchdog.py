@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.errors import leave_at_once
+from nanogpt.torchrun import leave_at_once
 
 PHASES = ("starting", "reading data", "computing", "updating", "evaluating", "saving", "waiting")  # of a step
 BEATS = 6  # without one more in this time a process counts as silent
