@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import checkpoint, files, runtime
-from nanogpt.config import ROOT, Count, read
+from nanogpt import ROOT, checkpoint, files, runtime
+from nanogpt.config import Count, read
 from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
 from nanogpt.data import mixture

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt import files
-from nanogpt.config import ROOT, load
+from nanogpt import ROOT, files
+from nanogpt.config import load
 from nanogpt.convert import ckpt, hf_export, weights
 from nanogpt.errors import UserError, run_program
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
-from nanogpt import files
-from nanogpt.config import ROOT, Positive, Range, load
+from nanogpt import ROOT, files
+from nanogpt.config import Positive, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api, cpu_kernels
 from nanogpt.inference.engine import Decoder

@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from nanogpt.config import ROOT, Count, Fraction, Positive, Rate, changed, load
+from nanogpt import ROOT
+from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
 from nanogpt.errors import Diverged, Stopped, run_program
 from nanogpt.options import Origins, TrainOptions, WatchOptions
 

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import shared
-from nanogpt import files
-from nanogpt.config import ROOT, Positive, Rate, read
+from nanogpt import ROOT, files
+from nanogpt.config import Positive, Rate, read
 from nanogpt.errors import UserError, run_program
 
 LARGEST_TOKENS = 40 << 20  # bytes: what may have to be carried to the machine

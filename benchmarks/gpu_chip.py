@@ -13,9 +13,8 @@ import torch
 
 from benchmarks.decode import theirs as nanogpt_model
 from benchmarks.gpu_sides import Failed, Setup, environment, figure
-from nanogpt import optim
+from nanogpt import ROOT, optim
 from nanogpt.checkpoint.writer import Writer
-from nanogpt.config import ROOT
 from nanogpt.inference.engine import Decoder, Text
 from nanogpt.inference.graph_decode import GraphDecoder
 from nanogpt.inference.quantize import cast

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.config import ROOT
+from nanogpt import ROOT
 
 HERE = Path(__file__).parent
 LONGEST_BLOCK_S = 15.0  # of iterations of one side, before it is the other's turn

@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 import train
 from benchmarks import shared
-from nanogpt import checkpoint, files, metrics
+from nanogpt import ROOT, checkpoint, files, metrics
 from nanogpt.checkpoint import reader
-from nanogpt.config import ROOT, Count, Positive, Range, Seconds, load
+from nanogpt.config import Count, Positive, Range, Seconds, load
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.tokenizer import tokenizer, vocabulary

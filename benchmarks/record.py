@@ -36,7 +36,8 @@ from typing import Any
 from safetensors import safe_open
 
 from benchmarks import shared
-from nanogpt.config import ROOT, read
+from nanogpt import ROOT
+from nanogpt.config import read
 from nanogpt.errors import UserError, run_program
 
 # Keys of JSON that say when, where or with what something ran.

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt.config import ROOT, Positive, load
+from nanogpt import ROOT
+from nanogpt.config import Positive, load
 from nanogpt.errors import UserError, run_program
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks import shared
-from nanogpt.config import ROOT, Positive, load
+from nanogpt import ROOT
+from nanogpt.config import Positive, load
 from nanogpt.errors import UserError, run_program
 
 RUN = (

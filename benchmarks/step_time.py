@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import shared
-from nanogpt.config import ROOT, Positive, read
+from nanogpt import ROOT
+from nanogpt.config import Positive, read
 from nanogpt.errors import UserError, run_program
 
 SHAPE = (

@@ -21,7 +21,8 @@ import numpy as np
 
 from benchmarks import shared
 from benchmarks.shared import exact_loss
-from nanogpt.config import ROOT, Positive, Rate, read
+from nanogpt import ROOT
+from nanogpt.config import Positive, Rate, read
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 

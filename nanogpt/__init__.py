@@ -3,7 +3,10 @@
 In Python, `from nanogpt import load` gives a trained model (docs/generation.md).
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout: presets, datasets and programs lie in it
 
 if TYPE_CHECKING:
     from nanogpt.inference.api import load as load

@@ -2,25 +2,20 @@
 
     python train.py config/train_shakespeare_char.py --batch_size=32
 
-Files and flags are applied from left to right. A file has Python's syntax but is data: it is parsed,
-never executed, so opening a stranger's preset runs nothing. Everything wrong is reported at once.
+Files (presets.py) and flags are applied from left to right. Everything wrong is reported at once.
 """
 
-import ast
 import difflib
 import math
-import operator
 import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from nanogpt.errors import SHARED, UserError
 
-ROOT = Path(__file__).resolve().parent.parent  # the repository: presets lie in its config/
 T = TypeVar("T")
 REMOVED = {  # options of earlier versions
     "prefetch": "reading batches ahead made no step faster",
@@ -113,9 +108,11 @@ def read(
             found.arguments.append(word)
         else:
             try:
-                path = preset(word)
-                for key, value in assignments(path).items():
-                    give(key, value, _shown(path), is_text=False)
+                from nanogpt import presets
+
+                path = presets.find(word)
+                for key, value in presets.assignments(path).items():
+                    give(key, value, presets.shown(path), is_text=False)
             except UserError as error:
                 problems.append(str(error))
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
@@ -126,86 +123,6 @@ def read(
     if found.values.get("init_from", "scratch") == "scratch":
         require_consistent(cls(**found.values), found.origins)
     return found
-
-
-# ----------------------------------------------------------------------------- preset files
-
-
-def preset(name: str) -> Path:
-    """The file that `name` stands for: a path, or the name of a preset in config/."""
-    for path in (Path(name), Path("config") / f"{name}.py", ROOT / name, ROOT / "config" / f"{name}.py"):
-        if path.is_file():
-            return path
-    names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
-    near = difflib.get_close_matches(Path(name).stem, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"no preset {name!r}: {hint}there are {', '.join(names)} (options are --key=value)")
-
-
-def assignments(path: Path) -> dict[str, Any]:
-    """The names that a preset file sets. Names with a leading underscore are its own scratch values."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8-sig"))
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise UserError(f"{_shown(path)} is not a preset: {error}") from None
-    names: dict[str, Any] = {}
-    for node in tree.body:
-        try:
-            if _is_docstring(node):
-                continue
-            if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-                raise ValueError(f"{ast.unparse(node).splitlines()[0]!r} is not an assignment `name = value`")
-            names[node.targets[0].id] = _value(node.value, names)
-        except (ValueError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{_shown(path)}, line {node.lineno}: {error}") from None
-    return {name: value for name, value in names.items() if not name.startswith("_")}
-
-
-_ARITHMETIC = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-
-
-def _value(node: ast.expr, names: dict[str, Any]) -> Any:
-    """Evaluate literals, arithmetic on numbers, and names set above; nothing else."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
-        return node.value
-    if isinstance(node, ast.Name):
-        if node.id in names:
-            return names[node.id]
-        raise ValueError(f"{node.id!r} is not set above")
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_number(_value(node.operand, names))
-    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-        left, right = _value(node.left, names), _value(node.right, names)
-        if isinstance(left, str) and isinstance(right, str) and isinstance(node.op, ast.Add):
-            return left + right
-        left, right = _number(left), _number(right)
-        if isinstance(node.op, ast.Pow) and not (abs(right) <= 64 and abs(left) <= 1e6):
-            raise ValueError(f"{ast.unparse(node)!r} is too large")
-        result = _ARITHMETIC[type(node.op)](left, right)
-        if not isinstance(result, int | float) or abs(result) > 1e300:
-            raise ValueError(f"{ast.unparse(node)!r} is too large")
-        return result
-    raise ValueError(
-        f"{ast.unparse(node)!r} is code; a preset holds numbers, strings, arithmetic and names set above"
-    )
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is not a number")
-    return value
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 # ----------------------------------------------------------------------------- one value
@@ -275,10 +192,6 @@ def _nearest(key: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "; see --help"
 
 
-def _shown(path: Path) -> str:
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
 # ----------------------------------------------------------------------------- what is printed and saved
 
 
@@ -295,20 +208,6 @@ def require_consistent(config: Any, origins: Mapping[str, str]) -> None:
         error = UserError("\n       ".join(wrong))
         error.add_note(SHARED)
         raise error
-
-
-def inherit(
-    config: T, origins: dict[str, str], saved: dict[str, Any], fresh: set[str]
-) -> tuple[T, dict[str, tuple[Any, Any]]]:
-    """The options of a run that goes on: those `saved`, with those given now over them.
-
-    Options in `fresh` are always taken from `config`. Returns also, for each option given with another
-    value than the saved one, (saved, given).
-    """
-    old = {key: value for key, value in saved.items() if key in set(vars(config)) - fresh}
-    now = {key: getattr(config, key) for key in origins if key in old}
-    differing = {key: (old[key], value) for key, value in now.items() if value != old[key]}
-    return type(config)(**{**vars(config), **old, **now}), differing
 
 
 def changed(config: Any, origins: dict[str, str]) -> list[str]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from nanogpt import runtime
-from nanogpt.config import ROOT, inherit, picked, require_consistent
+from nanogpt import ROOT, runtime
+from nanogpt.config import picked, require_consistent
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
@@ -25,12 +25,7 @@ if TYPE_CHECKING:
     from nanogpt.convert.pretrained import Pretrained
     from nanogpt.distributed.parallelize import Division
 
-# A resumed run takes these from the command, and all others from the saved run unless they are given again.
-NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
-NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "parallel", "shard_size"}
 SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
-# A resumed run keeps these.
-FIXED = SHAPE | {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}
 C = TypeVar("C", bound=TrainOptions)
 
 
@@ -157,23 +152,9 @@ def choose_start(
         shape = found.adopted(vars(config), taken & set(origins))
         origins |= {name: found.origin for name in taken - set(origins)}
         return replace(config, **{name: getattr(shape, name) for name in taken}), None, found
-    from nanogpt.checkpoint import reader
+    from nanogpt.checkpoint.resume import resume
 
-    out = Path(config.out_dir)
-    resumed, damage = reader.find(out)
-    if resumed is None:
-        if config.init_from == "resume":
-            raise UserError(f"no checkpoint in {out}: train first, or say --init_from=auto or scratch")
-        return config, None, None
-    notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
-    config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
-    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
-        raise UserError(
-            f"{out} holds another model: {'; '.join(wrong)}; leave these out, or choose another --out_dir"
-        )
-    for key, (old, new) in differing.items():
-        notices.append(f"{key} = {new!r} from now on; it was {old!r} when the run was saved")
-    return config, resumed, None
+    return *resume(config, origins, SHAPE, notices), None
 
 
 def open_data(options: DataOptions) -> loader.Dataset:

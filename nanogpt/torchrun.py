@@ -1,7 +1,7 @@
 """What torchrun is told of a failure, and what it has been told before.
 
-torchrun starts processes again after any exit code but 0. After one that would come again (FINAL) they leave at
-once, without a word.
+torchrun starts processes again after any exit code but 0. After one that would come again (FINAL) they leave
+at once, without a word.
 """
 
 import json

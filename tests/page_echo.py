@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import serve
-from nanogpt.config import ROOT
+from nanogpt import ROOT
 from nanogpt.inference.engine import Text, Token
 from nanogpt.server.app import build
 from nanogpt.server.metrics import Meters

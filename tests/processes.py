@@ -14,7 +14,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanogpt.config import ROOT
+from nanogpt import ROOT
 
 
 @dataclass(frozen=True)

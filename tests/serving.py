@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import train
-from nanogpt.config import ROOT
+from nanogpt import ROOT
 from tests.conftest import words, write_dataset
 
 LANGUAGE = words(1800)

@@ -11,7 +11,8 @@ import torch
 
 import bench
 import train
-from nanogpt.config import ROOT, picked, read
+from nanogpt import ROOT
+from nanogpt.config import picked, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
 from nanogpt.planning import comm_bench

@@ -12,7 +12,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import train
-from nanogpt.config import ROOT, preset
+from nanogpt import ROOT, presets
 
 OPTIONS = frozenset(train.Config.__dataclass_fields__)
 
@@ -63,7 +63,7 @@ def test_every_option_exists(template):
                 assert word[2:].partition("=")[0] in ours, word
                 checked += 1
             elif word.endswith(".py") and word != "train.py":
-                preset(word)
+                presets.find(word)
         if "torchrun" in words:
             for word in words[words.index("torchrun") + 1 : places[0] if places else None]:
                 assert not word.startswith("--") or word.partition("=")[0] in theirs, word

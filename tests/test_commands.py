@@ -24,8 +24,9 @@ import plan
 import sample
 import serve
 import train
-from nanogpt.config import assignments, read
+from nanogpt.config import read
 from nanogpt.convert.pretrained import NAMES
+from nanogpt.presets import assignments
 from tests import hf_folders, texts
 from tests.conftest import found, words, write_dataset
 

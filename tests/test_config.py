@@ -15,8 +15,10 @@ import plot
 import sample
 import serve
 import train
-from nanogpt.config import Count, Fraction, Positive, Rate, assignments, describe, inherit, load, read
+from nanogpt.checkpoint.resume import inherit
+from nanogpt.config import Count, Fraction, Positive, Rate, describe, load, read
 from nanogpt.errors import UserError
+from nanogpt.presets import assignments
 from nanogpt.usage import help_text
 
 PROGRAMS = [train, sample, evaluation, serve, export, plan, bench, plot]

@@ -20,8 +20,8 @@ import export
 import plot
 import sample
 import train
-from nanogpt import metrics
-from nanogpt.config import REMOVED, load, preset
+from nanogpt import metrics, presets
+from nanogpt.config import REMOVED, load
 from nanogpt.data import loader
 from tests.conftest import small_run
 
@@ -127,4 +127,4 @@ def test_an_old_option_is_known(name, capsys):
 
 @pytest.mark.parametrize("name", BEFORE["presets"])
 def test_an_old_preset_is_there(name):
-    load(train.Config, [str(preset(name))])
+    load(train.Config, [str(presets.find(name))])

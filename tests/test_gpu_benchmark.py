@@ -14,8 +14,7 @@ import bench
 import train
 from benchmarks import gpu, gpu_chip
 from benchmarks.gpu_sides import Setup
-from nanogpt import config
-from nanogpt.config import ROOT
+from nanogpt import ROOT, config
 from nanogpt.errors import UserError
 from nanogpt.inference.graph_decode import GraphDecoder
 from tests.test_cuda_graphs import Recorder

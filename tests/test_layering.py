@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # modules of nanogpt/, and its packages with a slash; each imports from the rows above it
     {"loss", "torchrun"},
     {"errors"},
-    {"files", "world", "usage", "trackers", "chunked_loss"},
+    {"files", "presets", "world", "usage", "trackers", "chunked_loss"},
     {"config", "metrics", "model", "tokenizer/"},
     {"data/"},
     {"options"},
@@ -33,18 +33,11 @@ PYTHON = [
     *LIBRARY.values(),
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = {
-    "torchrun",
-    "errors",
-    "files",
-    "usage",
-    "trackers",
-    "config",
-    "metrics",
-    "options",
-}  # they do without torch
-PLAIN |= {"data/ramp", "data/samplers", "data/mixed_order", "data/token_files", "evaluation/tasks"}
-PLAIN |= {name for name in LIBRARY if name.startswith(("tokenizer/", "prepare/"))}
+PLAIN = {  # they do without torch
+    *("torchrun", "errors", "files", "presets", "usage", "trackers", "config", "metrics", "options"),
+    *("data/ramp", "data/samplers", "data/mixed_order", "data/token_files", "evaluation/tasks"),
+    *(name for name in LIBRARY if name.startswith(("tokenizer/", "prepare/"))),
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -13,8 +13,8 @@ import pytest
 
 import plan
 import train
-from nanogpt import runtime
-from nanogpt.config import ROOT, read
+from nanogpt import ROOT, runtime
+from nanogpt.config import read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2_SIZES
 from nanogpt.options import OptimizerOptions

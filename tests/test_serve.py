@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from nanogpt import ROOT
 from nanogpt.checkpoint import reader
-from nanogpt.config import ROOT
 from nanogpt.convert import hf_tokenizer
 from nanogpt.inference.engine import score
 from nanogpt.tokenizer import tokenizer

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import metrics
+from nanogpt import ROOT, metrics
 from nanogpt.checkpoint import reader
-from nanogpt.config import ROOT
 from nanogpt.world import World
 from tests.conftest import words, write_dataset
 

@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanogpt import files
-from nanogpt.config import ROOT
+from nanogpt import ROOT, files
 from nanogpt.distributed import rendezvous
 from nanogpt.distributed.watchdog import GO_ON, Heartbeat
 from nanogpt.errors import SHARED, TOLD, Diverged, Lost, Stopped, UserError

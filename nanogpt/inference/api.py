@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from nanogpt import runtime
-from nanogpt.config import ROOT
+from nanogpt import ROOT, runtime
 from nanogpt.convert import weights
 from nanogpt.errors import UserError
 from nanogpt.inference import cpu_kernels, quantize
