@@ -29,6 +29,7 @@ from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import attention_kernels
+from nanogpt.gpu.chips import peak_flops
 from nanogpt.model import GPTConfig
 from nanogpt.planning import comm_bench, comm_volume, estimate, scaling
 from nanogpt.tokenizer import vocabulary
@@ -208,7 +209,7 @@ def communicate(config: Config, world: World) -> None:
 def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
     if config.batch_size == "auto":
         raise UserError("--comm weighs what is sent against a micro-batch: give --batch_size a number")
-    if config.mfu and not machine.peak_flops():
+    if config.mfu and not peak_flops(machine.name()):
         raise UserError(f"--mfu={config.mfu:g}: the peak of {machine.name()} is not known; leave it out")
     if config.cuda_graph:
         from nanogpt.gpu import cuda_graphs
@@ -251,7 +252,7 @@ def pass_time(
     config: Config, machine: runtime.Machine, shape: GPTConfig, world: Processes
 ) -> tuple[float, str]:
     """Seconds of a micro-batch, in the slowest process, and how that is known."""
-    if config.mfu and (peak := machine.peak_flops()):
+    if config.mfu and (peak := peak_flops(machine.name())):
         cost, tokens = estimate.flops_per_token(shape), config.windows * config.block_size
         return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
     small = replace(config, real_data=False, batch_tokens=0, gradient_accumulation_steps=1)
@@ -283,7 +284,7 @@ def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
         f"arithmetic: {achieved / 1e12:.3g} TFLOP/s, {achieved / possible:.1%} of a {side} x {side} matrix "
         f"product in {machine.dtype} here ({possible / 1e12:.3g} TFLOP/s)"
     )
-    if peak := machine.peak_flops():
+    if peak := peak_flops(machine.name()):
         print(f"data sheet: {achieved / peak:.1%} of the {peak / 1e12:.0f} TFLOP/s of {machine.name()}")
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import train
-from nanogpt import runtime
 from nanogpt.config import Count, Fraction, Positive, Range, Rate, picked, read, require_consistent
 from nanogpt.errors import UserError, run_program
+from nanogpt.gpu import chips
 from nanogpt.model import GPTConfig
 from nanogpt.options import BatchOptions, ModelOptions, OptimizerOptions
 from nanogpt.planning import comm_volume, estimate, scaling
@@ -33,7 +33,7 @@ class Config(ModelOptions, OptimizerOptions, BatchOptions):
     recompute: bool = False  # run blocks again in the backward pass: less memory, more time
     loss_rows: Count = 0  # tokens whose logits are there at once: less memory, more time; 0: all
     # the machine
-    gpu: str = "A100"  # as runtime.PEAK_FLOPS lists it
+    gpu: str = "A100"  # as gpu/chips.py lists it
     gpus: Positive = 8  # how many share the batch, each with the whole model
     gpu_memory: Rate = 0.0  # gigabytes (1e9 bytes) of each; 0: not compared
     mfu: Annotated[float, Range(0.001, 1)] = 0.4  # share of the peak FLOP/s that is reached
@@ -53,9 +53,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     origins = origins or {}
     require_consistent(config, origins)
     shape = picked(GPTConfig, config)
-    peak = runtime.peak_flops(config.gpu)
+    peak = chips.peak_flops(config.gpu)
     if peak is None:
-        raise UserError(f"--gpu={config.gpu} is not known; there are {', '.join(runtime.PEAK_FLOPS)}")
+        raise UserError(f"--gpu={config.gpu} is not known; there are {', '.join(chips.PEAK_FLOPS)}")
     batch = config.batch_tokens or (
         config.batch_size * config.gradient_accumulation_steps * config.block_size
     )

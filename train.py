@@ -516,8 +516,13 @@ def open_log(run: Run) -> metrics.Log:
 
         tracker = Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
     path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
-    cost, peak = run.model.flops_per_token(), run.machine.peak_flops()
-    return metrics.Log(path, tracker, cost / peak if peak else None)
+    peak_share = None
+    if run.machine.device.type == "cuda":
+        from nanogpt.gpu.chips import peak_flops
+
+        if peak := peak_flops(run.machine.name()):
+            peak_share = run.model.flops_per_token() / (peak * run.machine.world.size)
+    return metrics.Log(path, tracker, peak_share)
 
 
 def save(run: Run) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.model import GPT
 from nanogpt.optim import Optimizer
 from nanogpt.runtime import Machine
-from nanogpt.tokenizer import download
 
 Function = Callable[..., Any]
 
@@ -20,7 +20,7 @@ Function = Callable[..., Any]
 COMPILING_S = 60.0  # before the first step, with nothing in the cache
 SAVED = 0.25  # of the time of a step
 EAGER_MFU = 0.3  # share of the chip's peak that a plain step reaches
-UNKNOWN_PEAK = 100e12  # FLOP/s of a GPU that runtime.PEAK_FLOPS lacks
+UNKNOWN_PEAK = 100e12  # FLOP/s of a GPU that gpu/chips.py does not know
 
 
 def pays(flops: float, peak: float | None) -> bool:
@@ -100,7 +100,7 @@ def wrap(
     blocks = list(blocks)
     sharded = any(map(is_sharded, blocks))
     # torch's own place for what it compiled is lost with the system's temporary files
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(download.cache_folder() / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache_folder() / "compiled"))
     parts = blocks if compile == "blocks" or sharded else []
     before = [vars(block).get("forward") for block in parts]
     for block in parts:

@@ -5,9 +5,7 @@
 Files (presets.py) and flags are applied from left to right. Everything wrong is reported at once.
 """
 
-import difflib
 import math
-import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -17,15 +15,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from nanogpt.errors import SHARED, UserError
 
 T = TypeVar("T")
-REMOVED = {  # options of earlier versions
-    "prefetch": "reading batches ahead made no step faster",
-    "hold_gc": "holding the garbage collector made no step faster",
-    "data_on_device": "tokens are read from their files for each batch",
-    "background_save": "checkpoints are always written in the background, where memory allows it",
-    "eval_tasks_interval": "tasks are scored at each evaluation (--eval_interval)",
-    "sample_interval": "samples are drawn at each evaluation (--eval_interval)",
-    "sample_count": "four samples are drawn",
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ def load(cls: type[T], argv: Sequence[str]) -> tuple[T, dict[str, str]]:
 
     Returns the instance and, for each option that was given, where ("--lr=1" or "config/x.py").
     Raises UserError with all problems. `--help` prints the options that most people need, `--help=all` all of
-    them; both leave with 0. Options in `REMOVED` are ignored, with a note on stderr.
+    them; both leave with 0. Options in `usage.REMOVED` are ignored, with a note on stderr.
     """
     options = read(cls, argv)
     return cls(**options.values), options.origins
@@ -75,27 +64,28 @@ def read(
     if asked := {"--help", "-h", "--help=all"} & set(argv):
         from nanogpt.usage import help_text
 
-        print(help_text(cls, describe, everything="--help=all" in asked))
+        print(help_text(cls, everything="--help=all" in asked))
         raise SystemExit(0)
     types = typing.get_type_hints(cls, include_extras=True)
     found = Options({}, {}, [], {})
     problems: list[str] = []
 
     def give(key: str, value: Any, origin: str, is_text: bool) -> None:
-        if key in REMOVED and key not in types:
-            print(f"note: {origin} is ignored, {key} was removed: {REMOVED[key]}", file=sys.stderr)
-            return
         if key not in types:
             if key in other_keys and not is_text:
                 found.ignored[key] = origin
                 return
-            problems.append(f"{origin}: unknown option {key!r}{_nearest(key, types)}")
+            from nanogpt.usage import unknown_option
+
+            problems.extend(unknown_option(key, origin, types))
             return
         try:
             found.values[key] = _from_text(types[key], value) if is_text else _check(types[key], value)
             found.origins[key] = origin
-        except ValueError as error:
-            problems.append(f"{origin}: {key} = {value!r} is not {error}")
+        except ValueError:
+            from nanogpt.usage import describe
+
+            problems.append(f"{origin}: {key} = {value!r} is not {describe(types[key])}")
 
     for word in argv:
         if word.startswith("--"):
@@ -129,7 +119,7 @@ def read(
 
 
 def _from_text(kind: Any, text: str) -> Any:
-    """Read `text` from the command line as `kind`; ValueError says what was expected."""
+    """Read `text` from the command line as `kind`; ValueError if it is none."""
     candidates: list[Any] = [text]
     if text.lower() in ("true", "false"):
         candidates.append(text.lower() == "true")
@@ -145,23 +135,23 @@ def _from_text(kind: Any, text: str) -> Any:
             return _check(kind, candidate)
         except ValueError:
             continue
-    raise ValueError(describe(kind))
+    raise ValueError(kind)
 
 
 def _check(kind: Any, value: Any) -> Any:
-    """`value` as `kind`; ValueError says what was expected."""
+    """`value` as `kind`; ValueError if it is none."""
     if get_origin(kind) in (Union, UnionType):
         for choice in get_args(kind):
             try:
                 return _check(choice, value)
             except ValueError:
                 continue
-        raise ValueError(describe(kind))
+        raise ValueError(kind)
     if get_origin(kind) is Annotated:
         base, limits = get_args(kind)
         value = _check(base, value)
         if not limits.low <= value <= limits.high:
-            raise ValueError(describe(kind))
+            raise ValueError(kind)
         return value
     if get_origin(kind) is Literal:
         if any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
@@ -172,24 +162,7 @@ def _check(kind: Any, value: Any) -> Any:
         return int(value)  # 1e6
     elif kind in (bool, int, str) and type(value) is kind:
         return value
-    raise ValueError(describe(kind))
-
-
-def describe(kind: Any) -> str:
-    """The values that `kind` allows, in words."""
-    if get_origin(kind) is Annotated:
-        base, limits = get_args(kind)
-        return f"{describe(base)} {limits}"
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(describe(choice).removeprefix("one of ") for choice in get_args(kind))
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
-    return {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}[kind]
-
-
-def _nearest(key: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else "; see --help"
+    raise ValueError(kind)
 
 
 # ----------------------------------------------------------------------------- what is printed and saved

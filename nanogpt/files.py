@@ -106,3 +106,10 @@ def lock(folder: Path) -> FileLock:
             f"another process is writing to {folder}; wait for it, or choose another folder"
         ) from None
     return held
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: NANOGPT_CACHE, or the user's cache folder."""
+    import pooch
+
+    return Path(os.environ.get("NANOGPT_CACHE") or pooch.os_cache("nanogpt"))

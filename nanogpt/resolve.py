@@ -112,7 +112,12 @@ def decide(
 
         cuda_graphs.require_recordable(config, machine, dataset.train.scored is not None)
     batches = open_batches(config, config.seed, dataset, machine)
-    require_tokenizer(resumed, pretrained, dataset)
+    if resumed:
+        resumed.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
+    if pretrained:
+        from nanogpt.convert.start import require_tokenizer
+
+        require_tokenizer(pretrained, dataset)
     if config.attention != "auto" or machine.device.type == "cuda":
         from nanogpt.gpu import attention_kernels
 
@@ -144,14 +149,10 @@ def choose_start(
     if config.init_from == "scratch":
         return config, None, None
     if config.init_from not in ("resume", "auto"):
-        from nanogpt.convert import weights
+        from nanogpt.convert.start import adopt
 
-        found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir))
-        notices += found.notices
-        taken = SHAPE | {"init"}  # from the weights
-        shape = found.adopted(vars(config), taken & set(origins))
-        origins |= {name: found.origin for name in taken - set(origins)}
-        return replace(config, **{name: getattr(shape, name) for name in taken}), None, found
+        config, pretrained = adopt(config, origins, SHAPE | {"init"}, notices)
+        return config, None, pretrained
     from nanogpt.checkpoint.resume import resume
 
     return *resume(config, origins, SHAPE, notices), None
@@ -195,27 +196,14 @@ def open_batches(
     )
 
 
-def require_tokenizer(
-    resumed: "Checkpoint | None", pretrained: "Pretrained | None", dataset: loader.Dataset
-) -> None:
-    """UserError where the weights that a run starts from know other ids than the data."""
-    if pretrained:
-        pretrained.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
-        dataset.tokenizer = max(dataset.tokenizer, pretrained.tokenizer, key=len)  # the one with its merges
-    if resumed and resumed.state["tokenizer"] != dataset.fingerprint:
-        raise UserError(
-            f"{resumed.path} was trained with another tokenizer ({resumed.model_config.vocab_size} ids) than "
-            f"that of {dataset.folder} ({dataset.vocab_size} ids); give the --dataset it was trained on"
-        )
-
-
 def worth_compiling(shape: GPTConfig, tokens: int, machine: Machine) -> bool:
     """--compile=auto, for a run that reads so many `tokens`: never on a CPU, where it saves 25 % of a step
     at 128 channels but 4 % at 384 (docs/results.md)."""
     if machine.device.type != "cuda":
         return False
     from nanogpt.compile import pays
+    from nanogpt.gpu.chips import peak_flops
 
     with torch.device("meta"):
         model = GPT(shape)
-    return pays(tokens * model.flops_per_token(), machine.peak_flops())
+    return pays(tokens * model.flops_per_token(), peak_flops(machine.name()))

@@ -25,24 +25,6 @@ NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of 
 REPEATED_S = 1.0  # signals so close together count as one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bf16 peak of a chip in FLOP/s, from the makers' data sheets. Unknown chips get no percentage.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,  # the first name that fits counts
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "RTX 3090": 71e12,
-    "RTX 4090 Laptop": 81e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The data-sheet peak of the chip named so, or None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -122,10 +104,6 @@ class Machine:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type}, {torch.get_num_threads()} threads"
-
-    def peak_flops(self) -> float | None:
-        """FLOP/s by the data sheet; None for a chip that is not known."""
-        return peak_flops(self.name())
 
     def environment(self) -> dict[str, Any]:
         """What the bits of a result depend on beside the options."""
@@ -234,23 +212,6 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt(mmap_threshold, 1 << 28)
     mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def free_memory() -> int | None:
-    """Bytes that this process can still take, by the system and by its control group, if they tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))  # files' pages are given up when needed
-    except (OSError, ValueError, KeyError):  # no limit ("max"), or another kind of group
-        pass
-    return free
 
 
 class StopRequest:

@@ -1,18 +1,31 @@
-"""The help of a program, from the dataclass of its options and the comments in its source."""
+"""Help, from the dataclass of a program's options and the comments in its source; and mistakes in options."""
 
+import difflib
 import inspect
 import re
+import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from typing import Any, Literal, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+REMOVED = {  # options of earlier versions
+    "prefetch": "reading batches ahead made no step faster",
+    "hold_gc": "holding the garbage collector made no step faster",
+    "data_on_device": "tokens are read from their files for each batch",
+    "background_save": "checkpoints are always written in the background, where memory allows it",
+    "eval_tasks_interval": "tasks are scored at each evaluation (--eval_interval)",
+    "sample_interval": "samples are drawn at each evaluation (--eval_interval)",
+    "sample_count": "four samples are drawn",
+}
 
 
-def help_text(cls: type, describe: Callable[[Any], str], everything: bool = True) -> str:
+def help_text(cls: type, everything: bool = True) -> str:
     """Return the options of `cls`, then those it inherits, with the comments in the source as their meaning.
 
-    `describe` says which values a type allows. Without `everything` only those whose comment begins with
-    `#:`, if `cls` itself has any, and of the program's docstring only the commands.
+    Without `everything` only those whose comment begins with `#:`, if `cls` itself has any, and of the
+    program's docstring only the commands.
     """
     module = inspect.getmodule(cls)
     about = inspect.cleandoc((module.__doc__ if module else None) or "")
@@ -37,3 +50,25 @@ def help_text(cls: type, describe: Callable[[Any], str], everything: bool = True
             if get_origin(types[option[1]]) is Literal:
                 lines.append(f"      {'':<38} {describe(types[option[1]])}")
     return "\n".join(lines) + end
+
+
+def describe(kind: Any) -> str:
+    """The values that `kind` allows, in words."""
+    if get_origin(kind) is Annotated:
+        base, limits = get_args(kind)
+        return f"{describe(base)} {limits}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(describe(choice).removeprefix("one of ") for choice in get_args(kind))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
+    return {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}[kind]
+
+
+def unknown_option(key: str, origin: str, known: Iterable[str]) -> list[str]:
+    """Return what is wrong with an option that is not `known`; of one in REMOVED print a note instead."""
+    if key in REMOVED:
+        print(f"note: {origin} is ignored, {key} was removed: {REMOVED[key]}", file=sys.stderr)
+        return []
+    near = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else "see --help"
+    return [f"{origin}: unknown option {key!r}; {hint}"]

@@ -5,8 +5,9 @@ import threading
 import pytest
 import torch
 
-from nanogpt import checkpoint, files, runtime
+from nanogpt import checkpoint, files
 from nanogpt.checkpoint import reader
+from nanogpt.checkpoint import writer as writer_module
 from nanogpt.checkpoint.writer import Content, Writer
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, GPTConfig
@@ -121,12 +122,12 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_
 
 
 def test_without_room_for_a_copy_it_is_written_at_once(tmp_path, model, optimizer, monkeypatch):
-    monkeypatch.setattr(runtime, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(writer_module, "free_memory", lambda: 1 << 20)
     writer = Writer()
     writer.save(tmp_path, model, optimizer, state(1))
     assert writer.complete() == [tmp_path / "step-000001"]
 
 
 def test_free_memory_is_that_of_the_machine_or_less():
-    free = runtime.free_memory()
+    free = writer_module.free_memory()
     assert free is None or 1 << 20 < free < 1 << 46

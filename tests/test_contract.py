@@ -21,8 +21,9 @@ import plot
 import sample
 import train
 from nanogpt import metrics, presets
-from nanogpt.config import REMOVED, load
+from nanogpt.config import load
 from nanogpt.data import loader
+from nanogpt.usage import REMOVED
 from tests.conftest import small_run
 
 HERE = Path(__file__).resolve().parent / "contract"

@@ -13,9 +13,10 @@ import pytest
 
 import plan
 import train
-from nanogpt import ROOT, runtime
+from nanogpt import ROOT
 from nanogpt.config import read
 from nanogpt.errors import UserError
+from nanogpt.gpu import chips
 from nanogpt.model import GPT2_SIZES
 from nanogpt.options import OptimizerOptions
 from nanogpt.planning import comm_volume, estimate, scaling
@@ -187,7 +188,7 @@ def test_when_a_network_feeds_a_model():
 
 
 def test_every_gpu_has_its_links():
-    assert set(scaling.CHIPS) == set(runtime.PEAK_FLOPS)
+    assert set(scaling.CHIPS) == set(chips.PEAK_FLOPS)
 
 
 # ----------------------------------------------------------------------------- plan.py

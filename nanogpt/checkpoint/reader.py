@@ -63,6 +63,14 @@ class Checkpoint:
         before = self.state["environment"]
         return "; ".join(f"{k} {before.get(k)} -> {v}" for k, v in environment.items() if before.get(k) != v)
 
+    def require_tokenizer(self, sha256: str, vocab_size: int, folder: Path) -> None:
+        """UserError unless data in `folder`, with a tokenizer of this fingerprint, is in the model's ids."""
+        if self.state["tokenizer"] != sha256:
+            raise UserError(
+                f"{self.path} was trained with another tokenizer ({self.model_config.vocab_size} ids) than "
+                f"that of {folder} ({vocab_size} ids); give the --dataset it was trained on"
+            )
+
     def load_optimizer(self, tensors: "Mapping[str, Tensor | Piece]") -> None:
         """Fill the optimizer's state (by name), or what this process has of it, in place."""
         path = self.path / "optimizer.safetensors"

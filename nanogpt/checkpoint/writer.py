@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanogpt import files, runtime
+from nanogpt import files
 from nanogpt.checkpoint import FILES, FORMAT, steps, val_loss
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT
@@ -192,7 +192,7 @@ class Writer:
             self._error = error
 
     def _fits(self, content: Content) -> bool:
-        free = runtime.free_memory()
+        free = free_memory()
         return free is None or content.nbytes + SPARE < free or bool(self._pinned)
 
     def _copy(self, content: Content) -> Content:
@@ -209,3 +209,20 @@ class Writer:
             place = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._pinned[name] = place
         return self._pinned[name].copy_(tensor.detach(), non_blocking=True)
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still take, by the system and by its control group, if they tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))  # files' pages are given up when needed
+    except (OSError, ValueError, KeyError):  # no limit ("max"), or another kind of group
+        pass
+    return free

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt.convert.pretrained import (
-    Pretrained,
+from nanogpt.convert.layout import (
     mismatches,
     ours,
     parameter_shapes,
@@ -24,6 +23,7 @@ from nanogpt.convert.pretrained import (
     unlike,
     with_vocabulary,
 )
+from nanogpt.convert.pretrained import Pretrained
 from nanogpt.data import meta_pkl
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig

@@ -17,18 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanogpt import files
-from nanogpt.convert.pretrained import (
-    NAMES,
+from nanogpt.convert.layout import (
     OWN_TOKENIZER,
-    Pretrained,
     mismatches,
     ours,
     parameter_shapes,
     require_possible,
-    stored_tensor,
     theirs,
     with_vocabulary,
 )
+from nanogpt.convert.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
 from nanogpt.tokenizer import vocabulary

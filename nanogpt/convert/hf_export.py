@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nanogpt import files
 from nanogpt.convert import hf_tokenizer
-from nanogpt.convert.pretrained import OWN_TOKENIZER, theirs, unlike
+from nanogpt.convert.layout import OWN_TOKENIZER, theirs, unlike
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runtime import DTYPES

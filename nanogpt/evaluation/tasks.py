@@ -20,8 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import download
 
 Row = dict[str, Any]
 CONTEXT = ("ctx", "context", "question", "query", "prompt")
@@ -235,7 +235,7 @@ def _place(name: str) -> str:
 
 
 def _cached(file: str) -> Path:
-    return download.cache_folder() / "tasks" / file
+    return files.cache_folder() / "tasks" / file
 
 
 # ----------------------------------------------------------------------------- where rows come from

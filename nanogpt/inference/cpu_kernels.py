@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from nanogpt import files
-from nanogpt.tokenizer import download
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
@@ -131,7 +130,7 @@ def _library() -> Any:
     )
     name = f"products-{key.hexdigest()[:16]}.so"
     try:
-        file = download.cache_folder() / "native" / name
+        file = files.cache_folder() / "native" / name
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             with files.staged(file) as unfinished:

@@ -30,7 +30,7 @@ class Chip:
     link: float  # NVLink, or PCI Express x16; one direction, where data sheets add up both
 
 
-CHIPS = {  # names as in runtime.PEAK_FLOPS
+CHIPS = {  # names as in gpu/chips.py
     "A100": Chip(2.04e12, 300e9),
     "H100 PCIe": Chip(2.0e12, 64e9),
     "H100 NVL": Chip(3.9e12, 64e9),

@@ -1,19 +1,12 @@
 """Texts from the net: fetched once, checked by their SHA-256 and kept in the user's cache."""
 
-import os
 from pathlib import Path
 
 from nanogpt.errors import UserError
+from nanogpt.files import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: NANOGPT_CACHE, or the user's cache folder."""
-    import pooch
-
-    return Path(os.environ.get("NANOGPT_CACHE") or pooch.os_cache("nanogpt"))
 
 
 def tiny_shakespeare(url: str = SHAKESPEARE_URL) -> Path:
