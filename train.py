@@ -10,6 +10,7 @@ Ctrl-C, SIGTERM and --max_minutes finish the step, save, and leave with exit cod
 with --init_from=auto goes on. The run folder holds everything needed to sample, resume or export.
 """
 
+import gc
 import math
 import os
 import sys
@@ -71,6 +72,7 @@ class Config(TrainOptions):
 GIVEN = run_program(lambda: load(Config, sys.argv[1:])) if __name__ == "__main__" else None
 
 # ruff: noqa: E402
+gc.disable()  # imports leave no garbage, and looking for it takes a tenth of a second
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -85,6 +87,10 @@ from nanogpt.world import World
 
 if TYPE_CHECKING:
     from nanogpt.evaluation.in_training import Watch
+
+
+gc.freeze()
+gc.enable()
 
 
 @dataclass

@@ -15,6 +15,8 @@ from nanogpt.loss import IGNORE
 from nanogpt.model import GPT
 from nanogpt.runtime import Machine
 
+ON_CPU = 2048  # tokens scored at once, at least: 0.6 of the time of 768 with 4 layers of 128 channels
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -92,12 +94,13 @@ def evaluate_splits(
     batch_size, block_size = shape
     texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
     most = max(1, max_batches * batch_size // len(texts))
+    at_once = max(batch_size, ON_CPU // block_size) if machine.device.type == "cpu" else batch_size
     found: list[list[Evaluation]] = [[], []]
     for text in texts:
         windows = min(most, (len(text[1]) - 1) // block_size)
         for tokens, split in zip(text, found, strict=True):
             share = machine.world.share
-            batches = eval_batches(tokens, block_size, batch_size, windows, machine.device, separator, share)
+            batches = eval_batches(tokens, block_size, at_once, windows, machine.device, separator, share)
             evaluation = evaluate(model, batches, machine, stopped)
             if evaluation is None:
                 return None

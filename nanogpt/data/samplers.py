@@ -33,10 +33,11 @@ class BatchOrder:
         samples = np.arange(first, first + count, dtype=np.uint64)
         epochs, places = np.divmod(samples, np.uint64(self.n_windows))
         starts = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
+        # np.unique would import numpy.ma, which takes 70 ms.
+        for epoch in range(first // self.n_windows, (first + count - 1) // self.n_windows + 1):
             here = epochs == epoch
-            windows = permute(places[here], self.n_windows, _key(self.seed, int(epoch), 1))
-            starts[here] = self._begins(int(epoch), windows.astype(np.int64))
+            windows = permute(places[here], self.n_windows, _key(self.seed, epoch, 1))
+            starts[here] = self._begins(epoch, windows.astype(np.int64))
         return starts
 
     def _begins(self, epoch: int, windows: np.ndarray) -> np.ndarray:
