@@ -432,7 +432,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
 
 
 def look(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
-    """What the first process sees in the model, if it is time (watch.py); the others help to gather it."""
+    """Score and sample in the first process, if it is time (in_training.py); the others help to gather."""
     iter_num = run.progress.iter_num
     if not run.watch or not (last or iter_num % run.config.eval_interval == 0):
         return

@@ -10,9 +10,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from nanogpt.errors import SHARED, UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -168,13 +171,13 @@ def _check(kind: Any, value: Any) -> Any:
 # ----------------------------------------------------------------------------- what is printed and saved
 
 
-def picked(cls: type[T], config: Any, **others: Any) -> T:
+def picked(cls: type[T], config: object, **others: Any) -> T:
     """An instance of the dataclass `cls` from the fields of `config` that have the same names."""
     names = typing.get_type_hints(cls)
     return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)} | others)
 
 
-def require_consistent(config: Any, origins: Mapping[str, str]) -> None:
+def require_consistent(config: object, origins: Mapping[str, str]) -> None:
     """UserError with all that contradicts itself in `config`, by the `problems` of each part of it."""
     checks = [vars(part)["problems"] for part in type(config).__mro__ if "problems" in vars(part)]
     if wrong := [line for check in checks for line in check(config, origins)]:
@@ -183,7 +186,7 @@ def require_consistent(config: Any, origins: Mapping[str, str]) -> None:
         raise error
 
 
-def changed(config: Any, origins: dict[str, str]) -> list[str]:
+def changed(config: "DataclassInstance", origins: dict[str, str]) -> list[str]:
     """One line for each option whose value is not its default, and where the value came from: from
     `origins`, else from the saved run that goes on."""
     rows = []

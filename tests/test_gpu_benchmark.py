@@ -154,7 +154,7 @@ def test_the_time_of_all_parts_is_shared_out():
 
 
 def test_decoding_is_timed_with_recorded_steps_too(tmp_path, monkeypatch):
-    """With a stand-in for the recording of test_graphs.py, and one for nanoGPT's model."""
+    """With a stand-in for the recording of test_cuda_graphs.py, and one for nanoGPT's model."""
 
     class Recorded(GraphDecoder):
         def __init__(self, *given):

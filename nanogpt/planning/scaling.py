@@ -1,7 +1,7 @@
 """A step on many GPUs, on paper: time, memory, efficiency under DDP, FSDP and HSDP.
 
-Bytes are exact (wire.py). Times are a model, as good as what it rests on, which `assumptions` says in words;
-docs/scaling-arithmetic.md has the reasons.
+Bytes are exact (comm_volume.py). Times are a model, as good as what it rests on: `assumptions` says it in
+words, docs/scaling-arithmetic.md has the reasons.
 """
 
 import math
