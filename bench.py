@@ -24,7 +24,7 @@ from tqdm import trange
 
 import train
 from nanogpt import files, runtime
-from nanogpt.config import Count, Fraction, Positive, load, picked
+from nanogpt.config import NonNegativeInt, PositiveInt, UnitInterval, load, pick_fields
 from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError, run_program
@@ -39,19 +39,19 @@ from nanogpt.world import World
 @dataclass(frozen=True)
 class Config(train.Config):
     # what to time
-    steps: Positive = 20  #: steps that are timed
-    warmup_steps: Count = 10  #: steps before, which are not
+    steps: PositiveInt = 20  #: steps that are timed
+    warmup_steps: NonNegativeInt = 10  #: steps before, which are not
     profile: bool = False  #: afterwards, record some steps with torch.profiler
     trace: str = "bench_trace.json"  #: where --profile writes them; open it in chrome://tracing or Perfetto
     # the network, under torchrun
     comm: bool = False  #: time all-reduce and all-gather instead, and say whether they can feed this model
-    comm_bytes: Positive = 1 << 28  #: of the largest message
-    mfu: Fraction = 0.0  #: share of the data sheet's FLOP/s that a step reaches; 0: time a step here
-    overlap: Fraction = 0.9  #: share of the backward pass behind which gradients can be sent
+    comm_bytes: PositiveInt = 1 << 28  #: of the largest message
+    mfu: UnitInterval = 0.0  #: share of the data sheet's FLOP/s that a step reaches; 0: time a step here
+    overlap: UnitInterval = 0.9  #: share of the backward pass behind which gradients can be sent
     # data
     real_data: bool = True  #: False: random tokens, from a file too
-    vocab_size: Positive = 50257  #: of random tokens; a dataset brings its own
-    gradient_accumulation_steps: Positive = 1  # micro-batches a step
+    vocab_size: PositiveInt = 50257  #: of random tokens; a dataset brings its own
+    gradient_accumulation_steps: PositiveInt = 1  # micro-batches a step
 
 
 PROFILED_STEPS = 3
@@ -173,10 +173,12 @@ def communicate(config: Config, world: World) -> None:
             "--comm times what processes send each other, and there is one: start it as the run is to be, "
             "torchrun --standalone --nproc_per_node=2 bench.py --comm"
         )
-    machine = world.agree(lambda: runtime.setup(config.device, config.dtype, config.n_embd, world))
+    machine = world.raise_on_all_ranks(
+        lambda: runtime.setup(config.device, config.dtype, config.n_embd, world)
+    )
     machine = replace(machine, casting=config.casting)
-    shape = picked(GPTConfig, config)
-    world.agree(lambda: require(config, machine, shape))
+    shape = pick_fields(GPTConfig, config)
+    world.raise_on_all_ranks(lambda: require(config, machine, shape))
     inside = comm_bench.processes_of_a_node(world)
     nodes = -(-world.size // inside)
     on_cuda = machine.device.type == "cuda"

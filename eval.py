@@ -24,7 +24,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from nanogpt import ROOT, checkpoint, files, runtime
-from nanogpt.config import Count, read
+from nanogpt.config import NonNegativeInt, read
 from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
 from nanogpt.data import mixture
@@ -46,14 +46,14 @@ class Config:
     dataset: str = ""  # a folder in data/, or any path that data/prepare.py wrote
     split: Literal["val", "train"] = "val"  # which of its splits
     text: str = ""  # a text file, or JSONL with the field text: each row a text of its own
-    stride: Count = 0  # new tokens a window of a text, for more context before each; 0: the whole context
+    stride: NonNegativeInt = 0  # new tokens per window of a text, fewer give more context; 0: all
     tasks: str = ""  # hellaswag, lambada, NAME:FILE, files with questions, lm_eval:NAME; commas between
-    limit: Count = 0  # only the first so many items of a task, so many windows of a text; 0: all
+    limit: NonNegativeInt = 0  # only the first so many items of a task, so many windows of a text; 0: all
     # what to write
     out: str = ""  # all results as JSON, to this file
     items: str = ""  # a line of JSON for each item, to this file
     # machine
-    batch_size: Count = 0  # windows of the whole context a batch, shorter items more; 0: 8,192 tokens
+    batch_size: NonNegativeInt = 0  # sequences per batch at full context length; 0: 8,192 tokens
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
 

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import train
-from nanogpt.config import Count, Fraction, Positive, Range, Rate, picked, read, require_consistent
+from nanogpt.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    UnitInterval,
+    pick_fields,
+    read,
+    require_consistent,
+)
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import chips
 from nanogpt.model import GPTConfig
@@ -28,23 +37,23 @@ RECOMPUTED = "; blocks run again, which costs up to a quarter of the speed: is -
 @dataclass(frozen=True)
 class Config(ModelOptions, OptimizerOptions, BatchOptions):
     # the run
-    vocab_size: Positive = 50257  # tokens of the vocabulary
-    batch_size: Positive = 12  # windows a micro-batch
-    recompute: bool = False  # run blocks again in the backward pass: less memory, more time
-    loss_rows: Count = 0  # tokens whose logits are there at once: less memory, more time; 0: all
+    vocab_size: PositiveInt = 50257  # tokens of the vocabulary
+    batch_size: PositiveInt = 12  # windows a micro-batch
+    activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more FLOPs
+    loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: all
     # the machine
     gpu: str = "A100"  # as gpu/chips.py lists it
-    gpus: Positive = 8  # how many share the batch, each with the whole model
-    gpu_memory: Rate = 0.0  # gigabytes (1e9 bytes) of each; 0: not compared
+    gpus: PositiveInt = 8  # how many share the batch, each with the whole model
+    gpu_memory: NonNegativeFloat = 0.0  # gigabytes (1e9 bytes) of each; 0: not compared
     mfu: Annotated[float, Range(0.001, 1)] = 0.4  # share of the peak FLOP/s that is reached
-    dollars_per_gpu_hour: Rate = 0.0  # 0: no cost
+    dollars_per_gpu_hour: NonNegativeFloat = 0.0  # 0: no cost
     # many of them (docs/scaling-arithmetic.md)
     scaling: bool = False  # a table: step, efficiency, bytes sent and memory on 1 to 1,024 GPUs
-    gpus_per_node: Positive = 8  # GPUs that share a node
-    node_gbytes: Rate = 0.0  # GB/s a GPU sends to the others of its node; 0: 80 % of its data sheet
-    network_gbits: Rate = 400.0  # Gbit/s of network a GPU; that of a node, divided by its GPUs
-    overlap: Fraction = 0.9  # share of the passes behind which transfers hide
-    half_tokens: Count = 1250  # a micro-batch of so many tokens a GPU goes at half the rate of a long one
+    gpus_per_node: PositiveInt = 8  # GPUs that share a node
+    node_gbytes: NonNegativeFloat = 0.0  # GB/s from a GPU to its node; 0: 80 % of the data sheet
+    network_gbits: NonNegativeFloat = 400.0  # Gbit/s of network a GPU; that of a node, divided by its GPUs
+    overlap: UnitInterval = 0.9  # share of the passes behind which transfers hide
+    half_tokens: NonNegativeInt = 1250  # tokens per micro-batch and GPU at which half the speed is reached
     shard_optimizer: bool = True  # ddp: each GPU has its part of the optimizer's state (ZeRO-1)
 
 
@@ -52,7 +61,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Print the plan. Raises UserError for a shape that cannot be, and a GPU that is not known."""
     origins = origins or {}
     require_consistent(config, origins)
-    shape = picked(GPTConfig, config)
+    shape = pick_fields(GPTConfig, config)
     peak = chips.peak_flops(config.gpu)
     if peak is None:
         raise UserError(f"--gpu={config.gpu} is not known; there are {', '.join(chips.PEAK_FLOPS)}")
@@ -64,7 +73,11 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         tokens = config.max_tokens
     found = estimate.parameters(shape)
     need = estimate.memory(
-        shape, config, config.batch_size, recompute=config.recompute, loss_rows=config.loss_rows
+        shape,
+        config,
+        config.batch_size,
+        recompute=config.activation_checkpointing,
+        loss_chunk_size=config.loss_chunk_size,
     )
     cost = estimate.flops_per_token(shape)
     hours = estimate.hours(tokens, cost, config.gpus, peak, config.mfu)
@@ -74,7 +87,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         f"memory a GPU: {need.total / 1e9:.2f} GB = weights {need.weights / 1e9:.2f} + gradients "
         f"{need.gradients / 1e9:.2f} + optimizer {need.optimizer / 1e9:.2f} + bfloat16 copies "
         f"{need.copies / 1e9:.2f} + activations of {config.batch_size} x {config.block_size:,} tokens about "
-        f"{need.activations / 1e9:.2f}" + RECOMPUTED * config.recompute,
+        f"{need.activations / 1e9:.2f}" + RECOMPUTED * config.activation_checkpointing,
         f"tokens: {tokens:,} in {-(-tokens // batch):,} iterations of {batch:,}; "
         f"{tokens / max(1, found.total - found.padding):.1f} a parameter",
         f"arithmetic: {cost / 1e9:.3f} GFLOPs a token, {tokens * cost:.3g} in all",
@@ -113,8 +126,8 @@ def setting_of(config: Config, windows: int, peak: float) -> scaling.Setting:
         overlap=config.overlap,
         half_tokens=config.half_tokens,
         sharded_state=config.shard_optimizer,
-        recompute=config.recompute,
-        loss_rows=config.loss_rows,
+        recompute=config.activation_checkpointing,
+        loss_chunk_size=config.loss_chunk_size,
     )
 
 

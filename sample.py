@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nanogpt.config import Count, Fraction, Positive, Range, load, picked
+from nanogpt.config import NonNegativeInt, PositiveInt, Range, UnitInterval, load, pick_fields
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api
 from nanogpt.inference.engine import Completion, Token
@@ -35,24 +35,24 @@ class Config:
     # what to write
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
     prompts: str = ""  # a file of many instead: a JSON string, or an object with "prompt", on each line
-    num_samples: Positive = 10  # how many of each prompt
-    max_new_tokens: Count = 500  # tokens in each
+    num_samples: PositiveInt = 10  # how many of each prompt
+    max_new_tokens: NonNegativeInt = 500  # tokens in each
     stop: str = ""  # end before this text; '["a", "b"]': before any of these
     stop_at_end: bool = False  # end with the token that ends a text, where the vocabulary has one
     # how tokens are drawn; filters apply in this order
     repetition_penalty: Annotated[float, Range(0)] = 1.0  # above 1: what was said becomes less likely
     temperature: Annotated[float, Range(0)] = 0.8  # 1: as the model says; lower: bolder; 0: the most likely
-    top_k: Count = 200  # draw among this many likeliest tokens; 0: all
-    top_p: Fraction = 1.0  # draw among the likeliest that together have this probability
-    min_p: Fraction = 0.0  # draw among those at least this share as likely as the likeliest
-    seed: Count = 1337  # the same seed gives the same text; sample i has seed + i
+    top_k: NonNegativeInt = 200  # draw among this many likeliest tokens; 0: all
+    top_p: UnitInterval = 1.0  # draw among the likeliest that together have this probability
+    min_p: UnitInterval = 0.0  # draw among those at least this share as likely as the likeliest
+    seed: NonNegativeInt = 1337  # the same seed gives the same text; sample i has seed + i
     # how it is shown
     stream: bool = False  # show the text while it is written, one sample after another
     interactive: bool = False  # ask for prompts and continue each; Ctrl-C ends a text, Ctrl-D the program
     json: bool = False  # one JSON object a sample, with log-probabilities
-    logprobs: Count = 0  # with --json: so many of the likeliest alternatives to each token
+    logprobs: NonNegativeInt = 0  # with --json: so many of the likeliest alternatives to each token
     # machine
-    batch_size: Positive = 16  # texts written at once, at most
+    batch_size: PositiveInt = 16  # texts written at once, at most
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights; int8 on CPUs only
     compile: Literal[False] = False  # nanoGPT's option: here there is nothing to compile
@@ -64,7 +64,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     shown = [name for name in ("stream", "interactive", "json") if getattr(config, name)]
     if len(shown) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in shown)} cannot be had together; give one")
-    controls = vars(picked(SamplingOptions, config))  # checked before the model is read
+    controls = vars(pick_fields(SamplingOptions, config))  # checked before the model is read
     stops = stop_strings(config.stop)
     prompts = [""] if config.interactive else read_prompts(config)
     model = api.load(
@@ -78,10 +78,10 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     print(f"{model.origin}; {model.machine.reason}", file=sys.stderr)
     if config.cuda_graph:
         from nanogpt.gpu.cuda_graphs import require_cuda
-        from nanogpt.inference.graph_decode import GraphDecoder
+        from nanogpt.inference.graph_decode import GraphEngine
 
         require_cuda(model.machine.device)
-        model = replace(model, decoder=GraphDecoder)
+        model = replace(model, decoder=GraphEngine)
 
     def completions(prompts: list[str]) -> list[Completion]:
         return model.completions(

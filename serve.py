@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from nanogpt import ROOT, files
-from nanogpt.config import Positive, Range, load
+from nanogpt.config import PositiveInt, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api, cpu_kernels
-from nanogpt.inference.engine import Decoder
+from nanogpt.inference.engine import Engine
 from nanogpt.model import GPT
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class Config:
     port: Annotated[int, Range(0, 65535)] = 8000  # 0: any that is free
     token: str = ""  # that clients must give; seen by all users of this machine, so better in NANOGPT_TOKEN
     # how much
-    slots: Positive = 16  # texts written at the same time
-    queue: Positive = 128  # texts that may wait for a slot; beyond that clients are told to come again
-    max_tokens: Positive = 4096  # the longest answer
+    slots: PositiveInt = 16  # texts written at the same time
+    queue: PositiveInt = 128  # texts that may wait for a slot; beyond that clients are told to come again
+    max_tokens: PositiveInt = 4096  # the longest answer
     # machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights; int8 on CPUs only
@@ -142,7 +142,7 @@ def open_model(config: Config) -> "Served":
             "waiting": ("Texts that wait for a slot.", lambda: scheduler.waiting),
         }
     )
-    scheduler = Scheduler(Decoder(loaded.model, config.slots), loaded.tokenizer, config.queue, meters)
+    scheduler = Scheduler(Engine(loaded.model, config.slots), loaded.tokenizer, config.queue, meters)
     run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     return Served(
         name=name_of(config),

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from nanogpt import ROOT
-from nanogpt.config import Count, Fraction, Positive, Rate, changed, load
+from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval, load, non_defaults
 from nanogpt.errors import Diverged, Stopped, run_program
-from nanogpt.options import Origins, TrainOptions, WatchOptions
+from nanogpt.options import InTrainingOptions, Origins, TrainOptions
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -35,41 +35,38 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 class Config(TrainOptions):
     """Those of nanogpt/options.py (folder, data, model, optimizer, machine, ...), and these."""
 
-    # how often (in iterations)
-    eval_interval: Positive = 2000  #: iterations between evaluations of both splits
-    eval_iters: Positive = 200  #: evaluate at most this many batches of each split, the same ones each time
-    log_interval: Positive = 1  # print a line and write a row
-    save_interval: Count = 0  # save a checkpoint; 0: at each evaluation
-    always_save_checkpoint: bool = True  # False: after an evaluation save only if it is the best so far
-    max_minutes: Rate = 0.0  #: stop, save and leave after this long; 0: no limit
+    # evaluation, logging, checkpoints
+    eval_interval: PositiveInt = 2000  #: iterations between evaluations of both splits
+    eval_iters: PositiveInt = 200  #: batches per split and evaluation, at most; the same ones each time
+    log_interval: PositiveInt = 1  # iterations between log lines
+    save_interval: NonNegativeInt = 0  # iterations between checkpoints; 0: save at evaluations
+    always_save_checkpoint: bool = True  # False: save only if the validation loss has improved
+    max_minutes: NonNegativeFloat = 0.0  #: save and exit after this many minutes; 0: no limit
     # learning-rate schedule
-    decay_lr: bool = True  # False: learning_rate all the time
-    lr_schedule: Schedule = "cosine"  # how it falls after the warm-up; wsd holds first
-    warmup_iters: Count = 2000  #: iterations of warm-up
-    lr_decay_iters: Count = 0  # where it reaches min_lr; 0: at max_iters
-    min_lr: Rate = 6e-5  #: lowest learning rate
-    lr_cooldown: Fraction = 0.4  # wsd: the share of lr_decay_iters in which it falls
-    # trackers beside metrics.jsonl
-    wandb_log: bool = False  #: send rows to Weights & Biases too
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # the name of the run there
+    decay_lr: bool = True  # False: constant learning rate
+    lr_schedule: Schedule = "cosine"  # decay after warmup; wsd: constant, then linear
+    warmup_iters: NonNegativeInt = 2000  #: iterations of linear warmup
+    lr_decay_iters: NonNegativeInt = 0  # iteration at which min_lr is reached; 0: max_iters
+    min_lr: NonNegativeFloat = 6e-5  #: minimum learning rate
+    lr_cooldown: UnitInterval = 0.4  # wsd: fraction of lr_decay_iters spent decaying
+    # experiment tracking
+    wandb_log: bool = False  #: log to Weights & Biases
+    wandb_project: str = "owt"  # W&B project
+    wandb_run_name: str = "gpt2"  # W&B run name
 
     def problems(self, origins: Origins) -> list[str]:
         wrong = []
         if self.decay_lr and self.lr_schedule != "constant":
-            if self.min_lr > self.learning_rate:
-                wrong.append(
-                    f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower --min_lr"
-                )
-            if 0 < self.lr_decay_iters < self.warmup_iters:
-                wrong.append(
-                    f"lr_decay_iters={self.lr_decay_iters} ends before warmup_iters={self.warmup_iters}"
-                )
+            peak, end, warmup = self.learning_rate, self.lr_decay_iters, self.warmup_iters
+            if self.min_lr > peak:
+                wrong.append(f"min_lr={self.min_lr} is above learning_rate={peak}; lower --min_lr")
+            if 0 < end < warmup:
+                wrong.append(f"lr_decay_iters={end} ends before warmup_iters={warmup}")
         return wrong
 
 
 # The command line is read before torch is imported: --help and a typo are answered at once.
-GIVEN = run_program(lambda: load(Config, sys.argv[1:])) if __name__ == "__main__" else None
+PARSED = run_program(lambda: load(Config, sys.argv[1:])) if __name__ == "__main__" else None
 
 # ruff: noqa: E402
 gc.disable()  # imports leave no garbage, and looking for it takes a tenth of a second
@@ -80,13 +77,13 @@ from tqdm import tqdm
 
 from nanogpt import files, metrics, optim, resolve, runtime, validation
 from nanogpt.checkpoint import Progress, writer
-from nanogpt.loss import default_rows
+from nanogpt.loss import default_loss_chunk_size
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, Optimizer, clip_gradients
 from nanogpt.world import World
 
 if TYPE_CHECKING:
-    from nanogpt.evaluation.in_training import Watch
+    from nanogpt.evaluation.in_training import InTrainingEvaluation
 
 
 gc.freeze()
@@ -101,12 +98,12 @@ class Run(resolve.Setup[Config]):
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    watch: "Watch | None"  # in-training evaluation
-    writer: writer.Writer  # of its checkpoints, in the first process
+    in_training: "InTrainingEvaluation | None"  # in-training evaluation
+    writer: writer.AsyncCheckpointer  # of its checkpoints, in the first process
     lock: FileLock | None = None  # on out_dir
 
     @property
-    def exhausted(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether --patience ends the run: so many evaluations have brought no better validation loss."""
         return 0 < self.config.patience <= self.progress.stale
 
@@ -121,9 +118,11 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     with runtime.StopRequest() as stop, resolve.join(config, Path(config.out_dir)) as world:
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
-        run = world.agree(lambda: build(config, origins, world))
+        run = world.raise_on_all_ranks(lambda: build(config, origins, world))
         config = run.config
-        print("\n".join([*run.notices, "options that differ from the defaults:", *changed(config, origins)]))
+        print(
+            *run.notices, "options that differ from the defaults:", *non_defaults(config, origins), sep="\n"
+        )
         print(run.describe(run.model.n_params()))
         if config.eval_only:
             evaluate(run, stop)
@@ -131,10 +130,10 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.resumed and run.progress.iter_num >= config.max_iters:
             print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
             return
-        if run.exhausted:
+        if run.out_of_patience:
             print(f"{config.out_dir} has stopped by --patience={config.patience}; raise it to go on")
             return
-        if notice := world.lead(lambda: open_folder(run, sys.argv)):
+        if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             print(notice)
         kernels_in_use: AbstractContextManager[None] = nullcontext()
         if config.attention != "auto" or config.deterministic or run.machine.device.type == "cuda":
@@ -148,7 +147,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             run.writer.close()
             if run.lock:
                 run.lock.release()
-            tell_saved(run)
+            print_saved(run)
 
 
 # ----------------------------------------------------------------------------- set-up
@@ -169,27 +168,27 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         from nanogpt.distributed import parallelize
 
         layout = parallelize.lay_out(model, machine, setup.division)
-    if config.recompute:
-        from nanogpt.compile import recompute
+    if config.activation_checkpointing:
+        from nanogpt.compile import checkpoint_activations
 
-        recompute(model, machine)
+        checkpoint_activations(model, machine)
     optimizer = make_optimizer(config, model, machine, layout)
-    if config.optimizer == "muon" and not any(optim.is_for_muon(n, p) for p, n in optimizer.names.items()):
+    if config.optimizer == "muon" and not any(optim.is_for_muon(name, p) for name, p in optimizer.named):
         notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
         scaler = parallelize.sharded_scaler(machine)
     if resumed:
-        resumed.load_optimizer(optimizer.pieces())
+        resumed.load_optimizer(optimizer.state_shards())
         scaler.load_state_dict(resumed.state["scaler"])
         if moved := resumed.moved(machine.environment()):
             notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
-    watch = None
+    in_training = None
     if config.eval_tasks or config.sample_prompt:
-        from nanogpt.evaluation.in_training import Watch
+        from nanogpt.evaluation.in_training import InTrainingEvaluation
 
-        options = config if world.leads else WatchOptions()  # one process looks on
-        watch = Watch(options, Path(config.out_dir), setup.dataset.tokenizer, machine)
+        options = config if world.is_main_process else InTrainingOptions()  # one process looks on
+        in_training = InTrainingEvaluation(options, Path(config.out_dir), setup.dataset.tokenizer, machine)
     progress = resumed.progress if resumed else Progress()
     return Run(
         **vars(setup),
@@ -197,8 +196,8 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         optimizer=optimizer,
         scaler=scaler,
         progress=progress,
-        watch=watch,
-        writer=writer.Writer(),
+        in_training=in_training,
+        writer=writer.AsyncCheckpointer(),
     )
 
 
@@ -208,20 +207,21 @@ def make_model(
     """Build the model with the weights that `setup` has found, or with new ones from the seed; with new
     adapters, if the options ask for them."""
     if setup and setup.resumed:
-        model = setup.resumed.load_model(setup.home, config.dropout).train()
+        model = setup.resumed.load_model(setup.init_device, config.dropout).train()
     else:
         torch.manual_seed(config.seed)
         if setup and setup.pretrained:
-            model = setup.pretrained.load(shape, setup.home).train()
+            model = setup.pretrained.load(shape, setup.init_device).train()
         else:
-            model = GPT(shape).to(setup.home if setup else machine.device)
-        if adapted := adapters(config):
+            model = GPT(shape).to(setup.init_device if setup else machine.device)
+        if adapted := lora_config(config):
             from nanogpt.finetune import lora
 
             lora.adapt(model, lora.Adapters(**adapted))
-            lora.initialise(model, config.seed)
+            lora.initialize(model, config.seed)
     tokens = config.windows * config.block_size
-    model.loss_rows = config.loss_rows or default_rows(machine.device, tokens, shape.vocab_size)
+    default = default_loss_chunk_size(machine.device, tokens, shape.vocab_size)
+    model.loss_chunk_size = config.loss_chunk_size or default
     return model
 
 
@@ -240,10 +240,10 @@ def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, r
     config = replace(config, batch_size=rows)
     alone = replace(machine, world=World())  # nobody is asked
     model = make_model(config, alone, shape)
-    if config.recompute:
-        from nanogpt.compile import recompute
+    if config.activation_checkpointing:
+        from nanogpt.compile import checkpoint_activations
 
-        recompute(model, alone)
+        checkpoint_activations(model, alone)
     optimizer = make_optimizer(config, model, alone, Layout())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     tokens = torch.zeros(rows, config.block_size, dtype=torch.int64, device=machine.device)
@@ -307,7 +307,7 @@ def train_step(
         total += loss.detach()
     stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
     scaler.unscale_(stepped)
-    grad_norm = clip_gradients(optimizer.names, grad_clip, optimizer.layout)
+    grad_norm = clip_gradients(optimizer.parameters, grad_clip, optimizer.layout)
     optimizer.lr = lr
     scaler.step(stepped)
     scaler.update()
@@ -366,7 +366,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Update the weights until max_iters; evaluate, log and save on the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
     model, micro_batches, take_step = prepare_step(run)
-    hidden = None if world.leads else True  # None: where no terminal shows it
+    hidden = None if world.is_main_process else True  # None: where no terminal shows it
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at = progress.iter_num if progress.iter_num else -1
@@ -378,19 +378,19 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         last = progress.iter_num >= config.max_iters
         if (progress.iter_num % config.eval_interval == 0 or last) and progress.val_loss is None:
             improved = evaluate(run, stop, log)
-            last = last or run.exhausted
+            last = last or run.out_of_patience
         write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
-        for line in look(run, last, write, stop):
+        for line in run_tasks(run, last, write, stop):
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
-        leaving = world.any(bool(stop.reason) or run.writer.failed) or last  # all leave at the same step
+        leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or last  # all leave at the same step
         if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
             if pending_check:
                 pending_check()
             save(run)
             saved_at = progress.iter_num
-        tell_saved(run)
+        print_saved(run)
         if leaving:
             bar.close()
             finish(run, stop, last)
@@ -431,20 +431,20 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         bar.update()
 
 
-def look(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
+def run_tasks(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
     """Score and sample in the first process, if it is time (in_training.py); the others help to gather."""
     iter_num = run.progress.iter_num
-    if not run.watch or not (last or iter_num % run.config.eval_interval == 0):
+    if not run.in_training or not (last or iter_num % run.config.eval_interval == 0):
         return
-    if run.machine.world.any(run.watch.due(iter_num)) and (model := whole_model(run)):
+    if run.machine.world.any_rank(run.in_training.due(iter_num)) and (model := gather_model(run)):
         model = model.to(run.machine.device)  # where it is, unless it was gathered
-        yield from run.watch.look(model, iter_num, write, stop.asked)
+        yield from run.in_training.maybe_run(model, iter_num, write, stop.asked)
 
 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
     """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
-    run.machine.world.at(progress.iter_num, "evaluating")
+    run.machine.world.report_phase(progress.iter_num, "evaluating")
     shape = (config.windows, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = validation.evaluate_splits(run.model, run.dataset, shape, *how)
@@ -473,13 +473,13 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
 
 def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
     """Wait for what is being written, and say how it ended; raises Stopped before the last iteration."""
-    run.machine.world.lead(run.writer.wait)
-    tell_saved(run)
+    run.machine.world.rank_zero_only(run.writer.wait)
+    print_saved(run)
     if not last:
         by = stop.reason or "another process"
         place = f"iteration {run.progress.iter_num}"
         raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
-    if run.exhausted:
+    if run.out_of_patience:
         print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
     print(metrics.gap(metrics.read(Path(run.config.out_dir))))
 
@@ -493,15 +493,16 @@ def is_time_to_save(run: Run, improved: bool) -> bool:
     return progress.iter_num > 0 and (improved or due)
 
 
-def open_folder(run: Run, command: list[str]) -> str:
+def prepare_out_dir(run: Run, command: list[str]) -> str:
     """Make out_dir ours, with the tokenizer and the options in it; returns what became of a run that was
     there ("" if none was)."""
     config, out = run.config, Path(run.config.out_dir)
-    run.lock, notice = writer.claim(out, run.resumed.iter_num if run.resumed else None, config.overwrite)
+    resumed_at = run.resumed.iter_num if run.resumed else None
+    run.lock, notice = writer.acquire_folder(out, resumed_at, config.overwrite)
     if run.resumed:
         metrics.rewind(out, run.resumed.iter_num, evaluated=run.progress.val_loss is not None)
-        if run.watch:
-            run.watch.resume()
+        if run.in_training:
+            run.in_training.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
     about = {
         "options": asdict(config),
@@ -515,13 +516,13 @@ def open_folder(run: Run, command: list[str]) -> str:
 
 
 def open_log(run: Run) -> metrics.Log:
-    config, leads = run.config, run.machine.world.leads
+    config, is_main_process = run.config, run.machine.world.is_main_process
     tracker = None
-    if config.wandb_log and leads:
+    if config.wandb_log and is_main_process:
         from nanogpt.trackers import Wandb
 
         tracker = Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
-    path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
+    path = Path(config.out_dir) / metrics.NAME if is_main_process else Path(os.devnull)
     peak_share = None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops
@@ -534,40 +535,40 @@ def open_log(run: Run) -> metrics.Log:
 def save(run: Run) -> None:
     """Gather what several processes hold, and let the first one write it; the others wait."""
     config, world = run.config, run.machine.world
-    model, optimizer = whole_model(run), run.optimizer.state()
+    model, optimizer = gather_model(run), run.optimizer.state()
     state = {
         **asdict(run.progress),
         "options": asdict(config),
         "scaler": run.scaler.state_dict(),
-        "lora": adapters(config),
+        "lora": lora_config(config),
         "tokenizer": run.dataset.fingerprint,
         "environment": run.machine.environment(),
     }
-    world.at(run.progress.iter_num, "saving")
-    world.lead(lambda: run.writer.save(Path(config.out_dir), cast(GPT, model), optimizer, state))
+    world.report_phase(run.progress.iter_num, "saving")
+    world.rank_zero_only(lambda: run.writer.save(Path(config.out_dir), cast(GPT, model), optimizer, state))
 
 
-def whole_model(run: Run) -> GPT | None:
+def gather_model(run: Run) -> GPT | None:
     """The model with all its weights: itself or, where it is sharded, a copy of it in the first process and
     None in the others, which all must ask for together."""
     if not run.optimizer.layout.sharded:
         return run.model
     from nanogpt.distributed import parallelize
 
-    return parallelize.whole_model(run.model, run.optimizer.layout, adapters(run.config))
+    return parallelize.gather_model(run.model, run.optimizer.layout, lora_config(run.config))
 
 
-def adapters(config: Config) -> dict[str, Any] | None:
+def lora_config(config: Config) -> dict[str, Any] | None:
     """What lora.Adapters takes, as a checkpoint keeps it; None without adapters."""
     if not config.lora_rank:
         return None
     return {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
 
 
-def tell_saved(run: Run) -> None:
-    for path in run.writer.complete():
+def print_saved(run: Run) -> None:
+    for path in run.writer.pop_completed():
         tqdm.write(f"saved {path}")
 
 
-if GIVEN:
-    run_program(partial(main, *GIVEN))
+if PARSED:
+    run_program(partial(main, *PARSED))

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import shared
 from nanogpt import files, runtime
 from nanogpt.checkpoint import reader
-from nanogpt.config import Count, load
+from nanogpt.config import NonNegativeInt, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.evaluation import evals, log_likelihood, tasks
 from nanogpt.tokenizer import tokenizer
@@ -35,8 +35,8 @@ class Config:
     hellaswag: str = ""  # JSONL files, and a text
     lambada: str = ""
     text: str = ""
-    limit: Count = 0  # items of each task; 0: all
-    batch_size: Count = 16  # rows a batch, for lm-eval
+    limit: NonNegativeInt = 0  # items of each task; 0: all
+    batch_size: NonNegativeInt = 16  # rows a batch, for lm-eval
 
 
 def main(config: Config) -> None:

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import torch
 
-from nanogpt.config import Positive, load
+from nanogpt.config import PositiveInt, load
 from nanogpt.errors import UserError, run_program
-from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.quantize import cast
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
@@ -36,7 +36,7 @@ class Config:
     nanogpt: str = ""  # a clone of nanoGPT; empty: left out
     transformers: bool = True  # its generate, if it is installed
     only: Literal["", "16", "500", "char"] = ""  # one of the three comparisons
-    rounds: Positive = 3  # of each side, in turn
+    rounds: PositiveInt = 3  # of each side, in turn
 
 
 @dataclass
@@ -60,7 +60,7 @@ def bandwidth() -> float:
 def ours(model: GPT, context: int, count: int, texts: int = 1) -> Taken:
     cpu, start = time.process_time(), time.perf_counter()
     prompt = [(7 * i) % model.config.vocab_size for i in range(context)]
-    decoder = Decoder(model, texts, context + count)
+    decoder = Engine(model, texts, context + count)
     decoder.add([Text(prompt, SAMPLING, seed=i) for i in range(texts)])
     read = time.perf_counter()
     for _ in range(count):

@@ -33,7 +33,7 @@ import torch
 
 from benchmarks import shared
 from nanogpt import ROOT, files
-from nanogpt.config import Positive, Rate, read
+from nanogpt.config import NonNegativeFloat, PositiveInt, read
 from nanogpt.errors import UserError, run_program
 
 LARGEST_TOKENS = 40 << 20  # bytes: what may have to be carried to the machine
@@ -112,9 +112,9 @@ HEADER = ["", "nanoGPT, published", "nanoGPT, here", "ours, here", "times better
 class Config:
     out: str = "out-gpu"  # the folder for results.json, table.md and what the parts wrote
     parts: str = ",".join(name for name, part in PARTS.items() if part.usual)  # which, in this order; or all
-    minutes: Rate = 8.0  # all parts together, at most
+    minutes: NonNegativeFloat = 8.0  # all parts together, at most
     tokens: str = ""  # a file of GPT-2 tokens for mini_owt; empty: the checkout's data/mini_owt
-    their_batch: Positive = 12  # nanoGPT's micro-batch in train124 and train350; 12 is its preset's
+    their_batch: PositiveInt = 12  # nanoGPT's micro-batch in train124 and train350; 12 is its preset's
     options: str = ""  # more options for our train.py in the parts that train, separated by spaces
     compile: bool = True  # False: neither side, on a machine without a working compiler
     device: str = "cuda"  # cpu: with --tiny=True, to try the script

@@ -14,9 +14,9 @@ import torch
 from benchmarks.decode import theirs as nanogpt_model
 from benchmarks.gpu_sides import Failed, Setup, environment, figure
 from nanogpt import ROOT, optim
-from nanogpt.checkpoint.writer import Writer
-from nanogpt.inference.engine import Decoder, Text
-from nanogpt.inference.graph_decode import GraphDecoder
+from nanogpt.checkpoint.writer import AsyncCheckpointer
+from nanogpt.inference.engine import Engine, Text
+from nanogpt.inference.graph_decode import GraphEngine
 from nanogpt.inference.quantize import cast
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
@@ -103,7 +103,7 @@ def decode(setup: Setup) -> dict[str, Any]:
     for batch, values in speed.items():
         values["nanoGPT"] = batch / their_token_s(setup, theirs, batch, tokens // 4)
     serial = 10 * timed(setup, lambda: their_token_s(setup, theirs, 1, count, warm=False))
-    for kind in (Decoder, GraphDecoder):  # what may fail comes last
+    for kind in (Engine, GraphEngine):  # what may fail comes last
         try:
             for batch, values in speed.items():
                 decoder = kind(ours, batch, shape.block_size)
@@ -137,11 +137,11 @@ def their_token_s(setup: Setup, model: Any, batch: int, count: int, warm: bool =
         return timed(setup, lambda: model.generate(idx, count, temperature=0.8, top_k=200)) / count
 
 
-def our_token_s(setup: Setup, decoder: Decoder, batch: int, count: int) -> float:
+def our_token_s(setup: Setup, decoder: Engine, batch: int, count: int) -> float:
     """Seconds a token (of all texts); with a graph, without a look at them on the way."""
     decoder.add([Text([0], SAMPLING, seed=i) for i in range(batch)])
     count = min(count, decoder.length - 16)
-    if isinstance(decoder, GraphDecoder):
+    if isinstance(decoder, GraphEngine):
         decoder.run(8)  # is recorded meanwhile
         decoder.run(count - 8)  # longer caches, too
         texts = list(decoder.texts)
@@ -154,7 +154,7 @@ def our_token_s(setup: Setup, decoder: Decoder, batch: int, count: int) -> float
     return timed(setup, lambda: [decoder.step() for _ in range(count)]) / count
 
 
-def our_job(decoder: Decoder, count: int) -> None:
+def our_job(decoder: Engine, count: int) -> None:
     decoder.add([Text([0], SAMPLING, seed=i) for i in range(10)])
     for _ in range(count):
         decoder.step()
@@ -176,7 +176,7 @@ def stall(setup: Setup) -> dict[str, Any]:
     adam.step()
     folder = Path(setup.scratch, "checkpoints")
     folder.mkdir()
-    writer, out = Writer(), folder / "ours"
+    writer, out = AsyncCheckpointer(), folder / "ours"
     took: dict[str, list[float]] = {"theirs": [], "ours": []}
     complete: list[float] = []
     found: dict[str, Any] = {"figures": [], "seconds_of": took, "seconds_until_complete": complete}
@@ -218,7 +218,7 @@ TRIED = {
     "--casting=weights": "--casting=weights",
     "--attention=cudnn": "--attention=cudnn",
     "--attention=flash": "--attention=flash",
-    "--loss_rows=8192": "--loss_rows=8192",
+    "--loss_chunk_size=8192": "--loss_chunk_size=8192",
     "--compile=blocks": "--compile=blocks",
     "--compile=False": "--compile=False",
     "--cuda_graph": "--cuda_graph=True --compile=False",

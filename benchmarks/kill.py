@@ -42,7 +42,7 @@ import train
 from benchmarks import shared
 from nanogpt import ROOT, checkpoint, files, metrics
 from nanogpt.checkpoint import reader
-from nanogpt.config import Count, Positive, Range, Seconds, load
+from nanogpt.config import NonNegativeInt, PositiveInt, Range, Seconds, load
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.tokenizer import tokenizer, vocabulary
@@ -52,14 +52,14 @@ CLOCK = {"step_s", "tokens_per_s", "elapsed_s"}  # what a row and state.json hol
 
 @dataclass(frozen=True)
 class Config:
-    kills: Count = 30  # how often SIGKILL is sent
-    steps_per_kill: Positive = 4  # steps of the run for each kill or hang; with two processes some 40
-    seed: Count = 1337  # of the moments
+    kills: NonNegativeInt = 30  # how often SIGKILL is sent
+    steps_per_kill: PositiveInt = 4  # steps of the run for each kill or hang; with two processes some 40
+    seed: NonNegativeInt = 1337  # of the moments
     # two processes
     processes: Annotated[int, Range(1, 2)] = 1  # processes of the run
-    hangs: Count = 0  # how often SIGSTOP is sent
-    timeout_s: Seconds = 4.0  # --timeout_s of the run
-    patience_s: Positive = 60  # seconds to wait for the next line or checkpoint of a run
+    hangs: NonNegativeInt = 0  # how often SIGSTOP is sent
+    timeout_s: Seconds = 4.0  # --hang_timeout_s of the run
+    patience_s: PositiveInt = 60  # seconds to wait for the next line or checkpoint of a run
 
 
 @dataclass
@@ -330,7 +330,7 @@ class Launch:
         self.out, self.log, self.patience_s = folder / name, folder / f"{name}.log", config.patience_s
         options = [f"--dataset={folder / 'data'}", f"--out_dir={self.out}", f"--max_iters={steps}"]
         torchrun = f"-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts={restarts}"
-        options += [*RUN.split(), f"--timeout_s={config.timeout_s}"]
+        options += [*RUN.split(), f"--hang_timeout_s={config.timeout_s}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(

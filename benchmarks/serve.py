@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt import ROOT
-from nanogpt.config import Positive, load
+from nanogpt.config import PositiveInt, load
 from nanogpt.errors import UserError, run_program
 
 
@@ -29,13 +29,13 @@ from nanogpt.errors import UserError, run_program
 class Config:
     out_dir: str = "out"  # a run folder of train.py
     only: str = "speed,load,fuzz,slow,leave"  # which
-    requests: Positive = 10_000  # of fuzz
-    clients: Positive = 100  # of load
-    seconds: Positive = 60  # of load
-    sockets: Positive = 500  # of slow
-    leaving: Positive = 100  # of leave
+    requests: PositiveInt = 10_000  # of fuzz
+    clients: PositiveInt = 100  # of load
+    seconds: PositiveInt = 60  # of load
+    sockets: PositiveInt = 500  # of slow
+    leaving: PositiveInt = 100  # of leave
     prompt: str = "\n"  # characters that the model knows
-    tokens: Positive = 64  # of an answer, in speed and load
+    tokens: PositiveInt = 64  # of an answer, in speed and load
 
 
 class Server:

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import shared
 from nanogpt import ROOT
-from nanogpt.config import Positive, load
+from nanogpt.config import PositiveInt, load
 from nanogpt.errors import UserError, run_program
 
 RUN = (
@@ -29,7 +29,7 @@ RUN = (
 @dataclass(frozen=True)
 class Config:
     dataset: str = "shakespeare_char"  # a prepared one, as train.py takes it
-    times: Positive = 5  # how often each is measured
+    times: PositiveInt = 5  # how often each is measured
 
 
 def main(config: Config) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import shared
 from nanogpt import ROOT
-from nanogpt.config import Positive, read
+from nanogpt.config import PositiveInt, read
 from nanogpt.errors import UserError, run_program
 
 SHAPE = (
@@ -32,9 +32,9 @@ SHAPE = (
 
 @dataclass(frozen=True)
 class Config:
-    blocks: Positive = 10  # of each side
-    iterations: Positive = 100  # in a block
-    settle: Positive = 10  # iterations before each block that are not counted
+    blocks: PositiveInt = 10  # of each side
+    iterations: PositiveInt = 100  # in a block
+    settle: PositiveInt = 10  # iterations before each block that are not counted
 
 
 class Side:

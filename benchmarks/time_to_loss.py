@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import shared
 from benchmarks.shared import exact_loss
 from nanogpt import ROOT
-from nanogpt.config import Positive, Rate, read
+from nanogpt.config import NonNegativeFloat, PositiveInt, read
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 
@@ -37,8 +37,8 @@ THEIRS = (
 @dataclass(frozen=True)
 class Config:
     dataset: str = "shakespeare_char"  # a folder of the checkout's data/
-    target: Rate = 1.88  # the validation loss to reach
-    seeds: Positive = 3  # runs of each side
+    target: NonNegativeFloat = 1.88  # the validation loss to reach
+    seeds: PositiveInt = 3  # runs of each side
     ours: str = "config/train_shakespeare_char_cpu.py"  # preset and options of our train.py
     theirs: str = THEIRS  # and of nanoGPT's
 

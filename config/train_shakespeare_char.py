@@ -36,7 +36,7 @@ init = "zero"
 
 optimizer = "muon"
 muon_lr = 0.02
-muon_turns = 3
+muon_ns_steps = 3
 muon_weight_decay = 0.1
 learning_rate = 0.01  # of AdamW: embedding, head and norms
 weight_decay = 0.0

@@ -30,7 +30,7 @@ init = "zero"
 
 optimizer = "muon"
 muon_lr = 0.03
-muon_turns = 3
+muon_ns_steps = 3
 learning_rate = 0.02  # of AdamW: embedding, head and norms
 weight_decay = 0.0
 beta2 = 0.95

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python puts only this folder there
 
-from nanogpt.config import Count, read
+from nanogpt.config import NonNegativeInt, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import corpus
 
@@ -35,10 +35,10 @@ class Config:
     gpt2_bpe: str = ""  # OpenAI's vocab.bpe or its folder, instead of the download
     # the split
     val_fraction: float = 0.1  # how much of the text is kept for validation
-    seed: Count = 0  # of the choice of documents for validation
+    seed: NonNegativeInt = 0  # of the choice of documents for validation
     # how
-    workers: Count = 0  # processes that encode; 0: one a core where the text is large
-    shard_tokens: Count = 0  # write shards of so many tokens, as llm.c does; 0: one file a split
+    workers: NonNegativeInt = 0  # processes that encode; 0: one a core where the text is large
+    shard_tokens: NonNegativeInt = 0  # write shards of so many tokens, as llm.c does; 0: one file a split
 
 
 def main(config: Config, paths: list[str]) -> None:

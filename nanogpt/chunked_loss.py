@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.loss import IGNORE, multiplies_padding, rows_at_once
+from nanogpt.loss import IGNORE, logits_chunk_size, multiplies_padding
 
 
 def chunked_cross_entropy(
@@ -86,7 +86,7 @@ def _losses_and_error(
     """Write the cross-entropy of each of targets (n,) to `losses` (n,), and return its gradient with respect
     to the logits, (n, len(weight)), in the number format of x (n, C)."""
     error = x.new_empty(len(x), len(weight))
-    rows = rows_at_once(x.device.type, len(weight))
+    rows = logits_chunk_size(x.device.type, len(weight))
     parts = zip(x.split(rows), targets.split(rows), losses.split(rows), error.split(rows), strict=True)
     for part, wanted, loss, out in parts:
         logits = F.linear(part, weight).float()

@@ -126,7 +126,7 @@ def wrap(
     return compiled, ""
 
 
-def recompute(model: GPT, machine: Machine) -> None:
+def checkpoint_activations(model: GPT, machine: Machine) -> None:
     """Keep of each block's forward pass the input alone, and run it again in the backward pass: a third more
     arithmetic, a fraction of the activations (Chen et al. 2016).
 
@@ -138,7 +138,8 @@ def recompute(model: GPT, machine: Machine) -> None:
             ("on a CPU", "--dtype=float32") if on_cpu else ("by --casting=weights", "--casting=auto")
         )
         raise UserError(
-            f"--recompute in {machine.dtype} {how} works with --parallel=fsdp alone; else give {instead}"
+            f"--activation_checkpointing in {machine.dtype} {how} works with --parallel=fsdp only; "
+            f"otherwise use {instead}"
         )
     from torch.utils.checkpoint import checkpoint
 

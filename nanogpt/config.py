@@ -31,11 +31,11 @@ class Range:
         return f">= {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
 
 
-Positive = Annotated[int, Range(1)]
-Count = Annotated[int, Range(0)]
-Rate = Annotated[float, Range(0)]
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+NonNegativeFloat = Annotated[float, Range(0)]
 Seconds = Annotated[float, Range(1)]  # to wait
-Fraction = Annotated[float, Range(0, 1)]
+UnitInterval = Annotated[float, Range(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ def read(
     problems: list[str] = []
 
     def give(key: str, value: Any, origin: str, is_text: bool) -> None:
+        if key not in types:
+            from nanogpt.usage import RENAMED
+
+            key = RENAMED.get(key, key)
         if key not in types:
             if key in other_keys and not is_text:
                 found.ignored[key] = origin
@@ -171,7 +175,7 @@ def _check(kind: Any, value: Any) -> Any:
 # ----------------------------------------------------------------------------- what is printed and saved
 
 
-def picked(cls: type[T], config: object, **others: Any) -> T:
+def pick_fields(cls: type[T], config: object, **others: Any) -> T:
     """An instance of the dataclass `cls` from the fields of `config` that have the same names."""
     names = typing.get_type_hints(cls)
     return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)} | others)
@@ -186,7 +190,7 @@ def require_consistent(config: object, origins: Mapping[str, str]) -> None:
         raise error
 
 
-def changed(config: "DataclassInstance", origins: dict[str, str]) -> list[str]:
+def non_defaults(config: "DataclassInstance", origins: dict[str, str]) -> list[str]:
     """One line for each option whose value is not its default, and where the value came from: from
     `origins`, else from the saved run that goes on."""
     rows = []

@@ -17,7 +17,7 @@ def multiplies_padding(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def project(x: Tensor, table: Tensor, size: int, whole: bool) -> Tensor:
+def compute_logits(x: Tensor, table: Tensor, size: int, whole: bool) -> Tensor:
     """Logits (..., size) of x (..., C) by table (P, C); `whole`: the padding is multiplied, and cut off
     after. It gets no probability and no gradient either way."""
     if whole and len(table) > size:
@@ -30,16 +30,16 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def rows_at_once(kind: str, vocab_size: int) -> int:
+def logits_chunk_size(kind: str, vocab_size: int) -> int:
     """Tokens whose float32 logits are computed at once on a `kind` of device, where they need not be kept."""
     return max(1, LOGITS_AT_ONCE.get(kind, 1 << 24) // vocab_size)
 
 
-def default_rows(device: torch.device, tokens: int, vocab_size: int) -> int:
+def default_loss_chunk_size(device: torch.device, tokens: int, vocab_size: int) -> int:
     """The `rows` of chunked_cross_entropy for micro-batches of `tokens` tokens; 0 = the plain loss.
 
     On a CPU large logits are slow, since they leave its caches, and the C library cannot reuse their memory
     well: half of what it frees is soon cut up by smaller blocks.
     """
-    at_once = rows_at_once(device.type, vocab_size)
+    at_once = logits_chunk_size(device.type, vocab_size)
     return 0 if device.type != "cpu" or 2 * tokens <= at_once else 4 * at_once

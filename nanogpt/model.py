@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from nanogpt.loss import (
     IGNORE,
+    compute_logits,
+    logits_chunk_size,
     multiplies_padding,
-    project,
-    rows_at_once,
     soft_cap,
 )
 
@@ -162,10 +162,10 @@ class Rotary(Position):
         length = x.shape[-2]
         where = slice(length) if at is None else at[:, None]  # the same for all heads
         cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
-        return turned(x, cos, sin)
+        return apply_rotary(x, cos, sin)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (..., hs) turned by the angles of `Rotary`'s tables."""
     left, right = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
@@ -234,24 +234,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
     return torch.cat(found, dim=2) if len(found) > 1 else found[0]
 
 
-class Layer(NamedTuple):
-    """What a layer's attention needs of a `Past`."""
+class LayerCache(NamedTuple):
+    """What a layer's attention needs of a `Cache`."""
 
     at: Tensor | None  # positions of the tokens that are read, int64 (B, 1); None: 0 ... T-1
     attend: Callable[..., Tensor]  # of q, k, v, and the function that attends without a cache
 
 
-class Past(Protocol):
+class Cache(Protocol):
     """Tokens read before, whose keys and values are kept (inference/kv_cache.py)."""
 
     at: Tensor | None  # as Layer.at
 
     def before(self, x: Tensor) -> Tensor: ...
 
-    def layer(self, number: int) -> Layer: ...
+    def layer(self, number: int) -> LayerCache: ...
 
 
-def keep_apart(documents: Tensor, dtype: torch.dtype) -> Tensor:
+def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
     """The bias (B, 1, T, T) by which a token sees those before it of its own document: documents (B, T)."""
     seen = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
@@ -271,19 +271,19 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, position: Position, past: Layer | None = None, apart: Tensor | None = None
+        self, x: Tensor, position: Position, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
         B, T, _ = x.shape
         # Queries and keys lie side by side and are treated alike: one call for both.
         parts = self.c_attn(x).split([self.widths[0] + self.widths[1], self.widths[2]], dim=2)
         qk, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
-        q, k = position.rotate(self.qk_norm(qk), past.at if past else None).split(self.heads, dim=1)
+        q, k = position.rotate(self.qk_norm(qk), cache.at if cache else None).split(self.heads, dim=1)
         bias = position.bias(T)
-        if apart is not None:  # (B, 1, T, T)
-            bias = apart if bias is None else apart + bias
+        if mask is not None:  # (B, 1, T, T)
+            bias = mask if bias is None else mask + bias
         bias = bias if bias is None else bias.to(q.dtype)
         attend = partial(attention, bias=bias, dropout=self.dropout if self.training else 0.0)
-        y = attend(q, k, v) if past is None else past.attend(q, k, v, attend)
+        y = attend(q, k, v) if cache is None else cache.attend(q, k, v, attend)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
@@ -296,8 +296,8 @@ class Smear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_embd))
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if past is None else past.before(x)
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.before(x)
         return x + self.weight * before
 
 
@@ -326,9 +326,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, position: Position, past: Layer | None = None, apart: Tensor | None = None
+        self, x: Tensor, position: Position, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), position, past, apart)
+        x = x + self.attn(self.ln_1(x), position, cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -355,7 +355,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)
         self.packed_head: nn.Module | None = None  # the head's matrix in another form (quantize.py)
-        self.loss_rows = 0  # tokens whose logits are there at once while a loss is made; 0: all
+        self.loss_chunk_size = 0  # tokens whose logits are there at once while a loss is made; 0: all
         self.compiled_loss: Callable[[Tensor, Tensor], Tensor] | None = (
             None  # `loss`, if compile.wrap made it
         )
@@ -378,18 +378,19 @@ class GPT(nn.Module):
 
         idx, targets: int64 (B, T), T at most block_size; targets equal to IGNORE are left out. documents:
         int64 (B, T), the number of each token's document; none sees another one. Positions go on.
-        Returns logits (B, T, V) and, with targets, their mean cross-entropy in nats; with `loss_rows` or
-        `compiled_loss` that alone. `reduction` "none" returns the cross-entropy of each target (B, T) alone.
+        Returns (logits, loss): logits (B, T, V) and, with targets, their mean cross-entropy in nats. logits
+        is None if `loss_chunk_size` or `compiled_loss` computes the loss without them, and with `reduction`
+        "none", which gives the cross-entropy of each target (B, T).
         """
         x = self.hidden(idx, documents=documents)
         if targets is None:
             return self.head(x), None
         if reduction == "none":
             return None, self.token_losses(x, targets)
-        if self.loss_rows:
+        if self.loss_chunk_size:
             from nanogpt.chunked_loss import chunked_cross_entropy
 
-            how = (self.loss_rows, self.config.vocab_size, self.config.softcap)
+            how = (self.loss_chunk_size, self.config.vocab_size, self.config.softcap)
             return None, chunked_cross_entropy(x.flatten(0, 1), self.head_table, targets.flatten(), *how)
         if self.compiled_loss:
             return None, self.compiled_loss(x, targets)
@@ -403,7 +404,7 @@ class GPT(nn.Module):
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each of targets (B, T), 0 for those equal to IGNORE, from hidden states
         x (B, T, C), without holding all logits at once."""
-        rows = rows_at_once(x.device.type, self.config.vocab_size)
+        rows = logits_chunk_size(x.device.type, self.config.vocab_size)
         parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
         losses = [
             F.cross_entropy(self.head(part), wanted, ignore_index=IGNORE, reduction="none")
@@ -416,23 +417,23 @@ class GPT(nn.Module):
         """The rows by which logits are made, the padding of the vocabulary among them: (P, C)."""
         return (self.lm_head or self.wte).weight
 
-    def hidden(self, idx: Tensor, past: Past | None = None, documents: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
         """What the last block leaves, normalised: (B, T, C) from idx (B, T), the first tokens of each
-        text; or from what `past` says they are, and with what it remembers. `documents` (B, T) numbers
+        text; or from what `cache` says they are, and with what it remembers. `documents` (B, T) numbers
         each token's document, to keep them apart."""
         length = idx.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens do not fit in block_size={self.config.block_size}")
         x = tokens = self.wte(idx)
         if self.smear is not None:
-            x = self.smear(x, past)
-        apart = None
+            x = self.smear(x, cache)
+        mask = None
         if documents is not None:
             first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-            x, apart = torch.where(first[..., None], tokens, x), keep_apart(documents, x.dtype)
-        x = self.drop(self.position.embed(x, past.at if past else None))
+            x, mask = torch.where(first[..., None], tokens, x), document_mask(documents, x.dtype)
+        x = self.drop(self.position.embed(x, cache.at if cache else None))
         for number, block in enumerate(self.h):
-            x = block(x, self.position, past.layer(number) if past else None, apart)
+            x = block(x, self.position, cache.layer(number) if cache else None, mask)
         return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
@@ -442,7 +443,7 @@ class GPT(nn.Module):
             logits = self.packed_head(x)
         else:
             whole = multiplies_padding(x.device)
-            logits = project(x, self.head_table, self.config.vocab_size, whole)
+            logits = compute_logits(x, self.head_table, self.config.vocab_size, whole)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # their softmax sums many
         return soft_cap(logits, self.config.softcap)
 

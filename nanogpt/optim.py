@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogpt.options import OptimizerOptions
 
@@ -22,7 +22,7 @@ Span = tuple[int, int]  # first element and the one after the last, in row-major
 
 
 @dataclass(frozen=True)
-class Held:
+class ParamShard:
     """A parameter, and the range of its elements that each process updates."""
 
     name: str
@@ -50,7 +50,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """What this process has of a tensor; `spans` says what each has."""
 
     shape: torch.Size  # of the whole
@@ -70,28 +70,28 @@ class Layout:
     rank, size = 0, 1  # among those who share
     sharded = False  # a process alone cannot run the model
 
-    def divide(self, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
+    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
         """What of each parameter which process updates, where the rule is elementwise."""
-        return [Held(name, p, [(0, p.numel())]) for name, p in named]
+        return [ParamShard(name, p, [(0, p.numel())]) for name, p in named]
 
-    def own(self, held: Held, tensor: Tensor) -> Tensor:
+    def local_shard(self, held: ParamShard, tensor: Tensor) -> Tensor:
         """Of a tensor that lies as the parameter (it or its gradient), the elements of this process's range;
         a view."""
         return tensor
 
-    def publish(self, parts: Sequence[Held]) -> None:
-        """After an update of the ranges of `divide`: see that all who hold the weights have the new ones."""
+    def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
+        """After an update of the ranges of `shard`: see that all who hold the weights have the new ones."""
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
+    def assign_ranks(self, costs: Sequence[float]) -> list[int]:
         """Who does each of the tasks that cost so much."""
         return [0] * len(costs)
 
-    def collect(self, stack: Sequence[Matrix]) -> Tensor:
+    def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
         """The gradients (n, height, width) of the matrices of `stack`, alike and sorted by owner, that are
         this process's."""
-        return torch.stack([gradient(m)[m.rows] for m in stack])
+        return torch.stack([gradient(m.parameter)[m.rows] for m in stack])
 
-    def spread(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
+    def scatter_updates(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
         """From `updates` of its own matrices: of each matrix's update, in float32, the rows that this
         process holds."""
         return list(updates.float().unbind())
@@ -100,31 +100,27 @@ class Layout:
         """The rows of a matrix that this process holds; a view."""
         return matrix.parameter.data[matrix.rows]
 
-    def norm(self, own: Tensor) -> Tensor:
+    def global_norm(self, own: Tensor) -> Tensor:
         """The norm of the whole gradient, from that of what this process holds of it."""
         return own
 
-    def local(self, tensor: Tensor) -> Tensor:
+    def to_local(self, tensor: Tensor) -> Tensor:
         """What this process holds of a weight or gradient; a view."""
         return tensor
 
-    def with_gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+    def local_grads(self, parameters: list[Tensor]) -> list[Tensor]:
         """Plain tensors whose `grad` is what this process holds of the gradient of each parameter."""
         return parameters
 
-    def pieces_of(self, model: nn.Module) -> dict[str, Piece]:
-        """The weights of `model`, by name."""
-        return {name: Piece(p.shape, [(0, p.numel())], 0, p.detach()) for name, p in model.named_parameters()}
-
-    def gather(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+    def gather(self, pieces: Mapping[str, TensorShard]) -> dict[str, Tensor]:
         """The whole tensors in the first process, one by one in its host's memory where they were divided,
         and nothing in the others. All processes must ask together."""
         return {name: piece.tensor for name, piece in pieces.items()}
 
 
-def gradient(matrix: Matrix) -> Tensor:
-    assert matrix.parameter.grad is not None
-    return matrix.parameter.grad
+def gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "a parameter that is trained has no gradient"
+    return parameter.grad
 
 
 class Optimizer:
@@ -133,14 +129,15 @@ class Optimizer:
     def __init__(
         self, named: Named, parts: "Sequence[tuple[AdamW | Muon, float]]", layout: Layout | None = None
     ):
-        self.names = {p: name for name, p in named}
+        self.named = named
+        self.parameters = [p for _, p in named]
         self.parts, self.layout = parts, layout or Layout()
         self.lr: float | Tensor = 0.0  # set before each step
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """What torch's gradient scaler looks at."""
-        return [{"params": self.layout.with_gradients(list(self.names))}]
+        return [{"params": self.layout.local_grads(self.parameters)}]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -148,17 +145,17 @@ class Optimizer:
             part.step(self.lr * multiple)
 
     def zero_grad(self) -> None:
-        for p in self.names:
+        for p in self.parameters:
             p.grad = None
 
-    def pieces(self) -> dict[str, Piece]:
+    def state_shards(self) -> dict[str, TensorShard]:
         """What this process has of the state, by name; not copied."""
-        return {name: piece for part, _ in self.parts for name, piece in part.pieces().items()}
+        return {name: piece for part, _ in self.parts for name, piece in part.state_shards().items()}
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs, by name; not copied where one process has it, else gathered in the
         first (empty in the others), which all must ask for together."""
-        return self.layout.gather(self.pieces())
+        return self.layout.gather(self.state_shards())
 
 
 def build(
@@ -195,9 +192,9 @@ class AdamW:
 
     def __init__(self, config: OptimizerOptions, named: Named, layout: Layout | None = None):
         self.config, self.layout = config, layout or Layout()
-        self.held = self.layout.divide(named)
+        self.held = self.layout.shard(named)
         with torch.no_grad():
-            own = {held.name: self.layout.own(held, held.parameter) for held in self.held}
+            own = {held.name: self.layout.local_shard(held, held.parameter) for held in self.held}
             self.exp_avg = {name: torch.zeros_like(weights) for name, weights in own.items()}
             self.exp_avg_sq = {name: torch.zeros_like(weights) for name, weights in own.items()}
         updated = [held for held in self.held if own[held.name].numel()]
@@ -210,11 +207,11 @@ class AdamW:
 
     def step(self, lr: float | Tensor) -> None:
         self.steps += 1
-        own = self.layout.own
+        own = self.layout.local_shard
         for group, decay in self.groups:
             torch._fused_adamw_(
                 [own(held, held.parameter) for held in group],
-                [own(held, held.parameter.grad) for held in group if held.parameter.grad is not None],
+                [own(held, gradient(held.parameter)) for held in group],
                 [self.exp_avg[held.name] for held in group],
                 [self.exp_avg_sq[held.name] for held in group],
                 [],
@@ -227,15 +224,15 @@ class AdamW:
                 amsgrad=False,
                 maximize=False,
             )
-        self.layout.publish(self.held)
+        self.layout.all_gather_params(self.held)
 
-    def pieces(self) -> dict[str, Piece]:
+    def state_shards(self) -> dict[str, TensorShard]:
         layout = self.layout
-        found = {"steps": Piece(self.steps.shape, [(0, 1)] * layout.size, layout.rank, self.steps)}
+        found = {"steps": TensorShard(self.steps.shape, [(0, 1)] * layout.size, layout.rank, self.steps)}
         for held in self.held:
             about = held.parameter.shape, held.spans, layout.rank
-            found[f"{held.name}.exp_avg"] = Piece(*about, self.exp_avg[held.name])
-            found[f"{held.name}.exp_avg_sq"] = Piece(*about, self.exp_avg_sq[held.name])
+            found[f"{held.name}.exp_avg"] = TensorShard(*about, self.exp_avg[held.name])
+            found[f"{held.name}.exp_avg_sq"] = TensorShard(*about, self.exp_avg_sq[held.name])
         return found
 
 
@@ -263,8 +260,9 @@ class Muon:
             for name, p in named
             for i, height in enumerate(rows.get(name, [p.shape[0]]))
         ]
-        owners = self.layout.owners([work(height, p.shape[1]) for _, p, _, height in shares])
-        matrices = [Matrix(*share, owner) for share, owner in zip(shares, owners, strict=True)]
+        costs = [newton_schulz_cost(height, p.shape[1]) for _, p, _, height in shares]
+        ranks = self.layout.assign_ranks(costs)
+        matrices = [Matrix(*share, rank) for share, rank in zip(shares, ranks, strict=True)]
         alike: dict[tuple[int, int], list[Matrix]] = {}
         for matrix in sorted(matrices, key=lambda matrix: matrix.owner):
             alike.setdefault((matrix.height, matrix.width), []).append(matrix)
@@ -283,10 +281,10 @@ class Muon:
         new, momentum = (1 - momentum).float(), momentum.float()
         self.steps += 1
         for stack, buffer in self.stacks:
-            gradients = self.layout.collect(stack)
+            gradients = self.layout.gather_grads(stack)
             buffer.lerp_(gradients, new)
             update = gradients.lerp_(buffer, momentum).to(self.dtype)
-            updates = self.layout.spread(stack, orthogonalise(update, self.config.muon_turns))
+            updates = self.layout.scatter_updates(stack, orthogonalize(update, self.config.muon_ns_steps))
             weights = [self.layout.weights(matrix) for matrix in stack]
             if self.config.muon_weight_decay:
                 inwards = [w * (w * update > 0) for w, update in zip(weights, updates, strict=True)]
@@ -294,19 +292,19 @@ class Muon:
             height, width = buffer.shape[1:]
             add(weights, updates, -lr * max(1.0, height / width) ** 0.5)
 
-    def pieces(self) -> dict[str, Piece]:
+    def state_shards(self) -> dict[str, TensorShard]:
         rank, size = self.layout.rank, self.layout.size
-        found = {"muon.steps": Piece(self.steps.shape, [(0, 1)] * size, rank, self.steps)}
+        found = {"muon.steps": TensorShard(self.steps.shape, [(0, 1)] * size, rank, self.steps)}
         for stack, buffer in self.stacks:
             mine = iter(buffer)
             for matrix in stack:
                 spans = [(0, buffer.shape[1:].numel() * (owner == matrix.owner)) for owner in range(size)]
                 tensor = next(mine) if matrix.owner == rank else buffer.new_empty(0)
-                found[f"{matrix.label}.momentum"] = Piece(buffer.shape[1:], spans, rank, tensor)
+                found[f"{matrix.label}.momentum"] = TensorShard(buffer.shape[1:], spans, rank, tensor)
         return found
 
 
-def work(height: int, width: int) -> int:
+def newton_schulz_cost(height: int, width: int) -> int:
     """Multiplications of a turn of orthogonalisation, for the balance between processes."""
     small, large = sorted((height, width))
     return small * small * (2 * large + small)
@@ -330,13 +328,13 @@ POLAR_EXPRESS = [
 ]
 
 
-def orthogonalise(matrices: Tensor, turns: int = len(POLAR_EXPRESS)) -> Tensor:
+def orthogonalize(matrices: Tensor, ns_steps: int = len(POLAR_EXPRESS)) -> Tensor:
     """The nearest orthogonal matrix U V^T of each matrix U S V^T in (n, r, c), nearly: singular values
-    come out near 1, the more so the more `turns`. A matrix of zeros stays one."""
+    come out near 1, the more so the more `ns_steps`. A matrix of zeros stays one."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:turns]:
+    for a, b, c in POLAR_EXPRESS[:ns_steps]:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
@@ -350,8 +348,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout
     Returns the norm before, a scalar on the device: reading it waits for the device.
     """
     layout = layout or Layout()
-    gradients = [layout.local(p.grad) for p in parameters if p.grad is not None]
-    norm = layout.norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    gradients = [layout.to_local(p.grad) for p in parameters if p.grad is not None]
+    norm = layout.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from nanogpt import ROOT, runtime
-from nanogpt.config import picked, require_consistent
+from nanogpt.config import pick_fields, require_consistent
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
@@ -44,9 +44,9 @@ class Setup(Generic[C]):
     notices: list[str]  # what the user should know of how it was decided
 
     @property
-    def home(self) -> torch.device:
+    def init_device(self) -> torch.device:
         """Where the model is made; what is divided comes to the devices in parts."""
-        return self.division.home(self.machine.device) if self.division else self.machine.device
+        return self.division.init_device(self.machine.device) if self.division else self.machine.device
 
     def describe(self, n_params: int) -> str:
         """What is about to be trained, on what, in a few lines."""
@@ -56,7 +56,7 @@ class Setup(Generic[C]):
             batch += f", from {batches.ramp[0] * batches.block_size:,} at first to all at {len(batches.ramp)}"
         scored = len(dataset.train) - 1
         if self.config.documents == "rows":
-            kept = batches.order.n_windows * batches.block_size
+            kept = batches.sampler.n_windows * batches.block_size
             batch += (
                 f"; rows that start at a document keep {kept:,} of {scored:,} tokens and leave out "
                 f"{1 - kept / scored:.1%}"
@@ -78,21 +78,21 @@ class Setup(Generic[C]):
 
 
 def decide(
-    config: C, origins: dict[str, str], world: World, trial: Callable[[C, Machine, GPTConfig, int], None]
+    config: C, origins: dict[str, str], world: World, try_step: Callable[[C, Machine, GPTConfig, int], None]
 ) -> Setup[C]:
     """Decide all that `config` leaves open. Nothing is written. UserError says what is wrong.
 
     `origins` says which options were given, and where, and gets what weights or numbers of tokens decide.
 
-    `trial` makes some updates with micro-batches of so many windows, for --batch_size=auto.
+    `try_step` makes some updates with micro-batches of so many windows, for --batch_size=auto.
     """
     notices: list[str] = []
-    config, resumed, pretrained = choose_start(config, origins, notices)
+    config, resumed, pretrained = resolve_init_from(config, origins, notices)
     require_consistent(config, origins)
     machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
     machine = replace(machine, casting=config.casting)
     dataset = open_data(config)
-    shape = picked(GPTConfig, config, vocab_size=dataset.vocab_size)
+    shape = pick_fields(GPTConfig, config, vocab_size=dataset.vocab_size)
     division = None
     if world.size > 1:
         from nanogpt.distributed import parallelize
@@ -102,7 +102,7 @@ def decide(
         from nanogpt.gpu import auto_batch_size
 
         divided = division.why if division and not division.whole else ""
-        config = auto_batch_size.choose(config, machine, divided, partial(trial, config, machine, shape))
+        config = auto_batch_size.choose(config, machine, divided, partial(try_step, config, machine, shape))
         notices.append(
             f"batch_size = {config.batch_size}: the most that fits in the memory of {machine.name()}"
         )
@@ -136,12 +136,12 @@ def join(options: TrainOptions, run: Path) -> World:
     processes do not meet, or are not the same. What is left of one that hangs is written into `run`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
-    from nanogpt.distributed.world import meet
+    from nanogpt.distributed.world import init_processes
 
-    return meet(runtime.find_device(options.device).type, asdict(options), run)
+    return init_processes(runtime.find_device(options.device).type, asdict(options), run)
 
 
-def choose_start(
+def resolve_init_from(
     config: C, origins: dict[str, str], notices: list[str]
 ) -> "tuple[C, Checkpoint | None, Pretrained | None]":
     """What --init_from asks to resume, or the weights that it names; and the options of that run or the
@@ -175,13 +175,13 @@ def open_batches(
     options: DataOptions, seed: int, dataset: loader.Dataset, machine: Machine
 ) -> loader.TrainBatches:
     """The batches of --documents; UserError for data that has no documents, or for too many processes."""
-    separator, order = None, None
+    separator, sampler = None, None
     if options.documents != "stream":
         from nanogpt.data import documents
 
         separator = documents.separator(dataset, options.documents)
         if options.documents == "rows":
-            order = documents.row_order(dataset.train, separator, options.block_size, seed)
+            sampler = documents.document_sampler(dataset.train, separator, options.block_size, seed)
             separator = None
     world, ramp = machine.world, options.ramp()
     fewest = min([*ramp, options.windows_per_update])
@@ -192,7 +192,7 @@ def open_batches(
         )
     numbers = (options.block_size, options.windows, options.gradient_accumulation_steps, seed)
     return loader.TrainBatches(
-        dataset.train, *numbers, machine.device, ramp, separator, order, world.share, world.total
+        dataset.train, *numbers, machine.device, ramp, separator, sampler, world.share, world.sum_int
     )
 
 

@@ -10,6 +10,13 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+RENAMED = {  # option names of earlier versions, which still work in flags, presets and saved runs
+    "recompute": "activation_checkpointing",
+    "loss_rows": "loss_chunk_size",
+    "muon_turns": "muon_ns_steps",
+    "meet_timeout_s": "rdzv_timeout_s",
+    "timeout_s": "hang_timeout_s",
+}
 REMOVED = {  # options of earlier versions
     "prefetch": "reading batches ahead made no step faster",
     "hold_gc": "holding the garbage collector made no step faster",

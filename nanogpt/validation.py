@@ -52,7 +52,7 @@ def evaluate(
     model.eval()
     sums, counts = [], []
     for batch in running:
-        machine.world.moved()
+        machine.world.report_progress()
         if batch is None:
             compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
             continue
@@ -61,7 +61,7 @@ def evaluate(
         sums.append(losses.sum(dim=1).double())
         counts.append((targets != IGNORE).sum(dim=1))
     model.train(was_training)
-    if machine.world.any(stopped()):  # asked once, by all: they may have different numbers of batches
+    if machine.world.any_rank(stopped()):  # asked once, by all: they may have different numbers of batches
         return None
     sums.append(torch.zeros(0, dtype=torch.float64, device=machine.device))  # for a process without a window
     counts.append(torch.zeros(0, dtype=torch.int64, device=machine.device))

@@ -23,7 +23,7 @@ class World:
     on_node: int = 1  # processes on this machine
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
     def share(self, count: int) -> tuple[int, int]:
@@ -35,26 +35,26 @@ class World:
         """The sum over all processes, in place."""
         return x
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true in any process: the same answer in all of them."""
         return flag
 
-    def total(self, count: int) -> int:
+    def sum_int(self, count: int) -> int:
         """The sum of a whole number over all processes."""
         return count
 
-    def agree(self, work: Callable[[], T]) -> T:
+    def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
         """Do `work` in every process; if it fails in one, it fails in all, with the error of the first."""
         return work()
 
-    def lead(self, work: Callable[[], T]) -> T | None:
+    def rank_zero_only(self, work: Callable[[], T]) -> T | None:
         """Do `work` in the first process while the others wait (and get None); it fails in all or in none."""
         return work()
 
-    def at(self, step: int, phase: str) -> None:
+    def report_phase(self, step: int, phase: str) -> None:
         """This process is there now (one of heartbeat.PHASES): what the others say of it if it hangs."""
 
-    def moved(self) -> None:
+    def report_progress(self) -> None:
         """This process has got on within its phase."""
 
     def require_visible(self, folder: Path) -> None:

@@ -212,8 +212,8 @@ def words(count: int, seed: int = 0) -> str:
     """Text with something to learn: `count` words of a small made-up language, six to a line."""
     draw = random.Random(seed)
     known = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(12)]
-    picked = draw.choices(known, weights=range(1, 13), k=count)
-    return "\n".join(" ".join(picked[i : i + 6]) for i in range(0, count, 6)) + "\n"
+    pick_fields = draw.choices(known, weights=range(1, 13), k=count)
+    return "\n".join(" ".join(pick_fields[i : i + 6]) for i in range(0, count, 6)) + "\n"
 
 
 @pytest.fixture

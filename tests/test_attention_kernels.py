@@ -111,7 +111,7 @@ def test_a_step_reads_no_number_and_stays_on_its_device(rules, dtype, rows, monk
         model = GPT(replace(SHAPE, position="rope", smear=True, tied=False, softcap=15.0, dropout=0.1)).to(
             meta
         )
-    model.loss_rows = rows
+    model.loss_chunk_size = rows
     config = OptimizerOptions(rules, muon_weight_decay=0.1)
     optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), torch.bfloat16)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -149,7 +149,7 @@ def test_a_rate_on_the_device_is_a_rate(rules):
 SPEED = {
     "deterministic": {"deterministic": True},
     "attention": {"attention": "math"},
-    "rows": {"loss_rows": 24},
+    "rows": {"loss_chunk_size": 24},
 }
 
 

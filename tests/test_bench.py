@@ -12,7 +12,7 @@ import torch
 import bench
 import train
 from nanogpt import ROOT
-from nanogpt.config import picked, read
+from nanogpt.config import pick_fields, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
 from nanogpt.planning import comm_bench
@@ -170,7 +170,7 @@ def test_the_network_needs_the_size_of_a_micro_batch():
     config = replace(TINY, comm=True, batch_size="auto")
     machine = train.runtime.setup("cpu", "float32", 16)
     with pytest.raises(UserError, match="give --batch_size a number"):
-        bench.require(config, machine, picked(GPTConfig, config))
+        bench.require(config, machine, pick_fields(GPTConfig, config))
 
 
 def test_one_process_has_no_network():

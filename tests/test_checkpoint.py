@@ -35,7 +35,7 @@ def put(run, model, iter_num, val_loss=None):
     with torch.no_grad():
         model.position.wpe.weight.fill_(iter_num)
     optimizer = adamw(model)
-    return writer.Content.of(model, optimizer.state(), {"iter_num": iter_num, "val_loss": val_loss}).write(
+    return writer.Snapshot.of(model, optimizer.state(), {"iter_num": iter_num, "val_loss": val_loss}).write(
         run
     )
 
@@ -49,7 +49,7 @@ def test_round_trip(tmp_path, model):
     for tensor in optimizer.state().values():
         tensor.normal_()
     before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-    writer.Content.of(model, before, {"iter_num": 250, "val_loss": 1.5, "extra": [1, "ü"]}).write(tmp_path)
+    writer.Snapshot.of(model, before, {"iter_num": 250, "val_loss": 1.5, "extra": [1, "ü"]}).write(tmp_path)
     found, damage = reader.find(tmp_path)
     assert names(tmp_path) == ["step-000250"] and not damage
     assert found.iter_num == 250 and found.state["extra"] == [1, "ü"] and found.model_config == CONFIG
@@ -69,7 +69,7 @@ def test_tables_of_positions_are_there_though_not_saved(tmp_path):
         shape = {"vocab_size": 11, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
         model = GPT(GPTConfig(**shape, position=position)).eval()
         put_at = tmp_path / position
-        writer.Content.of(model, {"steps": torch.zeros(())}, {"iter_num": 1, "val_loss": None}).write(put_at)
+        writer.Snapshot.of(model, {"steps": torch.zeros(())}, {"iter_num": 1, "val_loss": None}).write(put_at)
         loaded = reader.find(put_at)[0].load_model()
         assert {b.device.type for b in loaded.buffers()} == {"cpu"} and list(loaded.buffers())
         idx = torch.randint(11, (2, 8))
@@ -249,16 +249,16 @@ def test_a_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypat
 def test_a_run_moves_aside_and_is_not_lost(tmp_path, model):
     run = tmp_path / "out"
     put(run, model, 5)
-    lock, notice = writer.claim(run, None, overwrite=False)
+    lock, notice = writer.acquire_folder(run, None, overwrite=False)
     lock.release()
     assert "out.1" in notice and names(tmp_path) == ["out", "out.1"]
     assert reader.find(tmp_path / "out.1")[0].iter_num == 5 and reader.find(run)[0] is None
     put(run, model, 6)
-    lock, notice = writer.claim(run, None, overwrite=False)
+    lock, notice = writer.acquire_folder(run, None, overwrite=False)
     lock.release()
     assert names(tmp_path) == ["out", "out.1", "out.2"]
     put(run, model, 7)
-    lock, notice = writer.claim(run, None, overwrite=True)
+    lock, notice = writer.acquire_folder(run, None, overwrite=True)
     lock.release()
     assert names(tmp_path) == ["out", "out.1", "out.2"] and reader.find(run)[0] is None
 
@@ -267,7 +267,7 @@ def test_a_nanogpt_run_moves_aside_too(tmp_path):
     run = tmp_path / "out"
     run.mkdir()
     (run / "ckpt.pt").write_bytes(b"x")
-    writer.claim(run, None, overwrite=False)[0].release()
+    writer.acquire_folder(run, None, overwrite=False)[0].release()
     assert (tmp_path / "out.1" / "ckpt.pt").exists()
 
 

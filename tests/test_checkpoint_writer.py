@@ -8,7 +8,7 @@ import torch
 from nanogpt import checkpoint, files
 from nanogpt.checkpoint import reader
 from nanogpt.checkpoint import writer as writer_module
-from nanogpt.checkpoint.writer import Content, Writer
+from nanogpt.checkpoint.writer import AsyncCheckpointer, Snapshot
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import build
@@ -52,24 +52,30 @@ def gate(monkeypatch):
 
 
 def test_the_same_bytes_whatever_training_does_meanwhile(tmp_path, model, optimizer, gate):
-    writer = Writer()
+    writer = AsyncCheckpointer()
     gate.set()
-    Content.of(model, optimizer, state(3)).write(tmp_path / "blocking")
+    Snapshot.of(model, optimizer, state(3)).write(tmp_path / "blocking")
     gate.clear()
     writer.save(tmp_path / "background", model, optimizer, state(3))
     with torch.no_grad():  # the next update, before the write is done
         for tensor in [*model.parameters(), *optimizer.values()]:
             tensor.add_(1.0)
-    assert gate.begun.wait(10) and writer.complete() == [] and checkpoint.steps(tmp_path / "background") == []
+    assert (
+        gate.begun.wait(10)
+        and writer.pop_completed() == []
+        and checkpoint.steps(tmp_path / "background") == []
+    )
     gate.set()
     writer.wait()
-    assert writer.complete() == [tmp_path / "background" / "step-000003"] and writer.complete() == []
+    assert (
+        writer.pop_completed() == [tmp_path / "background" / "step-000003"] and writer.pop_completed() == []
+    )
     for path in (tmp_path / "blocking" / "step-000003").iterdir():
         assert path.read_bytes() == (tmp_path / "background" / "step-000003" / path.name).read_bytes()
 
 
 def test_one_write_at_a_time_and_the_older_checkpoint_stays_until_then(tmp_path, model, optimizer, gate):
-    writer = Writer()
+    writer = AsyncCheckpointer()
     gate.set()
     writer.save(tmp_path, model, optimizer, state(1))
     writer.wait()
@@ -84,14 +90,14 @@ def test_one_write_at_a_time_and_the_older_checkpoint_stays_until_then(tmp_path,
     gate.set()
     third.join(10)
     writer.wait()
-    assert [path.name for path in writer.complete()] == ["step-000001", "step-000002", "step-000003"]
+    assert [path.name for path in writer.pop_completed()] == ["step-000001", "step-000002", "step-000003"]
     assert reader.find(tmp_path)[0].iter_num == 3
 
 
 def test_what_the_thread_fails_with_is_raised_once_where_it_is_waited_for(
     tmp_path, model, optimizer, monkeypatch
 ):
-    writer = Writer()
+    writer = AsyncCheckpointer()
     writer.save(tmp_path, model, optimizer, state(1))
     writer.wait()
 
@@ -117,15 +123,15 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_
     with torch.no_grad():
         model.wte.weight[0, 0] = torch.nan
     with pytest.raises(Diverged, match="non-finite weights at iteration 5"):
-        Writer().save(tmp_path, model, optimizer, state(5))
+        AsyncCheckpointer().save(tmp_path, model, optimizer, state(5))
     assert not list(tmp_path.iterdir())
 
 
 def test_without_room_for_a_copy_it_is_written_at_once(tmp_path, model, optimizer, monkeypatch):
     monkeypatch.setattr(writer_module, "free_memory", lambda: 1 << 20)
-    writer = Writer()
+    writer = AsyncCheckpointer()
     writer.save(tmp_path, model, optimizer, state(1))
-    assert writer.complete() == [tmp_path / "step-000001"]
+    assert writer.pop_completed() == [tmp_path / "step-000001"]
 
 
 def test_free_memory_is_that_of_the_machine_or_less():

@@ -16,7 +16,7 @@ import sample
 import serve
 import train
 from nanogpt.checkpoint.resume import inherit
-from nanogpt.config import Count, Fraction, Positive, Rate, load, read
+from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval, load, read
 from nanogpt.errors import UserError
 from nanogpt.presets import assignments
 from nanogpt.usage import help_text
@@ -27,10 +27,10 @@ PROGRAMS = [train, sample, evaluation, serve, export, plan, bench, plot]
 @dataclass(frozen=True)
 class Config:
     # sizes
-    batch_size: Positive = 12  # windows a micro-batch
-    max_iters: Count = 10  # iterations
-    learning_rate: Rate = 6e-4  # the highest
-    dropout: Fraction = 0.0  # of activations
+    batch_size: PositiveInt = 12  # windows a micro-batch
+    max_iters: NonNegativeInt = 10  # iterations
+    learning_rate: NonNegativeFloat = 6e-4  # the highest
+    dropout: UnitInterval = 0.0  # of activations
     # words
     start: str = "\n"  # the prompt
     out_dir: str = "out"  # where
@@ -206,12 +206,15 @@ def test_train_shows_what_most_people_need_on_one_screen(capsys):
     [
         (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"),
         (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"),
-        (["--position=rope", "--head_dim=5"], "position=rope turns pairs of channels, but a head has 5"),
+        (["--position=rope", "--head_dim=5"], "position=rope rotates pairs of channels, but a head has 5"),
         (["--min_lr=1"], "min_lr=1.0 is above learning_rate=0.0006; lower --min_lr"),
         (["--beta1=1"], "beta1=1.0 and beta2=0.95 must be below 1"),
-        (["--lora_rank=4", "--freeze=wte*"], "--lora_rank freezes all weights; leave out --freeze and"),
+        (["--lora_rank=4", "--freeze=wte*"], "--lora_rank freezes all weights; remove --freeze and"),
         (["--batch_tokens=1000"], r"12 \* 1024 = 12288 tokens; give 12_288, or another --batch_size"),
-        (["--max_iters=10", "--max_tokens=10000"], "--max_tokens=10000 and --max_iters=10 say the same"),
+        (
+            ["--max_iters=10", "--max_tokens=10000"],
+            "--max_tokens=10000 and --max_iters=10 set the same quantity",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused_when_options_are_read(given, message):

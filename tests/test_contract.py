@@ -23,7 +23,7 @@ import train
 from nanogpt import metrics, presets
 from nanogpt.config import load
 from nanogpt.data import loader
-from nanogpt.usage import REMOVED
+from nanogpt.usage import REMOVED, RENAMED
 from tests.conftest import small_run
 
 HERE = Path(__file__).resolve().parent / "contract"
@@ -120,6 +120,7 @@ def test_an_old_option_is_known(name, capsys):
     """It means what it meant, or a line says that it was removed; its default is the same."""
     value = BEFORE["options"][name]
     config, origins = load(train.Config, [f"--{name}={value}"])
+    name = RENAMED.get(name, name)
     if name in {field.name for field in fields(train.Config)}:
         assert getattr(config, name) == value == getattr(train.Config(), name) and origins
     else:

@@ -9,11 +9,11 @@ import torch
 
 import train
 from nanogpt import optim, runtime
-from nanogpt.config import picked
+from nanogpt.config import pick_fields
 from nanogpt.errors import UserError
 from nanogpt.gpu import auto_batch_size, cuda_graphs
 from nanogpt.inference import graph_decode
-from nanogpt.inference.engine import Completion, Decoder, Text, complete
+from nanogpt.inference.engine import Completion, Engine, Text, complete
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import OptimizerOptions
@@ -89,11 +89,11 @@ def test_what_cannot_be_recorded_is_refused():
     cuda_graphs.require_recordable(Config, machine, scored=False)
     with pytest.raises(UserError, match=r"does not go with float16.* and data of prompts"):
         cuda_graphs.require_recordable(Config, runtime.Machine(cuda, "float16", "test"), scored=True)
-    with pytest.raises(UserError, match=r"does not go with several processes and --recompute"):
+    with pytest.raises(UserError, match=r"does not go with several processes and --activation_checkpointing"):
         several = runtime.Machine(cuda, "bfloat16", "test", World(0, 2))
         cuda_graphs.require_recordable(Recomputing, several, scored=False)
     with pytest.raises(UserError, match="needs a CUDA GPU, and this is cpu"):
-        graph_decode.GraphDecoder(model_of(), 1)
+        graph_decode.GraphEngine(model_of(), 1)
 
 
 # ----------------------------------------------------------------------------- writing
@@ -122,7 +122,7 @@ def test_recorded_steps_write_the_same_texts(switches, options, monkeypatch):
     model, recorder = model_of(**switches), Recorder()
     prompts = [[(3 * i + j) % 50 for j in range(1 + 4 * i)] for i in range(7)]
     found = []
-    for kind in (Decoder, lambda *given: graph_decode.GraphDecoder(*given, record=recorder.text)):
+    for kind in (Engine, lambda *given: graph_decode.GraphEngine(*given, record=recorder.text)):
         texts = [Text(ids, options[i % len(options)], seed=i) for i, ids in enumerate(prompts)]
         found.append(written(kind(model, 3), texts, 12))
     assert found[0] == found[1]
@@ -135,7 +135,7 @@ def test_many_steps_at_once_are_as_many_steps(options):
     found = []
     for at_once in (False, True):
         texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(3)]
-        decoder = graph_decode.GraphDecoder(model, 3, 40, recorder.text) if at_once else Decoder(model, 3, 40)
+        decoder = graph_decode.GraphEngine(model, 3, 40, recorder.text) if at_once else Engine(model, 3, 40)
         decoder.add(texts)
         if at_once:
             first = decoder.run(20)
@@ -189,17 +189,17 @@ def test_no_process_tries_more_than_its_share():
 class Config:
     """As much of train.py's as a try looks at."""
 
-    recompute = False
-    optimizer, loss_rows, block_size, grad_clip = "muon", 8, 16, 1.0
+    activation_checkpointing = False
+    optimizer, loss_chunk_size, block_size, grad_clip = "muon", 8, 16, 1.0
     batch_tokens, vocab_size, n_layer, n_head, n_embd = 64, 10, 1, 2, 16
 
 
 class Recomputing(Config):
-    recompute = True
+    activation_checkpointing = True
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_try_takes_real_steps(recompute, monkeypatch):
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_a_try_takes_real_steps(activation_checkpointing, monkeypatch):
     taken, real = [], train.train_step
 
     def step(model, optimizer, scaler, micro_batches, *rates):
@@ -207,9 +207,16 @@ def test_a_try_takes_real_steps(recompute, monkeypatch):
         return real(model, optimizer, scaler, micro_batches, *rates)
 
     monkeypatch.setattr(train, "train_step", step)
-    sizes = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "optimizer": "muon", "loss_rows": 8}
-    config = train.Config(**sizes, recompute=recompute)
-    trial = partial(train.try_batch_size, config, CPU, picked(GPTConfig, config, vocab_size=10))
+    sizes = {
+        "block_size": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "optimizer": "muon",
+        "loss_chunk_size": 8,
+    }
+    config = train.Config(**sizes, activation_checkpointing=activation_checkpointing)
+    trial = partial(train.try_batch_size, config, CPU, pick_fields(GPTConfig, config, vocab_size=10))
     assert auto_batch_size.fits(4, trial, CPU) and taken == [4, 4]
 
 

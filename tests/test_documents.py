@@ -12,7 +12,7 @@ import train
 from nanogpt.checkpoint import reader
 from nanogpt.config import require_consistent
 from nanogpt.data import documents, loader
-from nanogpt.data.samplers import RowOrder
+from nanogpt.data.samplers import DocumentSampler
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -103,7 +103,7 @@ def test_rows_start_at_documents_and_never_overlap(folder, monkeypatch):
         assert after == ends[ends >= here + 16][0]
     monkeypatch.setattr(documents, "CHUNK", 37)
     assert (documents.rows(tokens, END, 16) == begins).all()
-    order = RowOrder(begins, seed=3)
+    order = DocumentSampler(begins, seed=3)
     epoch = order.starts(0, len(begins))
     assert sorted(epoch) == list(begins) and list(epoch) != list(begins)
     assert list(order.starts(5, 9)) == list(epoch[5:14])  # a pure function of the sample's number
@@ -175,5 +175,5 @@ def test_a_flag_beats_a_file_and_two_flags_are_refused(config):
     )
     assert found.gradient_accumulation_steps == 2 and found.batch_tokens == 0
     assert found.max_iters == 5
-    with pytest.raises(UserError, match="say the same"):
+    with pytest.raises(UserError, match="set the same quantity"):
         counted(both, max_tokens="--max_tokens=320", max_iters="--max_iters=6")

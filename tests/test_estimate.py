@@ -35,15 +35,15 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize(("switches", "recompute", "loss_rows"), CASES, ids=str)
-def test_activations_are_what_torch_allocates(switches, recompute, loss_rows):
+@pytest.mark.parametrize(("switches", "recompute", "loss_chunk_size"), CASES, ids=str)
+def test_activations_are_what_torch_allocates(switches, recompute, loss_chunk_size):
     """The peak of a micro-batch after another, in float32, within 5 % with weights and gradients."""
     options = {"vocab_size": 500, "bias": False, **switches}
     shape = GPTConfig(n_layer=4, n_embd=128, n_head=4, block_size=256, **options)
     model, idx = GPT(shape), torch.randint(0, shape.vocab_size, (4, 256))
-    model.loss_rows = loss_rows
+    model.loss_chunk_size = loss_chunk_size
     if recompute:
-        compile.recompute(model, Machine(torch.device("cpu"), "float32", ""))
+        compile.checkpoint_activations(model, Machine(torch.device("cpu"), "float32", ""))
     model(idx, idx)[1].backward()  # gradients are there before the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loss = model(idx, idx)[1]  # the logits are let go, as in train_step
@@ -54,7 +54,11 @@ def test_activations_are_what_torch_allocates(switches, recompute, loss_rows):
     for _, change in changes:
         now += change
         peak = max(peak, now)
-    how = {"recompute": recompute, "on_cpu": True, "loss_rows": loss_rows}
+    how = {
+        "recompute": recompute,
+        "on_cpu": True,
+        "loss_chunk_size": loss_chunk_size,
+    }
     need = estimate.memory(shape, OptimizerOptions(), 4, number_bytes=4, **how)
     held = need.weights + need.gradients
     assert held + peak == pytest.approx(held + need.activations, rel=0.05)

@@ -16,7 +16,7 @@ from nanogpt import loss
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evals, harness, log_likelihood, tasks
 from nanogpt.evaluation.log_likelihood import Ids, Requests, Subject, Windows
-from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.gpt2 import load_gpt2
@@ -232,7 +232,7 @@ def test_an_item_that_the_vocabulary_lacks(letters):
 def test_a_cloze_is_right_if_the_model_would_write_it(letters):
     start = LETTERS.encode_prompt("abc def")
     text = Text(start, SamplingOptions(temperature=0))
-    decoder = Decoder(letters.model, 1)
+    decoder = Engine(letters.model, 1)
     decoder.add([text])
     for _ in range(4):
         decoder.step()

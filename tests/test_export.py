@@ -15,7 +15,7 @@ import train
 from nanogpt.checkpoint import reader
 from nanogpt.convert import hf, hf_export, hf_tokenizer
 from nanogpt.errors import UserError
-from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import tokenizer
@@ -48,7 +48,7 @@ def exported(folder: Path, model: GPT, text: str = BYTES, custom_code: bool = Fa
 
 def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
     text = Text(prompt, SamplingOptions(temperature=0))
-    decoder = Decoder(model, 1)
+    decoder = Engine(model, 1)
     decoder.add([text])
     for _ in range(count):
         decoder.step()

@@ -34,7 +34,7 @@ def config(tmp_path_factory):
     dataset = write_dataset(tmp_path_factory.mktemp("data") / "words", words(1000))
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4}
     sizes |= {"gradient_accumulation_steps": 2, "max_iters": 3, "eval_iters": 2, "warmup_iters": 1}
-    return train.Config(dataset=str(dataset), device="cpu", meet_timeout_s=30.0, **sizes)
+    return train.Config(dataset=str(dataset), device="cpu", rdzv_timeout_s=30.0, **sizes)
 
 
 def run(config, log, cwd, environment):
@@ -104,11 +104,11 @@ def test_a_run_folder_that_one_does_not_see_is_named(start, config, tmp_path):
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_processes_that_do_not_come_are_named_with_the_address(start, config, missing):
-    waiting = replace(config, meet_timeout_s=1.0)
+    waiting = replace(config, rdzv_timeout_s=1.0)
     found, _, address = start([None if rank == missing else waiting for rank in range(2)])
     ((code, told),) = found
     assert code == 2 and len(lines(told)) == 1
-    assert address in told and "--meet_timeout_s" in told and f"process {1 - missing}" in told
+    assert address in told and "--rdzv_timeout_s" in told and f"process {1 - missing}" in told
 
 
 def test_processes_started_by_hand_train(start, config, tmp_path):

@@ -9,10 +9,10 @@ import torch
 from nanogpt.inference import engine
 from nanogpt.inference.engine import (
     Completion,
-    Decoder,
+    Engine,
     Text,
     complete,
-    most_shared,
+    longest_prefix_match,
     packed,
     score,
     window_start,
@@ -67,7 +67,7 @@ def uncached(model: GPT, ids: list[int]) -> torch.Tensor:
 
 def write(model: GPT, texts: list[Text], count: int, slots: int = 0) -> list[list[int]]:
     """`count` new tokens of each, with as many slots as texts."""
-    decoder = Decoder(model, slots or len(texts))
+    decoder = Engine(model, slots or len(texts))
     done = [Completion(text, ByteTokenizer(), count) for text in texts]
     for _ in complete(decoder, done):
         pass
@@ -75,7 +75,7 @@ def write(model: GPT, texts: list[Text], count: int, slots: int = 0) -> list[lis
     return [text.new for text in texts]
 
 
-def assert_as_uncached(model: GPT, waiting: list[Text], decoder: Decoder) -> None:
+def assert_as_uncached(model: GPT, waiting: list[Text], decoder: Engine) -> None:
     """Six tokens of each text, as they come and go: the same tokens, logits to 1e-5."""
     logits: list[torch.Tensor] = []
     head = model.head
@@ -99,13 +99,13 @@ def test_with_and_without_a_cache(switches):
     model = model_of(**switches)
     waiting = [Text(ids, GREEDY) for ids in prompts(200, 2 * model.config.block_size)]
     random.Random(2).shuffle(waiting)
-    assert_as_uncached(model, waiting, Decoder(model, slots=16))
+    assert_as_uncached(model, waiting, Engine(model, slots=16))
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_the_step_of_other_devices(switches):
     model = model_of(**switches)
-    decoder = Decoder(model, slots=4)
+    decoder = Engine(model, slots=4)
     decoder.flat = None
     assert_as_uncached(model, [Text(ids, GREEDY) for ids in prompts(20, 2 * BLOCK)], decoder)
 
@@ -127,16 +127,16 @@ def test_what_two_texts_have_in_common_is_read_once(switches, monkeypatch):
     texts = [[draw.randrange(2) for _ in range(draw.randint(1, BLOCK))] for _ in range(60)]
     for least in reads:
         monkeypatch.setattr(engine, "SHARED", least)
-        assert_as_uncached(model, [Text(ids, GREEDY) for ids in texts], Decoder(model, slots=5))
+        assert_as_uncached(model, [Text(ids, GREEDY) for ids in texts], Engine(model, slots=5))
     assert reads[1] <= 0.9 * reads[1000]
 
 
 def test_most_of_a_prompt_that_a_slot_holds():
     held = {0: [1, 2, 3], 4: [], 5: [1, 2, 3, 4, 5], 7: [1, 2, 9, 4, 5, 6], 8: [2]}
-    assert most_shared((1, 2, 3, 4, 9), held) == (5, 4)
-    assert most_shared((1, 2, 9, 4), held) == (7, 4)
-    assert most_shared((1, 2, 3), held) == (0, 3)
-    assert most_shared((3, 1), held) == most_shared((1,), {}) == (-1, 0)
+    assert longest_prefix_match((1, 2, 3, 4, 9), held) == (5, 4)
+    assert longest_prefix_match((1, 2, 9, 4), held) == (7, 4)
+    assert longest_prefix_match((1, 2, 3), held) == (0, 3)
+    assert longest_prefix_match((3, 1), held) == longest_prefix_match((1,), {}) == (-1, 0)
 
 
 def test_the_window_is_at_least_half_of_a_context_and_moves_by_halves():
@@ -184,7 +184,7 @@ def test_texts_come_and_go_at_any_time():
     draw = random.Random(3)
     expected = {ids: write(model, [Text(list(ids), GREEDY)], 40)[0] for ids in map(tuple, prompts(30, 30))}
     waiting = [(Text(list(ids), GREEDY), new) for ids, new in expected.items()]
-    decoder, right = Decoder(model, 5), dict[Text, list[int]]()
+    decoder, right = Engine(model, 5), dict[Text, list[int]]()
     while waiting or decoder.texts:
         for _ in range(draw.randint(0, min(decoder.free, len(waiting)))):
             text, new = waiting.pop()
@@ -200,7 +200,7 @@ def test_texts_come_and_go_at_any_time():
 def test_log_probabilities_are_the_models_and_sum_to_one():
     model = model_of(softcap=5.0)
     text = Text([1, 2, 3], SamplingOptions(temperature=0.3, top_k=5, repetition_penalty=1.5), logprobs=V)
-    decoder = Decoder(model, 1)
+    decoder = Engine(model, 1)
     decoder.add([text])
     tokens = [decoder.step()[0][1] for _ in range(40)]
     for n, token in enumerate(tokens):
@@ -224,7 +224,7 @@ def test_a_completion_ends_where_it_should():
 
     def run(**options) -> Completion:
         completion = Completion(Text([0], GREEDY), letters, 20, **options)
-        pieces = [piece for _, _, piece in complete(Decoder(model, 1), [completion])]
+        pieces = [piece for _, _, piece in complete(Engine(model, 1), [completion])]
         assert "".join(pieces) == completion.string
         return completion
 
@@ -239,7 +239,7 @@ def test_a_completion_ends_where_it_should():
 
 
 def test_closing_the_iterator_frees_the_slots():
-    decoder = Decoder(model_of(), 2)
+    decoder = Engine(model_of(), 2)
     writing = complete(decoder, [Completion(Text([1]), ByteTokenizer(), 9) for _ in range(4)])
     next(writing)
     assert decoder.free == 0
@@ -257,7 +257,7 @@ def test_prompts_read_together_are_padded_little():
 
 def test_a_warmed_decoder_writes_the_same():
     model = model_of(position="rope", smear=True)
-    cold, warm = Decoder(model, 4), Decoder(model, 4)
+    cold, warm = Engine(model, 4), Engine(model, 4)
     warm.warm(1000)
     assert warm.free == 4
     for decoder in (cold, warm):

@@ -18,13 +18,13 @@ import sample
 import train
 from nanogpt import checkpoint, compile, optim, runtime
 from nanogpt.checkpoint import reader
-from nanogpt.checkpoint.writer import Writer
-from nanogpt.config import picked
+from nanogpt.checkpoint.writer import AsyncCheckpointer
+from nanogpt.config import pick_fields
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
 from nanogpt.gpu import attention_kernels, auto_batch_size, cuda_graphs
 from nanogpt.inference import graph_decode
-from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import OptimizerOptions
@@ -78,7 +78,7 @@ def test_it_learns_in_every_format_as_a_cpu_does(device, dtype, rules):
 @pytest.mark.parametrize("rows", [0, 100])
 def test_nothing_in_a_step_waits(device, rules, casting, rows):
     everything = parts(device, rules=rules, casting=casting, dropout=0.1, **FAST)
-    everything[0].loss_rows = rows
+    everything[0].loss_chunk_size = rows
     updates(everything, 2)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -162,7 +162,7 @@ def test_recorded_decoding_writes_the_same(device, options, batch):
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     found = []
-    for kind in (Decoder, graph_decode.GraphDecoder):
+    for kind in (Engine, graph_decode.GraphEngine):
         texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(batch)]
         decoder = kind(model, batch)
         decoder.add(texts)
@@ -171,7 +171,7 @@ def test_recorded_decoding_writes_the_same(device, options, batch):
         found.append([text.ids for text in texts])
     assert found[0] == found[1]
     texts = [Text([1, 2, 3 + i], options, seed=i) for i in range(batch)]
-    decoder = graph_decode.GraphDecoder(model, batch)
+    decoder = graph_decode.GraphEngine(model, batch)
     decoder.add(texts)
     decoder.run(50)
     assert [text.ids for text in texts] == [ids[:53] for ids in found[0]]
@@ -233,7 +233,7 @@ def test_a_checkpoint_in_the_background_is_the_one_of_its_step(config, tmp_path,
     config = replace(config, deterministic=True, save_interval=1, compile=False, **changes)
     for background in (True, False):
         if not background:
-            monkeypatch.setattr(Writer, "_fits", lambda writer, content: False)
+            monkeypatch.setattr(AsyncCheckpointer, "_fits", lambda writer, content: False)
         train.main(replace(config, out_dir=str(tmp_path / f"{background}")))
     for step in {int(path.name[5:]) for path in checkpoint.steps(tmp_path / "True")} - {0}:
         assert bits(str(tmp_path / "True"), step) == bits(str(tmp_path / "False"), step)
@@ -265,7 +265,7 @@ def test_the_batch_that_fits_is_found_and_is_the_same_run(config, capsys):
     train.main(replace(config, batch_size=128))
     expected = logged(config.out_dir)
     machine = runtime.setup(config.device, "float32", 256)
-    trial = partial(train.try_batch_size, config, machine, picked(GPTConfig, config, vocab_size=10))
+    trial = partial(train.try_batch_size, config, machine, pick_fields(GPTConfig, config, vocab_size=10))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     assert auto_batch_size.fits(256, trial, machine)

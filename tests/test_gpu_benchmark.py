@@ -16,7 +16,7 @@ from benchmarks import gpu, gpu_chip
 from benchmarks.gpu_sides import Setup
 from nanogpt import ROOT, config
 from nanogpt.errors import UserError
-from nanogpt.inference.graph_decode import GraphDecoder
+from nanogpt.inference.graph_decode import GraphEngine
 from tests.test_cuda_graphs import Recorder
 
 # Prints what nanoGPT's train.py prints, and needs nothing but Python.
@@ -156,7 +156,7 @@ def test_the_time_of_all_parts_is_shared_out():
 def test_decoding_is_timed_with_recorded_steps_too(tmp_path, monkeypatch):
     """With a stand-in for the recording of test_cuda_graphs.py, and one for nanoGPT's model."""
 
-    class Recorded(GraphDecoder):
+    class Recorded(GraphEngine):
         def __init__(self, *given):
             super().__init__(*given, record=Recorder().text)
 
@@ -164,7 +164,7 @@ def test_decoding_is_timed_with_recorded_steps_too(tmp_path, monkeypatch):
         def generate(self, idx, count, temperature, top_k):
             time.sleep(0.001 * count)
 
-    monkeypatch.setattr(gpu_chip, "GraphDecoder", Recorded)
+    monkeypatch.setattr(gpu_chip, "GraphEngine", Recorded)
     monkeypatch.setattr(gpu_chip, "nanogpt_model", lambda checkout, shape: Theirs())
     about = {"device": "cpu", "tiny": True, "checkout": "", "budget_s": 60.0}
     found = gpu_chip.decode(Setup(about, tmp_path / "answer.json", time.monotonic()))
@@ -172,7 +172,7 @@ def test_decoding_is_timed_with_recorded_steps_too(tmp_path, monkeypatch):
     *batches, job = found["figures"]
     assert [one["what"] for one in batches] == [f"decode 124M, batch {n}, tokens/s" for n in (1, 10, 64)]
     for one in [*batches, job]:
-        assert one["ratio"] > 0 and "Decoder " in one["note"] and "Recorded " in one["note"]
+        assert one["ratio"] > 0 and "Engine " in one["note"] and "Recorded " in one["note"]
     assert 100 < batches[0]["theirs"] <= 1001  # on a machine that is busy with other things, too
     assert job["what"] == "default sample job, s"
 

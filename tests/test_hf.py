@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from nanogpt.convert import hf
 from nanogpt.errors import UserError
-from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT2_SIZES
 from nanogpt.tokenizer.gpt2 import load_gpt2
@@ -154,7 +154,7 @@ def test_a_padded_vocabulary_changes_nothing_and_is_never_sampled(tmp_path):
     with torch.no_grad():  # as likely as can be, if anything looked at it
         padded.wte.weight[50257:] = 100 * plain.ln_f.weight
     texts = [Text([1, 2], SamplingOptions(temperature=5.0), seed=i) for i in range(8)]
-    decoder = Decoder(padded, 8)
+    decoder = Engine(padded, 8)
     decoder.add(texts)
     for _ in range(20):
         decoder.step()

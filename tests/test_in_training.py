@@ -99,15 +99,19 @@ def test_resumed_it_scores_nothing_twice_and_misses_nothing(watched, tmp_path, m
 def test_blocks_compiled_for_a_step_are_left_alone(watched, dataset):
     text = (dataset / "tokenizer.json").read_text(encoding="utf-8")
     options = replace(watched, sample_prompt="")
-    look = in_training.Watch(options, Path(watched.out_dir), text, runtime.setup("cpu", "bfloat16", 32))
+    look = in_training.InTrainingEvaluation(
+        options, Path(watched.out_dir), text, runtime.setup("cpu", "bfloat16", 32)
+    )
     model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32))
     seen, plain = [], []
-    lines = list(look.look(model, 0, lambda **values: plain.append(values), lambda: False))
+    lines = list(look.maybe_run(model, 0, lambda **values: plain.append(values), lambda: False))
     look.scored.clear()
     for block in model.h:
         block.forward = lambda *given: pytest.fail("a length of its own would be compiled")
     forwards = [block.forward for block in model.h]
-    assert len(list(look.look(model, 0, lambda **values: seen.append(values), lambda: False))) == len(lines)
+    assert len(list(look.maybe_run(model, 0, lambda **values: seen.append(values), lambda: False))) == len(
+        lines
+    )
     assert seen == plain and [block.forward for block in model.h] == forwards and model.training
 
 
@@ -130,4 +134,4 @@ def test_the_items_are_spread_over_the_file():
 def test_nothing_is_loaded_when_nothing_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(in_training.tokenizer, "from_text", lambda text: pytest.fail("a tokenizer was built"))
     machine = runtime.setup("cpu", "float32", 16)
-    in_training.Watch(in_training.WatchOptions(), tmp_path, "", machine)
+    in_training.InTrainingEvaluation(in_training.InTrainingOptions(), tmp_path, "", machine)

@@ -25,7 +25,7 @@ PYTHON = [
 ]
 PLAIN = {  # they do without torch
     *("torchrun", "errors", "files", "presets", "usage", "trackers", "config", "metrics", "options"),
-    *("data/ramp", "data/samplers", "data/mixed_order", "data/token_files", "evaluation/tasks"),
+    *("data/ramp", "data/samplers", "data/mixture_sampler", "data/token_files", "evaluation/tasks"),
     *(name for name in LIBRARY if name.startswith(("tokenizer/", "prepare/"))),
 }
 

@@ -15,7 +15,7 @@ def test_updated_weights_are_gathered_a_bounded_number_at_a_time(size, turn, mon
     monkeypatch.setattr(layout, "TURN", turn)
     copies = [nn.Linear(30, 17) for _ in range(size)]
     layouts = [Replicated(World(rank, size)) for rank in range(size)]
-    held = [each.divide(list(copy.named_parameters())) for each, copy in zip(layouts, copies, strict=True)]
+    held = [each.shard(list(copy.named_parameters())) for each, copy in zip(layouts, copies, strict=True)]
     flat = [torch.cat([p.data.flatten() for p in copy.parameters()]) for copy in copies]
     cuts = [len(flat[0]) * rank // size for rank in range(size + 1)]
     own = [flat[rank][cuts[rank] : cuts[rank + 1]].clone() for rank in range(size)]
@@ -30,7 +30,7 @@ def test_updated_weights_are_gathered_a_bounded_number_at_a_time(size, turn, mon
 
     monkeypatch.setattr(Replicated, "_all_gather", gathered)
     for each, parts in zip(layouts, held, strict=True):
-        each.publish(parts)
+        each.all_gather_params(parts)
     expected = torch.cat(own)
     assert come == [max(map(len, own))] * size
     for copy in copies:

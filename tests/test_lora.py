@@ -18,7 +18,7 @@ def adapted(config: GPTConfig, adapters: Adapters, seed: int = 1) -> GPT:
     torch.manual_seed(0)
     model = GPT(config)
     lora.adapt(model, adapters)
-    lora.initialise(model, seed)
+    lora.initialize(model, seed)
     return model.eval()
 
 

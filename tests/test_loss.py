@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nanogpt import validation
 from nanogpt.chunked_loss import chunked_cross_entropy
 from nanogpt.data import loader
-from nanogpt.loss import LOGITS_AT_ONCE, default_rows, project
+from nanogpt.loss import LOGITS_AT_ONCE, compute_logits, default_loss_chunk_size
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.runtime import Machine
 
@@ -66,14 +66,14 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_plain_one():
 
 def test_the_padding_may_be_multiplied_and_then_cut_off():
     x, table, _ = inputs()
-    whole, cut = project(x, table, V, whole=True), project(x, table, V, whole=False)
+    whole, cut = compute_logits(x, table, V, whole=True), compute_logits(x, table, V, whole=False)
     torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-6)
     seed = torch.randn(N, V)
     for a, b in zip(
         torch.autograd.grad(whole, (x, table), seed), torch.autograd.grad(cut, (x, table), seed), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert not torch.autograd.grad(project(x, table, V, whole=True).sum(), table)[0][V:].any()
+    assert not torch.autograd.grad(compute_logits(x, table, V, whole=True).sum(), table)[0][V:].any()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,7 +86,7 @@ def test_a_model_trains_on_it_as_on_the_other(tied, dtype, device):
     idx, targets = torch.randint(V, (2, 3, 8))
     gradients, losses = [], []
     for rows in (0, 5):
-        model.loss_rows = rows
+        model.loss_chunk_size = rows
         loss = machine.in_dtype(model)(idx, targets)[1]
         losses.append(loss.item())
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
@@ -113,7 +113,7 @@ def test_evaluation_is_the_same_in_parts(dataset, device, monkeypatch):
 def test_a_compiler_leaves_the_chunks_alone():
     """Traced, all of them would be in one graph, and their logits in memory at once."""
     model = GPT(GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=C))
-    model.loss_rows = 5
+    model.loss_chunk_size = 5
     seen = []
 
     def backend(graph, inputs):
@@ -131,7 +131,7 @@ import sys, torch
 from nanogpt.model import GPT, GPTConfig
 torch.set_num_threads(1)
 model = GPT(GPTConfig(vocab_size=20000, block_size=256, n_layer=1, n_head=2, n_embd=32))
-model.loss_rows = int(sys.argv[1])
+model.loss_chunk_size = int(sys.argv[1])
 idx = torch.randint(20000, (8, 256))
 def peak():  # in kilobytes; not ru_maxrss, which begins with that of the program that started this one
     lines = open("/proc/self/status", encoding="ascii").read().splitlines()
@@ -162,9 +162,11 @@ def test_it_takes_a_fraction_of_the_memory():
 
 def test_rows_are_chosen_for_a_cpu_where_the_logits_are_large():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert default_rows(cpu, 20 * 64, 65) == default_rows(cpu, 16 * 256, 65) == 0  # the character presets
-    assert default_rows(gpu, 8 * 256, 50257) == 0
-    assert 4 * 50257 * default_rows(cpu, 8 * 256, 50257) == pytest.approx(256e6, rel=0.1)
+    assert (
+        default_loss_chunk_size(cpu, 20 * 64, 65) == default_loss_chunk_size(cpu, 16 * 256, 65) == 0
+    )  # the character presets
+    assert default_loss_chunk_size(gpu, 8 * 256, 50257) == 0
+    assert 4 * 50257 * default_loss_chunk_size(cpu, 8 * 256, 50257) == pytest.approx(256e6, rel=0.1)
 
 
 # Linux counts the memory of whoever starts a program as that program's: a small process starts it.

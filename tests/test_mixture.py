@@ -14,8 +14,8 @@ import train
 from nanogpt import metrics
 from nanogpt.checkpoint import reader
 from nanogpt.data import loader, mixture
-from nanogpt.data.mixed_order import CYCLE, MixedOrder, slots
-from nanogpt.data.samplers import BatchOrder
+from nanogpt.data.mixture_sampler import CYCLE, MixtureSampler, slots
+from nanogpt.data.samplers import EpochSampler
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
 from nanogpt.world import World
@@ -25,10 +25,10 @@ CPU = torch.device("cpu")
 SIZES = (1001, 4001, 500)
 
 
-def mixed(weights: list[str], seed: int = 5) -> MixedOrder:
+def mixed(weights: list[str], seed: int = 5) -> MixtureSampler:
     offsets = [0, *np.cumsum(SIZES).tolist()]
-    orders = [BatchOrder(size, 16, seed) for size in SIZES[: len(weights)]]
-    return MixedOrder(orders, [Fraction(w) for w in weights], offsets[: len(weights)])
+    orders = [EpochSampler(size, 16, seed) for size in SIZES[: len(weights)]]
+    return MixtureSampler(orders, [Fraction(w) for w in weights], offsets[: len(weights)])
 
 
 def text_of(starts: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def test_batches_hold_both_by_weight_on_any_number_of_processes(folders):
     whole = loader.TrainBatches(found.train, 16, 12, 1, 3, CPU)
     for step in (0, 5):
         rows = next(whole.step(step))[0]
-        of_one = whole.order.starts(12 * step, 12) < len(loader.load(one).train)
+        of_one = whole.sampler.starts(12 * step, 12) < len(loader.load(one).train)
         assert of_one.sum() == 9
         parts = []
         for rank in range(5):  # uneven
@@ -163,7 +163,7 @@ def test_masks_of_both_are_used(folders):
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     found = mixture.load(f"{folders[0]}:1,{folders[1]}:1", Path())
     batches = loader.TrainBatches(found.train, 16, 4, 1, 1, CPU)
-    starts = batches.order.starts(0, 4)
+    starts = batches.sampler.starts(0, 4)
     _, targets = next(batches.step(0))
     first = len(found.train.texts[0])
     for start, row in zip(starts, targets, strict=True):
@@ -182,7 +182,7 @@ def test_llmc_shards_and_bare_files_mix(bare_tokens, tmp_path):
     found = mixture.load(f"{shards}:1,{bare_tokens}:3", Path())
     assert vocabulary.identify(found.tokenizer).kind == "gpt2" and found.bytes_per_token is None
     assert found.train.read(995, 10)[:5].tolist() == [995, 996, 997, 998, 999]
-    drawn = loader.TrainBatches(found.train, 16, 40, 1, 1, CPU).order.starts(0, 40)
+    drawn = loader.TrainBatches(found.train, 16, 40, 1, 1, CPU).sampler.starts(0, 40)
     assert (drawn < 1000).sum() == 10
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanogpt.optim import Muon, build, clip_gradients, orthogonalise
+from nanogpt.optim import Muon, build, clip_gradients, orthogonalize
 from nanogpt.options import OptimizerOptions
 
 
@@ -129,12 +129,12 @@ def test_singular_values_come_out_near_one(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(1.0, 0.02, u.shape[-1])
     for scale in (1e-4, 1.0, 1e4):
-        result = orthogonalise(u * (scale * values) @ v)
+        result = orthogonalize(u * (scale * values) @ v)
         found = torch.linalg.svdvals(result)
         assert found.min() > 0.8 and found.max() < 1.2
         turned = torch.linalg.matrix_norm(result - u @ v) / torch.linalg.matrix_norm(u @ v)
         assert turned.max() < 0.2  # the same directions: near the exact polar factor
-    assert not orthogonalise(torch.zeros(shape)).any()
+    assert not orthogonalize(torch.zeros(shape)).any()
 
 
 def test_muon_follows_its_formula():
@@ -180,7 +180,7 @@ def test_muon_equals_torchs_but_for_the_polynomial():
 def test_bfloat16_is_near_float32():
     torch.manual_seed(0)
     gradients = torch.randn(4, 24, 60)
-    exact, rough = orthogonalise(gradients), orthogonalise(gradients.bfloat16()).float()
+    exact, rough = orthogonalize(gradients), orthogonalize(gradients.bfloat16()).float()
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.99
 
 
@@ -221,7 +221,7 @@ def test_muon_resumes_from_its_state():
     def steps(named, optimizer, first, last):
         for t in range(first, last):
             torch.manual_seed(t)
-            for p in optimizer.names:
+            for p in optimizer.parameters:
                 p.grad = torch.randn(p.shape)
             optimizer.lr = 1e-2
             optimizer.step()

@@ -54,7 +54,7 @@ def job(name: str, number: int, *options: str, resumes: str = "") -> Job:
 
 
 FEW = ["--max_iters=8", "--eval_interval=8"]
-FAST = ["--loss_rows=20", "--deterministic=True"]
+FAST = ["--loss_chunk_size=20", "--deterministic=True"]
 EVALUATE = ["--eval_only=True", "--init_from=resume", "--batch_size=4"]
 STOP, GO_ON = ["--max_iters=10"], ["--init_from=resume", "--max_iters=25"]
 JOBS = [
@@ -75,7 +75,11 @@ JOBS = [
     Job("lora-alone", 1, [*SHORT, "--lora_rank=2", *LOOKING]),
     Job("bfloat16-ddp", 2, [*SHORT, "--dtype=bfloat16", "--parallel=ddp"]),
     Job("bfloat16-fsdp", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp"]),
-    Job("bfloat16-recompute", 2, [*SHORT, "--dtype=bfloat16", "--parallel=fsdp", "--recompute=True"]),
+    Job(
+        "bfloat16-recompute",
+        2,
+        [*SHORT, "--dtype=bfloat16", "--parallel=fsdp", "--activation_checkpointing=True"],
+    ),
     Job("autocast-ddp", 2, [*SHORT, "--dtype=bfloat16", "--casting=autocast", "--parallel=ddp"]),
     Job("autocast-fsdp", 2, [*SHORT, "--dtype=bfloat16", "--casting=autocast", "--parallel=fsdp"]),
     job("muon-15-fast", 2, *UNEVEN, *FEW, "--parallel=fsdp", *FAST),
@@ -293,11 +297,11 @@ def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_s
 
 
 def test_recomputing_changes_no_gradient_and_keeps_less():
-    def kept_and_gradients(recompute):
+    def kept_and_gradients(activation_checkpointing):
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=4, n_head=2, n_embd=32, dropout=0.2))
-        if recompute:
-            compile.recompute(model, Machine(torch.device("cpu"), "float32", "test"))
+        if activation_checkpointing:
+            compile.checkpoint_activations(model, Machine(torch.device("cpu"), "float32", "test"))
         idx, kept = torch.randint(10, (8, 16)), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
             _, loss = model(idx, idx)
@@ -311,12 +315,14 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
 
 def test_recomputing_needs_the_weights_that_were_used():
     model = GPT(GPTConfig(vocab_size=10, n_layer=1))
-    with pytest.raises(UserError, match="--recompute in bfloat16 on a CPU"):
-        compile.recompute(model, Machine(torch.device("cpu"), "bfloat16", ""))
+    with pytest.raises(UserError, match="--activation_checkpointing in bfloat16 on a CPU"):
+        compile.checkpoint_activations(model, Machine(torch.device("cpu"), "bfloat16", ""))
     with pytest.raises(
-        UserError, match=r"--recompute in bfloat16 by --casting=weights .* give --casting=auto"
+        UserError, match=r"--activation_checkpointing in bfloat16 by --casting=weights .* use --casting=auto"
     ):
-        compile.recompute(model, Machine(torch.device("cuda"), "bfloat16", "", casting="weights"))
+        compile.checkpoint_activations(
+            model, Machine(torch.device("cuda"), "bfloat16", "", casting="weights")
+        )
 
 
 def test_a_batch_that_fits_is_that_of_a_whole_model(dataset):
@@ -329,10 +335,12 @@ def test_a_batch_that_fits_is_that_of_a_whole_model(dataset):
 def test_owners_have_about_as_much_to_do():
     layout = Replicated(World(0, 4))
     costs = [9.0, 1, 1, 5, 4, 4, 3, 9, 2]
-    owners = layout.owners(costs)
-    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(4)]
+    assign_ranks = layout.assign_ranks(costs)
+    loads = [
+        sum(c for c, owner in zip(costs, assign_ranks, strict=True) if owner == rank) for rank in range(4)
+    ]
     assert max(loads) <= 10 and sum(loads) == sum(costs)
-    assert layout.owners(costs) == owners
+    assert layout.assign_ranks(costs) == assign_ranks
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
@@ -347,7 +355,7 @@ def test_each_process_keeps_its_share_of_the_state(rule):
             optimizer = build(
                 OptimizerOptions(rule), model.named_parameters(), model.fused_rows(), layout=layout
             )
-            pieces = {n: piece for n, piece in optimizer.pieces().items() if not n.endswith("steps")}
+            pieces = {n: piece for n, piece in optimizer.state_shards().items() if not n.endswith("steps")}
             held.append(sum(piece.tensor.numel() for piece in pieces.values()))
             for name, piece in pieces.items():
                 assert piece.shape == whole[name].shape
@@ -364,7 +372,7 @@ def test_state_of_one_process_is_its_own():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8))
     optimizer = build(OptimizerOptions("muon"), model.named_parameters(), model.fused_rows())
-    state, pieces = optimizer.state(), optimizer.pieces()
+    state, pieces = optimizer.state(), optimizer.state_shards()
     assert state.keys() == pieces.keys()
     for name, piece in pieces.items():
         assert state[name].data_ptr() == piece.tensor.data_ptr() and state[name].shape == piece.shape

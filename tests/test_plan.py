@@ -9,7 +9,7 @@ import torch
 import plan
 import train
 from nanogpt import optim
-from nanogpt.config import picked, read
+from nanogpt.config import pick_fields, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.options import OptimizerOptions
@@ -65,7 +65,7 @@ def test_presets_have_their_size_batch_and_length(name, millions):
     options = read(train.Config, [str(path)])
     config = train.Config(**options.values).in_iterations(dict(options.origins))
     with torch.device("meta"):
-        model = GPT(picked(GPTConfig, config, vocab_size=50257))
+        model = GPT(pick_fields(GPTConfig, config, vocab_size=50257))
     assert model.n_params() == pytest.approx(millions * 1e6, rel=0.005)
     if name == "train_gpt2":
         return
@@ -102,10 +102,10 @@ def test_a_flag_for_the_length_counts(capsys):
 
 
 def test_logits_of_some_tokens_at_a_time_take_their_share(capsys):
-    config = plan.Config(loss_rows=2048, bias=True, batch_size=64, scaling=True)
+    config = plan.Config(loss_chunk_size=2048, bias=True, batch_size=64, scaling=True)
     plan.main(config)
     said = capsys.readouterr().out
-    need = estimate.memory(GPT2_SIZES["gpt2"], OptimizerOptions(), batch_size=64, loss_rows=2048)
+    need = estimate.memory(GPT2_SIZES["gpt2"], OptimizerOptions(), batch_size=64, loss_chunk_size=2048)
     plain = estimate.memory(GPT2_SIZES["gpt2"], OptimizerOptions(), batch_size=64)
     assert (
         f"about {need.activations / 1e9:.2f}" in said and f" {need.total / 1e9:.1f}" in said.partition("|")[2]
@@ -116,12 +116,14 @@ def test_logits_of_some_tokens_at_a_time_take_their_share(capsys):
 def test_blocks_that_run_again_keep_their_inputs(capsys):
     """So that the logits are nearly all that a micro-batch takes; and no bfloat16 copies wait in blocks."""
     shape, rules, found = GPT2_SIZES["gpt2"], OptimizerOptions(), {}
-    for recompute in (False, True):
-        found[recompute] = estimate.memory(shape, rules, batch_size=12, recompute=recompute)
-        plan.main(plan.Config(recompute=recompute, bias=True))
+    for activation_checkpointing in (False, True):
+        found[activation_checkpointing] = estimate.memory(
+            shape, rules, batch_size=12, recompute=activation_checkpointing
+        )
+        plan.main(plan.Config(activation_checkpointing=activation_checkpointing, bias=True))
         said = capsys.readouterr().out
-        assert f"about {found[recompute].activations / 1e9:.2f}" in said
-        assert ("blocks run again" in said) == recompute
+        assert f"about {found[activation_checkpointing].activations / 1e9:.2f}" in said
+        assert ("blocks run again" in said) == activation_checkpointing
     kept, least = found[False].activations, 12 * 1024 * 4 * (12 * 768 + 3 * 50257)
     assert least < found[True].activations < 1.01 * least < kept / 1.3
     assert found[True].copies == 2 * 768 * 50257 < found[False].copies / 3

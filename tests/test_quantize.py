@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from nanogpt.inference import cpu_kernels
-from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.quantize import FEW, Int8Portable, Packed, PackedInt8, cast, rounded
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runtime import DTYPES
@@ -115,7 +115,7 @@ def test_a_model_of_int8_is_nearly_the_same(switches):
         "wte.weight",
         "position.wpe.weight",
     }
-    decoder = Decoder(model, 2)
+    decoder = Engine(model, 2)
     texts = [Text([1, 2, 3]), Text([4])]
     decoder.add(texts)
     for _ in range(40):
@@ -136,7 +136,7 @@ def test_other_formats_are_cast_and_packed(dtype, compiler, monkeypatch):
     assert {p.dtype for p in model.parameters()} == {DTYPES[dtype]}
     error = (model(idx)[0] - exact).abs().max() / exact.std()
     assert error < {"float32": 1e-5, "bfloat16": 0.2, "float16": 0.02}[dtype]
-    decoder = Decoder(model, 1)
+    decoder = Engine(model, 1)
     decoder.add([Text([1] * 40)])
     assert len(decoder.step()) == 1
 
@@ -151,7 +151,7 @@ def test_a_model_of_odd_widths_is_not_packed():
 def test_a_packed_model_writes_what_the_plain_one_does():
     texts = [[Text(list(range(1 + 3 * i)), seed=i) for i in range(9)] for _ in range(2)]
     for model, written in zip((model_of(), cast(model_of(), "float32")), texts, strict=True):
-        decoder = Decoder(model, 9)
+        decoder = Engine(model, 9)
         decoder.add(written)
         for _ in range(30):
             decoder.step()

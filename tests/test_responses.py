@@ -121,7 +121,7 @@ def test_the_gradient_is_the_responses_whatever_the_micro_batch(config):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=32))
     plan = batches(config, 12)
-    tokens, starts = plan.tokens, plan.order.starts(0, 12)
+    tokens, starts = plan.tokens, plan.sampler.starts(0, 12)
     raw, mask = (torch.from_numpy(part.windows(starts, 33)) for part in (tokens, tokens.scored))
     losses = F.cross_entropy(model(raw[:, :-1])[0].flatten(0, 1), raw[:, 1:].flatten(), reduction="none")
     expected = losses[mask[:, 1:].flatten() == 1].mean()

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from nanogpt.data.samplers import BatchOrder, permute
+from nanogpt.data.samplers import EpochSampler, permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 1023, 1025])
@@ -29,7 +29,7 @@ def test_permutations_differ_and_shuffle():
 
 @pytest.mark.parametrize(("n_tokens", "block_size"), [(1000, 16), (33, 16), (17, 16), (5000, 7), (64, 31)])
 def test_each_token_once_an_epoch(n_tokens, block_size):
-    order = BatchOrder(n_tokens, block_size, seed=5)
+    order = EpochSampler(n_tokens, block_size, seed=5)
     phases = set()
     for epoch in range(8):
         starts = order.starts(epoch * order.n_windows, order.n_windows)
@@ -44,12 +44,12 @@ def test_each_token_once_an_epoch(n_tokens, block_size):
 
 
 def test_samples_do_not_depend_on_how_they_are_asked_for():
-    order = BatchOrder(3000, 16, seed=1)
+    order = EpochSampler(3000, 16, seed=1)
     whole = order.starts(0, 1000)
     rng = np.random.default_rng(0)
     for _ in range(200):
         first, count = int(rng.integers(0, 900)), int(rng.integers(1, 100))
         assert (order.starts(first, count) == whole[first : first + count]).all()
-    assert (BatchOrder(3000, 16, seed=2).starts(0, 1000) != whole).any()
+    assert (EpochSampler(3000, 16, seed=2).starts(0, 1000) != whole).any()
     far = order.starts(10**12, 3)  # entered anywhere, in constant time
-    assert (far == BatchOrder(3000, 16, seed=1).starts(10**12 - 1, 5)[1:4]).all()
+    assert (far == EpochSampler(3000, 16, seed=1).starts(10**12 - 1, 5)[1:4]).all()

@@ -9,12 +9,12 @@ from nanogpt.errors import UserError
 from nanogpt.inference import sampling
 from nanogpt.inference.sampling import (
     SamplingOptions,
+    apply_repetition_penalty,
     draw,
     draw_each,
-    invert,
     keep_min_p,
     keep_top_p,
-    penalise,
+    sample_inverse_cdf,
     top_k,
 )
 
@@ -73,7 +73,7 @@ def test_tokens_are_drawn_as_the_definition_says(controls):
     logits = torch.tensor(LOGITS).repeat(N, 1)
     seen = torch.zeros(len(LOGITS), dtype=torch.bool)
     seen[list(controls.get("seen", ()))] = True
-    logits = penalise(logits, seen, controls.get("penalty", 1.0))
+    logits = apply_repetition_penalty(logits, seen, controls.get("penalty", 1.0))
     options = SamplingOptions(
         temperature=controls.get("temperature", 1.0),
         top_k=controls.get("k", 0),
@@ -136,7 +136,7 @@ def test_filters_never_remove_the_likeliest():
 
 def test_removed_tokens_are_not_drawn_at_the_ends():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
-    assert invert(logits, torch.tensor([0.0, 1 - 1e-16]).double()).tolist() == [1, 2]
+    assert sample_inverse_cdf(logits, torch.tensor([0.0, 1 - 1e-16]).double()).tolist() == [1, 2]
 
 
 def test_rows_have_options_of_their_own():

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.server import scheduler
@@ -52,7 +52,7 @@ def finished(answers, choices) -> list[list[int]]:
 
 
 def alone(model, prompt, count) -> list[int]:
-    decoder, text = Decoder(model, 1), Text(prompt, GREEDY)
+    decoder, text = Engine(model, 1), Text(prompt, GREEDY)
     decoder.add([text])
     for _ in range(count):
         decoder.step()
@@ -69,7 +69,7 @@ def test_a_long_prompt_is_read_in_parts_while_others_are_served(model, monkeypat
     hidden = model.hidden
     model.hidden = lambda idx, past=None: reads.append(idx.numel()) or hidden(idx, past)
     answers = queue.Queue()
-    running = Scheduler(Decoder(model, 3), ByteTokenizer(), 8, Nobody())
+    running = Scheduler(Engine(model, 3), ByteTokenizer(), 8, Nobody())
     choices = [asked(prompt, 12, answers) for prompt in prompts]
     busy = asked([7], 10**6, answers)  # so that somebody always waits for a token
     running.submit([busy])
@@ -86,7 +86,7 @@ def test_a_long_prompt_is_read_in_parts_while_others_are_served(model, monkeypat
 
 
 def test_more_than_the_queue_holds_is_refused_whole(model):
-    running = Scheduler(Decoder(model, 2), ByteTokenizer(), 3, Nobody())
+    running = Scheduler(Engine(model, 2), ByteTokenizer(), 3, Nobody())
     answers = queue.Queue()
     running.submit([asked([1], 2, answers) for _ in range(5)])
     with pytest.raises(Full):
@@ -95,7 +95,7 @@ def test_more_than_the_queue_holds_is_refused_whole(model):
 
 
 def test_a_decoder_without_room_is_told_at_the_start(model):
-    decoder = Decoder(model, 2)
+    decoder = Engine(model, 2)
     decoder.warm = lambda prompt: (_ for _ in ()).throw(MemoryError("no room"))
     running = Scheduler(decoder, ByteTokenizer(), 3, Nobody())
     with pytest.raises(MemoryError, match="no room"):

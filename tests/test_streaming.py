@@ -12,7 +12,7 @@ from nanogpt.inference.engine import Token
 from nanogpt.server import openai_api, streaming
 from nanogpt.server.openai_api import Limits
 from nanogpt.server.scheduler import Piece
-from nanogpt.server.streaming import Answer, Mail
+from nanogpt.server.streaming import Answer, EventQueue
 from nanogpt.tokenizer.tokenizer import ByteTokenizer
 
 LETTERS = "abcdefghij" * 5
@@ -23,7 +23,7 @@ def answering(**fields: Any) -> tuple[Answer, list[None]]:
     known: Any = ByteTokenizer()
     served: Any = SimpleNamespace(tokenizer=known, name="model")
     body = json.dumps({"prompt": "x", **fields}).encode()
-    answer = Answer(served, openai_api.parse(body, known, "model", Limits(8, 99, 8)), Mail())
+    answer = Answer(served, openai_api.parse(body, known, "model", Limits(8, 99, 8)), EventQueue())
     calls: list[None] = []
     call = answer.loop.call_soon_threadsafe
     answer.loop.call_soon_threadsafe = lambda *given: calls.append(None) or call(*given)

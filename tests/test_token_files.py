@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanogpt.data import loader, token_files
-from nanogpt.data.samplers import BatchOrder
+from nanogpt.data.samplers import EpochSampler
 from nanogpt.errors import UserError
 from nanogpt.prepare import shards
 from nanogpt.tokenizer import vocabulary
@@ -120,7 +120,7 @@ def test_a_process_reads_the_files_of_its_share_alone(tmp_path, opened):
         batches = loader.TrainBatches(tokens, 16, 8, 1, 1, CPU, share=World(rank, 4).share)
         opened.clear()
         list(batches.step(3))
-        starts = batches.order.starts(3 * 8 + rank * 2, 2)
+        starts = batches.sampler.starts(3 * 8 + rank * 2, 2)
         needed = {int(place) // 64 for start in starts for place in (start, start + 16)}
         assert {int(name[13:19]) for name in opened} == needed
 
@@ -143,14 +143,14 @@ def test_ten_terabytes_on_paper(tmp_path):
     batch = next(batches.step(10_000_000))
     took_s, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(train) == count * size // 2 and batches.order.n_windows > 2**32
+    assert len(train) == count * size // 2 and batches.sampler.n_windows > 2**32
     assert batch[0].shape == (12, 1024) and took_s < 5 and peak < 80e6  # a chunk of ids is looked at
     assert len(train._open) <= 1 + 12
 
 
 def test_the_order_of_five_trillion_tokens():
     """Windows far apart, none twice, evenly spread: past 2^32 of them as before."""
-    order = BatchOrder(5 * 10**12, 1024, seed=1)
+    order = EpochSampler(5 * 10**12, 1024, seed=1)
     assert order.n_windows > 2**32
     places = [0, 2**31 - 500, 2**32 - 500, order.n_windows - 1000]
     starts = np.concatenate([order.starts(first, 1000) for first in places])

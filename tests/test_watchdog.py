@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import HashStore
 
 from nanogpt.distributed import watchdog
-from nanogpt.distributed.watchdog import Heartbeat
+from nanogpt.distributed.watchdog import Watchdog
 
 TIMEOUT_S = 0.8
 
@@ -37,7 +37,7 @@ def ends(monkeypatch):
 @pytest.fixture
 def hearts(tmp_path):
     store = HashStore()
-    made = [Heartbeat(store, rank, 3, TIMEOUT_S, "here:1", tmp_path / "stuck") for rank in range(3)]
+    made = [Watchdog(store, rank, 3, TIMEOUT_S, "here:1", tmp_path / "stuck") for rank in range(3)]
     yield made
     for heart in made:
         heart.close()
@@ -73,7 +73,9 @@ def test_a_process_that_lives_but_does_not_move_is_named(hearts, ends, tmp_path)
     hearts[2].at(120, "computing")
     wait_for(lambda: len(ends) == 3)
     told = next(message for message in ends if message)
-    assert told.startswith(f"process 1 has not moved for {TIMEOUT_S:g} s (--timeout_s), at step 120, reading")
+    assert told.startswith(
+        f"process 1 has not moved for {TIMEOUT_S:g} s (--hang_timeout_s), at step 120, reading"
+    )
     assert f"the others wait at step 120, waiting; stacks are in {tmp_path / 'stuck'}" in told
     for rank in range(3):
         text = (tmp_path / "stuck" / f"process-{rank}.txt").read_text()
@@ -129,7 +131,7 @@ def test_without_the_store_the_first_process_is_lost():
         def __getattr__(self, name):
             raise RuntimeError("connection refused")
 
-    heart = Heartbeat(Broken(), 1, 2, 10.0, "here:1")
+    heart = Watchdog(Broken(), 1, 2, 10.0, "here:1")
     assert "nothing answers at here:1: process 0, or its machine, is lost" in heart.explain()
 
 

@@ -180,7 +180,7 @@ def test_shares_cover_everything_once():
 
 def test_alone_everything_is_its_own():
     world = World()
-    assert world.share(5) == (0, 5) and world.any(True) and not world.any(False)
-    assert world.agree(lambda: 3) == world.lead(lambda: 3) == 3
+    assert world.share(5) == (0, 5) and world.any_rank(True) and not world.any_rank(False)
+    assert world.raise_on_all_ranks(lambda: 3) == world.rank_zero_only(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        world.lead(lambda: 1 // 0)
+        world.rank_zero_only(lambda: 1 // 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
 
-from nanogpt.config import Count, load
+from nanogpt.config import NonNegativeInt, load
 from nanogpt.errors import run_program
 from nanogpt.prepare import web
 from nanogpt.prepare.web import WebOptions
@@ -27,8 +27,8 @@ HERE = Path(__file__).resolve().parent
 class Config(WebOptions):
     hub: str = HUB  # NAME[:CONFIG[:SPLIT]][@REVISION] of the dataset
     val_fraction: float = 0.01  # of the pages, for validation
-    seed: Count = 1337  # of the choice of pages for validation
-    shard_tokens: Count = 100_000_000  # write shards of so many tokens, as llm.c does; 0: one file a split
+    seed: NonNegativeInt = 1337  # of the choice of pages for validation
+    shard_tokens: NonNegativeInt = 100_000_000  # tokens per shard, as in llm.c; 0: one file per split
 
 
 def main(config: Config) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
 
-from nanogpt.config import Count, load
+from nanogpt.config import NonNegativeInt, load
 from nanogpt.errors import run_program
 from nanogpt.prepare import web
 from nanogpt.prepare.web import WebOptions
@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Config(WebOptions):
     hub: str = HUB  # NAME[:CONFIG[:SPLIT]][@REVISION] of the dataset
-    seed: Count = 2357  # of the choice of pages for validation
+    seed: NonNegativeInt = 2357  # of the choice of pages for validation
 
 
 def main(config: Config) -> None:

@@ -16,7 +16,7 @@ from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 
 if TYPE_CHECKING:
-    from nanogpt.optim import Piece
+    from nanogpt.optim import TensorShard
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Checkpoint:
                 f"that of {folder} ({vocab_size} ids); give the --dataset it was trained on"
             )
 
-    def load_optimizer(self, tensors: "Mapping[str, Tensor | Piece]") -> None:
+    def load_optimizer(self, tensors: "Mapping[str, Tensor | TensorShard]") -> None:
         """Fill the optimizer's state (by name), or what this process has of it, in place."""
         path = self.path / "optimizer.safetensors"
         with safe_open(path, "pt") as saved:

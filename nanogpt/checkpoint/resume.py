@@ -7,10 +7,11 @@ from nanogpt.checkpoint import reader
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.errors import UserError
 from nanogpt.options import RunOptions
+from nanogpt.usage import RENAMED
 
 # A resumed run takes these from the command, and all others from the saved run unless they are given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
-NOT_INHERITED |= {"meet_timeout_s", "timeout_s", "parallel", "shard_size"}
+NOT_INHERITED |= {"rdzv_timeout_s", "hang_timeout_s", "parallel", "shard_size"}
 # It keeps these, and the shape of the model.
 FIXED = {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}
 R = TypeVar("R", bound=RunOptions)
@@ -48,6 +49,7 @@ def inherit(
     Options in `fresh` are always taken from `config`. Returns also, for each option given with another
     value than the saved one, (saved, given).
     """
+    saved = {RENAMED.get(key, key): value for key, value in saved.items()}
     old = {key: value for key, value in saved.items() if key in set(vars(config)) - fresh}
     now = {key: getattr(config, key) for key in origins if key in old}
     differing = {key: (old[key], value) for key, value in now.items() if value != old[key]}

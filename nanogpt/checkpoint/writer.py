@@ -29,7 +29,7 @@ SPARE = 1 << 28  # bytes that a copy must leave free
 
 
 @dataclass(frozen=True)
-class Content:
+class Snapshot:
     """What a checkpoint holds."""
 
     weights: Mapping[str, Tensor]
@@ -37,7 +37,7 @@ class Content:
     state: dict[str, Any]
 
     @classmethod
-    def of(cls, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> "Content":
+    def of(cls, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> "Snapshot":
         """Raises Diverged for a weight that is not finite."""
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
@@ -114,7 +114,7 @@ def holds_run(folder: Path) -> bool:
     )
 
 
-def claim(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[FileLock, str]:
+def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[FileLock, str]:
     """Make the folder `run` ours to write, for a run that starts or is resumed at
     iteration `resumed_at`.
 
@@ -142,7 +142,7 @@ def claim(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[FileLock,
     return fresh, f"{run} held a run; it is now {aside}"
 
 
-class Writer:
+class AsyncCheckpointer:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -155,10 +155,10 @@ class Writer:
         return self._error is not None
 
     def save(self, run: Path, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Save a checkpoint; it is complete when `complete` names it. Raises Diverged for these weights, and
+        """Save a checkpoint; `pop_completed` names it once complete. Raises Diverged for these weights, and
         whatever the write before this one has failed with."""
         self.wait()
-        content = Content.of(model, optimizer, state)
+        content = Snapshot.of(model, optimizer, state)
         if not self._fits(content):
             self._complete.append(content.write(run))
             return
@@ -179,28 +179,28 @@ class Writer:
             self._thread.join()
             self._thread = None
 
-    def complete(self) -> list[Path]:
+    def pop_completed(self) -> list[Path]:
         """The checkpoints that have become complete since this was asked last."""
         found, self._complete = self._complete, []
         return found
 
-    def _write(self, content: Content, run: Path) -> None:
+    def _write(self, content: Snapshot, run: Path) -> None:
         try:
             path = content.write(run)
             self._complete.append(path)
         except BaseException as error:  # for the main thread
             self._error = error
 
-    def _fits(self, content: Content) -> bool:
+    def _fits(self, content: Snapshot) -> bool:
         free = free_memory()
         return free is None or content.nbytes + SPARE < free or bool(self._pinned)
 
-    def _copy(self, content: Content) -> Content:
+    def _copy(self, content: Snapshot) -> Snapshot:
         weights = {name: self._host(f"w {name}", tensor) for name, tensor in content.weights.items()}
         state = {name: self._host(f"o {name}", tensor) for name, tensor in content.optimizer.items()}
         if self._pinned:
             torch.cuda.synchronize()
-        return Content(weights, state, content.state)
+        return Snapshot(weights, state, content.state)
 
     def _host(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.device.type != "cuda":

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from nanogpt.data.loader import Dataset, Tokens, order_of
-from nanogpt.data.mixed_order import MixedOrder
-from nanogpt.data.samplers import BatchOrder, RowOrder
+from nanogpt.data.loader import Dataset, Tokens, sampler_of
+from nanogpt.data.mixture_sampler import MixtureSampler
+from nanogpt.data.samplers import DocumentSampler, EpochSampler
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import tokenizer, vocabulary
 
@@ -61,6 +61,8 @@ def rows(tokens: Tokens, separator: int, block_size: int) -> np.ndarray:
     return np.array(starts, dtype=np.int64)
 
 
-def row_order(tokens: Tokens, separator: int, block_size: int, seed: int) -> BatchOrder | MixedOrder:
+def document_sampler(
+    tokens: Tokens, separator: int, block_size: int, seed: int
+) -> EpochSampler | MixtureSampler:
     """The order of windows that begin at documents, as `rows` finds them."""
-    return order_of(tokens, lambda text: RowOrder(rows(text, separator, block_size), seed))
+    return sampler_of(tokens, lambda text: DocumentSampler(rows(text, separator, block_size), seed))

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from nanogpt import files
-from nanogpt.data.samplers import BatchOrder, Share, everything
+from nanogpt.data.samplers import EpochSampler, Share, whole_share
 from nanogpt.data.token_files import FORMAT, TokenFile, Tokens, open_split, split_files
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.tokenizer import vocabulary
 
 if TYPE_CHECKING:
-    from nanogpt.data.mixed_order import MixedOrder
+    from nanogpt.data.mixture_sampler import MixtureSampler
 
 # ----------------------------------------------------------------------------- files
 
@@ -145,14 +145,14 @@ def require_window(tokens: Tokens, block_size: int, split: str) -> None:
             )
 
 
-def order_of(tokens: Tokens, of_one: Callable[[Tokens], BatchOrder]) -> "BatchOrder | MixedOrder":
+def sampler_of(tokens: Tokens, of_one: Callable[[Tokens], EpochSampler]) -> "EpochSampler | MixtureSampler":
     """The order `of_one` text; of several, theirs by weight."""
     if len(tokens.texts) == 1:
         return of_one(tokens)
-    from nanogpt.data.mixed_order import MixedOrder
+    from nanogpt.data.mixture_sampler import MixtureSampler
 
     offsets = [0, *itertools.accumulate(len(text) for text in tokens.texts)][:-1]
-    return MixedOrder([of_one(text) for text in tokens.texts], [t.weight for t in tokens.texts], offsets)
+    return MixtureSampler([of_one(text) for text in tokens.texts], [t.weight for t in tokens.texts], offsets)
 
 
 def gather(
@@ -174,7 +174,7 @@ class TrainBatches:
     """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch.
 
     `ramp` holds the sizes in windows of the first batches; later ones have batch_size * micro_steps.
-    `order`: another than `order_of`. `separator`: micro-batches say which document a token
+    `sampler`: another than `sampler_of`. `separator`: micro-batches say which document a token
     belongs to.
     """
 
@@ -188,11 +188,11 @@ class TrainBatches:
         device: torch.device,
         ramp: Sequence[int] = (),
         separator: int | None = None,
-        order: "BatchOrder | MixedOrder | None" = None,
-        share: Share = everything,
+        sampler: "EpochSampler | MixtureSampler | None" = None,
+        share: Share = whole_share,
         total: Callable[[int], int] = int,
     ):
-        self.order = order or order_of(tokens, lambda text: BatchOrder(len(text), block_size, seed))
+        self.sampler = sampler or sampler_of(tokens, lambda text: EpochSampler(len(text), block_size, seed))
         self.separator = separator
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
@@ -220,7 +220,7 @@ class TrainBatches:
         start, windows = self.share(self.windows(step))
         first = self.windows_before(step) + start
         for done in range(0, windows, self.batch_size):
-            yield self.order.starts(first + done, min(self.batch_size, windows - done))
+            yield self.sampler.starts(first + done, min(self.batch_size, windows - done))
 
     def windows(self, step: int) -> int:
         """The size of the batch of update number `step`."""
@@ -235,7 +235,7 @@ class TrainBatches:
 
     def epochs(self, step: int) -> list[float]:
         """How often the text, or each of several, has been read after `step` updates."""
-        return self.order.epochs(self.windows_before(step))
+        return self.sampler.epochs(self.windows_before(step))
 
 
 def eval_batches(
@@ -245,7 +245,7 @@ def eval_batches(
     max_windows: int,
     device: torch.device,
     separator: int | None = None,
-    share: Share = everything,
+    share: Share = whole_share,
 ) -> Iterator[tuple[Tensor, ...]]:
     """This process's share of the same windows at every call: all of the split if it has at most
     `max_windows`, each token scored once (the last window looks back, its repeated targets are

@@ -1,7 +1,7 @@
 """Several datasets as one: `--dataset=web:0.7,books:0.3` draws windows from each by weight.
 
 Weights need not add up to 1; without any, datasets count by their tokens. Which window is sample n stays a
-pure function of (seed, n) (mixed_order.py), so resuming, several processes and batches that grow need
+pure function of (seed, n) (mixture_sampler.py), so resuming, several processes and batches that grow need
 nothing of their own.
 """
 

@@ -10,11 +10,11 @@ import numpy as np
 Share = Callable[[int], tuple[int, int]]  # of so many things: the first of this process's, and how many
 
 
-def everything(count: int) -> tuple[int, int]:
+def whole_share(count: int) -> tuple[int, int]:
     return 0, count
 
 
-class BatchOrder:
+class EpochSampler:
     """Which window of the data is sample number n: every window once an epoch, in an order drawn anew.
 
     An epoch cuts the split into windows of `block_size` tokens from a phase drawn for the epoch (so
@@ -50,7 +50,7 @@ class BatchOrder:
         return [samples / self.n_windows]
 
 
-class RowOrder(BatchOrder):
+class DocumentSampler(EpochSampler):
     """As BatchOrder, of windows that begin at given places."""
 
     def __init__(self, begins: np.ndarray, seed: int):

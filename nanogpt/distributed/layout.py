@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogpt.optim import Held, Layout, Matrix, Piece, Span, gradient
+from nanogpt.optim import Layout, Matrix, ParamShard, Span, TensorShard, gradient
 from nanogpt.world import World
 
 TURN = 1 << 26  # elements that all processes together gather at a time: 0.27 GB, however many they are
@@ -33,10 +33,10 @@ class _Shared(Layout):
         self.rank = world.rank % self.size
         self.with_first = world.rank < self.size
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
+    def assign_ranks(self, costs: Sequence[float]) -> list[int]:
         return share_out(costs, self.size)
 
-    def gather(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+    def gather(self, pieces: Mapping[str, TensorShard]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, piece in pieces.items() if self.with_first else ():
             done = piece.spans[0][1]  # of the whole, what has come; the first process's own begins at 0
@@ -63,21 +63,21 @@ class _Shared(Layout):
 class Replicated(_Shared):
     """DDP: all weights and gradients in each process, and its share of the optimizer's state."""
 
-    def divide(self, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
+    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
         total, first, parts = sum(p.numel() for _, p in named), 0, []
         cuts = [total * rank // self.size for rank in range(self.size + 1)]
         for name, p in named:
             p.data = p.data.contiguous()
             spans = [common((lo - first, hi - first), (0, p.numel())) for lo, hi in pairwise(cuts)]
-            parts.append(Held(name, p, spans))
+            parts.append(ParamShard(name, p, spans))
             first += p.numel()
         return parts
 
-    def own(self, held: Held, tensor: Tensor) -> Tensor:
+    def local_shard(self, held: ParamShard, tensor: Tensor) -> Tensor:
         start, stop = held.spans[self.rank]
         return tensor.detach().reshape(-1)[start:stop]
 
-    def publish(self, parts: Sequence[Held]) -> None:
+    def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
         views = [[_flat(held)[slice(*held.spans[rank])] for held in parts] for rank in range(self.size)]
         most, each = max(sum(map(len, of_one)) for of_one in views), max(1, TURN // self.size)
         for done in range(0, most, each):
@@ -89,13 +89,13 @@ class Replicated(_Shared):
                     lengths = [len(target) for target in targets]
                     torch._foreach_copy_(targets, list(got[rank][: sum(lengths)].split(lengths)))
 
-    def collect(self, stack: Sequence[Matrix]) -> Tensor:
+    def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
         mine = [matrix for matrix in stack if matrix.owner == self.rank]
         if not mine:
             return stack[0].parameter.data.new_empty(0, stack[0].height, stack[0].width)
-        return super().collect(mine)
+        return super().gather_grads(mine)
 
-    def spread(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
+    def scatter_updates(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
         counts = [sum(matrix.owner == rank for matrix in stack) for rank in range(self.size)]
         shape = updates.shape[1:]
         got = self._all_gather(updates.reshape(-1), max(counts) * shape.numel()).float()
@@ -117,23 +117,23 @@ class Sharded(_Shared):
 
     sharded = True
 
-    def divide(self, named: Sequence[tuple[str, Tensor]]) -> list[Held]:
-        return [Held(name, p, self._spans(p)) for name, p in named]
+    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
+        return [ParamShard(name, p, self._spans(p)) for name, p in named]
 
-    def own(self, held: Held, tensor: Tensor) -> Tensor:
-        return self.local(tensor)
+    def local_shard(self, held: ParamShard, tensor: Tensor) -> Tensor:
+        return self.to_local(tensor)
 
-    def collect(self, stack: Sequence[Matrix]) -> Tensor:
+    def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
         height, width = stack[0].height, stack[0].width
         mine = [matrix for matrix in stack if matrix.owner == self.rank]
-        sent = torch.cat([self._part(m, self.local(gradient(m))).reshape(-1) for m in stack])
+        sent = torch.cat([self._part(m, self.to_local(gradient(m.parameter))).reshape(-1) for m in stack])
         counts = [[self._count(m, rank) for m in mine] for rank in range(self.size)]  # by sender
         got = self._exchange(sent, self._by_owner(stack), [sum(of_one) for of_one in counts])
         parts = [got_of.split(of_one) for got_of, of_one in zip(got, counts, strict=True)]
         whole = [torch.cat(of_matrix) for of_matrix in zip(*parts, strict=True)]
         return torch.cat([sent[:0], *whole]).view(len(mine), height, width)
 
-    def spread(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
+    def scatter_updates(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
         mine = [matrix for matrix in stack if matrix.owner == self.rank]
         parts = [
             [update[slice(*self._rows(m, rank))].reshape(-1) for m, update in zip(mine, updates, strict=True)]
@@ -146,31 +146,31 @@ class Sharded(_Shared):
         return [part.view(-1, m.width) for part, m in zip(held, stack, strict=True)]
 
     def weights(self, matrix: Matrix) -> Tensor:
-        return self._part(matrix, self.local(matrix.parameter))
+        return self._part(matrix, self.to_local(matrix.parameter))
 
-    def norm(self, own: Tensor) -> Tensor:
+    def global_norm(self, own: Tensor) -> Tensor:
         square = own.square()
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
 
-    def local(self, tensor: Tensor) -> Tensor:
+    def to_local(self, tensor: Tensor) -> Tensor:
         with torch.no_grad():
             return cast(Any, tensor).to_local()
 
-    def with_gradients(self, parameters: list[Tensor]) -> list[Tensor]:
+    def local_grads(self, parameters: list[Tensor]) -> list[Tensor]:
         found = []
         for parameter in parameters:
             if parameter.grad is not None:
-                found.append(self.local(parameter).detach())
-                found[-1].grad = self.local(parameter.grad)
+                found.append(self.to_local(parameter).detach())
+                found[-1].grad = self.to_local(parameter.grad)
         return found
 
-    def pieces_of(self, model: nn.Module) -> dict[str, Piece]:
+    def weight_shards(self, model: nn.Module) -> dict[str, TensorShard]:
         for unit in model.modules():
             if hasattr(unit, "reshard"):  # the outermost stays gathered after an evaluation
                 cast(Any, unit).reshard()
         return {
-            name: Piece(p.shape, self._spans(p), self.rank, self.local(p))
+            name: TensorShard(p.shape, self._spans(p), self.rank, self.to_local(p))
             for name, p in model.named_parameters()
         }
 
@@ -245,7 +245,7 @@ def _cut(views: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     return found
 
 
-def _flat(held: Held) -> Tensor:
+def _flat(held: ParamShard) -> Tensor:
     return held.parameter.data.view(-1)
 
 

@@ -57,7 +57,7 @@ class Division:
         """Whether each process holds the whole model."""
         return self.mode == "ddp"
 
-    def home(self, device: torch.device) -> torch.device:
+    def init_device(self, device: torch.device) -> torch.device:
         """Where the whole model is made: what is sharded comes to the device in parts."""
         return device if self.whole else torch.device("cpu")
 
@@ -101,15 +101,16 @@ def divide(
     return choose(asked, shard_size, machine.world, weights, optimizer, device_memory(machine))
 
 
-def whole_model(model: GPT, layout: Layout, adapters: dict[str, Any] | None) -> GPT | None:
+def gather_model(model: GPT, layout: Layout, lora_config: dict[str, Any] | None) -> GPT | None:
     """A copy of a sharded model with all its weights, in the first process; None in the others."""
-    tensors = layout.gather(layout.pieces_of(model))
+    assert isinstance(layout, Sharded)
+    tensors = layout.gather(layout.weight_shards(model))
     if not tensors:
         return None
     with torch.device("meta"):
         whole = GPT(model.config)
-        if adapters:
-            lora.adapt(whole, lora.Adapters(**adapters))
+        if lora_config:
+            lora.adapt(whole, lora.Adapters(**lora_config))
     whole.load_state_dict(tensors, assign=True)
     return whole.requires_grad_(False).train()
 
@@ -192,7 +193,7 @@ def micro_batches(
     left, made = world.share(windows)[1], 0
     largest = -(-windows // world.size)
     passes = -(-largest // batches.batch_size)
-    world.at(step, "reading data")
+    world.report_phase(step, "reading data")
     source = batches.step(step)
     batch = next(source, None)
     while batch is not None:
@@ -201,7 +202,7 @@ def micro_batches(
             following = tuple(part[:1] for part in batch)
         counted = min(left, len(batch[0]))
         left -= counted
-        world.at(step, "computing")
+        world.report_phase(step, "computing")
         average_next(function, wanted=following is None)
         weight: float | Tensor = counted / windows
         if targets:  # with no scored target the weight is 0: a mean over nothing is NaN
@@ -210,9 +211,9 @@ def micro_batches(
             weight = scored[:counted].sum() / targets
             batch = idx, torch.where(scored.any(), wanted, 0), *documents
         yield weight * world.size, batch
-        world.at(step, "reading data")
+        world.report_phase(step, "reading data")
         batch = following
-    world.at(step, "updating")
+    world.report_phase(step, "updating")
 
 
 def step_of_all(step: Function, world: World) -> Function:
@@ -231,7 +232,7 @@ def in_step(
     """`batches` until `stopped`; of a sharded model as many for all processes, None while others have one."""
     source, alone = iter(batches), not is_sharded(model)
     while (batch := next(source, None)) is not None or not alone:
-        over = stopped() if alone else world.any(stopped()) or not world.any(batch is not None)
+        over = stopped() if alone else world.any_rank(stopped()) or not world.any_rank(batch is not None)
         if over:
             return
         yield batch

@@ -54,7 +54,7 @@ def gather(store: Any, rank: int, size: int, wait_s: float, address: str) -> str
         listed = ", ".join(map(str, sorted(missing)[:8])) + (" ..." if len(missing) > 8 else "")
         text = (
             f"of the {size} processes {listed} did not come to {address} within {wait_s:g} s "
-            f"(--meet_timeout_s): are all started, and can they reach this address?"
+            f"(--rdzv_timeout_s): are all started, and can they reach this address?"
         )
         store.set(f"{own}/verdict", text)
         _await_readers(store, [f"{own}/read/{other}" for other in range(1, size) if other not in missing])

@@ -45,7 +45,7 @@ class Place:
         return self.step, PHASES.index(self.phase)
 
 
-class Heartbeat:
+class Watchdog:
     """`store` has set, get, check and add (torch.distributed.Store), is used by nobody else, and raises a
     RuntimeError when it cannot be reached at `address`. The stacks of a process that is ended go to the
     folder `stacks`."""
@@ -168,7 +168,7 @@ class Heartbeat:
         behind = [rank for rank, place in places.items() if place.order == first]
         ahead = [str(place) for place in places.values() if place.order > first]
         others = f"; the others wait at {ahead[0]}" if ahead else ""
-        late = f"not moved for {self.timeout_s:g} s (--timeout_s)"
+        late = f"not moved for {self.timeout_s:g} s (--hang_timeout_s)"
         self._end(f"{_named(behind)} {late}, at {places[behind[0]]}{others}")
 
     def _end(self, message: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanogpt import ROOT, files
 from nanogpt.distributed import rendezvous
-from nanogpt.distributed.watchdog import GO_ON, Heartbeat
+from nanogpt.distributed.watchdog import GO_ON, Watchdog
 from nanogpt.errors import SHARED, TOLD, Diverged, Lost, Stopped, UserError
 from nanogpt.world import T, World
 
@@ -35,26 +35,26 @@ class Processes(World):
     """Several processes, each with one of these."""
 
     control: Any = None  # a group on the CPU for flags and objects, so that asking never waits for a GPU
-    heart: Heartbeat | None = None  # of several processes: tells the others where this one is
+    heart: Watchdog | None = None  # of several processes: tells the others where this one is
 
     def sum(self, x: Tensor) -> Tensor:
         with self._waiting():
             dist.all_reduce(x)
         return x
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         asked = torch.tensor(int(flag))
         with self._waiting():
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.control)
         return bool(asked)
 
-    def total(self, count: int) -> int:
+    def sum_int(self, count: int) -> int:
         counted = torch.tensor(count)
         with self._waiting():
             dist.all_reduce(counted, group=self.control)
         return int(counted)
 
-    def agree(self, work: Callable[[], T]) -> T:
+    def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
         result, error = _attempt(work)
         errors: list[Exception | None] = [None] * self.size
         with self._waiting():
@@ -65,7 +65,7 @@ class Processes(World):
         assert result
         return result[0]
 
-    def lead(self, work: Callable[[], T]) -> T | None:
+    def rank_zero_only(self, work: Callable[[], T]) -> T | None:
         result, error = _attempt(work) if self.rank == 0 else (None, None)
         box = [error]
         with self._waiting():
@@ -74,7 +74,7 @@ class Processes(World):
             raise _shared(box[0], 0)
         return result[0] if result else None
 
-    def at(self, step: int, phase: str) -> None:
+    def report_phase(self, step: int, phase: str) -> None:
         if self.heart:
             self.heart.at(step, phase)
 
@@ -82,11 +82,11 @@ class Processes(World):
     def _waiting(self) -> Iterator[None]:
         """Around what needs all processes: who is in it waits for the others."""
         step, phase = self.heart.place if self.heart else (0, "")
-        self.at(step, "waiting")
+        self.report_phase(step, "waiting")
         yield
-        self.at(step, phase)
+        self.report_phase(step, phase)
 
-    def moved(self) -> None:
+    def report_progress(self) -> None:
         if self.heart:
             self.heart.moved()
 
@@ -97,7 +97,7 @@ class Processes(World):
         dist.broadcast_object_list(box, src=0, group=self.control)
         home = above[min(box[0], len(above) - 1)]
         token = home / box[1]
-        self.lead(token.touch)
+        self.rank_zero_only(token.touch)
 
         def look() -> None:
             deadline = time.monotonic() + VISIBLE_S
@@ -110,9 +110,9 @@ class Processes(World):
                 time.sleep(0.05)
 
         try:
-            self.agree(look)
+            self.raise_on_all_ranks(look)
         finally:
-            if self.leads:
+            if self.is_main_process:
                 token.unlink(missing_ok=True)
 
     def __exit__(
@@ -154,32 +154,34 @@ def _shared(error: Exception, rank: int) -> Exception:
     return error
 
 
-def meet(device_type: str, options: dict[str, Any], run: Path) -> Processes:
+def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Processes:
     """The processes that torchrun has started; a CPU needs gloo whatever --backend says.
 
     `options`, code and versions must be the same in all processes; `run`: the folder for what is left of a
     process that hangs. All processes but the first lose their standard output. UserError if the others do not
-    come within --meet_timeout_s seconds, or differ.
+    come within --rdzv_timeout_s seconds, or differ.
     """
     about = {
         "machine": {"device": device_type, "torch": torch.__version__},
         "code": code_digests(ROOT),
         "options": options,
     }
-    backend, meet_timeout_s, timeout_s = (options[n] for n in ("backend", "meet_timeout_s", "timeout_s"))
+    backend, rdzv_timeout_s, hang_timeout_s = (
+        options[n] for n in ("backend", "rdzv_timeout_s", "hang_timeout_s")
+    )
     size = int(os.environ["WORLD_SIZE"])
     rank = int(os.environ.get("RANK", "0"))
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if device_type == "cuda":
         _set_up_recorder(run)
-    wait = timedelta(seconds=meet_timeout_s)
+    wait = timedelta(seconds=rdzv_timeout_s)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-        word = rendezvous.gather(store, rank, size, meet_timeout_s, address)
+        word = rendezvous.gather(store, rank, size, rdzv_timeout_s, address)
         store = dist.PrefixStore(word, store)
-        rendezvous.compare(store, rank, size, about, meet_timeout_s)
+        rendezvous.compare(store, rank, size, about, rdzv_timeout_s)
         # PyTorch's own time-outs come after ours, which know more; they end what ours cannot see.
-        late = timedelta(seconds=3 * timeout_s)
+        late = timedelta(seconds=3 * hang_timeout_s)
         name = "gloo" if device_type == "cpu" else backend
         dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=late)
         control = dist.new_group(backend="gloo", timeout=late)
@@ -188,12 +190,12 @@ def meet(device_type: str, options: dict[str, Any], run: Path) -> Processes:
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"process {rank} of {size} did not meet the others at {address} within {meet_timeout_s:g} s "
-            f"(--meet_timeout_s): {reason}"
+            f"process {rank} of {size} did not meet the others at {address} within {rdzv_timeout_s:g} s "
+            f"(--rdzv_timeout_s): {reason}"
         ) from None
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
-    heart = Heartbeat(_own_client(word), rank, size, timeout_s, address, run / "stuck")
+    heart = Watchdog(_own_client(word), rank, size, hang_timeout_s, address, run / "stuck")
     heart.record = lambda: _dump_recorder(run, rank)
     heart.start()
     local, on_node = (

@@ -13,7 +13,7 @@ import numpy as np
 from nanogpt.errors import UserError
 from nanogpt.evaluation.log_likelihood import Requests, Subject, Windows, beginning, encode_text, score
 from nanogpt.evaluation.tasks import quiet_hub
-from nanogpt.inference.engine import Completion, Decoder, Text, complete
+from nanogpt.inference.engine import Completion, Engine, Text, complete
 from nanogpt.inference.sampling import SamplingOptions
 
 MAX_NEW_TOKENS = 256  # where a task does not say
@@ -129,6 +129,6 @@ def continuation(subject: Subject, context: str, options: dict[str, Any]) -> str
     text = Text(prompt or [beginning(subject.tokenizer)], sampling, seed=1337)
     completion = Completion(text, subject.tokenizer, limit, stops, subject.tokenizer.end_of_text)
     with subject.machine.autocast():
-        for _ in complete(Decoder(subject.model, 1, len(text.ids) + limit), [completion]):
+        for _ in complete(Engine(subject.model, 1, len(text.ids) + limit), [completion]):
             pass
     return completion.string

@@ -13,10 +13,10 @@ from nanogpt.errors import UserError
 from nanogpt.evaluation import evals, tasks
 from nanogpt.evaluation.log_likelihood import Subject
 from nanogpt.gpu import attention_kernels
-from nanogpt.inference.engine import Decoder, Text
+from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT
-from nanogpt.options import WatchOptions
+from nanogpt.options import InTrainingOptions
 from nanogpt.runtime import Machine
 from nanogpt.tokenizer import tokenizer
 
@@ -28,10 +28,10 @@ class _Stopped(Exception):
     pass
 
 
-class Watch:
+class InTrainingEvaluation:
     """Reads what it needs when it is made, so that what is wrong is said before the first step."""
 
-    def __init__(self, options: WatchOptions, run: Path, tokenizer_json: str, machine: Machine):
+    def __init__(self, options: InTrainingOptions, run: Path, tokenizer_json: str, machine: Machine):
         self.options, self.run, self.machine = options, run, machine
         self.tasks: list[tasks.Task] = []
         self.scored: set[int] = set()  # iterations whose scores are in metrics.jsonl
@@ -50,7 +50,7 @@ class Watch:
         """Remember what the rows of the run have already."""
         self.scored = {row["iter"] for row in metrics.read(self.run) if row["event"] == "tasks"}
 
-    def look(
+    def maybe_run(
         self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
     ) -> Iterator[str]:
         """Score and sample; yields the lines to print. `write` gets the scores, a value for each name. They
@@ -86,7 +86,7 @@ class Watch:
         self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
     ) -> Iterator[str]:
         def advance(count: int) -> None:
-            self.machine.world.moved()
+            self.machine.world.report_progress()
             if stopped():
                 raise _Stopped
 
@@ -110,10 +110,10 @@ class Watch:
         sampling = SamplingOptions(temperature=1.0, top_k=50)
         written = [Text(self.prompt, sampling, seed=42 + i) for i in range(SAMPLES)]
         with self.machine.autocast():
-            decoder = Decoder(model, len(written), len(self.prompt) + options.sample_tokens)
+            decoder = Engine(model, len(written), len(self.prompt) + options.sample_tokens)
             decoder.add(written)
             for _ in range(options.sample_tokens):
-                self.machine.world.moved()
+                self.machine.world.report_progress()
                 decoder.step()
         texts = [tokenizer.decode(self.tokenizer, text.ids) for text in written]
         (self.run / "samples").mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nanogpt.data.token_files import Tokens
 from nanogpt.errors import UserError
-from nanogpt.loss import rows_at_once
+from nanogpt.loss import logits_chunk_size
 from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES, Machine
 from nanogpt.tokenizer.tokenizer import Tokenizer
@@ -174,19 +174,19 @@ def score(
     """
     subject = _lowered(subject)
     for numbers in batches(rows.lengths, subject.budget, rank, world_size):
-        picked = [rows[int(i)] for i in numbers]
-        ids = np.zeros((len(picked), max(len(row) for row, _ in picked)), dtype=np.int64)
+        pick_fields = [rows[int(i)] for i in numbers]
+        ids = np.zeros((len(pick_fields), max(len(row) for row, _ in pick_fields)), dtype=np.int64)
         scored = np.zeros(ids.shape, dtype=bool)
-        for i, (row, count) in enumerate(picked):
+        for i, (row, count) in enumerate(pick_fields):
             ids[i, : len(row)] = row
             scored[i, len(row) - count : len(row)] = True
         losses, first = _losses(subject, torch.from_numpy(ids), torch.from_numpy(scored), greedy)
         start = 0
-        for number, (_, count) in zip(numbers, picked, strict=True):
+        for number, (_, count) in zip(numbers, pick_fields, strict=True):
             end = start + count
             yield int(number), losses[start:end], bool(first[start:end].all())
             start = end
-        advance(len(picked))
+        advance(len(pick_fields))
 
 
 def _lowered(subject: Subject) -> Subject:
@@ -206,7 +206,7 @@ def _losses(subject: Subject, ids: Tensor, scored: Tensor, greedy: bool) -> tupl
         hidden = model.hidden(ids[:, :-1])[scored[:, 1:]]
     targets = ids[scored]
     losses, first = [], []
-    at_once = rows_at_once(machine.device.type, model.config.vocab_size)
+    at_once = logits_chunk_size(machine.device.type, model.config.vocab_size)
     for part, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
         with machine.autocast():
             logits = model.head(part)

@@ -69,7 +69,7 @@ def adapt(model: nn.Module, adapters: Adapters) -> list[str]:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
+def initialize(model: nn.Module, seed: int) -> None:
     """A as the layers of torch begin (uniform within 1 / sqrt(in)), B = 0."""
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -35,7 +35,7 @@ def choose(options: B, machine: Machine, divided: str, trial: Callable[[int], No
             f"as --batch_size=12"
         )
     world = machine.world
-    rows = largest(windows, partial(fits, trial=trial, machine=machine), world.any, world.size)
+    rows = largest(windows, partial(fits, trial=trial, machine=machine), world.any_rank, world.size)
     if not rows:
         raise UserError(
             f"--batch_size=auto: not one window of {options.block_size} tokens fits in the memory of "

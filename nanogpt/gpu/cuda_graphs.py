@@ -57,7 +57,7 @@ def require_recordable(options: MachineOptions, machine: Machine, scored: bool) 
     problems = {
         "several processes": machine.world.size > 1,
         "float16, whose scaled loss is looked at in each iteration": machine.dtype == "float16",
-        "--recompute, which saves the state of random numbers on the way": options.recompute,
+        "--activation_checkpointing, which saves random states": options.activation_checkpointing,
         "data of prompts and responses, of which each batch scores another number of tokens": scored,
     }
     if wrong := [what for what, there in problems.items() if there]:

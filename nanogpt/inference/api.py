@@ -19,7 +19,7 @@ from nanogpt import ROOT, runtime
 from nanogpt.convert import weights
 from nanogpt.errors import UserError
 from nanogpt.inference import cpu_kernels, quantize
-from nanogpt.inference.engine import Completion, Decoder, Text, Token, complete, score
+from nanogpt.inference.engine import Completion, Engine, Text, Token, complete, score
 from nanogpt.inference.sampling import Controls, SamplingOptions
 from nanogpt.model import GPT
 from nanogpt.tokenizer import tokenizer
@@ -50,7 +50,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     machine: runtime.Machine
     origin: str  # where it lies
-    decoder: type[Decoder] = Decoder  # or graph_decode.GraphDecoder, on a GPU
+    decoder: type[Engine] = Engine  # or graph_decode.GraphDecoder, on a GPU
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt; an empty one is the end of a text, or a new line, which it usually stands

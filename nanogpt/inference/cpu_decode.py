@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nanogpt.inference import cpu_kernels
 from nanogpt.inference.kv_cache import KVCache, masked_after, one_query
-from nanogpt.model import ALiBi, Learned, Rotary, turned
+from nanogpt.model import ALiBi, Learned, Rotary, apply_rotary
 
 Map = Callable[[Tensor], Tensor]
 
@@ -91,7 +91,7 @@ class DecodeStep:
         if self.qk_norm:
             qk = F.rms_norm(qk, (self.head_size,))
         if turn is not None:
-            qk = turned(qk, turn[0].to(qk.dtype), turn[1].to(qk.dtype))
+            qk = apply_rotary(qk, turn[0].to(qk.dtype), turn[1].to(qk.dtype))
         return qk[:, : self.heads], torch.stack([qk[:, self.heads :], v])
 
     def _attention(self, at: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

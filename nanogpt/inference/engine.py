@@ -1,6 +1,6 @@
 """Texts written by a model, many at once, each at its own pace.
 
-A `Decoder` has a fixed number of slots and the cache for them. Texts come and go at any time (continuous
+A `Engine` has a fixed number of slots and the cache for them. Texts come and go at any time (continuous
 batching); each step gives every text one more token:
 
     decoder = Decoder(model, slots=16)
@@ -37,8 +37,8 @@ from torch import Tensor
 
 from nanogpt.inference.cpu_decode import DecodeStep, kept_in
 from nanogpt.inference.detokenizer import TextStream
-from nanogpt.inference.kv_cache import Chunk, KVCache, Prefill, Step
-from nanogpt.inference.sampling import SamplingOptions, draw_each, penalise
+from nanogpt.inference.kv_cache import ChunkedPrefill, KVCache, Prefill, Step
+from nanogpt.inference.sampling import SamplingOptions, apply_repetition_penalty, draw_each
 from nanogpt.model import GPT
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ def window_start(length: int, block_size: int) -> int:
     return half * -(-max(0, length - block_size) // half)
 
 
-class Decoder:
+class Engine:
     """See the top of this file. `length`: the most tokens that a text will have; 0: any number."""
 
     def __init__(self, model: GPT, slots: int, length: int = 0):
@@ -186,7 +186,9 @@ class Decoder:
                     if text.seen is None:
                         text.seen = torch.zeros(logits.shape[1], dtype=torch.bool, device=self.device)
                         text.seen[text.ids] = True
-                    logits[row] = penalise(logits[row], text.seen, text.options.repetition_penalty)
+                    logits[row] = apply_repetition_penalty(
+                        logits[row], text.seen, text.options.repetition_penalty
+                    )
         uniform = torch.cat([torch.rand(1, generator=t.generator, dtype=torch.float64) for t in self.texts])
         return draw_each(logits, options, uniform.to(self.device)).tolist()
 
@@ -209,7 +211,7 @@ class Decoder:
         fresh, partly = [], []
         for ids in sorted(alike, key=len):
             slot = alike[ids][0]
-            source, shared = most_shared(ids, {**held, slot: self._left[slot]})
+            source, shared = longest_prefix_match(ids, {**held, slot: self._left[slot]})
             if shared < SHARED:
                 fresh.append(ids)
             else:
@@ -241,7 +243,7 @@ class Decoder:
         if len(ids) > shared:
             at = torch.arange(shared, len(ids), device=self.device)[None]
             bias = self.model.position.bias_at(at, len(ids))
-            self.model.hidden(idx[:, 1:], Chunk(self.cache, slot, shared, at.shape[1], last, bias))
+            self.model.hidden(idx[:, 1:], ChunkedPrefill(self.cache, slot, shared, at.shape[1], last, bias))
 
 
 class Completion:
@@ -288,7 +290,7 @@ class Completion:
         return piece
 
 
-def complete(decoder: Decoder, completions: Sequence[Completion]) -> Iterator[tuple[Completion, Token, str]]:
+def complete(decoder: Engine, completions: Sequence[Completion]) -> Iterator[tuple[Completion, Token, str]]:
     """Write all `completions`, as many at once as there are slots: each new token, with the text that is
     certain with it. Leaves the slots free, also when it is closed before the end."""
     waiting = deque(c for c in completions if c.max_new_tokens > 0)
@@ -307,7 +309,7 @@ def complete(decoder: Decoder, completions: Sequence[Completion]) -> Iterator[tu
             decoder.remove(text)
 
 
-def most_shared(ids: Sequence[int], held: Mapping[int, Sequence[int]]) -> tuple[int, int]:
+def longest_prefix_match(ids: Sequence[int], held: Mapping[int, Sequence[int]]) -> tuple[int, int]:
     """The slot of `held` whose tokens begin with most of `ids`, and how many those are; (-1, 0): none."""
     found = (-1, 0)
     wanted = list(ids)
@@ -352,7 +354,7 @@ def report(logits: Tensor, token: int, alternatives: int | None) -> Token:
 
 @torch.inference_mode()
 def score(model: GPT, ids: Sequence[int], alternatives: int = 0) -> list[Token]:
-    """Each token of `ids` but the first, with its log-probability given those before it, as `Decoder`
+    """Each token of `ids` but the first, with its log-probability given those before it, as `Engine`
     would have seen them."""
     device, block_size = model.wte.weight.device, model.config.block_size
     tokens: list[Token] = []

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nanogpt.gpu.cuda_graphs import WARM_UPS, Record, aside, cuda_graph, require_cuda
-from nanogpt.inference.engine import Decoder
+from nanogpt.inference.engine import Engine
 from nanogpt.inference.kv_cache import Attention, KVCache, Step, masked_after, one_query
 from nanogpt.inference.sampling import SamplingOptions, draw
-from nanogpt.model import GPT, Layer
+from nanogpt.model import GPT, LayerCache
 
 SHORTEST = 128  # tokens of the cache that a recorded step reads at least
 
@@ -32,8 +32,8 @@ class FixedStep(Step):
             bias = masked_after(positions, length, cache.keys.dtype)[:, None, None]
         self.masked = bias.to(cache.keys.dtype)
 
-    def layer(self, number: int) -> Layer:
-        return Layer(self.at, partial(self._attend_fixed, number))
+    def layer(self, number: int) -> LayerCache:
+        return LayerCache(self.at, partial(self._attend_fixed, number))
 
     def _attend_fixed(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
         keys, values = self.cache.keys[number], self.cache.values[number]
@@ -55,7 +55,7 @@ class _Recorded:
     replay: Callable[[], None] = field(init=False)
 
 
-class GraphDecoder(Decoder):
+class GraphEngine(Engine):
     """A Decoder whose steps are recorded, with the drawing of tokens where all texts draw in the same way,
     without penalty and top-p."""
 

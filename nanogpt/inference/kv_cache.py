@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.model import Layer
+from nanogpt.model import LayerCache
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -90,8 +90,8 @@ class Prefill:
             self.cache.embeddings[slot] = x[row, length - 1]
         return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
-    def layer(self, number: int) -> Layer:
-        return Layer(None, partial(self._attend, number))
+    def layer(self, number: int) -> LayerCache:
+        return LayerCache(None, partial(self._attend, number))
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
         for row, (slot, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
@@ -100,7 +100,7 @@ class Prefill:
         return plain(q, k, v)
 
 
-class Chunk:
+class ChunkedPrefill:
     """Reads the next `count` tokens of the text in `slot`, of which `begin` are kept already.
 
     `bias` (1, nh, count, begin + count) is added to the scores, with the mask in it; None: the mask alone.
@@ -122,8 +122,8 @@ class Chunk:
         self.cache.embeddings[self.slot] = x[0, -1]
         return torch.cat([self.last.expand(1, 1, -1).to(x.dtype), x[:, :-1]], dim=1)
 
-    def layer(self, number: int) -> Layer:
-        return Layer(self.at, partial(self._attend, number))
+    def layer(self, number: int) -> LayerCache:
+        return LayerCache(self.at, partial(self._attend, number))
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
         keys, values = (
@@ -162,8 +162,8 @@ class Step:
         last.copy_(x[:, 0])
         return before[:, None].to(x.dtype)
 
-    def layer(self, number: int) -> Layer:
-        return Layer(self.at, partial(self._attend, number))
+    def layer(self, number: int) -> LayerCache:
+        return LayerCache(self.at, partial(self._attend, number))
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
         keys, values = self.cache.keys[number], self.cache.values[number]

@@ -52,7 +52,7 @@ class SamplingOptions:
                 raise UserError(f"{name}={getattr(self, name)} given; it must be {expected}")
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """logits (B, V) with those of the tokens `seen` (bool, (B, V)) lowered: divided by `penalty` if
     positive, else multiplied (Keskar et al. 2019, CTRL)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -85,7 +85,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits.softmax(dim=-1) < threshold, -torch.inf)
 
 
-def invert(logits: Tensor, uniform: Tensor) -> Tensor:
+def sample_inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """For each row of logits (B, V) the index at which its cumulative distribution passes the row's
     number of `uniform`, float64 (B,), in [0, 1): int64 (B,)."""
     mass = logits.double().softmax(dim=-1).cumsum(dim=-1)
@@ -108,7 +108,7 @@ def draw(logits: Tensor, options: SamplingOptions, uniform: Tensor) -> Tensor:
         logits = keep_top_p(logits, options.top_p)
     if options.min_p > 0:
         logits = keep_min_p(logits, options.min_p)
-    found = invert(logits, uniform)
+    found = sample_inverse_cdf(logits, uniform)
     return found if ids is None else ids.gather(-1, found[:, None])[:, 0]
 
 

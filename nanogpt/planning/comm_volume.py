@@ -13,7 +13,7 @@ import torch
 
 from nanogpt.distributed.layout import TURN, common, rows_of, share_out
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import is_for_muon, work
+from nanogpt.optim import is_for_muon, newton_schulz_cost
 from nanogpt.options import OptimizerOptions
 from nanogpt.planning import estimate
 from nanogpt.planning.estimate import FLOAT
@@ -154,12 +154,12 @@ def _gathered_updates(
 def sent_by_muon(shape: GPTConfig, parts: int, number_bytes: int) -> list[int]:
     """Bytes that each of `parts` GPUs sends in an update under FSDP: its rows of the gradients, in float32,
     to the owners of the matrices, and of the updates of its own matrices the rows that others hold."""
-    owners, each = _owners(shape, parts), _matrices(shape)
+    assign_ranks, each = _owners(shape, parts), _matrices(shape)
     sent = []
     for rank in range(parts):
         total = 0
         for number, matrix in enumerate(each):
-            own = sum(owner == rank for owner in owners[number :: len(each)])
+            own = sum(owner == rank for owner in assign_ranks[number :: len(each)])
             held = matrix.held(parts, rank)
             total += FLOAT * held * (shape.n_layer - own)
             total += number_bytes * (matrix.height * matrix.width - held) * own
@@ -199,7 +199,7 @@ def _matrices(shape: GPTConfig) -> list[Rows]:
 
 def _owners(shape: GPTConfig, parts: int) -> list[int]:
     """Who orthogonalises each matrix, block after block."""
-    return share_out([work(m.height, m.width) for m in _matrices(shape)] * shape.n_layer, parts)
+    return share_out([newton_schulz_cost(m.height, m.width) for m in _matrices(shape)] * shape.n_layer, parts)
 
 
 def _alike(shape: GPTConfig, parts: int) -> dict[tuple[int, int], list[int]]:

@@ -7,7 +7,7 @@ Parameters and optimizer state are exact, activations within a few per cent of w
 from dataclasses import dataclass
 
 from nanogpt import model
-from nanogpt.loss import rows_at_once
+from nanogpt.loss import logits_chunk_size
 from nanogpt.model import GPTConfig
 from nanogpt.options import OptimizerOptions
 
@@ -85,12 +85,12 @@ def memory(
     number_bytes: int = HALF,
     recompute: bool = False,
     on_cpu: bool = False,
-    loss_rows: int = 0,
+    loss_chunk_size: int = 0,
 ) -> Memory:
     """Of a GPU that holds the whole model, for micro-batches of `batch_size` windows computed in numbers of
     `number_bytes` (2: bfloat16 by autocast) without compilation, which needs less. `recompute`: blocks run
-    again in the backward pass. `on_cpu`: by torch's kernels for CPUs, in float32. `loss_rows`: tokens whose
-    logits are there at once; 0: all.
+    again in the backward pass. `on_cpu`: by torch's kernels for CPUs, in float32. `loss_chunk_size`: tokens
+    whose logits are there at once; 0: all.
 
     AdamW keeps two numbers a parameter, Muon one for the matrices of blocks.
     """
@@ -102,7 +102,7 @@ def memory(
         weights=FLOAT * found.total,
         gradients=FLOAT * found.total,
         optimizer=FLOAT * (2 * (found.total - by_muon) + by_muon),
-        activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_rows),
+        activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_chunk_size),
         copies=0 if number_bytes == FLOAT else number_bytes * cast,
     )
 
@@ -113,14 +113,14 @@ def activations(
     number_bytes: int,
     recompute: bool = False,
     on_cpu: bool = False,
-    loss_rows: int = 0,
+    loss_chunk_size: int = 0,
 ) -> int:
     """Bytes that a micro-batch holds when it holds the most: at the loss, or in the last block's backward.
 
     At the loss there are what the blocks keep (their inputs alone, if they run again), the last norm, and in
-    float32 the logarithms of softmax and two gradients of logits, one more with a soft cap. With `loss_rows`
-    there are the gradients of the norm's output and of the head, and of that many tokens the gradient of the
-    logits, beside the logits of some of them or what they add to the head's gradient.
+    float32 the logarithms of softmax and two gradients of logits, one more with a soft cap. With
+    `loss_chunk_size` there are the gradients of the norm's output and of the head, and of that many tokens
+    the gradient of the logits, beside the logits of some of them or what they add to the head's gradient.
     In a block there are what it and those before it keep, the gradient of its output, those half-way through
     it (of the activation, or of scores where they were kept), and where the head is the token embeddings its
     gradient.
@@ -130,10 +130,10 @@ def activations(
     entry = FLOAT * C if recompute else attention + mlp
     below = shape.n_layer * entry + 2 * 8 + mask * C * bool(shape.dropout)
     loss = tokens * (FLOAT * C + number_bytes * C)
-    if loss_rows:
-        rows = min(loss_rows, tokens)
+    if loss_chunk_size:
+        rows = min(loss_chunk_size, tokens)
         narrow = number_bytes < FLOAT
-        part = min(rows, rows_at_once("cpu" if on_cpu else "cuda", V)) * V * FLOAT
+        part = min(rows, logits_chunk_size("cpu" if on_cpu else "cuda", V)) * V * FLOAT
         loss += tokens * number_bytes * C + FLOAT * V * C + number_bytes * rows * V
         loss += max(2 * part, number_bytes * V * C) if narrow else part
     else:

@@ -92,7 +92,7 @@ class Setting:
     half_tokens: int = 1250  # a micro-batch of so many tokens reaches half of the rate of a very long one
     sharded_state: bool = True  # DDP: each GPU has its part of the optimizer's state
     recompute: bool = False  # blocks run again in the backward pass, which is for `mfu` to know
-    loss_rows: int = 0  # tokens whose logits are there at once; 0: all
+    loss_chunk_size: int = 0  # tokens whose logits are there at once; 0: all
 
     def compute_s(self, shape: GPTConfig, windows: int) -> float:
         """Forward and backward pass of one micro-batch. Short ones fill the GPU less: the rate goes with
@@ -168,7 +168,7 @@ def predict(
             sizes,
             setting.sharded_state,
             recompute=setting.recompute,
-            loss_rows=setting.loss_rows,
+            loss_chunk_size=setting.loss_chunk_size,
         ),
     )
 
@@ -188,12 +188,12 @@ def update_s(shape: GPTConfig, rules: OptimizerOptions, mode: Mode, world: World
     seconds = moved / (OF_MEMORY * setting.memory_bandwidth)
     if rules.optimizer == "muon":
         matrices = [s for s in tensors(shape)[1].shapes if len(s) == 2] * shape.n_layer
-        each = sum(orthogonalisation_flops(s[0], s[1], rules.muon_turns) for s in matrices)
+        each = sum(newton_schulz_flops(s[0], s[1], rules.muon_ns_steps) for s in matrices)
         seconds += each / min(parts, len(matrices)) / (0.5 * setting.peak)
     return seconds
 
 
-def orthogonalisation_flops(rows: int, columns: int, turns: int) -> int:
+def newton_schulz_flops(rows: int, columns: int, turns: int) -> int:
     """Of Muon's Newton-Schulz iteration (Jordan et al. 2024): three products a turn."""
     low, high = sorted((rows, columns))
     return turns * (4 * low * low * high + 2 * low**3)
@@ -240,7 +240,7 @@ def memory(
     sharded_state: bool = True,
     number_bytes: int = HALF,
     recompute: bool = False,
-    loss_rows: int = 0,
+    loss_chunk_size: int = 0,
 ) -> estimate.Memory:
     """Bytes on the GPU that has the most, which computes micro-batches of `sizes` windows in numbers of
     `number_bytes`.
@@ -249,7 +249,9 @@ def memory(
     up to three blocks gathered, the gradients of one, and with several micro-batches all gradients whole
     until the last one reduces them.
     """
-    plain = estimate.memory(shape, rules, max(sizes), number_bytes, recompute, loss_rows=loss_rows)
+    plain = estimate.memory(
+        shape, rules, max(sizes), number_bytes, recompute, loss_chunk_size=loss_chunk_size
+    )
     if world.gpus == 1:
         return plain
     if mode == "ddp":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt.config import Count
+from nanogpt.config import NonNegativeInt
 from nanogpt.prepare import corpus
 
 
@@ -15,9 +15,9 @@ class WebOptions:
     text_key: str = "text"  # the column of the text
     gpt2_bpe: str = ""  # OpenAI's vocab.bpe or its folder, instead of the download
     val_fraction: float = 0.0005  # of the pages, for validation
-    seed: Count = 0  # of the choice of pages for validation
-    workers: Count = 0  # processes that encode; 0: one a core
-    shard_tokens: Count = 0  # write shards of so many tokens, as llm.c does; 0: one file a split
+    seed: NonNegativeInt = 0  # of the choice of pages for validation
+    workers: NonNegativeInt = 0  # processes that encode; 0: one a core
+    shard_tokens: NonNegativeInt = 0  # write shards of so many tokens, as llm.c does; 0: one file a split
 
 
 def prepare(config: WebOptions, own: Path) -> list[str]:

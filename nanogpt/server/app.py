@@ -23,7 +23,7 @@ from nanogpt.server import openai_api, run_log
 from nanogpt.server.access import Guard, Receive, Scope, Send
 from nanogpt.server.api_errors import Refusal
 from nanogpt.server.scheduler import Full
-from nanogpt.server.streaming import Answer, Events, Mail, Served
+from nanogpt.server.streaming import Answer, EventQueue, Events, Served
 
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -81,7 +81,7 @@ def build(served: Served, *, port: int, local: bool, token: str) -> Callable[...
 class _Routes:
     def __init__(self, served: Served):
         self.served = served
-        self.mail = Mail()
+        self.mail = EventQueue()
         self.files = {path: ((served.web / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
 
     async def page(self, request: Request) -> Response:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from nanogpt.inference.engine import Completion, Decoder, Text, Token, score
+from nanogpt.inference.engine import Completion, Engine, Text, Token, score
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.server.metrics import Meters
 from nanogpt.tokenizer.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ class Choice:
 class Scheduler:
     """Owns `decoder` in a thread of its own. At most `queue` choices wait."""
 
-    def __init__(self, decoder: Decoder, known: Tokenizer, queue: int, meters: Meters):
+    def __init__(self, decoder: Engine, known: Tokenizer, queue: int, meters: Meters):
         self._decoder, self._known, self._meters = decoder, known, meters
         self.queue = queue
         self._waiting: deque[Choice] = deque()

@@ -1,6 +1,6 @@
 """One request for a completion under way: its choices at the scheduler, and what they say on its way back.
 
-The scheduler's thread writes, the event loop reads: `Mail` is the one place where they meet.
+The scheduler's thread writes, the event loop reads: `EventQueue` is the one place where they meet.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from nanogpt.server.openai_api import CompletionRequest, Limits, LogProbs
 from nanogpt.server.scheduler import Choice, Piece, PromptScores, Scheduler
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-Letter = tuple[Choice, Piece]
+Event = tuple[Choice, Piece]
 EVENT_S = 0.02  # from one event of a stream to the next, at least: tokens that come faster share one
 
 
@@ -41,7 +41,7 @@ class Served:
     web: Path
 
 
-class Mail:
+class EventQueue:
     """From the scheduler's thread into the loop: at most one call a step, and none where nobody waits."""
 
     def __init__(self) -> None:
@@ -72,11 +72,11 @@ class Mail:
 class Answer:
     """One request under way: its choices at the scheduler, their pieces coming in from its thread."""
 
-    def __init__(self, served: Served, asked: CompletionRequest, mail: Mail):
+    def __init__(self, served: Served, asked: CompletionRequest, mail: EventQueue):
         self.served, self.asked, self.mail = served, asked, mail
         self.loop = asyncio.get_running_loop()
         # By mail.lock: what has come and is not yet read, and whether the loop waits for more.
-        self.letters: list[Letter] = []
+        self.letters: list[Event] = []
         self.waiting = False
         self.patient = False  # it waits for a letter that ends a text
         self.arrived = asyncio.Event()
@@ -114,7 +114,7 @@ class Answer:
         while self.ended < len(self.choices):
             yield [self._received(*letter) for letter in await self._letters()]
 
-    async def _letters(self) -> list[Letter]:
+    async def _letters(self) -> list[Event]:
         """What has come since the last time, one letter at least: of a stream the first at once, then all of
         EVENT_S; of a whole answer all until a text ends. ClientDisconnect if nobody waits for them."""
         self.patient = any(self.begun) or not self.asked.stream

@@ -6,12 +6,12 @@ from fractions import Fraction
 
 import numpy as np
 
-from nanogpt.data.samplers import BatchOrder
+from nanogpt.data.samplers import EpochSampler
 
 CYCLE = 1 << 16  # slots, at most, in which weights are honoured exactly
 
 
-class MixedOrder:
+class MixtureSampler:
     """Windows of several texts that lie one behind another, by weight; each text in its own order.
 
     Slots are dealt to the texts in a cycle that repeats: text k has its share of the slots, and its slot
@@ -21,7 +21,7 @@ class MixedOrder:
     before a window comes again, and in the order of a run on it alone.
     """
 
-    def __init__(self, orders: Sequence[BatchOrder], weights: Sequence[Fraction], offsets: Sequence[int]):
+    def __init__(self, orders: Sequence[EpochSampler], weights: Sequence[Fraction], offsets: Sequence[int]):
         self.orders, self.offsets = orders, offsets
         self.n_windows = sum(order.n_windows for order in orders)
         self.shares = np.array(slots(weights), dtype=np.uint64)
