@@ -1,12 +1,12 @@
-"""Time the training step: the very one that train.py runs, with its data, clipping and optimizer.
+"""Benchmark the training step of train.py, including data loading, clipping and optimizer.
 
     python bench.py                                               # GPT-2 (124M), 12 x 1024 tokens
     python bench.py config/train_shakespeare_char.py --device=cpu
-    python bench.py --profile                                     # and where the time goes
-    torchrun --standalone --nproc_per_node=8 bench.py --comm      # can this network feed a model?
+    python bench.py --profile                                     # also profile by operation
+    torchrun --standalone --nproc_per_node=8 bench.py --comm      # is the network fast enough?
 
-It takes all options and presets of train.py; what only concerns a whole run (intervals, schedule, folders)
-changes nothing.
+Accepts all options and presets of train.py; those that only affect a whole run (intervals, schedule, folders)
+are ignored.
 """
 
 import itertools
@@ -38,30 +38,30 @@ from nanogpt.world import World
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    # what to time
-    steps: PositiveInt = 20  #: steps that are timed
-    warmup_steps: NonNegativeInt = 10  #: steps before, which are not
-    profile: bool = False  #: afterwards, record some steps with torch.profiler
-    trace: str = "bench_trace.json"  #: where --profile writes them; open it in chrome://tracing or Perfetto
+    # timing
+    steps: PositiveInt = 20  #: number of timed steps
+    warmup_steps: NonNegativeInt = 10  #: number of untimed steps before them
+    profile: bool = False  #: afterwards, profile 3 steps with torch.profiler
+    trace: str = "bench_trace.json"  #: Chrome trace file of --profile, for chrome://tracing or Perfetto
     # the network, under torchrun
-    comm: bool = False  #: time all-reduce and all-gather instead, and say whether they can feed this model
-    comm_bytes: PositiveInt = 1 << 28  #: of the largest message
-    mfu: UnitInterval = 0.0  #: share of the data sheet's FLOP/s that a step reaches; 0: time a step here
-    overlap: UnitInterval = 0.9  #: share of the backward pass behind which gradients can be sent
+    comm: bool = False  #: benchmark all-reduce and all-gather instead; can they keep up with this model?
+    comm_bytes: PositiveInt = 1 << 28  #: size of the largest message in bytes
+    mfu: UnitInterval = 0.0  #: MFU assumed for the compute time of --comm; 0: measure a step
+    overlap: UnitInterval = 0.9  #: fraction of the backward pass that can overlap with communication
     # data
-    real_data: bool = True  #: False: random tokens, from a file too
-    vocab_size: PositiveInt = 50257  #: of random tokens; a dataset brings its own
-    gradient_accumulation_steps: PositiveInt = 1  # micro-batches a step
+    real_data: bool = True  #: False: random tokens, also read from a file
+    vocab_size: PositiveInt = 50257  #: vocabulary size of random tokens; ignored with a dataset
+    gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step
 
 
 PROFILED_STEPS = 3
-MEASURED_STEPS = 3  # of --comm
+MEASURED_STEPS = 3  # timed steps of --comm
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Print what is timed, and the figures. Raises UserError for options that fit nothing here."""
+    """Run the benchmark and print the results. Raise UserError for invalid options."""
     if config.profile and not Path(config.trace).absolute().parent.is_dir():
-        raise UserError(f"--trace={config.trace}: there is no such folder to write it in")
+        raise UserError(f"--trace={config.trace}: its folder does not exist; create it first")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         if config.comm:
             with train.resolve.join(config, Path(scratch)) as world:
@@ -80,7 +80,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 
 def with_data(config: Config, scratch: Path) -> Config:
-    """`config` with the dataset to read; or, said in a line, one of random tokens in `scratch`."""
+    """Return `config` with a dataset that exists or, after printing why, random tokens in `scratch`."""
     if config.real_data and config.dataset != Config.dataset:
         return config
     if config.real_data:
@@ -88,9 +88,9 @@ def with_data(config: Config, scratch: Path) -> Config:
             train.resolve.open_data(config)
             return config
         except UserError as error:
-            print(f"data: random tokens below --vocab_size={config.vocab_size}, because {error}")
+            print(f"data: random tokens, --vocab_size={config.vocab_size}, because {error}")
     else:
-        print(f"data: random tokens below --vocab_size={config.vocab_size}, as asked")
+        print(f"data: random tokens, --vocab_size={config.vocab_size} (--real_data=False)")
     ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(1 << 20) + config.block_size)
     dtype = "uint16" if config.vocab_size <= 1 << 16 else "uint32"
     for split in ("train", "val"):
@@ -104,10 +104,10 @@ def with_data(config: Config, scratch: Path) -> Config:
 
 
 class Bench:
-    """A run as train.py builds it, and its step."""
+    """A training run built by train.py, stepped one iteration at a time."""
 
     def __init__(self, config: Config, scratch: Path, origins: dict[str, str] | None = None):
-        """`scratch`: a folder for random tokens; `origins`: which options were given, and where."""
+        """`scratch`: folder for random tokens; `origins`: source of each given option."""
         config = replace(config, init_from="scratch", eval_only=False, eval_tasks="", sample_prompt="")
         ready = with_data(config, scratch)
         self.run = train.build(ready, origins or {}, World())
@@ -133,7 +133,7 @@ class Bench:
         )
 
     def step(self) -> tuple[float, float]:
-        """Update the weights once; returns the seconds it took, and those of them it waited for data."""
+        """Run one iteration; return its seconds, and the part of them spent waiting for data."""
         run, config = self.run, self.run.config
         waits: list[float] = []
         run.machine.synchronize()
@@ -142,14 +142,14 @@ class Bench:
         batches = watched(self.micro_batches(self.iter_num), waits)
         lr, clip = config.learning_rate, config.grad_clip
         loss, _ = self.take_step(self.model, run.optimizer, run.scaler, batches, lr, clip)
-        float(loss)  # train.py reads it too when it logs
+        float(loss)  # as train.py does when logging
         run.machine.synchronize()
         self.iter_num += 1
         return time.perf_counter() - started, sum(waits)
 
 
 def watched(batches: Iterable[Any], waits: list[float]) -> Iterator[Any]:
-    """Pass on `batches`, and append to `waits` the seconds that each took to come."""
+    """Yield from `batches`, and append to `waits` the seconds spent waiting for each."""
     source = iter(batches)
     while True:
         started = time.perf_counter()
@@ -164,13 +164,13 @@ def watched(batches: Iterable[Any], waits: list[float]) -> Iterator[Any]:
 
 
 def communicate(config: Config, world: World) -> None:
-    """Print a table of each collective, and whether the network can feed the model of the options.
+    """Print timings of each collective, and whether the network can keep up with the model.
 
-    Raises UserError for a single process, which has nobody to talk to.
+    Collective: call on all ranks. Raise UserError for a single process.
     """
     if not isinstance(world, Processes):
         raise UserError(
-            "--comm times what processes send each other, and there is one: start it as the run is to be, "
+            "--comm measures communication between ranks, but there is only one: start it as for training, "
             "torchrun --standalone --nproc_per_node=2 bench.py --comm"
         )
     machine = world.raise_on_all_ranks(
@@ -183,13 +183,13 @@ def communicate(config: Config, world: World) -> None:
     nodes = -(-world.size // inside)
     on_cuda = machine.device.type == "cuda"
     backend = config.backend if on_cuda else "gloo"
-    print(f"network: {world.size} processes on {nodes} nodes, {backend}, {machine.name()}")
+    print(f"network: {world.size} ranks on {nodes} nodes, {backend}, {machine.name()}")
     for line in comm_bench.advice(backend, nodes):
         print(line)
     groups = [("all", None, world.size)]
     if nodes > 1 and inside > 1 and world.size % inside == 0:
         groups.append(("of a node", comm_bench.node_group(world), inside))
-    print("| processes | collective | bytes | median | 10th to 90th percentile | GB/s | bus GB/s |")
+    print("| ranks | collective | bytes | median | 10th to 90th percentile | GB/s | bus GB/s |")
     print("|---|---|---|---|---|---|---|")
     bucket = 0.0
     for name, group, members in groups:
@@ -203,16 +203,16 @@ def communicate(config: Config, world: World) -> None:
                     f"{timing.payload / timing.median_s / 1e9:.3f} | {bus / 1e9:.3f} |"
                 )
                 if kind == "all_reduce" and group is None and timing.payload <= comm_volume.BUCKET:
-                    bucket = bus  # of the largest message that DDP sends
-    print("bus: what each process sends a second at best, as nccl-tests counts it; compare it with the links")
+                    bucket = bus  # bus bandwidth of the largest message that DDP sends
+    print("bus: bus bandwidth per rank as defined by nccl-tests; compare it with the link bandwidth")
     judge(config, machine, shape, bucket, world)
 
 
 def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
     if config.batch_size == "auto":
-        raise UserError("--comm weighs what is sent against a micro-batch: give --batch_size a number")
+        raise UserError("--comm needs the compute time of a micro-batch: give --batch_size a number")
     if config.mfu and not peak_flops(machine.name()):
-        raise UserError(f"--mfu={config.mfu:g}: the peak of {machine.name()} is not known; leave it out")
+        raise UserError(f"--mfu={config.mfu:g}: the peak FLOP/s of {machine.name()} is unknown; omit --mfu")
     if config.cuda_graph:
         from nanogpt.gpu import cuda_graphs
 
@@ -220,40 +220,40 @@ def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
 
 
 def bandwidth(timing: comm_bench.Timing) -> float:
-    """Bus bandwidth in bytes a second."""
+    """Return the bus bandwidth in bytes/s."""
     kind: comm_volume.Kind = "all_gather" if timing.kind == "all_gather" else "all_reduce"
     return comm_volume.bus_factor(kind, timing.members) * timing.payload / timing.median_s
 
 
 def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float, world: Processes) -> None:
-    """Print whether a network of `bus` bytes a second can feed the model under DDP, and from when."""
+    """Print whether a bus bandwidth of `bus` bytes/s suffices for DDP, and the accumulation it needs."""
     pass_s, source = pass_time(config, machine, shape, world)
     turns, members = config.gradient_accumulation_steps, world.size
     found = scaling.feeds(shape, members, bus, pass_s, turns, config.overlap)
     tokens = config.windows * config.block_size
     print(
-        f"gradients: {found.wire / 1e9:.3f} GB sent a process and step (float32, DDP) at {bus / 1e9:.3f} "
-        f"GB/s, the bus of messages as DDP sends them: {found.transfer_s * 1e3:,.1f} ms\n"
-        f"arithmetic: {pass_s * 1e3:,.1f} ms for {config.batch_size} x {config.block_size} = {tokens:,} "
+        f"gradients: {found.wire / 1e9:.3f} GB sent per rank and step (float32, DDP) at {bus / 1e9:.3f} "
+        f"GB/s bus bandwidth (DDP's bucket size): {found.transfer_s * 1e3:,.1f} ms\n"
+        f"compute: {pass_s * 1e3:,.1f} ms for {config.batch_size} x {config.block_size} = {tokens:,} "
         f"tokens ({source}); {config.overlap:.0%} of the last backward pass ({scaling.BACKWARD:.0%} of that) "
-        f"can hide a transfer, and the last bucket waits"
+        f"can overlap with transfers, the last bucket cannot"
     )
-    verdict = "can feed" if found.efficiency >= scaling.WELL_FED else "cannot feed"
+    verdict = "can" if found.efficiency >= scaling.WELL_FED else "cannot"
     print(
-        f"this network {verdict} this model with {turns} x {tokens:,} tokens a process and step: "
-        f"{found.exposed_s * 1e3:,.1f} ms of waiting, efficiency {found.efficiency:.0%}"
+        f"this network {verdict} keep up with this model at {turns} x {tokens:,} tokens per rank and step: "
+        f"{found.exposed_s * 1e3:,.1f} ms of exposed communication, efficiency {found.efficiency:.0%}"
     )
     if found.enough > turns:
         print(
-            f"{scaling.WELL_FED:.0%} takes {found.enough} micro-batches a process and step: "
-            f"--gradient_accumulation_steps={found.enough * members} for train.py, which divides it"
+            f"for {scaling.WELL_FED:.0%} use {found.enough} micro-batches per rank and step: "
+            f"train.py --gradient_accumulation_steps={found.enough * members} (total over ranks)"
         )
 
 
 def pass_time(
     config: Config, machine: runtime.Machine, shape: GPTConfig, world: Processes
 ) -> tuple[float, str]:
-    """Seconds of a micro-batch, in the slowest process, and how that is known."""
+    """Return the seconds of a micro-batch on the slowest rank, and a description of their source."""
     if config.mfu and (peak := peak_flops(machine.name())):
         cost, tokens = estimate.flops_per_token(shape), config.windows * config.block_size
         return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
@@ -264,35 +264,33 @@ def pass_time(
         bench = Bench(small, Path(scratch))
         took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]
     median = torch.tensor([float(np.median(took[1:]))])
-    return float(comm_bench.slowest_of(median, world)), "measured, all processes at once"
+    return float(comm_bench.slowest_of(median, world)), "measured on all ranks at once"
 
 
 # ----------------------------------------------------------------------------- figures
 
 
 def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
-    """Print the time of a step, the speed, and how near that is to what the machine can do."""
+    """Print step time, throughput, and the achieved fraction of matmul speed and of peak FLOP/s."""
     low, median, high = np.percentile(step_s, [10, 50, 90])
     machine = bench.run.machine
     cost = bench.run.model.flops_per_token()
     achieved = cost * bench.tokens_per_step / median
     side, possible = matmul_speed(machine)
-    print(
-        f"time: {median * 1e3:.2f} ms a step (10th to 90th percentile: {low * 1e3:.2f} to {high * 1e3:.2f})"
-    )
+    print(f"time: {median * 1e3:.2f} ms/step (10th to 90th percentile: {low * 1e3:.2f} to {high * 1e3:.2f})")
     print(f"speed: {bench.tokens_per_step / median:,.0f} tokens/s")
     print(f"waiting for data: {wait_s.sum() / step_s.sum():.2%} of the time")
     print(
-        f"arithmetic: {achieved / 1e12:.3g} TFLOP/s, {achieved / possible:.1%} of a {side} x {side} matrix "
-        f"product in {machine.dtype} here ({possible / 1e12:.3g} TFLOP/s)"
+        f"compute: {achieved / 1e12:.3g} TFLOP/s, {achieved / possible:.1%} of a {side} x {side} matmul "
+        f"in {machine.dtype} here ({possible / 1e12:.3g} TFLOP/s)"
     )
     if peak := peak_flops(machine.name()):
-        print(f"data sheet: {achieved / peak:.1%} of the {peak / 1e12:.0f} TFLOP/s of {machine.name()}")
+        print(f"MFU: {achieved / peak:.1%} of the {peak / 1e12:.0f} TFLOP/s of {machine.name()}")
 
 
 def matmul_speed(machine: runtime.Machine) -> tuple[int, float]:
-    """The side of a large square matrix, and the FLOP/s of its product with itself, the median over
-    half a second."""
+    """Return the side of a large square matrix, and the FLOP/s of its product with itself: the median over
+    about half a second."""
     side = 2048 if machine.device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=machine.device).to(runtime.DTYPES[machine.dtype])
     took: list[float] = []
@@ -306,7 +304,7 @@ def matmul_speed(machine: runtime.Machine) -> tuple[int, float]:
 
 
 def profile(bench: Bench, trace: Path) -> None:
-    """Write some steps as a Chrome trace, and print the operations that take most of the time."""
+    """Write a Chrome trace of PROFILED_STEPS steps, and print the ten most expensive operations."""
     from torch.profiler import DeviceType, ProfilerActivity
     from torch.profiler import profile as recording
 
@@ -322,7 +320,7 @@ def profile(bench: Bench, trace: Path) -> None:
     else:
         costs = [(event.self_cpu_time_total, event) for event in recorded.key_averages()]
     total = sum(cost for cost, _ in costs)
-    print(f"profile of {PROFILED_STEPS} steps in {trace}; ms a step, calls a step, operation:")
+    print(f"profile of {PROFILED_STEPS} steps in {trace}; ms/step, share, calls/step, operation:")
     for cost, event in sorted(costs, key=lambda item: item[0], reverse=True)[:10]:
         calls = event.count / PROFILED_STEPS
         print(f"{cost / 1e3 / PROFILED_STEPS:10.3f} {cost / total:6.1%} {calls:8.0f}  {event.key[:80]}")

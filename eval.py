@@ -1,15 +1,15 @@
-"""Score a trained model: loss of texts, LAMBADA, HellaSwag, any multiple choice; compare two models.
+"""Evaluate a trained model: loss of texts, LAMBADA, HellaSwag, any multiple choice; compare two models.
 
-    python eval.py out-mine                                   # the validation text it was trained with
-    python eval.py out-mine --text=novel.txt                  # loss, perplexity, bits a byte of any text
-    python eval.py out-mine --tasks=hellaswag,lambada         # from the hub, or files put into the cache
+    python eval.py out-mine                                   # validation split of its training dataset
+    python eval.py out-mine --text=novel.txt                  # loss, perplexity, bits/byte of any text
+    python eval.py out-mine --tasks=hellaswag,lambada         # from the Hub, or files in the cache
     python eval.py out-mine --tasks=hellaswag:hellaswag_val.jsonl,questions.jsonl
-    python eval.py out-mine --tasks=lm_eval:arc_easy,piqa     # by lm-eval: pip install 'nanogpt[lm-eval]'
-    python eval.py out-a --against=out-b --tasks=hellaswag    # the same items: is a better than b?
-    python eval.py out-a --against=out-a/step-001000          # has it still learned since?
+    python eval.py out-mine --tasks=lm_eval:arc_easy,piqa     # with lm-eval: pip install 'nanogpt[lm-eval]'
+    python eval.py out-a --against=out-b --tasks=hellaswag    # paired test: is a better than b?
+    python eval.py out-a --against=out-a/step-001000          # did it improve since that checkpoint?
     python eval.py gpt2 --tasks=hellaswag                     # OpenAI's weights
 
-docs/evaluation.md has the fields of task files and says what each number means.
+docs/evaluation.md documents the fields of task files and the metrics.
 """
 
 import json
@@ -38,40 +38,40 @@ from nanogpt.tokenizer import tokenizer
 
 @dataclass(frozen=True)
 class Config:
-    # which model
-    out_dir: str = "out"  # a run folder, gpt2 .. gpt2-xl, or any folder; `eval.py FOLDER` is the same
-    which: str = "best"  # its checkpoint: best (lowest validation loss), last, or a step number
-    against: str = ""  # another run, or one of its step-... folders: the difference and its significance
-    # what to score it on; nothing: the validation split of the dataset it was trained on
-    dataset: str = ""  # a folder in data/, or any path that data/prepare.py wrote
-    split: Literal["val", "train"] = "val"  # which of its splits
-    text: str = ""  # a text file, or JSONL with the field text: each row a text of its own
-    stride: NonNegativeInt = 0  # new tokens per window of a text, fewer give more context; 0: all
-    tasks: str = ""  # hellaswag, lambada, NAME:FILE, files with questions, lm_eval:NAME; commas between
-    limit: NonNegativeInt = 0  # only the first so many items of a task, so many windows of a text; 0: all
-    # what to write
-    out: str = ""  # all results as JSON, to this file
-    items: str = ""  # a line of JSON for each item, to this file
-    # machine
-    batch_size: NonNegativeInt = 0  # sequences per batch at full context length; 0: 8,192 tokens
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    # model
+    out_dir: str = "out"  # run folder, gpt2 .. gpt2-xl, or Hugging Face folder; also `eval.py FOLDER`
+    which: str = "best"  # checkpoint: best (lowest validation loss), last, or an iteration number
+    against: str = ""  # second model (run or step-... folder): print differences and p-values
+    # data; default: the validation split of the dataset it was trained on
+    dataset: str = ""  # name of a folder in data/, or path of a prepared dataset
+    split: Literal["val", "train"] = "val"  # split of the dataset to score
+    text: str = ""  # text file, or JSONL with a field "text": each row is a separate text
+    stride: NonNegativeInt = 0  # tokens scored per window of a text; fewer: more context; 0: block_size
+    tasks: str = ""  # comma-separated: hellaswag, lambada, NAME:FILE, JSONL files, lm_eval:NAME
+    limit: NonNegativeInt = 0  # maximum number of items per task and of windows per text; 0: all
+    # output
+    out: str = ""  # write all results to this JSON file
+    items: str = ""  # write per-item results to this JSONL file
+    # device
+    batch_size: NonNegativeInt = 0  # full-length sequences per batch; 0: 8,192 tokens
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute dtype
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with its tokenizer, ready to be scored."""
+    """A loaded model with its tokenizer."""
 
     path: str
     subject: Subject
-    dataset: str  # the one it was trained on, "" if that is not known
+    dataset: str  # dataset it was trained on, "" if unknown
     description: str
 
 
 def main(config: Config) -> None:
-    """Print scores, and a comparison if that is asked; write them where the options say.
+    """Print scores and, with --against, a comparison; write them to --out and --items.
 
-    Raises UserError for what cannot be read or does not fit together, before anything is written.
+    Raise UserError for unreadable inputs and inconsistent options, before anything is written.
     """
     own, for_lm_eval = split_tasks(config.tasks)
     check(config, bool(for_lm_eval))
@@ -97,24 +97,24 @@ def main(config: Config) -> None:
 
 
 def split_tasks(given: str) -> tuple[list[str], list[str]]:
-    """Our tasks, and lm-eval's: those after lm_eval:."""
+    """Split --tasks into our tasks and lm-eval's, which follow `lm_eval:`."""
     ours, _, others = f",{given}".partition(",lm_eval:")
     return [name for name in ours.split(",") if name], [name for name in others.split(",") if name]
 
 
 def check(config: Config, has_lm_eval: bool) -> None:
-    """Refuse what would fail only after the work is done."""
+    """Raise UserError early for options that would fail only after scoring."""
     if config.against and has_lm_eval:
-        raise UserError("--against compares item by item, which lm_eval: tasks do not give; leave one out")
+        raise UserError("--against needs per-item scores, which lm_eval: tasks do not provide; omit one")
     for option in ("out", "items"):
         path = Path(getattr(config, option))
         if not path.parent.is_dir() or (path.is_dir() and path != Path()):
-            raise UserError(f"--{option}={path} is no file that could be written; make its folder first")
+            raise UserError(f"--{option}={path} is not a writable file path; create its folder first")
 
 
 def open_model(name: str, config: Config) -> Opened:
-    """What `name` stands for: a run folder (its checkpoint --which) or one of its checkpoints, gpt2 to
-    gpt2-xl, a folder of Hugging Face, nanoGPT's ckpt.pt; UserError if it is nothing or lacks a part."""
+    """Load model `name`: a run folder (its checkpoint --which), one of its checkpoints, gpt2 to gpt2-xl, a
+    Hugging Face folder or nanoGPT's ckpt.pt. Raise UserError if it does not exist or is incomplete."""
     run = Path(name)
     is_run = bool(checkpoint.steps(run)) or not (run.exists() or name in NAMES)
     found = weights.open_weights("resume" if is_run else name, ROOT, run, config.which)
@@ -131,16 +131,16 @@ def open_model(name: str, config: Config) -> Opened:
 
 
 def dataset_of(opened: Opened, config: Config) -> str:
-    """The dataset to score: the one that is named, or if nothing is, the one it was trained with."""
+    """Return the dataset to score: --dataset or, if no data option is given, the training dataset."""
     if config.dataset or config.text or config.tasks:
         return config.dataset
     if not opened.dataset:
-        raise UserError("say what to score: --text=FILE, --dataset=FOLDER or --tasks=hellaswag,lambada")
+        raise UserError("nothing to score: give --text=FILE, --dataset=FOLDER or --tasks=hellaswag,lambada")
     return opened.dataset
 
 
 def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Config) -> list[Report]:
-    """Score everything that is asked; print a line for each."""
+    """Score the text, dataset and tasks selected by the options; print one line for each."""
     subject, reports = opened.subject, []
     if config.text:
         documents = list(read_texts(config.text))
@@ -151,11 +151,11 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         found = mixture.load(dataset, ROOT)
         if found.fingerprint != tokenizer.fingerprint(subject.tokenizer):
             raise UserError(
-                f"{found.folder} has another tokenizer than {opened.path}; give a dataset that it could have "
-                f"been trained on, or the text itself: --text=FILE"
+                f"{found.folder} and {opened.path} have different tokenizers; give a dataset with the "
+                f"model's tokenizer, or raw text: --text=FILE"
             )
         split = found.val if config.split == "val" else found.train
-        for text in split.texts:  # each by itself
+        for text in split.texts:  # each source of a mixture separately
             name = f"{text.name or found.folder.name}/{config.split}"
             reports.append(score_text(name, [text], 0, subject, config))
     for task in loaded:
@@ -166,14 +166,14 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
 
 def score_text(name: str, sources: list[Any], words: int, subject: Subject, config: Config) -> Report:
     if config.stride > subject.block_size:
-        raise UserError(f"--stride={config.stride} is more than the context of {subject.block_size} tokens")
+        raise UserError(f"--stride={config.stride} exceeds the context of {subject.block_size} tokens")
     stride = config.stride or subject.block_size
     windows = Windows(sources, subject.block_size, stride, config.limit)
     return watched(name, len(windows), lambda see: evals.run_text(name, windows, subject, words, see))
 
 
 def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:
-    """Do `work` under a progress bar, and print its line."""
+    """Run `work` with a progress bar, and print its summary line."""
     with tqdm(total=total, desc=name, disable=None, leave=False, unit="row") as bar:
         report = work(bar.update)
     print(report.describe())
@@ -181,7 +181,7 @@ def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:
 
 
 def read_texts(path: str) -> list[str]:
-    """The texts of a file, not encoded yet; UserError if there is none."""
+    """Read the texts of a file. Raise UserError if all are empty."""
     found = text_files.find([Path(path)]).sources
     documents: list[str] = []
     for source, pieces in groupby(readers.pieces(found, readers.Reading()), lambda p: found[p.source]):
@@ -193,12 +193,12 @@ def read_texts(path: str) -> list[str]:
                 raise UserError(f"{source.path}, line {row.number} {row.reason}")
             documents.append(row)
     if not any(documents):
-        raise UserError(f"--text={path} holds no text")
+        raise UserError(f"--text={path} contains no text")
     return documents
 
 
 def compare(a: tuple[Opened, list[Report]], b: tuple[Opened, list[Report]]) -> dict[str, Any]:
-    """Print how much a scores above b; returns the same for the JSON file."""
+    """Print the score differences a minus b; return them with b's results for the JSON file."""
     print(f"{a[0].path} minus {b[0].path}:")
     differences = {}
     for one, other in zip(a[1], b[1], strict=True):
@@ -226,7 +226,7 @@ def write(config: Config, result: dict[str, Any], found: list[tuple[Opened, list
 def program() -> None:
     options = read(Config, sys.argv[1:], arguments=True)
     if len(options.arguments) > 1:
-        raise UserError(f"one model at a time, not {', '.join(options.arguments)}; another: --against=FOLDER")
+        raise UserError(f"expected one model, not {', '.join(options.arguments)}; another: --against=FOLDER")
     if options.arguments:
         options.values["out_dir"] = options.arguments[0]
     main(Config(**options.values))

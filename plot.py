@@ -1,9 +1,9 @@
-"""Draw the curves of one or more runs.
+"""Plot the training curves of one or more runs.
 
     python plot.py out-shakespeare-char
     python plot.py out-a out-b --x=tokens --out=compare.png
 
-Reads metrics.jsonl in the run folders, at any time, also while they are trained.
+Reads metrics.jsonl in the run folders; it can be used during training.
 """
 
 import sys
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    x: Literal["iter", "tokens", "seconds"] = "iter"  # seconds: in updates, evaluation and saving left out
-    y: Literal["loss", "perplexity"] = "loss"  # of the large panel
-    out: str = ""  # the picture to write, .png, .svg or .pdf; empty: loss.png in the run, or here for several
+    x: Literal["iter", "tokens", "seconds"] = "iter"  # x axis; seconds: without evaluation, saving
+    y: Literal["loss", "perplexity"] = "loss"  # y axis of the main panel
+    out: str = ""  # output file: .png, .svg or .pdf; empty: loss.png in the run folder (several runs: here)
 
 
-X = {  # option: key of a row, label of the axis
+X = {  # option: key in metrics.jsonl, axis label
     "iter": ("iter", "iteration"),
     "tokens": ("tokens", "tokens trained on"),
-    "seconds": ("elapsed_s", "seconds of training"),
+    "seconds": ("elapsed_s", "training time (s)"),
 }
-PANELS = {  # key of a step's row: label
+PANELS = {  # key in rows of event "step": axis label
     "lr": "learning\nrate",
     "grad_norm": "gradient\nnorm",
-    "tokens_per_s": "tokens\na second",
+    "tokens_per_s": "tokens/s",
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is too pale for a line.
+# Okabe-Ito palette, safe for color blindness; without its yellow, which is too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -64,23 +64,23 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """The rows of a run as columns, float64; nan where a number was not finite."""
+    """Metrics of a run as columns, float64; NaN where a value was not finite."""
 
     name: str
     steps: dict[str, np.ndarray]  # "x", "loss", and the keys of PANELS
     evals: dict[str, np.ndarray]  # "x", "iter", "val_loss"
 
     def best(self) -> int | None:
-        """The evaluation with the lowest validation loss; None before the first."""
+        """Return the index of the evaluation with the lowest validation loss; None if there is none."""
         losses = self.evals["val_loss"]
         return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
 
 
 def main(config: Config, folders: Sequence[str]) -> None:
-    """Draw the runs in `folders`. Raises UserError if there is nothing to read or nowhere to write."""
+    """Plot the runs in `folders`. Raise UserError if a run cannot be read or the plot cannot be written."""
     if not 0 < len(folders) <= len(COLOURS):
         raise UserError(
-            f"{len(folders)} runs given; name 1 to {len(COLOURS)} run folders: python plot.py out"
+            f"{len(folders)} runs given; expected 1 to {len(COLOURS)} run folders: python plot.py out"
         )
     out = Path(config.out) if config.out else (Path(folders[0]) if len(folders) == 1 else Path()) / "loss.png"
     check_suffix(out)
@@ -107,7 +107,7 @@ def check_suffix(out: Path) -> None:
 def load_run(folder: Path, name: str, x: str) -> Run:
     rows = metrics.read(folder)
     if not rows:
-        raise UserError(f"{folder / metrics.NAME} has no rows yet; wait for the first step")
+        raise UserError(f"{folder / metrics.NAME} is empty; wait for the first logged iteration")
 
     def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
         chosen = [row | {"x": row[x]} for row in rows if row["event"] == event]
@@ -116,11 +116,11 @@ def load_run(folder: Path, name: str, x: str) -> Run:
     try:
         return Run(name, columns("step", "loss", *PANELS), columns("eval", "iter", "val_loss"))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / metrics.NAME} is not a log of train.py: {error!r}") from None
+        raise UserError(f"{folder / metrics.NAME} was not written by train.py: {error!r}") from None
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """The best validation loss of all, and where it was reached."""
+    """Describe the best validation loss over all runs and where it was reached."""
     found = [(run.evals["val_loss"][best], best, run) for run in runs if (best := run.best()) is not None]
     if not found:
         return "no evaluation yet"
@@ -133,7 +133,7 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run], config: Config) -> "Figure":
-    """Loss above; the columns of PANELS below, if there are steps to show; one x axis for all."""
+    """Plot the loss, and below it one panel per entry of PANELS if any step was logged; shared x axis."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -159,7 +159,7 @@ def draw(runs: Sequence[Run], config: Config) -> "Figure":
 
 
 def draw_losses(ax: "Axes", runs: Sequence[Run], y: str) -> None:
-    """Training loss as a line, validation loss as dots; in one colour each, or in one a run if several."""
+    """Plot training loss as a line, validation loss as dots; with several runs, one color per run."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     single = len(runs) == 1
@@ -175,7 +175,7 @@ def draw_losses(ax: "Axes", runs: Sequence[Run], y: str) -> None:
         ax.plot(run.evals["x"], val_losses, line, color=val_colour, markersize=4, label=label)
         if best is not None:
             mark_best(ax, run.evals["x"], val_losses, best, val_colour, with_value=single)
-    ax.set_ylabel("loss (nats a token)" if y == "loss" else "perplexity")
+    ax.set_ylabel("loss (nats/token)" if y == "loss" else "perplexity")
     if y == "perplexity":
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -190,7 +190,7 @@ def mark_best(ax: "Axes", x: np.ndarray, y: np.ndarray, best: int, colour: str, 
     ax.plot(x[best], y[best], "o", color=colour, markersize=9, markeredgecolor="white", clip_on=False)
     if with_value:
         place = "left" if best == 0 else "right" if best == len(y) - 1 else "center"
-        halo = withStroke(linewidth=3, foreground="white")  # legible on other lines too
+        halo = withStroke(linewidth=3, foreground="white")  # keeps the label legible over lines
         ax.annotate(
             f"best {y[best]:.4f}",
             (x[best], y[best]),
@@ -207,20 +207,19 @@ def mark_best(ax: "Axes", x: np.ndarray, y: np.ndarray, best: int, colour: str, 
 def draw_noisy(
     ax: "Axes", x: np.ndarray, y: np.ndarray, colour: str, *, label: str | None = None, exact: bool = False
 ) -> None:
-    """Every value in a pale line under a smooth one that the eye can follow; `exact`: as one line."""
+    """Plot the raw values as a pale line below a smoothed one; `exact`: the raw values only."""
     there = np.isfinite(y)
     if not exact:
         ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.7)
     line = y[there] if exact else smooth(y[there])
-    marker = "o" if there.sum() == 1 else ""  # a line of one point would be invisible
+    marker = "o" if there.sum() == 1 else ""  # a line with a single point is invisible
     ax.plot(x[there], line, color=colour, label=label, marker=marker, markersize=4)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over some 3 % of all values around each.
+    """Smooth with a centered moving average over about 3 % of the values.
 
-    The window is narrower at the start, so that the line follows the first steep fall, and cut off at
-    the end, so that the last values do not make it tremble.
+    The window is narrower at the start, to follow the initial steep drop, and truncated at the end.
     """
     n = len(values)
     places = np.arange(n)
@@ -231,12 +230,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def plain(value: float, position: int | None = None) -> str:
-    """The text of a tick: 0.0006, 250, 1,000,000."""
+    """Format a tick label: 0.0006, 250, 1,000,000."""
     return f"{value:,.10g}"
 
 
 def short(value: float, position: int | None = None) -> str:
-    """The text of a tick: 500, 20k, 1.5M, 10B."""
+    """Format a tick label with SI-like suffixes: 500, 20k, 1.5M, 10B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.10g}{unit}"

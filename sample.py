@@ -1,4 +1,4 @@
-"""Sample from a trained model: a prompt in, text out.
+"""Generate text from a trained model.
 
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
@@ -7,9 +7,9 @@
     python sample.py --init_from=gpt2-xl --start="The meaning of life is" --dtype=int8 --stream
     python sample.py --init_from=gpt2 --prompts=FILE.jsonl --json > samples.jsonl
 
-Of a run it needs the folder only. Samples are separated by a line of 15 dashes. A line of FILE.jsonl is
-{"prompt": "..."} or a string. With --json a line is a sample: its prompt, text, why it ended
-(finish_reason), and its tokens with their log-probabilities and the likeliest alternatives.
+A run folder is self-contained. Samples are separated by a line of 15 dashes. Each line of FILE.jsonl is
+{"prompt": "..."} or a JSON string. With --json each output line is one sample: prompt, text, finish_reason,
+and the tokens with their log-probabilities and the most likely alternatives.
 """
 
 import json
@@ -28,43 +28,43 @@ from nanogpt.inference.sampling import SamplingOptions
 
 @dataclass(frozen=True)
 class Config:
-    # which model
-    init_from: str = "resume"  # the run folder out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
-    out_dir: str = "out"  # a run folder of train.py
-    which: str = "best"  # its checkpoint: best (lowest validation loss), last, or a step number
-    # what to write
-    start: str = "\n"  # the prompt; FILE:prompt.txt reads it from a file
-    prompts: str = ""  # a file of many instead: a JSON string, or an object with "prompt", on each line
-    num_samples: PositiveInt = 10  # how many of each prompt
-    max_new_tokens: NonNegativeInt = 500  # tokens in each
-    stop: str = ""  # end before this text; '["a", "b"]': before any of these
-    stop_at_end: bool = False  # end with the token that ends a text, where the vocabulary has one
-    # how tokens are drawn; filters apply in this order
-    repetition_penalty: Annotated[float, Range(0)] = 1.0  # above 1: what was said becomes less likely
-    temperature: Annotated[float, Range(0)] = 0.8  # 1: as the model says; lower: bolder; 0: the most likely
-    top_k: NonNegativeInt = 200  # draw among this many likeliest tokens; 0: all
-    top_p: UnitInterval = 1.0  # draw among the likeliest that together have this probability
-    min_p: UnitInterval = 0.0  # draw among those at least this share as likely as the likeliest
-    seed: NonNegativeInt = 1337  # the same seed gives the same text; sample i has seed + i
-    # how it is shown
-    stream: bool = False  # show the text while it is written, one sample after another
-    interactive: bool = False  # ask for prompts and continue each; Ctrl-C ends a text, Ctrl-D the program
-    json: bool = False  # one JSON object a sample, with log-probabilities
-    logprobs: NonNegativeInt = 0  # with --json: so many of the likeliest alternatives to each token
-    # machine
-    batch_size: PositiveInt = 16  # texts written at once, at most
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights; int8 on CPUs only
-    compile: Literal[False] = False  # nanoGPT's option: here there is nothing to compile
-    cuda_graph: bool = False  # record a step and replay it; it has not run on a GPU yet (docs/gpu.md)
+    # model
+    init_from: str = "resume"  # resume: the run in out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
+    out_dir: str = "out"  # run folder written by train.py
+    which: str = "best"  # checkpoint to load: best (lowest validation loss), last, or a step number
+    # prompts and stopping
+    start: str = "\n"  # prompt; FILE:prompt.txt reads it from a file
+    prompts: str = ""  # JSONL file of prompts, used instead of start: a string or {"prompt": "..."} per line
+    num_samples: PositiveInt = 10  # samples per prompt
+    max_new_tokens: NonNegativeInt = 500  # maximum number of new tokens per sample
+    stop: str = ""  # stop string, excluded from the output; '["a", "b"]': any of several
+    stop_at_end: bool = False  # stop at the end-of-text token, if the vocabulary has one
+    # sampling; applied in this order
+    repetition_penalty: Annotated[float, Range(0)] = 1.0  # above 1: penalizes tokens already in the text
+    temperature: Annotated[float, Range(0)] = 0.8  # softmax temperature; 0: greedy decoding
+    top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: all
+    top_p: UnitInterval = 1.0  # nucleus sampling: smallest set of tokens with this total probability; 1: all
+    min_p: UnitInterval = 0.0  # minimum token probability, relative to the most likely token; 0: all
+    seed: NonNegativeInt = 1337  # random seed; sample i of a prompt uses seed + i
+    # output
+    stream: bool = False  # print text as it is generated, one sample at a time
+    interactive: bool = False  # read prompts from the terminal; Ctrl-C stops a sample, Ctrl-D exits
+    json: bool = False  # print one JSON object per sample, with log-probabilities
+    logprobs: NonNegativeInt = 0  # with --json: number of top alternatives per token
+    # device
+    batch_size: PositiveInt = 16  # maximum number of samples generated in parallel
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best available
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # weight dtype; int8: CPU only
+    compile: Literal[False] = False  # accepted for compatibility with nanoGPT; has no effect
+    cuda_graph: bool = False  # replay decoding steps as CUDA graphs (experimental; see docs/gpu.md)
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Print the samples. Raises UserError for a missing run or a prompt the model cannot read."""
+    """Load the model and print samples. Raise UserError for a missing run or unencodable prompt."""
     shown = [name for name in ("stream", "interactive", "json") if getattr(config, name)]
     if len(shown) > 1:
-        raise UserError(f"{' and '.join(f'--{name}' for name in shown)} cannot be had together; give one")
-    controls = vars(pick_fields(SamplingOptions, config))  # checked before the model is read
+        raise UserError(f"{' and '.join(f'--{name}' for name in shown)} are mutually exclusive; give one")
+    controls = vars(pick_fields(SamplingOptions, config))  # validated before the model is loaded
     stops = stop_strings(config.stop)
     prompts = [""] if config.interactive else read_prompts(config)
     model = api.load(
@@ -115,12 +115,12 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 
 def in_order(model: api.LanguageModel, asked: list[Completion], batch_size: int) -> Iterator[Completion]:
-    """Each completion once it and those before it are finished; on a terminal, how far a long job is."""
+    """Yield finished completions in the order of `asked`; show a progress bar on a terminal."""
     from tqdm import tqdm
 
     total = sum(c.max_new_tokens for c in asked)
     given = 0
-    # disable=None: shown on a terminal only
+    # disable=None disables the bar if stderr is not a TTY
     with tqdm(total=total, unit=" tokens", delay=5, disable=None, leave=False, file=sys.stderr) as bar:
         for completion, _, _ in model.write(asked, batch_size):
             bar.update()
@@ -129,11 +129,11 @@ def in_order(model: api.LanguageModel, asked: list[Completion], batch_size: int)
             while given < len(asked) and asked[given].finish_reason:
                 yield asked[given]
                 given += 1
-    yield from asked[given:]  # of no tokens
+    yield from asked[given:]  # completions with max_new_tokens=0
 
 
 def show(model: api.LanguageModel, asked: list[Completion], prompt: bool = True) -> None:
-    """Print a completion while it is written."""
+    """Print the completion in `asked` as it is generated, after its prompt if `prompt`."""
     text = asked[0].text
     if prompt:
         print(model.decode(text.ids[: text.prompt_length]), end="", flush=True)
@@ -145,7 +145,7 @@ def show(model: api.LanguageModel, asked: list[Completion], prompt: bool = True)
 
 
 def converse(model: api.LanguageModel, completions: Any) -> None:
-    """Continue each line that is typed. What the model cannot read is said, and asked anew."""
+    """Generate a continuation of each line read from stdin; report prompts that cannot be encoded."""
     while True:
         try:
             prompt = input("> ")
@@ -179,22 +179,22 @@ def as_json(
 
 
 def stop_strings(stop: str) -> list[str]:
-    """--stop: a text, or a JSON list of texts."""
+    """Parse --stop: one string, or a JSON list of strings. Raise UserError for an invalid list."""
     if not stop.startswith("["):
         return [stop] if stop else []
     try:
         found = json.loads(stop)
         if not all(isinstance(one, str) and one for one in found):
-            raise ValueError("it holds something else than texts of at least one character")
+            raise ValueError("all items must be non-empty strings")
     except ValueError as error:
         raise UserError(
-            f'--stop={stop} is no JSON list of texts: {error}; write --stop=\'["a", "b"]\''
+            f'--stop={stop} is not a JSON list of strings: {error}; write --stop=\'["a", "b"]\''
         ) from None
     return found
 
 
 def read_prompts(config: Config) -> list[str]:
-    """--start, or the lines of --prompts. UserError says what cannot be read."""
+    """Return the prompts of --prompts, else --start. Raise UserError if a file or a line cannot be read."""
     option = f"--prompts={config.prompts}" if config.prompts else f"--start={config.start}"
     name = config.prompts or config.start.removeprefix("FILE:")
     if not config.prompts and not config.start.startswith("FILE:"):
@@ -210,7 +210,7 @@ def read_prompts(config: Config) -> list[str]:
         if line.strip():
             prompts.append(_prompt(line, f"{option}, line {number}"))
     if not prompts:
-        raise UserError(f'{option} holds no prompt; write one on each line: {{"prompt": "..."}}')
+        raise UserError(f'{option} contains no prompts; write one per line: {{"prompt": "..."}}')
     return prompts
 
 
@@ -218,7 +218,7 @@ def _prompt(line: str, where: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from None
+        raise UserError(f"{where} is not JSON: {error}") from None
     value = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(value, str):
         raise UserError(f'{where}: expected {{"prompt": "..."}} or a string, found {line.strip()[:60]}')

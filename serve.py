@@ -1,13 +1,13 @@
-"""Serve a model on this machine: a page to play with it, and OpenAI's completions for other programs.
+"""Serve a model over HTTP: a web page to try it, and an OpenAI-compatible completions API.
 
     python serve.py --out_dir=out-shakespeare-char          # then open http://127.0.0.1:8000
     python serve.py --init_from=gpt2
-    python serve.py --out_dir=out --host=0.0.0.0            # for other machines: with a token
+    python serve.py --out_dir=out --host=0.0.0.0            # reachable from other machines; needs a token
 
     from openai import OpenAI
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 
-While train.py trains the run, the page draws its curves. docs/serving.md says more.
+While train.py is training the run, the page plots its loss curves. See docs/serving.md.
 """
 
 import gc
@@ -39,25 +39,25 @@ TOKEN = "NANOGPT_TOKEN"
 
 @dataclass(frozen=True)
 class Config:
-    # which model
-    init_from: str = "resume"  # the run folder out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
-    out_dir: str = "out"  # a run folder of train.py
-    which: str = "best"  # its checkpoint: best (lowest validation loss), last, or a step number
-    # where
-    host: str = "127.0.0.1"  # 0.0.0.0: for other machines too, who then need a token
-    port: Annotated[int, Range(0, 65535)] = 8000  # 0: any that is free
-    token: str = ""  # that clients must give; seen by all users of this machine, so better in NANOGPT_TOKEN
-    # how much
-    slots: PositiveInt = 16  # texts written at the same time
-    queue: PositiveInt = 128  # texts that may wait for a slot; beyond that clients are told to come again
-    max_tokens: PositiveInt = 4096  # the longest answer
-    # machine
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # of weights; int8 on CPUs only
+    # model
+    init_from: str = "resume"  # resume: load out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
+    out_dir: str = "out"  # run folder written by train.py
+    which: str = "best"  # checkpoint: best (lowest validation loss), last, or an iteration number
+    # network
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all interfaces (clients need a token)
+    port: Annotated[int, Range(0, 65535)] = 8000  # 0: any free port
+    token: str = ""  # bearer token; visible in process lists, so prefer NANOGPT_TOKEN
+    # limits
+    slots: PositiveInt = 16  # completions generated concurrently
+    queue: PositiveInt = 128  # completions waiting for a slot; above that clients get HTTP 429
+    max_tokens: PositiveInt = 4096  # maximum completion length in tokens
+    # device
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: best available
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # weight dtype; int8: CPU only
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Serve until a signal. Raises UserError for a missing run, a port in use, missing packages."""
+    """Serve until a signal arrives. Raise UserError for a missing run, a port in use or missing packages."""
     try:
         import uvicorn
 
@@ -70,14 +70,14 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     local = config.host in LOOPBACK
     token = config.token or os.environ.get(TOKEN, "") or ("" if local else secrets.token_urlsafe(24))
     if not token.isascii() or any(character.isspace() for character in token):
-        raise UserError(f"the token (--token or {TOKEN}) must be of ASCII characters without blanks")
+        raise UserError(f"the token (--token or {TOKEN}) must be ASCII without whitespace")
     with bind(config.host, config.port) as listener:
         port = listener.getsockname()[1]
         served = open_model(config)
-        cpu_kernels.release_threads()  # the scheduler's thread computes from now on
+        cpu_kernels.release_threads()  # computation moves to the scheduler's thread
         served.scheduler.start()
         app = build(served, port=port, local=local, token=token)
-        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # not what clients do
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # no access log
         settings = uvicorn.Config(
             app,
             http=DeadlineProtocol,
@@ -92,25 +92,25 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             timeout_graceful_shutdown=2,
         )
         gc.collect()
-        gc.freeze()  # what is there now stays: to look through it takes 90 ms each time, and all wait
+        gc.freeze()  # exclude loaded objects from collections, which would pause all requests for 90 ms
         print(f"{served.about['origin']}; {served.about['machine']}", file=sys.stderr)
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"http://{socket.gethostname() if config.host in ('0.0.0.0', '[::]') else host}:{port}"
-        print(f"serving at {address}/{f'#token={token}' if token else ''}  (Ctrl-C ends it)")
+        print(f"serving at {address}/{f'#token={token}' if token else ''}  (Ctrl-C to stop)")
         uvicorn.Server(settings).run(sockets=[listener])
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens there; UserError if it cannot."""
+    """Return a socket listening on host:port. Raise UserError if that fails."""
     try:
         family, kind, number, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, number)
     except OSError as error:
-        raise UserError(f"--host={host}: {error.strerror}; give an address of this machine") from None
+        raise UserError(f"--host={host}: {error.strerror}; give an address of this host") from None
     try:
-        if os.name != "nt":  # there it would let two servers share the port
+        if os.name != "nt":  # on Windows it would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
@@ -122,7 +122,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def open_model(config: Config) -> "Served":
-    """The model, ready to be served. UserError as api.load."""
+    """Load the model and prepare it for serving. Raise UserError as api.load does."""
     from nanogpt.server.metrics import Meters
     from nanogpt.server.openai_api import Limits
     from nanogpt.server.scheduler import Scheduler
@@ -138,8 +138,8 @@ def open_model(config: Config) -> "Served":
     )
     meters = Meters(
         {
-            "active": ("Texts that are written now.", lambda: scheduler.active),
-            "waiting": ("Texts that wait for a slot.", lambda: scheduler.waiting),
+            "active": ("Completions being generated.", lambda: scheduler.active),
+            "waiting": ("Completions waiting for a slot.", lambda: scheduler.waiting),
         }
     )
     scheduler = Scheduler(Engine(loaded.model, config.slots), loaded.tokenizer, config.queue, meters)
@@ -157,14 +157,14 @@ def open_model(config: Config) -> "Served":
 
 
 def name_of(config: Config) -> str:
-    """What clients call the model: the name of its folder, or gpt2 and so on."""
+    """Return the model name in the API: the name of its folder, or gpt2 etc."""
     path = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     return path.resolve().name if path.exists() else config.init_from
 
 
 def describe(loaded: api.LanguageModel, config: Config) -> dict[str, Any]:
-    """What the page shows."""
-    with torch.device("meta"):  # int8 weights are no parameters
+    """Return the facts about the model that the page shows (/about)."""
+    with torch.device("meta"):  # int8 weights are not parameters
         parameters = GPT(loaded.model.config).n_params()
     state = Path(loaded.origin) / "state.json"
     progress = files.read_json(state) if state.is_file() else {}

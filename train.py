@@ -3,11 +3,11 @@
     python train.py config/train_shakespeare_char.py              # a preset
     python train.py config/train_shakespeare_char.py --batch_size=32
     python train.py --dataset=data/mine --out_dir=out-mine        # your own text (data/prepare.py)
-    python train.py --out_dir=out-mine --init_from=resume         # go on where it stopped
+    python train.py --out_dir=out-mine --init_from=resume         # continue a stopped run
     python train.py config/finetune_shakespeare.py                # from GPT-2's weights
 
-Ctrl-C, SIGTERM and --max_minutes finish the step, save, and leave with exit code 75: the same command
-with --init_from=auto goes on. The run folder holds everything needed to sample, resume or export.
+Ctrl-C, SIGTERM and --max_minutes finish the iteration, save a checkpoint and exit with code 75; the same
+command with --init_from=auto resumes. The run folder holds everything needed to sample, resume or export.
 """
 
 import gc
@@ -30,21 +30,21 @@ from nanogpt.options import InTrainingOptions, Origins, TrainOptions
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 
-# Each comment is an option's help. --help shows those that begin with `#:`, --help=all every one.
+# A field's comment is its help text: --help shows those that start with `#:`, --help=all shows all.
 @dataclass(frozen=True)
 class Config(TrainOptions):
-    """Those of nanogpt/options.py (folder, data, model, optimizer, machine, ...), and these."""
+    """All training options: those of nanogpt/options.py plus evaluation, logging, checkpoints, schedule."""
 
     # evaluation, logging, checkpoints
     eval_interval: PositiveInt = 2000  #: iterations between evaluations of both splits
-    eval_iters: PositiveInt = 200  #: batches per split and evaluation, at most; the same ones each time
+    eval_iters: PositiveInt = 200  #: maximum batches per split, the same in every evaluation
     log_interval: PositiveInt = 1  # iterations between log lines
-    save_interval: NonNegativeInt = 0  # iterations between checkpoints; 0: save at evaluations
-    always_save_checkpoint: bool = True  # False: save only if the validation loss has improved
+    save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides new bests; 0: eval_interval
+    always_save_checkpoint: bool = True  # False: save new bests only; ignored with save_interval
     max_minutes: NonNegativeFloat = 0.0  #: save and exit after this many minutes; 0: no limit
-    # learning-rate schedule
+    # learning rate schedule
     decay_lr: bool = True  # False: constant learning rate
-    lr_schedule: Schedule = "cosine"  # decay after warmup; wsd: constant, then linear
+    lr_schedule: Schedule = "cosine"  # learning rate decay after warmup; wsd: constant, then linear
     warmup_iters: NonNegativeInt = 2000  #: iterations of linear warmup
     lr_decay_iters: NonNegativeInt = 0  # iteration at which min_lr is reached; 0: max_iters
     min_lr: NonNegativeFloat = 6e-5  #: minimum learning rate
@@ -65,11 +65,11 @@ class Config(TrainOptions):
         return wrong
 
 
-# The command line is read before torch is imported: --help and a typo are answered at once.
+# Parse the command line before importing torch, so that --help and invalid options return at once.
 PARSED = run_program(lambda: load(Config, sys.argv[1:])) if __name__ == "__main__" else None
 
 # ruff: noqa: E402
-gc.disable()  # imports leave no garbage, and looking for it takes a tenth of a second
+gc.disable()  # imports create no garbage, and collections during them take 0.1 s
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -92,26 +92,26 @@ gc.enable()
 
 @dataclass
 class Run(resolve.Setup[Config]):
-    """A run under way: what was decided (config, machine, dataset, batches), and what was made."""
+    """State of a training run: the resolved Setup (config, dataset, ...), model, optimizer and progress."""
 
-    model: GPT  # the plain one, which is evaluated and saved
+    model: GPT  # not compiled or wrapped: the one to evaluate and save
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    in_training: "InTrainingEvaluation | None"  # in-training evaluation
-    writer: writer.AsyncCheckpointer  # of its checkpoints, in the first process
-    lock: FileLock | None = None  # on out_dir
+    in_training: "InTrainingEvaluation | None"  # None: no tasks or samples during training
+    writer: writer.AsyncCheckpointer  # writes checkpoints, on rank 0
+    lock: FileLock | None = None  # lock on out_dir, on rank 0
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether --patience ends the run: so many evaluations have brought no better validation loss."""
+        """Return whether the last --patience evaluations brought no improvement, which ends the run."""
         return 0 < self.config.patience <= self.progress.stale
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Train as `config` says; `origins` names the options that were given, and where.
+    """Train as specified by `config`; `origins` maps the options that were given to where they were given.
 
-    Raises UserError, Diverged, OSError or Stopped, which errors.run_program turns into exit codes.
+    Raise UserError, Diverged, OSError or Stopped, which errors.run_program maps to exit codes.
     """
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
@@ -128,10 +128,10 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             evaluate(run, stop)
             return
         if run.resumed and run.progress.iter_num >= config.max_iters:
-            print(f"all {config.max_iters} iterations of {config.out_dir} are done; raise --max_iters")
+            print(f"{config.out_dir} has completed all {config.max_iters} iterations; raise --max_iters")
             return
         if run.out_of_patience:
-            print(f"{config.out_dir} has stopped by --patience={config.patience}; raise it to go on")
+            print(f"{config.out_dir} was stopped early by --patience={config.patience}; raise it to resume")
             return
         if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             print(notice)
@@ -150,12 +150,15 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             print_saved(run)
 
 
-# ----------------------------------------------------------------------------- set-up
+# ----------------------------------------------------------------------------- setup
 
 
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
-    """The run that `config` asks for; `origins` says which of its options were given, and where, and gets
-    those that weights decide. Nothing is written. UserError says all that is wrong with the options."""
+    """Build the run specified by `config`; nothing is written to disk.
+
+    `origins` maps the options that were given to where they were given, and is updated in place with those
+    fixed by loaded weights. Raise UserError listing all invalid options.
+    """
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
     model = make_model(config, machine, setup.shape, setup)
@@ -174,7 +177,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         checkpoint_activations(model, machine)
     optimizer = make_optimizer(config, model, machine, layout)
     if config.optimizer == "muon" and not any(optim.is_for_muon(name, p) for name, p in optimizer.named):
-        notices.append("no matrix that Muon would train is left: AdamW trains all, at --learning_rate")
+        notices.append("no trainable matrices for Muon: AdamW trains all parameters, at --learning_rate")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
         scaler = parallelize.sharded_scaler(machine)
@@ -182,12 +185,12 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         resumed.load_optimizer(optimizer.state_shards())
         scaler.load_state_dict(resumed.state["scaler"])
         if moved := resumed.moved(machine.environment()):
-            notices.append(f"note: {moved}: the run goes on, but not bit for bit as it would have there")
+            notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")
     in_training = None
     if config.eval_tasks or config.sample_prompt:
         from nanogpt.evaluation.in_training import InTrainingEvaluation
 
-        options = config if world.is_main_process else InTrainingOptions()  # one process looks on
+        options = config if world.is_main_process else InTrainingOptions()  # runs on rank 0
         in_training = InTrainingEvaluation(options, Path(config.out_dir), setup.dataset.tokenizer, machine)
     progress = resumed.progress if resumed else Progress()
     return Run(
@@ -204,8 +207,8 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
 def make_model(
     config: Config, machine: runtime.Machine, shape: GPTConfig, setup: resolve.Setup[Config] | None = None
 ) -> GPT:
-    """Build the model with the weights that `setup` has found, or with new ones from the seed; with new
-    adapters, if the options ask for them."""
+    """Build the model: load the checkpoint or pretrained weights of `setup`, else initialize it from the
+    seed. Unless resumed, add new LoRA adapters if --lora_rank is set."""
     if setup and setup.resumed:
         model = setup.resumed.load_model(setup.init_device, config.dropout).train()
     else:
@@ -226,7 +229,7 @@ def make_model(
 
 
 def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout: Layout) -> Optimizer:
-    """Build the optimizer of the parameters that are trained; for --eval_only without its state."""
+    """Build the optimizer of the trainable parameters; with --eval_only on the meta device (no memory)."""
     named: Iterable[tuple[str, Tensor]] = model.named_parameters()
     if config.eval_only:
         named = ((n, torch.empty(p.shape, device="meta", requires_grad=p.requires_grad)) for n, p in named)
@@ -235,10 +238,10 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
 
 
 def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, rows: int) -> None:
-    """Make two updates of a new model with micro-batches of `rows` windows, for --batch_size=auto: the second
-    finds the gradients' memory in the pieces that the first has left."""
+    """Run two iterations of a new model with micro-batches of `rows` sequences, for --batch_size=auto: two,
+    because the second runs with the memory fragmented by the first."""
     config = replace(config, batch_size=rows)
-    alone = replace(machine, world=World())  # nobody is asked
+    alone = replace(machine, world=World())  # single process: no collectives
     model = make_model(config, alone, shape)
     if config.activation_checkpointing:
         from nanogpt.compile import checkpoint_activations
@@ -254,8 +257,11 @@ def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, r
 
 
 def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Choose once what every update needs: the model's forward function, in its number format and perhaps
-    compiled; the micro-batches of an update, by its number; and the step, train_step or one around it."""
+    """Return (function, micro_batches, step) for the training loop.
+
+    `function` is the forward pass: mixed precision, then torch.compile, then gradient averaging over ranks.
+    micro_batches(iter_num) yields (loss weight, batch) pairs. `step` is train_step or a wrapper of it.
+    """
     config, machine, batches = run.config, run.machine, run.batches
     several = machine.world.size > 1
     function, step = machine.in_dtype(run.model), train_step
@@ -277,14 +283,14 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
         function = parallelize.connect(function, run.model, machine)
         micro_batches = partial(parallelize.micro_batches, batches, machine.world, function)
         step = parallelize.step_of_all(train_step, machine.world)
-    elif config.cuda_graph:  # in one process alone (cuda_graphs.require_recordable)
+    elif config.cuda_graph:  # single process only (cuda_graphs.require_recordable)
         from nanogpt.gpu import cuda_graphs
 
         step = cuda_graphs.StepGraph(train_step, batches.full, machine)
     return function, micro_batches, step
 
 
-# ----------------------------------------------------------------------------- one update
+# ----------------------------------------------------------------------------- one iteration
 
 
 def train_step(
@@ -295,17 +301,18 @@ def train_step(
     lr: float | Tensor,
     grad_clip: float,
 ) -> tuple[Tensor, Tensor]:
-    """Update the weights once, with the mean gradient of `micro_batches`.
+    """Run one optimizer step with the mean gradient of `micro_batches`.
 
-    Each is a loss weight and a batch (idx, targets, and perhaps documents); the weights add up to 1. Returns
-    the loss and the gradient's norm before clipping, scalars on the device: reading one waits for the device.
+    Each is (loss weight, batch), where batch is (idx, targets[, documents]); the weights sum to 1, averaged
+    over ranks. Return the loss and the gradient norm before clipping, as scalars on the device: reading one
+    synchronizes.
     """
     total: Any = 0.0
     for weight, batch in micro_batches:
-        loss = model(*batch)[1] * weight  # the logits are let go at once
-        scaler.scale(loss).backward()  # scaled for float16 alone
+        loss = model(*batch)[1] * weight  # logits are freed at once
+        scaler.scale(loss).backward()  # loss is scaled for float16 only
         total += loss.detach()
-    stepped = cast(torch.optim.Optimizer, optimizer)  # all that the scaler uses of one, ours has
+    stepped = cast(torch.optim.Optimizer, optimizer)  # implements all that GradScaler uses
     scaler.unscale_(stepped)
     grad_norm = clip_gradients(optimizer.parameters, grad_clip, optimizer.layout)
     optimizer.lr = lr
@@ -316,32 +323,32 @@ def train_step(
 
 
 def seed_dropout(machine: runtime.Machine, seed: int, iter_num: int) -> None:
-    """Draw random numbers anew from (seed, iter_num): nothing that happens between steps changes them, and a
-    resumed run draws the same."""
+    """Reseed the device's RNG from (seed, iter_num, rank), so that dropout depends neither on evaluations
+    between iterations nor on resuming."""
     machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
 
 
 def check_finite(loss: Tensor, grad_norm: Tensor, iter_num: int, lr: float, scaled: bool) -> None:
-    """Raise Diverged if an update was made of non-finite numbers. With a scaled loss (float16) a non-finite
-    gradient is no harm: the scaler has skipped the update."""
+    """Raise Diverged if the loss or the gradient norm is not finite. With loss scaling (float16) a non-finite
+    gradient norm is allowed: the scaler has skipped that step."""
     if not math.isfinite(float(loss)) or not (scaled or math.isfinite(float(grad_norm))):
         raise Diverged(
             f"loss {float(loss)}, gradient norm {float(grad_norm)} at iteration {iter_num} with learning "
-            f"rate {lr:.3g}; go on from the last checkpoint with a smaller --learning_rate "
+            f"rate {lr:.3g}; resume from the last checkpoint with a smaller --learning_rate "
             f"(--init_from=resume)"
         )
 
 
 def learning_rate(config: Config, iter_num: int) -> float:
-    """Return the learning rate of update number `iter_num`, counted from 0.
+    """Return the learning rate of iteration `iter_num`, counted from 0.
 
-    It rises linearly over `warmup_iters` updates (never 0: the first is peak / (warmup_iters + 1)), then
-    falls from `learning_rate` to `min_lr`, which it reaches at update `lr_decay_iters` and keeps:
+    It rises linearly over `warmup_iters` iterations (never 0: the first is peak / (warmup_iters + 1)), then
+    falls from `learning_rate` to `min_lr`, which it reaches at iteration `lr_decay_iters` and keeps:
 
     - cosine:   half a cosine, as in GPT-3 (Brown et al. 2020, appendix B) and nanoGPT
     - linear:   a straight line
     - wsd:      holds the peak, then a straight line over the last `lr_cooldown` of `lr_decay_iters`
-                (warm-up, stable, decay: Hu et al. 2024, "MiniCPM")
+                (warmup, stable, decay: Hu et al. 2024, "MiniCPM")
     - constant: holds the peak
     """
     peak, floor, warmup = config.learning_rate, config.min_lr, config.warmup_iters
@@ -359,21 +366,21 @@ def learning_rate(config: Config, iter_num: int) -> float:
     return floor + (peak - floor) * left
 
 
-# ----------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------- training loop
 
 
 def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
-    """Update the weights until max_iters; evaluate, log and save on the way."""
+    """Train until max_iters; evaluate, log and save checkpoints along the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
     model, micro_batches, take_step = prepare_step(run)
-    hidden = None if world.is_main_process else True  # None: where no terminal shows it
+    hidden = None if world.is_main_process else True  # None: disabled if stderr is not a terminal
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at = progress.iter_num if progress.iter_num else -1
     unlogged_s, unlogged, pending_check = 0.0, 0, None
-    logged_at = run.batches.tokens_before(progress.iter_num)  # in tokens
+    logged_at = run.batches.tokens_before(progress.iter_num)  # tokens seen
     while True:
-        # between two updates: evaluate, save, see whether to stop
+        # between iterations: evaluate, save, check whether to stop
         improved = False
         last = progress.iter_num >= config.max_iters
         if (progress.iter_num % config.eval_interval == 0 or last) and progress.val_loss is None:
@@ -384,7 +391,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
-        leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or last  # all leave at the same step
+        leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or last  # on all ranks at once
         if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
             if pending_check:
                 pending_check()
@@ -396,9 +403,10 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             finish(run, stop, last)
             return
 
-        # one update
+        # one iteration
         started = time.perf_counter()
-        # The noise of the gradient grows as the batch gets smaller (Malladi et al. 2022).
+        # Batch ramp-up: gradients of smaller batches are noisier, so scale lr by the square root of the
+        # batch size relative to the full one (Malladi et al. 2022).
         smaller = math.sqrt(run.batches.windows(progress.iter_num) / run.batches.full)
         lr = smaller * learning_rate(config, progress.iter_num)
         seed_dropout(machine, config.seed, progress.iter_num)
@@ -408,7 +416,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         pending_check = partial(check_finite, loss, grad_norm, progress.iter_num, lr, scaled)
         is_logged = progress.iter_num % config.log_interval == 0
         if is_logged:
-            pending_check()  # waits for the device
+            pending_check()  # synchronizes with the device
         took_s = time.perf_counter() - started
         progress.elapsed_s += took_s
         unlogged_s, unlogged = unlogged_s + took_s, unlogged + 1
@@ -432,23 +440,26 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
 
 
 def run_tasks(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
-    """Score and sample in the first process, if it is time (in_training.py); the others help to gather."""
+    """Run eval tasks and sampling on rank 0 if due (in_training.py); yield the lines to print.
+
+    Collective: call on all ranks, which gather the weights together.
+    """
     iter_num = run.progress.iter_num
     if not run.in_training or not (last or iter_num % run.config.eval_interval == 0):
         return
     if run.machine.world.any_rank(run.in_training.due(iter_num)) and (model := gather_model(run)):
-        model = model.to(run.machine.device)  # where it is, unless it was gathered
+        model = model.to(run.machine.device)  # no-op unless gathered to the CPU
         yield from run.in_training.maybe_run(model, iter_num, write, stop.asked)
 
 
 def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
-    """Evaluate both splits, print and log; returns whether the validation loss is the best so far."""
+    """Evaluate both splits, print and log; return whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     run.machine.world.report_phase(progress.iter_num, "evaluating")
     shape = (config.windows, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = validation.evaluate_splits(run.model, run.dataset, shape, *how)
-    if both is None:  # stopped meanwhile; a resumed run evaluates here again
+    if both is None:  # interrupted; a resumed run repeats this evaluation
         return False
     train, val = both
     about = f"± {val.stderr:.4f}, {val.describe(run.dataset.bytes_per_token)}"
@@ -472,20 +483,20 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
 
 
 def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
-    """Wait for what is being written, and say how it ended; raises Stopped before the last iteration."""
+    """Wait for the pending checkpoint and report the outcome; raise Stopped if the run is incomplete."""
     run.machine.world.rank_zero_only(run.writer.wait)
     print_saved(run)
     if not last:
-        by = stop.reason or "another process"
+        by = stop.reason or "another rank"
         place = f"iteration {run.progress.iter_num}"
-        raise Stopped(f"stopped by {by} at {place}, saved; go on with --init_from=resume")
+        raise Stopped(f"stopped by {by} at {place}; checkpoint saved, resume with --init_from=resume")
     if run.out_of_patience:
-        print(f"stopped: no better validation loss in {run.progress.stale} evaluations (--patience)")
+        print(f"early stopping: no improvement in {run.progress.stale} evaluations (--patience)")
     print(metrics.gap(metrics.read(Path(run.config.out_dir))))
 
 
 def is_time_to_save(run: Run, improved: bool) -> bool:
-    """At each improvement; after other evaluations or every save_interval as the options say."""
+    """Return whether to save: on a new best, every save_interval or, if that is 0, after evaluations."""
     config, progress = run.config, run.progress
     due = config.always_save_checkpoint and progress.val_loss is not None
     if config.save_interval:
@@ -494,8 +505,8 @@ def is_time_to_save(run: Run, improved: bool) -> bool:
 
 
 def prepare_out_dir(run: Run, command: list[str]) -> str:
-    """Make out_dir ours, with the tokenizer and the options in it; returns what became of a run that was
-    there ("" if none was)."""
+    """Lock out_dir and write the tokenizer and the options to it; return a notice about a previous run in
+    it, or ""."""
     config, out = run.config, Path(run.config.out_dir)
     resumed_at = run.resumed.iter_num if run.resumed else None
     run.lock, notice = writer.acquire_folder(out, resumed_at, config.overwrite)
@@ -533,7 +544,7 @@ def open_log(run: Run) -> metrics.Log:
 
 
 def save(run: Run) -> None:
-    """Gather what several processes hold, and let the first one write it; the others wait."""
+    """Gather sharded state and start writing a checkpoint on rank 0. Collective: call on all ranks."""
     config, world = run.config, run.machine.world
     model, optimizer = gather_model(run), run.optimizer.state()
     state = {
@@ -549,8 +560,10 @@ def save(run: Run) -> None:
 
 
 def gather_model(run: Run) -> GPT | None:
-    """The model with all its weights: itself or, where it is sharded, a copy of it in the first process and
-    None in the others, which all must ask for together."""
+    """Return the unsharded model: itself or, if sharded, a gathered copy on rank 0 and None elsewhere.
+
+    Collective: call on all ranks.
+    """
     if not run.optimizer.layout.sharded:
         return run.model
     from nanogpt.distributed import parallelize
@@ -559,7 +572,7 @@ def gather_model(run: Run) -> GPT | None:
 
 
 def lora_config(config: Config) -> dict[str, Any] | None:
-    """What lora.Adapters takes, as a checkpoint keeps it; None without adapters."""
+    """Return the arguments of lora.Adapters, as stored in checkpoints; None without adapters."""
     if not config.lora_rank:
         return None
     return {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.lora_targets}

@@ -1,12 +1,12 @@
 """Compare eval.py's scores with lm-eval's own model class on an exported copy of the same weights.
 
     python export.py --out_dir=out-mine --to=exported
-    pip install accelerate peft      # what lm-eval's class for transformers asks for
+    pip install accelerate peft      # required by lm-eval's HFLM
     python -m benchmarks.against_lm_eval --run=out-mine --export=exported --hellaswag=hellaswag_val.jsonl \
         --lambada=lambada_test.jsonl --text=valid.txt
 
-lm-eval tokenizes and runs the model by transformers, makes the prompts, windows the text and scores, all
-by its own code; only the files are local. Every prediction must be equal, log-likelihoods to 1e-3.
+lm-eval tokenizes, runs the model with transformers, builds the prompts, windows the text and scores, all
+with its own code; only the data files are local. Predictions must be equal, log-likelihoods within 1e-3.
 """
 
 import json
@@ -30,17 +30,17 @@ from nanogpt.tokenizer import tokenizer
 
 @dataclass(frozen=True)
 class Config:
-    run: str = "out"  # a run folder
-    export: str = ""  # the same weights as a Hugging Face folder
-    hellaswag: str = ""  # JSONL files, and a text
-    lambada: str = ""
-    text: str = ""
-    limit: NonNegativeInt = 0  # items of each task; 0: all
-    batch_size: NonNegativeInt = 16  # rows a batch, for lm-eval
+    run: str = "out"  # run folder
+    export: str = ""  # the same weights, as a Hugging Face folder
+    hellaswag: str = ""  # HellaSwag as JSONL; empty: skip
+    lambada: str = ""  # LAMBADA as JSONL; empty: skip
+    text: str = ""  # text file; empty: skip
+    limit: NonNegativeInt = 0  # maximum number of items per task; 0: all
+    batch_size: NonNegativeInt = 16  # sequences per batch in lm-eval
 
 
 def main(config: Config) -> None:
-    """Measure and print. Raises UserError if a number differs."""
+    """Run the comparison and print it. Raise UserError if a score differs."""
     from lm_eval.models.huggingface import HFLM
 
     found, _ = reader.find(Path(config.run), "best")
@@ -61,8 +61,8 @@ def main(config: Config) -> None:
 
 
 def compare(kind: str, path: Path, subject: log_likelihood.Subject, lm: Any, limit: int) -> list[str]:
-    """Items, how many are predicted otherwise, the largest difference of a log-likelihood (of a text: of
-    the nats a token), and the seconds of both."""
+    """Return the number of items, of differing predictions, the largest log-likelihood difference (for a
+    text: in nats/token), and the seconds of both sides."""
     with tempfile.TemporaryDirectory() as folder:
         if kind == "text":
             text = path.read_text(encoding="utf-8")
@@ -92,17 +92,17 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def likelihoods(row: dict[str, Any]) -> np.ndarray:
-    """Of each ending of an item of ours."""
+    """Return our log-likelihood of each ending of an item."""
     return np.array(row["loglikelihoods"] if "loglikelihoods" in row else [row["loglikelihood"]])
 
 
 def given_by(sample: dict[str, Any]) -> np.ndarray:
-    """The same of lm-eval's."""
+    """Return lm-eval's log-likelihood of each ending of an item."""
     return np.array([value for value, _ in sample["filtered_resps"]])
 
 
 def same_prediction(row: dict[str, Any], sample: dict[str, Any]) -> bool:
-    """Whether both were right, by each of the task's measures."""
+    """Return whether both sides agree on correctness, for each of the task's metrics."""
     if "correct" in row:
         return row["correct"] == bool(sample["acc"])
     names = {"acc": "prediction", "acc_norm": "prediction_norm"}
@@ -113,8 +113,8 @@ def same_prediction(row: dict[str, Any], sample: dict[str, Any]) -> bool:
 
 
 def by_lm_eval(folder: Path, kind: str, rows: list[dict], lm: Any, **config: Any) -> tuple[list[dict], dict]:
-    """The samples of a task in their order, and its scores: lm-eval's own code, with the settings of its
-    YAML file for `kind` ("hellaswag", "lambada", "text") or those in `config`, on `rows`."""
+    """Run lm-eval's own code on `rows`, with the settings of its YAML file for `kind` ("hellaswag",
+    "lambada", "text") or with `config`. Return the samples in order, and the scores."""
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
@@ -130,14 +130,14 @@ def by_lm_eval(folder: Path, kind: str, rows: list[dict], lm: Any, **config: Any
     }
     settings |= config or SETTINGS[kind]()
     task = ConfigurableTask(cache_dir=str(folder / "cache"), config=settings)
-    none = TaskManager(include_defaults=False)  # its own 15,000 files take some seconds to read
+    none = TaskManager(include_defaults=False)  # reading its 15,000 files takes seconds
     found = simple_evaluate(model=lm, tasks=[task], task_manager=none, log_samples=True, bootstrap_iters=0)
     samples = sorted(found["samples"][settings["task"]], key=lambda sample: sample["doc_id"])
     return samples, found["results"][settings["task"]]
 
 
 def hellaswag() -> dict[str, Any]:
-    """lm-eval's hellaswag, for rows whose `ctx_a` and `ctx_b` are one `ctx`."""
+    """Return the settings of lm-eval's hellaswag, for rows with `ctx` instead of `ctx_a` and `ctx_b`."""
     from lm_eval.tasks.hellaswag.utils import preprocess
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def hellaswag() -> dict[str, Any]:
 
 
 def lambada() -> dict[str, Any]:
-    """lm-eval's lambada_openai."""
+    """Return the settings of lm-eval's lambada_openai."""
     perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
     return {
         "output_type": "loglikelihood",
@@ -166,7 +166,7 @@ def lambada() -> dict[str, Any]:
 
 
 def text() -> dict[str, Any]:
-    """lm-eval's wikitext, without its changes to the text."""
+    """Return the settings of lm-eval's wikitext, without its text preprocessing."""
     names = {"word_perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}
     measures = [
         {"metric": name, "aggregation": how, "higher_is_better": False} for name, how in names.items()

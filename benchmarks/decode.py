@@ -1,14 +1,13 @@
-"""Tokens a second, beside nanoGPT's own sampling and transformers' generate, all in one call.
+"""Compare decoding speed in tokens/s with nanoGPT's generate and transformers' generate.
 
-    python benchmarks/decode.py                                  # ours alone
+    python benchmarks/decode.py                                  # without nanoGPT
     python benchmarks/decode.py --nanogpt=NANOGPT --rounds=5     # NANOGPT: a clone of karpathy/nanoGPT
     python benchmarks/decode.py --only=char --nanogpt=NANOGPT
 
-A GPT-2 of 124M random weights writes after prompts of 16 and 500 tokens at batch 1, and ten samples of
-500 tokens come of the character model (6 layers of 384 channels, context 256). The sides take turns; each
-figure is the best of its rounds, as neighbours on the machine only ever slow it down. "Decode" leaves the
-reading of the prompt out. The share is of the speed at which this machine reads memory, measured here,
-if every weight is read once a token.
+GPT-2 (124M, random weights) continues prompts of 16 and 500 tokens at batch 1, and the character model
+(6 layers, 384 channels, context 256) generates ten samples of 500 tokens. The sides alternate; each result
+is the best of its rounds, because other load on the machine can only slow it down. "decode" excludes the
+prefill. The percentage is relative to the measured memory bandwidth, if every weight is read once per token.
 """
 
 import sys
@@ -33,21 +32,21 @@ CHARACTERS = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_emb
 
 @dataclass(frozen=True)
 class Config:
-    nanogpt: str = ""  # a clone of nanoGPT; empty: left out
-    transformers: bool = True  # its generate, if it is installed
-    only: Literal["", "16", "500", "char"] = ""  # one of the three comparisons
-    rounds: PositiveInt = 3  # of each side, in turn
+    nanogpt: str = ""  # path of a nanoGPT clone; empty: skip it
+    transformers: bool = True  # include transformers' generate, if installed
+    only: Literal["", "16", "500", "char"] = ""  # run only this comparison: prompt length, or char
+    rounds: PositiveInt = 3  # rounds per side, alternating
 
 
 @dataclass
 class Taken:
-    whole_s: float  # prompt and tokens
-    decode_s: float  # tokens alone, 0: not known
-    cpu_s: float  # processor time of the whole
+    whole_s: float  # prefill and decoding
+    decode_s: float  # decoding alone; 0: unknown
+    cpu_s: float  # CPU time of both
 
 
 def bandwidth() -> float:
-    """Bytes a second at which all threads read memory."""
+    """Measure the memory read bandwidth of all threads in bytes/s."""
     block = torch.ones(64 << 20)
     times = []
     for _ in range(8):
@@ -77,12 +76,12 @@ def timed(run: Callable[[], object]) -> Taken:
 
 
 def theirs(folder: str, config: GPTConfig) -> Any:
-    """nanoGPT's model of the shape `config`, with random weights."""
+    """Build nanoGPT's model with the shape of `config` and random weights."""
     sys.path.insert(0, folder)
     try:
         import model as nanogpt_model
     except ImportError:
-        raise UserError(f"--nanogpt={folder} holds no model.py; give a clone of karpathy/nanoGPT") from None
+        raise UserError(f"--nanogpt={folder} has no model.py; give a clone of karpathy/nanoGPT") from None
     names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     return nanogpt_model.GPT(nanogpt_model.GPTConfig(**{n: getattr(config, n) for n in names})).eval()
 
@@ -109,7 +108,7 @@ def gpt2_sides(config: Config, context: int, count: int) -> dict[str, Callable[[
         try:
             models = {dtype: hugging_face(dtype) for dtype in (torch.float32, torch.bfloat16)}
         except ImportError:
-            print("transformers is not installed: left out (pip install transformers)")
+            print("transformers is not installed: skipped (pip install transformers)")
             models = {}
         for dtype, model in models.items():
             options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": True, "top_k": 200}
@@ -120,7 +119,7 @@ def gpt2_sides(config: Config, context: int, count: int) -> dict[str, Callable[[
 
 
 def character_sides(config: Config) -> dict[str, Callable[[], Taken]]:
-    """Ten samples of 500 tokens after a new line, without the start of a program."""
+    """Return the sides that generate ten samples of 500 tokens after a newline, without process start-up."""
     sides: dict[str, Callable[[], Taken]] = {}
     for dtype in ("float32", "bfloat16", "int8"):
         model = cast(GPT(CHARACTERS).eval(), dtype)
@@ -150,12 +149,10 @@ def compare(
             line += f"   decode {tokens / decode:7.1f}"
         if decode and matrices:
             share = matrices * BYTES[name.split()[1]] * tokens / decode / speed
-            line += f" ({share:4.0%} of reading memory)"
+            line += f" ({share:4.0%} of memory bandwidth)"
         if theirs_s:
-            line += f"   {theirs_s / whole:5.1f} times nanoGPT"
-        print(
-            f"{line}   processor {min(run.cpu_s for run in runs) / tokens * 1e3:6.1f} ms a token", flush=True
-        )
+            line += f"   {theirs_s / whole:5.1f}x nanoGPT"
+        print(f"{line}   CPU time {min(run.cpu_s for run in runs) / tokens * 1e3:6.1f} ms/token", flush=True)
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:

@@ -1,18 +1,18 @@
-"""All that is to be measured on a GPU, against nanoGPT, in one call of at most eight minutes without a net.
+"""All GPU benchmarks against nanoGPT in one call, within eight minutes and without network access.
 
     python -m benchmarks.gpu path/to/nanoGPT --out=DIR
     python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=mini_owt --tokens=FILE.bin
     python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=train124               # longer blocks
-    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=options                # ours alone
+    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=options                # without nanoGPT
     python -m benchmarks.gpu path/to/nanoGPT --out=DIR --parts=all --minutes=22
-    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --device=cpu --tiny=True       # tries the script
+    python -m benchmarks.gpu path/to/nanoGPT --out=DIR --device=cpu --tiny=True       # tests the script
 
-Both programs run as they are and take turns on the chip (A B A B); where the loss does not matter the tokens
-are random. Each part is a process with a time limit: what fails or is too slow is written down, and the next
-one begins. DIR/results.json and DIR/table.md are up to date a few seconds after each figure, DIR/logs holds
-what the programs said, and a later call adds its parts to those that DIR has. The part shakespeare needs the
-checkout's data/shakespeare_char prepared; mini_owt needs a file of GPT-2 tokens, uint16, of at most 40 MB, or
-the checkout's data/mini_owt. Needs torch 2.11 or later.
+Both programs run unmodified and alternate on the GPU (A B A B); where the loss is irrelevant, tokens are
+random. Each part is a process with a time limit; failures and timeouts are recorded and the next part starts.
+DIR/results.json and DIR/table.md are updated every few seconds, DIR/logs holds the programs' output, and
+later calls add their parts to the results in DIR. The part shakespeare needs the checkout's prepared
+data/shakespeare_char; mini_owt needs a file of GPT-2 tokens (uint16, at most 40 MB) or the checkout's
+data/mini_owt. Requires torch 2.11 or later.
 """
 
 import datetime
@@ -36,16 +36,16 @@ from nanogpt import ROOT, files
 from nanogpt.config import NonNegativeFloat, PositiveInt, read
 from nanogpt.errors import UserError, run_program
 
-LARGEST_TOKENS = 40 << 20  # bytes: what may have to be carried to the machine
-LOOKS_S = 5.0  # how often what a part has found so far is written
+LARGEST_TOKENS = 40 << 20  # maximum size of --tokens in bytes, to keep uploads small
+LOOKS_S = 5.0  # seconds between writes of a part's intermediate results
 
 
 class Part(NamedTuple):
-    seconds: int  # its share of eight minutes
-    usual: bool = True  # is among the parts if none are named
+    seconds: int  # nominal duration, scaled to --minutes
+    usual: bool = True  # run by default
 
 
-# In this order: what is done early leaves its time to those that take all they get.
+# In run order: time left over by early parts goes to later ones, which use all they get.
 PARTS = {
     "chip": Part(35),
     "checkpoint": Part(25),
@@ -61,12 +61,12 @@ PARTS = {
 
 
 class Row(NamedTuple):
-    """A row of the table of goals."""
+    """A row of the table of targets."""
 
-    figures: tuple[str, ...]  # what it shows, one after the other
-    public: str  # what is published of nanoGPT
-    least: str
-    aim: str
+    figures: tuple[str, ...]  # names of the results it shows, in order
+    public: str  # published result of nanoGPT
+    least: str  # minimum target
+    aim: str  # stretch target
 
 
 ROWS = {
@@ -110,37 +110,35 @@ HEADER = ["", "nanoGPT, published", "nanoGPT, here", "ours, here", "times better
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "out-gpu"  # the folder for results.json, table.md and what the parts wrote
-    parts: str = ",".join(name for name, part in PARTS.items() if part.usual)  # which, in this order; or all
-    minutes: NonNegativeFloat = 8.0  # all parts together, at most
-    tokens: str = ""  # a file of GPT-2 tokens for mini_owt; empty: the checkout's data/mini_owt
-    their_batch: PositiveInt = 12  # nanoGPT's micro-batch in train124 and train350; 12 is its preset's
-    options: str = ""  # more options for our train.py in the parts that train, separated by spaces
-    compile: bool = True  # False: neither side, on a machine without a working compiler
-    device: str = "cuda"  # cpu: with --tiny=True, to try the script
-    tiny: bool = False  # sizes that run anywhere; the figures mean nothing
+    out: str = "out-gpu"  # output folder for results.json, table.md and logs
+    parts: str = ",".join(name for name, part in PARTS.items() if part.usual)  # parts in run order; or all
+    minutes: NonNegativeFloat = 8.0  # time limit in minutes for all parts together
+    tokens: str = ""  # file of uint16 GPT-2 tokens for mini_owt; empty: the checkout's data/mini_owt
+    their_batch: PositiveInt = 12  # nanoGPT's micro-batch size in train124 and train350; its preset: 12
+    options: str = ""  # extra options of our train.py, separated by spaces
+    compile: bool = True  # False: no torch.compile on either side, if there is no working compiler
+    device: str = "cuda"  # device; cpu only to test the script, with --tiny=True
+    tiny: bool = False  # tiny sizes to test the script; the results are meaningless
 
 
 def main(config: Config, arguments: list[str]) -> None:
-    """Run the parts, write and print. Raises UserError for what cannot begin."""
+    """Run the parts, write and print the results. Raise UserError for invalid options."""
     if len(arguments) != 1 or not (Path(arguments[0]) / "train.py").is_file():
-        raise UserError("name one checkout of nanoGPT: python -m benchmarks.gpu path/to/nanoGPT --out=DIR")
+        raise UserError("expected one nanoGPT checkout: python -m benchmarks.gpu path/to/nanoGPT --out=DIR")
     asked = list(PARTS) if config.parts == "all" else [name for name in config.parts.split(",") if name]
     if unknown := [name for name in asked if name not in PARTS]:
-        raise UserError(f"--parts={config.parts}: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        raise UserError(f"unknown part {', '.join(unknown)} in --parts; expected {', '.join(PARTS)}")
     if config.tokens and not Path(config.tokens).is_file():
-        raise UserError(f"--tokens={config.tokens} is no file; give raw uint16 GPT-2 tokens")
+        raise UserError(f"--tokens={config.tokens} is not a file; give raw uint16 GPT-2 tokens")
     if config.tokens and Path(config.tokens).stat().st_size > LARGEST_TOKENS:
-        raise UserError(
-            f"--tokens={config.tokens} is larger than 40 MB; cut it, such as with head -c 40000000"
-        )
+        raise UserError(f"--tokens={config.tokens} is larger than 40 MB; truncate it: head -c 40000000")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this torch sees no CUDA GPU; --device=cpu --tiny=True tries the script without one")
+        raise UserError("torch finds no CUDA GPU; test the script with --device=cpu --tiny=True")
     out = Path(config.out)
     results = begin(config)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # of compiled code: cold at first
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:  # compile cache, initially cold
         for number, name in enumerate(asked):
             left = config.minutes * 60 - (time.monotonic() - started)
             seconds = limits(asked[number:], left)[name]
@@ -151,8 +149,8 @@ def main(config: Config, arguments: list[str]) -> None:
 
 
 def begin(config: Config) -> dict[str, Any]:
-    """The results before the first part: with those of earlier calls for the same folder; UserError if they
-    are of another machine."""
+    """Return the initial results, including those of earlier calls with the same folder. Raise UserError if
+    they were measured on other hardware or software."""
     results: dict[str, Any] = {
         "device": device_name(config.device),
         "torch": torch.__version__,
@@ -174,7 +172,7 @@ def begin(config: Config) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """Of the chip, asked without a context on it, which would take its memory for the whole call."""
+    """Return the device name, without creating a CUDA context, which would hold memory for the whole call."""
     if device != "cuda":
         return shared.processor()
     asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -186,7 +184,7 @@ def device_name(device: str) -> str:
 
 
 def limits(asked: Sequence[str], total: float) -> dict[str, float]:
-    """The seconds of each part: its share of `total`, and enough to start torch."""
+    """Return the time limit of each part in seconds: its share of `total`, at least 20 to start torch."""
     factor = total / sum(PARTS[name].seconds for name in asked)
     return {name: min(max(20.0, PARTS[name].seconds * factor), total) for name in asked}
 
@@ -199,10 +197,10 @@ def run_part(
     cache: str,
     look: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
-    """What the part `name` found, or its error. It is a process of its own: what it breaks, on the device
-    too, ends with it. `look` is shown what it has found so far, every few seconds."""
+    """Run part `name`; return its results or error. It runs in a separate process, so a CUDA error does not
+    affect other parts. `look` is called with intermediate results every few seconds."""
     if limit < 5:
-        return {"error": "left out: no time was left", "seconds": 0.0}
+        return {"error": "skipped: no time left", "seconds": 0.0}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         about = asdict(config) | {
@@ -218,7 +216,7 @@ def run_part(
         command = [sys.executable, "-m", "benchmarks.gpu_parts", name, f"{scratch}/about.json", str(answer)]
 
         def so_far() -> dict[str, Any]:
-            # A part writes what it has each time it has more, so that one that fails late has not failed.
+            # Parts write intermediate results, so a late failure does not lose the earlier ones.
             found = files.read_json(answer) if answer.is_file() else {}
             return found | {"seconds": round(time.monotonic() - started, 1), "on": str(datetime.date.today())}
 
@@ -232,7 +230,7 @@ def run_part(
 
 
 def supervised(command: list[str], log: Path, limit: float, look: Callable[[], None] = lambda: None) -> str:
-    """Run `command` with its output in `log`, for `limit` seconds; returns what went wrong, "" if nothing."""
+    """Run `command` for at most `limit` seconds with output to `log`; return an error message, "" if none."""
     deadline = time.monotonic() + limit
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -252,11 +250,11 @@ def supervised(command: list[str], log: Path, limit: float, look: Callable[[], N
     if not code:
         return ""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1][:500] if lines else f"ended with {code} and said nothing"
+    return lines[-1][:500] if lines else f"exited with {code} and no output"
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a process and all that it has started."""
+    """Kill a process and its process group."""
     if os.name == "nt":
         process.kill()
     else:
@@ -267,11 +265,11 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-# ----------------------------------------------------------------------------- what is written
+# ----------------------------------------------------------------------------- output
 
 
 def note(out: Path, results: dict[str, Any], name: str, found: dict[str, Any]) -> None:
-    """Write both files, the part `name` having found this much."""
+    """Store the results `found` of part `name`, and write both files."""
     results["parts"][name] = found
     files.write_json(out / "results.json", results)
     files.write_text(out / "table.md", report(results) + "\n")
@@ -284,12 +282,12 @@ def summary(name: str, found: dict[str, Any]) -> str:
 
 
 def errors(found: dict[str, Any]) -> list[str]:
-    """Of a part: what ended it, and what it could do without."""
+    """Return the errors of a part, fatal and non-fatal."""
     return [*([found["error"]] if "error" in found else []), *found.get("errors", [])]
 
 
 def report(results: dict[str, Any]) -> str:
-    """The goals beside what was measured, then the other figures, then what failed."""
+    """Return the report: targets and results, then other results, then failures."""
     parts = results["parts"]
     figures = {one["what"]: one for part in parts.values() for one in part.get("figures", ())}
     rows = []
@@ -316,19 +314,19 @@ def report(results: dict[str, Any]) -> str:
     if others:
         lines += ["", shared.markdown(["also measured", "nanoGPT", "ours", "times better", "note"], others)]
     if failed:
-        lines += ["", "Failed or left out:", "", *failed]
+        lines += ["", "Failed or skipped:", "", *failed]
     return "\n".join(lines)
 
 
 def cells(one: dict[str, Any]) -> list[str]:
-    """Theirs, ours, and how many times better ours is."""
+    """Return the cells: theirs, ours, and the ratio."""
     ratio = one.get("ratio")
     both = [shown(one.get(side)) if one else "not measured" for side in ("theirs", "ours")]
     return [*both, f"{ratio:.2f}" if ratio else ""]
 
 
 def joined(values: Sequence[str]) -> str:
-    """One cell for figures that share a row."""
+    """Join the values of a row's results into one cell."""
     return values[0] if len(set(values)) == 1 else " / ".join(value or "-" for value in values)
 
 
@@ -346,5 +344,5 @@ def command_line(argv: list[str]) -> tuple[Config, list[str]]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))  # so that the part under way ends, too
+    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))  # also ends the running part
     run_program(lambda: main(*command_line(sys.argv[1:])))

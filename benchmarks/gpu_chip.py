@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py that need no train.py: the chip, decoding, saving, options."""
+"""The parts of benchmarks/gpu.py without nanoGPT's train.py: device speed, decoding, saving, options."""
 
 import gc
 import subprocess
@@ -40,7 +40,7 @@ def timed(setup: Setup, work: Callable[[], object]) -> float:
 
 
 def median_s(setup: Setup, work: Callable[[], object], seconds: float) -> float:
-    """The median time of `work`, in batches that take long enough to be timed, over about `seconds`."""
+    """Return the median seconds per call of `work`, timed in batches of about 20 ms over `seconds`."""
     once = min(timed(setup, work) for _ in range(3))
     count = max(1, int(0.02 / once))
     took: list[float] = []
@@ -50,7 +50,7 @@ def median_s(setup: Setup, work: Callable[[], object], seconds: float) -> float:
 
 
 def chip(setup: Setup) -> dict[str, Any]:
-    """The rate of a large bf16 product, and of copying: what all other figures are shares of."""
+    """Measure bf16 matmul and memory copy speed, the reference of the other results."""
     side, count = (256, 1 << 20) if setup.tiny else (8192, 1 << 30)
     seconds = 0.1 if setup.tiny else min(2.0, setup.left / 8)
     device, dtype = setup.device, torch.bfloat16 if setup.device == "cuda" else torch.float32
@@ -71,8 +71,8 @@ def chip(setup: Setup) -> dict[str, Any]:
 
 
 def decode(setup: Setup) -> dict[str, Any]:
-    """GPT-2 (124M) of random weights: one, ten and 64 texts at once, and nanoGPT's default job of ten samples
-    of 500 tokens, which it writes one after the other."""
+    """Benchmark decoding of GPT-2 (124M, random weights) at batch 1, 10 and 64, and nanoGPT's default job of
+    ten samples of 500 tokens, which it generates one by one."""
     shape, tokens = (SMALL, 16) if setup.tiny else (GPT2_SIZES["gpt2"], 400)
     dtype = "bfloat16" if setup.device == "cuda" else "float32"
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def decode(setup: Setup) -> dict[str, Any]:
     for batch, values in speed.items():
         values["nanoGPT"] = batch / their_token_s(setup, theirs, batch, tokens // 4)
     serial = 10 * timed(setup, lambda: their_token_s(setup, theirs, 1, count, warm=False))
-    for kind in (Engine, GraphEngine):  # what may fail comes last
+    for kind in (Engine, GraphEngine):  # the one that may fail is last
         try:
             for batch, values in speed.items():
                 decoder = kind(ours, batch, shape.block_size)
@@ -111,14 +111,14 @@ def decode(setup: Setup) -> dict[str, Any]:
                 add()
             decoder = kind(ours, 10, min(shape.block_size, count + 1))
             job[kind.__name__] = timed(setup, lambda decoder=decoder: our_job(decoder, count))
-        except Exception as error:  # of the recording: it says so in the table
+        except Exception as error:  # CUDA graph capture may fail; shown in the table
             found["errors"].append(f"{kind.__name__}: {error}"[:300])
         add()
     return found
 
 
 def mine(speed: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """Without nanoGPT's, and without what is not measured."""
+    """Drop nanoGPT's results, and batches without results."""
     ours = {batch: {n: v for n, v in values.items() if n != "nanoGPT"} for batch, values in speed.items()}
     return {batch: values for batch, values in ours.items() if values}
 
@@ -129,7 +129,7 @@ def spoken(values: dict[str, float]) -> str:
 
 @torch.inference_mode()
 def their_token_s(setup: Setup, model: Any, batch: int, count: int, warm: bool = True) -> float:
-    """Seconds a token (of all texts) of nanoGPT's generate, by autocast as its sample.py has it."""
+    """Return the seconds per decoding step of nanoGPT's generate, with autocast as in its sample.py."""
     idx = torch.zeros(batch, 1, dtype=torch.int64, device=setup.device)
     with torch.autocast(setup.device, dtype=torch.bfloat16, enabled=setup.device == "cuda"):
         if warm:
@@ -138,12 +138,12 @@ def their_token_s(setup: Setup, model: Any, batch: int, count: int, warm: bool =
 
 
 def our_token_s(setup: Setup, decoder: Engine, batch: int, count: int) -> float:
-    """Seconds a token (of all texts); with a graph, without a look at them on the way."""
+    """Return the seconds per decoding step; with CUDA graphs, without synchronizing between steps."""
     decoder.add([Text([0], SAMPLING, seed=i) for i in range(batch)])
     count = min(count, decoder.length - 16)
     if isinstance(decoder, GraphEngine):
-        decoder.run(8)  # is recorded meanwhile
-        decoder.run(count - 8)  # longer caches, too
+        decoder.run(8)  # captures the graph
+        decoder.run(count - 8)  # also captures longer caches
         texts = list(decoder.texts)
         for text in texts:
             decoder.remove(text)
@@ -164,8 +164,8 @@ def our_job(decoder: Engine, count: int) -> None:
 
 
 def stall(setup: Setup) -> dict[str, Any]:
-    """How long training stands still for a checkpoint of 124M with its AdamW state, both in turn: ours from a
-    copy while training goes on."""
+    """Measure how long a checkpoint of 124M with AdamW state blocks training, alternating between both sides;
+    ours writes a copy in the background."""
     shape = SMALL if setup.tiny else GPT2_SIZES["gpt2"]
     ours = GPT(shape).to(setup.device)
     rules = optim.build(OptimizerOptions(), ours.named_parameters())
@@ -196,18 +196,18 @@ def stall(setup: Setup) -> dict[str, Any]:
 
 
 def stall_figures(took: dict[str, list[float]], complete: list[float]) -> list[dict[str, Any]]:
-    """By the medians of all saves but the first, for which ours gets its pinned memory."""
+    """Return the medians over all saves except the first, in which ours allocates pinned memory."""
     middle = {name: float(np.median(times[1:] or times)) for name, times in took.items()}
     note = (
-        f"the copy; the first one, with its pinned memory, {took['ours'][0]:.3g}; complete, read back and "
-        f"flushed after {np.median(complete):.3g}; nanoGPT's is not flushed"
+        f"time of the copy; first save, allocating pinned memory: {took['ours'][0]:.3g}; on disk, verified "
+        f"and synced after {np.median(complete):.3g}; nanoGPT's is not synced"
     )
     return [
         figure("checkpoint stall 124M, s", middle["ours"], middle["theirs"], note=note, lower_is_better=True)
     ]
 
 
-# ----------------------------------------------------------------------------- options of ours
+# ----------------------------------------------------------------------------- our options
 
 TINY = (
     "--n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --batch_size=2 --gradient_accumulation_steps=1 "
@@ -228,7 +228,7 @@ TRIED = {
 
 
 def bench(setup: Setup, preset: str, options: str, log: Path) -> str:
-    """What bench.py says."""
+    """Run bench.py; return its stdout. Raise Failed if it exits with an error."""
     command = [
         sys.executable,
         "bench.py",
@@ -250,14 +250,14 @@ def bench(setup: Setup, preset: str, options: str, log: Path) -> str:
     )
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
-        raise Failed((done.stderr.strip().splitlines() or ["no word"])[-1][:300])
+        raise Failed((done.stderr.strip().splitlines() or ["no output"])[-1][:300])
     return done.stdout
 
 
 def options(setup: Setup) -> dict[str, Any]:
-    """Each option for speed by itself, on GPT-2 (124M) and on the character model: one after the other, what
-    they are compared with first and last."""
-    presets = {  # the quick one first
+    """Benchmark each performance option separately, on GPT-2 (124M) and the character model; the baseline is
+    measured first and last."""
+    presets = {  # the faster one first
         "shakespeare_char": (
             "config/train_shakespeare_char.py",
             "--vocab_size=65 --steps=200 --compile=False",
@@ -269,7 +269,7 @@ def options(setup: Setup) -> dict[str, Any]:
         first = None
         for name, given in TRIED.items():
             if setup.left < 10:
-                found["errors"].append(f"{size}, {name}: left out, no time was left")
+                found["errors"].append(f"{size}, {name}: skipped, no time left")
                 continue
             try:
                 said = bench(setup, preset, f"{sizes} {given}", Path(setup.scratch, "bench.txt"))
@@ -280,7 +280,7 @@ def options(setup: Setup) -> dict[str, Any]:
                 setup.write(found)
                 continue
             first = first or speed
-            note = "the first column is ours without the option"
+            note = "first column: ours without the option"
             found["figures"].append(figure(f"{size}, {name}, tokens/s", speed, first, note=note))
             setup.write(found)
         gc.collect()
@@ -288,7 +288,7 @@ def options(setup: Setup) -> dict[str, Any]:
 
 
 def profile(setup: Setup) -> dict[str, Any]:
-    """Where the time of our step goes, by kernel: text files in the folder of the results."""
+    """Profile our training step by kernel; writes text files to the output folder."""
     found: dict[str, Any] = {"figures": [], "files": []}
     sizes = "--batch_size=48 --gradient_accumulation_steps=1 --steps=10 --profile=True"
     for name in ("as it is", "--casting=weights", "--compile=False"):

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py that run both train.py; each writes its figures as it has them.
+"""The parts of benchmarks/gpu.py that run both train.py; each writes results as they become available.
 
 python -m benchmarks.gpu_parts NAME about.json answer.json      # started by benchmarks/gpu.py
 """
@@ -29,13 +29,13 @@ from benchmarks.shared import exact_loss
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 
-TARGET = 1.4697  # nanoGPT's published loss of its character preset
-SIZES = {  # name: layers, heads, channels, our micro-batch of the 480 windows an iteration
+TARGET = 1.4697  # nanoGPT's published validation loss of its character preset
+SIZES = {  # name: layers, heads, channels, our micro-batch (480 sequences per iteration)
     "124M": (12, 12, 768, 60),
     "350M": (24, 16, 1024, 30),
 }
 TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=32"
-WITHOUT = "torch.compile does not work here"  # what our train.py then says
+WITHOUT = "torch.compile failed"  # printed by our train.py
 QUIET = "--wandb_log=False --log_interval=1 --eval_iters=1 --eval_interval=1000000"
 
 
@@ -46,7 +46,7 @@ def machine_options(setup: Setup) -> list[str]:
 
 
 def random_tokens(setup: Setup) -> Path:
-    """A dataset of random GPT-2 tokens that both sides read."""
+    """Write a dataset of random GPT-2 tokens, readable by both sides."""
     folder = Path(setup.scratch, "random")
     folder.mkdir(exist_ok=True)
     ids = np.random.default_rng(1337).integers(50257, size=20_000 if setup.tiny else 8_000_000)
@@ -56,7 +56,7 @@ def random_tokens(setup: Setup) -> Path:
 
 
 def gpt2_options(setup: Setup, size: str) -> tuple[list[str], list[str], int]:
-    """nanoGPT's options, ours, and the tokens of an iteration, the same for both."""
+    """Return nanoGPT's options, ours, and the tokens per iteration, equal for both."""
     layers, heads, channels, rows = SIZES[size]
     windows, theirs = 480, setup.their_batch
     shape = f"--n_layer={layers} --n_head={heads} --n_embd={channels} --block_size=1024"
@@ -64,7 +64,7 @@ def gpt2_options(setup: Setup, size: str) -> tuple[list[str], list[str], int]:
     if setup.tiny:
         shape, windows, theirs, rows, length = TINY, 8, 2, 4, 32
     if windows % theirs:
-        raise UserError(f"--their_batch={theirs} does not divide the {windows} windows of an iteration")
+        raise UserError(f"--their_batch={theirs} does not divide the {windows} sequences per iteration")
     usual = [*shape.split(), *QUIET.split(), *machine_options(setup), f"--dataset={random_tokens(setup)}"]
     both = [
         [*usual, f"--batch_size={n}", f"--gradient_accumulation_steps={windows // n}"] for n in (theirs, rows)
@@ -73,7 +73,7 @@ def gpt2_options(setup: Setup, size: str) -> tuple[list[str], list[str], int]:
 
 
 def train(setup: Setup, size: str) -> dict[str, Any]:
-    """Tokens a second of both, the preset of GPT-2, in turn."""
+    """Measure tokens/s of both sides with GPT-2's preset, alternating."""
     theirs, ours, tokens = gpt2_options(setup, size)
     programs = {"theirs": (setup.theirs(), theirs), "ours": (setup.ours(), ours)}
     sides: dict[str, Side] = {}
@@ -87,13 +87,13 @@ def train(setup: Setup, size: str) -> dict[str, Any]:
         Path(setup.cache, f"{size}-is-warm").touch()
         found["said"] = {name: side.said("attention: ", "machine: ", WITHOUT) for name, side in sides.items()}
         note = (
-            f"{tokens:,} tokens an iteration, micro-batches {theirs[-2].split('=')[1]} and "
+            f"{tokens:,} tokens per iteration, micro-batches {theirs[-2].split('=')[1]} and "
             f"{ours[len(theirs) - 2].split('=')[1]}"
         ) + "; OURS WAS NOT COMPILED" * any(WITHOUT in line for line in found["said"]["ours"])
         cold = figure(
             f"{size} compiled, s to the first step, cold",
             *[first[name][0] for name in ("ours", "theirs")],
-            note="both at once; from the start of the process to the end of the first iteration",
+            note="both sides concurrently; from process start to the end of the first iteration",
             lower_is_better=True,
         )
         found["figures"] = [cold] if setup.compile else []
@@ -112,7 +112,7 @@ def train(setup: Setup, size: str) -> dict[str, Any]:
 
 
 def speed_of(what: str, took: Blocks, tokens: int, note: str) -> dict[str, Any]:
-    """The medians of blocks, and the ratio of each pair of them."""
+    """Return the median speed over blocks, with the ratio of each pair of blocks in the note."""
     speed = {name: [tokens / float(np.median(block)) for block in blocks] for name, blocks in took.items()}
     pairs = " ".join(f"{a / b:.2f}" for a, b in zip(speed["ours"], speed["theirs"], strict=False))
     seconds = " and ".join(f"{sum(map(sum, took[name])):.0f}" for name in ("theirs", "ours"))
@@ -121,10 +121,10 @@ def speed_of(what: str, took: Blocks, tokens: int, note: str) -> dict[str, Any]:
 
 
 def compiled(setup: Setup) -> dict[str, Any]:
-    """From the start of the process to the end of the first iteration: warm, with what train124 has left in
-    the cache, or cold first if it has not run; and ours by blocks."""
+    """Measure the time from process start to the end of the first iteration with a warm compile cache (of
+    train124; if it has not run, a cold start is measured first), and ours with --compile=blocks."""
     if not setup.compile:
-        raise UserError("--compile=False: there is nothing to time")
+        raise UserError("--compile=False: this part measures compilation; omit it")
     theirs, ours, _ = gpt2_options(setup, "124M")
     blocks = [*ours, *([] if setup.tiny else ["--compile=blocks"])]
     found: dict[str, Any] = {"figures": []}
@@ -162,8 +162,8 @@ def compiled(setup: Setup) -> dict[str, Any]:
 def kept_checkpoints(
     setup: Setup, name: str, program: Path, options: list[str], limit: float
 ) -> tuple[float, dict[float, Path]]:
-    """A whole run, or as much of it as `limit` seconds allow: its seconds, and a copy of each checkpoint by
-    the seconds from the start of the process to its being complete."""
+    """Run `program` for at most `limit` seconds. Return its seconds, and copies of its checkpoints by
+    completion time in seconds after process start."""
     copies = Path(setup.scratch, f"{name}-copies")
     copies.mkdir()
     watcher, started = Path(__file__).with_name("watched.py"), time.time()
@@ -188,13 +188,13 @@ def kept_checkpoints(
     took = time.time() - started
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if code:
-        raise Failed(f"{name} ended with {code}: {lines[-1][:300] if lines else ''}")
+        raise Failed(f"{name} exited with {code}: {lines[-1][:300] if lines else ''}")
     whole = sorted((float(path.name), path) for path in copies.iterdir())
-    return took, dict(whole[:-1] if took >= limit else whole)  # the last one may be half a copy
+    return took, dict(whole[:-1] if took >= limit else whole)  # the last copy may be partial
 
 
 def shakespeare(setup: Setup) -> dict[str, Any]:
-    """The character preset from the start of the process: when 1.4697 is on the disk, and the lowest loss."""
+    """Run the character preset; measure the time to a checkpoint with loss 1.4697, and the lowest loss."""
     folder = Path(setup.checkout, "data", "shakespeare_char")
     if not (folder / "train.bin").is_file():
         raise UserError(f"{folder} is not prepared: run its prepare.py")
@@ -237,7 +237,7 @@ def shakespeare(setup: Setup) -> dict[str, Any]:
         at_target = min((at for at, loss in losses.items() if loss <= target), default=None)
         reached[name] = f"not within {took:.0f} s" if at_target is None else at_target
         lowest[name] = min(losses.values(), default=None)
-        theirs = {"lower_is_better": True, "note": "nanoGPT's run was cut short" * (took >= share)}
+        theirs = {"lower_is_better": True, "note": "nanoGPT's run hit the time limit" * (took >= share)}
         found["figures"] = [
             figure("shakespeare_char, s to 1.4697", reached.get("ours"), reached.get("theirs"), **theirs),
             figure("shakespeare_char, lowest loss", lowest.get("ours"), lowest.get("theirs"), **theirs),
@@ -250,8 +250,8 @@ def shakespeare(setup: Setup) -> dict[str, Any]:
 
 
 def mini_owt(setup: Setup) -> dict[str, Any]:
-    """Steps to the loss that nanoGPT has after 30M tokens, batches of 65,536, GPT-2's size: ours by schedules
-    of two fifths of its steps, and of two thirds if that was too short."""
+    """Measure the steps to nanoGPT's loss after 30M tokens (GPT-2 124M, batches of 65,536 tokens), with our
+    schedule at 2/5 of its steps, then at 2/3 if that did not suffice."""
     source = Path(setup.tokens or Path(setup.checkout, "data", "mini_owt", "train.bin"))
     if not source.is_file():
         raise UserError("mini_owt needs a file of GPT-2 tokens: give --tokens=FILE.bin, raw uint16")
@@ -272,7 +272,7 @@ def mini_owt(setup: Setup) -> dict[str, Any]:
     share = setup.left * 0.5
     _, copies = kept_checkpoints(setup, "theirs", setup.theirs(), [*usual, *schedule, *last], share)
     if not copies:
-        raise Failed(f"nanoGPT did not come to step {steps} in {share:.0f} s; give more --minutes")
+        raise Failed(f"nanoGPT did not reach step {steps} in {share:.0f} s; increase --minutes")
     target = exact_loss(list(copies.values())[-1], loader.load(folder).val, setup.device)
     found: dict[str, Any] = {"figures": [], "their_loss": target, "their_steps": steps, "losses": {}}
     what = "mini_owt, steps to nanoGPT's loss"
@@ -282,7 +282,7 @@ def mini_owt(setup: Setup) -> dict[str, Any]:
             losses[at] = loss
             reached = min((at for at, loss in losses.items() if loss <= target), default=None)
             note = (
-                f"nanoGPT's loss after {steps} steps {target:.4f}; ours by a schedule of {length} steps "
+                f"nanoGPT's loss after {steps} steps: {target:.4f}; ours with a schedule of {length} steps: "
                 f"{loss:.4f} after {at}"
             )
             shown = f"not within {at}" if reached is None else reached
@@ -294,7 +294,7 @@ def mini_owt(setup: Setup) -> dict[str, Any]:
 
 
 def losses_of(setup: Setup, usual: list[str], length: int, every: int) -> Iterator[tuple[int, float]]:
-    """The steps of our run of so many at which it evaluates, and its loss on all of the validation text."""
+    """Run ours for `length` steps; yield (step, loss on the full validation split) at each evaluation."""
     program, name = setup.ours(), f"ours-{length}"
     how = [f"--max_iters={length}", f"--eval_interval={every}", "--eval_iters=100000", "--log_interval=100"]
     given = [*how, *setup.options.split(), f"--out_dir={setup.scratch}/{name}", "--overwrite"]

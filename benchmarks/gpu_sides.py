@@ -1,4 +1,4 @@
-"""The two train.py in processes of their own, for the parts of benchmarks/gpu.py: timed, ended in time."""
+"""Run both train.py in subprocesses with time limits, for the parts of benchmarks/gpu.py."""
 
 import contextlib
 import json
@@ -18,16 +18,16 @@ import numpy as np
 from nanogpt import ROOT
 
 HERE = Path(__file__).parent
-LONGEST_BLOCK_S = 15.0  # of iterations of one side, before it is the other's turn
+LONGEST_BLOCK_S = 15.0  # maximum duration of a block of one side
 
 
 class Failed(RuntimeError):
-    """A side ended, or took too long; the message is one line."""
+    """A side exited or timed out; the message is one line."""
 
 
 @dataclass
 class Setup:
-    """What a part is told, and where it writes what it has found."""
+    """Settings of a part, and the file for its results."""
 
     about: dict[str, Any]
     answer: Path
@@ -41,7 +41,7 @@ class Setup:
 
     @property
     def left(self) -> float:
-        """Seconds until the part should be done."""
+        """Seconds left in the part's time budget."""
         return self.about["budget_s"] - (time.monotonic() - self.started)
 
     def theirs(self) -> Path:
@@ -59,20 +59,20 @@ class Setup:
 def figure(
     what: str, ours: Any, theirs: Any = None, *, note: str = "", lower_is_better: bool = False
 ) -> dict[str, Any]:
-    """A row of the table; the ratio is above 1 where ours is better."""
+    """Return a row of the table; the ratio is above 1 if ours is better."""
     numbers = all(isinstance(value, float | int) and value > 0 for value in (ours, theirs))
     ratio = (theirs / ours if lower_is_better else ours / theirs) if numbers else None
     return {"what": what, "ours": ours, "theirs": theirs, "ratio": ratio, "note": note}
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """This process's, with a cache for compiled code of its own: an empty folder makes a cold start."""
+    """Return this process's environment with its own compile cache; an empty folder gives a cold start."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     return {**os.environ, **caches, "PYTHONUNBUFFERED": "1"}
 
 
 class Lines:
-    """A program's standard output, line by line, with a limit to the wait; standard error goes to `log`."""
+    """A subprocess whose stdout is read line by line with a timeout; stderr goes to `log`."""
 
     def __init__(self, command: list[str], folder: Path, env: dict[str, str], log: Path):
         self.log = log
@@ -87,8 +87,8 @@ class Lines:
                 stderr=errors,
                 text=True,
             )
-        self.lines: queue.Queue[tuple[float, str]] = queue.Queue()  # when it came, and what
-        self.came = self.started  # the last one
+        self.lines: queue.Queue[tuple[float, str]] = queue.Queue()  # (arrival time, line)
+        self.came = self.started  # arrival time of the last line
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -101,13 +101,13 @@ class Lines:
         try:
             self.came, line = self.lines.get(timeout=max(0.1, limit))
         except queue.Empty:
-            raise Failed(f"{self.log.stem}: nothing after {limit:.0f} s more") from None
+            raise Failed(f"{self.log.stem}: no output for {limit:.0f} s") from None
         if not line:
-            raise Failed(f"{self.log.stem} ended with {self.process.wait()}: {self.last_words()}")
+            raise Failed(f"{self.log.stem} exited with {self.process.wait()}: {self.last_words()}")
         return line
 
     def until(self, beginning: str, limit: float) -> float:
-        """Seconds from the start of the program to its first line that begins so."""
+        """Return the seconds from program start to its first line with this prefix."""
         deadline = time.monotonic() + limit
         while not self.next(deadline - time.monotonic()).startswith(beginning):
             pass
@@ -115,10 +115,10 @@ class Lines:
 
     def last_words(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "it said nothing"
+        return lines[-1][:300] if lines else "no output"
 
     def said(self, *beginnings: str) -> list[str]:
-        """The lines of `log` that begin so."""
+        """Return the lines of `log` with any of these prefixes."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return [line for line in lines if line.startswith(beginnings)]
 
@@ -128,20 +128,20 @@ class Lines:
 
 
 class Side(Lines):
-    """A train.py whose iterations run block by block, as watched.py has it."""
+    """A train.py whose iterations run in blocks, controlled by watched.py."""
 
     def __init__(self, name: str, program: Path, options: list[str], env: dict[str, str], scratch: str):
         command = [sys.executable, str(HERE / "watched.py"), "iterations", str(program), *options]
         super().__init__(command, program.parent, env | {"ITERATIONS_LOG": "1"}, Path(scratch, f"{name}.txt"))
 
     def run(self, iterations: int, limit: float) -> list[float]:
-        """The seconds of each of the next `iterations`."""
+        """Run the next `iterations`; return the seconds of each."""
         self.order(iterations)
         return self.answer(limit)
 
     def order(self, iterations: int) -> None:
         assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and `next` says how
+        with contextlib.suppress(BrokenPipeError):  # the process has exited; `next` reports it
             print(iterations, file=self.process.stdin, flush=True)
 
     def answer(self, limit: float) -> list[float]:
@@ -149,8 +149,8 @@ class Side(Lines):
 
 
 def started(sides: dict[str, Side], setup: Setup, settle: int) -> dict[str, tuple[float, float]]:
-    """Both start, and compile, at once: the seconds from the start of each to the end of its first iteration,
-    and the time of an iteration, roughly."""
+    """Start (and compile) both sides concurrently. Return per side the seconds from process start to the end
+    of the first iteration, and the approximate time per iteration."""
     for side in sides.values():
         side.order(settle)
     found = {}
@@ -160,15 +160,15 @@ def started(sides: dict[str, Side], setup: Setup, settle: int) -> dict[str, tupl
     return found
 
 
-Blocks = dict[str, list[list[float]]]  # of each side the seconds of each iteration, block by block
+Blocks = dict[str, list[list[float]]]  # side -> blocks -> seconds of each iteration
 
 
 def in_turn(
     sides: dict[str, Side], setup: Setup, speed: dict[str, float], write: Callable[[Blocks], None]
 ) -> Blocks:
-    """The seconds of the iterations of each side, in blocks that take turns (A B A B ...) for the time that
-    is left; each then has the chip for itself. `speed`: of an iteration, roughly. `write` is shown what there
-    is after each round."""
+    """Run blocks of iterations alternately (A B A B ...) in the remaining time, so that each side has the GPU
+    to itself; return the seconds of each iteration. `speed`: approximate seconds per iteration, updated in
+    place. `write` is called with the results after each round."""
     took: Blocks = {name: [] for name in sides}
     whole = 1.0 if setup.tiny else max(0.0, setup.left)
     each, begun, rounds = min(0.85 * whole / 2 / len(sides), LONGEST_BLOCK_S), time.monotonic(), 0
@@ -177,7 +177,7 @@ def in_turn(
             break
         for name, side in sides.items():
             count = max(2, int(each / speed[name]) - 1)
-            # The first one after a pause is not counted.
+            # The first iteration after a pause is discarded.
             took[name].append(side.run(1 + count, setup.left + setup.budget_s)[1:])
             speed[name] = float(np.median(took[name][-1]))
         rounds += 1

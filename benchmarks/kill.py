@@ -1,19 +1,18 @@
-"""Kill a run at random moments, resume it each time, and compare it with a run that nobody touched.
+"""Kill a run at random times, resume it each time, and compare it with an uninterrupted run.
 
     python -m benchmarks.kill                     # 30 kills
     python -m benchmarks.kill --kills=200 --seed=7
     python -m benchmarks.kill --processes=2 --kills=20 --hangs=10
 
-The run saves at every step, so many kills fall into a save. After each kill (SIGKILL, as a crash or
-the kernel's out-of-memory killer would do it) every checkpoint that can be seen must be whole, and
-none that was announced may be lost. In the end weights, optimizer state and logged rows must be those
-of the unbroken run, bit for bit. A power cut, which also loses what the system had not yet written to
-the disk, is not played here. Run it from the repository root, on a system that can fork: each process
-is forked from one that has imported train.py already.
+The run saves at every iteration, so many kills hit a save. After each SIGKILL (as by a crash or the OOM
+killer), every visible checkpoint must be complete, and no checkpoint reported as saved may be missing. At
+the end, weights, optimizer state and logged rows must be bitwise identical to the uninterrupted run. Power
+loss, which also drops unflushed file system caches, is not simulated. Run it from the repository root on a
+system with fork: processes are forked from one that has already imported train.py.
 
-With --processes=2 torchrun starts two processes. A random one gets SIGKILL, or SIGSTOP, as a hang. The other
-one must name the process that is lost, torchrun must start both again, and `--init_from=auto` must go on to
-the same bits. On Linux.
+With --processes=2 torchrun starts two ranks. A random one receives SIGKILL, or SIGSTOP to simulate a hang.
+The other rank must report which one is lost, torchrun must restart both, and `--init_from=auto` must resume
+to bitwise identical results. Linux only.
 """
 
 import contextlib
@@ -47,53 +46,53 @@ from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.tokenizer import tokenizer, vocabulary
 
-CLOCK = {"step_s", "tokens_per_s", "elapsed_s"}  # what a row and state.json hold of it: never twice the same
+CLOCK = {"step_s", "tokens_per_s", "elapsed_s"}  # time-dependent keys of rows and state.json
 
 
 @dataclass(frozen=True)
 class Config:
-    kills: NonNegativeInt = 30  # how often SIGKILL is sent
-    steps_per_kill: PositiveInt = 4  # steps of the run for each kill or hang; with two processes some 40
-    seed: NonNegativeInt = 1337  # of the moments
+    kills: NonNegativeInt = 30  # number of SIGKILLs
+    steps_per_kill: PositiveInt = 4  # iterations per kill or hang; with two processes use about 40
+    seed: NonNegativeInt = 1337  # seed of the kill times
     # two processes
-    processes: Annotated[int, Range(1, 2)] = 1  # processes of the run
-    hangs: NonNegativeInt = 0  # how often SIGSTOP is sent
-    timeout_s: Seconds = 4.0  # --hang_timeout_s of the run
-    patience_s: PositiveInt = 60  # seconds to wait for the next line or checkpoint of a run
+    processes: Annotated[int, Range(1, 2)] = 1  # number of processes
+    hangs: NonNegativeInt = 0  # number of SIGSTOPs
+    timeout_s: Seconds = 4.0  # --hang_timeout_s of the run, in seconds
+    patience_s: PositiveInt = 60  # seconds to wait for the next line or checkpoint
 
 
 @dataclass
 class Result:
-    steps: int  # of the run
+    steps: int  # iterations of the run
     kills: int = 0
-    before_first: int = 0  # kills that found no checkpoint, because none had been written
-    during_save: int = 0  # kills that left a half-built or half-deleted checkpoint behind
-    newest: int = 0  # the step of the newest checkpoint
-    problems: list[str] = field(default_factory=list)  # empty: all is as it should be
+    before_first: int = 0  # kills before the first checkpoint was written
+    during_save: int = 0  # kills that left a partially written or deleted checkpoint
+    newest: int = 0  # iteration of the newest checkpoint
+    problems: list[str] = field(default_factory=list)  # empty: no errors
 
     def show(self) -> None:
         row = [self.kills, self.during_save, self.before_first, self.steps, len(self.problems)]
-        header = ["kills", "in a save", "before the first checkpoint", "steps of the run", "problems"]
-        shared.show("A run killed at random moments, and resumed", header, [[str(cell) for cell in row]])
+        header = ["kills", "during a save", "before the first checkpoint", "iterations", "problems"]
+        shared.show("A run killed at random times and resumed", header, [[str(cell) for cell in row]])
 
 
 def main(config: Config) -> None:
     if config.hangs and config.processes == 1:
-        raise UserError("--hangs needs --processes=2: one process that hangs is ended by nobody")
+        raise UserError("--hangs requires --processes=2: a hanging single process is not detected")
     with tempfile.TemporaryDirectory() as folder:
         result = (campaign if config.processes == 1 else campaign_of_two)(Path(folder), config)
     result.show()
     if result.problems:
         sys.exit("\n".join(["", *result.problems]))
-    print("\nequal to the unbroken run, bit for bit")
+    print("\nbitwise identical to the uninterrupted run")
 
 
 def campaign(folder: Path, config: Config) -> Result:
-    """Train in `folder` once unbroken and once with kills, and compare."""
+    """Train in `folder` once uninterrupted and once with kills, and compare."""
     write_dataset(folder / "data")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
-    warm_up = context.Process(target=int)  # the first process waits for the import of train.py
+    warm_up = context.Process(target=int)  # waits until the fork server has imported train.py
     warm_up.start()
     warm_up.join()
     result = Result(steps=config.kills * config.steps_per_kill)
@@ -104,7 +103,7 @@ def campaign(folder: Path, config: Config) -> Result:
     while result.kills < config.kills:
         process, began = start(context, killed), time.monotonic()
         ahead = moments.randrange(config.steps_per_kill) if result.kills else 0
-        if ahead:  # let it save that often, and on to somewhere in the next two steps
+        if ahead:  # let it save `ahead` checkpoints, then kill within the next two iterations
             wait_for(out, result.newest + 1, process)
             startup_s = time.monotonic() - began
             wait_for(out, result.newest + ahead, process)
@@ -121,7 +120,7 @@ def campaign(folder: Path, config: Config) -> Result:
 
 
 def options(folder: Path, name: str, steps: int) -> train.Config:
-    """A run of a tiny model whose every part is at work: dropout, accumulation, clipping, evaluation."""
+    """Return a tiny run that uses dropout, gradient accumulation, clipping and evaluation."""
     return train.Config(
         dataset=str(folder / "data"),
         out_dir=str(folder / name),
@@ -143,7 +142,7 @@ def options(folder: Path, name: str, steps: int) -> train.Config:
 
 
 def write_dataset(folder: Path) -> None:
-    """The bytes of this file as a text to learn."""
+    """Write a byte-level dataset of this source file."""
     folder.mkdir(parents=True)
     ids = np.frombuffer(Path(__file__).read_bytes(), dtype=np.uint8).astype("<u2")
     (folder / "train.bin").write_bytes(ids[:-1000].tobytes())
@@ -161,9 +160,9 @@ def start(context: ForkServerContext, options: train.Config) -> ForkServerProces
 
 
 def run(options: train.Config) -> None:
-    """In the new process: train.py with its output in a file beside the run folder."""
+    """Run train.py in the new process, with output to a file beside the run folder."""
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill would leave behind
+    tqdm.set_lock(threading.RLock())  # tqdm's default is a system semaphore, leaked by a kill
     with (
         open(f"{options.out_dir}.log", "a", encoding="utf-8", buffering=1) as log,
         contextlib.redirect_stdout(log),
@@ -175,11 +174,11 @@ def run(options: train.Config) -> None:
 def finish(process: ForkServerProcess, options: train.Config) -> None:
     process.join()
     said = Path(f"{options.out_dir}.log").read_text(encoding="utf-8")
-    assert process.exitcode == 0, f"the run left with {process.exitcode}:\n{said}"
+    assert process.exitcode == 0, f"the run exited with {process.exitcode}:\n{said}"
 
 
 def unbroken(context: ForkServerContext, options: train.Config) -> tuple[float, float]:
-    """Run to the end; returns the seconds until the first checkpoint, and those of each step after it."""
+    """Run to the end; return the seconds to the first checkpoint, and the seconds per iteration after it."""
     process, began = start(context, options), time.monotonic()
     wait_for(Path(options.out_dir), 1, process)
     first = time.monotonic()
@@ -188,16 +187,16 @@ def unbroken(context: ForkServerContext, options: train.Config) -> tuple[float, 
 
 
 def wait_for(out: Path, step: int, process: ForkServerProcess) -> None:
-    """Wait until there is a checkpoint of this step or a later one, or the process has ended."""
+    """Wait for a checkpoint of iteration `step` or later, or until the process has exited."""
     while process.exitcode is None and not any(int(path.name[5:]) >= step for path in checkpoint.steps(out)):
         time.sleep(0.002)
 
 
-# ----------------------------------------------------------------------------- judgement
+# ----------------------------------------------------------------------------- checks
 
 
 def inspect(out: Path, process: ForkServerProcess, result: Result) -> None:
-    """Add to `result` what the killed process has left in the run folder."""
+    """Check the run folder of the killed process, and update `result` in place."""
     steps = []
     for path in checkpoint.steps(out):
         try:
@@ -207,14 +206,14 @@ def inspect(out: Path, process: ForkServerProcess, result: Result) -> None:
     said = re.findall(r"saved \S+step-(\d+)", Path(f"{out}.log").read_text(encoding="utf-8"))
     saved = max([result.newest, *map(int, said)])
     if max(steps, default=0) < saved:
-        result.problems.append(f"kill {result.kills}: step {saved} was saved, {steps} are there")
+        result.problems.append(f"kill {result.kills}: step {saved} was saved, but only {steps} exist")
     result.newest = max(steps, default=0)
     result.before_first += not steps
     result.during_save += any(out.glob(f"step-*{files.TEMPORARY}{process.pid}"))
 
 
 def differences(unbroken: Path, killed: Path) -> list[str]:
-    """In which ways two finished runs are not the same, the clock's numbers left out."""
+    """Return the differences between two finished runs, ignoring time-dependent values."""
     found = []
     if rows(unbroken) != rows(killed):
         found.append("the logged rows differ")
@@ -252,12 +251,12 @@ RUN = (
 
 @dataclass
 class ResultOfTwo:
-    steps: int  # of the run
+    steps: int  # iterations of the run
     killed: int = 0
     stopped: int = 0
-    killed_named: int = 0  # the line of the survivor has the number of the killed process
+    killed_named: int = 0  # kills after which the survivor reported the right rank
     stopped_named: int = 0
-    until_named_s: list[float] = field(default_factory=list)  # from SIGSTOP
+    until_named_s: list[float] = field(default_factory=list)  # seconds from SIGSTOP to the report
     until_step_s: list[float] = field(default_factory=list)  # from SIGKILL to the next new checkpoint
     problems: list[str] = field(default_factory=list)
 
@@ -266,13 +265,13 @@ class ResultOfTwo:
         hangs = f"{self.stopped_named} of {self.stopped}"
         row = [kills, hangs, _longest(self.until_step_s), _longest(self.until_named_s), len(self.problems)]
         header = [
-            "kills named",
-            "hangs named",
+            "kills reported",
+            "hangs reported",
             "kill to next checkpoint, s",
-            "hang to its line, s",
+            "hang to report, s",
             "problems",
         ]
-        shared.show(f"Two processes, {self.steps} steps", header, [[str(cell) for cell in row]])
+        shared.show(f"Two processes, {self.steps} iterations", header, [[str(cell) for cell in row]])
 
 
 def _longest(seconds: list[float]) -> str:
@@ -281,7 +280,7 @@ def _longest(seconds: list[float]) -> str:
 
 
 def campaign_of_two(folder: Path, config: Config) -> ResultOfTwo:
-    """Train in `folder` once unbroken and once with faults, and compare."""
+    """Train in `folder` once uninterrupted and once with faults, and compare."""
     write_dataset(folder / "data")
     moments = random.Random(config.seed)
     faults = ["kill"] * config.kills + ["hang"] * config.hangs
@@ -304,16 +303,16 @@ def campaign_of_two(folder: Path, config: Config) -> ResultOfTwo:
 
 
 def strike(run: "Launch", fault: str, rank: int, result: ResultOfTwo) -> None:
-    """Kill or stop process `rank`, and wait for the line that names it."""
+    """Kill or stop process `rank`, and wait for the other rank to report it."""
     said, began, pid = len(run.said()), time.monotonic(), run.pids()[rank]
     os.kill(pid, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
-    run.wait(lambda: "lost: " in run.said()[said:], "no process said that another is lost")
+    run.wait(lambda: "lost: " in run.said()[said:], "no rank reported a lost rank")
     took_s = time.monotonic() - began
-    named = re.search(r"lost: process (\d+) has not answered", run.said()[said:])
+    named = re.search(r"lost: rank (\d+) has not responded", run.said()[said:])
     right = bool(named) and named[1] == str(rank)
-    with contextlib.suppress(ProcessLookupError):  # torchrun would wait 30 s for one that does not listen
+    with contextlib.suppress(ProcessLookupError):  # torchrun waits 30 s for a stopped process
         os.kill(pid, signal.SIGKILL)
-    run.wait(lambda: run.pids().get(rank, pid) != pid, "no new process")
+    run.wait(lambda: run.pids().get(rank, pid) != pid, "no restarted process")
     run.go_on(0)
     if fault == "kill":
         result.killed, result.killed_named = result.killed + 1, result.killed_named + right
@@ -324,7 +323,7 @@ def strike(run: "Launch", fault: str, rank: int, result: ResultOfTwo) -> None:
 
 
 class Launch:
-    """torchrun with two processes of train.py, and what they say in a file."""
+    """torchrun with two processes of train.py, with output to a file."""
 
     def __init__(self, folder: Path, name: str, steps: int, restarts: int, config: Config):
         self.out, self.log, self.patience_s = folder / name, folder / f"{name}.log", config.patience_s
@@ -349,7 +348,7 @@ class Launch:
         return int(found[0].name[5:]) if found else -1
 
     def pids(self) -> dict[int, int]:
-        """Of the processes that train, by rank."""
+        """Return the process ids of the training processes, by rank."""
         found = {}
         tasks = Path(f"/proc/{self.process.pid}/task/{self.process.pid}")
         for pid in (tasks / "children").read_text(encoding="ascii").split():
@@ -359,7 +358,7 @@ class Launch:
         return found
 
     def go_on(self, steps: int) -> None:
-        """Let both processes train, and `steps` more be saved."""
+        """Wait until a new checkpoint is saved, then for `steps` more iterations."""
         began = self.newest()
         self.wait(lambda: self.newest() > began, "no new checkpoint")
         began = self.newest()
@@ -373,7 +372,7 @@ class Launch:
 
     def finish(self) -> None:
         code = self.process.wait(timeout=10 * self.patience_s)
-        assert code == 0, f"torchrun left with {code}:\n{self.said()}"
+        assert code == 0, f"torchrun exited with {code}:\n{self.said()}"
 
     def end(self) -> None:
         if self.process.poll() is None:

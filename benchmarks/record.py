@@ -1,17 +1,17 @@
-"""Compare what two commits compute, bit for bit: the record that a change of structure must leave equal.
+"""Compare the outputs of two commits bitwise: a regression test for refactorings.
 
-    python -m benchmarks.record BASE                   # a commit, against this working tree
+    python -m benchmarks.record BASE                   # a commit against this working tree
     python -m benchmarks.record BASE HEAD              # against another commit
-    python -m benchmarks.record BASE --only=finetune   # the cases whose name has this in it, and their inputs
+    python -m benchmarks.record BASE --only=finetune   # cases whose name contains this, and their inputs
 
-A case is a command run in a fresh checkout, on small data made here: prepare, train every preset (shrunk to
+A case is a command run in a fresh checkout on small generated data: prepare, train every preset (reduced to
 two blocks of 32 channels and a few iterations), resume, finetune, train in two processes, sample, score,
-export, serve. SHA-256 digests of what it leaves are compared: token files, weights and optimizer state by
-tensor, logged rows, texts, answers. Times, ids, paths, versions and code are left out. Exits with 1 unless
-all are equal.
+export, serve. SHA-256 digests of its outputs are compared: token files, weights and optimizer state, logged
+rows, texts, HTTP responses. Times, ids, paths, versions and code are ignored. Exits with 1 unless all are
+equal.
 
-Both sides run at the same time, each on one thread. Run it from the repository root, on Linux; it takes three
-minutes on two cores. With NANOGPT_TEST_DATA it covers GPT-2's vocabulary, too.
+Both sides run concurrently, each on one thread. Run it from the repository root, on Linux; it takes three
+minutes on two cores. With NANOGPT_TEST_DATA it also covers GPT-2's vocabulary.
 """
 
 import argparse
@@ -40,14 +40,14 @@ from nanogpt import ROOT
 from nanogpt.config import read
 from nanogpt.errors import UserError, run_program
 
-# Keys of JSON that say when, where or with what something ran.
+# JSON keys that depend on time, place or software versions.
 LEFT_OUT = {"step_s", "tokens_per_s", "elapsed_s", "mfu", "seconds", "created", "id", "commit", "command"}
 LEFT_OUT |= {"environment", "python", "torch", "numpy", "device", "instructions", "source", "machine"}
-LEFT_OUT |= {"p", "message"}  # a p-value from drawn patterns, and the words of a refusal
-# Options by the name that they have had since: {"old": "new"}; options that one side lacks are left out.
+LEFT_OUT |= {"p", "message"}  # p-values of random permutations, and texts of error messages
+# Renamed options: {"old": "new"}; options missing on one side are ignored.
 RENAMED: dict[str, str] = {}
 
-# What commands have in common. {W} is the folder of a side, where its inputs lie and its results go.
+# Abbreviations used in commands. {W} is the working folder of a side, with its inputs and results.
 SHORT = {
     "{TWO}": "-m torch.distributed.run --standalone --nproc_per_node=2 {TRAIN} --backend=gloo {CODE}",
     "{TRAIN}": "train.py --device=cpu --dtype=float32 --compile=False --n_layer=2 --n_head=2 --n_embd=32 "
@@ -106,7 +106,7 @@ CASES = {
     "score two": "eval.py {W}/plain {CPU} --tasks={W}/quiz.jsonl --against={W}/gpt2 --out={W}/tasks.json",
     "serve": "serve.py --out_dir={W}/plain {CPU} --port=0",
 }
-# Only where NANOGPT_TEST_DATA has GPT-2's merges.
+# Only if NANOGPT_TEST_DATA has GPT-2's merges.
 GPT2_CASES = {
     "prepare GPT-2's tokens": "data/prepare.py {W}/code.txt --out={W}/ids --tokenizer=gpt2 "
     "--gpt2_bpe={DATA}/gpt2",
@@ -118,17 +118,17 @@ REQUESTS: list[dict[str, Any]] = [
     {"prompt": PROMPTS, "max_tokens": 12, "seed": 3, "logprobs": 2, "n": 2},
     {"prompt": "class A", "max_tokens": 9, "seed": 5, "stop": ["\n"], "echo": True},
     {"prompt": "import", "max_tokens": 6, "seed": 1, "stream": True},
-    {"prompt": "x", "max_tokens": -1},  # is refused
+    {"prompt": "x", "max_tokens": -1},  # rejected
 ]
 
 
 @dataclass(frozen=True)
 class Config:
-    only: str = ""  # run the cases whose name has this in it, and those whose results they read
+    only: str = ""  # run only cases whose name contains this, and those they depend on
 
 
 def every_case() -> dict[str, str]:
-    """The commands of all cases by name, those of presets among them."""
+    """Return the commands of all cases by name, including presets."""
     found = CASES | {f"preset {path.stem}": preset(path) for path in sorted((ROOT / "config").glob("*.py"))}
     if data := os.environ.get("NANOGPT_TEST_DATA"):
         found |= {
@@ -140,7 +140,7 @@ def every_case() -> dict[str, str]:
 
 
 def preset(path: Path) -> str:
-    """A preset, shrunk; one that starts from GPT-2's weights starts from those trained here."""
+    """Return the reduced command of a preset; init_from GPT-2 is replaced by the model trained here."""
     shrunk = "{TRAIN}"
     if "init_from" in path.read_text(encoding="utf-8"):
         shrunk = "train.py {CPU} {ITERS} --init_from={W}/gpt2"
@@ -149,13 +149,13 @@ def preset(path: Path) -> str:
 
 
 def written(command: str) -> list[str]:
-    """The files and folders in {W} that a command makes."""
+    """Return the files and folders in {W} that a command creates."""
     option = "out_dir" if "train.py" in command else "out|to"
     return list(dict.fromkeys(re.findall(rf"--(?:{option})=\{{W\}}/(\S+)", command)))
 
 
 def closure(every: dict[str, str], names: list[str]) -> list[str]:
-    """`names` after the cases whose results their commands read."""
+    """Return `names`, each preceded by the cases whose results it reads."""
     makers = {result: name for name, command in every.items() for result in written(command)}
     found: dict[str, None] = {}
     for name in names:
@@ -169,7 +169,7 @@ def closure(every: dict[str, str], names: list[str]) -> list[str]:
 
 
 class Side:
-    """A checkout, and the folder {W} of its programs."""
+    """A checkout and its working folder {W}."""
 
     def __init__(self, root: Path, work: Path):
         self.root, self.work = root, work
@@ -179,7 +179,7 @@ class Side:
         write_inputs(work)
 
     def run(self, command: str) -> dict[str, str]:
-        """The digest of each result of `command`, by name; where it fails "failed", and the error."""
+        """Run `command`; return the digest of each result by name, or {"failed": error} if it fails."""
         output = ""
         for part in command.replace("{W}", str(self.work)).split(" && "):
             if part.startswith("serve.py"):
@@ -194,7 +194,7 @@ class Side:
             done = subprocess.run(arguments, **how)
             output = done.stdout
             if done.returncode:
-                return {"failed": (done.stderr.strip().splitlines() or ["nothing was said"])[-1]}
+                return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
         found = {}
         for path in (self.work / name for name in written(command)):
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -203,10 +203,10 @@ class Side:
         return found or {"output": digest(self.hide(printed(output)))}
 
     def contents(self, file: Path) -> dict[str, Any]:
-        """What is to be compared of `file`, by name: all of it in one, and each option of a run."""
+        """Return the values of `file` to compare, by name: its content, and each option of a run."""
         name = file.relative_to(self.work).as_posix()
         if file.name in (".lock", "manifest.json") or file.suffix == ".py":
-            return {}  # a manifest has the digests of files that are compared here
+            return {}  # manifests hold digests of files compared here
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as saved:
                 tensors = {key: saved.get_tensor(key) for key in sorted(saved.keys())}
@@ -219,12 +219,12 @@ class Side:
             return {name: file.read_bytes().hex()}
         value = self.hide(json.loads(file.read_text(encoding="utf-8")))
         options = value.pop("options", {}) if isinstance(value, dict) else {}
-        if file.name != "config.json":  # which every checkpoint repeats
+        if file.name != "config.json":  # every checkpoint repeats the options
             options = {}
         return {name: value} | {f"{name} --{key}": option for key, option in options.items()}
 
     def hide(self, value: Any) -> Any:
-        """`value` without what differs between two runs of one commit, options by their newest names."""
+        """Return `value` without what differs between runs of the same commit; options are renamed."""
         if isinstance(value, dict):
             return {RENAMED.get(k, k): self.hide(v) for k, v in value.items() if k not in LEFT_OUT}
         if isinstance(value, list):
@@ -234,12 +234,12 @@ class Side:
         return value
 
     def answers(self, words: list[str]) -> Iterator[Any]:
-        """What the server says to some requests."""
+        """Yield the server's responses to REQUESTS."""
         with self.server(words) as url:
             for body in REQUESTS:
                 answer = ask(f"{url}/v1/completions", body)
                 if isinstance(answer, list) and body is not REQUESTS[-1]:
-                    raise RuntimeError(f"the server refused {body}: {answer}")
+                    raise RuntimeError(f"the server rejected {body}: {answer}")
                 yield answer
             yield ask(f"{url}/v1/models", None)
 
@@ -276,11 +276,11 @@ def ask(url: str, body: Any) -> Any:
         return json.loads(text)
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
     choices = [choice for event in events for choice in json.loads(event)["choices"]]
-    return "".join(choice["text"] for choice in choices)  # how many events they come in depends on the time
+    return "".join(choice["text"] for choice in choices)  # the number of events depends on timing
 
 
 def printed(output: str) -> Any:
-    """What of a program's output is compared: losses where it evaluates, JSON where it is JSON, else all."""
+    """Return the part of a program's output to compare: losses if any, parsed JSON lines, else all of it."""
     if losses := re.findall(r"(?:train|val) loss [\d.]+", output):
         return losses
     with suppress(ValueError):
@@ -294,7 +294,7 @@ def digest(value: Any) -> str:
 
 
 def write_inputs(work: Path) -> None:
-    """Texts that every Python has: 100 KB of code, its functions as rows, questions and answers."""
+    """Write inputs from Python's standard library: 100 KB of code, and its functions as rows, pairs, quiz."""
     text = inspect.getsource(argparse)
     functions = [part.strip() for part in re.split(r"\n(?=    def |class |def )", text) if len(part) > 60]
     rows = [{"text": part} for part in functions]
@@ -321,7 +321,7 @@ def main(config: Config, commits: list[str]) -> None:
     every = every_case()
     wanted = closure(every, [name for name in every if config.only in name])
     if not wanted:
-        raise UserError(f"no case has {config.only!r} in its name; there are: {', '.join(every)}")
+        raise UserError(f"no case name contains --only={config.only!r}; cases: {', '.join(every)}")
     with tempfile.TemporaryDirectory() as folder:
         sides = []
         for number, commit in enumerate([*commits, ""][:2]):
@@ -330,14 +330,14 @@ def main(config: Config, commits: list[str]) -> None:
         with ThreadPoolExecutor(2) as pool:
             both = pool.map(lambda side: {name: side.run(every[name]) for name in wanted}, sides)
             rows = compare(*both)
-    shared.show("The record", ["case", "results", "verdict"], rows)
+    shared.show("Outputs of two commits", ["case", "results", "verdict"], rows)
     if any(verdict != "equal" for _, _, verdict in rows):
         sys.exit("\nnot equal")
     print(f"\nequal: {sum(int(count) for _, count, _ in rows)} results of {len(rows)} cases")
 
 
 def checkout(commit: str, folder: Path) -> Path:
-    """A clone of this repository at `commit`; this working tree where none is named."""
+    """Clone this repository at `commit` into `folder`; if `commit` is empty, use this working tree."""
     if not commit:
         return ROOT
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
@@ -346,7 +346,7 @@ def checkout(commit: str, folder: Path) -> Path:
 
 
 def compare(base: dict[str, dict[str, str]], other: dict[str, dict[str, str]]) -> list[tuple[str, str, str]]:
-    """A row for each case: its name, how many results it has, and whether they are equal."""
+    """Return a row per case: its name, number of results, and verdict."""
     rows = []
     for case, results in base.items():
         theirs = other.get(case, {})

@@ -1,10 +1,10 @@
-"""The server under load and attack, at length: one line for each figure.
+"""Load and robustness tests of the server; prints one line per test.
 
-    python -m benchmarks.serve --out_dir=out-shakespeare-char                    # starts serve.py itself
+    python -m benchmarks.serve --out_dir=out-shakespeare-char                    # starts serve.py
     python -m benchmarks.serve --out_dir=out-shakespeare-char --only=speed,fuzz
 
-speed: 16 clients against one; load: 100 clients for a minute; fuzz: 10,000 mutated requests; slow: 500
-sockets that never finish a request; leave: 100 clients that go away while they are served. Linux only.
+speed: 16 clients compared with one; load: 100 clients for a minute; fuzz: 10,000 malformed requests; slow:
+500 sockets that never finish a request; leave: 100 clients that disconnect while being served. Linux only.
 """
 
 import json
@@ -27,15 +27,15 @@ from nanogpt.errors import UserError, run_program
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = "out"  # a run folder of train.py
-    only: str = "speed,load,fuzz,slow,leave"  # which
-    requests: PositiveInt = 10_000  # of fuzz
-    clients: PositiveInt = 100  # of load
-    seconds: PositiveInt = 60  # of load
-    sockets: PositiveInt = 500  # of slow
-    leaving: PositiveInt = 100  # of leave
-    prompt: str = "\n"  # characters that the model knows
-    tokens: PositiveInt = 64  # of an answer, in speed and load
+    out_dir: str = "out"  # run folder of train.py
+    only: str = "speed,load,fuzz,slow,leave"  # comma-separated tests to run
+    requests: PositiveInt = 10_000  # fuzz: number of requests
+    clients: PositiveInt = 100  # load: number of clients
+    seconds: PositiveInt = 60  # load: duration in seconds
+    sockets: PositiveInt = 500  # slow: number of sockets
+    leaving: PositiveInt = 100  # leave: number of disconnecting clients
+    prompt: str = "\n"  # prompt; its characters must be in the vocabulary
+    tokens: PositiveInt = 64  # tokens per response in speed and load
 
 
 class Server:
@@ -44,12 +44,12 @@ class Server:
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)):
-            raise UserError(f"serve.py did not start with --out_dir={config.out_dir}; its message is above")
+            raise UserError(f"serve.py did not start with --out_dir={config.out_dir}; see its message above")
         self.port = int(found[1])
         self.config = config
 
     def send(self, request: bytes, timeout_s: float = 60.0) -> tuple[bytes, float]:
-        """The answer, and the seconds to its first byte of content after the head."""
+        """Send a request; return the response, and the seconds to its first event (0: none)."""
         started, first = time.perf_counter(), 0.0
         answer = b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection:
@@ -75,7 +75,7 @@ class Server:
         return float(re.search(rf"^nanogpt_{name} (\S+)", self.get("/metrics").decode(), re.M)[1])
 
     def resident(self) -> int:
-        """Bytes of memory."""
+        """Return the resident set size in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
 
@@ -173,7 +173,7 @@ PATHS += [
 
 
 def mutated(draw: random.Random, port: int) -> bytes:
-    """A request of one of many broken kinds; some are valid. It asks for its connection to be closed."""
+    """Return a randomly malformed request (some are valid), with `Connection: close`."""
     kind = draw.randrange(6)
     if kind == 0:
         path, method = draw.choice(PATHS), draw.choice(["GET", "HEAD", "POST", "PUT", "BREW", "get"])
@@ -187,7 +187,7 @@ def mutated(draw: random.Random, port: int) -> bytes:
             body[draw.randrange(len(body))] = draw.randrange(256)
     if kind == 2:
         body = body[: draw.randrange(len(body))]
-    if kind == 3:  # a body that is not as long as it says
+    if kind == 3:  # body longer than its Content-Length
         return request(port, bytes(body), length=draw.randrange(len(body) + 1))
     whole = bytearray(
         request(port, bytes(body), draw.choice([b"", b"X: y\r\n", b"Expect: 100-continue\r\n"]))
@@ -228,9 +228,9 @@ def speed(server: Server) -> str:
     alone, first_alone = tokens_a_second(1, 10)
     all_at_once, first = tokens_a_second(16, 5)
     return (
-        f"one client {alone:.0f} tokens/s, first after {first_alone * 1000:.1f} ms; sixteen "
-        f"{all_at_once:.0f} ({all_at_once / alone:.2f} times), first after "
-        f"{first * 1000:.1f} ms ({first / first_alone:.2f} times)"
+        f"1 client: {alone:.0f} tokens/s, first token after {first_alone * 1000:.1f} ms; 16 clients: "
+        f"{all_at_once:.0f} tokens/s ({all_at_once / alone:.2f}x), first token after "
+        f"{first * 1000:.1f} ms ({first / first_alone:.2f}x)"
     )
 
 
@@ -264,7 +264,7 @@ def load_(server: Server) -> str:
     counts = {status.decode(): statuses.count(status) for status in sorted(set(statuses))}
     time.sleep(1)
     return (
-        f"{config.clients} clients, {config.seconds} s: answers by status {counts}; memory {grown:+.1%} "
+        f"{config.clients} clients, {config.seconds} s: responses by status {counts}; memory {grown:+.1%} "
         f"of {before / 1e6:.0f} MB; "
         f"health p99 {sorted(health)[int(len(health) * 0.99)] * 1000:.0f} ms; descriptors {handles} -> "
         f"{server.descriptors()}, threads {threads} -> {server.threads()}"
@@ -290,7 +290,7 @@ def fuzz(server: Server) -> str:
     bad = sum(count for status, count in statuses.items() if status.startswith("5"))
     alive = b"ok" in server.get("/health")
     return (
-        f"{len(sent)} requests: {dict(sorted(statuses.items()))}; {bad} of 5xx; alive: {alive}; "
+        f"{len(sent)} requests: {dict(sorted(statuses.items()))}; {bad} with 5xx; alive: {alive}; "
         f"memory {server.resident() / warm - 1:+.1%} after the first quarter"
     )
 
@@ -328,8 +328,8 @@ def slow(server: Server) -> str:
         time.sleep(0.05)
     beside = sorted(times)[int(len(times) * 0.98)]
     return (
-        f"{len(lived)} of {server.config.sockets} trickling sockets closed, the last after "
-        f"{max(lived):.1f} s; /health p98 {before * 1000:.1f} ms before, {beside * 1000:.1f} ms beside them"
+        f"{len(lived)} of {server.config.sockets} slow sockets closed, the last after "
+        f"{max(lived):.1f} s; /health p98 {before * 1000:.1f} ms before, {beside * 1000:.1f} ms meanwhile"
     )
 
 
@@ -349,7 +349,7 @@ def leave(server: Server) -> str:
                 break
         waits.append(time.perf_counter() - left)
     return (
-        f"{sum(wait <= 0.25 for wait in waits)} of {len(waits)} within 250 ms; median "
+        f"{sum(wait <= 0.25 for wait in waits)} of {len(waits)} stopped within 250 ms; median "
         f"{statistics.median(waits) * 1000:.0f} ms, longest {max(waits) * 1000:.0f} ms"
     )
 
@@ -359,7 +359,7 @@ CAMPAIGNS = {"speed": speed, "load": load_, "fuzz": fuzz, "slow": slow, "leave":
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
     if unknown := set(config.only.split(",")) - set(CAMPAIGNS):
-        raise UserError(f"--only={config.only}: {', '.join(unknown)} is none of {', '.join(CAMPAIGNS)}")
+        raise UserError(f"--only={config.only}: {', '.join(unknown)} not in {', '.join(CAMPAIGNS)}")
     for name in config.only.split(","):
         server = Server(config)
         try:

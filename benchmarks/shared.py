@@ -1,5 +1,5 @@
-"""Shared by the benchmarks: a Markdown table for docs/results.md with machine and date, and the loss of a
-checkpoint on a whole split, by which runs are compared."""
+"""Helpers of the benchmarks: Markdown tables with machine and date for docs/results.md, and the exact loss
+of a checkpoint on a whole split, used to compare runs."""
 
 import datetime
 import os
@@ -31,7 +31,7 @@ def machine() -> str:
 
 
 def processor() -> str:
-    """The name that the processor gives itself, where the system tells."""
+    """Return the CPU model name, if the system provides it."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -39,8 +39,8 @@ def processor() -> str:
 
 
 def exact_loss(saved: Path, val: loader.Tokens, device: str = "cpu") -> float:
-    """The mean loss over all of `val`, in float32, in windows of the model's block_size. `saved` is a
-    checkpoint folder of ours, or nanoGPT's ckpt.pt."""
+    """Return the mean loss over all of `val` in float32, in sequences of the model's block_size. `saved` is
+    one of our checkpoint folders, or nanoGPT's ckpt.pt."""
     model = reader.verify(saved).load_model() if saved.is_dir() else load_nanogpt(saved)
     model = model.to(device)
     windows = (len(val) - 1) // model.config.block_size

@@ -1,9 +1,9 @@
-"""Time what a user waits for: the first step of a run, --help, and the answer to a wrong option.
+"""Benchmark start-up latency: time to the first iteration, to --help, and to an unknown-option error.
 
     python -m benchmarks.startup --dataset=data/shakespeare_char
 
-Each is a fresh `python train.py ...`. The run is that of the preset for the CPU (4 layers, 128
-channels) and evaluates both splits before its first step, as train.py does.
+Each measurement starts a new `python train.py ...`. The run uses nanoGPT's CPU settings (4 layers, 128
+channels) and evaluates both splits before its first iteration, as train.py does.
 """
 
 import os
@@ -28,15 +28,15 @@ RUN = (
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "shakespeare_char"  # a prepared one, as train.py takes it
-    times: PositiveInt = 5  # how often each is measured
+    dataset: str = "shakespeare_char"  # prepared dataset, as in train.py
+    times: PositiveInt = 5  # repetitions of each measurement
 
 
 def main(config: Config) -> None:
-    """Measure and print. Raises UserError if train.py does not say what is waited for."""
+    """Run the benchmark and print it. Raise UserError if train.py does not print an awaited line."""
     with tempfile.TemporaryDirectory() as out:
         run = [*RUN.split(), f"--dataset={config.dataset}", f"--out_dir={out}/run", "--overwrite"]
-        waits = {  # what: arguments of Python, and how the awaited line begins
+        waits = {  # name: arguments of Python, and prefix of the awaited line
             "`import torch`": (["-c", "import torch; print('done')"], "done"),
             "the first step": (["train.py", *run], "iter 0:"),
             "`--help`": (["train.py", "--help"], "Options"),
@@ -51,14 +51,14 @@ def main(config: Config) -> None:
         [what, f"{np.median(took):.2f}", f"{max(took):.2f}", f"{np.median(took) / torch_s:.2f}"]
         for what, took in took_s.items()
     ]
-    title = f"From typing `python train.py` to the answer, {config.times} times each, in turn"
-    shared.show(title, ["", "median, s", "maximum, s", "in multiples of import torch"], rows)
+    title = f"Start-up of `python train.py`, {config.times} repetitions each, interleaved"
+    shared.show(title, ["", "median, s", "maximum, s", "relative to import torch"], rows)
 
 
 def seconds_until(awaited: str, arguments: list[str]) -> float:
-    """Start Python and wait for a line that begins so, on either output; then kill it."""
+    """Return the seconds until Python prints a line starting with `awaited`, on either stream; kill it."""
     command = [sys.executable, *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # a pipe would hold lines back
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # stdout to a pipe is block-buffered
     said: list[str] = []
     started = time.perf_counter()
     with subprocess.Popen(
@@ -76,7 +76,7 @@ def seconds_until(awaited: str, arguments: list[str]) -> float:
             if line.startswith(awaited):
                 process.kill()
                 return took_s
-    raise UserError(f"{' '.join(command)} never said {awaited!r} but:\n{''.join(said)}")
+    raise UserError(f"{' '.join(command)} did not print {awaited!r}, but:\n{''.join(said)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Compare the time of an iteration with nanoGPT's, on the CPU.
+"""Compare the time per iteration with nanoGPT's, on the CPU.
 
     python -m benchmarks.step_time path/to/nanoGPT
 
-The checkout needs its data/shakespeare_char prepared. Both train.py run as they are, each in a process
-of its own, with the options that nanoGPT's README gives for a laptop: 4 layers, 4 heads, 128 channels,
-12 windows of 64 characters, no dropout, nanoGPT's GELU. They take turns in blocks of iterations, so
-that whatever else the machine does falls on both; a ratio is that of two neighbouring blocks.
+The checkout needs a prepared data/shakespeare_char. Both train.py run unmodified, each in its own process,
+with the options that nanoGPT's README gives for a laptop: 4 layers, 4 heads, 128 channels, 12 sequences of
+64 characters, no dropout, nanoGPT's GELU. They alternate in blocks of iterations, so that other load on the
+machine affects both equally; each ratio compares two adjacent blocks.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ SHAPE = (
 
 @dataclass(frozen=True)
 class Config:
-    blocks: PositiveInt = 10  # of each side
-    iterations: PositiveInt = 100  # in a block
-    settle: PositiveInt = 10  # iterations before each block that are not counted
+    blocks: PositiveInt = 10  # blocks per side
+    iterations: PositiveInt = 100  # timed iterations per block
+    settle: PositiveInt = 10  # untimed iterations before each block
 
 
 class Side:
-    """One train.py at work in a process of its own; see iterations.py."""
+    """A train.py running in its own process; see watched.py."""
 
     def __init__(self, program: Path, *options: str):
         self.program = program
@@ -49,13 +49,13 @@ class Side:
         )
 
     def run(self, iterations: int) -> list[float]:
-        """The seconds of each of the next `iterations`."""
+        """Run the next `iterations`; return the seconds of each."""
         assert self.process.stdin and self.process.stdout
-        with contextlib.suppress(BrokenPipeError):  # it has ended; its answer will be empty
+        with contextlib.suppress(BrokenPipeError):  # the process has exited; readline returns ""
             print(iterations, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise UserError(f"{self.program} ended with {self.process.wait()}; see above")
+            raise UserError(f"{self.program} exited with {self.process.wait()}; see above")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -63,9 +63,9 @@ class Side:
 
 
 def main(config: Config, arguments: list[str]) -> None:
-    """Measure and print. Raises UserError if the checkout is not one, or a side fails."""
+    """Run the benchmark and print it. Raise UserError if the checkout is invalid or a side fails."""
     if len(arguments) != 1 or not (Path(arguments[0]) / "train.py").is_file():
-        raise UserError("name one checkout of nanoGPT: python -m benchmarks.step_time path/to/nanoGPT")
+        raise UserError("expected one nanoGPT checkout: python -m benchmarks.step_time path/to/nanoGPT")
     theirs = Path(arguments[0]).resolve()
     dataset = theirs / "data" / "shakespeare_char"
     if not (dataset / "train.bin").is_file():
@@ -79,7 +79,7 @@ def main(config: Config, arguments: list[str]) -> None:
         }
         blocks: dict[str, list[list[float]]] = {name: [] for name in sides}
         for number in range(config.blocks):
-            for name in sorted(sides, reverse=bool(number % 2)):  # A B B A: neither always comes first
+            for name in sorted(sides, reverse=bool(number % 2)):  # ABBA order: neither side is always first
                 took = sides[name].run(config.settle + config.iterations)[config.settle :]
                 blocks[name].append(took)
         for side in sides.values():
@@ -88,16 +88,16 @@ def main(config: Config, arguments: list[str]) -> None:
 
 
 def report(config: Config, took_ms: dict[str, np.ndarray]) -> None:
-    """Print the table; `took_ms` holds (blocks, iterations) of each side."""
+    """Print the table; `took_ms`: array (blocks, iterations) per side."""
     medians = {name: np.median(took, axis=1) for name, took in took_ms.items()}
     ratios = medians["ours"] / medians["nanoGPT"]
     rows = []
     for name, took in took_ms.items():
         low, median, high = np.percentile(took, [10, 50, 90])
         rows.append([name, f"{median:.2f}", f"{low:.2f} to {high:.2f}", f"{12 * 64 / median * 1e3:,.0f}"])
-    title = f"A training iteration, {config.blocks} x {config.iterations} of each side in turn"
+    title = f"Time per training iteration, {config.blocks} x {config.iterations} per side, alternating"
     shared.show(title, ["", "median, ms", "10th to 90th percentile, ms", "tokens/s"], rows)
-    print(f"\nours / nanoGPT, pair by pair: {' '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    print(f"\nours / nanoGPT, per pair of blocks: {' '.join(f'{ratio:.3f}' for ratio in ratios)}")
     print(f"median {np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
 
 

@@ -1,13 +1,12 @@
-"""How long until a validation loss: nanoGPT and ours, from the start of the process, in turn.
+"""Compare the time to a validation loss with nanoGPT's, measured from process start.
 
     python -m benchmarks.time_to_loss path/to/nanoGPT
     python -m benchmarks.time_to_loss path/to/nanoGPT --target=1.6 --ours="config/x.py --max_iters=500"
 
-The checkout needs its data/shakespeare_char prepared, or another folder of its data/ (--dataset), which both
-sides read. Both train.py run as they are, one after the
-other, with everything that they do: imports, evaluations, checkpoints. A copy of each checkpoint is
-kept with its time, and scored afterwards on the whole validation split, in windows of the model's own
-block_size, both by the same code in float32. Neither program's own estimate of its loss is used.
+The checkout needs a prepared data/shakespeare_char, or another folder of its data/ (--dataset), which both
+sides read. Both train.py run unmodified, one after the other, including imports, evaluations and checkpoints.
+Each checkpoint is copied with a timestamp and scored afterwards on the whole validation split, in sequences
+of the model's block_size, with the same float32 code for both. The programs' own loss estimates are not used.
 """
 
 import subprocess
@@ -26,7 +25,7 @@ from nanogpt.config import NonNegativeFloat, PositiveInt, read
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 
-# What nanoGPT's README gives for a laptop. It ends at 1.905 (mean of seeds), which it prints as 1.89.
+# Options that nanoGPT's README gives for a laptop. Exact final loss: 1.905 (mean over seeds); it prints 1.89.
 THEIRS = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
     "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
@@ -36,24 +35,24 @@ THEIRS = (
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "shakespeare_char"  # a folder of the checkout's data/
-    target: NonNegativeFloat = 1.88  # the validation loss to reach
-    seeds: PositiveInt = 3  # runs of each side
+    dataset: str = "shakespeare_char"  # folder in the checkout's data/
+    target: NonNegativeFloat = 1.88  # validation loss to reach, in nats/token
+    seeds: PositiveInt = 3  # number of seeds (runs per side)
     ours: str = "config/train_shakespeare_char_cpu.py"  # preset and options of our train.py
-    theirs: str = THEIRS  # and of nanoGPT's
+    theirs: str = THEIRS  # preset and options of nanoGPT's train.py
 
 
 @dataclass(frozen=True)
 class Run:
-    total_s: float  # from start to end
-    reached_s: float | None  # when the first checkpoint at or below the target was complete
-    best: float  # the lowest loss of its checkpoints
+    total_s: float  # from process start to exit
+    reached_s: float | None  # completion time of the first checkpoint at or below the target
+    best: float  # lowest loss over its checkpoints
 
 
 def main(config: Config, arguments: list[str]) -> None:
-    """Run, score and print. Raises UserError if the checkout is not one, or a side fails."""
+    """Run, score and print. Raise UserError if the checkout is invalid or a side fails."""
     if len(arguments) != 1 or not (Path(arguments[0]) / "train.py").is_file():
-        raise UserError("name one checkout of nanoGPT: python -m benchmarks.time_to_loss path/to/nanoGPT")
+        raise UserError("expected one nanoGPT checkout: python -m benchmarks.time_to_loss path/to/nanoGPT")
     theirs = Path(arguments[0]).resolve()
     folder = theirs / "data" / config.dataset
     if not (folder / "train.bin").is_file():
@@ -72,7 +71,7 @@ def main(config: Config, arguments: list[str]) -> None:
 
 
 def run(program: Path, options: list[str], seed: int, val: loader.Tokens, target: float) -> Run:
-    """One run of `program`; UserError if it fails."""
+    """Run `program` once and score its checkpoints. Raise UserError if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         copies = Path(scratch, "copies")
         copies.mkdir()
@@ -87,14 +86,14 @@ def run(program: Path, options: list[str], seed: int, val: loader.Tokens, target
         )
         total_s = time.time() - started
         if ended.returncode:
-            raise UserError(f"{program} ended with {ended.returncode}; see above")
+            raise UserError(f"{program} exited with {ended.returncode}; see above")
         losses = {float(copy.name): exact_loss(copy, val) for copy in copies.iterdir()}
     reached = [at for at, loss in losses.items() if loss <= target]
     return Run(total_s, min(reached, default=None), min(losses.values()))
 
 
 def report(config: Config, found: dict[str, list[Run]]) -> None:
-    """Print the table. A run that never came down to the target counts with its whole time, as a bound."""
+    """Print the table. A run that does not reach the target counts with its total time, a lower bound."""
     rows, times = [], {}
     for name, runs in found.items():
         took = np.array([run.total_s if run.reached_s is None else run.reached_s for run in runs])
@@ -111,11 +110,11 @@ def report(config: Config, found: dict[str, list[Run]]) -> None:
                 f"{np.median([run.total_s for run in runs]):.1f} s",
             ]
         )
-    title = f"From the start of the process to a validation loss of {config.target:g}"
-    shared.show(title, ["", "median", "from, to", "lowest loss, mean", "reached it", "whole run"], rows)
+    title = f"Time from process start to a validation loss of {config.target:g}"
+    shared.show(title, ["", "median", "from, to", "lowest loss, mean", "reached", "whole run"], rows)
     ratios = times["nanoGPT"] / times["ours"]
-    print(f"\nnanoGPT / ours, seed by seed: {' '.join(f'{ratio:.1f}' for ratio in ratios)}")
-    print("a run that did not reach it counts with all of its time")
+    print(f"\nnanoGPT / ours, per seed: {' '.join(f'{ratio:.1f}' for ratio in ratios)}")
+    print("a run that did not reach the target counts with its total time")
 
 
 def command_line(argv: list[str]) -> tuple[Config, list[str]]:

@@ -1,18 +1,17 @@
-"""Run a train.py as it is, nanoGPT's or ours, and watch what it prints.
+"""Run an unmodified train.py, nanoGPT's or ours, and control it through what it prints.
 
     python benchmarks/watched.py iterations path/to/train.py --options...
     python benchmarks/watched.py checkpoints STARTED FOLDER SEED path/to/train.py --options...
 
-The program runs in its own folder. `iterations` times it block by block: a line with a number n on standard
-input runs n iterations, each from one line `iter N:` to the next, and prints their seconds as a JSON list; at
-the end of the input the program is stopped. With ITERATIONS_LOG=1 in the environment what else the program
-prints goes to standard error.
+The program runs in its own folder. `iterations` times it in blocks: each line with a number n on stdin runs n
+iterations, delimited by lines `iter N:`, and prints their seconds as a JSON list; at end of input the program
+is stopped. With ITERATIONS_LOG=1 in the environment the program's other output goes to stderr.
 
-`checkpoints` keeps a copy of each checkpoint: the one that was complete t seconds after STARTED (of
-time.time) becomes FOLDER/t, a file or a folder; copying stops the clock. nanoGPT has no option for its seed,
-so torch.manual_seed is given SEED whatever the program asks for.
+`checkpoints` copies each checkpoint to FOLDER/t (a file or a folder), where t is its completion time in
+seconds after STARTED (a time.time value); time spent copying is excluded. nanoGPT has no seed option, so
+torch.manual_seed always uses SEED.
 
-Needs nothing but Python, and torch for SEED, so neither side's memory or threads are disturbed.
+Imports only the standard library, and torch for SEED, so it does not disturb either side's memory or threads.
 """
 
 import io
@@ -27,7 +26,7 @@ from typing import Any
 
 
 class Iterations(io.TextIOBase):
-    """Standard output for the program: counts its iterations, and holds it back between blocks."""
+    """Replacement for sys.stdout that counts iterations and blocks the program between blocks."""
 
     def __init__(self) -> None:
         self.answers, self.orders = sys.stdout, sys.stdin
@@ -57,9 +56,9 @@ class Iterations(io.TextIOBase):
 
 
 class Checkpoints(io.TextIOBase):
-    """Standard output for the program: passed on, and read for the news that a checkpoint was saved.
+    """Replacement for sys.stdout that forwards the output and watches for saved checkpoints.
 
-    nanoGPT says `saving checkpoint to FOLDER` before it writes, ours `saved FOLDER` afterwards.
+    nanoGPT prints `saving checkpoint to FOLDER` before writing, ours `saved FOLDER` afterwards.
     """
 
     def __init__(self, folder: Path, started: float) -> None:
@@ -96,7 +95,7 @@ def run(program: str, options: list[str], watcher: Any) -> None:
 
 def keep_checkpoints(started: str, folder: str, seed: str, program: str, *options: str) -> None:
     watcher = Checkpoints(Path(folder).resolve(), float(started))
-    import torch  # each program imports it first, too
+    import torch  # both programs import it anyway
 
     seeded = torch.manual_seed
 

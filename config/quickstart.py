@@ -1,11 +1,11 @@
-# A small GPT that writes Python after about a minute on two CPU cores; made for `make quickstart`.
+# Small GPT that generates Python after about a minute of training on two CPU cores; for `make quickstart`.
 #
 #   python data/python_stdlib/prepare.py
 #   python train.py config/quickstart.py
 #
-# It is a start for a text of your own, too: --dataset=data/mine --out_dir=out-mine.
-# Measured on two cores of an AMD EPYC: 50 s from start to end, validation loss 1.485
-# (the library of Python 3.11).
+# Also a starting point for your own text: --dataset=data/mine --out_dir=out-mine.
+# Measured on two cores of an AMD EPYC: 50 s in total, validation loss 1.485 (standard library of
+# Python 3.11).
 
 out_dir = "out-quickstart"
 dataset = "python_stdlib"
@@ -31,7 +31,7 @@ init = "zero"
 optimizer = "muon"
 muon_lr = 0.02
 muon_ns_steps = 3
-learning_rate = 0.01  # of AdamW: embedding, head and norms
+learning_rate = 0.01  # AdamW: embedding, LM head and norms
 weight_decay = 0.0
 beta2 = 0.95
 grad_clip = 0.0

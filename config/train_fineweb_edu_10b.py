@@ -1,10 +1,10 @@
-# GPT-2 (124M) on 10 billion tokens of FineWeb-Edu, as build-nanogpt does. For 8 GPUs of 40 GB; not measured.
+# GPT-2 (124M) on 10 billion tokens of FineWeb-Edu, as in build-nanogpt. For 8 GPUs with 40 GB; not measured.
 #
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_fineweb_edu_10b.py
 #
-# The sample of 10 billion tokens is read once. On the way: HellaSwag, and samples from "Hello, I'm a
-# language model,". Before you rent: python plan.py config/train_fineweb_edu_10b.py --gpu=A100 --gpus=8
+# One epoch of the 10-billion-token sample. During training: HellaSwag and samples from "Hello, I'm a
+# language model,". Estimate time and cost: python plan.py config/train_fineweb_edu_10b.py --gpu=A100 --gpus=8
 
 out_dir = "out-fineweb-edu-10b"
 wandb_run_name = "fineweb-edu-10b"

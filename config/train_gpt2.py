@@ -1,11 +1,11 @@
-# GPT-2 (124M) on OpenWebText, nanoGPT's recipe number for number. Not measured here yet.
-# nanoGPT reports a loss of about 2.85 after some 4 days on 8 A100 40GB.
+# GPT-2 (124M) on OpenWebText with exactly nanoGPT's hyperparameters. Not reproduced here yet.
+# nanoGPT reports a loss of about 2.85 after about 4 days on 8 A100 40GB.
 #
 #   python train.py config/train_gpt2.py
 #
-# 12 windows * 1024 tokens * 40 micro-batches = 491,520 tokens an iteration.
+# 12 sequences * 1024 tokens * 40 micro-batches = 491,520 tokens per iteration.
 
-wandb_project = "owt"  # --wandb_log=True sends the run there
+wandb_project = "owt"  # used with --wandb_log=True
 wandb_run_name = "gpt2-124M"
 
 batch_size = 12

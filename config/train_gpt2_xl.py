@@ -1,10 +1,10 @@
-# GPT-2 xl (1,558M parameters) on OpenWebText, from scratch. For 8 GPUs of 80 GB; not measured.
+# GPT-2 xl (1,558M parameters) on OpenWebText, from scratch. For 8 GPUs with 80 GB; not measured.
 #
 #   python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py
 #
-# The shape is OpenAI's; the rate is that of the GPT-3 model of the same size (Brown et al. 2020, table 2.1).
-# Before you rent: python plan.py config/train_gpt2_xl.py --gpu=A100 --gpus=8
+# Architecture of GPT-2; learning rate of the GPT-3 model of the same size (Brown et al. 2020, table 2.1).
+# Estimate time and cost: python plan.py config/train_gpt2_xl.py --gpu=A100 --gpus=8
 
 out_dir = "out-gpt2-xl"
 wandb_run_name = "gpt2-xl"

@@ -1,11 +1,11 @@
-# The shape of GPT-3 medium (356M parameters), context 2,048. For 8 GPUs of 80 GB; not measured.
+# Architecture of GPT-3 medium (356M parameters), context 2,048. For 8 GPUs with 80 GB; not measured.
 #
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt3_medium.py
 #
-# Sizes, rate, batch and lengths are those of Brown et al. 2020, table 2.1 and appendix B; its data is not to
-# be had, and its sparse layers are dense here.
-# Before you rent: python plan.py config/train_gpt3_medium.py --gpu=H100 --gpus=8
+# Model size, learning rate, batch size and schedule follow Brown et al. 2020, table 2.1 and appendix B.
+# Differences: its data is not public, and its sparse attention layers are dense here.
+# Estimate time and cost: python plan.py config/train_gpt3_medium.py --gpu=H100 --gpus=8
 
 out_dir = "out-gpt3-medium"
 wandb_run_name = "gpt3-medium"

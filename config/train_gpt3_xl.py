@@ -1,12 +1,12 @@
-# The shape of GPT-3 XL (1.3B parameters), context 2,048. For 8 GPUs of 80 GB; not measured.
+# Architecture of GPT-3 XL (1.3B parameters), context 2,048. For 8 GPUs with 80 GB; not measured.
 #
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt3_xl.py
 #
-# Sizes, rate, batch and lengths are those of Brown et al. 2020, table 2.1 and appendix B; its data is not to
-# be had, and its sparse layers are dense here.
-# The paper says 24 heads of 128, which is not 2,048 channels; 16 heads of 128 are.
-# Before you rent: python plan.py config/train_gpt3_xl.py --gpu=H100 --gpus=8
+# Model size, learning rate, batch size and schedule follow Brown et al. 2020, table 2.1 and appendix B.
+# Differences: its data is not public, and its sparse attention layers are dense here.
+# The paper lists 24 heads of 128 channels, which does not equal 2,048; 16 heads of 128 do.
+# Estimate time and cost: python plan.py config/train_gpt3_xl.py --gpu=H100 --gpus=8
 
 out_dir = "out-gpt3-xl"
 wandb_run_name = "gpt3-xl"

@@ -1,10 +1,10 @@
-# The laptop version of train_shakespeare_char_nanogpt.py: the options of nanoGPT's README for a CPU.
+# Laptop version of train_shakespeare_char_nanogpt.py: the CPU options of nanoGPT's README.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_cpu_nanogpt.py
 #
-# Measured on two cores of an AMD EPYC: 90 s, validation loss 1.911 (exact, mean of three seeds, from 1.907 to
-# 1.913); nanoGPT's own run with the same options 93 s, 1.905 (three seeds, from 1.898 to 1.913).
+# Measured on two cores of an AMD EPYC: 90 s, validation loss 1.911 (full split, mean of three seeds, 1.907 to
+# 1.913); nanoGPT with the same options: 93 s, 1.905 (three seeds, 1.898 to 1.913).
 
 out_dir = "out-shakespeare-char-nanogpt"
 eval_interval = 250
@@ -21,7 +21,7 @@ block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 128
-activation = "gelu"  # nanoGPT's
+activation = "gelu"  # as in nanoGPT
 
 learning_rate = 1e-3
 max_iters = 2000

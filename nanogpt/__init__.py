@@ -1,19 +1,19 @@
 """The library behind train.py, sample.py and the other programs; see docs/design.md for its layers.
 
-In Python, `from nanogpt import load` gives a trained model (docs/generation.md).
+From Python, `from nanogpt import load` loads a trained model (docs/generation.md).
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout: presets, datasets and programs lie in it
+ROOT = Path(__file__).resolve().parent.parent  # repository root: presets, datasets and programs
 
 if TYPE_CHECKING:
     from nanogpt.inference.api import load as load
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, imported when it is asked for: the programs import this package, and few need all of it."""
+    """Import `load` lazily: every program imports this package, and few need the inference code."""
     if name == "load":
         from nanogpt.inference.api import load
 

@@ -1,9 +1,9 @@
-"""A cross-entropy that never holds all logits at once.
+"""Chunked cross-entropy, which never holds all logits at once.
 
 For 64 x 1,024 tokens of GPT-2's vocabulary float32 logits take 13 GB, and the plain loss holds them, their
-log-probabilities and the gradients of both. `chunked_cross_entropy` computes the logits of a chunk of tokens,
-their loss and their gradient while they are at hand, and keeps only the gradients of the hidden states and of
-the head: as many operations as the plain loss, for a fraction of its memory.
+log-probabilities and the gradients of both. `chunked_cross_entropy` computes logits, loss and gradient one
+chunk of tokens at a time, and keeps only the gradients of the hidden states and of the LM head: as many FLOPs
+as the plain loss, for a fraction of its memory.
 
 Shapes: N tokens, C channels, V vocabulary, P >= V rows of the padded table.
 """
@@ -20,20 +20,23 @@ from nanogpt.loss import IGNORE, logits_chunk_size, multiplies_padding
 def chunked_cross_entropy(
     x: Tensor, table: Tensor, targets: Tensor, rows: int, size: int, cap: float
 ) -> Tensor:
-    """Return the mean cross-entropy in nats of targets (N,), those equal to IGNORE left out, from hidden
-    states x (N, C) and the head's table (P, C), `rows` tokens at a time."""
+    """Return the mean cross-entropy in nats of targets (N,), excluding those equal to IGNORE, from hidden
+    states x (N, C) and the LM head's weight `table` (P, C), `rows` tokens at a time.
+
+    `size`: vocabulary size without padding; `cap`: soft cap of logits, 0: off.
+    """
     kind = x.device.type
     dtype = x.dtype
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     apply = _ChunkedCrossEntropy.apply
-    if torch.compiler.is_compiling():  # unrolled into one graph, all chunks would be there at once
+    if torch.compiler.is_compiling():  # unrolled into one graph, all chunks would be live at once
         apply = torch.compiler.disable(apply)
     return apply(x, table, targets, rows, size, cap, dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients for a loss of 1 are computed in the forward pass; the backward pass scales them."""
+    """Compute the gradients for a loss of 1 in the forward pass, and scale them in the backward pass."""
 
     @staticmethod
     def forward(
@@ -50,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         counted = (targets != IGNORE)[:, None]
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        # Chunks add up in float32: a sum in bfloat16 would lose what a single product keeps.
+        # Accumulate chunks in float32: bfloat16 sums would lose precision that a single matmul keeps.
         to_table = None
         if ctx.needs_input_grad[1]:
             to_table = torch.zeros(table.shape, dtype=torch.float32, device=x.device)
@@ -58,14 +61,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             part, kept = x[chunk].to(dtype), counted[chunk]
             error = _losses_and_error(part, weight, targets[chunk].clamp(min=0), losses[chunk], size, cap)
-            # An ignored target has no gradient: its row of `error` is multiplied by zeros in both products.
+            # An ignored target has no gradient: its row of `error` is multiplied by 0 in both matmuls.
             if to_x is not None:
                 to_x[chunk] = (error @ weight) * kept
             if to_table is not None and dtype == torch.float32:
                 to_table[: len(weight)].addmm_(error.mT, part * kept)
             elif to_table is not None:
                 to_table[: len(weight)] += error.mT @ (part * kept)
-            del error  # or it would be there beside the next one
+            del error  # before the next one is allocated
         count = counted.sum()
         ctx.save_for_backward(to_x, to_table, count)
         ctx.dtype = table.dtype
@@ -83,8 +86,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _losses_and_error(
     x: Tensor, weight: Tensor, targets: Tensor, losses: Tensor, size: int, cap: float
 ) -> Tensor:
-    """Write the cross-entropy of each of targets (n,) to `losses` (n,), and return its gradient with respect
-    to the logits, (n, len(weight)), in the number format of x (n, C)."""
+    """Write the cross-entropy of each of targets (n,) to `losses` (n,), in place; return its gradient with
+    respect to the logits, (n, len(weight)), in the dtype of x (n, C)."""
     error = x.new_empty(len(x), len(weight))
     rows = logits_chunk_size(x.device.type, len(weight))
     parts = zip(x.split(rows), targets.split(rows), losses.split(rows), error.split(rows), strict=True)
@@ -94,14 +97,14 @@ def _losses_and_error(
             logits.div_(cap).tanh_().mul_(cap)
         logits[:, size:] = -torch.inf
         probabilities = torch.softmax(logits, -1, out=out if out.dtype == logits.dtype else None)
-        # The logarithm of the sum of exponentials, by the largest of them.
+        # logsumexp(logits), as max(logits) - log(max(probabilities))
         total = logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
         each = torch.arange(len(part), device=x.device)
         torch.sub(total, logits[each, wanted], out=loss)
         probabilities[each, wanted] -= 1
         if cap:
-            probabilities *= logits.div_(cap).square_().neg_().add_(1)  # the slope of the cap
-            probabilities[:, size:] = 0  # where there is none
+            probabilities *= logits.div_(cap).square_().neg_().add_(1)  # derivative of the soft cap
+            probabilities[:, size:] = 0  # padding: 0 * -inf is NaN
         out.copy_(probabilities)
-        del logits, probabilities  # or they would be there beside the next ones
+        del logits, probabilities  # before the next ones are allocated
     return error

@@ -1,4 +1,4 @@
-"""torch.compile and activation checkpointing: loaded where one of them is asked for."""
+"""torch.compile and activation checkpointing; imported only if one of them is enabled."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -16,17 +16,18 @@ from nanogpt.runtime import Machine
 
 Function = Callable[..., Any]
 
-# What the choice of --compile=auto rests on; nanoGPT's README says "a minute" and 250 to 135 ms a step.
-COMPILING_S = 60.0  # before the first step, with nothing in the cache
-SAVED = 0.25  # of the time of a step
-EAGER_MFU = 0.3  # share of the chip's peak that a plain step reaches
-UNKNOWN_PEAK = 100e12  # FLOP/s of a GPU that gpu/chips.py does not know
+# Assumptions of --compile=auto; nanoGPT's README reports "a minute" and 250 to 135 ms/iter.
+COMPILING_S = 60.0  # seconds of compilation before the first step, with an empty cache
+SAVED = 0.25  # fraction of the step time saved
+EAGER_MFU = 0.3  # MFU of an uncompiled step
+UNKNOWN_PEAK = 100e12  # FLOP/s assumed for GPUs not in gpu/chips.py
 
 
 def pays(flops: float, peak: float | None) -> bool:
-    """Whether compiling saves more time than it takes in a run of so many `flops` on a GPU of `peak` FLOP/s.
+    """Return whether compiling saves more time than it takes, in a run of `flops` FLOPs on a GPU with `peak`
+    FLOP/s (None: unknown).
 
-    It is worked out, not measured, so that a run and its resumed half choose the same.
+    Computed rather than measured, so that resuming a run makes the same choice.
     """
     plain_s = flops / (EAGER_MFU * (peak or UNKNOWN_PEAK))
     return SAVED * plain_s > COMPILING_S
@@ -40,8 +41,8 @@ def train_function(
     shape: tuple[int, int],
     machine: Machine,
 ) -> Function:
-    """Compile `function`, which computes the loss of `model` for idx of `shape` (B, T), as `how` says; print
-    a line where that does not work."""
+    """Compile `function`, which computes the loss of `model` for idx of `shape` (B, T), as specified by `how`
+    (--compile); print a notice if that fails."""
     trial = partial(warm_up, optimizer=optimizer, shape=shape, machine=machine)
     head = model if machine.device.type == "cuda" else None
     compiled, notice = wrap(without_logits(function), compile=how, trial=trial, blocks=model.h, head=head)
@@ -51,8 +52,8 @@ def train_function(
 
 
 def without_logits(function: Function) -> Function:
-    """`function`, which gives logits and a loss, with None for the logits: a compiler need not write what
-    nobody is given, 13 GB in float32 for 64 x 1,024 tokens of GPT-2's vocabulary."""
+    """Wrap `function`, which returns (logits, loss), to return (None, loss): compiled code need not write the
+    logits, 13 GB in float32 for 64 x 1,024 tokens of GPT-2's vocabulary."""
 
     def loss_alone(*inputs: Tensor) -> Any:
         return None, function(*inputs)[1]
@@ -66,9 +67,9 @@ def warm_up(
     shape: tuple[int, int],
     machine: Machine,
 ) -> None:
-    """Compile a model by one forward and backward pass of idx with `shape` (B, T); leaves no trace."""
+    """Trigger compilation by one forward and backward pass on idx of `shape` (B, T); clear the gradients."""
     zeros = torch.zeros(shape, dtype=torch.long, device=machine.device)
-    # Two tensors: one that comes twice is a case of its own for a compiler, and would be all it compiles.
+    # Two tensors: passing one twice would compile a graph specialized to aliased inputs.
     _, loss = model(zeros, zeros.clone())
     loss.backward()
     optimizer.zero_grad()
@@ -83,23 +84,23 @@ def wrap(
     dynamic: bool = False,
     head: Any = None,
 ) -> tuple[Function, str]:
-    """Compile a model (or one of its methods) if asked: True, in one piece; "blocks", each of `blocks` by
-    itself, which are alike, so that one is traced for all (docs/results.md: a quarter of the time for half
-    of the gain).
+    """Compile a model (or one of its methods). `compile`: False, not at all; True, as one graph; "blocks",
+    each of `blocks` separately: they are alike, so that one is traced for all (docs/results.md: a quarter of
+    the compile time for half of the gain).
 
-    With "blocks" the head and the loss of the model `head`, if it is given, are one more piece: a GPU writes
-    and reads its logits several times otherwise. Those of a sharded model stay as they are.
+    With "blocks", the LM head and loss of the model `head`, if given, are one more graph: eager code writes
+    and reads the logits several times on a GPU. Those of a sharded model are not compiled.
 
-    Compilation happens at the first call, so `trial` calls it once. `dynamic`: for shapes that change
-    from call to call. Returns what to call and a notice ("" if all went as asked). A machine without a
-    working compiler gets `function` back and one line that says so; or a UserError where blocks are sharded,
-    which the trial has left half gathered. The plain model stays the one to save.
+    Compilation happens at the first call, so `trial` must call the function once. `dynamic`: for shapes that
+    change from call to call. Return the function to call and a notice, "" on success. If compilation fails,
+    return `function` itself and a one-line notice, or raise UserError if blocks are sharded, because the
+    failed trial leaves them partly gathered. Checkpoints save the original model, not the compiled one.
     """
     if not compile:
         return function, ""
     blocks = list(blocks)
     sharded = any(map(is_sharded, blocks))
-    # torch's own place for what it compiled is lost with the system's temporary files
+    # torch's default cache is in the system's temporary folder, which does not persist
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache_folder() / "compiled"))
     parts = blocks if compile == "blocks" or sharded else []
     before = [vars(block).get("forward") for block in parts]
@@ -110,27 +111,25 @@ def wrap(
     compiled = function if parts else torch.compile(function, dynamic=dynamic)
     try:
         trial(compiled)
-    except Exception as error:  # the compiler raises whatever its back end does
+    except Exception as error:  # backends may raise anything
         for block, forward in zip(parts, before, strict=True):
-            del block.forward  # the class's own shows again
+            del block.forward  # uncovers the method of the class
             if forward:
                 block.forward = forward
         if head is not None:
             head.compiled_loss = None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if sharded:
-            raise UserError(
-                f"torch.compile does not work here ({lines[0][:120]}); start with --compile=False"
-            ) from None
-        return function, f"torch.compile does not work here ({lines[0][:120]}); running without it"
+            raise UserError(f"torch.compile failed ({lines[0][:120]}); use --compile=False") from None
+        return function, f"torch.compile failed ({lines[0][:120]}); running without it"
     return compiled, ""
 
 
 def checkpoint_activations(model: GPT, machine: Machine) -> None:
-    """Keep of each block's forward pass the input alone, and run it again in the backward pass: a third more
-    arithmetic, a fraction of the activations (Chen et al. 2016).
+    """Recompute each block in the backward pass from its input alone, in place: a third more FLOPs, a
+    fraction of the activation memory (Chen et al. 2016).
 
-    UserError where Machine.in_dtype lends the model its weights for the forward pass alone.
+    Raise UserError if Machine.in_dtype casts the weights for the forward pass only.
     """
     if machine.casts_weights and not is_sharded(model):
         on_cpu = machine.device.type == "cpu"
@@ -148,5 +147,5 @@ def checkpoint_activations(model: GPT, machine: Machine) -> None:
 
 
 def is_sharded(model: object) -> bool:
-    """Whether no process has all weights of `model`, so that all must run it together."""
+    """Return whether `model` is sharded by FSDP: no rank holds all weights, and running it is collective."""
     return hasattr(model, "set_requires_gradient_sync")

@@ -1,8 +1,8 @@
-"""Options of a program: a dataclass, files of assignments and `--key=value`, checked together.
+"""Program options: a dataclass filled from preset files and `--key=value` flags, and validated.
 
     python train.py config/train_shakespeare_char.py --batch_size=32
 
-Files (presets.py) and flags are applied from left to right. Everything wrong is reported at once.
+Files (presets.py) and flags are applied from left to right. All errors are reported together.
 """
 
 import math
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes, both ends included."""
+    """Valid range of a numeric option, inclusive."""
 
     low: float
     high: float = math.inf
@@ -34,26 +34,26 @@ class Range:
 PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
 NonNegativeFloat = Annotated[float, Range(0)]
-Seconds = Annotated[float, Range(1)]  # to wait
+Seconds = Annotated[float, Range(1)]  # timeout
 UnitInterval = Annotated[float, Range(0, 1)]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `read` found: the values, and for each value that was given, where."""
+    """Result of `read`: the values given and the source of each."""
 
     values: dict[str, Any]
     origins: dict[str, str]
-    arguments: list[str]  # positional arguments that are not presets, where the program takes any
-    ignored: dict[str, str]  # keys of files that only other programs have, and the file
+    arguments: list[str]  # positional arguments, if the program takes its own
+    ignored: dict[str, str]  # key in `other_keys`: the preset file that sets it
 
 
 def load(cls: type[T], argv: Sequence[str]) -> tuple[T, dict[str, str]]:
     """Read `argv` into an instance of the dataclass `cls`.
 
-    Returns the instance and, for each option that was given, where ("--lr=1" or "config/x.py").
-    Raises UserError with all problems. `--help` prints the options that most people need, `--help=all` all of
-    them; both leave with 0. Options in `usage.REMOVED` are ignored, with a note on stderr.
+    Return the instance and, for each option given, its source ("--lr=1" or "config/x.py"). Raise UserError
+    listing all problems. `--help` prints the most common options, `--help=all` all of them; both exit with 0.
+    Options in `usage.REMOVED` are ignored with a note on stderr.
     """
     options = read(cls, argv)
     return cls(**options.values), options.origins
@@ -62,8 +62,11 @@ def load(cls: type[T], argv: Sequence[str]) -> tuple[T, dict[str, str]]:
 def read(
     cls: type, argv: Sequence[str], *, arguments: bool = False, other_keys: frozenset[str] = frozenset()
 ) -> Options:
-    """As `load`, for programs that take positional arguments of their own (`arguments`), or whose
-    preset files also hold keys of another program (`other_keys`)."""
+    """Parse `argv` like `load`, without building the instance.
+
+    `arguments`: positional arguments are not presets but the program's own. `other_keys`: keys of another
+    program that preset files may also set.
+    """
     if asked := {"--help", "-h", "--help=all"} & set(argv):
         from nanogpt.usage import help_text
 
@@ -116,17 +119,17 @@ def read(
     problems += [f"--{key}=... is required" for key in required if key not in found.origins]
     if problems:
         raise UserError("\n       ".join(problems))
-    # A run that resumes, or starts from weights, gets some of its options from there.
+    # A run that resumes or starts from weights takes some options from there; checked afterwards.
     if found.values.get("init_from", "scratch") == "scratch":
         require_consistent(cls(**found.values), found.origins)
     return found
 
 
-# ----------------------------------------------------------------------------- one value
+# ----------------------------------------------------------------------------- parsing one value
 
 
 def _from_text(kind: Any, text: str) -> Any:
-    """Read `text` from the command line as `kind`; ValueError if it is none."""
+    """Parse `text` from the command line as type `kind`. Raise ValueError if it is not one."""
     candidates: list[Any] = [text]
     if text.lower() in ("true", "false"):
         candidates.append(text.lower() == "true")
@@ -146,7 +149,7 @@ def _from_text(kind: Any, text: str) -> Any:
 
 
 def _check(kind: Any, value: Any) -> Any:
-    """`value` as `kind`; ValueError if it is none."""
+    """Return `value` converted to type `kind`. Raise ValueError if it is not one."""
     if get_origin(kind) in (Union, UnionType):
         for choice in get_args(kind):
             try:
@@ -172,17 +175,17 @@ def _check(kind: Any, value: Any) -> Any:
     raise ValueError(kind)
 
 
-# ----------------------------------------------------------------------------- what is printed and saved
+# ----------------------------------------------------------------------------- whole configurations
 
 
 def pick_fields(cls: type[T], config: object, **others: Any) -> T:
-    """An instance of the dataclass `cls` from the fields of `config` that have the same names."""
+    """Build the dataclass `cls` from the fields of `config` with the same names, and `others`."""
     names = typing.get_type_hints(cls)
     return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)} | others)
 
 
 def require_consistent(config: object, origins: Mapping[str, str]) -> None:
-    """UserError with all that contradicts itself in `config`, by the `problems` of each part of it."""
+    """Raise UserError listing all inconsistencies that the `problems` methods of `config`'s bases return."""
     checks = [vars(part)["problems"] for part in type(config).__mro__ if "problems" in vars(part)]
     if wrong := [line for check in checks for line in check(config, origins)]:
         error = UserError("\n       ".join(wrong))
@@ -191,8 +194,8 @@ def require_consistent(config: object, origins: Mapping[str, str]) -> None:
 
 
 def non_defaults(config: "DataclassInstance", origins: dict[str, str]) -> list[str]:
-    """One line for each option whose value is not its default, and where the value came from: from
-    `origins`, else from the saved run that goes on."""
+    """Return one line per option that differs from its default, with its source: from `origins`, else the
+    saved run that is resumed."""
     rows = []
     for field in fields(config):
         value = getattr(config, field.name)

@@ -1,14 +1,14 @@
-"""What a program says and returns when it cannot go on.
+"""Error types and exit codes of the programs.
 
-Every program ends through `run_program`, so one cause has one exit code everywhere:
+Every program runs through `run_program`, so each cause has the same exit code everywhere:
 
 ==== ================================================================
-0    done
-2    the user can mend it: an option, a file, a combination
-70   the numbers diverged
-74   reading or writing failed (a full disk, say)
-75   stopped by a signal or a time limit; run it again to go on
-76   another process of the run was lost or hangs; start all of them again
+0    success
+2    user error: an invalid option, file or combination of options
+70   training diverged (non-finite loss, gradient or weight)
+74   input/output error (for example a full disk)
+75   stopped by a signal or a time limit; run again to resume
+76   another rank was lost or hangs; restart all ranks
 ==== ================================================================
 """
 
@@ -24,34 +24,34 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """The message says what was given, what was expected and what to type."""
+    """Invalid user input; the message states what was given, what was expected and what to type."""
 
 
 class Diverged(RuntimeError):
-    """The loss, a gradient or a weight is no longer a finite number."""
+    """The loss, a gradient or a weight is not finite."""
 
 
 class Stopped(Exception):
-    """The program left early on purpose; its state is saved and can be resumed."""
+    """Stopped early on request; the state is saved and can be resumed."""
 
 
 class Lost(RuntimeError):
-    """Another process of the run is gone, or does not move."""
+    """Another rank has exited or hangs."""
 
 
-SHARED = "every process of the run has this error"  # a note on it: the first process tells
-TOLD = "another process has told of this error"
-UNDER_TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # is in the environment of processes that torchrun has started
+SHARED = "raised on every rank"  # exception note: only rank 0 prints the error
+TOLD = "printed by another rank"  # exception note: not printed again
+UNDER_TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # environment variable set by torchrun
 
 
 def run_program(main: Callable[[], T]) -> T:
-    """Return what `main` returns; an expected failure ends the program with one line on stderr and its code.
+    """Return the result of `main`; on an expected error print one line to stderr and exit with its code.
 
-    So do Ctrl-C and a missing package while modules are imported afterwards.
+    Also installs an excepthook that does so for Ctrl-C and missing packages in later imports.
     """
     sys.excepthook = _in_one_line
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that lacks a character gets its number, and a pipe each line when it is printed.
+        # Escape characters that the terminal cannot encode; flush each line when writing to a pipe.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     if UNDER_TORCHRUN in os.environ:
@@ -66,7 +66,7 @@ def run_program(main: Callable[[], T]) -> T:
         leave(2, error, f"error: {error}")
     except Diverged as error:
         leave(70, error, f"diverged: {error}")
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+    except BrokenPipeError:  # the reader of stdout (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
@@ -80,7 +80,7 @@ def run_program(main: Callable[[], T]) -> T:
 
 
 def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As sys.excepthook, for what needs no stack."""
+    """Excepthook that prints one line, without a traceback, for expected errors."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("nanogpt"):
@@ -92,16 +92,16 @@ def _in_one_line(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 def leave(code: int, error: BaseException, message: str) -> NoReturn:
-    """Leave with `code`, and `message` for stderr; of an error that all processes share, one tells."""
+    """Print `message` to stderr and exit with `code`. Only one rank prints an error shared by all."""
     sys.stdout.flush()
     notes = getattr(error, "__notes__", ())
     silent = TOLD in notes or (SHARED in notes and os.environ.get("RANK", "0") != "0")
     if UNDER_TORCHRUN in os.environ:
         from nanogpt import torchrun
 
-        torchrun.report(code, "another process tells why" if silent else message)
+        torchrun.report(code, "see the error of another rank" if silent else message)
     if silent:
-        time.sleep(2)  # the first to leave makes torchrun end the others: let it be the one that tells
+        time.sleep(2)  # torchrun kills the others when the first rank exits: let that be the one that prints
     else:
         print(message, file=sys.stderr)
     sys.exit(code)

@@ -1,8 +1,8 @@
-"""Durable files: everything that must survive a kill or a power cut is written through here.
+"""Atomic, durable file writes that survive a kill or a power failure.
 
-A file or folder appears under its final name only when it is complete: it is built under a temporary
-name, flushed to the disk, renamed, and the rename is flushed too. A reader therefore sees the old
-state or the new one, never half of either. Tests replace `sync` and `rename` to fail at any point.
+A file or folder appears under its final name only when it is complete: it is written under a temporary
+name, flushed to disk with fsync and renamed; the rename is flushed too. A reader sees either the old or
+the new state. Tests replace `sync` and `rename` to fail at any point.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from filelock import FileLock, Timeout
 
 from nanogpt.errors import UserError
 
-TEMPORARY = ".tmp-"  # in the name of everything that is not complete
+TEMPORARY = ".tmp-"  # part of the name of every incomplete file
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk (`fsync`)."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and needs no flush of one
+    """Flush a file or a folder to disk (`fsync`)."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and need not flush it
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -33,19 +33,19 @@ def sync(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename over `target`, durably."""
+    """Rename `source` to `target`, replacing it, and flush the rename to disk."""
     os.replace(source, target)
     sync(target.parent)
 
 
 def temporary(path: Path) -> Path:
-    """The name under which `path` is built; another process never picks the same one."""
+    """Return the temporary name under which `path` is written, unique to this process."""
     return path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
 
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Build the file or folder `path` under a temporary name; it appears if the block succeeds.
+    """Write the file or folder `path` under a temporary name; rename it if the block succeeds.
 
     >>> with staged(folder / "meta.json") as draft:
     ...     draft.write_text("{}")
@@ -73,7 +73,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; `UserError` names the file when it is missing or broken."""
+    """Parse a JSON file. Raise UserError naming the file if it is missing or invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -88,7 +88,7 @@ def sha256(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a whole folder, if it is there."""
+    """Delete a file or a whole folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -96,7 +96,7 @@ def remove(path: Path) -> None:
 
 
 def lock(folder: Path) -> FileLock:
-    """Hold `folder` for this process; `UserError` if another process holds it."""
+    """Lock `folder` for this process. Raise UserError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / ".lock")
     try:
@@ -109,7 +109,7 @@ def lock(folder: Path) -> FileLock:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: NANOGPT_CACHE, or the user's cache folder."""
+    """Return the folder for downloads: NANOGPT_CACHE, or the user's cache folder."""
     import pooch
 
     return Path(os.environ.get("NANOGPT_CACHE") or pooch.os_cache("nanogpt"))

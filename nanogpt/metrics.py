@@ -1,4 +1,4 @@
-"""What a run says about itself: lines on the console, rows in metrics.jsonl, and trackers if asked."""
+"""Logging of a run: console lines, rows of metrics.jsonl and optional trackers."""
 
 import json
 import math
@@ -18,15 +18,15 @@ NAME = "metrics.jsonl"
 
 
 class Log:
-    """Where a run's numbers go: the console, metrics.jsonl (a JSON object a line, flushed), a tracker.
+    """Log metrics to the console, metrics.jsonl (one JSON object per line, flushed) and a tracker.
 
-    A row has "event" ("step", "eval" or "tasks") and "iter": the number of the update it describes for a
-    step, the number of updates done for the others.
+    Each row has "event" ("step", "eval" or "tasks") and "iter": the index of the iteration for "step", the
+    number of iterations completed for the others.
     """
 
     def __init__(self, path: Path, tracker: "Wandb | None", peak_share: float | None):
-        """`path`: the file; `peak_share`: the share of the chip's peak FLOP/s that one token a second
-        takes, if known."""
+        """Append to the file `path`. `peak_share`: model FLOPs utilization (MFU) at 1 token/s, or None if the
+        peak FLOP/s of the device is unknown."""
         self._file = path.open("a", encoding="utf-8", newline="\n")
         self._tracker = tracker
         self._peak_share = peak_share
@@ -34,7 +34,7 @@ class Log:
     def step(
         self, iter_num: int, *, step_s: float, step_tokens: float, tokens: int, loss: float, **values: Any
     ) -> None:
-        """Update number `iter_num`: `step_tokens` in `step_s` seconds, `tokens` since the run began."""
+        """Log iteration `iter_num`: `step_tokens` in `step_s` seconds; `tokens` is the total so far."""
         speed = step_tokens / step_s
         line = f"iter {iter_num}: loss {loss:.4f}, time {step_s * 1000:.2f}ms, {speed:,.0f} tok/s"
         if self._peak_share:
@@ -44,11 +44,11 @@ class Log:
         self._write("step", iter_num, tokens, row)
 
     def evaluation(self, iter_num: int, tokens: int, **values: Any) -> None:
-        """The weights after `iter_num` updates and `tokens`; train.py has printed it."""
+        """Log an evaluation after `iter_num` iterations and `tokens`; printed by train.py."""
         self._write("eval", iter_num, tokens, values)
 
     def tasks(self, iter_num: int, tokens: int, **values: Any) -> None:
-        """Scores of the weights after `iter_num` updates and `tokens`."""
+        """Log task scores after `iter_num` iterations and `tokens`."""
         self._write("tasks", iter_num, tokens, values)
 
     def _write(self, event: str, iter_num: int, tokens: int, values: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Log:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All complete rows of a run, in order; a line that a kill has cut is left out."""
+    """Return all rows of a run in order, skipping truncated lines. Raise UserError if the file is missing."""
     path = run / NAME
     if not path.is_file():
         raise UserError(f"{run} has no {NAME}; give the out_dir of a run")
@@ -79,8 +79,11 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def rewind(run: Path, iter_num: int, evaluated: bool) -> None:
-    """Forget the rows that a resumed run will write again: those after update `iter_num`, and the
-    evaluation there unless the checkpoint was `evaluated`. Scores of tasks there are of its weights."""
+    """Delete the rows that a run resumed at `iter_num` will write again.
+
+    These are all later rows, and the evaluation at `iter_num` unless the checkpoint was `evaluated`. Task
+    scores at `iter_num` belong to the checkpoint and are kept.
+    """
     if not (run / NAME).is_file():
         return
     last = {"eval": iter_num if evaluated else iter_num - 1, "tasks": iter_num}
@@ -89,13 +92,15 @@ def rewind(run: Path, iter_num: int, evaluated: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity; readers get null."""
+    """Replace NaN and infinity, which JSON lacks, by None (null)."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def gap(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One line on training and validation loss of the `rows` of metrics.jsonl: at the best evaluation, and
-    at the last if that is another; empty where nothing was evaluated."""
+    """Summarize training and validation loss at the best evaluation in `rows` and, if different, the last.
+
+    Empty if `rows` holds no evaluation.
+    """
     evaluations = [row for row in rows if row["event"] == "eval"]
     if not evaluations:
         return ""
@@ -104,7 +109,7 @@ def gap(rows: Iterable[Mapping[str, Any]]) -> str:
     if last is not best:
         line += f"; at the end, iteration {last['iter']}: {_losses(last)}"
         if last["train_loss"] < best["train_loss"]:
-            line += " (it learns the training text by heart)"
+            line += " (overfitting)"
     return line
 
 

@@ -1,13 +1,13 @@
-"""GPT: a decoder-only transformer; one block from GPT-2 to the fast recipe.
+"""GPT: a decoder-only transformer, from GPT-2 to modern variants.
 
-`gpt2` is exactly GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU in its tanh form, a head
-that shares its weights with the token embedding. Parameters carry the names of OpenAI's and Hugging
-Face's release. The modern switches (docs/results.md says what each is worth): rotary positions or ALiBi,
-RMSNorm, QK-norm, ReLU² or SwiGLU, grouped queries, projections that begin at zero, a head of its own, a soft
-cap on the logits. The file needs torch and the loss, nothing else: devices, optimizers, files and
-text are other modules'.
+GPTConfig's defaults are exactly GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh-approximated
+GELU, an LM head tied to the token embedding. Parameter names follow OpenAI's and Hugging Face's release,
+except `position.wpe` for `wpe`. Modern options (docs/results.md measures each): rotary positions or ALiBi,
+RMSNorm, QK-norm, ReLU² or SwiGLU, grouped-query attention, zero-initialized projections, an untied LM head,
+logit soft-capping. This file depends on torch and the loss only; devices, optimizers, files and text are
+handled by other modules.
 
-Shapes: B batch, T tokens, C channels (n_embd), nh heads, hs channels a head, V vocabulary.
+Shapes: B batch, T tokens, C channels (n_embd), nh heads, hs channels per head, V vocabulary.
 """
 
 import math
@@ -31,6 +31,8 @@ from nanogpt.loss import (
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """Architecture of a model. The defaults are GPT-2's; those of training are in options.ModelOptions."""
+
     vocab_size: int = 50257
     block_size: int = 1024
     n_layer: int = 12
@@ -38,16 +40,16 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
-    vocab_multiple: int = 1  # the embedding table is padded to a multiple of this; ids are not
-    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head queries; 0: n_head
-    head_dim: int = 0  # channels a head; 0: n_embd / n_head
+    vocab_multiple: int = 1  # pad the embedding table to a multiple of this
+    n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0: n_head
+    head_dim: int = 0  # channels per head; 0: n_embd / n_head
     position: str = "learned"
     norm: str = "layer"
     activation: str = "gelu_tanh"
-    qk_norm: bool = False  # normalise queries and keys (Henry et al. 2020)
-    tied: bool = True  # the head is the token embedding
-    softcap: float = 0.0  # logits stay within +- this: cap * tanh(logits / cap) (Gemma 2); 0: they are free
-    smear: bool = False  # a token's embedding gets some of the one before it
+    qk_norm: bool = False  # normalize queries and keys (Henry et al. 2020)
+    tied: bool = True  # tie the LM head to the token embedding
+    softcap: float = 0.0  # soft-cap logits: cap * tanh(logits / cap) (Gemma 2); 0: off
+    smear: bool = False  # add the previous token's embedding, with a learned weight per channel
     init: str = "gpt2"
 
     @property
@@ -68,7 +70,7 @@ GPT2_SIZES = {
 
 
 class RMSNorm(nn.Module):
-    """x over its root mean square (Zhang and Sennrich 2019); no gain: the next matrix has one."""
+    """RMSNorm (Zhang and Sennrich 2019) without a gain, which the next linear layer can absorb."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],))
@@ -86,14 +88,14 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """One half of the channels gates the other (Shazeer 2020): (..., 2n) to (..., n)."""
+    """SwiGLU (Shazeer 2020): gate one half of the channels by the other, (..., 2n) to (..., n)."""
     gate, x = x.chunk(2, dim=-1)
     return F.silu(gate) * x
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
-    "gelu": F.gelu,  # nanoGPT's; differs from GPT-2's by 5e-4 at most, and is faster on CPUs
+    "gelu": F.gelu,  # nanoGPT's; differs from GPT-2's by 5e-4 at most, faster on CPUs
     "relu2": relu2,
     "swiglu": swiglu,
 }
@@ -101,17 +103,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # ----------------------------------------------------------------------------- positions
 #
-# Three classes with the same hooks, each doing nothing unless a scheme needs it. `at`, int64 (B, T): where
-# the tokens stand; None: at 0 ... T-1.
+# Three classes with the same hooks, no-ops unless a scheme needs them. `at`: position ids, int64 (B, T);
+# None: 0 ... T-1.
 #
-#     embed(x, at)     what is added to the token embeddings x (B, T, C)
-#     rotate(x, at)    what is done to queries and keys x (B, nh, T, hs)
-#     bias(T)          what is added to the attention scores, (nh, T, T), causal mask included; None: none
+#     embed(x, at)     add position embeddings to the token embeddings x (B, T, C)
+#     rotate(x, at)    rotate queries and keys x (B, nh, T, hs)
+#     bias(T)          additive attention bias (nh, T, T), causal mask included; None: no bias
 #     bias_at(at, T)   the same for single queries at positions `at` (B, 1): (B, nh, 1, T)
 
 
 class Position(nn.Module):
-    """`block_size` positions of a model with `n_embd` channels in `n_head` heads of `head_dim`."""
+    """Base class of position encodings, for up to `block_size` positions; all hooks are no-ops."""
 
     def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int):
         super().__init__()
@@ -130,11 +132,11 @@ class Position(nn.Module):
 
 
 class Learned(Position):
-    """A vector for each position (Radford et al. 2019, GPT-2)."""
+    """Learned position embeddings (Radford et al. 2019, GPT-2)."""
 
     def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int):
         super().__init__(block_size, n_embd, n_head, head_dim)
-        # from_pretrained: drawn by the model's initialisation, not here too
+        # from_pretrained skips nn.Embedding's own initialization; GPT initializes all weights
         self.wpe = nn.Embedding.from_pretrained(torch.empty(block_size, n_embd), freeze=False)
 
     def embed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
@@ -142,8 +144,8 @@ class Learned(Position):
 
 
 class Rotary(Position):
-    """Each pair of channels (i, i + hs/2) of queries and keys turns with the position, at its own speed,
-    so that their product depends on the distance alone (Su et al. 2021, RoFormer)."""
+    """Rotary position embeddings (Su et al. 2021, RoFormer): rotate each pair of channels (i, i + hs/2) of
+    queries and keys by position times its own frequency, so that scores depend on relative positions only."""
 
     cos: Tensor
     sin: Tensor
@@ -151,7 +153,7 @@ class Rotary(Position):
     def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int, base: float = 10000.0):
         super().__init__(block_size, n_embd, n_head, head_dim)
         if head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of channels, and a head has {head_dim}")
+            raise ValueError(f"rotary positions rotate pairs of channels, but a head has {head_dim}")
         speed = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
         angle = torch.arange(block_size, dtype=torch.float64, device="cpu")[:, None] * speed
         cos, sin = angle.cos().float(), angle.sin().float()
@@ -160,20 +162,20 @@ class Rotary(Position):
 
     def rotate(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         length = x.shape[-2]
-        where = slice(length) if at is None else at[:, None]  # the same for all heads
+        where = slice(length) if at is None else at[:, None]  # same for all heads
         cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
         return apply_rotary(x, cos, sin)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., hs) turned by the angles of `Rotary`'s tables."""
+    """Rotate x (..., hs) by the angles in the tables of `Rotary`."""
     left, right = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin)
 
 
 class ALiBi(Position):
-    """Scores fall with the distance, in each head at its own slope (Press et al. 2022), so that a
-    model works at lengths it was not trained on."""
+    """Attention with linear biases (Press et al. 2022): scores decrease linearly with distance, with a slope
+    per head, so that the model extrapolates to longer sequences than in training."""
 
     scores: Tensor
 
@@ -194,8 +196,8 @@ class ALiBi(Position):
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """2^(-8/n), 2^(-16/n), ... for n heads, n a power of two; else those of the next lower power, and
-    every second one of the next higher (as the authors' code does)."""
+    """Return 2^(-8/n), 2^(-16/n), ... for n heads, n a power of two; else the slopes of the next lower power,
+    then every second one of the next higher (as in the authors' code)."""
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     between = [2.0 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)]
@@ -209,9 +211,9 @@ POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "ali
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """What each query gets of the values: (B, nh, T, hs) from q of that shape, k and v (B, n_kv_head, T, hs).
+    """Causal attention: (B, nh, T, hs) from q of that shape and k, v (B, n_kv_head, T, hs).
 
-    `bias` ((B,) nh or 1, T, T) is added to the scores, with the causal mask in it; None: the mask alone.
+    `bias` ((B,) nh or 1, T, T) is added to the scores and includes the causal mask; None: causal mask only.
     """
     grouped, T = k.shape[1] != q.shape[1], q.shape[2]
     learning = torch.is_grad_enabled()
@@ -219,9 +221,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=grouped
         )
-    # In bfloat16 on a CPU the backward pass of torch's own is slow: forward and backward take 13.5 ms
-    # at (16, 4, 64, 32), this 2.2; 27 and 15 at (4, 6, 256, 64); 41 and 24 at (2, 6, 512, 64). Forward alone
-    # some queries at a time leave out most of what is masked: 3.1 ms at (1, 12, 499, 64), torch's own 5.6.
+    # SDPA's bfloat16 backward is slow on CPUs: forward and backward take 13.5 ms at (16, 4, 64, 32), this
+    # code 2.2; 27 and 15 at (4, 6, 256, 64); 41 and 24 at (2, 6, 512, 64). Forward-only, blocks of queries
+    # skip most masked keys: 3.1 ms at (1, 12, 499, 64), SDPA 5.6.
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if bias is None:
@@ -235,16 +237,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
 
 
 class LayerCache(NamedTuple):
-    """What a layer's attention needs of a `Cache`."""
+    """View of a `Cache` for the attention of one layer."""
 
-    at: Tensor | None  # positions of the tokens that are read, int64 (B, 1); None: 0 ... T-1
-    attend: Callable[..., Tensor]  # of q, k, v, and the function that attends without a cache
+    at: Tensor | None  # positions of the input tokens, int64 (B, 1); None: 0 ... T-1
+    attend: Callable[..., Tensor]  # attend(q, k, v, uncached_attention)
 
 
 class Cache(Protocol):
-    """Tokens read before, whose keys and values are kept (inference/kv_cache.py)."""
+    """KV cache of the tokens processed before (inference/kv_cache.py)."""
 
-    at: Tensor | None  # as Layer.at
+    at: Tensor | None  # see LayerCache.at
 
     def before(self, x: Tensor) -> Tensor: ...
 
@@ -252,7 +254,7 @@ class Cache(Protocol):
 
 
 def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias (B, 1, T, T) by which a token sees those before it of its own document: documents (B, T)."""
+    """Return the attention bias (B, 1, T, T) that masks other documents and the future, from ids (B, T)."""
     seen = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
@@ -274,7 +276,7 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, position: Position, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
         B, T, _ = x.shape
-        # Queries and keys lie side by side and are treated alike: one call for both.
+        # Queries and keys are adjacent and processed alike: one call for both.
         parts = self.c_attn(x).split([self.widths[0] + self.widths[1], self.widths[2]], dim=2)
         qk, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
         q, k = position.rotate(self.qk_norm(qk), cache.at if cache else None).split(self.heads, dim=1)
@@ -288,9 +290,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class Smear(nn.Module):
-    """Adds to each embedding its predecessor's, times a learned weight a channel that begins at 0: what
-    two neighbours mean together is seen from the first block on (as the token shift of Peng et al. 2023,
-    RWKV, does in every block)."""
+    """Add the previous token's embedding, scaled by a learned weight per channel (initialized to 0), so that
+    the first block already sees bigrams (the token shift of RWKV, Peng et al. 2023, is in every block)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -304,7 +305,7 @@ class Smear(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        # A gate has two thirds of the width, rounded to 8, so that it costs what the others cost.
+        # A gated MLP has 2/3 of the width, rounded to a multiple of 8, for the same number of FLOPs.
         hidden = 8 * round(config.n_embd / 3) if config.activation == "swiglu" else 4 * config.n_embd
         self.activation = ACTIVATIONS[config.activation]
         self.c_fc = nn.Linear(
@@ -342,10 +343,10 @@ class GPT(nn.Module):
         if not config.head_dim and config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
         self.config = config
-        # The first call of MKL's vector functions must not be shared by threads: in one process of thirty a
-        # part of it is then less accurate, so that rotary tables or a soft cap have other bits the next time.
+        # Call MKL's vector functions once from one thread: a multi-threaded first call returned less accurate
+        # values in 1 of 30 processes, which changed bits of rotary tables and soft-capped logits.
         torch.zeros(1, device="cpu").cos()
-        # from_pretrained: the weights are drawn in init_weights, once
+        # from_pretrained skips nn.Embedding's own initialization; INITS initializes all weights
         table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.wte = nn.Embedding.from_pretrained(table, freeze=False)
         shape = (config.block_size, config.n_embd, config.n_head, config.head_size)
@@ -354,17 +355,13 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)
-        self.packed_head: nn.Module | None = None  # the head's matrix in another form (quantize.py)
-        self.loss_chunk_size = 0  # tokens whose logits are there at once while a loss is made; 0: all
-        self.compiled_loss: Callable[[Tensor, Tensor], Tensor] | None = (
-            None  # `loss`, if compile.wrap made it
-        )
+        self.packed_head: nn.Module | None = None  # quantized LM head (quantize.py)
+        self.loss_chunk_size = 0  # tokens per chunk of chunked_cross_entropy; 0: not chunked
+        self.compiled_loss: Callable[[Tensor, Tensor], Tensor] | None = None  # set by compile.wrap
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        if (
-            not self.wte.weight.is_meta
-        ):  # shapes only: weights come from a file (and torch would import sympy)
+        if not self.wte.weight.is_meta:  # on meta weights are loaded later, and torch would import sympy
             INITS[config.init](self)
 
     def forward(
@@ -374,13 +371,13 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Score each position's next token.
+        """Predict the next token at each position.
 
-        idx, targets: int64 (B, T), T at most block_size; targets equal to IGNORE are left out. documents:
-        int64 (B, T), the number of each token's document; none sees another one. Positions go on.
-        Returns (logits, loss): logits (B, T, V) and, with targets, their mean cross-entropy in nats. logits
+        idx, targets: int64 (B, T), T at most block_size; targets equal to IGNORE are excluded. documents:
+        int64 (B, T), document ids; attention is masked across documents, positions are not reset.
+        Return (logits, loss): logits (B, T, V) and, given targets, their mean cross-entropy in nats. logits
         is None if `loss_chunk_size` or `compiled_loss` computes the loss without them, and with `reduction`
-        "none", which gives the cross-entropy of each target (B, T).
+        "none", where loss is the cross-entropy of each target (B, T).
         """
         x = self.hidden(idx, documents=documents)
         if targets is None:
@@ -398,7 +395,7 @@ class GPT(nn.Module):
         return logits, cross_entropy(logits, targets)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy of targets (B, T) from hidden states x (B, T, C)."""
+        """Return the mean cross-entropy of targets (B, T) from hidden states x (B, T, C)."""
         return cross_entropy(self.head(x), targets)
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -414,13 +411,15 @@ class GPT(nn.Module):
 
     @property
     def head_table(self) -> Tensor:
-        """The rows by which logits are made, the padding of the vocabulary among them: (P, C)."""
+        """Weight of the LM head, including vocabulary padding: (padded_vocab_size, C)."""
         return (self.lm_head or self.wte).weight
 
     def hidden(self, idx: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
-        """What the last block leaves, normalised: (B, T, C) from idx (B, T), the first tokens of each
-        text; or from what `cache` says they are, and with what it remembers. `documents` (B, T) numbers
-        each token's document, to keep them apart."""
+        """Return the final hidden states, after ln_f: (B, T, C) from idx (B, T).
+
+        Without `cache`, positions start at 0; with it, idx continues the cached sequences. `documents`
+        (B, T): document ids; attention is masked across documents.
+        """
         length = idx.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens do not fit in block_size={self.config.block_size}")
@@ -437,24 +436,24 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C). The padding of the vocabulary is cut off
-        before anything sees it: its rows get no probability, no gradient and no sample."""
+        """Return logits (..., V) of hidden states (..., C). Vocabulary padding is cut off, so that it gets no
+        probability and no gradient and is never sampled."""
         if self.packed_head is not None:
             logits = self.packed_head(x)
         else:
             whole = multiplies_padding(x.device)
             logits = compute_logits(x, self.head_table, self.config.vocab_size, whole)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # their softmax sums many
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # for the softmax
         return soft_cap(logits, self.config.softcap)
 
     def fused_rows(self) -> dict[str, list[int]]:
-        """Parameters that hold several maps one above the other: the rows of each."""
+        """Return the row counts of q, k and v fused in each c_attn.weight, by parameter name."""
         attentions = ((n, m) for n, m in self.named_modules() if isinstance(m, CausalSelfAttention))
         return {f"{name}.c_attn.weight": module.widths for name, module in attentions}
 
     def n_params(self, positions: bool = True) -> int:
-        """Parameters, each counted once (a tied head is the embedding), the padding left out; without
-        `positions`, those that multiply something."""
+        """Return the number of parameters without vocabulary padding; a tied LM head counts once. With
+        `positions=False`, count only those used in matmuls (no lookup tables)."""
         config = self.config
         unused = (config.padded_vocab_size - config.vocab_size) * (1 if config.tied else 2)
         if not positions:
@@ -463,7 +462,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - unused * config.n_embd
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs that training spends on a token."""
+        """Return the training FLOPs per token."""
         return flops_per_token(self.n_params(positions=False), self.config)
 
 
@@ -471,20 +470,20 @@ def flops_per_token(n_params: int, config: GPTConfig) -> int:
     """Return the FLOPs of forward and backward pass per token: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM,
     appendix B).
 
-    `n_params` counts the weights that multiply something, the (tied) head included and position
-    embeddings left out; attention is counted in full although half of it is masked, so figures compare
-    with those published elsewhere.
+    `n_params` counts the weights used in matmuls: the (tied) LM head included, position embeddings
+    excluded. Attention is counted in full although half of it is masked, for comparison with published
+    figures.
     """
     return 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-# ----------------------------------------------------------------------------- initialisation
+# ----------------------------------------------------------------------------- initialization
 
 
 @torch.no_grad()
 def init_gpt2(model: GPT) -> None:
-    """GPT-2's: N(0, 0.02²), and 1/sqrt(2 n_layer) of that for the projections into the residual stream,
-    so that its variance does not grow with depth. Biases 0, gains 1."""
+    """Initialize as GPT-2: N(0, 0.02²), scaled by 1/sqrt(2 n_layer) for the projections into the residual
+    stream, so that its variance does not grow with depth. Biases 0, gains 1."""
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "smear.weight")):
             parameter.zero_()
@@ -497,9 +496,9 @@ def init_gpt2(model: GPT) -> None:
 
 @torch.no_grad()
 def init_zero(model: GPT) -> None:
-    """Projections into the residual stream and an untied head begin at 0, so that at first the model
-    is its embedding, and every block learns from a clean gradient (Zhang et al. 2019, Fixup; Yang et
-    al. 2022, muP); other matrices N(0, 1/C), an untied embedding N(0, 1)."""
+    """Initialize projections into the residual stream and an untied LM head to 0, so that every block starts
+    as the identity (Zhang et al. 2019, Fixup; Yang et al. 2022, muP); other matrices of blocks to
+    N(0, 1/fan_in), an untied embedding to N(0, 1)."""
     init_gpt2(model)
     for name, parameter in model.named_parameters():
         if name.endswith("c_proj.weight") or name == "lm_head.weight":
@@ -512,8 +511,8 @@ def init_zero(model: GPT) -> None:
 
 @torch.no_grad()
 def init_depth(model: GPT) -> None:
-    """GPT-2's, with the projections of block i scaled by 1/sqrt(2 (i + 1)): earlier blocks begin
-    louder (as T-Fixup and Megatron's scaled initialisation do by depth)."""
+    """Initialize as GPT-2, but scale the residual projections of block i by 1/sqrt(2 (i + 1)): earlier blocks
+    start with larger outputs (T-Fixup and Megatron also scale by depth)."""
     init_gpt2(model)
     for name, parameter in model.named_parameters():
         if name.endswith("c_proj.weight"):

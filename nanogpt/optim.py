@@ -1,9 +1,9 @@
 """Optimizers over named parameters: AdamW, and Muon for matrices with AdamW for the rest.
 
-The arithmetic of AdamW is torch's own fused kernel. The classes around it are ours because torch.optim
-imports the compiler when an optimizer is made (a second of every start), because a checkpoint stores
-state by the parameter's name, which survives a change of layout, and because Muon works on stacks of
-matrices of one shape. Which process updates what, and what they exchange, a Layout knows.
+AdamW runs torch's fused kernel. The classes do not derive from torch.optim.Optimizer because it imports the
+compiler when instantiated (1 s per start), because checkpoints store state by parameter name, which survives
+a change of layout, and because Muon works on stacks of matrices of one shape. A Layout defines which rank
+updates what and communicates the results.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +18,12 @@ from nanogpt.options import OptimizerOptions
 Named = Sequence[tuple[str, Tensor]]
 
 
-Span = tuple[int, int]  # first element and the one after the last, in row-major order
+Span = tuple[int, int]  # [start, stop) of elements in row-major order
 
 
 @dataclass(frozen=True)
 class ParamShard:
-    """A parameter, and the range of its elements that each process updates."""
+    """A parameter and the element range that each rank updates."""
 
     name: str
     parameter: Tensor
@@ -32,11 +32,11 @@ class ParamShard:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Some rows of a parameter, orthogonalised together by one process."""
+    """Rows of a parameter that one rank, the owner, orthogonalizes as one matrix."""
 
     label: str
     parameter: Tensor
-    first: int  # row
+    first: int  # first row
     height: int
     owner: int
 
@@ -51,80 +51,90 @@ class Matrix:
 
 @dataclass(frozen=True)
 class TensorShard:
-    """What this process has of a tensor; `spans` says what each has."""
+    """This rank's shard of a tensor; `spans` holds the element range of every rank."""
 
-    shape: torch.Size  # of the whole
+    shape: torch.Size  # of the full tensor
     spans: Sequence[Span]
     rank: int
     tensor: Tensor  # the elements of spans[rank]
 
     def copy_(self, whole: Tensor) -> None:
-        """Take this process's part of `whole`."""
+        """Copy this rank's part of the full tensor `whole`, in place."""
         start, stop = self.spans[self.rank]
         self.tensor.copy_(whole.reshape(-1)[start:stop].view(self.tensor.shape))
 
 
 class Layout:
-    """How parameters lie in the processes of a run: all in this one. distributed/layout.py has others."""
+    """How parameters and optimizer state are distributed over ranks.
 
-    rank, size = 0, 1  # among those who share
-    sharded = False  # a process alone cannot run the model
+    This base class is the single-process case, without communication; see distributed/layout.py for DDP
+    with ZeRO-1 and for FSDP.
+    """
+
+    rank, size = 0, 1  # rank and size of the group that holds one copy of the model
+    sharded = False  # True: each rank holds only a shard of every parameter
 
     def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
-        """What of each parameter which process updates, where the rule is elementwise."""
+        """Assign each rank an element range of every parameter, for elementwise update rules."""
         return [ParamShard(name, p, [(0, p.numel())]) for name, p in named]
 
     def local_shard(self, held: ParamShard, tensor: Tensor) -> Tensor:
-        """Of a tensor that lies as the parameter (it or its gradient), the elements of this process's range;
-        a view."""
+        """Return this rank's range of `tensor` (the parameter or its gradient), as a view."""
         return tensor
 
     def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
-        """After an update of the ranges of `shard`: see that all who hold the weights have the new ones."""
+        """All-gather the ranges of `shard` after an update, if weights are replicated. Collective."""
 
     def assign_ranks(self, costs: Sequence[float]) -> list[int]:
-        """Who does each of the tasks that cost so much."""
+        """Assign each task to a rank, balancing `costs`; return the ranks."""
         return [0] * len(costs)
 
     def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
-        """The gradients (n, height, width) of the matrices of `stack`, alike and sorted by owner, that are
-        this process's."""
+        """Return the gradients (n, height, width) of the matrices in `stack` that this rank owns.
+
+        Matrices of a stack have one shape and are sorted by owner. Collective: call on all ranks.
+        """
         return torch.stack([gradient(m.parameter)[m.rows] for m in stack])
 
     def scatter_updates(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
-        """From `updates` of its own matrices: of each matrix's update, in float32, the rows that this
-        process holds."""
+        """Exchange `updates` of the owned matrices; return this rank's rows of every matrix's update, in
+        float32. Collective: call on all ranks."""
         return list(updates.float().unbind())
 
     def weights(self, matrix: Matrix) -> Tensor:
-        """The rows of a matrix that this process holds; a view."""
+        """Return this rank's rows of `matrix`, as a view."""
         return matrix.parameter.data[matrix.rows]
 
     def global_norm(self, own: Tensor) -> Tensor:
-        """The norm of the whole gradient, from that of what this process holds of it."""
+        """Reduce the norm of the local gradients to the norm over all ranks. Collective."""
         return own
 
     def to_local(self, tensor: Tensor) -> Tensor:
-        """What this process holds of a weight or gradient; a view."""
+        """Return this rank's shard of a weight or gradient, as a view."""
         return tensor
 
     def local_grads(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Plain tensors whose `grad` is what this process holds of the gradient of each parameter."""
+        """Return plain tensors whose `grad` is this rank's shard of each parameter's gradient."""
         return parameters
 
     def gather(self, pieces: Mapping[str, TensorShard]) -> dict[str, Tensor]:
-        """The whole tensors in the first process, one by one in its host's memory where they were divided,
-        and nothing in the others. All processes must ask together."""
+        """Return the full tensors on rank 0, gathered one by one to CPU memory if sharded; {} on other ranks.
+
+        Collective: call on all ranks.
+        """
         return {name: piece.tensor for name, piece in pieces.items()}
 
 
 def gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "a parameter that is trained has no gradient"
+    assert parameter.grad is not None, "a trainable parameter has no gradient"
     return parameter.grad
 
 
 class Optimizer:
-    """Parts that step together, each at its own multiple of one learning rate."""
+    """A chain of optimizers that step together, each at its own multiple of one learning rate.
+
+    Not a torch.optim.Optimizer: it implements only what torch.amp.GradScaler uses.
+    """
 
     def __init__(
         self, named: Named, parts: "Sequence[tuple[AdamW | Muon, float]]", layout: Layout | None = None
@@ -136,7 +146,7 @@ class Optimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """What torch's gradient scaler looks at."""
+        """Minimal `param_groups` for torch.amp.GradScaler, without options."""
         return [{"params": self.layout.local_grads(self.parameters)}]
 
     @torch.no_grad()
@@ -149,12 +159,12 @@ class Optimizer:
             p.grad = None
 
     def state_shards(self) -> dict[str, TensorShard]:
-        """What this process has of the state, by name; not copied."""
+        """Return this rank's shards of the optimizer state, by name; not copied."""
         return {name: piece for part, _ in self.parts for name, piece in part.state_shards().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name; not copied where one process has it, else gathered in the
-        first (empty in the others), which all must ask for together."""
+        """Return the full optimizer state by name: the live tensors in a single process, else gathered on
+        rank 0 ({} on other ranks). Collective: call on all ranks."""
         return self.layout.gather(self.state_shards())
 
 
@@ -165,11 +175,11 @@ def build(
     dtype: torch.dtype = torch.float32,
     layout: Layout | None = None,
 ) -> Optimizer:
-    """The optimizer of the parameters that are trained.
+    """Build the optimizer of the trainable parameters.
 
-    muon takes the matrices of blocks (names that begin with "h."); embeddings, head, vectors and adapters
-    go to AdamW. `rows` splits a fused matrix, by name; matrices are orthogonalised in `dtype`. `layout`
-    says how the parameters lie in several processes.
+    Muon trains the matrices of blocks (names that start with "h."), AdamW embeddings, LM head, 1-D parameters
+    and adapters. `rows`: row counts of the parts of fused matrices, by name. `dtype`: of orthogonalization.
+    `layout`: distribution over ranks; None: single process.
     """
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
@@ -183,12 +193,12 @@ def build(
 
 
 def is_for_muon(name: str, parameter: Tensor) -> bool:
-    # The low rank of an adapter is what it is for: to move all its directions by as much undoes it.
+    # No Muon for LoRA: orthogonalized updates move all directions equally, which defeats the low rank.
     return name.startswith("h.") and parameter.dim() == 2 and ".lora_" not in name
 
 
 class AdamW:
-    """Loshchilov and Hutter 2019: decoupled weight decay on matrices, none on vectors."""
+    """AdamW (Loshchilov and Hutter 2019): decoupled weight decay, none on 1-D parameters."""
 
     def __init__(self, config: OptimizerOptions, named: Named, layout: Layout | None = None):
         self.config, self.layout = config, layout or Layout()
@@ -237,13 +247,13 @@ class AdamW:
 
 
 class Muon:
-    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024): each update changes all
-    directions of a matrix by as much, where Adam's are dominated by a few.
+    """Muon (Jordan et al. 2024): momentum, then orthogonalization, which equalizes the singular values of an
+    update; those of Adam's are dominated by a few.
 
-    Nesterov momentum warms up from 0.85 to 0.95 over 300 steps; weight decay is decoupled and
-    cautious: it pulls a weight only where the update does not push it outwards (Liang et al. 2024).
-    Matrices of one shape are orthogonalised in one batch; those of a fused projection (`rows`) one by
-    one, because what is orthogonal is each map, not their pile.
+    Nesterov momentum warms up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious: it is
+    applied only to weights that the update also shrinks (Liang et al. 2024). Matrices of one shape are
+    orthogonalized in one batch; the parts of a fused projection (`rows`) are separate matrices, because each
+    projection is orthogonalized, not their concatenation.
     """
 
     def __init__(
@@ -267,7 +277,7 @@ class Muon:
         for matrix in sorted(matrices, key=lambda matrix: matrix.owner):
             alike.setdefault((matrix.height, matrix.width), []).append(matrix)
         device = named[0][1].device
-        # matrices of one shape, and the momentum of those among them that are this process's
+        # matrices of one shape, and the momentum of those that this rank owns
         self.stacks = [
             (stack, torch.zeros(sum(m.owner == self.layout.rank for m in stack), *shape, device=device))
             for shape, stack in alike.items()
@@ -275,8 +285,7 @@ class Muon:
         self.steps = torch.zeros((), dtype=torch.float32, device=device)
 
     def step(self, lr: float | Tensor) -> None:
-        # Worked out on the device: to read `steps` here would be to wait for a GPU. In float64, so that
-        # what is rounded is what Python's own numbers would be.
+        # Computed on the device: reading `steps` would synchronize. float64: as Python floats before rounding
         momentum = 0.85 + 0.1 * (self.steps.double() / 300).clamp(max=1.0)
         new, momentum = (1 - momentum).float(), momentum.float()
         self.steps += 1
@@ -305,7 +314,7 @@ class Muon:
 
 
 def newton_schulz_cost(height: int, width: int) -> int:
-    """Multiplications of a turn of orthogonalisation, for the balance between processes."""
+    """Return the multiply-adds of one Newton-Schulz iteration, for load balancing across ranks."""
     small, large = sorted((height, width))
     return small * small * (2 * large + small)
 
@@ -317,8 +326,8 @@ def add(weights: list[Tensor], changes: list[Tensor], factor: float | Tensor) ->
     torch._foreach_add_(weights, changes, alpha=factor)
 
 
-# Amsel et al. 2025, "The Polar Express": the polynomials a x + b x^3 + c x^5 that bring singular values
-# from [0.001, 1] to 1 in five turns, as published by the authors.
+# Amsel et al. 2025, "The Polar Express": polynomials a x + b x^3 + c x^5 that map singular values in
+# [0.001, 1] to 1 in five iterations, with the coefficients published by the authors.
 POLAR_EXPRESS = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -329,8 +338,8 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(matrices: Tensor, ns_steps: int = len(POLAR_EXPRESS)) -> Tensor:
-    """The nearest orthogonal matrix U V^T of each matrix U S V^T in (n, r, c), nearly: singular values
-    come out near 1, the more so the more `ns_steps`. A matrix of zeros stays one."""
+    """Approximate the nearest orthogonal matrix U V^T of each matrix U S V^T in (n, r, c): singular values
+    converge to 1 with more `ns_steps`. Zero matrices stay zero."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)
@@ -342,10 +351,10 @@ def orthogonalize(matrices: Tensor, ns_steps: int = len(POLAR_EXPRESS)) -> Tenso
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout | None = None) -> Tensor:
-    """Scale the gradients together so that their norm, over all processes, is at most `max_norm` (0: leave
-    them).
+    """Scale all gradients in place so that their global norm, over all ranks, is at most `max_norm`; 0: no
+    clipping.
 
-    Returns the norm before, a scalar on the device: reading it waits for the device.
+    Return the norm before clipping, a scalar on the device: reading it synchronizes. Collective.
     """
     layout = layout or Layout()
     gradients = [layout.to_local(p.grad) for p in parameters if p.grad is not None]

@@ -1,7 +1,7 @@
 """Option groups: name, type, default, help (the comment) and consistency checks (`problems`).
 
-A program's options are a dataclass at its top that inherits from the groups it needs; a function takes the
-group it needs. Nothing here imports torch, so that invalid options are rejected immediately.
+A program's options are a dataclass that inherits from the groups it needs; a function takes the group it
+needs. Nothing here imports torch, so that invalid options are rejected immediately.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ class RunOptions:
 @dataclass(frozen=True)
 class BatchOptions:
     # batches
-    gradient_accumulation_steps: PositiveInt = 40  #: micro-batches per iteration, over all processes
-    batch_size: PositiveInt | Literal["auto"] = 12  #: sequences per micro-batch; auto: what fits on the GPU
+    gradient_accumulation_steps: PositiveInt = 40  #: micro-batches per iteration, over all ranks
+    batch_size: PositiveInt | Literal["auto"] = 12  #: sequences per micro-batch; auto: most that fit on a GPU
     block_size: PositiveInt = 1024  #: context length in tokens
     batch_tokens: NonNegativeInt = 0  # tokens per iteration; 0: use gradient_accumulation_steps
     max_iters: PositiveInt = 600000  #: total iterations
@@ -76,9 +76,9 @@ def overruled(options: BatchOptions, name: str, origins: Origins) -> bool:
 @dataclass(frozen=True)
 class DataOptions(BatchOptions):
     # data
-    dataset: str = "openwebtext"  #: folder made by data/prepare.py, in data/ or a path; a:0.7,b:0.3 mixes two
-    batch_ramp_tokens: NonNegativeInt = 0  # tokens of linear batch size ramp-up; 0: none
-    batch_ramp_start: UnitInterval = 0.1  # initial batch size, as a fraction of the full one
+    dataset: str = "openwebtext"  #: folder made by data/prepare.py, in data/ or a path; mixture: a:0.7,b:0.3
+    batch_ramp_tokens: NonNegativeInt = 0  # linear batch size ramp-up over this many tokens; 0: none
+    batch_ramp_start: UnitInterval = 0.1  # initial batch size as a fraction of the full batch
 
     def ramp(self) -> list[int]:
         """Return the sizes, in sequences, of the batches before the first full one."""
@@ -139,7 +139,7 @@ class ModelOptions:
 
 
 def shape_problems(n_embd: int, n_head: int, n_kv_head: int, head_dim: int, position: str) -> list[str]:
-    """Return what makes this shape of a model impossible, each with both values; empty if nothing does."""
+    """Return an error message for each invalid combination of values; empty if all are valid."""
     wrong, head_size = [], head_dim or n_embd // n_head
     if not head_dim and n_embd % n_head:
         wrong.append(f"n_embd={n_embd} is not divisible by n_head={n_head}")
@@ -153,7 +153,7 @@ def shape_problems(n_embd: int, n_head: int, n_kv_head: int, head_dim: int, posi
 @dataclass(frozen=True)
 class OptimizerOptions:
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  #: muon: for matrices of blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  #: muon: Muon for matrices of blocks, AdamW for the rest
     learning_rate: NonNegativeFloat = 6e-4  #: peak learning rate (AdamW)
     muon_lr: NonNegativeFloat = 0.02  # peak learning rate (Muon)
     muon_weight_decay: NonNegativeFloat = 0.0  # weight decay (Muon)
@@ -194,7 +194,7 @@ class FinetuneOptions:
 @dataclass(frozen=True)
 class MachineOptions:
     # device
-    device: str = "auto"  #: cpu, cuda, cuda:1, mps; auto: the fastest there is
+    device: str = "auto"  #: cpu, cuda, cuda:1, mps; auto: the fastest available
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  #: compute dtype; weights stay float32
     compile: Literal["auto", True, False, "blocks"] = "auto"  #: torch.compile; auto: on CUDA, if it pays off
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more FLOPs
@@ -204,7 +204,7 @@ class MachineOptions:
 @dataclass(frozen=True)
 class SpeedOptions:
     # performance, mostly for GPUs (experimental: docs/gpu.md)
-    casting: Literal["auto", "autocast", "weights"] = "auto"  # mixed precision: weights: cast per pass
+    casting: Literal["auto", "autocast", "weights"] = "auto"  # autocast per op, or cast weights per forward
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"  # preferred attention kernel
     loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: all on GPUs, automatic on CPUs
     cuda_graph: bool = False  # replay iterations as a CUDA graph; for small models
@@ -217,8 +217,8 @@ class ProcessOptions:
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # data parallelism; auto: ddp if the model fits
     shard_size: NonNegativeInt = 0  # hsdp: ranks per sharding group; 0: the ranks of one node
     backend: Literal["nccl", "gloo"] = "nccl"  # torch.distributed backend on GPUs; CPUs always use gloo
-    rdzv_timeout_s: Seconds = 300.0  # seconds to wait at the start for all processes
-    hang_timeout_s: Seconds = 600.0  # seconds without progress after which a hung run ends, with a report
+    rdzv_timeout_s: Seconds = 300.0  # rendezvous timeout in seconds for all ranks to join
+    hang_timeout_s: Seconds = 600.0  # watchdog timeout in seconds: abort and report hung ranks
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class InTrainingOptions:
     # tasks and samples at each evaluation (metrics.jsonl, samples/)
     eval_tasks: str = ""  # tasks to score, as eval.py's --tasks: hellaswag, lambada:FILE, quiz.jsonl
     eval_tasks_items: PositiveInt = 500  # maximum items per task, evenly spread over its file
-    sample_prompt: str = ""  #: prompt of four samples per evaluation; empty: none
+    sample_prompt: str = ""  #: prompt of four samples per evaluation; empty: no samples
     sample_tokens: PositiveInt = 32  # tokens per sample
 
 
@@ -242,4 +242,4 @@ class TrainOptions(
     ProcessOptions,
     InTrainingOptions,
 ):
-    """All options of a run but those of train.py's loop."""
+    """All training options except those of train.py's loop."""

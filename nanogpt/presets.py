@@ -1,6 +1,4 @@
-"""Preset files: Python's syntax, but data. A file is parsed, never executed, so that a stranger's preset runs
-nothing.
-"""
+"""Preset files: Python assignments that are parsed, never executed, so untrusted presets are safe to load."""
 
 import ast
 import difflib
@@ -13,7 +11,7 @@ from nanogpt.errors import UserError
 
 
 def find(name: str) -> Path:
-    """The file that `name` stands for: a path, or the name of a preset in config/."""
+    """Return the path of preset `name`, a file or the name of one in config/."""
     for path in (Path(name), Path("config") / f"{name}.py", ROOT / name, ROOT / "config" / f"{name}.py"):
         if path.is_file():
             return path
@@ -24,7 +22,7 @@ def find(name: str) -> Path:
 
 
 def assignments(path: Path) -> dict[str, Any]:
-    """The names that a preset file sets. Names with a leading underscore are its own scratch values."""
+    """Return the names a preset file assigns, except scratch names with a leading underscore."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, RecursionError) as error:
@@ -75,7 +73,7 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
             raise ValueError(f"{ast.unparse(node)!r} is too large")
         return result
     raise ValueError(
-        f"{ast.unparse(node)!r} is code; a preset holds numbers, strings, arithmetic and names set above"
+        f"{ast.unparse(node)!r} is code; use only numbers, strings, arithmetic and names set above"
     )
 
 
@@ -90,5 +88,5 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 
 def shown(path: Path) -> str:
-    """Return the name of a preset, for people."""
+    """Return the name of a preset to print: its path, relative to the repository if inside it."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

@@ -1,5 +1,5 @@
-"""What is decided before a model is made: where a run starts, and what its options come to on this machine
-and with this data.
+"""Resolve a run's configuration before the model is built: initial weights, device and dtype, data and
+parallelism.
 """
 
 import os
@@ -25,66 +25,66 @@ if TYPE_CHECKING:
     from nanogpt.convert.pretrained import Pretrained
     from nanogpt.distributed.parallelize import Division
 
-SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # what weights decide
+SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # fixed by loaded weights
 C = TypeVar("C", bound=TrainOptions)
 
 
 @dataclass
 class Setup(Generic[C]):
-    """A run that is decided, and not yet made."""
+    """A fully resolved run configuration; the model is not built yet."""
 
-    config: C  # final
+    config: C  # every option resolved
     machine: Machine
     dataset: loader.Dataset
     batches: loader.TrainBatches
     shape: GPTConfig
     resumed: "Checkpoint | None"
     pretrained: "Pretrained | None"
-    division: "Division | None"  # of the model between several processes
-    notices: list[str]  # what the user should know of how it was decided
+    division: "Division | None"  # sharding of the model over ranks
+    notices: list[str]  # messages to print about the choices made
 
     @property
     def init_device(self) -> torch.device:
-        """Where the model is made; what is divided comes to the devices in parts."""
+        """Device the model is initialized on: the CPU if it is to be sharded, else the training device."""
         return self.division.init_device(self.machine.device) if self.division else self.machine.device
 
     def describe(self, n_params: int) -> str:
-        """What is about to be trained, on what, in a few lines."""
+        """Summarize device, data, model and number of iterations in a few lines."""
         dataset, batches, iters = self.dataset, self.batches, self.config.max_iters
-        batch = f"{batches.full * batches.block_size:,} tokens an iteration"
+        batch = f"{batches.full * batches.block_size:,} tokens per iteration"
         if batches.ramp:
-            batch += f", from {batches.ramp[0] * batches.block_size:,} at first to all at {len(batches.ramp)}"
+            batch += f", ramped up from {batches.ramp[0] * batches.block_size:,} in {len(batches.ramp)} iters"
         scored = len(dataset.train) - 1
         if self.config.documents == "rows":
             kept = batches.sampler.n_windows * batches.block_size
             batch += (
-                f"; rows that start at a document keep {kept:,} of {scored:,} tokens and leave out "
+                f"; --documents=rows uses {kept:,} of {scored:,} training tokens and drops "
                 f"{1 - kept / scored:.1%}"
             )
         read, texts = batches.epochs(iters), dataset.train.texts
-        times = f"the text {read[0]:.2f} times"
+        times = f"{read[0]:.2f} epochs"
         if len(texts) > 1:
             each = zip(texts, read, strict=True)
             times = ", ".join(
-                f"{one.name} ({float(one.weight):.1%}) {often:.2f} times" for one, often in each
+                f"{one.name} ({float(one.weight):.1%}) {often:.2f} epochs" for one, often in each
             )
         divided = f"parallel: {self.division.why}\n" if self.division else ""
         return (
             f"machine: {self.machine.reason}\n{divided}"
             f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
             f"tokens, vocabulary {dataset.vocab_size:,}\n"
-            f"model: {n_params:,} parameters; {batch}; {iters:,} iterations read {times}"
+            f"model: {n_params:,} parameters; {batch}; {iters:,} iterations, {times}"
         )
 
 
 def decide(
     config: C, origins: dict[str, str], world: World, try_step: Callable[[C, Machine, GPTConfig, int], None]
 ) -> Setup[C]:
-    """Decide all that `config` leaves open. Nothing is written. UserError says what is wrong.
+    """Resolve every option left to "auto" or to a checkpoint, and load the data. Writes no files.
 
-    `origins` says which options were given, and where, and gets what weights or numbers of tokens decide.
-
-    `try_step` makes some updates with micro-batches of so many windows, for --batch_size=auto.
+    `origins` maps each option given to its source; options set by a checkpoint or by token counts are added
+    in place. `try_step(..., n)` runs test iterations with `n` sequences per micro-batch, for
+    --batch_size=auto. Raise UserError if the options do not fit the device, the data or the checkpoint.
     """
     notices: list[str] = []
     config, resumed, pretrained = resolve_init_from(config, origins, notices)
@@ -104,7 +104,7 @@ def decide(
         divided = division.why if division and not division.whole else ""
         config = auto_batch_size.choose(config, machine, divided, partial(try_step, config, machine, shape))
         notices.append(
-            f"batch_size = {config.batch_size}: the most that fits in the memory of {machine.name()}"
+            f"batch_size = {config.batch_size}: the largest that fits in the memory of {machine.name()}"
         )
     config = config.in_iterations(origins)
     if config.cuda_graph:
@@ -124,7 +124,7 @@ def decide(
         biased = config.documents == "masked" or shape.position == "alibi"
         found = attention_kernels.require_attention(config.attention, shape, machine, biased)
         notices.append(f"attention: {found}")
-    if config.compile == "auto":  # a resumed run inherits what is chosen
+    if config.compile == "auto":  # the choice is saved; a resumed run inherits it
         tokens = batches.tokens_before(config.max_iters)
         config = replace(config, compile=worth_compiling(shape, tokens, machine))
         origins["compile"] = "auto"
@@ -132,8 +132,10 @@ def decide(
 
 
 def join(options: TrainOptions, run: Path) -> World:
-    """The processes that torchrun started, if it did. UserError for a device that is not there, or if the
-    processes do not meet, or are not the same. What is left of one that hangs is written into `run`."""
+    """Join the process group started by torchrun, if any. Diagnostics of a hung rank are written to `run`.
+
+    Raise UserError if the device does not exist, rendezvous fails, or the ranks' options or versions differ.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     from nanogpt.distributed.world import init_processes
@@ -144,8 +146,10 @@ def join(options: TrainOptions, run: Path) -> World:
 def resolve_init_from(
     config: C, origins: dict[str, str], notices: list[str]
 ) -> "tuple[C, Checkpoint | None, Pretrained | None]":
-    """What --init_from asks to resume, or the weights that it names; and the options of that run or the
-    shape of those weights, with what is given now over them."""
+    """Load what --init_from names: a checkpoint to resume or pretrained weights.
+
+    Saved options (or the weights' architecture) override defaults; options given now override both.
+    """
     if config.init_from == "scratch":
         return config, None, None
     if config.init_from not in ("resume", "auto"):
@@ -159,7 +163,7 @@ def resolve_init_from(
 
 
 def open_data(options: DataOptions) -> loader.Dataset:
-    """The dataset, or several as one; UserError for a text shorter than a window."""
+    """Open the dataset or a mixture; raise UserError if a split is shorter than one sequence."""
     if Path(options.dataset).is_dir() or not set(options.dataset) & set(",:"):
         dataset = loader.load(loader.find(options.dataset, ROOT))
     else:
@@ -174,7 +178,7 @@ def open_data(options: DataOptions) -> loader.Dataset:
 def open_batches(
     options: DataOptions, seed: int, dataset: loader.Dataset, machine: Machine
 ) -> loader.TrainBatches:
-    """The batches of --documents; UserError for data that has no documents, or for too many processes."""
+    """Build the batches for --documents; UserError if data has no documents or ranks outnumber sequences."""
     separator, sampler = None, None
     if options.documents != "stream":
         from nanogpt.data import documents
@@ -187,7 +191,7 @@ def open_batches(
     fewest = min([*ramp, options.windows_per_update])
     if fewest < world.size:
         raise UserError(
-            f"{world.size} processes for a batch of {fewest} windows; start fewer, or raise --batch_size or "
+            f"{world.size} ranks for a batch of {fewest} sequences; start fewer, or raise --batch_size or "
             f"--gradient_accumulation_steps"
         )
     numbers = (options.block_size, options.windows, options.gradient_accumulation_steps, seed)
@@ -197,8 +201,10 @@ def open_batches(
 
 
 def worth_compiling(shape: GPTConfig, tokens: int, machine: Machine) -> bool:
-    """--compile=auto, for a run that reads so many `tokens`: never on a CPU, where it saves 25 % of a step
-    at 128 channels but 4 % at 384 (docs/results.md)."""
+    """Return whether --compile=auto compiles, given the training `tokens` of the run.
+
+    Never on a CPU, where it saves 25 % of a step at 128 channels but only 4 % at 384 (docs/results.md).
+    """
     if machine.device.type != "cuda":
         return False
     from nanogpt.compile import pays

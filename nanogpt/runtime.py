@@ -1,4 +1,4 @@
-"""The machine: which device and number format a run uses, and why; seeds; memory of the C library."""
+"""Device and dtype selection, mixed precision, seeding, malloc tuning and signal handling."""
 
 import ctypes
 import os
@@ -21,18 +21,18 @@ from torch.func import functional_call
 from nanogpt.errors import UserError
 from nanogpt.world import World
 
-NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu, where it has them
-REPEATED_S = 1.0  # signals so close together count as one
+NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # in torch.cpu, if present
+REPEATED_S = 1.0  # seconds in which repeated signals count as one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Machine:
     device: torch.device
-    dtype: str  # in which matrices are multiplied; weights and optimizer state are float32
-    reason: str  # one line: what was chosen, and why
+    dtype: str  # compute dtype; weights and optimizer state are float32
+    reason: str  # one line: the choice and the reason for it
     world: World = field(default_factory=World)
-    casting: str = "auto"  # how a model comes to compute in `dtype`: see in_dtype
+    casting: str = "auto"  # mixed-precision mode: "auto", "autocast" or "weights"; see in_dtype
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype == "float32":
@@ -41,16 +41,16 @@ class Machine:
 
     @property
     def casts_weights(self) -> bool:
-        """Whether `in_dtype` brings all weights to `dtype` once a pass, not what each product reads."""
+        """Return whether `in_dtype` casts all weights to `dtype` once per pass instead of using autocast."""
         usual = "weights" if self.device.type == "cpu" else "autocast"
         return self.dtype != "float32" and (usual if self.casting == "auto" else self.casting) == "weights"
 
     def in_dtype(self, model: nn.Module) -> Callable[..., Any]:
-        """`model`, computing in `dtype` from float32 weights, which get float32 gradients.
+        """Return the forward function of `model` in `dtype`; weights and their gradients stay float32.
 
-        On a CPU all of it runs in bfloat16, the weights cast once a pass: autocast's casts of every
-        activation cost more than they gain there (docs/results.md). Elsewhere it is autocast, unless
-        `casting` is "weights".
+        On a CPU the weights are cast once per pass and everything runs in bfloat16, because there autocast's
+        casts of every activation cost more than they gain (docs/results.md). Other devices use autocast,
+        unless `casting` is "weights".
         """
         if self.dtype == "float32":
             return model
@@ -66,8 +66,8 @@ class Machine:
         return cast if self.casts_weights else autocast
 
     def seed(self, seed: int) -> None:
-        """Seed this device's random numbers (dropout). torch.manual_seed would seed every kind of
-        device there is, for 0.3 ms a call: 1 % of the step of a small model."""
+        """Seed the RNG of this device (dropout). torch.manual_seed seeds all device types, which takes 0.3 ms
+        per call: 1 % of a step of a small model."""
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         elif self.device.type == "mps":
@@ -76,7 +76,7 @@ class Machine:
             torch.default_generator.manual_seed(seed)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given, so that a clock can be read."""
+        """Wait for all queued work on the device, for timing."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -84,12 +84,12 @@ class Machine:
 
     @property
     def half(self) -> torch.dtype:
-        """bfloat16 where it is faster than float32 for matrices alone, without casts on all sides."""
+        """bfloat16 if the device multiplies it natively, else float32: dtype for individual matmuls."""
         return torch.bfloat16 if has_bfloat16(self.device) else torch.float32
 
     @contextmanager
     def memory_errors(self) -> Iterator[None]:
-        """Turn running out of memory into a UserError that says what to change."""
+        """Convert out-of-memory errors to a UserError that suggests what to change."""
         try:
             yield
         except RuntimeError as error:
@@ -106,7 +106,7 @@ class Machine:
         return f"{self.device.type}, {torch.get_num_threads()} threads"
 
     def environment(self) -> dict[str, Any]:
-        """What the bits of a result depend on beside the options."""
+        """Return everything besides the options that bitwise reproducibility depends on."""
         return {
             "python": ".".join(map(str, sys.version_info[:3])),
             "torch": torch.__version__,
@@ -118,10 +118,10 @@ class Machine:
 
 
 def setup(device: str, dtype: str, width: int, world: World | None = None) -> Machine:
-    """Choose device and number format for a model of `width` channels; "auto" takes what serves both.
+    """Select device and dtype for a model of `width` channels; "auto" depends on the hardware.
 
-    A program that brings no `world` runs in one process. Raises UserError for a device that this machine,
-    or this build of torch, does not have.
+    Without `world` the program is single-process. Raise UserError if the device is not available, or if
+    torchrun started several processes of a single-process program.
     """
     if not world:
         require_one_process()
@@ -133,22 +133,22 @@ def setup(device: str, dtype: str, width: int, world: World | None = None) -> Ma
         keep_freed_memory()
     if chosen.type == "cuda":
         if chosen.index is not None:
-            torch.cuda.set_device(chosen)  # seeds, streams and pinned memory are those of the current one
-        torch.set_float32_matmul_precision("high")  # TF32 where a matrix is left in float32
+            torch.cuda.set_device(chosen)  # seeds, streams and pinned memory use the current device
+        torch.set_float32_matmul_precision("high")  # TF32 for float32 matmuls
     if dtype != "auto":
-        return Machine(chosen, dtype, f"{_named(chosen, world)}, {dtype} as asked", world)
+        return Machine(chosen, dtype, f"{_named(chosen, world)}, {dtype} as requested", world)
     best, why = _dtype(chosen, width)
     return Machine(chosen, best, f"{_named(chosen, world)}, {best}: {why}", world)
 
 
 def require_one_process() -> None:
-    """UserError if torchrun started several of a program that runs in one."""
+    """Raise UserError if torchrun started several processes of a single-process program."""
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(f"torchrun started {processes} processes of a program that runs in one; use python")
+        raise UserError(f"torchrun started {processes} processes, but this program runs in one; use python")
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device that --device names; UserError if it is not there."""
+    """Return the device named by --device. Raise UserError if it is not available."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -156,11 +156,11 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device={name} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+        raise UserError(f"--device={name} is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device={name}: this torch sees no CUDA GPU; use --device=auto or cpu")
+        raise UserError(f"--device={name}: PyTorch finds no CUDA GPU; use --device=auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device={name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+        raise UserError(f"--device={name}: only {torch.cuda.device_count()} GPUs, numbered from cuda:0")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device=mps: this machine has no Apple GPU; use --device=auto or cpu")
     if device.type not in ("cpu", "cuda", "mps"):
@@ -171,20 +171,20 @@ def find_device(name: str) -> torch.device:
 def _dtype(device: torch.device, width: int) -> tuple[str, str]:
     if device.type == "cuda":
         if has_bfloat16(device):
-            return "bfloat16", "this GPU multiplies it natively"
-        return "float16", "this GPU has no bfloat16; the loss is scaled"
+            return "bfloat16", "native on this GPU"
+        return "float16", "no native bfloat16 on this GPU; uses loss scaling"
     if device.type == "mps":
         return "float32", "try --dtype=bfloat16 for larger models"
     native = has_bfloat16(device)
-    # Of the float32 step on two AVX512-BF16 cores (docs/results.md): 0.8 at 128 channels, 0.6 at 256,
-    # 0.5 at 384, 0.45 at 768. Without the instructions bfloat16 is emulated, and slow.
+    # Step time relative to float32 on two AVX512-BF16 cores (docs/results.md): 0.8 at 128 channels, 0.6 at
+    # 256, 0.5 at 384, 0.45 at 768. Without these instructions bfloat16 is emulated, and slow.
     if native and width >= 128:
-        return "bfloat16", "this CPU multiplies it natively"
-    return "float32", "too narrow for bfloat16 to pay" if native else "this CPU has no bfloat16"
+        return "bfloat16", "native on this CPU"
+    return "float32", "model too narrow for bfloat16" if native else "no native bfloat16 on this CPU"
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 matrices faster than float32."""
+    """Return whether this device multiplies bfloat16 matrices natively, that is faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in NATIVE_BFLOAT16)
@@ -196,12 +196,11 @@ def _named(device: torch.device, world: World) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Tell the GNU C library to keep freed memory instead of returning it to the system.
+    """Configure glibc malloc to keep freed memory instead of returning it to the system.
 
-    A training step frees and asks for the same activations again; without this each step pays for
-    some 600 to 1,200 page faults (4 layers of 128 channels, 12 x 64 tokens), 3 % of its time. Blocks above
-    256 MB stay mapped one by one: smaller ones would settle in what they leave, and the next of them would
-    find no room.
+    A training step frees and reallocates the same activations; without this each step causes 600 to 1,200
+    page faults (4 layers of 128 channels, 12 x 64 tokens), 3 % of its time. Blocks above 256 MB still use
+    mmap: kept in the heap, they would be fragmented by smaller blocks and could not be reused.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -215,11 +214,11 @@ def keep_freed_memory() -> None:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning) into `reason`, to be read where it is safe
-    to stop.
+    """Context manager that records the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning) in `reason`, which
+    the program polls where it is safe to stop.
 
-    A second signal acts as it would have without us; not so one that comes at once to one of several
-    processes, because launchers pass on what it has got already.
+    A second signal has its default effect. With several processes it is ignored within REPEATED_S seconds of
+    the first, because launchers forward a signal that the process has already received.
     """
 
     def __init__(self) -> None:
@@ -233,7 +232,7 @@ class StopRequest:
         for number in filter(None, (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None))):
             try:
                 self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: a notebook's or a test's caller handles signals
+            except ValueError:  # not the main thread: the caller (notebook, test) handles signals
                 break
         return self
 
@@ -241,9 +240,9 @@ class StopRequest:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if not self.reason:
             self.reason, self._since = signal.Signals(number).name, time.monotonic()
-            if not several:  # of several, one says later what became of it
+            if not several:  # with several ranks, rank 0 reports the outcome later
                 self._restore()
-                told = "finishing this step and saving; once more to leave at once"
+                told = "finishing this step and saving; repeat to exit immediately"
                 print(f"\n{self.reason}: {told}", file=sys.stderr)
         elif time.monotonic() - self._since > REPEATED_S:
             self._restore()
@@ -259,7 +258,7 @@ class StopRequest:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that is checked out in `folder`, if it is a checkout and git is installed."""
+    """Return the commit hash of the git checkout `folder`; None if it is not one or git is not installed."""
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()

@@ -1,7 +1,7 @@
-"""What torchrun is told of a failure, and what it has been told before.
+"""Report failures to torchrun, and avoid pointless restarts.
 
-torchrun starts processes again after any exit code but 0. After one that would come again (FINAL) they leave
-at once, without a word.
+torchrun restarts the ranks after any nonzero exit code (--max_restarts). After a code that a restart cannot
+fix (FINAL), the restarted ranks exit at once, silently.
 """
 
 import json
@@ -11,20 +11,20 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-FINAL = (2, 70, 75)  # starting again cannot mend these
-ENV_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun looks for the reason of a failure
+FINAL = (2, 70, 75)  # exit codes that a restart cannot fix
+ENV_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # path of the file that torchrun reads the error from
 
 
 def leave_as_before() -> None:
-    """Leave with the exit code of the attempt before this one, if that was final."""
+    """Exit with the code of the previous attempt if it is one of FINAL."""
     if code := final_code_of_last_attempt(os.environ):
-        report(code, "as in the attempt before this one")
+        report(code, "same error as in the previous attempt")
         sys.exit(code)
 
 
 def leave_at_once(message: str) -> None:
-    """End a process whose main thread is stuck (exit code 76), from another thread; "": without a word."""
-    report(76, message or "another process tells why")
+    """Exit with code 76 from another thread while the main thread hangs; print `message` unless empty."""
+    report(76, message or "see the error of another rank")
     if message:
         print(f"lost: {message}", file=sys.stderr, flush=True)
     else:
@@ -33,7 +33,7 @@ def leave_at_once(message: str) -> None:
 
 
 def report(code: int, message: str) -> None:
-    """Leave the reason where torchrun looks for it: its report, which follows, then ends with it."""
+    """Write the error to the file that torchrun reads, so that its failure report includes it."""
     path = os.environ.get(ENV_ERROR_FILE)
     if not path:
         return
@@ -42,13 +42,13 @@ def report(code: int, message: str) -> None:
     try:
         Path(path).write_text(json.dumps(about), encoding="utf-8")
     except OSError:
-        return  # torchrun then says less; our line is on stderr
+        return  # torchrun's report then lacks the error, which is on stderr
 
 
 def final_code_of_last_attempt(environment: Mapping[str, str]) -> int:
-    """The exit code that torchrun has seen before it started this process again, if it is one of FINAL.
+    """Return the exit code of the previous attempt if it is one of FINAL, else 0.
 
-    torchrun keeps ATTEMPT/LOCAL_RANK/error.json; 0 if it keeps them otherwise, or nothing was left there.
+    Reads torchrun's attempt_N/LOCAL_RANK/error.json; 0 also if the files are missing or laid out otherwise.
     """
     attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if not attempt or ENV_ERROR_FILE not in environment:

@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl, each loaded where it is asked for."""
+"""Optional experiment trackers, imported only when enabled."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Help, from the dataclass of a program's options and the comments in its source; and mistakes in options."""
+"""Generate --help from the option dataclass and the comments in its source; report unknown options."""
 
 import difflib
 import inspect
@@ -17,22 +17,22 @@ RENAMED = {  # option names of earlier versions, which still work in flags, pres
     "meet_timeout_s": "rdzv_timeout_s",
     "timeout_s": "hang_timeout_s",
 }
-REMOVED = {  # options of earlier versions
-    "prefetch": "reading batches ahead made no step faster",
-    "hold_gc": "holding the garbage collector made no step faster",
+REMOVED = {  # options of earlier versions, ignored with this reason
+    "prefetch": "reading batches ahead gave no speedup",
+    "hold_gc": "pausing the garbage collector gave no speedup",
     "data_on_device": "tokens are read from their files for each batch",
-    "background_save": "checkpoints are always written in the background, where memory allows it",
-    "eval_tasks_interval": "tasks are scored at each evaluation (--eval_interval)",
-    "sample_interval": "samples are drawn at each evaluation (--eval_interval)",
-    "sample_count": "four samples are drawn",
+    "background_save": "checkpoints are always written in the background if memory allows",
+    "eval_tasks_interval": "tasks run at each evaluation (--eval_interval)",
+    "sample_interval": "samples are generated at each evaluation (--eval_interval)",
+    "sample_count": "four samples are always generated",
 }
 
 
 def help_text(cls: type, everything: bool = True) -> str:
-    """Return the options of `cls`, then those it inherits, with the comments in the source as their meaning.
+    """Return the help text of `cls`: its options, then inherited ones, described by their source comments.
 
-    Without `everything` only those whose comment begins with `#:`, if `cls` itself has any, and of the
-    program's docstring only the commands.
+    Without `everything` list only options whose comment starts with `#:` (if `cls` itself has any), and only
+    the summary and the commands of the program's docstring.
     """
     module = inspect.getmodule(cls)
     about = inspect.cleandoc((module.__doc__ if module else None) or "")
@@ -51,7 +51,7 @@ def help_text(cls: type, everything: bool = True) -> str:
         if (heading := re.match(r"    # (.+)", line)) and not end:
             lines.append(f"\n  {heading[1]}")
         elif (option := re.match(r"    (\w+): .*?  #:? (.+)", line)) and option[1] in shown:
-            shown.remove(option[1])  # a field that the class gives another default comes again with its base
+            shown.remove(option[1])  # a field whose default `cls` overrides appears again in the base
             default = "" if defaults[option[1]] is MISSING else f"={defaults[option[1]]!r}"
             lines.append(f"    --{option[1] + default:<38} {option[2]}")
             if get_origin(types[option[1]]) is Literal:
@@ -60,7 +60,7 @@ def help_text(cls: type, everything: bool = True) -> str:
 
 
 def describe(kind: Any) -> str:
-    """The values that `kind` allows, in words."""
+    """Describe the values that type `kind` allows."""
     if get_origin(kind) is Annotated:
         base, limits = get_args(kind)
         return f"{describe(base)} {limits}"
@@ -72,7 +72,7 @@ def describe(kind: Any) -> str:
 
 
 def unknown_option(key: str, origin: str, known: Iterable[str]) -> list[str]:
-    """Return what is wrong with an option that is not `known`; of one in REMOVED print a note instead."""
+    """Return the error for an option not in `known`; for one in REMOVED print a note and return no error."""
     if key in REMOVED:
         print(f"note: {origin} is ignored, {key} was removed: {REMOVED[key]}", file=sys.stderr)
         return []

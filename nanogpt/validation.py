@@ -1,4 +1,4 @@
-"""The validation loss: the same windows each time, with its standard error."""
+"""Validation loss on a fixed set of sequences, with its standard error."""
 
 import itertools
 import math
@@ -15,22 +15,22 @@ from nanogpt.loss import IGNORE
 from nanogpt.model import GPT
 from nanogpt.runtime import Machine
 
-ON_CPU = 2048  # tokens scored at once, at least: 0.6 of the time of 768 with 4 layers of 128 channels
+ON_CPU = 2048  # minimum tokens per forward pass: 0.6x the time of 768 with 4 layers of 128 channels
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    loss: float  # mean over tokens, in nats
-    stderr: float  # standard error of `loss`, from the spread between windows
+    loss: float  # mean over tokens, in nats/token
+    stderr: float  # standard error of `loss`, over sequences
     tokens: int
-    parts: dict[str, float] = field(default_factory=dict)  # the loss on each of several datasets
+    parts: dict[str, float] = field(default_factory=dict)  # loss per dataset of a mixture
 
     def describe(self, bytes_per_token: float | None) -> str:
-        """Perplexity and, where the text's bytes are known, bits a byte: the figure that compares
-        models with different tokenizers."""
+        """Return perplexity and, if the byte count of the text is known, bits/byte, which is comparable
+        across tokenizers."""
         words = f"perplexity {math.exp(min(self.loss, 700)):.4g}"
         if bytes_per_token:
-            words += f", {self.loss / math.log(2) / bytes_per_token:.4f} bits a byte"
+            words += f", {self.loss / math.log(2) / bytes_per_token:.4f} bits/byte"
         return words + "".join(f", {name} {loss:.4f}" for name, loss in self.parts.items())
 
 
@@ -41,7 +41,10 @@ def evaluate(
     machine: Machine,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """The mean loss over all scored tokens of `batches`; None if `stopped` became true meanwhile."""
+    """Return the mean loss over all scored tokens of `batches`, or None if `stopped()` becomes true.
+
+    Collective: call on all ranks.
+    """
     was_training, compute = model.training, machine.in_dtype(model)
     running: Iterable[tuple[Tensor, ...] | None] = itertools.takewhile(lambda _: not stopped(), batches)
     if machine.world.size > 1:
@@ -61,9 +64,9 @@ def evaluate(
         sums.append(losses.sum(dim=1).double())
         counts.append((targets != IGNORE).sum(dim=1))
     model.train(was_training)
-    if machine.world.any_rank(stopped()):  # asked once, by all: they may have different numbers of batches
+    if machine.world.any_rank(stopped()):  # one collective: batch counts may differ between ranks
         return None
-    sums.append(torch.zeros(0, dtype=torch.float64, device=machine.device))  # for a process without a window
+    sums.append(torch.zeros(0, dtype=torch.float64, device=machine.device))  # for a rank without sequences
     counts.append(torch.zeros(0, dtype=torch.int64, device=machine.device))
     window_sums, window_counts = torch.cat(sums), torch.cat(counts)
     squares = window_sums.square() / window_counts.clamp(min=1)
@@ -72,9 +75,9 @@ def evaluate(
     )
     total, square, tokens, windows = machine.world.sum(totals.double()).tolist()
     if not tokens:
-        raise UserError("no target of the text is scored: its windows hold prompts only; give more text")
+        raise UserError("no target is scored: the evaluated sequences hold only prompts; use more text")
     loss = total / tokens
-    spread = max(0.0, square / tokens - loss**2)  # between windows, weighted by their tokens
+    spread = max(0.0, square / tokens - loss**2)  # variance between sequences, weighted by tokens
     return Evaluation(loss, math.sqrt(spread / max(1, windows - 1)), int(tokens))
 
 
@@ -87,10 +90,12 @@ def evaluate_splits(
     stopped: Callable[[], bool],
     separator: int | None = None,
 ) -> tuple[Evaluation, Evaluation] | None:
-    """The training and the validation split, on at most `max_batches` of `shape` (B, T) each, the same
-    ones at every call. The training split is scored on no more windows than the validation split has.
+    """Evaluate the training and the validation split on at most `max_batches` of `shape` (B, T) each.
 
-    Of several datasets each is scored, on its part of the batches; their mean by weight is the loss."""
+    The sequences are the same at every call; the training split uses at most as many as the validation
+    split has. In a mixture each dataset is evaluated on its share of the batches, and the loss is their
+    weighted mean. Return None if `stopped()` becomes true.
+    """
     batch_size, block_size = shape
     texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
     most = max(1, max_batches * batch_size // len(texts))
@@ -109,7 +114,7 @@ def evaluate_splits(
 
 
 def mean(texts: list[Tokens], found: list[Evaluation]) -> Evaluation:
-    """The mean by weight of what was `found` on each of `texts`."""
+    """Return the weighted mean of the evaluations `found`, one per dataset in `texts`."""
     if len(texts) == 1:
         return found[0]
     both = [(text.name, float(text.weight), one) for text, one in zip(texts, found, strict=True)]

@@ -1,7 +1,7 @@
-"""The processes of a run: which one this is, its share of the work, and what all of them agree on.
+"""Rank, world size and the collectives of a run.
 
-One process needs nobody: everything here gives back what it got. distributed/world.py extends it to several,
-so that no other code asks how many there are.
+This class is the single-process case, in which every collective returns its input. distributed/world.py
+subclasses it for several ranks, so other code needs no branches on the world size.
 """
 
 from collections.abc import Callable
@@ -19,47 +19,47 @@ T = TypeVar("T")
 class World:
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # on this machine
-    on_node: int = 1  # processes on this machine
+    local_rank: int = 0  # rank within this node
+    on_node: int = 1  # ranks on this node
 
     @property
     def is_main_process(self) -> bool:
         return self.rank == 0
 
     def share(self, count: int) -> tuple[int, int]:
-        """Of `count` things the first of this process's part, and how many: parts differ by one at most."""
+        """Return (first, number) of this rank's part of `count` items; parts differ by at most one."""
         part, rest = divmod(count, self.size)
         return self.rank * part + min(self.rank, rest), part + (self.rank < rest)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum `x` over all ranks, in place. Collective."""
         return x
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process: the same answer in all of them."""
+        """Return on all ranks whether `flag` is true on any rank. Collective."""
         return flag
 
     def sum_int(self, count: int) -> int:
-        """The sum of a whole number over all processes."""
+        """Return the sum of an integer over all ranks. Collective."""
         return count
 
     def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
-        """Do `work` in every process; if it fails in one, it fails in all, with the error of the first."""
+        """Run `work` on every rank; if it fails on any, raise the error of the lowest failing rank on all."""
         return work()
 
     def rank_zero_only(self, work: Callable[[], T]) -> T | None:
-        """Do `work` in the first process while the others wait (and get None); it fails in all or in none."""
+        """Run `work` on rank 0 while the other ranks wait (returning None); an error is raised on all."""
         return work()
 
     def report_phase(self, step: int, phase: str) -> None:
-        """This process is there now (one of heartbeat.PHASES): what the others say of it if it hangs."""
+        """Record the current `phase` (one of heartbeat.PHASES), which is reported if this rank hangs."""
 
     def report_progress(self) -> None:
-        """This process has got on within its phase."""
+        """Record progress within the current phase (resets the watchdog)."""
 
     def require_visible(self, folder: Path) -> None:
-        """UserError, in all processes, if one of them does not see what the first writes into `folder` (or,
-        as long as that is not there, into the folder above it)."""
+        """Raise UserError on all ranks if any rank cannot see what rank 0 writes to `folder` (its parent if
+        `folder` does not exist yet)."""
 
     def __enter__(self) -> "World":
         return self
@@ -67,4 +67,4 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Part from the others; Lost instead of what the loss of another process has made fail here."""
+        """Leave the process group; raise Lost in place of an error caused by the loss of another rank."""

@@ -1,4 +1,4 @@
-"""What several test files share: files from elsewhere, and a dataset small enough to train on."""
+"""Shared fixtures: external test data, and a dataset small enough to train on."""
 
 import hashlib
 import json
@@ -23,32 +23,30 @@ from nanogpt.tokenizer import bpe, tokenizer, vocabulary
 from nanogpt.tokenizer.gpt2 import GPT2Tokenizer
 from tests.texts import python_sources
 
-# The models here are so small that two threads spend their time waiting for each other.
+# The models are so small that a second thread costs more in synchronization than it saves.
 ALL_THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # for programs started by tests
 
 
 # ----------------------------------------------------------------------------- pytest --device=cuda
 
-# What computes: with another device these files run on it, and no others.
-ON_DEVICE = {"test_model", "test_loss", "test_optim", "test_steps", "test_kernels", "test_generate"}
-ON_DEVICE |= {"test_graphs", "test_train", "test_writer", "test_gpu"}
+# Tests of computation: with --device other than cpu, only these files run.
+ON_DEVICE = {"test_model", "test_loss", "test_optim", "test_steps", "test_attention_kernels", "test_generate"}
+ON_DEVICE |= {"test_cuda_graphs", "test_train", "test_checkpoint_writer", "test_gpu"}
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--device", default="cpu", help="where the tests of what computes run: cpu, cuda, cuda:1"
-    )
+    parser.addoption("--device", default="cpu", help="device for the tests of computation: cpu, cuda, cuda:1")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cpu: says something of CPUs; left out with --device=cuda")
-    config.addinivalue_line("markers", "cuda: needs a GPU; left out without --device=cuda")
+    config.addinivalue_line("markers", "cpu: CPU-specific; deselected with --device=cuda")
+    config.addinivalue_line("markers", "cuda: needs a GPU; skipped without --device=cuda")
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(f"--device={device}: this torch sees no CUDA GPU")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for runs that are to repeat their bits
+        raise pytest.UsageError(f"--device={device}: PyTorch finds no CUDA GPU")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
 
 
 def pytest_collection_modifyitems(config, items):
@@ -63,8 +61,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 class OnDevice(TorchFunctionMode):
-    """Makes tensors on `device` where none is named: torch.set_default_device, but for random ones from a
-    generator, which are the CPU's, and for what safetensors reads (torch.asarray), which is where it says."""
+    """Create tensors on `device` by default. As torch.set_default_device, except for random tensors with a
+    `generator` (a CPU one) and for torch.asarray (safetensors sets its device)."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -85,18 +83,18 @@ def device(pytestconfig) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def everything_on_the_device(pytestconfig, monkeypatch):
-    """The tests that name no device run on the one that is asked for, and in float32 as CPUs know it."""
+    """Run tests that name no device on --device, in full float32 precision (no TF32)."""
     device = torch.device(pytestconfig.getoption("--device"))
     if device.type == "cpu":
         yield
         return
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # no TF32
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # keeps TF32 off
     init = GPT.__init__
 
     def init_there(self: GPT, config: GPTConfig) -> None:
         init(self, config)
         if not self.wte.weight.is_meta:
-            self.position.to(device)  # tables are always worked out on the CPU
+            self.position.to(device)  # tables are always computed on the CPU
 
     monkeypatch.setattr(GPT, "__init__", init_there)
     with OnDevice(device):
@@ -105,14 +103,14 @@ def everything_on_the_device(pytestconfig, monkeypatch):
 
 @pytest.fixture
 def all_threads():
-    """As many threads as a user's run has, where the order of additions must not depend on them."""
+    """Use the default thread count, for tests that summation order must not depend on it."""
     torch.set_num_threads(ALL_THREADS)
     yield
     torch.set_num_threads(1)
 
 
 def found(name: str) -> Path | None:
-    """The file or folder `name` of the folder that NANOGPT_TEST_DATA names, where it is there."""
+    """Return the path of `name` in the folder NANOGPT_TEST_DATA, or None if it does not exist."""
     folder = os.environ.get("NANOGPT_TEST_DATA", "")
     path = Path(folder, name).resolve()
     return path if folder and path.exists() else None
@@ -120,7 +118,7 @@ def found(name: str) -> Path | None:
 
 @pytest.fixture(scope="session")
 def real() -> Callable[[str], Path]:
-    """`found`, with the test skipped where it is not there."""
+    """`found`, but skip the test if the file does not exist."""
 
     def find(name: str) -> Path:
         path = found(name)
@@ -133,21 +131,21 @@ def real() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def trained_bpe() -> str:
-    """A byte-level BPE of 1,000 tokens, learnt from Python's library: the text of its tokenizer.json."""
+    """The tokenizer.json of a byte-level BPE of 1,000 tokens, trained on Python's standard library."""
     text = python_sources(300_000)
     return bpe.train((text[i : i + 2000] for i in range(0, len(text), 2000)), 1000)
 
 
 @pytest.fixture(scope="session")
 def own_merges(trained_bpe: str) -> str:
-    """The merges of `trained_bpe`, as a vocab.bpe has them."""
+    """The merges of `trained_bpe` in the format of vocab.bpe."""
     pairs = json.loads(trained_bpe)["model"]["merges"]
     return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs), ""])
 
 
 @pytest.fixture(params=["own merges", "gpt2"])
 def merges(request, own_merges, real, tmp_path, monkeypatch) -> Path:
-    """A vocab.bpe: one that is taken for GPT-2's in this process, and GPT-2's."""
+    """A vocab.bpe: one patched to be accepted as GPT-2's in this process, and GPT-2's own."""
     if request.param == "gpt2":
         return real("gpt2/vocab.bpe")
     monkeypatch.setattr(vocabulary, "GPT2_SHA256", hashlib.sha256(own_merges.encode()).hexdigest())
@@ -159,12 +157,12 @@ def merges(request, own_merges, real, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def of_kind(real: Callable[[str], Path]) -> Callable[[str], dict[str, Any]]:
-    """The options of corpus.prepare for a kind of tokens, GPT-2's among them."""
+    """Return the options of corpus.prepare for a kind of tokens, including GPT-2's."""
     return lambda kind: {"kind": kind, "gpt2_bpe": str(real("gpt2/vocab.bpe")) if kind == "gpt2" else ""}
 
 
 def write_dataset(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
-    """A character-level dataset folder as data/prepare.py writes it."""
+    """Write a character-level dataset folder as data/prepare.py does."""
     folder.mkdir(parents=True, exist_ok=True)
     chars = tokenizer.CharTokenizer(sorted(set(text)))
     cut = int(len(text) * (1 - val_fraction))
@@ -191,7 +189,7 @@ def write_dataset(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
 
 
 def documents(texts: Texts) -> list[str]:
-    """Each document of `texts`, whole; UserError for a broken row."""
+    """Return the complete documents of `texts`. Raise UserError for an invalid row."""
     found = texts.sources
     kinds, known = tuple(s.kind for s in found), tuple(s.document for s in found)
     encode.start_counting(encode.Job("", kinds, known, encode.Split(0.1), several=True))
@@ -209,7 +207,7 @@ def documents(texts: Texts) -> list[str]:
 
 
 def words(count: int, seed: int = 0) -> str:
-    """Text with something to learn: `count` words of a small made-up language, six to a line."""
+    """Return learnable text: `count` words of a small artificial language, six per line."""
     draw = random.Random(seed)
     known = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(12)]
     pick_fields = draw.choices(known, weights=range(1, 13), k=count)
@@ -218,7 +216,7 @@ def words(count: int, seed: int = 0) -> str:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """A dataset of some 8,000 characters, 10 different ones."""
+    """A dataset of about 8,000 characters with an alphabet of 10."""
     return write_dataset(tmp_path / "dataset", words(1800))
 
 
@@ -235,8 +233,8 @@ def update(
     grad_clip=1.0,
     take=None,
 ):
-    """Make one step of train.py on `batches` (idx, targets, ...), weighted by their rows; return the loss and
-    the gradient norm. `function`: what computes, if not the model in its number format."""
+    """Run one step of train.py on `batches` (idx, targets, ...), weighted by their rows; return the loss and
+    the gradient norm. `function`: forward function; default: the model in its compute dtype."""
     batches = list(batches)
     rows = sum(len(batch[0]) for batch in batches)
     train.seed_dropout(machine, 1, iter_num)
@@ -246,7 +244,7 @@ def update(
 
 
 def small_run(dataset: Path, out: Path, **options: Any) -> train.Config:
-    """A run that takes seconds: two layers of 32 channels, 16 characters of context."""
+    """Return a config that trains in seconds: 2 layers, 32 channels, context of 16 characters."""
     small: dict[str, Any] = {
         "device": "cpu",
         "n_layer": 2,
@@ -262,7 +260,7 @@ def small_run(dataset: Path, out: Path, **options: Any) -> train.Config:
 
 
 def train_until_it_knows(folder: Path, max_iters: int) -> train.Config:
-    """Train on a dataset of its own in `folder` until samples are words of it; two checkpoints at least."""
+    """Train on a new dataset in `folder` until samples are its words; saves at least two checkpoints."""
     dataset = write_dataset(folder / "dataset", words(1800))
     rates = {"learning_rate": 1e-2, "min_lr": 1e-3}
     config = small_run(dataset, folder / "out", max_iters=max_iters, eval_interval=100, **rates)
@@ -272,7 +270,7 @@ def train_until_it_knows(folder: Path, max_iters: int) -> train.Config:
 
 @pytest.fixture
 def bare_tokens(tmp_path: Path) -> Path:
-    """A folder as nanoGPT leaves it for GPT-2 tokens: two bare files, nothing beside them."""
+    """A GPT-2 dataset folder as nanoGPT writes it: train.bin and val.bin only."""
     folder = tmp_path / "bare"
     folder.mkdir()
     ids = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")

@@ -1,4 +1,4 @@
-"""Folders of random GPT-2s in Hugging Face's layout, written without our code and without theirs."""
+"""Random GPT-2 folders in Hugging Face layout, written independently of nanogpt and transformers."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size
 
 
 def tensors(n_layer: int, n_head: int, n_embd: int, n_positions: int, vocab_size: int) -> dict:
-    """The tensors of a GPT2LMHeadModel by their names, matrices (in, out), as its files have them."""
+    """Return the tensors of a GPT2LMHeadModel by name, matrices as (in, out), as in its files."""
     draw = torch.Generator().manual_seed(n_embd)
     shapes = {"wte.weight": (vocab_size, n_embd), "wpe.weight": (n_positions, n_embd)}
     for i in range(n_layer):
@@ -33,7 +33,7 @@ def tensors(n_layer: int, n_head: int, n_embd: int, n_positions: int, vocab_size
 
 
 def write(folder: Path, changes: dict | None = None, merges: Path | None = None, **shape: int) -> Path:
-    """A folder with config.json (`changes` over it), model.safetensors and, from `merges`, merges.txt."""
+    """Write config.json (updated by `changes`), model.safetensors and, if `merges` is given, merges.txt."""
     shape = SMALL | shape
     folder.mkdir(parents=True, exist_ok=True)
     about = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, **shape}
@@ -45,7 +45,7 @@ def write(folder: Path, changes: dict | None = None, merges: Path | None = None,
 
 
 def write_cache(home: Path, repo: str, **given) -> Path:
-    """A snapshot of `repo` ("owner/name") in the layout of the hub's cache in HF_HOME=`home`."""
+    """Write a snapshot of `repo` ("owner/name") in the layout of the hub cache in HF_HOME=`home`."""
     commit = "0123456789012345678901234567890123456789"
     top = home / "hub" / f"models--{repo.replace('/', '--')}"
     (top / "refs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The server's app with a model that writes its prompt again, token for token, whatever that is."""
+"""The server app with a model that echoes its prompt token by token."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from nanogpt.tokenizer.tokenizer import CharTokenizer
 
 
 class Echo:
-    """A decoder whose tokens are whole payloads: payload i follows payload i."""
+    """A decoder whose tokens are complete payloads: payload i is followed by payload i."""
 
     model: Any = None
 
@@ -51,7 +51,7 @@ class Echo:
 
 
 class Whole(CharTokenizer):
-    """A vocabulary of payloads; after them comes the end of text."""
+    """A vocabulary of payloads, followed by the end-of-text token."""
 
     def __init__(self, payloads: Sequence[str]):
         super().__init__("a")
@@ -68,7 +68,7 @@ class Whole(CharTokenizer):
 
 @contextmanager
 def echoing(payloads: Sequence[str], run: Path, folder: Path) -> Iterator[str]:
-    """The address of a page whose run has the payloads as samples, too."""
+    """Serve a page whose run also has the payloads as samples; yield its URL."""
     import uvicorn
 
     (folder / "samples").mkdir()

@@ -1,4 +1,4 @@
-"""A disk that keeps no more than what was flushed, and that loses power at every moment of interest."""
+"""Simulate power cuts: a disk that keeps only flushed data, cut after each fsync and rename."""
 
 import os
 import shutil
@@ -9,16 +9,16 @@ import pytest
 
 
 class Disk:
-    """Follows what is flushed below `root`. POSIX promises no more than that a file holds what it held at its
-    last fsync (before the first, nothing), and a folder the entries that it had at its own.
+    """Track what is flushed below `root`. POSIX only guarantees a file's content as of its last fsync (empty
+    before the first), and a folder's entries as of the folder's last fsync.
 
-    `moments` are copies of what a power cut would leave after each fsync and each rename.
+    `moments`: copies of what a power cut would leave after each fsync and each rename.
     """
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, keep_in: Path):
         self.root, self.keep_in = root, keep_in
         self.contents: dict[int, bytes] = {}  # by inode
-        self.entries: dict[int, dict[str, tuple[int, bool]]] = {}  # by a folder's inode: those of its entries
+        self.entries: dict[int, dict[str, tuple[int, bool]]] = {}  # folder inode -> inodes of its entries
         self.moments: list[Path] = []
         self.flush_all()
         self._patch(monkeypatch, "fsync", self._after_fsync)
@@ -46,7 +46,7 @@ class Disk:
         }
 
     def flush_all(self) -> None:
-        """As if the machine had been left alone for a while."""
+        """Flush everything, as the kernel does eventually."""
         for path in [self.root, *self.root.rglob("*")]:
             if path.is_dir():
                 self._flush_folder(path)
@@ -54,7 +54,7 @@ class Disk:
                 self.contents[path.stat().st_ino] = path.read_bytes()
 
     def survivors(self, folder: Path) -> Path:
-        """Write what is left of `root` after a power cut now to `folder`."""
+        """Write to `folder` what a power cut at this moment would leave of `root`."""
         shutil.rmtree(folder, ignore_errors=True)
         self._restore(self.root.stat().st_ino, folder)
         return folder

@@ -1,7 +1,7 @@
-"""Training in several processes that are started once for many runs: `python -m tests.processes JOBS.json`.
+"""Multi-process training with processes started once for many runs: `python -m tests.processes JOBS.json`.
 
-The processes are forked when torch is there, which takes a start from seconds to nothing. Those of a job find
-one another as torchrun would let them, run train.main, and say in files beside the listing how it ended.
+Processes are forked after torch is imported, which saves seconds per start. The ranks of a job rendezvous as
+under torchrun, run train.main, and write their outcome to files next to the job list.
 """
 
 import json
@@ -21,12 +21,12 @@ from nanogpt import ROOT
 class Job:
     name: str
     processes: int
-    options: list[str]  # of train.py, but --out_dir
-    resumes: str = ""  # the job whose folder is copied before
+    options: list[str]  # options of train.py except --out_dir
+    resumes: str = ""  # name of the job whose folder is copied first
 
 
 def run(folder: Path, jobs: list[Job], timeout_s: float = 170) -> None:
-    """Train as each job says, one after the other, in `folder`/NAME; what it said is in NAME.log."""
+    """Run the jobs one after another in `folder`/NAME; output goes to NAME.log."""
     listing = folder / "jobs.json"
     listing.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
     command = [sys.executable, "-m", "tests.processes", str(listing)]
@@ -35,12 +35,12 @@ def run(folder: Path, jobs: list[Job], timeout_s: float = 170) -> None:
 
 
 def said(folder: Path, name: str) -> str:
-    """What the first process of a job printed, on both streams."""
+    """Return the stdout and stderr of rank 0 of a job."""
     return (folder / f"{name}.log").read_text(encoding="utf-8")
 
 
 def peaks(folder: Path, name: str) -> list[int]:
-    """The largest memory of each process of a job, in bytes."""
+    """Return the peak memory of each rank of a job in bytes."""
     return [int(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{name}.peak*"))]
 
 
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 def one(rank: int, job: Job, port: int, folder: Path) -> None:
-    """What a process does of a job."""
+    """Run a job on one rank."""
     import torch
 
     import train
@@ -63,8 +63,8 @@ def one(rank: int, job: Job, port: int, folder: Path) -> None:
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    runtime.NATIVE_BFLOAT16 = ()  # so that float32 runs are float32 throughout, on any machine
-    layout.TURN = 1000  # so that an exchange takes several turns
+    runtime.NATIVE_BFLOAT16 = ()  # keeps float32 runs in float32 on any machine
+    layout.TURN = 1000  # makes an exchange take several rounds
     log = open(folder / (f"{job.name}.log" + f".{rank}" * bool(rank)), "w", encoding="utf-8")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -79,8 +79,8 @@ def one(rank: int, job: Job, port: int, folder: Path) -> None:
 
 
 def main(listing: Path) -> None:
-    # before the processes part, so that they are read once
-    import torch._dynamo  # DDP and FSDP want it, for 1 to 4 seconds each time
+    # imported before forking, so that modules load once
+    import torch._dynamo  # needed by DDP and FSDP; takes 1 to 4 seconds to import
     import torch.distributed.fsdp  # noqa: F401
 
     import train  # noqa: F401

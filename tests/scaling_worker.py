@@ -1,7 +1,7 @@
-"""A process of tests/test_scaling.py: bytes sent and memory held in a step, under each kind of parallelism.
+"""A rank of tests/test_scaling.py: bytes sent and memory used in a step, per kind of parallelism.
 
-Bytes are those that the kernel says this process has written, which is to sockets only; gloo sends a
-reduce-scatter as an all-reduce.
+Bytes are the kernel's count of what this process wrote, which goes to sockets only; gloo implements
+reduce-scatter as all-reduce.
 """
 
 import json
@@ -52,7 +52,7 @@ def held(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def updates(size: int) -> dict[str, dict[str, int]]:
-    """Bytes that an update sends with our own optimizers and divisions."""
+    """Return the bytes that an update sends, per optimizer and layout."""
     machine = Machine(torch.device("cpu"), "float32", "", Processes(dist.get_rank(), size, on_node=size))
     divisions = {"ddp": Division(), "fsdp": Division("fsdp", size)}
     if size == 4:
@@ -102,7 +102,7 @@ def main(out: Path) -> None:
     found = {}
     for mode, model in models.items():
         optimizer = torch.optim.AdamW(model.parameters())
-        for _ in range(2):  # the first makes buckets and groups
+        for _ in range(2):  # the first one creates buckets and groups
             dist.barrier()
             before = written()
             for micro in range(MICRO_BATCHES):
@@ -115,7 +115,7 @@ def main(out: Path) -> None:
     out.with_suffix(f".{rank}").write_text(json.dumps(everything), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # FSDP's threads take a second to end
+    os._exit(0)  # FSDP's threads take a second to terminate
 
 
 if __name__ == "__main__":

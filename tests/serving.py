@@ -1,4 +1,4 @@
-"""A small trained run, and a server of it that a test starts and talks to."""
+"""A small trained run, and a server process for tests."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LANGUAGE = words(1800)
 
 
 def train_small(folder: Path, text: str = LANGUAGE, **options: Any) -> Path:
-    """The folder of a run that was trained for a second or so."""
+    """Train for about a second; return the run folder."""
     dataset = write_dataset(folder / "dataset", text)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "max_iters": 150}
     sizes |= {"learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": 5, "eval_interval": 50, "eval_iters": 4}
@@ -31,7 +31,7 @@ def train_small(folder: Path, text: str = LANGUAGE, **options: Any) -> Path:
 
 
 class Server:
-    """serve.py in a process of its own, with real sockets."""
+    """serve.py in a subprocess, with real sockets."""
 
     def __init__(self, out: Path, *options: str, **environment: str):
         command = [sys.executable, "serve.py", f"--out_dir={out}", "--port=0", "--dtype=float32", *options]
@@ -56,7 +56,7 @@ class Server:
         self.errors.extend(self.process.stderr)
 
     def raw(self, request: bytes, timeout_s: float = 20.0) -> bytes:
-        """All that comes back for the bytes of `request` until the server closes."""
+        """Send the bytes of `request`; return everything received until the server closes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection:
             connection.sendall(request)
             answer = b""
@@ -70,7 +70,7 @@ class Server:
     def ask(
         self, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str = ""
     ) -> tuple[int, bytes]:
-        """Status and content; a body that is no bytes is sent as JSON."""
+        """Return (status, content); a `body` other than bytes is sent as JSON."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {"Host": f"127.0.0.1:{self.port}", "Connection": "close"}
         if body is not None:
@@ -92,7 +92,7 @@ class Server:
         return json.loads(content)
 
     def meter(self, name: str, **labels: str) -> float:
-        """A number of /metrics, summed over its labels."""
+        """Return a value of /metrics, summed over its labels; `labels` are sent as request headers."""
         _, content = self.ask("/metrics", headers=labels)
         lines = [line for line in content.decode().splitlines() if line.startswith(f"nanogpt_{name}")]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
@@ -121,7 +121,7 @@ def serving(out: Path, *options: str, **environment: str) -> Iterator[Server]:
 
 
 def eventually(check: Any, within_s: float) -> float:
-    """Seconds until `check()` is true; fails if it takes longer than `within_s`."""
+    """Return the seconds until `check()` is true; fail after `within_s`."""
     started = time.perf_counter()
     while not check():
         assert time.perf_counter() - started < within_s, "it did not happen"

@@ -1,4 +1,4 @@
-"""What tests of scores share: a small model that has opinions."""
+"""Shared by tests of scores: a small model with a peaked output distribution."""
 
 import torch
 
@@ -11,7 +11,7 @@ LETTERS = tokenizer.CharTokenizer("\n abcdefgh")
 
 
 def subject_of(tokens, block_size: int, **options) -> Subject:
-    """A model whose weights are so large that it has opinions."""
+    """Return a model with weights large enough to peak its output distribution."""
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32} | options
     model = GPT(GPTConfig(vocab_size=tokens.vocab_size, block_size=block_size, **shape)).eval()

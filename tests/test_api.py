@@ -1,4 +1,4 @@
-"""The Python interface, and the page that explains it, run as a reader would."""
+"""The Python API, and the code of its documentation page."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def model(trained):  # noqa: F811
     return nanogpt.load(trained, device="cpu")
 
 
-def test_generate_takes_one_prompt_or_many_and_one_sample_or_several(model):
+def test_generate_accepts_one_or_many_prompts_and_samples(model):
     one = model.generate("ab", max_new_tokens=30)
     assert isinstance(one, str) and len(one) == 30
     several = model.generate("ab", max_new_tokens=30, num_samples=3)
@@ -37,7 +37,7 @@ def test_generate_takes_one_prompt_or_many_and_one_sample_or_several(model):
     assert "".join(model.stream("ab", max_new_tokens=30)) == one
 
 
-def test_controls_reach_the_sampler(model):
+def test_sampling_options_reach_the_sampler(model):
     greedy = model.generate("ab", max_new_tokens=40, temperature=0)
     for same in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
         assert model.generate("ab", max_new_tokens=40, **same) == greedy
@@ -45,7 +45,7 @@ def test_controls_reach_the_sampler(model):
     assert model.generate("ab", max_new_tokens=40, temperature=0, stop=greedy[3:6]) in greedy[:6]
 
 
-def test_score_is_the_cross_entropy(model):
+def test_score_equals_the_cross_entropy(model):
     text = "abc def gab"
     score = model.score(text)
     ids = torch.tensor([model.encode(text)])
@@ -59,7 +59,7 @@ def test_score_is_the_cross_entropy(model):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_fewer_bytes_change_the_loss_by_less_than_a_hundredth(trained, model, dtype):  # noqa: F811
+def test_reduced_precision_changes_the_loss_by_less_than_0_01(trained, model, dtype):  # noqa: F811
     from tests.conftest import words
 
     text = words(1800)[-1500:]
@@ -69,13 +69,13 @@ def test_fewer_bytes_change_the_loss_by_less_than_a_hundredth(trained, model, dt
     assert len(smaller.generate("ab", max_new_tokens=40)) == 40
 
 
-def test_what_cannot_be_loaded_or_written(model, trained, tmp_path, monkeypatch):  # noqa: F811
+def test_invalid_loads_and_writes_are_rejected(model, trained, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="no such file or folder"):
         nanogpt.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="dtype=int4 given"):
         nanogpt.load(tmp_path, dtype="int4")
     monkeypatch.setattr(runtime, "find_device", lambda name: torch.device("meta"))
-    with pytest.raises(UserError, match="int8 weights are for CPUs, and this is meta"):
+    with pytest.raises(UserError, match="int8 weights require a CPU, but the device is meta"):
         nanogpt.load(trained, dtype="int8")
     monkeypatch.undo()
     for wrong, message in [
@@ -90,7 +90,7 @@ def test_what_cannot_be_loaded_or_written(model, trained, tmp_path, monkeypatch)
         model.generate("aZ")
 
 
-def test_a_folder_of_hugging_face(merges, tmp_path):
+def test_loads_a_hugging_face_folder(merges, tmp_path):
     folder = hf_folders.write(tmp_path / "gpt2", merges=merges, vocab_size=vocabulary.GPT2_VOCAB_SIZE)
     model = nanogpt.load(folder, device="cpu", dtype="float32")
     ids = model.encode("Hello")
@@ -100,7 +100,7 @@ def test_a_folder_of_hugging_face(merges, tmp_path):
     assert text == model.decode(ids[len(model.encode("Hello")) :])
 
 
-def test_the_page_runs_as_it_stands(trained, tmp_path):  # noqa: F811
+def test_documentation_code_runs(trained, tmp_path):  # noqa: F811
     shutil.copytree(trained, tmp_path / "out-shakespeare-char")
     page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

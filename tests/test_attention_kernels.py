@@ -1,4 +1,4 @@
-"""The choice of kernels, batches read ahead, garbage held back, and that nothing waits for the device."""
+"""Kernel selection, prefetched batches, deferred garbage collection, and no device synchronization."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ CPU = runtime.Machine(torch.device("cpu"), "float32", "test")
 
 
 @pytest.mark.cpu
-def test_attention_is_pinned_and_named():
+def test_attention_kernel_is_pinned_and_reported():
     name = partial(attention_kernels.attention_name, SHAPE, CPU, 32)
     with attention_kernels.chosen("math"):
         assert name() == "math"
@@ -28,7 +28,7 @@ def test_attention_is_pinned_and_named():
         assert name() == "flash"
     assert attention_kernels.require_attention("math", SHAPE, CPU, biased=False) == "math"
     with pytest.raises(
-        UserError, match=r"--attention=cudnn: torch .* does not do it for heads of 16 .*float32"
+        UserError, match=r"--attention=cudnn: torch .* does not support heads of 16 .*float32"
     ):
         attention_kernels.require_attention("cudnn", SHAPE, CPU, biased=False)
     grouped = replace(SHAPE, n_kv_head=1)
@@ -38,7 +38,7 @@ def test_attention_is_pinned_and_named():
 
 
 @pytest.mark.cpu
-def test_kernels_of_attention_agree():
+def test_attention_kernels_agree():
     q, k, v = torch.randn(3, 2, 2, 32, 16, dtype=torch.float64)
     found = []
     for name in ("auto", "math", "flash"):
@@ -49,7 +49,7 @@ def test_kernels_of_attention_agree():
 
 
 @pytest.mark.cpu
-def test_what_was_chosen_ends_with_the_run():
+def test_kernel_choice_is_reset_after_the_run():
     with pytest.raises(KeyboardInterrupt), attention_kernels.chosen("math", deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
         raise KeyboardInterrupt
@@ -58,7 +58,7 @@ def test_what_was_chosen_ends_with_the_run():
 
 
 @pytest.mark.parametrize("casting", ["autocast", "weights"])
-def test_a_model_is_cast_in_either_way(casting, device):
+def test_both_casting_modes_agree(casting, device):
     torch.manual_seed(0)
     model, idx = GPT(SHAPE), torch.randint(50, (2, 32))
     machine = runtime.Machine(device, "bfloat16", "test", casting=casting)
@@ -72,8 +72,8 @@ def test_a_model_is_cast_in_either_way(casting, device):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_head_and_loss_are_a_piece_of_their_own_beside_the_blocks(broken, monkeypatch):
-    """With a compiler that only counts; one that fails leaves the model as it was."""
+def test_head_and_loss_are_compiled_separately_from_blocks(broken, monkeypatch):
+    """With a stand-in compiler that counts calls; a failing one leaves the model unchanged."""
     pieces = []
     monkeypatch.setattr(torch, "compile", lambda piece, dynamic: pieces.append(piece) or piece)
     model, idx = GPT(SHAPE), torch.randint(50, (2, 32))
@@ -97,12 +97,12 @@ def test_head_and_loss_are_a_piece_of_their_own_beside_the_blocks(broken, monkey
 @pytest.mark.cpu
 @pytest.mark.parametrize("rules", ["adamw", "muon"])
 @pytest.mark.parametrize(("dtype", "rows"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 20)])
-def test_a_step_reads_no_number_and_stays_on_its_device(rules, dtype, rows, monkeypatch):
-    """On the device "meta" no tensor has values: to look at one, or to mix it with one of the CPU, fails.
-    So a GPU never waits for Python within a step."""
+def test_step_never_synchronizes_or_leaves_its_device(rules, dtype, rows, monkeypatch):
+    """Tensors on the device "meta" have no values: reading one, or mixing it with a CPU tensor, fails.
+    A step that passes therefore never synchronizes a GPU."""
     meta = torch.device("meta")
 
-    def fused(*lists, lr, **unused):  # torch's has none for this device
+    def fused(*lists, lr, **unused):  # torch's fused kernel does not support this device
         assert {tensor.device for tensors in lists for tensor in tensors} == {meta}
 
     monkeypatch.setattr(torch, "_fused_adamw_", fused)
@@ -124,7 +124,7 @@ def test_a_step_reads_no_number_and_stays_on_its_device(rules, dtype, rows, monk
 
 
 @pytest.mark.parametrize("rules", ["adamw", "muon"])
-def test_a_rate_on_the_device_is_a_rate(rules):
+def test_learning_rate_may_be_a_device_tensor(rules):
     updated = []
     for lr in (1e-2, torch.tensor(1e-2)):
         torch.manual_seed(0)
@@ -163,7 +163,7 @@ def config(dataset, tmp_path, device):
 
 
 @pytest.mark.parametrize("changes", SPEED.values(), ids=SPEED)
-def test_an_option_for_speed_changes_no_loss(config, changes, capsys):
+def test_performance_options_do_not_change_the_loss(config, changes, capsys):
     runs = []
     for given in ({}, changes):
         train.main(replace(config, overwrite=True, **given))
@@ -177,12 +177,10 @@ def test_an_option_for_speed_changes_no_loss(config, changes, capsys):
 
 
 @pytest.mark.cpu
-def test_a_graph_needs_a_gpu_in_one_line(config):
+def test_cuda_graph_without_gpu_is_a_one_line_error(config):
     with pytest.raises(UserError, match=r"--cuda_graph=True needs a CUDA GPU, and this is cpu; leave"):
         train.main(replace(config, cuda_graph=True))
-    with pytest.raises(
-        UserError, match=r"--batch_size=auto shares out .* give --batch_tokens, .* such as 7680"
-    ):
+    with pytest.raises(UserError, match=r"--batch_size=auto splits .* give --batch_tokens, .* such as 7680"):
         train.main(replace(config, batch_size="auto"))
-    with pytest.raises(UserError, match="--batch_size=auto asks a GPU how much fits, and this is cpu"):
+    with pytest.raises(UserError, match="--batch_size=auto needs a CUDA GPU, and this is cpu"):
         train.main(replace(config, batch_size="auto", batch_tokens=160))

@@ -1,4 +1,4 @@
-"""bench.py: it times the real step and says what it found."""
+"""Tests of bench.py: timing of the actual training step, and its report."""
 
 import json
 import re
@@ -36,27 +36,27 @@ def quick_matmul(monkeypatch):
     monkeypatch.setattr(bench, "matmul_speed", lambda machine: (2048, 1e11))
 
 
-def test_prints_the_figures(dataset, capsys):
+def test_prints_the_results(dataset, capsys):
     bench.main(replace(TINY, dataset=str(dataset)))
     out = capsys.readouterr().out
     assert "machine: all CPU cores, float32" in out
     assert f"data: {dataset}, vocabulary 10" in out
     assert "step: 2 x 2 x 8 = 32 tokens; 3 steps timed after 1" in out
-    assert re.search(r"time: [\d.]+ ms a step \(10th to 90th percentile: [\d.]+ to [\d.]+\)", out)
+    assert re.search(r"time: [\d.]+ ms/step \(10th to 90th percentile: [\d.]+ to [\d.]+\)", out)
     assert re.search(r"speed: [\d,]+ tokens/s\nwaiting for data: [\d.]+% of the time", out)
-    assert re.search(r"TFLOP/s, [\d.]+% of a 2048 x 2048 matrix product in float32 here \(0.1 TFLOP/s\)", out)
-    assert "data sheet" not in out  # a CPU has no entry there
+    assert re.search(r"TFLOP/s, [\d.]+% of a 2048 x 2048 matmul in float32 here \(0.1 TFLOP/s\)", out)
+    assert "MFU" not in out  # CPUs are not in the data sheet table
 
 
-def test_times_the_step_of_train_py_every_time(dataset, monkeypatch, capsys):
+def test_times_the_step_of_train_py(dataset, monkeypatch, capsys):
     taken, real = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *given: taken.append(given[5]) or real(*given))
     bench.main(replace(TINY, dataset=str(dataset), grad_clip=0.5))
     assert taken == [0.5] * 4
 
 
-def test_learns_what_train_py_learns(dataset, tmp_path, monkeypatch):
-    """With its seed, data and options the losses are those of a run, to the bit."""
+def test_losses_equal_those_of_train_py(dataset, tmp_path, monkeypatch):
+    """With the seed, data and options of a run, the losses are bit-identical to the run's."""
     results, real = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *given: results.append(real(*given)) or results[-1])
     config = replace(TINY, dataset=str(dataset))
@@ -70,14 +70,13 @@ def test_learns_what_train_py_learns(dataset, tmp_path, monkeypatch):
     assert losses[:3] == losses[3:] and len(set(losses)) == 3
 
 
-def test_without_data_it_says_so_and_takes_random_tokens(tmp_path, monkeypatch, capsys):
+def test_missing_data_is_reported_and_replaced_by_random_tokens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.resolve, "ROOT", tmp_path)  # where nothing is prepared
+    monkeypatch.setattr(train.resolve, "ROOT", tmp_path)  # a folder without datasets
     bench.main(replace(TINY, steps=1))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("data:"))
     assert (
-        "random tokens below --vocab_size=50, because no dataset at 'openwebtext'" in line
-        and "prepare.py" in line
+        "random tokens, --vocab_size=50, because no dataset at 'openwebtext'" in line and "prepare.py" in line
     )
     with pytest.raises(UserError, match="no dataset at 'none-such'"):
         bench.main(replace(TINY, dataset="none-such"))
@@ -87,12 +86,12 @@ def test_random_tokens_on_request(dataset, tmp_path, capsys):
     for vocab_size, width in ((50, 2), (100_000, 4)):
         config = replace(TINY, dataset=str(dataset), real_data=False, vocab_size=vocab_size)
         tokens = train.resolve.open_data(bench.with_data(config, tmp_path)).train
-        assert "as asked" in capsys.readouterr().out
+        assert "(--real_data=False)" in capsys.readouterr().out
         assert tokens.parts[0].dtype.itemsize == width
         assert int(tokens.read(0, 1000).max()) < vocab_size
 
 
-def test_time_spent_waiting_is_seen(monkeypatch):
+def test_waiting_time_is_measured(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now))
     waits = []
@@ -100,7 +99,7 @@ def test_time_spent_waiting_is_seen(monkeypatch):
     assert waits == [1, 1, 1]
 
 
-def test_profile_writes_a_trace_and_prints_ten_operations(dataset, tmp_path, capsys):
+def test_profile_writes_a_trace_and_prints_top_ten_ops(dataset, tmp_path, capsys):
     trace = tmp_path / "trace.json"
     bench.main(replace(TINY, dataset=str(dataset), profile=True, trace=str(trace)))
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
@@ -111,11 +110,11 @@ def test_profile_writes_a_trace_and_prints_ten_operations(dataset, tmp_path, cap
     assert times == sorted(times, reverse=True) and times[0] > 0
 
 
-def test_bad_input_is_one_line(dataset, tmp_path, monkeypatch):
+def test_bad_input_is_a_one_line_error(dataset, tmp_path, monkeypatch):
     for wrong, reason in (
         (dict(n_embd=15), "n_embd=15 is not divisible by n_head=2"),
-        (dict(block_size=100_000), "fewer than one window"),
-        (dict(profile=True, trace=str(tmp_path / "nowhere" / "x.json")), "there is no such folder"),
+        (dict(block_size=100_000), "fewer than one sequence"),
+        (dict(profile=True, trace=str(tmp_path / "nowhere" / "x.json")), "its folder does not exist"),
         (dict(device="none"), "--device=none"),
     ):
         with pytest.raises(UserError, match=reason):
@@ -129,14 +128,14 @@ def test_bad_input_is_one_line(dataset, tmp_path, monkeypatch):
         bench.main(replace(TINY, dataset=str(dataset)))
 
 
-def test_presets_of_train_py_are_read(tmp_path):
+def test_accepts_presets_of_train_py(tmp_path):
     preset = tmp_path / "preset.py"
     preset.write_text("n_layer = 3\nmax_iters = 7\nout_dir = 'x'\n", encoding="utf-8")
     options = read(bench.Config, [str(preset), "--steps=5"])
     assert options.values == {"n_layer": 3, "max_iters": 7, "out_dir": "x", "steps": 5}
 
 
-def test_options_that_both_have_mean_the_same():
+def test_shared_options_match_train_py():
     ours = {f.name: f.default for f in fields(bench.Config)}
     theirs = {f.name: f.default for f in fields(train.Config)}
     differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
@@ -147,12 +146,12 @@ COMM = ["bench.py", "--comm", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_
 COMM += ["--block_size=32", "--batch_size=4", "--comm_bytes=1_000_000"]
 
 
-def test_the_network_of_two_processes(tmp_path):
+def test_comm_benchmark_of_two_processes(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *launch, *COMM]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "network: 2 processes on 1 nodes, gloo, cpu" in done.stdout
+    assert "network: 2 ranks on 1 nodes, gloo, cpu" in done.stdout
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| 2 all")]
     assert [row[1] for row in rows] == ["all_reduce"] * 4 + ["all_gather"] * 4
     for row in rows:
@@ -162,27 +161,27 @@ def test_the_network_of_two_processes(tmp_path):
         rate, bus = float(row[5]), float(row[6])
         assert rate == pytest.approx(size / median / 1e3, rel=0.1, abs=2e-3)
         assert bus == pytest.approx(rate * (1 if row[1] == "all_reduce" else 0.5), abs=2e-3)
-    assert "measured, all processes at once" in done.stdout and "GB sent a process and step" in done.stdout
-    assert re.search(r"this network can(not)? feed this model with 1 x 128 tokens", done.stdout)
+    assert "measured on all ranks at once" in done.stdout and "GB sent per rank and step" in done.stdout
+    assert re.search(r"this network can(not)? keep up with this model at 1 x 128 tokens", done.stdout)
 
 
-def test_the_network_needs_the_size_of_a_micro_batch():
+def test_comm_benchmark_requires_a_batch_size():
     config = replace(TINY, comm=True, batch_size="auto")
     machine = train.runtime.setup("cpu", "float32", 16)
     with pytest.raises(UserError, match="give --batch_size a number"):
         bench.require(config, machine, pick_fields(GPTConfig, config))
 
 
-def test_one_process_has_no_network():
+def test_comm_benchmark_rejects_a_single_process():
     with pytest.raises(UserError, match=r"torchrun --standalone --nproc_per_node=2 bench\.py --comm"):
         bench.main(replace(TINY, comm=True))
 
 
-def test_a_cluster_without_infiniband_is_told(tmp_path, monkeypatch):
+def test_missing_infiniband_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(comm_bench, "INFINIBAND", tmp_path / "none")
     monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
     assert comm_bench.advice("nccl", 1) == comm_bench.advice("gloo", 2) == []
-    assert "put NCCL_IB_DISABLE=1 before the command" in comm_bench.advice("nccl", 2)[0]
+    assert "set NCCL_IB_DISABLE=1" in comm_bench.advice("nccl", 2)[0]
     (tmp_path / "some" / "mlx5_0").mkdir(parents=True)
     monkeypatch.setattr(comm_bench, "INFINIBAND", tmp_path / "some")
     assert "adapters here: mlx5_0" in comm_bench.advice("nccl", 2)[0]

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, verified, and the right ones kept."""
+"""Tests of checkpoints: atomic writes, verification and retention."""
 
 import json
 import multiprocessing
@@ -63,7 +63,7 @@ def test_round_trip(tmp_path, model):
     assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state().items())
 
 
-def test_tables_of_positions_are_there_though_not_saved(tmp_path):
+def test_position_tables_are_rebuilt_on_load(tmp_path):
     for position in ("rope", "alibi"):
         torch.manual_seed(0)
         shape = {"vocab_size": 11, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
@@ -89,7 +89,7 @@ def test_keeps_the_best_and_the_two_newest(tmp_path, model):
         reader.find(tmp_path, "30")
 
 
-def test_random_schedules_never_lose_the_best_or_the_newest(tmp_path, model):
+def test_random_save_sequences_keep_the_best_and_the_newest(tmp_path, model):
     draw = random.Random(1)
     for trial in range(6):
         run, best, step = tmp_path / str(trial), (9.9, 0), 0
@@ -117,8 +117,8 @@ def damage_in(path, kind, draw):
     path.unlink() if kind == "delete" else path.write_bytes(content)
 
 
-def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, model):
-    """Every kind of damage in every file, 300 times: never loaded, always survived."""
+def test_damage_is_detected_and_the_older_checkpoint_used(tmp_path, model):
+    """300 random damages of every kind in every file: never loaded, never fatal."""
     put(tmp_path / "whole", model, 1, 2.0)
     put(tmp_path / "whole", model, 2, 1.0)
     draw = random.Random(0)
@@ -133,7 +133,7 @@ def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, model):
             found, damage = reader.find(run)
         except UserError:
             pytest.fail(f"trial {trial}: gave up although step 1 is whole")
-        if found.iter_num == 2:  # only white space of the manifest was touched
+        if found.iter_num == 2:  # only whitespace in the manifest was changed
             assert name == "manifest.json" and not damage
             assert json.loads((run / "step-000002" / name).read_text("utf-8")) == json.loads(
                 (tmp_path / "whole" / "step-000002" / name).read_text("utf-8")
@@ -142,15 +142,15 @@ def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, model):
             assert found.iter_num == 1 and len(damage) == 1 and "step-000002" in damage[0]
 
 
-def test_nothing_whole_is_an_error_not_a_fresh_start(tmp_path, model):
+def test_no_valid_checkpoint_is_an_error(tmp_path, model):
     assert reader.find(tmp_path) == (None, [])
     path = put(tmp_path, model, 1)
     (path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid"):
         reader.find(tmp_path)
 
 
-def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, model):
+def test_non_finite_weights_are_never_saved(tmp_path, model):
     put(tmp_path, model, 1)
     with torch.no_grad():
         model.h[0].mlp.c_fc.weight[3, 3] = float("nan")
@@ -163,8 +163,8 @@ OPERATIONS = ("sync", "rename", "remove")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_disk_that_fails_at_any_point_costs_nothing_old(tmp_path, model, monkeypatch, operation):
-    """The n-th call of each file operation raises, for every n that a save makes."""
+def test_disk_failure_at_any_point_keeps_the_old_checkpoint(tmp_path, model, monkeypatch, operation):
+    """Fail the n-th call of each file operation, for every n that occurs in a save."""
     real = getattr(files, operation)
     for n in range(1, 40):
         run = tmp_path / f"{operation}{n}"
@@ -196,8 +196,8 @@ def test_a_disk_that_fails_at_any_point_costs_nothing_old(tmp_path, model, monke
     pytest.fail("a save never came to its end")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sees by /proc what is flushed")
-def test_a_power_cut_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_path, model, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="maps file descriptors to paths by /proc")
+def test_power_cut_leaves_the_old_or_the_new_checkpoint(tmp_path, model, monkeypatch):
     run = tmp_path / "run"
     put(run, model, 1, 2.0)
     disk = Disk(tmp_path / "run", monkeypatch, tmp_path / "left")
@@ -212,8 +212,8 @@ def test_a_power_cut_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_
     assert reader.find(disk.survivors(tmp_path / "end"))[0].iter_num == 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sees by /proc what is flushed")
-def test_a_power_cut_at_any_moment_leaves_the_old_text_or_the_new_one(tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="maps file descriptors to paths by /proc")
+def test_power_cut_leaves_the_old_or_the_new_text_file(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "config.json").write_text('{"old": 1}', encoding="utf-8")
@@ -224,7 +224,7 @@ def test_a_power_cut_at_any_moment_leaves_the_old_text_or_the_new_one(tmp_path, 
 
 
 def test_json_is_never_written_in_place(tmp_path):
-    """A reader that has the file open, as one that a kill would leave half of it, sees none of the change."""
+    """A reader that already has the file open does not see the change, so a kill cannot truncate the file."""
     path = tmp_path / "config.json"
     files.write_json(path, {"old": 1})
     with path.open(encoding="utf-8") as reader:
@@ -233,7 +233,7 @@ def test_json_is_never_written_in_place(tmp_path):
     assert files.read_json(path) == {"new": 2}
 
 
-def test_a_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypatch):
+def test_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypatch):
     put(tmp_path, model, 1)
 
     def full(tensors, path):
@@ -246,7 +246,7 @@ def test_a_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypat
     assert names(tmp_path) == ["step-000001"]
 
 
-def test_a_run_moves_aside_and_is_not_lost(tmp_path, model):
+def test_previous_run_is_moved_aside(tmp_path, model):
     run = tmp_path / "out"
     put(run, model, 5)
     lock, notice = writer.acquire_folder(run, None, overwrite=False)
@@ -263,7 +263,7 @@ def test_a_run_moves_aside_and_is_not_lost(tmp_path, model):
     assert names(tmp_path) == ["out", "out.1", "out.2"] and reader.find(run)[0] is None
 
 
-def test_a_nanogpt_run_moves_aside_too(tmp_path):
+def test_previous_nanogpt_run_is_moved_aside(tmp_path):
     run = tmp_path / "out"
     run.mkdir()
     (run / "ckpt.pt").write_bytes(b"x")
@@ -277,7 +277,7 @@ def hold(folder, ready, done):
         done.wait(30)
 
 
-def test_two_processes_in_one_run_folder(tmp_path):
+def test_run_folder_is_locked_against_a_second_process(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
     process = context.Process(target=hold, args=(tmp_path / "out", ready, done))
@@ -290,7 +290,7 @@ def test_two_processes_in_one_run_folder(tmp_path):
     files.lock(tmp_path / "out").release()
 
 
-def test_tensors_are_readable_by_anybody(tmp_path, model):
+def test_saved_tensors_load_with_safetensors_alone(tmp_path, model):
     path = put(tmp_path, model, 1)
     tensors = load_file(path / "model.safetensors")
     assert set(tensors) == {name for name, _ in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background are those written at once; what fails is told."""
+"""Background checkpoints equal blocking ones, and their errors are reported."""
 
 import threading
 
@@ -37,7 +37,7 @@ def state(step):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Until it is set no write gets on; `begun` is set when one has come to it."""
+    """Event that blocks every write until set; `gate.begun` is set when a write reaches it."""
     gate, sync = threading.Event(), files.sync
     gate.begun = threading.Event()
 
@@ -51,13 +51,13 @@ def gate(monkeypatch):
     gate.set()
 
 
-def test_the_same_bytes_whatever_training_does_meanwhile(tmp_path, model, optimizer, gate):
+def test_training_during_a_write_does_not_change_the_files(tmp_path, model, optimizer, gate):
     writer = AsyncCheckpointer()
     gate.set()
     Snapshot.of(model, optimizer, state(3)).write(tmp_path / "blocking")
     gate.clear()
     writer.save(tmp_path / "background", model, optimizer, state(3))
-    with torch.no_grad():  # the next update, before the write is done
+    with torch.no_grad():  # the next update, while the write is pending
         for tensor in [*model.parameters(), *optimizer.values()]:
             tensor.add_(1.0)
     assert (
@@ -74,7 +74,7 @@ def test_the_same_bytes_whatever_training_does_meanwhile(tmp_path, model, optimi
         assert path.read_bytes() == (tmp_path / "background" / "step-000003" / path.name).read_bytes()
 
 
-def test_one_write_at_a_time_and_the_older_checkpoint_stays_until_then(tmp_path, model, optimizer, gate):
+def test_one_write_at_a_time_and_the_old_checkpoint_is_kept(tmp_path, model, optimizer, gate):
     writer = AsyncCheckpointer()
     gate.set()
     writer.save(tmp_path, model, optimizer, state(1))
@@ -82,7 +82,7 @@ def test_one_write_at_a_time_and_the_older_checkpoint_stays_until_then(tmp_path,
     gate.clear()
     writer.save(tmp_path, model, optimizer, state(2))
     assert gate.begun.wait(10)
-    assert reader.find(tmp_path)[0].iter_num == 1  # what a kill would now leave
+    assert reader.find(tmp_path)[0].iter_num == 1  # what a kill at this moment would leave
     third = threading.Thread(target=writer.save, args=(tmp_path, model, optimizer, state(3)))
     third.start()
     third.join(0.2)
@@ -94,9 +94,7 @@ def test_one_write_at_a_time_and_the_older_checkpoint_stays_until_then(tmp_path,
     assert reader.find(tmp_path)[0].iter_num == 3
 
 
-def test_what_the_thread_fails_with_is_raised_once_where_it_is_waited_for(
-    tmp_path, model, optimizer, monkeypatch
-):
+def test_thread_error_is_raised_once_on_wait(tmp_path, model, optimizer, monkeypatch):
     writer = AsyncCheckpointer()
     writer.save(tmp_path, model, optimizer, state(1))
     writer.wait()
@@ -119,7 +117,7 @@ def test_what_the_thread_fails_with_is_raised_once_where_it_is_waited_for(
     assert reader.find(tmp_path)[0].iter_num == 3
 
 
-def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, model, optimizer):
+def test_non_finite_weights_are_rejected_before_writing(tmp_path, model, optimizer):
     with torch.no_grad():
         model.wte.weight[0, 0] = torch.nan
     with pytest.raises(Diverged, match="non-finite weights at iteration 5"):
@@ -127,13 +125,13 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_without_room_for_a_copy_it_is_written_at_once(tmp_path, model, optimizer, monkeypatch):
+def test_writes_synchronously_if_memory_is_short(tmp_path, model, optimizer, monkeypatch):
     monkeypatch.setattr(writer_module, "free_memory", lambda: 1 << 20)
     writer = AsyncCheckpointer()
     writer.save(tmp_path, model, optimizer, state(1))
     assert writer.pop_completed() == [tmp_path / "step-000001"]
 
 
-def test_free_memory_is_that_of_the_machine_or_less():
+def test_free_memory_is_at_most_that_of_the_machine():
     free = writer_module.free_memory()
     assert free is None or 1 << 20 < free < 1 << 46

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints: what its own code computes from them, both ways, and files that are refused."""
+"""nanoGPT checkpoints: equal logits, conversion in both directions, and rejected files."""
 
 import math
 import pickle
@@ -29,7 +29,7 @@ CHARACTERS = list("\n ,abcdefgh")
 
 
 def nanogpts(args: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state dict as nanoGPT's GPT has it, the head being the embedding."""
+    """Return a state dict of nanoGPT's GPT, with tied LM head and embedding."""
     draw = torch.Generator().manual_seed(seed)
     n = args["n_embd"]
     shapes = {"wte": (args["vocab_size"], n), "wpe": (args["block_size"], n)}
@@ -47,7 +47,7 @@ def nanogpts(args: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def nanogpts_logits(w: dict[str, torch.Tensor], args: dict, idx: torch.Tensor) -> torch.Tensor:
-    """What nanoGPT's model computes, written down once more: plain attention, exact GELU."""
+    """Reimplement nanoGPT's forward pass: plain attention, exact GELU; returns logits."""
     n, nh, T = args["n_embd"], args["n_head"], idx.shape[1]
 
     def linear(x, name):
@@ -72,7 +72,7 @@ def nanogpts_logits(w: dict[str, torch.Tensor], args: dict, idx: torch.Tensor) -
 
 
 def write_ckpt(folder: Path, args: dict = ARGS, **changes) -> Path:
-    """ckpt.pt as nanoGPT's train.py saves it, with its characters beside it."""
+    """Write ckpt.pt as nanoGPT's train.py saves it, and meta.pkl next to it."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = nanogpts(args)
     parameters = [nn.Parameter(tensor) for tensor in weights.values()]
@@ -95,7 +95,7 @@ def write_ckpt(folder: Path, args: dict = ARGS, **changes) -> Path:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_logits_are_nanogpts(bias, tmp_path):
+def test_logits_equal_nanogpts(bias, tmp_path):
     args = ARGS | {"bias": bias}
     found = ckpt.open_file(write_ckpt(tmp_path, args), [])
     assert (found.iter_num, found.val_loss, found.dataset) == (250, 1.5, "shakespeare_char")
@@ -106,8 +106,8 @@ def test_logits_are_nanogpts(bias, tmp_path):
     assert tokenizer.from_text(found.tokenizer).encode("bad\n").tolist() == [4, 3, 6, 0]
 
 
-def test_compiled_models_and_old_versions(tmp_path):
-    """torch.compile's prefix; causal masks as buffers; model_args that know no bias yet."""
+def test_loads_compiled_and_old_checkpoints(tmp_path):
+    """The prefix of torch.compile, causal masks as buffers, and model_args without `bias`."""
     weights = {f"_orig_mod.{name}": tensor for name, tensor in nanogpts(ARGS).items()}
     weights |= {f"_orig_mod.transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
     args = {name: value for name, value in ARGS.items() if name != "bias"}
@@ -116,7 +116,7 @@ def test_compiled_models_and_old_versions(tmp_path):
     torch.testing.assert_close(found.load(found.fitted())(idx)[0], nanogpts_logits(nanogpts(ARGS), ARGS, idx))
 
 
-def test_characters_are_found_by_the_datasets_name(tmp_path):
+def test_meta_pkl_is_found_by_dataset_name(tmp_path):
     path = write_ckpt(tmp_path / "out")
     (tmp_path / "data").mkdir()
     (tmp_path / "out" / "meta.pkl").rename(tmp_path / "data" / "meta.pkl")
@@ -125,7 +125,7 @@ def test_characters_are_found_by_the_datasets_name(tmp_path):
     assert '"a"' in ckpt.open_file(path, [tmp_path]).tokenizer
 
 
-def test_gpt2s_tokens_in_a_padded_table(tmp_path):
+def test_padded_gpt2_vocabulary_is_recognized(tmp_path):
     args = ARGS | {"vocab_size": 50304, "n_layer": 1}
     path = write_ckpt(tmp_path, args)
     (tmp_path / "meta.pkl").unlink()
@@ -142,33 +142,33 @@ class Runs:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {"evil": Runs()}}, "holds more than tensors, numbers and text, and is refused"),
+        ({"config": {"evil": Runs()}}, "contains more than tensors, numbers and strings"),
         ({"model": {}}, r"28 missing: wte\.weight"),
-        ({"model_args": ARGS | {"n_layer": 1}}, r"not expected: h\.1\."),
+        ({"model_args": ARGS | {"n_layer": 1}}, r"unexpected: h\.1\."),
         ({"model_args": ARGS | {"block_size": 8}}, r"position\.wpe\.weight \[16, 24\], expected \[8, 24\]"),
         ({"model_args": ARGS | {"n_head": 5}}, "n_embd=24 is not divisible by n_head=5"),
-        ({"model_args": {}}, "is not a checkpoint of nanoGPT"),
+        ({"model_args": {}}, "is not a nanoGPT checkpoint"),
         ({"model": nanogpts(ARGS) | {"lm_head.weight": torch.ones(11, 24)}}, "lm_head.weight differs from"),
     ],
 )
-def test_checkpoints_that_are_refused(changes, message, tmp_path):
+def test_invalid_checkpoints_are_rejected(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         ckpt.open_file(write_ckpt(tmp_path, **changes), [])
 
 
-def test_files_that_are_no_checkpoint(tmp_path):
+def test_files_that_are_not_checkpoints_are_rejected(tmp_path):
     path = write_ckpt(tmp_path)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"hello"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="no checkpoint of nanoGPT, or is cut short"):
+        with pytest.raises(UserError, match="not a nanoGPT checkpoint, or is truncated"):
             ckpt.open_file(path, [])
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match="it holds a list"):
+    with pytest.raises(UserError, match="it contains a list"):
         ckpt.open_file(path, [])
 
 
-# ----------------------------------------------------------------------------- out
+# ----------------------------------------------------------------------------- export
 
 
 def source(config: GPTConfig, text: str) -> Pretrained:
@@ -177,16 +177,16 @@ def source(config: GPTConfig, text: str) -> Pretrained:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_there_and_back_to_the_bit(bias, activation, tmp_path):
+def test_round_trip_is_bit_identical(bias, activation, tmp_path):
     config = GPTConfig(11, 16, 2, 3, 24, bias=bias, activation=activation, vocab_multiple=64, dropout=0.2)
     torch.manual_seed(0)
     model = GPT(config).eval()
     text = tokenizer.to_text(tokenizer.CharTokenizer(CHARACTERS))
     said = ckpt.write_folder(tmp_path, model, source(config, text))
-    assert any("meta.pkl into data/mine" in line for line in said)
+    assert any("meta.pkl to data/mine" in line for line in said)
 
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert saved["model_args"] == {**ARGS, "bias": bias, "dropout": 0.2}  # the padding is gone
+    assert saved["model_args"] == {**ARGS, "bias": bias, "dropout": 0.2}  # padding removed
     assert saved["model"].keys() == nanogpts(ARGS | {"bias": bias}).keys()
     assert saved["model"]["lm_head.weight"].data_ptr() == saved["model"]["transformer.wte.weight"].data_ptr()
     if activation == "gelu":
@@ -202,7 +202,7 @@ def test_there_and_back_to_the_bit(bias, activation, tmp_path):
         assert torch.equal(before[:used], after[:used]), name
 
 
-def test_meta_pkl_is_nanogpts(tmp_path):
+def test_meta_pkl_has_nanogpts_format(tmp_path):
     config = GPTConfig(11, 16, 1, 3, 24)
     ckpt.write_folder(
         tmp_path, GPT(config), source(config, tokenizer.to_text(tokenizer.CharTokenizer(CHARACTERS)))
@@ -211,7 +211,7 @@ def test_meta_pkl_is_nanogpts(tmp_path):
     assert meta["vocab_size"] == 11 and meta["itos"][4] == "b" and meta["stoi"]["b"] == 4
 
 
-def test_models_that_nanogpt_cannot_be(tmp_path):
+def test_unsupported_models_are_rejected(tmp_path):
     config = GPTConfig(11, 16, 1, 2, 24)
     text = tokenizer.to_text(tokenizer.CharTokenizer(CHARACTERS))
     for field, value in {
@@ -225,7 +225,7 @@ def test_models_that_nanogpt_cannot_be(tmp_path):
         "n_kv_head": 1,
         "head_dim": 8,
     }.items():
-        with pytest.raises(UserError, match=rf"does not know {field}={value};"):
+        with pytest.raises(UserError, match=rf"does not support {field}={value};"):
             ckpt.require(replace(config, **{field: value}), text)
-    with pytest.raises(UserError, match="knows characters and GPT-2's tokens, this model byte"):
+    with pytest.raises(UserError, match="supports char and gpt2 tokenizers, not byte"):
         ckpt.require(config, tokenizer.to_text(tokenizer.ByteTokenizer()))

@@ -1,4 +1,4 @@
-"""The templates for clusters: they parse, name no option that is not there, and Slurm's puts itself back."""
+"""Cluster templates: they parse, use existing options only, and the Slurm script requeues itself."""
 
 import os
 import re
@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "scale.md"
 
 
 def program(template: Path) -> str:
-    """The shell commands of a template, or of the page."""
+    """Return the shell commands of a template or a documentation page."""
     if template.suffix == ".md":
         return "\n".join(re.findall(r"```sh\n(.*?)```", template.read_text(encoding="utf-8"), re.DOTALL))
     if template.suffix != ".yaml":
@@ -33,18 +33,18 @@ def program(template: Path) -> str:
         return content["run"]
     replicas = content["spec"]["pytorchReplicaSpecs"].values()
     containers = [c for r in replicas for c in r["template"]["spec"]["containers"]]
-    assert len({c["args"][0] for c in containers}) == 1  # all pods run the same
+    assert len({c["args"][0] for c in containers}) == 1  # all pods run the same script
     return containers[0]["args"][0]
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each command, comments included: they are commands to type."""
+    """Return the words of each command, including commands in comments, which users type."""
     joined = re.sub(r"\\\n\s*", "", text).replace("\n#", "\n").replace("'", " ")
     return [shlex.split(line) for line in joined.splitlines() if line.count('"') % 2 == 0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse_and_shellcheck_finds_nothing(script):
+def test_scripts_parse_and_pass_shellcheck(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, "--shell=bash", script], capture_output=True, text=True)
@@ -72,11 +72,11 @@ def test_every_option_exists(template):
 
 
 @pytest.mark.parametrize("template", [*SCRIPTS, *YAML], ids=lambda path: path.name)
-def test_every_run_goes_on_by_itself(template):
+def test_every_template_resumes_automatically(template):
     assert "--init_from=auto" in program(template)
 
 
-def test_kubernetes_asks_for_what_it_starts():
+def test_kubernetes_requests_match_the_started_processes():
     content = yaml.safe_load((TEMPLATES / "kubernetes.yaml").read_text(encoding="utf-8"))
     replicas = content["spec"]["pytorchReplicaSpecs"]
     words = shlex.split(program(TEMPLATES / "kubernetes.yaml"))
@@ -95,8 +95,8 @@ def value(words: list[str], option: str) -> str:
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Run the batch script where srun leaves with the given codes, one after another; returns its own exit
-    code, what it said, and what it asked of Slurm."""
+    """Run the batch script with an srun that exits with the given codes in turn; return the script's exit
+    code, its output and its calls of Slurm commands."""
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     (bin_ / "srun").write_text(
@@ -134,26 +134,26 @@ def slurm(tmp_path):
     return run
 
 
-def test_slurm_starts_a_process_a_gpu(slurm):
+def test_slurm_starts_one_process_per_gpu(slurm):
     code, _, calls = slurm(0)
     assert code == 0 and "scontrol requeue" not in calls
     assert "n1:32345 9 1 16 train.py config/train_gpt2.py --out_dir=a run --init_from=auto" in calls
 
 
-def test_slurm_puts_a_stopped_run_back_into_the_queue(slurm):
+def test_slurm_requeues_a_stopped_run(slurm):
     code, _, calls = slurm(75)
     assert code == 0 and "scontrol requeue 12345" in calls and calls.count("srun ") == 1
     code, said, calls = slurm(75, SLURM_RESTART_COUNT="100")
-    assert code == 75 and "scontrol requeue" not in calls and "sbatch it again" in said
+    assert code == 75 and "scontrol requeue" not in calls and "run sbatch again" in said
 
 
 @pytest.mark.parametrize("code", [2, 70])
-def test_slurm_gives_up_what_would_fail_again(slurm, code):
+def test_slurm_does_not_retry_permanent_errors(slurm, code):
     left, _, calls = slurm(code)
     assert left == code and "scontrol requeue" not in calls and calls.count("srun ") == 1
 
 
-def test_slurm_starts_lost_processes_again(slurm):
+def test_slurm_restarts_after_lost_processes(slurm):
     code, _, calls = slurm(76, 137, 74, 0)
     assert code == 0 and calls.count("srun ") == 4
     code, _, calls = slurm(*[137] * 9, TRIES="3")

@@ -1,7 +1,7 @@
-"""Every command that nanoGPT's documents promise, and every command in our own READMEs.
+"""Every command of nanoGPT's documentation, and every command in this project's READMEs.
 
-They run as written, in a copy of the project, with options behind them that make them small. Those for two
-machines run in test_world.py, with this machine's address.
+They run as written, in a copy of the project, with options appended that make the runs small. Two-node
+commands run in test_world.py, with the local address.
 """
 
 import itertools
@@ -46,7 +46,7 @@ CPU_COMMAND = (
     "--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
     "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
-NOW = [  # in the order of a reader's first day
+NOW = [  # in the order in which a reader uses them
     "python data/shakespeare_char/prepare.py",
     "python train.py config/train_shakespeare_char.py",
     "python train.py config/train_shakespeare_char.py --device=cpu --batch_size=32",
@@ -75,7 +75,7 @@ NOW = [  # in the order of a reader's first day
 
 
 def checkout(folder: Path) -> Path:
-    """A copy of the project's own files, as a clone has them."""
+    """Copy the tracked files of the project to `folder`, as in a clone."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("nanogpt/**/*.py")]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def checkout(folder: Path) -> Path:
 
 
 def stocked(folder: Path) -> Path:
-    """A clone with all that its commands read: texts, ids, and random models in the cache of the hub."""
+    """Create a clone with all that its commands read: texts, token ids, random models in a hub cache."""
     checkout(folder)
     merges = found("gpt2/vocab.bpe")
     if merges:
@@ -98,7 +98,7 @@ def stocked(folder: Path) -> Path:
         hf_folders.write_cache(folder / "hf", f"openai-community/{name}", merges=merges, **shape)
     ids = np.random.default_rng(0).integers(0, 50257, 3000).astype("<u2")
     for dataset, split in itertools.product(("openwebtext", "shakespeare"), ("train", "val")):
-        ids.tofile(folder / "data" / dataset / f"{split}.bin")  # as nanoGPT leaves them
+        ids.tofile(folder / "data" / dataset / f"{split}.bin")  # as nanoGPT writes them
     (folder / "input.txt").write_text(texts.python_sources(50_000), encoding="utf-8")
     (folder / "prompt.txt").write_text("To be, or not", encoding="utf-8")
     rows = [json.dumps({"text": page}) + "\n" for page in texts.web_pages(200)]
@@ -112,7 +112,7 @@ def clone(tmp_path_factory):
 
 
 def needs_merges(command: str) -> bool:
-    """Whether text becomes tokens of GPT-2, or they become text; to train on ids, only ids are needed."""
+    """Return whether the command encodes or decodes GPT-2 tokens; training on token ids does not."""
     return bool(
         re.search(r"(shakespeare|openwebtext)/prepare|sample\.py( --start=FILE|$)|xl --start", command)
     )
@@ -121,7 +121,7 @@ def needs_merges(command: str) -> bool:
 def run(command: str, folder: Path) -> str:
     program = next(word for word in shlex.split(command) if word.endswith(".py"))
     launcher, *words_given = shlex.split(command) + shlex.split(TINY.get(program, ""))
-    if launcher == "torchrun":  # a window for each of eight processes
+    if launcher == "torchrun":  # one sequence per rank for 8 ranks
         words_given = ["-m", "torch.distributed.run", *words_given, "--gradient_accumulation_steps=4"]
     done = subprocess.run(
         [sys.executable, *words_given],
@@ -136,7 +136,7 @@ def run(command: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("command", NOW)
-def test_commands_of_nanogpts_documents(command, clone, real):
+def test_nanogpt_documentation_commands_run(command, clone, real):
     if needs_merges(command):
         real("gpt2/vocab.bpe")
     out = run(command, clone)
@@ -156,11 +156,11 @@ def test_every_preset_fits_train(path):
     assert set(assignments(path)) == set(options.values)
 
 
-# ----------------------------------------------------------------------------- our own documents
+# ----------------------------------------------------------------------------- own documentation
 
 
 def commands_in(document: str) -> list[str]:
-    """The lines of a page's shell blocks that start one of our programs."""
+    """Return the lines in the shell blocks of `document` that start one of the project's programs."""
     text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
@@ -182,8 +182,8 @@ PARSERS = {
 
 
 @pytest.mark.parametrize(("page", "command"), OURS)
-def test_commands_of_our_own_pages_have_valid_options(page, command):
-    """Programs that exist, options that exist, presets that exist; README's are run below."""
+def test_documented_commands_have_valid_options(page, command):
+    """Programs, options and presets exist; the commands of README are run below."""
     given = shlex.split(command)
     program = next(word for word in given if word.endswith(".py"))
     given = given[given.index(program) + 1 :]
@@ -198,17 +198,17 @@ def test_commands_of_our_own_pages_have_valid_options(page, command):
         read(bench.Config, given, other_keys=frozenset(train.Config.__dataclass_fields__))
 
 
-def test_the_two_readmes_show_the_same_commands():
+def test_both_readmes_show_the_same_commands():
     assert commands_in("README.md") == commands_in("README.zh-CN.md")
 
 
-def test_readmes_commands_run_in_their_order(tmp_path):
-    """A person who types the README's commands one after the other, with runs made small."""
+def test_readme_commands_run_in_order(tmp_path):
+    """Run the commands of README one after another, with small runs."""
     folder = stocked(tmp_path)
     (folder / "novel.txt").write_text(words(3000), encoding="utf-8")
     (folder / "prompt.txt").write_text("ab", encoding="utf-8")
     write_dataset(folder / "data" / "python_stdlib", words(3000))
-    left_out = ["python_stdlib", "serve.py"]  # the latter goes on for ever
+    left_out = ["python_stdlib", "serve.py"]  # serve.py does not exit
     commands = [c for c in commands_in("README.md") if not any(name in c for name in left_out)]
     for command in commands:
         if found("gpt2/vocab.bpe") or not needs_merges(command):

@@ -1,4 +1,4 @@
-"""Options: what is accepted, what is refused, and in which words."""
+"""Option parsing: accepted values, rejected values and error messages."""
 
 import re
 from dataclasses import dataclass, fields
@@ -27,9 +27,9 @@ PROGRAMS = [train, sample, evaluation, serve, export, plan, bench, plot]
 @dataclass(frozen=True)
 class Config:
     # sizes
-    batch_size: PositiveInt = 12  # windows a micro-batch
+    batch_size: PositiveInt = 12  # sequences per micro-batch
     max_iters: NonNegativeInt = 10  # iterations
-    learning_rate: NonNegativeFloat = 6e-4  # the highest
+    learning_rate: NonNegativeFloat = 6e-4  # peak
     dropout: UnitInterval = 0.0  # of activations
     # words
     start: str = "\n"  # the prompt
@@ -68,7 +68,7 @@ def preset_file(tmp_path: Path):
         ("--compile=auto", "compile", "auto"),
     ],
 )
-def test_accepts(word, name, value):
+def test_valid_values_are_accepted(word, name, value):
     config, origins = load(Config, [word])
     got = getattr(config, name)
     assert got == value and type(got) is type(value)
@@ -94,12 +94,12 @@ def test_accepts(word, name, value):
         ("no_such_preset", "no preset 'no_such_preset'"),
     ],
 )
-def test_refuses(word, said):
+def test_invalid_values_are_rejected(word, said):
     with pytest.raises(UserError, match=said.replace("?", r"\?")):
         load(Config, [word])
 
 
-def test_reports_every_problem_at_once(preset_file):
+def test_all_problems_are_reported_at_once(preset_file):
     path = preset_file("learning_rte = 1e-3\nbatch_size = 'ten'\n")
     with pytest.raises(UserError) as error:
         load(Config, [path, "--dropot=0.1", "--bias=perhaps"])
@@ -108,14 +108,14 @@ def test_reports_every_problem_at_once(preset_file):
         assert part in message
 
 
-def test_left_to_right(preset_file):
+def test_later_arguments_override_earlier_ones(preset_file):
     path = preset_file("batch_size = 3\n")
     assert load(Config, [path, "--batch_size=4"])[0].batch_size == 4
     assert load(Config, ["--batch_size=4", path])[0].batch_size == 3
     assert load(Config, ["--batch_size=4", "--batch_size=5"])[0].batch_size == 5
 
 
-def test_preset_is_arithmetic_on_names_set_above(preset_file):
+def test_preset_expressions_use_earlier_names(preset_file):
     path = preset_file(
         '"""A preset."""\n_tokens = 2**19  # scratch\nbatch_size = _tokens // 1024 // 8\n'
         "learning_rate = 3 * 1e-4\nout_dir = 'out' + '-x'\nbias = True\nmax_iters = -(-7 // 2)\n"
@@ -144,15 +144,15 @@ def test_preset_is_arithmetic_on_names_set_above(preset_file):
         "batch_size = " + "-" * 5000 + "1",
     ],
 )
-def test_preset_runs_no_code(preset_file, tmp_path, monkeypatch, code):
+def test_preset_executes_no_code(preset_file, tmp_path, monkeypatch, code):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"preset\.py"):
         load(Config, [preset_file(code + "\n")])
     assert not (tmp_path / "HACKED").exists()
 
 
-def test_a_preset_of_the_project_by_its_bare_name(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # found wherever the program is started
+def test_project_preset_is_found_by_bare_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # found from any working directory
     with pytest.raises(UserError) as error:
         load(Config, ["train_shakespeare_chr"])
     assert "did you mean train_shakespeare_char?" in str(error.value)
@@ -166,12 +166,12 @@ def assignments_of(suffix: str) -> set[str]:
     return set(assignments(root / "config" / f"train_shakespeare_{suffix}.py"))
 
 
-def test_positional_arguments_are_kept_where_a_program_takes_them():
+def test_positional_arguments_are_kept_if_accepted():
     options = read(Config, ["a.txt", "--batch_size=3", "b"], arguments=True)
     assert options.arguments == ["a.txt", "b"] and options.values == {"batch_size": 3}
 
 
-def test_inherit_prefers_what_is_given_now():
+def test_inherit_prefers_given_options():
     saved = {"batch_size": 3, "max_iters": 100, "start": "x", "gone": 1}
     config, origins = load(Config, ["--batch_size=5", "--max_iters=100", "--out_dir=new"])
     merged, differing = inherit(config, origins, saved, fresh={"out_dir"})
@@ -184,12 +184,12 @@ def test_help_shows_every_option_with_its_meaning(capsys):
         load(Config, ["--help"])
     assert leave.value.code == 0
     shown = capsys.readouterr().out
-    assert "--batch_size=12" in shown and "windows a micro-batch" in shown
+    assert "--batch_size=12" in shown and "sequences per micro-batch" in shown
     assert "one of auto, True, False" in shown and "sizes" in shown
     assert help_text(Config).count("--") >= 8
 
 
-def test_train_shows_what_most_people_need_on_one_screen(capsys):
+def test_train_help_fits_on_one_screen(capsys):
     shown = []
     for word in ("--help", "--help=all"):
         with pytest.raises(SystemExit):
@@ -217,21 +217,21 @@ def test_train_shows_what_most_people_need_on_one_screen(capsys):
         ),
     ],
 )
-def test_what_contradicts_itself_is_refused_when_options_are_read(given, message):
+def test_contradictory_options_are_rejected_at_parse_time(given, message):
     with pytest.raises(UserError, match=message):
         load(train.Config, given)
-    load(train.Config, [*given, "--init_from=resume"])  # the saved run may say otherwise
+    load(train.Config, [*given, "--init_from=resume"])  # the saved run may set other values
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-def test_every_option_says_what_it_is(program, capsys):
+def test_every_option_has_help(program, capsys):
     with pytest.raises(SystemExit):
         load(program.Config, ["--help=all"])
     helped = set(re.findall(r"(?m)^    --(\w+)\S* +\S", capsys.readouterr().out))
     assert helped == {field.name for field in fields(program.Config)}
 
 
-def test_a_removed_option_is_named_and_ignored(preset_file, capsys):
+def test_removed_option_is_reported_and_ignored(preset_file, capsys):
     config, origins = load(Config, ["--prefetch=True", preset_file("hold_gc = True\nbatch_size = 3\n")])
     assert config == Config(batch_size=3) and set(origins) == {"batch_size"}
     said = capsys.readouterr().err.splitlines()

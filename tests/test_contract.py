@@ -1,6 +1,6 @@
-"""What other programs and older runs rely on (docs/design.md, "Contracts"): keys, lines, options, folders.
+"""Stable interfaces (docs/design.md, "Contracts"): keys, printed lines, options, folders.
 
-tests/contract/ was written by commit 4d95b57: a dataset, a run on it of four iterations, and all options of
+tests/contract/ was written by commit 4d95b57: a dataset, a run of four iterations on it, and all options of
 train.py with their defaults.
 """
 
@@ -43,10 +43,10 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# ----------------------------------------------------------------------------- what is written
+# ----------------------------------------------------------------------------- current output
 
 
-def test_keys_and_lines_of_a_run(dataset, tmp_path, capsys):
+def test_run_output_keys_and_lines(dataset, tmp_path, capsys):
     config = small_run(dataset, tmp_path / "out", max_iters=2, eval_interval=1, eval_iters=1)
     train.main(config)
     rows = metrics.read(tmp_path / "out")
@@ -68,7 +68,7 @@ def test_keys_and_lines_of_a_run(dataset, tmp_path, capsys):
     assert f"saved {tmp_path / 'out' / 'step-000002'}" in lines
 
 
-def test_keys_of_a_dataset(tmp_path):
+def test_dataset_keys(tmp_path):
     (tmp_path / "x.txt").write_text("some text " * 20, encoding="utf-8")
     root = Path(__file__).resolve().parent.parent
     command = [sys.executable, root / "data" / "prepare.py", tmp_path / "x.txt", f"--out={tmp_path / 'out'}"]
@@ -79,7 +79,7 @@ def test_keys_of_a_dataset(tmp_path):
     assert np.fromfile(tmp_path / "out" / "train.bin", "<u2").max() < meta["vocab_size"]
 
 
-# ----------------------------------------------------------------------------- what older versions left
+# ----------------------------------------------------------------------------- files of older versions
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def old_run(tmp_path):
     return tmp_path / "run"
 
 
-def test_an_old_run_goes_on_to_the_losses_that_its_own_version_reached(old_run, capsys):
+def test_old_run_resumes_with_the_losses_of_its_version(old_run, capsys):
     options = [f"--out_dir={old_run}", f"--dataset={HERE / 'dataset'}", "--init_from=resume", "--max_iters=6"]
     train.main(*load(train.Config, options))
     steps = [row["loss"] for row in metrics.read(old_run) if row["event"] == "step"]
@@ -98,26 +98,26 @@ def test_an_old_run_goes_on_to_the_losses_that_its_own_version_reached(old_run, 
     assert (old_run / "step-000006").is_dir()
 
 
-def test_an_old_run_is_sampled_scored_plotted_and_exported(old_run, tmp_path, capsys):
+def test_old_run_can_be_sampled_scored_plotted_and_exported(old_run, tmp_path, capsys):
     run = {"out_dir": str(old_run), "device": "cpu"}
     sample.main(sample.Config(**run, num_samples=2, max_new_tokens=9, start="to"))
     assert capsys.readouterr().out.count("\n---------------\n") == 2
     evaluation.main(evaluation.Config(**run, dataset=str(HERE / "dataset")))
-    assert "loss 2.9402 " in capsys.readouterr().out  # as its own version says
+    assert "loss 2.9402 " in capsys.readouterr().out  # as printed by its version
     plot.main(plot.Config(out=str(tmp_path / "x.png")), [str(old_run)])
     assert (tmp_path / "x.png").stat().st_size > 1000
     export.main(export.Config(out_dir=str(old_run), to=str(tmp_path / "exported")))
     assert (tmp_path / "exported" / "config.json").is_file()
 
 
-def test_an_old_dataset_is_read():
+def test_old_dataset_loads():
     found = loader.load(HERE / "dataset")
     assert (found.vocab_size, len(found.train), len(found.val)) == (20, 7455, 829)
 
 
 @pytest.mark.parametrize("name", BEFORE["options"])
-def test_an_old_option_is_known(name, capsys):
-    """It means what it meant, or a line says that it was removed; its default is the same."""
+def test_old_options_are_accepted(name, capsys):
+    """An old option keeps its meaning and default, or a printed line says that it was removed."""
     value = BEFORE["options"][name]
     config, origins = load(train.Config, [f"--{name}={value}"])
     name = RENAMED.get(name, name)
@@ -128,5 +128,5 @@ def test_an_old_option_is_known(name, capsys):
 
 
 @pytest.mark.parametrize("name", BEFORE["presets"])
-def test_an_old_preset_is_there(name):
+def test_old_presets_exist(name):
     load(train.Config, [str(presets.find(name))])

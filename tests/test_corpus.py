@@ -1,4 +1,4 @@
-"""From text to a dataset folder: the right ids in the right split, in little memory, or nothing at all."""
+"""Dataset preparation: correct ids in the correct split, bounded memory, and no partial output."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def text_of(out: Path, split: str) -> str:
 
 
 def documents_of(out: Path, split: str) -> list[list[int]]:
-    """The ids between the end_of_text tokens of a split of byte pairs."""
+    """Return the ids between the end_of_text tokens of a BPE split."""
     ids = ids_of(out, split)
     end = tokenizer.from_file(out).end_of_text
     ends = np.flatnonzero(ids == end)
@@ -58,7 +58,7 @@ def state(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk: no test here pulls the plug."""
+    """Disable fsync; no test here simulates a power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -69,16 +69,16 @@ def novel(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut everywhere, so that a mistake at a cut would show."""
+    """Use tiny blocks and pieces, so that errors at their boundaries show."""
     monkeypatch.setattr(text_files, "BLOCK", 61)
     monkeypatch.setattr(encode, "PIECE", 37)
 
 
-# ----------------------------------------------------------------------------- what is written
+# ----------------------------------------------------------------------------- output files
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
-def test_one_text_is_cut_as_nanogpt_cuts_it(kind, tmp_path, small_pieces):
+def test_single_text_is_split_as_in_nanogpt(kind, tmp_path, small_pieces):
     body = words(300) + "Ende gut, alles gut: 三国演义 🦊"
     out = tmp_path / "out"
     corpus.prepare([written(tmp_path, "x.txt", body)], out, kind=kind)
@@ -112,7 +112,7 @@ def test_meta_describes_the_files(novel, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe:300", "gpt2"])
-def test_the_loader_opens_what_was_prepared(kind, novel, tmp_path, of_kind):
+def test_loader_opens_prepared_datasets(kind, novel, tmp_path, of_kind):
     summary = corpus.prepare([novel], tmp_path / "out", **of_kind(kind))
     dataset = loader.load(tmp_path / "out")
     assert dataset.vocab_size == summary.tokenizer.vocab_size
@@ -120,7 +120,7 @@ def test_the_loader_opens_what_was_prepared(kind, novel, tmp_path, of_kind):
     assert len(dataset.train) == summary.meta["splits"]["train"]["tokens"]
 
 
-def test_the_same_text_gives_the_same_bytes(novel, tmp_path, small_pieces):
+def test_same_text_gives_identical_files(novel, tmp_path, small_pieces):
     corpus.prepare([novel], tmp_path / "a")
     (tmp_path / "b").mkdir()
     written(tmp_path / "b", "prepare.py", "mine")
@@ -129,7 +129,7 @@ def test_the_same_text_gives_the_same_bytes(novel, tmp_path, small_pieces):
     assert state(tmp_path / "b") == {**state(tmp_path / "a"), "prepare.py": b"mine"}
 
 
-def test_an_alphabet_beyond_uint16_is_written_in_uint32(tmp_path):
+def test_vocabulary_beyond_uint16_is_written_as_uint32(tmp_path):
     body = "".join(chr(point) for point in range(0x20000, 0x20000 + 65_537)) * 2
     summary = corpus.prepare([written(tmp_path, "x.txt", body)], tmp_path / "out", kind="char")
     assert (summary.meta["dtype"], summary.meta["vocab_size"]) == ("uint32", 65_537)
@@ -138,30 +138,30 @@ def test_an_alphabet_beyond_uint16_is_written_in_uint32(tmp_path):
     assert loader.load(tmp_path / "out").vocab_size == 65_537
 
 
-def test_bytes_are_the_default_for_a_huge_alphabet(tmp_path):
+def test_byte_tokens_are_the_default_for_a_huge_alphabet(tmp_path):
     for size, kind in ((19_999, "char"), (20_000, "byte")):
         body = "".join(chr(point) for point in range(0x20000, 0x20000 + size))
         summary = corpus.prepare([written(tmp_path, "x.txt", body)], tmp_path / "out")
         assert summary.tokenizer.kind == kind
-        assert any("so bytes are the tokens" in line for line in summary.lines()) == (kind == "byte")
+        assert any("using byte tokens" in line for line in summary.lines()) == (kind == "byte")
 
 
-def test_the_summary_says_what_happened(tmp_path):
+def test_summary_contents(tmp_path):
     for i in range(12):
         written(tmp_path, f"in/{i:02}.txt", "")
     written(tmp_path, "in/good.txt", words(50).replace("\n", "\r\n"))
     written(tmp_path, "in/rows.jsonl", '{"text": ""}\n{"text": "abc"}\n')
     lines = "\n".join(corpus.prepare([tmp_path / "in"], tmp_path / "out").lines())
     assert "2 files, 2 documents" in lines
-    assert lines.count("newlines normalised to \\n") == 1
+    assert lines.count("newlines normalized to \\n") == 1
     assert lines.count(".txt: empty") == 10 and "skipped 2 more files" in lines
-    assert "skipped 1 row without a character" in lines
+    assert "skipped 1 empty row" in lines
 
 
 # ----------------------------------------------------------------------------- documents and splits
 
 
-def test_few_documents_are_each_cut_and_set_apart_by_newlines(tmp_path, small_pieces):
+def test_few_documents_are_split_individually_and_joined_by_newlines(tmp_path, small_pieces):
     bodies = ["abcdefghij" * 3, "ABCDEFGHI\n" * 5, "x", "01234567\n89"]
     out = tmp_path / "out"
     corpus.prepare([rows(tmp_path, "x.jsonl", bodies)], out, val_fraction=0.2)
@@ -175,7 +175,7 @@ def test_few_documents_are_each_cut_and_set_apart_by_newlines(tmp_path, small_pi
         )
 
 
-def test_the_newline_that_sets_apart_is_in_the_vocabulary(tmp_path):
+def test_separator_newline_is_in_the_vocabulary(tmp_path):
     summary = corpus.prepare([rows(tmp_path, "x.jsonl", ["abab", "baba"])], tmp_path / "out", kind="char")
     assert summary.tokenizer.vocab_size == 3
     assert text_of(tmp_path / "out", "train") == "aba\nbab\n"
@@ -183,17 +183,17 @@ def test_the_newline_that_sets_apart_is_in_the_vocabulary(tmp_path):
     assert summary.tokenizer.vocab_size == 2
 
 
-def test_many_documents_go_whole_to_the_same_side_whatever_the_order(tmp_path):
+def test_split_of_whole_documents_is_independent_of_order(tmp_path):
     bodies = [f"document {i} {words(10, seed=i)}" for i in range(300)]
 
     def side(bodies: list[str]) -> dict[str, str]:
         corpus.prepare([rows(tmp_path, "x.jsonl", bodies)], tmp_path / "out", val_fraction=0.2)
         texts = {split: text_of(tmp_path / "out", split) for split in ("train", "val")}
-        assert sum(map(len, texts.values())) == sum(map(len, bodies))  # each whole, in one split
+        assert sum(map(len, texts.values())) == sum(map(len, bodies))  # all in one split
         return {body: split for split, whole in texts.items() for body in bodies if body in whole}
 
     first = side(bodies)
-    assert 30 <= list(first.values()).count("val") <= 90  # 60 are expected, with a deviation of 7
+    assert 30 <= list(first.values()).count("val") <= 90  # expected: 60, standard deviation 7
     assert side(bodies[::-1]) == first
     more = side([f"another {words(10, seed=1000 + i)}" for i in range(200)] + bodies + bodies[:50])
     assert {body: more[body] for body in bodies} == first
@@ -205,18 +205,18 @@ def test_many_documents_go_whole_to_the_same_side_whatever_the_order(tmp_path):
     assert all(body in texts[first[body]] for body in bodies)
 
 
-# ----------------------------------------------------------------------------- byte pairs
+# ----------------------------------------------------------------------------- BPE
 
 
 def documents_with(out: Path, files: list[Path], folder: Path, options: dict) -> list[list[int]]:
-    """What `files` become among so many other documents that each goes to a split whole."""
+    """Prepare `files` with enough filler that each file goes to one split whole; return all documents."""
     filler = rows(folder, "filler.jsonl", [f"filler {i}" for i in range(100)])
     corpus.prepare([*files, filler], out, **options)
     return documents_of(out, "train") + documents_of(out, "val")
 
 
 @pytest.mark.parametrize("kind", ["bpe:500", "gpt2"])
-def test_byte_pairs_of_files_in_pieces_are_those_of_the_whole(kind, of_kind, tmp_path, small_pieces):
+def test_bpe_in_pieces_equals_bpe_of_the_whole_file(kind, of_kind, tmp_path, small_pieces):
     bodies = {name: content.decode("utf-8", "ignore") for name, content in texts.awkward().items()}
     plain = {n: body for n, body in bodies.items() if body and "\r" not in body and body[0] != "\ufeff"}
     assert len(plain) > 15
@@ -226,7 +226,7 @@ def test_byte_pairs_of_files_in_pieces_are_those_of_the_whole(kind, of_kind, tmp
     assert all(tokens.encode(body).tolist() in prepared for body in plain.values())
 
 
-def test_gpt2_in_pieces_gives_the_published_ids_of_every_text(real, of_kind, tmp_path, small_pieces):
+def test_gpt2_in_pieces_gives_the_published_ids(real, of_kind, tmp_path, small_pieces):
     published = json.loads(real("gpt2/expected_tokens.json").read_text(encoding="utf-8"))
     chosen = {}
     for name, entry in published.items():
@@ -241,7 +241,7 @@ def test_gpt2_in_pieces_gives_the_published_ids_of_every_text(real, of_kind, tmp
 
 
 def in_order(out: Path, bodies: list[str]) -> list[int]:
-    """The documents of a dataset in the order of `bodies`, each from the split that has it next."""
+    """Return the documents of a dataset in the order of `bodies`, each taken from the split it is next in."""
     tokens = tokenizer.from_file(out)
     splits = {split: documents_of(out, split) for split in ("train", "val")}
     assert min(map(len, splits.values())) > 10
@@ -255,14 +255,14 @@ def in_order(out: Path, bodies: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["bpe:500", "gpt2"])
-def test_rows_of_byte_pairs_keep_their_order_and_end_with_the_end_of_text(kind, of_kind, tmp_path):
+def test_bpe_rows_keep_their_order_and_end_with_end_of_text(kind, of_kind, tmp_path):
     pages = texts.web_pages(200)
     summary = corpus.prepare([rows(tmp_path, "x.jsonl", pages)], tmp_path / "out", **of_kind(kind))
     splits = summary.meta["splits"].values()
     assert len(in_order(tmp_path / "out", pages)) == sum(split["tokens"] for split in splits)
 
 
-def test_gpt2_rows_are_the_published_ids(real, of_kind, tmp_path):
+def test_gpt2_rows_have_the_published_ids(real, of_kind, tmp_path):
     published = json.loads(real("gpt2/expected_tokens.json").read_text(encoding="utf-8"))
     entry = published["english/sample.jsonl (each text + 50256)"]
     source = real("english/sample.jsonl")
@@ -275,9 +275,7 @@ def test_gpt2_rows_are_the_published_ids(real, of_kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bpe:400", "gpt2"])
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 50])
-def test_byte_pairs_in_pieces_are_those_of_the_whole_for_awkward_texts(
-    piece, kind, of_kind, tmp_path, monkeypatch
-):
+def test_bpe_in_pieces_equals_bpe_of_the_whole_for_awkward_texts(piece, kind, of_kind, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "BLOCK", 5)
     monkeypatch.setattr(encode, "PIECE", piece)
     draw = random.Random(piece)
@@ -291,7 +289,7 @@ def test_byte_pairs_in_pieces_are_those_of_the_whole_for_awkward_texts(
 
 
 @pytest.mark.parametrize("kind", ["bpe:300", "gpt2"])
-def test_a_word_that_would_take_all_memory_is_refused(kind, of_kind, tmp_path, monkeypatch):
+def test_overlong_word_is_rejected(kind, of_kind, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "LONGEST_WORD", 1000)
     monkeypatch.setattr(encode, "PIECE", 100)
     genome = written(tmp_path, "x.txt", "ACGT" * 1000)
@@ -300,51 +298,51 @@ def test_a_word_that_would_take_all_memory_is_refused(kind, of_kind, tmp_path, m
     assert not (tmp_path / "out").exists()
     chinese = written(
         tmp_path, "y.txt", "滚滚长江东逝水，浪花淘尽英雄。" * 1000
-    )  # no space, but places to cut
+    )  # without spaces, but with places to cut
     corpus.prepare([chinese], tmp_path / "out", **of_kind(kind))
 
 
-# ----------------------------------------------------------------------------- refusals and interruptions
+# ----------------------------------------------------------------------------- errors and interruptions
 
 
 @pytest.mark.parametrize(
     ("body", "options", "reason"),
     [
         ("", {}, "empty"),
-        ("a", {}, "has 1 character; there is nothing to learn"),
-        ("a" * 1000, {}, "'a' over and over"),
+        ("a", {}, "has 1 character; at least 2 are needed"),
+        ("a" * 1000, {}, "consists of 'a' only"),
         ("ab" * 50, {"val_fraction": 0.0}, "must lie between 0 and 1"),
         ("ab" * 50, {"val_fraction": 1.0}, "must lie between 0 and 1"),
         ("ab" * 50, {"val_fraction": float("nan")}, "must lie between 0 and 1"),
-        ("ab" * 50, {"val_fraction": 0.999}, "leaves train without any text"),
-        ("ab" * 50, {"val_fraction": 1e-20}, "leaves val without any text"),
+        ("ab" * 50, {"val_fraction": 0.999}, "leaves train empty"),
+        ("ab" * 50, {"val_fraction": 1e-20}, "leaves val empty"),
         ("ab" * 50, {"kind": "gpt2", "gpt2_bpe": "nowhere"}, "no GPT-2 merges"),
     ],
 )
-def test_a_hopeless_text_is_refused_and_nothing_written(body, options, reason, tmp_path):
+def test_unusable_text_is_rejected_and_nothing_written(body, options, reason, tmp_path):
     path = written(tmp_path, "x.txt", body)
     with pytest.raises(UserError, match=reason):
         corpus.prepare([path], tmp_path / "deep" / "out", **options)
     assert not (tmp_path / "deep").exists()
 
 
-def test_documents_that_leave_a_split_empty_are_refused(tmp_path):
+def test_empty_split_is_rejected(tmp_path):
     same = rows(tmp_path, "x.jsonl", ["the same document"] * 200)
-    with pytest.raises(UserError, match=r"leaves val without any text \(200 documents"):
+    with pytest.raises(UserError, match=r"leaves val empty \(200 documents"):
         corpus.prepare([same], tmp_path / "out")
     empty = rows(tmp_path, "y.jsonl", ["", ""])
     with pytest.raises(UserError, match="has 0 characters"):
         corpus.prepare([empty], tmp_path / "out")
     (tmp_path / "folder").mkdir()
     written(tmp_path, "folder/x.txt", "")
-    with pytest.raises(UserError, match=r"no text in .*folder; skipped folder/x\.txt: empty$"):
+    with pytest.raises(UserError, match=r"no text found in .*folder; skipped folder/x\.txt: empty$"):
         corpus.prepare([tmp_path / "folder"], tmp_path / "out")
     with pytest.raises(UserError, match="is a file"):
         corpus.prepare([same], same)
     assert not (tmp_path / "out").exists()
 
 
-def test_its_own_files_are_not_taken_for_text(tmp_path):
+def test_own_output_files_are_not_read_as_text(tmp_path):
     written(tmp_path, "mine/input.txt", words(500))
     summaries = [corpus.prepare([tmp_path / "mine"], tmp_path / "mine") for _ in range(2)]
     assert [len(summary.texts.sources) for summary in summaries] == [1, 1]
@@ -356,7 +354,7 @@ class Crash(Exception):
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
-    """Let `files.<function>` fail when it is called for the time `call` (from 0)."""
+    """Make call number `call` (from 0) of `files.<function>` raise Crash."""
     real, calls = getattr(files, function), iter(range(10_000))
 
     def failing(*arguments):
@@ -371,7 +369,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int) -> None:
     ("function", "call"), [("rename", i) for i in range(4)] + [("sync", i) for i in range(9)]
 )
 @pytest.mark.parametrize("before", [True, False])
-def test_an_interrupted_run_leaves_the_old_data_or_none(function, call, before, novel, tmp_path, monkeypatch):
+def test_interrupted_run_leaves_the_old_data_or_none(function, call, before, novel, tmp_path, monkeypatch):
     out = tmp_path / "out"
     if before:
         corpus.prepare([written(tmp_path, "old.txt", "old text " * 100)], out)
@@ -382,7 +380,7 @@ def test_an_interrupted_run_leaves_the_old_data_or_none(function, call, before, 
     monkeypatch.undo()
     left = state(out)
     assert not [name for name in left if files.TEMPORARY in name]
-    if "train.bin" in left:  # all of the old, or all of the new when only its last flush failed
+    if "train.bin" in left:  # all old files, or all new ones if only the last fsync failed
         if left != old:
             corpus.prepare([novel], tmp_path / "new")
             assert left == state(tmp_path / "new")
@@ -394,7 +392,7 @@ def test_an_interrupted_run_leaves_the_old_data_or_none(function, call, before, 
     loader.load(out)
 
 
-def test_a_killed_run_leaves_nothing_loadable_and_the_next_one_cleans_up(novel, tmp_path):
+def test_killed_run_leaves_nothing_loadable_and_is_cleaned_up(novel, tmp_path):
     out = tmp_path / "out"
     for kill_at in range(4):
         code = (

@@ -1,4 +1,4 @@
-"""cpu_kernels.cpp: compiled where a compiler is, done without where none is, the same on any processor."""
+"""cpu_kernels.cpp: compilation and caching, fallback without a compiler, equal results on any CPU."""
 
 import json
 import os
@@ -39,7 +39,7 @@ print(json.dumps(found))
 
 
 def found_with(cache: Path, **environment: str) -> dict:
-    """What a fresh process finds, with its cache in a folder of its own."""
+    """Return the results of a new process that uses `cache` as its cache folder."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT,
@@ -53,13 +53,13 @@ def found_with(cache: Path, **environment: str) -> dict:
 
 @pytest.fixture(scope="module")
 def compiled_here(tmp_path_factory) -> tuple[Path, dict]:
-    """A cache that holds the library, and what was found when it was compiled."""
+    """A cache with the compiled library, and the results of the process that compiled it."""
     cache = tmp_path_factory.mktemp("cache")
     return cache, found_with(cache)
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.int8, 4)])
-def test_four_bytes_of_each_row_of_a_group_lie_together(dtype, unit):
+def test_packed_layout_keeps_four_bytes_of_a_row_together(dtype, unit):
     weight = torch.arange(70 * 8).view(70, 8).to(dtype)
     flat = packed(weight).flatten()
     for row, column in ((0, 0), (31, 7), (32, 3), (69, 5)):
@@ -73,7 +73,7 @@ def test_four_bytes_of_each_row_of_a_group_lie_together(dtype, unit):
 @pytest.mark.parametrize("lengths", [[1], [40], [3, 40, 17], [20] * 5])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 16), (torch.float32, 48), (torch.bfloat16, 64)])
-def test_attention_is_that_of_each_text_over_its_own_tokens(dtype, size, heads, kv_heads, lengths):
+def test_batched_attention_equals_attention_per_sequence(dtype, size, heads, kv_heads, lengths):
     torch.manual_seed(0)
     B = len(lengths)
     keys, values = torch.randn(2, B + 1, kv_heads, 50, size).to(dtype)
@@ -99,25 +99,25 @@ def test_attention_is_that_of_each_text_over_its_own_tokens(dtype, size, heads, 
 
 
 @compiled
-def test_which_heads_it_attends():
+def test_supported_head_sizes_and_dtypes():
     assert cpu_kernels.attends(torch.float32, 64) and cpu_kernels.attends(torch.bfloat16, 256)
     wrong = [(torch.float32, 24), (torch.bfloat16, 48), (torch.float16, 64), (torch.float32, 512)]
     assert not any(cpu_kernels.attends(*each) for each in wrong)
 
 
 @compiler
-def test_it_is_compiled_once_and_kept(compiled_here, tmp_path):
+def test_library_is_compiled_once_and_cached(compiled_here, tmp_path):
     cache, first = compiled_here
     (file,) = (cache / "native").iterdir()
     made = file.stat().st_mtime_ns
     assert found_with(cache) == first and first["why"] == ""
-    assert found_with(tmp_path / "other", CXX="env g++") == first  # as "ccache g++"
+    assert found_with(tmp_path / "other", CXX="env g++") == first  # multi-word command, as "ccache g++"
     assert [f.stat().st_mtime_ns for f in (cache / "native").iterdir()] == [made]
 
 
 @compiler
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of this family")
-def test_processors_without_instructions_for_it_give_the_same(compiled_here, tmp_path):
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="selects an x86-64 CPU model")
+def test_results_are_equal_without_vector_instructions(compiled_here, tmp_path):
     cache, best = compiled_here
     both = shutil.copytree(cache, tmp_path / "both")
     plain = found_with(both, CXX="g++ -march=x86-64")
@@ -130,7 +130,7 @@ def test_processors_without_instructions_for_it_give_the_same(compiled_here, tmp
 
 @compiler
 @pytest.mark.parametrize("broken", ["a file where the folder should be", "no library"])
-def test_a_cache_that_cannot_be_used_is_done_without(compiled_here, tmp_path, broken):
+def test_unusable_cache_falls_back(compiled_here, tmp_path, broken):
     good, expected = compiled_here
     cache = tmp_path / "cache"
     if broken == "no library":
@@ -142,10 +142,10 @@ def test_a_cache_that_cannot_be_used_is_done_without(compiled_here, tmp_path, br
     assert found_with(cache) == expected
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is compiled")
-def test_without_a_compiler_it_says_what_would_help(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled on Linux only")
+def test_missing_compiler_is_reported_with_a_hint(tmp_path):
     assert found_with(tmp_path, CXX="no-such-compiler") == {
-        "why": "there is no C++ compiler no-such-compiler (apt install g++, or set CXX)"
+        "why": "C++ compiler no-such-compiler not found (apt install g++, or set CXX)"
     }
     script = tmp_path / "broken"
     script.write_text("#!/bin/sh\necho 'x.cpp:1: error: no OpenMP here' >&2\nexit 1\n")

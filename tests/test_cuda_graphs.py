@@ -1,5 +1,5 @@
-"""What is recorded and replayed is the step itself: with stand-ins for CUDA's recording, which run the same
-work on the same places in memory at each replay."""
+"""CUDA graph capture and replay give the eager results. Stand-ins for CUDA's capture run the same work on the
+same memory at each replay."""
 
 import itertools
 from functools import partial
@@ -22,13 +22,13 @@ from nanogpt.world import World
 from tests.conftest import update
 from tests.test_generate import SWITCHES, model_of
 
-pytestmark = pytest.mark.cpu  # test_gpu.py records in earnest
+pytestmark = pytest.mark.cpu  # test_gpu.py captures real CUDA graphs
 CPU = runtime.Machine(torch.device("cpu"), "float32", "test")
 GREEDY = SamplingOptions(temperature=0.0)
 
 
 class Recorder:
-    """As graphs.cuda_graph: nothing is worked out before a replay, results stay in their places."""
+    """Stand-in for the capture of a CUDA graph: nothing runs before a replay, outputs keep their memory."""
 
     def __init__(self):
         self.recorded = self.replayed = 0
@@ -57,15 +57,15 @@ class Recorder:
 
 
 @pytest.mark.parametrize("rules", ["adamw", "muon"])
-def test_a_recorded_training_step_is_the_plain_one(rules):
-    """Ten updates of two micro-batches, with dropout, changing rates and one batch of another size."""
+def test_captured_training_step_equals_the_eager_one(rules):
+    """Ten updates of two micro-batches, with dropout, varying learning rate and one batch of another size."""
     found, recorder = [], Recorder()
     for graph in (None, cuda_graphs.StepGraph(train.train_step, 8, CPU, recorder.step)):
         torch.manual_seed(0)
         model = GPT(
             GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, bias=False)
         )
-        # No cautious decay: of a weight that is nearly 0 it asks for the sign.
+        # No cautious decay: it depends on the sign of weights that are nearly 0.
         rule = OptimizerOptions(rules)
         optimizer = optim.build(rule, model.named_parameters(), model.fused_rows())
         scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -83,20 +83,20 @@ def test_a_recorded_training_step_is_the_plain_one(rules):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_recorded_is_refused():
+def test_uncapturable_configs_are_rejected():
     cuda = torch.device("cuda")
     machine = runtime.Machine(cuda, "bfloat16", "test")
     cuda_graphs.require_recordable(Config, machine, scored=False)
-    with pytest.raises(UserError, match=r"does not go with float16.* and data of prompts"):
+    with pytest.raises(UserError, match=r"does not support float16.* and data of prompts"):
         cuda_graphs.require_recordable(Config, runtime.Machine(cuda, "float16", "test"), scored=True)
-    with pytest.raises(UserError, match=r"does not go with several processes and --activation_checkpointing"):
+    with pytest.raises(UserError, match=r"does not support several processes and --activation_checkpointing"):
         several = runtime.Machine(cuda, "bfloat16", "test", World(0, 2))
         cuda_graphs.require_recordable(Recomputing, several, scored=False)
     with pytest.raises(UserError, match="needs a CUDA GPU, and this is cpu"):
         graph_decode.GraphEngine(model_of(), 1)
 
 
-# ----------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------- decoding
 
 
 def written(decoder, texts, count):
@@ -116,8 +116,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-def test_recorded_steps_write_the_same_texts(switches, options, monkeypatch):
-    """Seven texts of all lengths in three slots, beyond the context too, with several lengths of cache."""
+def test_captured_decoding_writes_the_same_texts(switches, options, monkeypatch):
+    """Seven texts of various lengths, also beyond the context, in three slots, with several cache lengths."""
     monkeypatch.setattr(graph_decode, "SHORTEST", 4)
     model, recorder = model_of(**switches), Recorder()
     prompts = [[(3 * i + j) % 50 for j in range(1 + 4 * i)] for i in range(7)]
@@ -130,7 +130,7 @@ def test_recorded_steps_write_the_same_texts(switches, options, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(temperature=0.9, top_k=9)])
-def test_many_steps_at_once_are_as_many_steps(options):
+def test_multi_step_decoding_equals_single_steps(options):
     model, recorder = model_of(position="rope", smear=True, block_size=64), Recorder()
     found = []
     for at_once in (False, True):
@@ -147,11 +147,11 @@ def test_many_steps_at_once_are_as_many_steps(options):
     assert found[0] == found[1]
 
 
-# ----------------------------------------------------------------------------- as much as fits
+# ----------------------------------------------------------------------------- automatic batch size
 
 
-def test_the_micro_batch_is_halved_until_it_fits(monkeypatch):
-    """Devices on which 1 to 65 windows fit, for several numbers of windows an iteration."""
+def test_micro_batch_is_halved_until_it_fits(monkeypatch):
+    """Devices on which 1 to 65 sequences fit, for several numbers of sequences per iteration."""
     tried = []
 
     def one_try(room, rows):
@@ -171,23 +171,23 @@ def test_the_micro_batch_is_halved_until_it_fits(monkeypatch):
     assert auto_batch_size.largest(8, lambda n: False, lambda flag: flag) == 0
 
 
-def test_what_one_process_cannot_hold_none_takes():
+def test_batch_size_that_one_rank_cannot_hold_is_not_chosen():
     elsewhere = iter([True, True, False])
     assert auto_batch_size.largest(64, lambda rows: True, lambda failed: failed or next(elsewhere)) == 16
 
 
-def test_no_process_tries_more_than_its_share():
+def test_trial_batch_size_is_limited_to_the_share_of_a_rank():
     tried = []
     assert (
         auto_batch_size.largest(480, lambda rows: not tried.append(rows), bool, processes=8) == 60 == tried[0]
     )
     assert (
         auto_batch_size.largest(10, lambda rows: True, bool, processes=4) == 2
-    )  # 3, 3, 2, 2 windows, in turns of 2
+    )  # 3, 3, 2, 2 sequences, in micro-batches of 2
 
 
 class Config:
-    """As much of train.py's as a try looks at."""
+    """The fields of train.Config that a trial uses."""
 
     activation_checkpointing = False
     optimizer, loss_chunk_size, block_size, grad_clip = "muon", 8, 16, 1.0
@@ -199,7 +199,7 @@ class Recomputing(Config):
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_a_try_takes_real_steps(activation_checkpointing, monkeypatch):
+def test_batch_size_trial_runs_real_steps(activation_checkpointing, monkeypatch):
     taken, real = [], train.train_step
 
     def step(model, optimizer, scaler, micro_batches, *rates):
@@ -220,12 +220,12 @@ def test_a_try_takes_real_steps(activation_checkpointing, monkeypatch):
     assert auto_batch_size.fits(4, trial, CPU) and taken == [4, 4]
 
 
-def test_where_nothing_fits_it_says_so(monkeypatch):
+def test_no_fitting_batch_size_is_reported(monkeypatch):
     class Gpu(runtime.Machine):
         def name(self):
             return "a GPU"
 
     gpu = Gpu(torch.device("cuda"), "float32", "test")
     monkeypatch.setattr(auto_batch_size, "fits", lambda *unused, **named: False)
-    with pytest.raises(UserError, match="not one window of 16 tokens fits in the memory of a GPU"):
+    with pytest.raises(UserError, match="not one sequence of 16 tokens fits in the memory of a GPU"):
         auto_batch_size.choose(Config, gpu, "", lambda rows: None)

@@ -1,4 +1,4 @@
-"""Token files and the order of batches."""
+"""Tests of token files and of the order of batches."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ def tokens_of(values, tmp_path: Path, vocab_size=65536) -> loader.Tokens:
 
 
 @pytest.mark.parametrize("split", [(12, 1), (6, 2), (4, 3), (1, 12)])
-def test_a_step_sees_the_same_samples_at_any_micro_batch(tmp_path, split):
+def test_samples_of_a_step_are_independent_of_micro_batch_size(tmp_path, split):
     tokens = tokens_of(np.arange(4000) % 5000, tmp_path)
     batch_size, micro_steps = split
     batches = loader.TrainBatches(tokens, 8, batch_size, micro_steps, 1, CPU)
@@ -33,8 +33,8 @@ def test_a_step_sees_the_same_samples_at_any_micro_batch(tmp_path, split):
         assert torch.equal(rows, next(whole.step(step))[0])
 
 
-def test_a_ramp_reads_every_sample_once_and_in_order(tmp_path):
-    """Whatever the sizes of the first batches: no window is left out or read twice."""
+def test_batch_ramp_up_reads_every_sample_once_in_order(tmp_path):
+    """For any sizes of the first batches: no sequence is skipped or read twice."""
     tokens = tokens_of(np.arange(4000) % 5000, tmp_path)
     ramp = loader.TrainBatches(tokens, 8, 5, 3, 1, CPU, ramp=[2, 5, 7, 13])
     plain = loader.TrainBatches(tokens, 8, 1, 1, 1, CPU)
@@ -47,8 +47,8 @@ def test_a_ramp_reads_every_sample_once_and_in_order(tmp_path):
     assert ramp.tokens_before(4) == 27 * 8 and ramp.tokens_before(0) == 0
 
 
-def test_every_window_weighs_the_same_in_a_smaller_last_micro_batch_too(tmp_path):
-    """Steps of 12 and 7 windows in micro-batches of 5: 5, 5, 2 and 5, 2."""
+def test_sequences_weigh_the_same_in_a_smaller_last_micro_batch(tmp_path):
+    """Steps of 12 and 7 sequences in micro-batches of 5: 5, 5, 2 and 5, 2."""
     tokens = tokens_of(np.arange(4000) % 60, tmp_path)
     batches = loader.TrainBatches(tokens, 8, 5, 3, 1, CPU, ramp=[12, 7])
     for step, rows in ((0, [5, 5, 2]), (1, [5, 2]), (2, [5, 5, 5])):
@@ -75,7 +75,7 @@ def test_evaluation_scores_every_token_once(tmp_path):
         assert scored == list(range(1, 1003))
 
 
-def test_evaluation_of_a_part_is_spread_evenly(tmp_path):
+def test_partial_evaluation_is_evenly_spread(tmp_path):
     tokens = tokens_of(np.arange(1003), tmp_path)
     first = [idx[:, 0] for idx, _ in loader.eval_batches(tokens, 16, 4, 10, CPU)]
     starts = torch.cat(first).tolist()
@@ -86,13 +86,13 @@ def test_evaluation_of_a_part_is_spread_evenly(tmp_path):
 # ----------------------------------------------------------------------------- files
 
 
-def test_reads_its_own_folder(dataset):
+def test_reads_a_prepared_folder(dataset):
     found = loader.load(dataset)
     assert found.vocab_size == 10 and found.bytes_per_token == 1.0
     assert found.train.read(0, 5).tolist() == np.fromfile(dataset / "train.bin", "<u2")[:5].tolist()
 
 
-def test_bytes_per_token_are_those_of_the_validation_text(tmp_path):
+def test_bytes_per_token_of_the_validation_text(tmp_path):
     text = "ab" * 900 + "é" * 150 + "a" * 50  # the last tenth: 200 characters, 350 bytes
     assert loader.load(write_dataset(tmp_path / "data", text)).bytes_per_token == 350 / 200
 
@@ -102,7 +102,7 @@ def test_reads_bare_files_as_gpt2_tokens(bare_tokens):
     assert found.vocab_size == 50257 and found.bytes_per_token is None and len(found.train) == 2500
 
 
-def test_reads_nanogpts_table_of_characters(bare_tokens):
+def test_reads_nanogpts_meta_pkl(bare_tokens):
     np.zeros(50, "<u2").tofile(bare_tokens / "train.bin")
     np.ones(50, "<u2").tofile(bare_tokens / "val.bin")
     meta = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
@@ -120,7 +120,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("wrap", [lambda p: p, lambda p: {"itos": {0: p}}, lambda p: [[p]]])
-def test_a_pickle_with_code_is_refused_and_not_run(bare_tokens, tmp_path, wrap):
+def test_pickle_with_code_is_rejected_and_not_executed(bare_tokens, tmp_path, wrap):
     marker = tmp_path / "HACKED"
     (bare_tokens / "meta.pkl").write_bytes(pickle.dumps(wrap(Payload(marker))))
     with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table"):
@@ -129,20 +129,20 @@ def test_a_pickle_with_code_is_refused_and_not_run(bare_tokens, tmp_path, wrap):
 
 
 @pytest.mark.parametrize("itos", [{0: 1, 1: 2}, {0: "ab", 1: "c"}, {0: "a", 1: "a"}, {0: b"a", 1: "b"}])
-def test_a_pickle_without_a_table_of_characters_is_named(bare_tokens, itos):
+def test_pickle_without_a_character_table_is_reported(bare_tokens, itos):
     (bare_tokens / "meta.pkl").write_bytes(pickle.dumps({"itos": itos}))
     with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table of characters: "):
         loader.load(bare_tokens)
 
 
 @pytest.mark.parametrize("name", ["eval", "getattr", "print", "__import__", "bytearray"])
-def test_a_pickle_that_names_a_builtin_is_refused(bare_tokens, name):
+def test_pickle_that_names_a_builtin_is_rejected(bare_tokens, name):
     (bare_tokens / "meta.pkl").write_bytes(b"\x80\x04cbuiltins\n" + name.encode() + b"\n.")
     with pytest.raises(UserError, match=rf"meta\.pkl is not nanoGPT's table .* it names builtins\.{name}"):
         loader.load(bare_tokens)
 
 
-def test_reads_shards_as_one_sequence(bare_tokens):
+def test_reads_shards_as_one_token_sequence(bare_tokens):
     ids = np.fromfile(bare_tokens / "train.bin", "<u2")
     (bare_tokens / "train.bin").unlink()
     for i, part in enumerate(np.split(ids, [700, 1500])):
@@ -177,14 +177,14 @@ def set_meta(folder: Path, **changes) -> None:
 
 FAULTS = {
     "odd length": (lambda f: cut(f / "train.bin", 1001), "train.bin is truncated"),
-    "cut": (lambda f: cut(f / "train.bin", 1000), "train holds 500 tokens, meta.json says"),
+    "cut": (lambda f: cut(f / "train.bin", 1000), "train holds 500 tokens, meta.json lists"),
     "empty": (lambda f: cut(f / "val.bin", 0), "val holds 0 tokens"),
     "missing": (lambda f: (f / "val.bin").unlink(), "has no val.bin"),
     "id outside": (
         lambda f: np.full(len(np.fromfile(f / "val.bin", "<u2")), 10, "<u2").tofile(f / "val.bin"),
         r"token 0 of .*val\.bin is id 10, outside the vocabulary of 10",
     ),
-    "other format": (lambda f: set_meta(f, format="x"), "not of format"),
+    "other format": (lambda f: set_meta(f, format="x"), "does not have format"),
     "broken meta": (lambda f: cut(f / "meta.json", 20), "not valid JSON"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "other tokenizer": (
@@ -198,21 +198,21 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found_before_training(dataset, fault):
+def test_faults_are_detected_before_training(dataset, fault):
     damage, said = FAULTS[fault]
     damage(dataset)
     with pytest.raises(UserError, match=said):
         loader.load(dataset)
 
 
-def test_a_file_that_shrinks_while_it_is_read(dataset):
+def test_file_that_shrinks_while_open_is_reported(dataset):
     tokens = loader.load(dataset).train
     cut(dataset / "train.bin", 100)
     with pytest.raises(UserError, match="became shorter"):
         tokens.read(0, 1000)
 
 
-def test_names_what_there_is(tmp_path, monkeypatch):
+def test_missing_dataset_error_lists_available_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data" / "mine", "abcdefgh" * 100)
     assert loader.find("mine", tmp_path) == loader.find("data/mine", tmp_path) == Path("data/mine")
@@ -224,11 +224,11 @@ def test_names_what_there_is(tmp_path, monkeypatch):
         loader.find("known", tmp_path)
 
 
-def test_memory_does_not_grow_with_what_was_read(tmp_path):
-    """20,000 windows all over a 64 MB file leave no more than 8 MB behind."""
+def test_memory_does_not_grow_with_tokens_read(tmp_path):
+    """Reading 20,000 sequences spread over a 64 MB file leaves at most 8 MB resident."""
     pages = Path("/proc/self/statm")
     if not pages.exists():
-        pytest.skip("this system does not tell a process its resident pages")
+        pytest.skip("resident memory is not available on this system")
     path = tmp_path / "tokens.bin"
     np.zeros(32 << 20, dtype="<u2").tofile(path)
     tokens = loader.Tokens([loader.TokenFile(path, np.dtype("<u2"), 0, 32 << 20)], 1)
@@ -241,7 +241,7 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path):
     assert (int(pages.read_text().split()[1]) - before) * 4096 < 8 << 20
 
 
-def test_a_split_shorter_than_a_window_is_refused(tmp_path):
+def test_split_shorter_than_a_sequence_is_rejected(tmp_path):
     loader.require_window(tokens_of(range(17), tmp_path), 16, "training")
-    with pytest.raises(UserError, match="training text has 16 tokens, fewer than one window"):
+    with pytest.raises(UserError, match="training text has 16 tokens, fewer than one sequence"):
         loader.require_window(tokens_of(range(16), tmp_path), 16, "training")

@@ -1,4 +1,4 @@
-"""Text as it comes is the text as a whole: no half characters, no stop strings, wherever tokens end."""
+"""Streamed text equals the full text: no partial characters or stop strings at any token boundaries."""
 
 import itertools
 import random
@@ -14,7 +14,7 @@ TEXT = "Grüße, 世界 🦊! naïve ﷽ 👩‍👩‍👧\n"
 
 
 class Chunks(ByteTokenizer):
-    """Tokens of several bytes, as byte pairs have, cut anywhere."""
+    """A tokenizer whose tokens are several bytes, as in BPE, cut at random places."""
 
     def __init__(self, data: bytes, seed: int):
         draw = random.Random(seed)
@@ -31,7 +31,7 @@ def written(tokenizer, ids, stop=()) -> tuple[list[str], TextStream]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_characters_are_whole_and_nothing_is_lost(seed):
+def test_characters_are_complete_and_none_is_lost(seed):
     tokenizer = Chunks(TEXT.encode() * 3, seed)
     ids = range(len(tokenizer.pieces))
     pieces, _ = written(tokenizer, ids)
@@ -39,7 +39,7 @@ def test_characters_are_whole_and_nothing_is_lost(seed):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_bytes_that_are_no_text_come_out_as_in_the_whole():
+def test_invalid_utf8_streams_as_in_full_decoding():
     draw = random.Random(0)
     for _ in range(200):
         ids = [draw.randrange(256) for _ in range(draw.randrange(30))]
@@ -48,7 +48,7 @@ def test_bytes_that_are_no_text_come_out_as_in_the_whole():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_stop_string_across_tokens(seed):
+def test_stop_string_across_tokens_ends_the_text(seed):
     tokenizer = Chunks(TEXT.encode() * 3, seed)
     ids = range(len(tokenizer.pieces))
     for stop in ("世界", "🦊!", "e ﷽", "\nGrü", "naïve ﷽ 👩"):
@@ -56,7 +56,7 @@ def test_a_stop_string_across_tokens(seed):
         assert stream.stopped and "".join(pieces) == (TEXT * 3)[: (TEXT * 3).index(stop)]
 
 
-def test_what_may_become_a_stop_string_is_held_back_and_given_if_it_does_not():
+def test_possible_stop_string_is_held_back_until_resolved():
     letters = CharTokenizer("abc")
     pieces, stream = written(letters, letters.encode_prompt("aabaac"), ["aab"])
     assert pieces == ["", "", "", "", "", "", ""] and stream.stopped
@@ -66,7 +66,7 @@ def test_what_may_become_a_stop_string_is_held_back_and_given_if_it_does_not():
     assert pieces == ["c", "", "", "aa"] and not stream.stopped
 
 
-def test_of_several_the_one_that_is_complete_first():
+def test_first_completed_stop_string_wins():
     for tokens in (["xabcd"], list("xabcd"), ["xab", "cd"]):
         tokenizer = CharTokenizer("x")
         tokenizer.characters = tokens
@@ -74,13 +74,13 @@ def test_of_several_the_one_that_is_complete_first():
         assert "".join(pieces) == "xa"
 
 
-def test_an_empty_stop_string():
+def test_empty_stop_string():
     with pytest.raises(UserError, match="a stop string is empty"):
         TextStream(ByteTokenizer(), ["a", ""])
 
 
-def test_a_vocabulary_whose_text_depends_on_neighbours():
-    """WordPiece joins "##" pieces and puts blanks between words."""
+def test_vocabulary_whose_text_depends_on_neighbors():
+    """WordPiece joins "##" pieces and inserts spaces between words."""
     from tokenizers import Tokenizer, decoders, models
 
     vocabulary = {"hel": 0, "##lo": 1, "world": 2, "!": 3}

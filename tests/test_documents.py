@@ -1,4 +1,4 @@
-"""Windows that start at a document, masks between documents, and batches counted in tokens."""
+"""Sequences that start at documents, document masks, and batch sizes in tokens."""
 
 import itertools
 from dataclasses import replace
@@ -21,7 +21,7 @@ END = 50256
 
 @pytest.fixture
 def folder(bare_tokens):
-    """GPT-2 tokens in documents of 1 to 60 tokens, the mark behind each."""
+    """GPT-2 tokens in documents of 1 to 60 tokens, each followed by end_of_text."""
     draw = np.random.default_rng(1)
     for split in ("train", "val"):
         ids = np.fromfile(bare_tokens / f"{split}.bin", "<u2")
@@ -60,7 +60,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_changing_one_document_never_changes_anothers_logits(switches, dtype):
+def test_changing_a_document_never_changes_logits_of_others(switches, dtype):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=40, block_size=32, n_layer=3, n_head=2, n_embd=16, **switches))
     with torch.no_grad():
@@ -81,10 +81,10 @@ def test_changing_one_document_never_changes_anothers_logits(switches, dtype):
             after = model(other, None, numbers)[0]
             assert torch.equal(after[row, ~own], before[row, ~own])
             assert torch.equal(after[1 - row], before[1 - row])
-    assert not torch.equal(model(idx)[0], before)  # which it does without the mask
+    assert not torch.equal(model(idx)[0], before)  # without the mask it does change
 
 
-def test_one_document_is_the_plain_model():
+def test_single_document_equals_the_unmasked_model():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=40, block_size=32, n_layer=2, n_head=2, n_embd=16, smear=True)).eval()
     idx = torch.randint(1, 40, (2, 32))
@@ -99,23 +99,23 @@ def test_rows_start_at_documents_and_never_overlap(folder, monkeypatch):
     assert begins[0] == 0 and (raw[begins[1:]] == END).all()
     assert (np.diff(begins) >= 16).all() and begins[-1] + 17 <= len(raw)
     ends = np.concatenate([[0], np.flatnonzero(raw == END)])
-    for here, after in itertools.pairwise(begins):  # no document was passed over
+    for here, after in itertools.pairwise(begins):  # no document was skipped
         assert after == ends[ends >= here + 16][0]
     monkeypatch.setattr(documents, "CHUNK", 37)
     assert (documents.rows(tokens, END, 16) == begins).all()
     order = DocumentSampler(begins, seed=3)
     epoch = order.starts(0, len(begins))
     assert sorted(epoch) == list(begins) and list(epoch) != list(begins)
-    assert list(order.starts(5, 9)) == list(epoch[5:14])  # a pure function of the sample's number
+    assert list(order.starts(5, 9)) == list(epoch[5:14])  # a pure function of the sample index
     assert list(order.starts(len(begins), len(begins))) != list(epoch)
 
 
 @pytest.mark.parametrize("mode", ["rows", "masked"])
-def test_train_in_documents_and_resume_to_the_bit(config, tmp_path, mode, capsys):
+def test_document_training_resume_is_bit_identical(config, tmp_path, mode, capsys):
     straight = replace(config, documents=mode, out_dir=str(tmp_path / "straight"))
     train.main(straight)
     said = capsys.readouterr().out
-    assert ("rows that start at a document keep" in said and "leave out" in said) == (mode == "rows")
+    assert ("--documents=rows uses" in said and "and drops" in said) == (mode == "rows")
     broken = replace(config, documents=mode)
     train.main(replace(broken, max_iters=3, lr_decay_iters=6))
     origins = {"init_from": "", "out_dir": "", "max_iters": "--max_iters=6"}
@@ -129,8 +129,8 @@ def test_train_in_documents_and_resume_to_the_bit(config, tmp_path, mode, capsys
     assert not torch.equal(other.wte.weight, one.load_model().wte.weight)
 
 
-def test_what_has_no_documents_is_refused(config, dataset, folder):
-    with pytest.raises(UserError, match=r"--documents=rows needs a token between documents, which char"):
+def test_data_without_documents_is_rejected(config, dataset, folder):
+    with pytest.raises(UserError, match=r"--documents=rows needs a separator token, which char"):
         train.main(replace(config, dataset=str(dataset), documents="rows"))
     ids = np.fromfile(folder / "train.bin", "<u2")
     ids[ids == END] = 1
@@ -139,7 +139,7 @@ def test_what_has_no_documents_is_refused(config, dataset, folder):
         train.main(replace(config, documents="masked"))
 
 
-# ----------------------------------------------------------------------------- counted in tokens
+# ----------------------------------------------------------------------------- sizes in tokens
 
 
 def counted(config, **origins):
@@ -147,10 +147,10 @@ def counted(config, **origins):
     return config.in_iterations(origins)
 
 
-def test_a_batch_and_a_run_in_tokens(config):
+def test_batch_tokens_and_max_tokens(config):
     config = replace(config, batch_tokens=16 * 2 * 5, max_tokens=1000)
     found = counted(config)
-    assert (found.gradient_accumulation_steps, found.max_iters) == (5, 7)  # 160 tokens each
+    assert (found.gradient_accumulation_steps, found.max_iters) == (5, 7)  # 160 tokens per iteration
     ramped = counted(replace(config, batch_ramp_tokens=480, batch_ramp_start=0.2))
     sizes = [n * 16 for n in ramped.ramp()]
     assert (
@@ -161,14 +161,14 @@ def test_a_batch_and_a_run_in_tokens(config):
     assert len(sizes) > 2
 
 
-def test_a_batch_that_does_not_divide_offers_those_that_do(config):
+def test_indivisible_batch_tokens_error_lists_valid_values(config):
     with pytest.raises(UserError, match=r"2 \* 16 = 32 tokens; give 96 or 128"):
         counted(replace(config, batch_tokens=100))
     with pytest.raises(UserError, match=r"give 32,"):
         counted(replace(config, batch_tokens=10))
 
 
-def test_a_flag_beats_a_file_and_two_flags_are_refused(config):
+def test_flags_override_presets_and_conflicting_flags_are_rejected(config):
     both = replace(config, batch_tokens=320, max_tokens=320)
     found = counted(
         both, batch_tokens="config/x.py", gradient_accumulation_steps="--gradient_accumulation_steps=2"

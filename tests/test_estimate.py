@@ -1,4 +1,4 @@
-"""The memory that is foretold of a micro-batch is what torch allocates."""
+"""The estimated memory of a micro-batch equals what torch allocates."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ SWITCHES = [
     {"vocab_size": 5000, "softcap": 15.0},
     {"vocab_size": 65},
     {"n_kv_head": 2, "position": "rope"},
-    {"position": "alibi"},  # CPU kernels keep the scores of these
+    {"position": "alibi"},  # CPU kernels store attention scores with an ALiBi bias
     {"position": "alibi", "n_kv_head": 2, "qk_norm": True},
     {"dropout": 0.1},
     {"dropout": 0.1, **MODERN},
@@ -36,17 +36,17 @@ CASES += [
 
 
 @pytest.mark.parametrize(("switches", "recompute", "loss_chunk_size"), CASES, ids=str)
-def test_activations_are_what_torch_allocates(switches, recompute, loss_chunk_size):
-    """The peak of a micro-batch after another, in float32, within 5 % with weights and gradients."""
+def test_estimated_activations_match_torch_allocations(switches, recompute, loss_chunk_size):
+    """Peak float32 memory of a second micro-batch, including weights and gradients, within 5%."""
     options = {"vocab_size": 500, "bias": False, **switches}
     shape = GPTConfig(n_layer=4, n_embd=128, n_head=4, block_size=256, **options)
     model, idx = GPT(shape), torch.randint(0, shape.vocab_size, (4, 256))
     model.loss_chunk_size = loss_chunk_size
     if recompute:
         compile.checkpoint_activations(model, Machine(torch.device("cpu"), "float32", ""))
-    model(idx, idx)[1].backward()  # gradients are there before the peak
+    model(idx, idx)[1].backward()  # gradients exist before the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        loss = model(idx, idx)[1]  # the logits are let go, as in train_step
+        loss = model(idx, idx)[1]  # the logits are freed, as in train_step
         loss.backward()
     events = recorded.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

@@ -1,4 +1,4 @@
-"""The evaluation program."""
+"""Tests of eval.py."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ QUESTIONS = [{"context": "", "choices": ["abc", "fgh"], "label": i % 2} for i in
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A dataset, and the folder of a run on it with two checkpoints."""
+    """Return a dataset and the folder of a run on it with two checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
     train_until_it_knows(folder, max_iters=200)
     return folder
@@ -40,11 +40,11 @@ def result(config) -> dict:
     return json.loads(Path(config.out).read_text(encoding="utf-8"))
 
 
-def test_alone_it_scores_the_validation_split(config, trained, capsys):
+def test_default_is_the_validation_split(config, trained, capsys):
     found = result(config)
     scores = found["results"]["dataset/val"]
     state = files.read_json(Path(found["model"]) / "state.json")
-    assert scores["loss"] == pytest.approx(state["val_loss"], abs=1e-5)  # train.py's own, on all of it
+    assert scores["loss"] == pytest.approx(state["val_loss"], abs=1e-5)  # by train.py, on the full split
     assert scores["bits_per_byte"] == pytest.approx(state["val_loss"] / 0.6931472, abs=1e-5)
     assert 0 < scores["loss_stderr"] < 0.1
     printed = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_alone_it_scores_the_validation_split(config, trained, capsys):
     assert result(replace(config, split="train"))["results"]["dataset/train"]["tokens"] > scores["tokens"]
 
 
-def test_a_text_file_and_the_data_made_of_it_score_alike(config, trained, tmp_path):
+def test_text_file_and_prepared_data_have_equal_scores(config, trained, tmp_path):
     from tests.conftest import words
 
     text = words(1800)
@@ -68,24 +68,24 @@ def test_a_text_file_and_the_data_made_of_it_score_alike(config, trained, tmp_pa
     assert few["windows"] == 3 and few["tokens"] == 40 and "word_perplexity" not in few
 
 
-def test_rows_of_jsonl_are_texts_of_their_own(config, tmp_path):
+def test_jsonl_rows_are_separate_texts(config, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "abcdef gh"}\n{"text": "a"}\n{"text": "fe"}\n', encoding="utf-8")
     assert result(replace(config, text=str(path)))["results"]["texts.jsonl"]["tokens"] == 8 + 1
 
 
-def test_tasks_and_their_items(config, questions, tmp_path):
+def test_task_scores_and_items(config, questions, tmp_path):
     items = tmp_path / "items.jsonl"
     found = result(replace(config, tasks=questions, items=str(items)))
     scores = found["results"]["questions"]
-    assert scores["acc"] == 0.5 and scores["items"] == 6  # labels alternate, the questions are the same
+    assert scores["acc"] == 0.5 and scores["items"] == 6  # labels alternate, questions are identical
     rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
     assert [row["label"] for row in rows] == [0, 1] * 3 and len(rows[0]["loglikelihoods"]) == 2
     assert {row["task"] for row in rows} == {"questions"} and rows[0]["model"] == found["model"]
     assert result(replace(config, tasks=questions, limit=4))["results"]["questions"]["items"] == 4
 
 
-def test_batch_sizes_score_alike(config, questions):
+def test_scores_are_independent_of_batch_size(config, questions):
     options = {"tasks": questions, "dataset": ""}
     one, many = (result(replace(config, batch_size=n, **options))["results"]["questions"] for n in (1, 50))
     assert {k: v for k, v in one.items() if k != "seconds"} == {
@@ -93,14 +93,14 @@ def test_batch_sizes_score_alike(config, questions):
     }
 
 
-def test_a_model_against_itself_is_no_better(config, questions, capsys):
+def test_comparison_with_itself_shows_no_difference(config, questions, capsys):
     found = result(replace(config, against=config.out_dir, tasks=questions))
     assert found["against"]["results"]["questions"]["acc"] == found["results"]["questions"]["acc"]
     assert all(one["value"] == 0 and one["p"] == 1 for one in found["differences"]["questions"].values())
     assert "questions: acc +0.0000 ± 0.0000 (p = 1, McNemar's exact test)" in capsys.readouterr().out
 
 
-def test_training_longer_is_surely_better(config, trained):
+def test_longer_training_is_significantly_better(config, trained):
     found = result(replace(config, against=str(trained / "out" / "step-000100")))
     difference = found["differences"]["dataset/val"]["loss"]
     assert difference["value"] < 0 and difference["p"] < 1e-3
@@ -109,8 +109,8 @@ def test_training_longer_is_surely_better(config, trained):
     assert difference["value"] == pytest.approx(expected)
 
 
-def test_other_tokenizers_are_compared_by_bytes():
-    """The same text in tokens of one and of two bytes: only bits a byte can be compared."""
+def test_different_tokenizers_are_compared_in_bits_per_byte():
+    """The same text in 1-byte and 2-byte tokens: only bits/byte are comparable."""
     import numpy as np
 
     draw = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_other_tokenizers_are_compared_by_bytes():
 
 
 def test_lm_eval_tasks(config, tmp_path, capsys):
-    """A task of lm-eval's from a file, with local rows: the score is ours."""
+    """A file-based lm-eval task with local rows gets the same score as our own scoring."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "abc def"}\n{"text": "gh abcd ef"}\n', encoding="utf-8")
     task = tmp_path / "own_task.yaml"
@@ -147,7 +147,7 @@ def test_lm_eval_tasks(config, tmp_path, capsys):
     assert "own_task: " in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------- invalid input
 
 
 @pytest.mark.parametrize(
@@ -157,19 +157,19 @@ def test_lm_eval_tasks(config, tmp_path, capsys):
         ({"tasks": "helaswag"}, "did you mean 'hellaswag'"),
         ({"text": "nowhere.txt"}, "nowhere.txt"),
         ({"dataset": "nowhere"}, "no dataset at 'nowhere'"),
-        ({"stride": 17}, "--stride=17 is more than the context of 16 tokens"),
-        ({"against": "out", "tasks": "lm_eval:piqa"}, "--against compares item by item"),
-        ({"items": "no/such/folder/x.jsonl"}, "make its folder first"),
+        ({"stride": 17}, "--stride=17 exceeds the context of 16 tokens"),
+        ({"against": "out", "tasks": "lm_eval:piqa"}, "--against needs per-item scores"),
+        ({"items": "no/such/folder/x.jsonl"}, "create its folder first"),
         ({"which": "7"}, "no checkpoint '7'"),
     ],
 )
-def test_what_cannot_be_done(config, options, message):
+def test_invalid_options_are_rejected(config, options, message):
     with pytest.raises(UserError, match=message):
         program.main(replace(config, **options))
     assert not Path(config.out).exists()
 
 
-def test_texts_that_are_none(config, tmp_path):
+def test_invalid_text_files_are_rejected(config, tmp_path):
     for name, content in (("empty.txt", ""), ("rows.jsonl", '{"text": ""}\n'), ("one.txt", "a")):
         path = tmp_path / name
         path.write_text(content, encoding="utf-8")
@@ -180,15 +180,15 @@ def test_texts_that_are_none(config, tmp_path):
         program.main(replace(config, text=str(tmp_path / "odd.txt")))
 
 
-def test_data_of_another_tokenizer(config, tmp_path):
+def test_dataset_with_another_tokenizer_is_rejected(config, tmp_path):
     from tests.conftest import write_dataset
 
     write_dataset(tmp_path / "other", "xyz " * 300)
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="different tokenizers"):
         program.main(replace(config, dataset=str(tmp_path / "other")))
 
 
-def test_the_model_may_be_named_without_an_option(monkeypatch, config):
+def test_model_may_be_a_positional_argument(monkeypatch, config):
     given = []
     monkeypatch.setattr(program, "main", given.append)
     monkeypatch.setattr("sys.argv", ["eval.py", "out-mine", "--limit=3"])

@@ -1,4 +1,4 @@
-"""Scores: against lm-eval's own code, against a plain reference, and the same in any batch."""
+"""Scores equal those of lm-eval and of a plain reference, for any batch size."""
 
 import json
 import math
@@ -41,12 +41,12 @@ def gpt2(real) -> Subject:
 
 @pytest.fixture(params=["trained", "gpt2"])
 def pairs(request) -> Subject:
-    """A model of byte pairs."""
+    """A model with a BPE tokenizer."""
     return request.getfixturevalue(request.param)
 
 
 def reference(subject: Subject, ids: np.ndarray, scored: int) -> tuple[np.ndarray, bool]:
-    """The same of one row, from the logits of all positions."""
+    """Return the scores of one row, computed from the logits of all positions."""
     idx = torch.from_numpy(ids)[None]
     with torch.no_grad():
         logits = subject.model(idx[:, :-1])[0].double()
@@ -64,7 +64,7 @@ def random_pairs(count: int) -> list[log_likelihood.Pair]:
 
 
 @pytest.mark.parametrize("options", [{}, {"position": "alibi"}, {"position": "rope", "softcap": 5.0}])
-def test_every_batch_size_gives_the_scores_of_a_row_alone(options):
+def test_scores_are_independent_of_batch_size(options):
     subject = subject_of(LETTERS, 24, **options)
     rows = Requests(random_pairs(60), 24)
     expected = [reference(subject, *rows[i]) for i in range(60)]
@@ -76,16 +76,16 @@ def test_every_batch_size_gives_the_scores_of_a_row_alone(options):
             assert greedy == expected_greedy
 
 
-def test_the_head_works_in_parts(letters, monkeypatch):
+def test_lm_head_in_chunks_gives_equal_scores(letters, monkeypatch):
     rows = Requests(random_pairs(20), 24)
     whole = [nats for _, nats, _ in log_likelihood.score(letters, rows)]
-    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", 25)  # two positions of ten ids
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", 25)  # two positions with ten ids each
     for nats, expected in zip((n for _, n, _ in log_likelihood.score(letters, rows)), whole, strict=True):
         np.testing.assert_allclose(nats, expected, atol=1e-5)
 
 
-def test_bfloat16_scores_what_train_py_scores_in_it(letters):
-    """The weights in bfloat16 and all that follows, and the model itself left as it was."""
+def test_bfloat16_scores_equal_those_of_train_py(letters):
+    """Weights and computation are in bfloat16, and the model itself is not modified."""
     before = {name: tensor.clone() for name, tensor in letters.model.state_dict().items()}
     subject = replace(letters, machine=replace(letters.machine, dtype="bfloat16"))
     rows = Requests(random_pairs(20), 24)
@@ -101,15 +101,15 @@ def test_bfloat16_scores_what_train_py_scores_in_it(letters):
     assert all(torch.equal(tensor, before[name]) for name, tensor in letters.model.state_dict().items())
 
 
-def test_rows_are_cut_from_the_left(letters):
+def test_long_rows_are_truncated_on_the_left(letters):
     rows = Requests([([1] * 30, [2, 3]), ([1], list(range(9)) * 4), ([4], [5])], 24)
     assert rows.cut.tolist() == [True, True, False]
     assert rows[0][0].tolist() == [1] * 23 + [2, 3] and rows[0][1] == 2
-    assert len(rows[1][0]) == 25 and rows[1][1] == 24  # its ending alone is too long: the last of it
+    assert len(rows[1][0]) == 25 and rows[1][1] == 24  # the continuation alone is too long: keep its end
     assert rows[2][0].tolist() == [4, 5]
 
 
-def test_batches_stay_within_the_budget_and_shares_cover_all():
+def test_batches_stay_within_the_budget_and_cover_all_rows():
     lengths = np.random.default_rng(0).integers(1, 50, 300)
     shares = [list(log_likelihood.batches(lengths, 200, rank, 3)) for rank in range(3)]
     for batch in (batch for share in shares for batch in share):
@@ -121,12 +121,12 @@ def test_batches_stay_within_the_budget_and_shares_cover_all():
     assert padded < 1.1 * lengths.sum()
 
 
-# ----------------------------------------------------------------------------- windows
+# ----------------------------------------------------------------------------- scoring windows
 
 
 @pytest.mark.parametrize("size", [2, 9, 10, 11, 37, 40, 41])
 @pytest.mark.parametrize("stride", [1, 3, 10])
-def test_windows_score_every_id_once_with_as_much_context_as_there_is(size, stride):
+def test_windows_score_every_id_once_with_full_context(size, stride):
     windows = Windows([Ids(np.arange(size)), Ids(np.arange(100, 105))], 10, stride)
     seen = []
     for i in range(len(windows)):
@@ -139,7 +139,7 @@ def test_windows_score_every_id_once_with_as_much_context_as_there_is(size, stri
     assert seen == [*range(1, size), *range(101, 105)]
 
 
-def test_windows_are_those_of_lm_eval():
+def test_windows_equal_those_of_lm_eval():
     from lm_eval.utils import get_rolling_token_windows
 
     for size in (1, 5, 10, 11, 33):
@@ -153,17 +153,17 @@ def test_windows_are_those_of_lm_eval():
                 assert row[:-1].tolist() == inputs and row[-scored:].tolist() == targets
 
 
-def test_a_part_of_the_windows_is_spread_over_the_text():
+def test_window_subset_is_spread_over_the_text():
     windows = Windows([Ids(np.arange(1000))], 10, 10, limit=5)
     assert len(windows) == 5 and windows.place(0)[1] == 1 and windows.place(4)[2] == 1000
 
 
-def test_a_text_without_two_ids_is_refused():
+def test_text_with_fewer_than_two_ids_is_rejected():
     with pytest.raises(UserError, match="the text is empty"):
         Windows([Ids(np.arange(1))], 10, 10)
 
 
-def test_loss_of_a_text_is_the_mean_over_its_tokens(letters):
+def test_text_loss_is_the_mean_over_its_tokens(letters):
     text = "abc dead\nbeef " * 40
     ids = log_likelihood.encode_text(text, LETTERS)
     report = evals.run_text("x", Windows([ids], 24, 24), letters, words=evals.count_words(text))
@@ -172,19 +172,19 @@ def test_loss_of_a_text_is_the_mean_over_its_tokens(letters):
     assert report.metrics["loss"].value == pytest.approx(nats.mean(), abs=1e-4)
     assert report.metrics["perplexity"].value == pytest.approx(math.exp(nats.mean()), rel=1e-4)
     assert report.metrics["bits_per_byte"].value == pytest.approx(nats.mean() / math.log(2), abs=1e-4)
-    expected = math.exp(nats.sum() / 121)  # 120 words, and the empty one after the last blank
+    expected = math.exp(nats.sum() / 121)  # 120 words, and the empty one after the last space
     assert report.metrics["word_perplexity"].value == pytest.approx(expected, rel=1e-3)
 
 
-def test_more_context_does_not_change_what_has_it_all(letters):
-    """With stride 1 every id has a full context behind it: the loss of each from a window of its own."""
+def test_stride_1_equals_one_window_per_token(letters):
+    """With stride 1 every id has a full context: its loss equals that of a separate window."""
     ids = log_likelihood.encode_text("abcdefgh deaf" * 5, LETTERS)
     report = evals.run_text("x", Windows([ids], 24, 1), letters)
     nats = [reference(letters, ids.ids[max(0, i - 24) : i + 1], 1)[0][0] for i in range(1, len(ids))]
     assert report.metrics["loss"].value == pytest.approx(np.mean(nats), abs=1e-4)
 
 
-def test_bytes_are_those_of_the_text(pairs):
+def test_byte_count_equals_that_of_the_text(pairs):
     text = "Der Käse, 三国演义, and a <|endoftext|> that is text.\n" * 90
     ids = log_likelihood.encode_text(text, pairs.tokenizer)
     report = evals.run_text("x", Windows([ids], 96, 96), pairs)
@@ -199,11 +199,11 @@ def test_bytes_are_those_of_the_text(pairs):
 # ----------------------------------------------------------------------------- tasks
 
 
-def test_choices_by_hand(letters, monkeypatch):
-    """Every number from its definition, with likelihoods that are set."""
+def test_multiple_choice_metrics_match_their_definitions(letters, monkeypatch):
+    """Compute every metric from its definition, with fixed likelihoods."""
     given = [[-4.0, -3.0], [-2.0, -9.0], [-6.0, -5.0]]
     items = [
-        tasks.Item("a", ("bbbb", "c"), 0),  # acc wrong (1), by characters -1 against -3: right
+        tasks.Item("a", ("bbbb", "c"), 0),  # acc wrong (1), acc_norm right: -1 against -3 per character
         tasks.Item("a", ("b", "cc"), 0),
         tasks.Item("a", ("bb", "c"), 1),
     ]
@@ -216,20 +216,20 @@ def test_choices_by_hand(letters, monkeypatch):
     monkeypatch.setattr(evals, "score", fake)
     report = evals.run_task(tasks.Task("t", "choice", items), letters)
     assert report.metrics["acc"].value == pytest.approx(2 / 3)
-    assert report.metrics["acc"].stderr == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))  # lm-eval's
+    assert report.metrics["acc"].stderr == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))  # as lm-eval
     assert report.metrics["acc_norm"].value == pytest.approx(2 / 3)
     assert [row["prediction"] for row in report.rows] == [1, 0, 1]
     assert [row["prediction_norm"] for row in report.rows] == [0, 0, 0]
     assert report.to_json()["items"] == 3 and report.describe().startswith("t: acc 0.6667 ± 0.3333")
 
 
-def test_an_item_that_the_vocabulary_lacks(letters):
+def test_item_outside_the_vocabulary_is_rejected(letters):
     items = [tasks.Item("ab", ("c",)), tasks.Item("ab", ("Käse",))]
     with pytest.raises(UserError, match=r"^t, item 2: .*'K'"):
         evals.run_task(tasks.Task("t", "cloze", items), letters)
 
 
-def test_a_cloze_is_right_if_the_model_would_write_it(letters):
+def test_cloze_is_correct_if_greedy_decoding_yields_it(letters):
     start = LETTERS.encode_prompt("abc def")
     text = Text(start, SamplingOptions(temperature=0))
     decoder = Engine(letters.model, 1)
@@ -245,16 +245,16 @@ def test_a_cloze_is_right_if_the_model_would_write_it(letters):
     assert report.metrics["perplexity"].value == pytest.approx(math.exp(np.mean(losses)))
 
 
-def test_an_item_without_context(letters, pairs):
+def test_item_with_empty_context(letters, pairs):
     item = tasks.Item("", ("ab",), joint="")
     [(context, continuation)] = evals.encode_item(item, LETTERS)
-    assert context.tolist() == [0] and continuation.tolist() == [2, 3]  # after a new line
+    assert context.tolist() == [0] and continuation.tolist() == [2, 3]  # after a newline
     assert evals.encode_item(item, pairs.tokenizer)[0][0] == [pairs.tokenizer.end_of_text]
-    with pytest.raises(UserError, match="no id with which a text could begin"):
+    with pytest.raises(UserError, match="no end-of-text or newline to start with"):
         evals.encode_item(item, tokenizer.CharTokenizer("ab"))
 
 
-# ----------------------------------------------------------------------------- lm-eval says the same
+# ----------------------------------------------------------------------------- comparison with lm-eval
 
 
 def first_rows(path, count: int) -> list[dict]:
@@ -262,7 +262,7 @@ def first_rows(path, count: int) -> list[dict]:
 
 
 def own_questions(path: Path) -> Path:
-    """Rows in the forms of HellaSwag and LAMBADA, with contexts of all lengths and the marks of WikiHow."""
+    """Write rows in HellaSwag and LAMBADA format, with contexts of various lengths and WikiHow markup."""
     rows = []
     for i, page in enumerate(texts.web_pages(60)):
         first, *sentences = page.replace("\n", " ").split(".")
@@ -277,7 +277,7 @@ def own_questions(path: Path) -> Path:
 
 @pytest.fixture
 def subject_and(request, tmp_path) -> Callable[[str], tuple[Subject, Path]]:
-    """GPT-2's tokens for a file from elsewhere, and the trained ones for `own_questions`."""
+    """Use the GPT-2 tokenizer for an external file, and the trained one for `own_questions`."""
 
     def found(name: str) -> tuple[Subject, Path]:
         if name == "own":
@@ -297,7 +297,7 @@ def subject_and(request, tmp_path) -> Callable[[str], tuple[Subject, Path]]:
 )
 def test_hellaswag_equals_lm_eval(subject_and, tmp_path, file, count, are_cut):
     subject, path = subject_and(file)
-    fields = ("activity_label", "ctx", "endings", "label")  # without ctx_a and ctx_b, which are in ctx
+    fields = ("activity_label", "ctx", "endings", "label")  # without ctx_a and ctx_b, which ctx contains
     rows = [{field: row[field] for field in fields} for row in first_rows(path, count)]
     samples, scores = by_lm_eval(tmp_path, "hellaswag", rows, harness.adapter(subject))
     report = evals.run_task(tasks.load(f"hellaswag:{tmp_path / 'hellaswag.jsonl'}"), subject)

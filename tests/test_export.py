@@ -1,4 +1,4 @@
-"""Exported folders: transformers loads them and computes and writes the same; what cannot is refused."""
+"""Exported folders give equal logits and text in transformers; unsupported models are rejected."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ BYTES = tokenizer.to_text(tokenizer.ByteTokenizer())
 
 
 def lively(config: GPTConfig) -> GPT:
-    """A model whose every number matters: nothing is zero, one, or like another."""
+    """Return a model in which every weight matters: all are distinct, none is 0 or 1."""
     torch.manual_seed(1)
     model = GPT(config)
     with torch.no_grad():
@@ -57,13 +57,13 @@ def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
 
 @torch.no_grad()
 def the_same(model: GPT, theirs) -> None:
-    """Logits to 1e-4, over the whole context; and 64 greedy tokens."""
+    """Assert equal logits (to 1e-4) over the full context and equal 64 greedy tokens."""
     idx = torch.randint(0, model.config.vocab_size, (2, model.config.block_size))
     torch.testing.assert_close(theirs(idx).logits, model(idx)[0], rtol=0, atol=1e-4)
     prompt = idx[:1, :9]
     written = theirs.generate(prompt, max_new_tokens=64, do_sample=False)[0, 9:].tolist()
     assert written == greedy(model, prompt[0].tolist(), 64)
-    assert len(set(written)) > 3  # it says something
+    assert len(set(written)) > 3  # the output is not constant
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def the_same(model: GPT, theirs) -> None:
     ],
     ids=str,
 )
-def test_gpt2s_shape_is_gpt2(config, tmp_path):
+def test_gpt2_shapes_export_as_gpt2(config, tmp_path):
     model = lively(config)
     theirs = exported(tmp_path, model)
     assert type(theirs).__name__ == "GPT2LMHeadModel"
@@ -92,7 +92,7 @@ def test_gpt2s_shape_is_gpt2(config, tmp_path):
     ],
     ids=str,
 )
-def test_the_fast_recipe_is_vaultgemma(config, tmp_path):
+def test_fast_recipe_exports_as_vaultgemma(config, tmp_path):
     model = lively(config)
     theirs = exported(tmp_path, model)
     assert type(theirs).__name__ == "VaultGemmaForCausalLM"
@@ -102,17 +102,17 @@ def test_the_fast_recipe_is_vaultgemma(config, tmp_path):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (replace(FAST, qk_norm=True), "VaultGemmaForCausalLM does not know qk_norm=True"),
-        (replace(FAST, smear=True), "VaultGemmaForCausalLM does not know smear=True"),
-        (replace(GPT2, position="alibi"), "GPT2LMHeadModel does not know position=alibi"),
-        (replace(GPT2, softcap=30.0), "GPT2LMHeadModel does not know softcap=30.0"),
+        (replace(FAST, qk_norm=True), "VaultGemmaForCausalLM does not support qk_norm=True"),
+        (replace(FAST, smear=True), "VaultGemmaForCausalLM does not support smear=True"),
+        (replace(GPT2, position="alibi"), "GPT2LMHeadModel does not support position=alibi"),
+        (replace(GPT2, softcap=30.0), "GPT2LMHeadModel does not support softcap=30.0"),
     ],
 )
-def test_what_no_class_computes_is_refused_or_brings_its_code(config, reason, tmp_path, monkeypatch):
-    # where transformers copies a model's code to
+def test_unsupported_models_are_rejected_or_ship_custom_code(config, reason, tmp_path, monkeypatch):
+    # folder to which transformers copies custom model code
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    with pytest.raises(UserError, match="no class of transformers computes this model") as caught:
+    with pytest.raises(UserError, match="no transformers class computes this model") as caught:
         hf_export.choose(config, custom_code=False)
     assert reason in str(caught.value) and "--custom_code=True" in str(caught.value)
     model = lively(config)
@@ -128,7 +128,7 @@ def test_what_no_class_computes_is_refused_or_brings_its_code(config, reason, tm
         theirs(idx, attention_mask=(torch.arange(20) > 3).expand(2, 20))
 
 
-def test_padding_is_left_out_and_half_precision_written(tmp_path):
+def test_export_drops_padding_and_writes_half_precision(tmp_path):
     model = lively(GPT2)
     assert model.wte.weight.shape[0] == 300
     theirs = exported(tmp_path, model, dtype="bfloat16")
@@ -137,8 +137,8 @@ def test_padding_is_left_out_and_half_precision_written(tmp_path):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_there_and_back_to_the_bit(bias, tmp_path):
-    """ours -> Hugging Face -> ours; and through transformers' own save."""
+def test_round_trip_is_bit_identical(bias, tmp_path):
+    """nanogpt -> Hugging Face -> nanogpt, also via save_pretrained of transformers."""
     model = lively(replace(GPT2, bias=bias, vocab_multiple=1))
     theirs = exported(tmp_path / "a", model)
     theirs.save_pretrained(tmp_path / "b")
@@ -151,7 +151,7 @@ def test_there_and_back_to_the_bit(bias, tmp_path):
     assert hf.open_folder(tmp_path / "a").tokenizer == BYTES
 
 
-def test_hugging_face_to_ours_and_back_to_the_bit(tmp_path):
+def test_hugging_face_round_trip_is_bit_identical(tmp_path):
     from safetensors.torch import load_file
 
     found = hf.open_folder(hf_folders.write(tmp_path / "a"))
@@ -173,7 +173,7 @@ PLAIN += [path.read_text(encoding="utf-8")[:20_000] for path in REAL if path]
 
 
 def the_same_ids(tokens: tokenizer.Tokenizer, folder: Path, bodies: list[str]):
-    """Transformers' tokenizer from an exported folder, which has the ids and the text of ours."""
+    """Assert that transformers' tokenizer of an exported folder gives equal ids and text; return it."""
     exported(
         folder,
         GPT(replace(GPT2, vocab_size=tokens.vocab_size, vocab_multiple=1)),
@@ -191,7 +191,7 @@ def the_same_ids(tokens: tokenizer.Tokenizer, folder: Path, bodies: list[str]):
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "trained"])
-def test_tokenizers_give_the_same_ids(kind, tmp_path, trained_bpe):
+def test_exported_tokenizers_give_the_same_ids(kind, tmp_path, trained_bpe):
     chars = tokenizer.CharTokenizer(sorted(set("".join(PLAIN))))
     trained = tokenizer.from_text(trained_bpe)
     the_same_ids(
@@ -199,7 +199,7 @@ def test_tokenizers_give_the_same_ids(kind, tmp_path, trained_bpe):
     )
 
 
-def test_gpt2s_tokenizer_gives_the_same_ids(tmp_path, merges):
+def test_exported_gpt2_tokenizer_gives_the_same_ids(tmp_path, merges):
     tokens = load_gpt2(str(merges))
     theirs = the_same_ids(tokens, tmp_path / "exported", PLAIN)
     prompt = "a<|endoftext|>b"
@@ -210,8 +210,8 @@ def test_gpt2s_tokenizer_gives_the_same_ids(tmp_path, merges):
         assert vocabulary == json.loads(encoder.read_text(encoding="utf-8"))
 
 
-def test_a_tokenizer_of_hugging_face_stays_what_it_is(tmp_path):
-    """What a vocabulary of one's own is: the library's file, under another name here."""
+def test_hugging_face_tokenizer_is_exported_unchanged(tmp_path):
+    """A custom vocabulary is a tokenizer.json of the tokenizers library, under another file name."""
     made = hf_tokenizer.build(tokenizer.ByteTokenizer())
     made.add_special_tokens(["<|end|>"])
     own = SimpleNamespace(
@@ -223,15 +223,15 @@ def test_a_tokenizer_of_hugging_face_stays_what_it_is(tmp_path):
     assert theirs("é<|end|>")["input_ids"] == [195, 169, 256] and theirs.eos_token_id == 256
 
 
-def test_tokenizers_without_an_equal(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="which UTF-8 cannot write"):
+def test_tokenizers_without_an_equivalent_are_rejected(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="which UTF-8 cannot encode"):
         hf_tokenizer.build(tokenizer.CharTokenizer(["a", "\ud800"]))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     said = hf_export.write_folder(tmp_path, GPT(GPT2), BYTES, "float32", False)
-    assert "without Hugging Face's tokenizer" in said[-1] and "pip install tokenizers" in said[-1]
+    assert "no Hugging Face tokenizer written" in said[-1] and "pip install tokenizers" in said[-1]
 
 
-# ----------------------------------------------------------------------------- the program
+# ----------------------------------------------------------------------------- export.py
 
 
 @pytest.fixture(scope="module")
@@ -254,10 +254,10 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["plain", "fast"])
-def test_a_trained_run(name, run, tmp_path, capsys):
+def test_exports_a_trained_run(name, run, tmp_path, capsys):
     target = tmp_path / "exported"
     export.main(export.Config(to=str(target), out_dir=str(run / name)))
-    assert f"is now {target}" in capsys.readouterr().out
+    assert f"to {target}\n" in capsys.readouterr().out
     found, _ = reader.find(run / name, "best")
     model, theirs = found.load_model(), AutoModelForCausalLM.from_pretrained(target).eval()
     the_same_as_trained = torch.randint(0, model.config.vocab_size, (2, 80))
@@ -272,7 +272,7 @@ def test_a_trained_run(name, run, tmp_path, capsys):
     assert (target / "generation_config.json").is_file()
 
 
-def test_nanogpts_format(run, tmp_path, capsys):
+def test_exports_nanogpt_format(run, tmp_path, capsys):
     export.main(export.Config(to=str(tmp_path / "a"), out_dir=str(run / "plain"), format="nanogpt"))
     assert "no optimizer state" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"ckpt.pt", "meta.pkl"}
@@ -289,25 +289,25 @@ def test_nanogpts_format(run, tmp_path, capsys):
     [
         (
             {"format": "nanogpt"},
-            r"nanoGPT's model does not know position=rope, activation=relu2, tied=False, softcap",
+            r"nanoGPT does not support position=rope, activation=relu2, tied=False, softcap",
         ),
-        ({"format": "nanogpt", "custom_code": True}, "--dtype and --custom_code are for --format=hf"),
+        ({"format": "nanogpt", "custom_code": True}, "--dtype and --custom_code require --format=hf"),
         (
             {"init_from": "nowhere"},
-            r"--init_from=nowhere: no such file or folder; it can be resume",
+            r"--init_from=nowhere: no such file or folder; give resume",
         ),
         ({"out_dir": "nowhere"}, "no checkpoint in nowhere"),
         ({"which": "7"}, "no checkpoint '7'"),
     ],
 )
-def test_refusals_write_nothing(change, message, run, tmp_path):
+def test_rejected_exports_write_nothing(change, message, run, tmp_path):
     config = export.Config(to=str(tmp_path / "exported"), out_dir=str(run / "fast"))
     with pytest.raises(UserError, match=message):
         export.main(replace(config, **change))
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_exists_is_kept(run, tmp_path):
+def test_existing_folder_is_not_overwritten(run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="give the name of a new folder"):
         export.main(export.Config(to=str(tmp_path), out_dir=str(run / "plain")))

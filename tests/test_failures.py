@@ -1,5 +1,5 @@
-"""Processes that cannot work together say so in one line and leave. Each is started by hand, as srun does it;
-all come from one that has imported train.py already."""
+"""Inconsistent ranks fail with a one-line error. Each rank is started separately, as with srun, forked from
+a process that has already imported train.py."""
 
 import contextlib
 import json
@@ -47,8 +47,8 @@ def run(config, log, cwd, environment):
 
 @pytest.fixture
 def start(context, tmp_path):
-    """Start a process a config as one run, those that are None left out; returns (exit code, its stderr) of
-    each, and the seconds between the first's leaving and the last's."""
+    """Start one process per config (None: missing rank) as one run; return (exit code, stderr) of each, and
+    the seconds between the first and the last exit."""
     started = []
 
     def start(configs, folders=None):
@@ -82,43 +82,43 @@ def lines(told):
     return [line for line in told.splitlines() if line and not line.startswith("[W")]
 
 
-def test_one_that_has_other_options_is_named(start, config, tmp_path):
+def test_rank_with_different_options_is_named(start, config, tmp_path):
     found, seconds, _ = start([config, config, replace(config, batch_size=8)])
     assert [code for code, _ in found] == [2, 2, 2] and seconds < 10
-    said = "error: process 2 has --batch_size=8, process 0 has --batch_size=4; "
-    assert lines(found[0][1]) == [f"{said}start all processes with the same options"]
+    said = "error: rank 2 has --batch_size=8, rank 0 has --batch_size=4; "
+    assert lines(found[0][1]) == [f"{said}start all ranks with the same options"]
     assert lines(found[1][1]) == lines(found[2][1]) == []
     assert not (tmp_path / config.out_dir).exists()
 
 
-def test_a_run_folder_that_one_does_not_see_is_named(start, config, tmp_path):
+def test_run_folder_invisible_to_one_rank_is_reported(start, config, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     found, seconds, _ = start([config, config], {1: tmp_path / "elsewhere"})
     assert [code for code, _ in found] == [2, 2] and seconds < 10
     (told,) = lines(found[0][1])
-    assert told.startswith(f"error: process 1: {tmp_path / 'elsewhere'} on ")
-    assert "put --out_dir where all machines see it" in told
+    assert told.startswith(f"error: rank 1: {tmp_path / 'elsewhere'} on ")
+    assert "set --out_dir to a folder shared by all nodes" in told
     assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name != "elsewhere"]
     assert not list(tmp_path.glob(".nanogpt-*"))
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_processes_that_do_not_come_are_named_with_the_address(start, config, missing):
+def test_missing_ranks_are_reported_with_the_address(start, config, missing):
     waiting = replace(config, rdzv_timeout_s=1.0)
     found, _, address = start([None if rank == missing else waiting for rank in range(2)])
     ((code, told),) = found
     assert code == 2 and len(lines(told)) == 1
-    assert address in told and "--rdzv_timeout_s" in told and f"process {1 - missing}" in told
+    assert address in told and "--rdzv_timeout_s" in told and f"rank {1 - missing}" in told
 
 
-def test_processes_started_by_hand_train(start, config, tmp_path):
+def test_manually_started_processes_train(start, config, tmp_path):
     found, _, _ = start([config, config])
     assert [code for code, _ in found] == [0, 0], found
     assert (tmp_path / config.out_dir / "step-000003" / "manifest.json").is_file()
 
 
-def test_what_would_fail_again_is_not_tried_again(tmp_path):
-    """In the folders as torchrun makes them."""
+def test_permanent_errors_are_not_retried(tmp_path):
+    """Uses log folders in the layout of torchrun."""
     about = {"TORCHELASTIC_RESTART_COUNT": "0"}
     for attempt in range(3):
         for rank in (0, 1):
@@ -130,7 +130,7 @@ def test_what_would_fail_again_is_not_tried_again(tmp_path):
     assert torchrun.final_code_of_last_attempt({}) == 0
     assert torchrun.final_code_of_last_attempt(about | {torchrun.ENV_ERROR_FILE: file(0, 0)}) == 0
     second = {"TORCHELASTIC_RESTART_COUNT": "1", torchrun.ENV_ERROR_FILE: file(1, 0)}
-    assert torchrun.final_code_of_last_attempt(second) == 0  # killed: it left nothing
+    assert torchrun.final_code_of_last_attempt(second) == 0  # killed: no error file
     for code, expected in ((76, 0), (74, 0), (1, 0), (2, 2), (70, 70), (75, 75)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(torchrun.ENV_ERROR_FILE, file(0, 1))

@@ -1,4 +1,4 @@
-"""Finetuning: it stops by itself, frozen weights stay, adapters resume and merge."""
+"""Finetuning: early stopping, frozen weights, and adapters that resume and merge."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,37 +29,37 @@ def tensors(out: str, step: int, kind: str = "model") -> dict[str, torch.Tensor]
     return load_file(Path(out) / f"step-{step:06d}" / f"{kind}.safetensors")
 
 
-# ----------------------------------------------------------------------------- stopping
+# ----------------------------------------------------------------------------- early stopping
 
 
 @pytest.fixture
 def overfitting(config, tmp_path):
-    """A run that learns 300 characters by heart, which are not those it is scored on."""
+    """A config that memorizes 300 training characters and is validated on different text."""
     data = write_dataset(tmp_path / "short", words(200), val_fraction=0.7)
     return replace(
         config, dataset=str(data), max_iters=400, learning_rate=5e-3, decay_lr=False, eval_interval=5
     )
 
 
-def test_it_stops_at_the_best_and_says_so(overfitting, capsys):
+def test_early_stopping_keeps_the_best_and_is_reported(overfitting, capsys):
     train.main(replace(overfitting, patience=3, always_save_checkpoint=False))
     said = capsys.readouterr().out
     last, best = (reader.find(Path(overfitting.out_dir), which)[0] for which in ("last", "best"))
     assert last.iter_num == best.iter_num + 3 * 5 < 400
     assert last.state["stale"] == 3 and best.state["stale"] == 0
-    assert "stopped: no better validation loss in 3 evaluations" in said
+    assert "early stopping: no improvement in 3 evaluations" in said
     assert f"best validation loss {best.state['val_loss']:.4f} at iteration {best.iter_num}: train" in said
-    assert f"at the end, iteration {last.iter_num}" in said and "by heart" in said
+    assert f"at the end, iteration {last.iter_num}" in said and "overfitting" in said
     opened = weights.open_weights("resume", Path(), Path(overfitting.out_dir))
-    assert opened.iter_num == best.iter_num  # what sample.py, eval.py and export.py open
+    assert opened.iter_num == best.iter_num  # the checkpoint that sample.py, eval.py and export.py open
 
 
-def test_a_resumed_run_counts_on(overfitting, tmp_path, monkeypatch, capsys):
+def test_resume_keeps_the_patience_counter(overfitting, tmp_path, monkeypatch, capsys):
     straight = replace(overfitting, patience=3, out_dir=str(tmp_path / "straight"))
     train.main(straight)
     expected = reader.find(Path(straight.out_dir))[0].iter_num
     with monkeypatch.context() as patch:
-        patch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # each look: a second later
+        patch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # 1 s per call
         for _ in range(200):
             try:
                 train.main(replace(overfitting, patience=3, init_from="auto", max_minutes=30 / 60))
@@ -70,12 +70,12 @@ def test_a_resumed_run_counts_on(overfitting, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     again = {"init_from": "", "out_dir": ""}
     train.main(replace(overfitting, init_from="resume"), again)
-    assert "raise it to go on" in capsys.readouterr().out
+    assert "raise it to resume" in capsys.readouterr().out
     train.main(replace(overfitting, init_from="resume", patience=4), again | {"patience": "--patience=4"})
     assert reader.find(Path(overfitting.out_dir))[0].iter_num > expected
 
 
-def test_the_line_at_the_end():
+def test_final_line_of_a_run():
     rows = [{"event": "step", "iter": 0}]
     assert metrics.gap(rows) == ""
     rows += [
@@ -98,7 +98,7 @@ def test_the_line_at_the_end():
         ({"train_only": "h.1.mlp.c_fc.weight", "optimizer": "muon"}, {"h.1.mlp.c_fc.weight"}),
     ],
 )
-def test_frozen_weights_stay_to_the_bit(config, tmp_path, options, moved):
+def test_frozen_weights_are_bit_identical(config, tmp_path, options, moved):
     train.main(replace(config, max_iters=1))
     tuned = replace(config, init_from=config.out_dir, out_dir=str(tmp_path / "tuned"), **options)
     train.main(tuned, {"init_from": "", **dict.fromkeys(options, "")})
@@ -106,23 +106,21 @@ def test_frozen_weights_stay_to_the_bit(config, tmp_path, options, moved):
     differ = {name for name in before if not torch.equal(before[name], after[name])}
     assert differ == {name for name in before if name.startswith(tuple(moved))}
     state = tensors(tuned.out_dir, 12, "optimizer")
-    assert not any(name.startswith(tuple(before.keys() - differ)) for name in state)  # nor memory for them
+    assert not any(name.startswith(tuple(before.keys() - differ)) for name in state)  # no state
 
 
-def test_patterns_that_match_nothing_are_refused(config):
-    with pytest.raises(
-        UserError, match=r"--freeze: no parameter is named like 'transformer.wte'; there are wte"
-    ):
+def test_patterns_without_a_match_are_rejected(config):
+    with pytest.raises(UserError, match=r"--freeze: no parameter matches 'transformer.wte'; there are wte"):
         train.main(replace(config, freeze="h.0.*,transformer.wte"))
     with pytest.raises(UserError, match=r"leaves nothing to train.*there are wte.weight, position"):
         train.main(replace(config, freeze="*"))
     assert not Path(config.out_dir).exists()
 
 
-def test_muon_without_matrices_is_adamw(config, capsys):
+def test_muon_without_matrices_falls_back_to_adamw(config, capsys):
     train.main(replace(config, optimizer="muon", train_only="wte*,*ln_*"))
     said = capsys.readouterr().out
-    assert "no matrix that Muon would train is left" in said and "trained are" in said
+    assert "no trainable matrices for Muon" in said and "trainable parameters" in said
     assert "muon.steps" not in tensors(config.out_dir, 12, "optimizer")
 
 
@@ -135,7 +133,7 @@ def base(config):
     return config
 
 
-def test_adapters_alone_are_trained_and_resume_to_the_bit(base, tmp_path):
+def test_only_adapters_are_trained_and_resume_is_bit_identical(base, tmp_path):
     tuned = replace(base, init_from=base.out_dir, lora_rank=4, optimizer="muon", dropout=0.1)
     origins = {"init_from": "", "lora_rank": ""}
     straight, broken = (replace(tuned, out_dir=str(tmp_path / name)) for name in ("straight", "broken"))
@@ -151,7 +149,7 @@ def test_adapters_alone_are_trained_and_resume_to_the_bit(base, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     added = after.keys() - before.keys()
     assert len(added) == 2 * 3 * 2 and all(lora.is_adapter(name) for name in added)
-    assert all(after[name].abs().max() > 0 for name in added)  # B has left 0
+    assert all(after[name].abs().max() > 0 for name in added)  # B is initialized to 0
     with pytest.raises(UserError, match="lora_rank=8 given, lora_rank=4 saved"):
         train.main(
             replace(broken, init_from="resume", lora_rank=8),
@@ -159,7 +157,7 @@ def test_adapters_alone_are_trained_and_resume_to_the_bit(base, tmp_path):
         )
 
 
-def test_others_open_the_merged_model(base, tmp_path, capsys):
+def test_exported_model_is_merged(base, tmp_path, capsys):
     tuned = replace(base, init_from=base.out_dir, out_dir=str(tmp_path / "tuned"), lora_rank=4, max_iters=40)
     tuned = replace(tuned, learning_rate=1e-2)
     train.main(tuned, {"init_from": "", "lora_rank": ""})
@@ -179,6 +177,6 @@ def test_others_open_the_merged_model(base, tmp_path, capsys):
         assert torch.equal(back.load(back.fitted())(idx)[0], outside(idx)[0])
 
 
-def test_adapters_exclude_freezing(config):
+def test_adapters_and_freezing_are_mutually_exclusive(config):
     with pytest.raises(UserError, match="--lora_rank freezes all weights"):
         train.main(replace(config, lora_rank=2, freeze="wte*"))

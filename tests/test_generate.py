@@ -1,4 +1,4 @@
-"""Texts written with a cache are those written without one, in any company and at any length."""
+"""Generation with a KV cache equals generation without, in any batch and at any length."""
 
 import math
 import random
@@ -61,12 +61,12 @@ def prompts(count: int, longest: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def uncached(model: GPT, ids: list[int]) -> torch.Tensor:
-    """Logits (V,) after `ids`, all computed anew."""
+    """Return the logits (V,) after `ids`, computed without a cache."""
     return model(torch.tensor([ids[window_start(len(ids), model.config.block_size) :]]))[0][0, -1]
 
 
 def write(model: GPT, texts: list[Text], count: int, slots: int = 0) -> list[list[int]]:
-    """`count` new tokens of each, with as many slots as texts."""
+    """Generate `count` tokens for each text; `slots`: 0 for one slot per text."""
     decoder = Engine(model, slots or len(texts))
     done = [Completion(text, ByteTokenizer(), count) for text in texts]
     for _ in complete(decoder, done):
@@ -76,7 +76,7 @@ def write(model: GPT, texts: list[Text], count: int, slots: int = 0) -> list[lis
 
 
 def assert_as_uncached(model: GPT, waiting: list[Text], decoder: Engine) -> None:
-    """Six tokens of each text, as they come and go: the same tokens, logits to 1e-5."""
+    """Generate six tokens per text, adding and removing texts; assert equal tokens, and logits to 1e-5."""
     logits: list[torch.Tensor] = []
     head = model.head
     model.head = lambda x: logits.append(head(x)) or logits[-1]
@@ -94,8 +94,8 @@ def assert_as_uncached(model: GPT, waiting: list[Text], decoder: Engine) -> None
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-def test_with_and_without_a_cache(switches):
-    """200 prompts of 1 to twice the context, in mixed company."""
+def test_cached_generation_equals_uncached(switches):
+    """200 prompts of length 1 to twice the context, in mixed batches."""
     model = model_of(**switches)
     waiting = [Text(ids, GREEDY) for ids in prompts(200, 2 * model.config.block_size)]
     random.Random(2).shuffle(waiting)
@@ -103,7 +103,7 @@ def test_with_and_without_a_cache(switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-def test_the_step_of_other_devices(switches):
+def test_non_cpu_decode_step_equals_uncached(switches):
     model = model_of(**switches)
     decoder = Engine(model, slots=4)
     decoder.flat = None
@@ -111,14 +111,14 @@ def test_the_step_of_other_devices(switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-def test_what_two_texts_have_in_common_is_read_once(switches, monkeypatch):
-    """Prompts of two tokens, so that most begin as another one does, that is there or was there before."""
+def test_shared_prefixes_are_computed_once(switches, monkeypatch):
+    """Prompts over two token ids, so that most share a prefix with a current or earlier text."""
     model = model_of(**switches)
     reads = {1: 0, 1000: 0}
     hidden = model.hidden
 
     def counted(idx, past=None, documents=None):
-        # The steps on other devices than a CPU come here, too.
+        # Decode steps on other devices than the CPU also call this.
         reads[engine.SHARED] += 0 if past is None or isinstance(past, Step) else idx.numel()
         return hidden(idx, past)
 
@@ -131,7 +131,7 @@ def test_what_two_texts_have_in_common_is_read_once(switches, monkeypatch):
     assert reads[1] <= 0.9 * reads[1000]
 
 
-def test_most_of_a_prompt_that_a_slot_holds():
+def test_longest_cached_prefix_is_reused():
     held = {0: [1, 2, 3], 4: [], 5: [1, 2, 3, 4, 5], 7: [1, 2, 9, 4, 5, 6], 8: [2]}
     assert longest_prefix_match((1, 2, 3, 4, 9), held) == (5, 4)
     assert longest_prefix_match((1, 2, 9, 4), held) == (7, 4)
@@ -139,7 +139,7 @@ def test_most_of_a_prompt_that_a_slot_holds():
     assert longest_prefix_match((3, 1), held) == longest_prefix_match((1,), {}) == (-1, 0)
 
 
-def test_the_window_is_at_least_half_of_a_context_and_moves_by_halves():
+def test_context_window_shifts_by_half_a_context():
     for block_size in (1, 2, 7, 16):
         starts = [window_start(n, block_size) for n in range(1, 5 * block_size)]
         assert starts[: block_size + 1] == [0] * block_size + [max(1, block_size // 2)]
@@ -149,26 +149,26 @@ def test_the_window_is_at_least_half_of_a_context_and_moves_by_halves():
     assert len({window_start(n, 16) for n in range(1, 161)}) == 1 + (160 - 16) // 8
 
 
-def test_a_prompt_may_be_cut_anywhere():
-    """What is seen depends on the number of tokens, not on which of them were the prompt."""
+def test_result_is_independent_of_prompt_boundary():
+    """The visible context depends on the number of tokens, not on how many of them were the prompt."""
     model = model_of()
     (whole,) = write(model, [Text([1, 2, 3], GREEDY)], 60)
     for cut in (1, 13, 14, 30, 45):
         assert write(model, [Text([1, 2, 3, *whole[:cut]], GREEDY)], 60 - cut) == [whole[cut:]]
 
 
-def test_one_seed_gives_the_same_text_in_any_company():
+def test_seeded_text_is_independent_of_the_batch():
     model = model_of(position="rope", smear=True)
     options = [SamplingOptions(temperature=0.9, top_k=k, repetition_penalty=r) for k, r in ((0, 1), (9, 1.3))]
     everyone = [(ids, options[i % 2], i) for i, ids in enumerate(prompts(8, 2 * BLOCK))]
     alone = [write(model, [Text(*one)], 50)[0] for one in everyone]
     assert len({tuple(new) for new in alone}) == 8
     assert write(model, [Text(*one) for one in everyone], 50) == alone
-    assert write(model, [Text(*one) for one in everyone], 50, slots=3) == alone  # one comes as one goes
+    assert write(model, [Text(*one) for one in everyone], 50, slots=3) == alone  # start as slots free up
     assert write(model, [Text(everyone[3][0], everyone[3][1], seed=99)], 50)[0] != alone[3]
 
 
-def test_samples_of_one_prompt_are_read_once():
+def test_prompt_of_several_samples_is_computed_once():
     model = model_of(smear=True)
     reads = []
     hidden = model.hidden
@@ -179,7 +179,7 @@ def test_samples_of_one_prompt_are_read_once():
     assert together == [write(model, [Text(prompt, seed=i)], 30)[0] for i in range(5)]
 
 
-def test_texts_come_and_go_at_any_time():
+def test_texts_can_be_added_and_removed_at_any_time():
     model = model_of(position="alibi", n_kv_head=2, smear=True)
     draw = random.Random(3)
     expected = {ids: write(model, [Text(list(ids), GREEDY)], 40)[0] for ids in map(tuple, prompts(30, 30))}
@@ -197,7 +197,7 @@ def test_texts_come_and_go_at_any_time():
                 decoder.remove(text)
 
 
-def test_log_probabilities_are_the_models_and_sum_to_one():
+def test_log_probabilities_match_the_model_and_sum_to_one():
     model = model_of(softcap=5.0)
     text = Text([1, 2, 3], SamplingOptions(temperature=0.3, top_k=5, repetition_penalty=1.5), logprobs=V)
     decoder = Engine(model, 1)
@@ -217,7 +217,7 @@ def test_log_probabilities_are_the_models_and_sum_to_one():
     assert score(model, [7]) == []
 
 
-def test_a_completion_ends_where_it_should():
+def test_completion_finish_reasons():
     model, letters = model_of(vocab_size=26), CharTokenizer("abcdefghijklmnopqrstuvwxyz")
     (new,) = write(model, [Text([0], GREEDY)], 20)
     whole = "".join(chr(97 + token) for token in new)
@@ -238,7 +238,7 @@ def test_a_completion_ends_where_it_should():
     assert [token.id for token in found.tokens] == new[: new.index(end)]
 
 
-def test_closing_the_iterator_frees_the_slots():
+def test_closing_the_iterator_releases_the_slots():
     decoder = Engine(model_of(), 2)
     writing = complete(decoder, [Completion(Text([1]), ByteTokenizer(), 9) for _ in range(4)])
     next(writing)
@@ -247,7 +247,7 @@ def test_closing_the_iterator_frees_the_slots():
     assert decoder.free == 2
 
 
-def test_prompts_read_together_are_padded_little():
+def test_batched_prefill_has_little_padding():
     texts = [(0,) * n for n in [1, 1, 2, 3, 3, 3, 40, 41, 300, 4000, 4001]]
     groups = list(packed(texts))
     assert [ids for group in groups for ids in group] == texts
@@ -255,7 +255,7 @@ def test_prompts_read_together_are_padded_little():
         assert len(group) == 1 or len(group[-1]) * len(group) <= min(4096, 1.5 * sum(map(len, group)))
 
 
-def test_a_warmed_decoder_writes_the_same():
+def test_warmed_up_decoder_gives_the_same_text():
     model = model_of(position="rope", smear=True)
     cold, warm = Engine(model, 4), Engine(model, 4)
     warm.warm(1000)
@@ -267,8 +267,8 @@ def test_a_warmed_decoder_writes_the_same():
     assert [text.ids for text in cold.texts] == [text.ids for text in warm.texts]
 
 
-def test_ids_stay_in_the_vocabulary():
-    """10,000 tokens of a model whose table is padded."""
+def test_generated_ids_stay_in_the_vocabulary():
+    """10,000 tokens of a model with a padded vocabulary."""
     model = model_of(vocab_multiple=64)
     new = write(model, [Text([1], SamplingOptions(temperature=5.0), i) for i in range(50)], 200)
     assert {token for row in new for token in row} == set(range(V))

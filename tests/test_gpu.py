@@ -1,8 +1,8 @@
-"""What only a GPU can show: recording, kernels, memory that is really full, and that nothing waits for it.
+"""GPU-only tests: CUDA graph capture, kernels, real out-of-memory errors, and absence of synchronization.
 
     python -m pytest --device=cuda
 
-runs these tests and those of model, loss, optimizer, step, generation and training (conftest.py) there.
+runs these tests on a GPU, and those of model, loss, optimizer, step, generation and training (conftest.py).
 """
 
 from contextlib import contextmanager
@@ -65,10 +65,10 @@ def updates(everything, count, take=None, lr=1e-2):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rules", ["adamw", "muon"])
-def test_it_learns_in_every_format_as_a_cpu_does(device, dtype, rules):
+def test_training_in_every_dtype_matches_the_cpu(device, dtype, rules):
     losses = [loss for loss, _ in updates(parts(device, dtype, rules, **FAST), 30)]
     assert losses[-1] < losses[0] - 0.3
-    count = 1 if dtype == "float16" else 3  # its scaler may leave the first updates out
+    count = 1 if dtype == "float16" else 3  # the gradient scaler may skip the first updates
     slow = [loss for loss, _ in updates(parts(torch.device("cpu"), "float32", rules, **FAST), count)]
     assert losses[:count] == pytest.approx(slow, abs=1e-3 if dtype == "float32" else 0.05)
 
@@ -76,7 +76,7 @@ def test_it_learns_in_every_format_as_a_cpu_does(device, dtype, rules):
 @pytest.mark.parametrize("rules", ["adamw", "muon"])
 @pytest.mark.parametrize("casting", ["autocast", "weights"])
 @pytest.mark.parametrize("rows", [0, 100])
-def test_nothing_in_a_step_waits(device, rules, casting, rows):
+def test_step_never_synchronizes(device, rules, casting, rows):
     everything = parts(device, rules=rules, casting=casting, dropout=0.1, **FAST)
     everything[0].loss_chunk_size = rows
     updates(everything, 2)
@@ -89,7 +89,7 @@ def test_nothing_in_a_step_waits(device, rules, casting, rows):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_batches_come_without_waiting(device, dataset):
+def test_batches_are_copied_without_synchronization(device, dataset):
     tokens = loader.load(dataset).train
     expected = [*loader.TrainBatches(tokens, 16, 4, 2, 1, torch.device("cpu")).step(5)]
     batches = loader.TrainBatches(tokens, 16, 4, 2, 1, device)
@@ -105,14 +105,14 @@ def test_batches_come_without_waiting(device, dataset):
 
 @pytest.mark.parametrize("rules", ["adamw", "muon"])
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.2, **FAST}], ids=["gpt2", "fast"])
-def test_a_recorded_step_is_the_plain_one(device, rules, changes):
+def test_captured_step_equals_the_eager_one(device, rules, changes):
     plain = updates(parts(device, rules=rules, **changes), 12)
     everything = parts(device, rules=rules, **changes)
     graph = cuda_graphs.StepGraph(train.train_step, 8, everything[2])
     found = updates(everything, 12, graph)
     assert graph.replay
     torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=0.02, atol=0.02)
-    still = updates(everything, 12, graph, lr=0.0)  # the rate is no part of the recording
+    still = updates(everything, 12, graph, lr=0.0)  # the learning rate is not baked into the graph
     again = updates(everything, 12, graph, lr=0.0)
     torch.testing.assert_close(torch.tensor(still), torch.tensor(again), rtol=0.01, atol=0.01)
 
@@ -121,8 +121,8 @@ def test_a_recorded_step_is_the_plain_one(device, rules, changes):
 
 
 @pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
-def test_each_kernel_of_attention_is_right(device, name):
-    """Forward and backward against float32 by the plain formula."""
+def test_attention_kernels_match_float32(device, name):
+    """Compare forward and backward with the plain formula in float32."""
     torch.manual_seed(0)
     exact = [torch.randn(2, 4, 128, 64, device=device).bfloat16().float().requires_grad_() for _ in range(3)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
@@ -147,7 +147,7 @@ def test_each_kernel_of_attention_is_right(device, name):
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.1)
 
 
-# ----------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------- decoding
 
 
 OPTIONS = [SamplingOptions(temperature=0.0), SamplingOptions(temperature=0.8, top_k=20)]
@@ -155,7 +155,7 @@ OPTIONS = [SamplingOptions(temperature=0.0), SamplingOptions(temperature=0.8, to
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_recorded_decoding_writes_the_same(device, options, batch):
+def test_captured_decoding_writes_the_same_texts(device, options, batch):
     torch.manual_seed(0)
     model = GPT(replace(SHAPE, **FAST)).to(device).eval()
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_recorded_decoding_writes_the_same(device, options, batch):
     assert [text.ids for text in texts] == [ids[:53] for ids in found[0]]
 
 
-# ----------------------------------------------------------------------------- whole runs
+# ----------------------------------------------------------------------------- complete runs
 
 
 @pytest.fixture
@@ -198,12 +198,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS)
-def test_a_whole_run_in_every_way(config, changes, capsys):
+def test_complete_run_with_each_option(config, changes, capsys):
     train.main(replace(config, compile=False, dtype="float32"))
     expected = logged(config.out_dir, "eval")
     train.main(replace(config, overwrite=True, **changes))
     said = capsys.readouterr().out
-    assert "attention: " in said and "torch.compile does not work" not in said
+    assert "attention: " in said and "torch.compile failed" not in said
     for iteration, losses in logged(config.out_dir, "eval").items():
         assert losses == pytest.approx(expected[iteration], abs=0.05)
     sample.main(
@@ -212,10 +212,10 @@ def test_a_whole_run_in_every_way(config, changes, capsys):
 
 
 @pytest.mark.parametrize("changes", [{}, {"cuda_graph": True}, {"dtype": "float16"}], ids=str)
-def test_a_deterministic_run_resumes_to_the_bit(config, tmp_path, changes, monkeypatch):
+def test_deterministic_resume_is_bit_identical(config, tmp_path, changes, monkeypatch):
     config = replace(config, deterministic=True, dropout=0.1, optimizer="muon", compile=False, **changes)
     train.main(replace(config, out_dir=str(tmp_path / "straight")))
-    monkeypatch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # each look: a second later
+    monkeypatch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # 1 s per call
     stopped = 0
     for _ in range(30):
         try:
@@ -228,8 +228,8 @@ def test_a_deterministic_run_resumes_to_the_bit(config, tmp_path, changes, monke
 
 
 @pytest.mark.parametrize("changes", [{}, {"cuda_graph": True}], ids=str)
-def test_a_checkpoint_in_the_background_is_the_one_of_its_step(config, tmp_path, changes, monkeypatch):
-    """While the weights that it is copied from change: the same files as when training waits."""
+def test_background_checkpoint_is_a_consistent_snapshot(config, tmp_path, changes, monkeypatch):
+    """Training continues during the copy: the files equal those of a blocking save."""
     config = replace(config, deterministic=True, save_interval=1, compile=False, **changes)
     for background in (True, False):
         if not background:
@@ -241,7 +241,7 @@ def test_a_checkpoint_in_the_background_is_the_one_of_its_step(config, tmp_path,
 
 @contextmanager
 def room_for(size):
-    """As if the GPU had `size` bytes."""
+    """Limit GPU memory to `size` bytes."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
     try:
@@ -250,15 +250,15 @@ def room_for(size):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_memory_that_is_full_is_one_line(config):
-    """4,096 windows of 32 tokens through layers of 256 channels need twice what there is."""
+def test_out_of_memory_is_a_one_line_error(config):
+    """4,096 sequences of 32 tokens through layers of 256 channels need twice the available memory."""
     with room_for(1 << 30), pytest.raises(UserError, match="out of memory; try half the --batch_size"):
         train.main(replace(config, batch_size=4096, n_embd=256, compile=False))
 
 
-def test_the_batch_that_fits_is_found_and_is_the_same_run(config, capsys):
-    """Less memory than the machine has, so that some sizes do not fit; the tokens an update stay. What is
-    taken from the device, in pieces of 2 and 20 MB, is what counts: of 2,048 windows 256 and a half more."""
+def test_auto_batch_size_finds_a_fit_and_gives_the_same_run(config, capsys):
+    """Memory is limited so that some sizes do not fit; tokens per update stay equal. Reserved memory (blocks
+    of 2 and 20 MB) is what counts: room for 256 of 2,048 sequences and half as much again."""
     windows = 2048
     config = replace(config, batch_tokens=windows * 32, n_embd=256, max_iters=2, dtype="float32")
     config = replace(config, compile=False, eval_interval=2)

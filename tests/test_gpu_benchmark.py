@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py with tiny sizes on the CPU, against a stand-in for a checkout of nanoGPT."""
+"""benchmarks/gpu.py with tiny sizes on the CPU, against a mock nanoGPT checkout."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from nanogpt.errors import UserError
 from nanogpt.inference.graph_decode import GraphEngine
 from tests.test_cuda_graphs import Recorder
 
-# Prints what nanoGPT's train.py prints, and needs nothing but Python.
+# Prints the same lines as nanoGPT's train.py; standard library only.
 TRAIN = """
 import sys, time
 given = dict(word[2:].split("=") for word in sys.argv[1:] if word.startswith("--"))
@@ -39,8 +39,8 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def test_one_call_measures_and_survives_a_part_that_fails(checkout, tmp_path, capsys):
-    """chip and train124 are measured; shakespeare cannot be, and is told so; nothing is left running."""
+def test_one_call_measures_and_survives_a_failing_part(checkout, tmp_path, capsys):
+    """chip and train124 are measured; shakespeare fails and is reported; no process is left running."""
     out = tmp_path / "out"
     asked = gpu.Config(out=str(out), device="cpu", tiny=True, parts="chip,shakespeare,train124", minutes=1.5)
     gpu.main(asked, [str(checkout)])
@@ -54,7 +54,7 @@ def test_one_call_measures_and_survives_a_part_that_fails(checkout, tmp_path, ca
     (machine,) = parts["train124"]["said"]["ours"]
     assert machine.startswith("machine: ")
     assert "error" not in parts["train124"] and speed["what"] == "124M, tokens/s"
-    # A batch of 8 windows of 32 tokens every 10 ms and a little more.
+    # A batch of 8 sequences of 32 tokens every 10 ms, plus overhead.
     assert 8 * 32 / 0.2 < speed["theirs"] < 8 * 32 / 0.01
     assert speed["ratio"] == pytest.approx(speed["ours"] / speed["theirs"])
     assert {len(blocks) for blocks in parts["train124"]["seconds_of"].values()} == {2}
@@ -63,13 +63,13 @@ def test_one_call_measures_and_survives_a_part_that_fails(checkout, tmp_path, ca
     assert "Tiny sizes: these figures mean nothing" in page and "- shakespeare: " in page
     rows = [line for line in page.splitlines() if line.startswith(tuple(f"| {what} |" for what in gpu.ROWS))]
     assert len(rows) == len(gpu.ROWS) == 9
-    assert sum("| not measured | not measured |" in row for row in rows) == 7  # of 124M the speed is, and
+    assert sum("| not measured | not measured |" in row for row in rows) == 7  # measured: 124M speed, and
     assert f"| {first['theirs']:.4g} / not measured |" in page  # the cold start, not the warm one
     assert {path.name for path in (out / "logs").iterdir()} >= {"train124-ours.txt", "chip-part.txt"}
 
 
-def test_a_later_call_adds_its_parts_to_those_of_the_same_machine(checkout, tmp_path, monkeypatch):
-    """And what a part has found so far is in the files while it runs."""
+def test_later_call_adds_parts_to_those_of_the_same_machine(checkout, tmp_path, monkeypatch):
+    """Intermediate results of a part are in the files while it runs."""
     seen = []
 
     def run_part(name, config, checkout, limit, cache, look):
@@ -95,7 +95,7 @@ def test_a_later_call_adds_its_parts_to_those_of_the_same_machine(checkout, tmp_
         gpu.main(gpu.Config(out=str(out), device="cpu", tiny=True, parts="chip"), [str(checkout)])
 
 
-def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+def test_hanging_part_is_killed_with_its_children(tmp_path):
     code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {!r}]); time.sleep(60)"
     mark = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
@@ -105,16 +105,16 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     assert not mark.exists()
 
 
-def test_what_went_wrong_is_one_line(tmp_path):
+def test_failures_are_summarized_in_one_line(tmp_path):
     log = tmp_path / "log"
     assert gpu.supervised([sys.executable, "-c", "1 / 0"], log, 20) == "ZeroDivisionError: division by zero"
     assert (
         gpu.supervised([sys.executable, "-c", "raise SystemExit(3)"], log, 20)
-        == "ended with 3 and said nothing"
+        == "exited with 3 and no output"
     )
 
 
-def test_what_runs_is_looked_at_meanwhile(tmp_path, monkeypatch):
+def test_running_processes_are_monitored(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LOOKS_S", 0.2)
     looks = []
     code = "import time; time.sleep(1)"
@@ -122,8 +122,8 @@ def test_what_runs_is_looked_at_meanwhile(tmp_path, monkeypatch):
     assert said == "" and len(looks) >= 3
 
 
-def test_the_documents_table_is_the_programs():
-    """docs/results.md has the rows, the published figures and the goals of table.md."""
+def test_documented_table_matches_the_program():
+    """docs/results.md has the rows, published figures and goals of table.md."""
     expected = [[what, row.public, row.least, row.aim] for what, row in gpu.ROWS.items()]
     lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     begin = lines.index("| " + " | ".join(gpu.HEADER) + " |") + 2
@@ -131,8 +131,8 @@ def test_the_documents_table_is_the_programs():
     assert [[row[0], row[1], row[-2], row[-1]] for row in rows] == expected
 
 
-def test_the_options_of_the_page_on_gpus_are_there_and_off():
-    """Each option in the table of docs/gpu.md is one of train.py's, with another value than its default."""
+def test_documented_gpu_options_exist_and_are_off_by_default():
+    """Each option in the table of docs/gpu.md exists in train.py, with a value other than its default."""
     lines = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("| change | option |")) + 2
     rows = itertools.takewhile(lambda line: line.startswith("| "), lines[begin:])
@@ -145,7 +145,7 @@ def test_the_options_of_the_page_on_gpus_are_there_and_off():
         assert config.read(bench.Config, [option]).values
 
 
-def test_the_time_of_all_parts_is_shared_out():
+def test_time_limit_is_divided_among_the_parts():
     usual = [name for name, part in gpu.PARTS.items() if part.usual]
     everything = gpu.limits(usual, 480)
     assert sum(everything.values()) == pytest.approx(480) and min(everything.values()) >= 20
@@ -153,8 +153,8 @@ def test_the_time_of_all_parts_is_shared_out():
     assert gpu.limits(["chip", "train124"], 60)["chip"] == 20 and gpu.limits(["chip"], 8) == {"chip": 8}
 
 
-def test_decoding_is_timed_with_recorded_steps_too(tmp_path, monkeypatch):
-    """With a stand-in for the recording of test_cuda_graphs.py, and one for nanoGPT's model."""
+def test_decoding_with_cuda_graphs_is_timed(tmp_path, monkeypatch):
+    """Uses the capture stand-in of test_cuda_graphs.py, and one for nanoGPT's model."""
 
     class Recorded(GraphEngine):
         def __init__(self, *given):
@@ -173,18 +173,18 @@ def test_decoding_is_timed_with_recorded_steps_too(tmp_path, monkeypatch):
     assert [one["what"] for one in batches] == [f"decode 124M, batch {n}, tokens/s" for n in (1, 10, 64)]
     for one in [*batches, job]:
         assert one["ratio"] > 0 and "Engine " in one["note"] and "Recorded " in one["note"]
-    assert 100 < batches[0]["theirs"] <= 1001  # on a machine that is busy with other things, too
+    assert 100 < batches[0]["theirs"] <= 1001  # also on a busy machine
     assert job["what"] == "default sample job, s"
 
 
-def test_what_cannot_begin_is_refused(checkout, tmp_path):
+def test_invalid_arguments_are_rejected(checkout, tmp_path):
     tokens = tmp_path / "tokens.bin"
     with tokens.open("wb") as file:
         file.truncate(41 << 20)
     cases = [
-        ({}, [], "name one checkout of nanoGPT"),
-        ({"parts": "chip,trian124"}, [str(checkout)], "no part trian124; there are chip, "),
-        ({"tokens": "nowhere"}, [str(checkout)], "--tokens=nowhere is no file"),
+        ({}, [], "expected one nanoGPT checkout"),
+        ({"parts": "chip,trian124"}, [str(checkout)], "unknown part trian124 in --parts; expected chip, "),
+        ({"tokens": "nowhere"}, [str(checkout)], "--tokens=nowhere is not a file"),
         ({"tokens": str(tokens)}, [str(checkout)], "is larger than 40 MB"),
     ]
     for options, arguments, said in cases:

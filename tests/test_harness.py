@@ -1,4 +1,4 @@
-"""The adapter for lm-eval: what it asks of a model, and what it is told when it cannot go on."""
+"""The lm-eval adapter: requests to the model, and error messages."""
 
 import sys
 
@@ -18,7 +18,7 @@ def letters():
 
 
 def greedy(subject, context: str, count: int) -> str:
-    """By hand: the likeliest character after all that is seen, `count` times."""
+    """Reference greedy decoding: append the most likely character `count` times."""
     ids = LETTERS.encode_prompt(context)
     for _ in range(count):
         with torch.no_grad():
@@ -28,7 +28,7 @@ def greedy(subject, context: str, count: int) -> str:
     return "".join(LETTERS.characters[i] for i in ids[len(LETTERS.encode_prompt(context)) :])
 
 
-def test_generation_stops_where_it_is_told(letters):
+def test_generation_stops_at_stop_strings_and_limits(letters):
     whole = greedy(letters, "abc", 40)
     options = {"until": ["Z"], "max_gen_toks": 40}
     assert harness.continuation(letters, "abc", options) == whole
@@ -39,10 +39,10 @@ def test_generation_stops_where_it_is_told(letters):
     assert harness.continuation(letters, "abc", options | {"until": stop}) == whole[: whole.index(stop)]
     drawn = options | {"do_sample": True, "temperature": 2.0}
     assert harness.continuation(letters, "abc", drawn) != whole
-    assert len(harness.continuation(letters, "", options)) == 40  # from a new line
+    assert len(harness.continuation(letters, "", options)) == 40  # starts from a newline
 
 
-def test_lm_eval_asks_for_text(letters, tmp_path):
+def test_lm_eval_generation_task(letters, tmp_path):
     rows = [{"q": "abc", "a": greedy(letters, "abc", 6)}, {"q": "fed ", "a": "not this"}]
     samples, scores = by_lm_eval(
         tmp_path,
@@ -59,7 +59,7 @@ def test_lm_eval_asks_for_text(letters, tmp_path):
     assert samples[1]["filtered_resps"] == [greedy(letters, "fed ", 6)]
 
 
-def test_rolling_likelihoods_of_several_texts_and_an_empty_one(letters):
+def test_rolling_likelihoods_with_an_empty_text(letters):
     class Request:
         def __init__(self, text):
             self.args = (text,)
@@ -73,7 +73,7 @@ def test_rolling_likelihoods_of_several_texts_and_an_empty_one(letters):
             assert value == pytest.approx(-sum(n.sum() for _, n, _ in log_likelihood.score(letters, windows)))
 
 
-def test_what_lm_eval_cannot_load_is_one_line(letters, tmp_path, monkeypatch):
+def test_unloadable_lm_eval_task_is_a_one_line_error(letters, tmp_path, monkeypatch):
     path = tmp_path / "broken.yaml"
     path.write_text(
         "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\n"
@@ -84,7 +84,7 @@ def test_what_lm_eval_cannot_load_is_one_line(letters, tmp_path, monkeypatch):
         harness.run([str(path)], letters)
 
 
-def test_an_unknown_name_is_answered_with_the_nearest(letters, monkeypatch):
+def test_unknown_task_name_suggests_the_nearest(letters, monkeypatch):
     import lm_eval.tasks
 
     class Manager:
@@ -94,7 +94,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(letters, monkeypatch):
             assert include_defaults
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
-    with pytest.raises(UserError, match="lm-eval has no task 'arc_esay'; did you mean 'arc_easy'"):
+    with pytest.raises(UserError, match="unknown lm-eval task 'arc_esay'; did you mean 'arc_easy'"):
         harness.run(["piqa", "arc_esay"], letters)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'nanogpt\[lm-eval\]'"):

@@ -1,4 +1,4 @@
-"""Hugging Face folders of GPT-2: the same logits as transformers', and every folder that is not whole."""
+"""Hugging Face GPT-2 folders: logits equal to transformers', and rejection of incomplete folders."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from nanogpt.tokenizer.gpt2 import load_gpt2
 from tests import hf_folders
 
 ROOT = Path(__file__).resolve().parent.parent
-SHRUNK = {  # layers and channels fewer, heads as they are
+SHRUNK = {  # fewer layers and channels, same number of heads
     name: GPT2Config(
         n_layer=2, n_head=size.n_head, n_embd=4 * size.n_head, n_positions=48, vocab_size=300, bos_token_id=0
     )
@@ -28,7 +28,7 @@ SHRUNK = {  # layers and channels fewer, heads as they are
 
 
 def reference(config: GPT2Config, folder: Path, **save) -> GPT2LMHeadModel:
-    """A random model of transformers, no two of its numbers alike, saved in `folder`."""
+    """Return a random transformers model with distinct weights, saved in `folder`."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
@@ -50,13 +50,13 @@ def agree(model, theirs, length: int = 40) -> None:
 
 
 @pytest.mark.parametrize("name", SHRUNK)
-def test_logits_are_those_of_transformers(name, tmp_path):
+def test_logits_equal_transformers(name, tmp_path):
     theirs = reference(SHRUNK[name], tmp_path)
     agree(loaded(tmp_path), theirs)
 
 
-def test_the_real_shape_in_little_memory(tmp_path):
-    """GPT-2 (124M): equal logits; loading takes at most 1.2 GB in a process of its own."""
+def test_full_size_model_loads_in_bounded_memory(tmp_path):
+    """GPT-2 (124M): equal logits; loading takes at most 1.2 GB in a separate process."""
     shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
     hf_folders.write(tmp_path, **shape)
     code = (
@@ -80,7 +80,7 @@ def test_the_real_shape_in_little_memory(tmp_path):
     torch.testing.assert_close(
         torch.load(tmp_path / "logits", weights_only=True), expected, rtol=0, atol=1e-5
     )
-    (tmp_path / "model.safetensors").unlink()  # half a gigabyte that pytest would keep
+    (tmp_path / "model.safetensors").unlink()  # 0.5 GB that pytest would keep
 
 
 def without_prefix(folder: Path) -> GPT2LMHeadModel:
@@ -92,7 +92,7 @@ def without_prefix(folder: Path) -> GPT2LMHeadModel:
 
 
 def with_buffers_and_head(folder: Path) -> GPT2LMHeadModel:
-    """As the files that transformers 4 converted: causal masks, and the head a second time."""
+    """Write a file as converted by transformers 4: with causal mask buffers and a duplicate LM head."""
     model = reference(SHRUNK["gpt2"], folder)
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
@@ -121,13 +121,13 @@ def exact_gelu(folder: Path) -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("make", [without_prefix, with_buffers_and_head, untied, in_shards, exact_gelu])
-def test_layouts(make, tmp_path):
+def test_file_layouts_load_equally(make, tmp_path):
     theirs = make(tmp_path)
     agree(loaded(tmp_path), theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_files_become_float32(dtype, tmp_path):
+def test_half_precision_files_load_as_float32(dtype, tmp_path):
     torch.manual_seed(0)
     GPT2LMHeadModel(SHRUNK["gpt2"]).to(dtype).save_pretrained(tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -136,7 +136,7 @@ def test_half_precision_files_become_float32(dtype, tmp_path):
     agree(model, theirs)
 
 
-def test_a_shorter_context(tmp_path):
+def test_block_size_crops_the_context(tmp_path):
     theirs = reference(SHRUNK["gpt2"], tmp_path)
     model = loaded(tmp_path, block_size=16)
     assert model.config.block_size == 16 and model.position.wpe.weight.shape == (16, 48)
@@ -145,13 +145,13 @@ def test_a_shorter_context(tmp_path):
         hf.open_folder(tmp_path).fitted(block_size=64)
 
 
-def test_a_padded_vocabulary_changes_nothing_and_is_never_sampled(tmp_path):
+def test_vocabulary_padding_changes_nothing_and_is_never_sampled(tmp_path):
     hf_folders.write(tmp_path, vocab_size=50257)
     plain, padded = loaded(tmp_path), loaded(tmp_path, vocab_multiple=64)
     assert padded.wte.weight.shape[0] == 50304 and not padded.wte.weight[50257:].any()
     idx = torch.arange(20)[None]
     assert torch.equal(plain(idx)[0], padded(idx)[0])
-    with torch.no_grad():  # as likely as can be, if anything looked at it
+    with torch.no_grad():  # maximal logits if the padding were used
         padded.wte.weight[50257:] = 100 * plain.ln_f.weight
     texts = [Text([1, 2], SamplingOptions(temperature=5.0), seed=i) for i in range(8)]
     decoder = Engine(padded, 8)
@@ -161,8 +161,8 @@ def test_a_padded_vocabulary_changes_nothing_and_is_never_sampled(tmp_path):
     assert max(token for text in texts for token in text.new) < 50257
 
 
-def test_rows_that_the_tokenizer_does_not_know_are_padding(tmp_path):
-    """A table of 50,304 rows, as nanoGPT's exports have: GPT-2's tokens are 50,257 of them."""
+def test_rows_beyond_the_tokenizer_are_padding(tmp_path):
+    """An embedding of 50,304 rows, as in nanoGPT exports, of which GPT-2's tokenizer uses 50,257."""
     found = hf.open_folder(hf_folders.write(tmp_path, vocab_size=50304))
     assert (found.config.vocab_size, found.config.padded_vocab_size) == (50257, 50304)
     kept = found.load(found.fitted()).wte.weight
@@ -171,7 +171,7 @@ def test_rows_that_the_tokenizer_does_not_know_are_padding(tmp_path):
     )
 
 
-def test_loading_is_not_a_view_of_the_file(tmp_path):
+def test_loaded_weights_are_not_views_of_the_file(tmp_path):
     model = loaded(hf_folders.write(tmp_path))
     before = model.wte.weight.clone()
     (tmp_path / "model.safetensors").write_bytes(b"\0" * (tmp_path / "model.safetensors").stat().st_size)
@@ -181,7 +181,7 @@ def test_loading_is_not_a_view_of_the_file(tmp_path):
 # ----------------------------------------------------------------------------- tokenizers
 
 
-def test_the_tokenizer_comes_along(tmp_path, merges):
+def test_tokenizer_is_loaded_with_the_model(tmp_path, merges):
     from nanogpt.tokenizer import tokenizer
 
     folder = hf_folders.write(tmp_path / "a", merges=merges)
@@ -191,21 +191,21 @@ def test_the_tokenizer_comes_along(tmp_path, merges):
     assert ids == load_gpt2(str(merges)).encode("Hello world!").tolist()
 
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
-    for form in (lines, [line.split(" ") for line in lines]):  # older and newer files
+    for form in (lines, [line.split(" ") for line in lines]):  # formats of older and newer files
         (folder / "merges.txt").unlink(missing_ok=True)
         about = {"model": {"type": "BPE", "merges": form}}
         (folder / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
         assert hf.open_folder(folder).tokenizer == text
 
 
-def test_another_tokenizer_is_refused(tmp_path):
+def test_different_tokenizer_is_rejected(tmp_path):
     hf_folders.write(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"merges\.txt is no tokenizer that can be read here"):
+    with pytest.raises(UserError, match=r"merges\.txt: unsupported tokenizer"):
         hf.open_folder(tmp_path)
 
 
-# ----------------------------------------------------------------------------- folders that are not whole
+# ----------------------------------------------------------------------------- incomplete folders
 
 
 def edited(folder: Path, edit) -> Path:
@@ -220,10 +220,10 @@ def edited(folder: Path, edit) -> Path:
     [
         (lambda w: w.pop("transformer.h.1.mlp.c_fc.bias"), r"1 missing: h\.1\.mlp\.c_fc\.bias$"),
         (lambda w: [w.pop(name) for name in list(w) if ".ln_" in name], r"10 missing: h\.0\.ln_1.*, \.\.\."),
-        (lambda w: w.update({"h.2.extra": torch.zeros(3)}), r"1 not expected: h\.2\.extra$"),
+        (lambda w: w.update({"h.2.extra": torch.zeros(3)}), r"1 unexpected: h\.2\.extra$"),
         (
             lambda w: w.update({"transformer.wpe.weight": torch.zeros(31, 16)}),
-            r"1 of another shape: wpe\.weight \[31, 16\], expected \[32, 16\]",
+            r"1 of wrong shape: wpe\.weight \[31, 16\], expected \[32, 16\]",
         ),
         (
             lambda w: w.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(64, 16)}),
@@ -231,12 +231,12 @@ def edited(folder: Path, edit) -> Path:
         ),
     ],
 )
-def test_tensors_that_do_not_fit(edit, message, tmp_path):
+def test_mismatched_tensors_are_rejected(edit, message, tmp_path):
     with pytest.raises(UserError, match=message):
         hf.open_folder(edited(tmp_path, edit))
 
 
-def test_a_head_that_should_be_the_embedding_and_is_not(tmp_path):
+def test_tied_head_that_differs_from_the_embedding_is_rejected(tmp_path):
     edited(tmp_path, lambda w: w.update({"lm_head.weight": torch.ones(300, 16)}))
     with pytest.raises(UserError, match="set tie_word_embeddings to false"):
         loaded(tmp_path)
@@ -245,47 +245,47 @@ def test_a_head_that_should_be_the_embedding_and_is_not(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "a model of type 'llama'; only gpt2"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'gpt2'"),
         ({"layer_norm_epsilon": 1e-6}, r"layer_norm_epsilon=1e-06 \(GPT-2: 1e-05\)"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"activation_function": "tanh"}, r"activation_function='tanh' \(known: gelu_new"),
         ({"n_inner": 99}, "n_inner=99"),
         ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
-        ({"n_layer": "two"}, r"n_layer='two' \(a whole number\)"),
+        ({"n_layer": "two"}, r"n_layer='two' \(a positive integer\)"),
     ],
 )
-def test_models_that_are_not_gpt2(changes, message, tmp_path):
+def test_models_other_than_gpt2_are_rejected(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         hf.open_folder(hf_folders.write(tmp_path, changes, vocab_size=300))
 
 
-def test_files_that_are_missing_or_cut_short(tmp_path):
+def test_missing_or_truncated_files_are_reported(tmp_path):
     folder = hf_folders.write(tmp_path / "half", vocab_size=300)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"damaged or only half downloaded .*; download it again"):
+    with pytest.raises(UserError, match=r"damaged or partially downloaded .*; download it again"):
         hf.open_folder(folder)
     (folder / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid x", encoding="utf-8"
     )
-    with pytest.raises(UserError, match="pointer of Git LFS"):
+    with pytest.raises(UserError, match="Git LFS pointer"):
         hf.open_folder(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
         hf.open_folder(folder)
     (folder / "model.ckpt.index").touch()
-    with pytest.raises(UserError, match="TensorFlow checkpoint, which is not read"):
+    with pytest.raises(UserError, match="TensorFlow checkpoint, which is not supported"):
         hf.open_folder(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json is missing"):
         hf.open_folder(folder)
 
 
-def test_a_missing_shard(tmp_path):
+def test_missing_shard_is_reported(tmp_path):
     in_shards(tmp_path)
     lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(UserError, match=rf"holds \d of \d shards: {lost.name} is missing; download the rest"):
+    with pytest.raises(UserError, match=rf"has \d of \d shards: {lost.name} is missing; download the rest"):
         hf.open_folder(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"wte.weight": "../other.safetensors"}}', encoding="utf-8")
@@ -293,12 +293,12 @@ def test_a_missing_shard(tmp_path):
         hf.open_folder(tmp_path)
 
 
-def test_pickled_weights_are_refused_and_the_conversion_works(tmp_path):
+def test_pickled_weights_are_rejected_and_conversion_works(tmp_path):
     theirs = reference(SHRUNK["gpt2"], tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickled weights only") as caught:
+    with pytest.raises(UserError, match="only pickled weights") as caught:
         hf.open_folder(tmp_path)
     command = str(caught.value).split("\n")[-1].replace("python -c", f'"{sys.executable}" -c')
     subprocess.run(command, shell=True, check=True)

@@ -1,4 +1,4 @@
-"""Models by name: from the cache of Hugging Face's hub, and downloaded from a server like it."""
+"""Models by hub name: from the Hugging Face cache, and downloaded from a mock hub server."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from tests import hf_folders
 
 
 @pytest.mark.parametrize("repo", ["openai-community/gpt2", "gpt2"])
-def test_a_name_is_found_in_the_cache(repo, tmp_path, monkeypatch):
+def test_model_name_is_resolved_from_the_cache(repo, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -29,15 +29,15 @@ def test_a_name_is_found_in_the_cache(repo, tmp_path, monkeypatch):
         hf.find("gpt2-xl")
     assert "\n" not in str(caught.value)
     for part in (
-        "gpt2-xl is not whole in the cache",
+        "gpt2-xl is not complete in the cache",
         "put config.json, model.safetensors",
         "--init_from=FOLDER",
     ):
         assert part in str(caught.value)
 
 
-def test_a_name_is_downloaded_once(tmp_path, monkeypatch):
-    """From a server that answers as the hub does; the second call is served by the cache."""
+def test_model_is_downloaded_once(tmp_path, monkeypatch):
+    """Download from a mock hub server; the second call uses the cache."""
     from huggingface_hub import constants
 
     served = hf_folders.write(tmp_path / "served")
@@ -66,7 +66,7 @@ def test_a_name_is_downloaded_once(tmp_path, monkeypatch):
     assert hf.find("gpt2") == folder
     (folder / "model.safetensors").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="is not whole in the cache"):
+    with pytest.raises(UserError, match="is not complete in the cache"):
         hf.find("gpt2")
 
 

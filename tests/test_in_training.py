@@ -1,4 +1,4 @@
-"""Looking on while a model is trained: what is written, and that the run does not change."""
+"""Evaluation tasks and samples during training: their output, and no effect on the run."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def scores(config) -> list[dict]:
 
 
 @pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
-def test_a_watched_run_is_the_same_to_the_bit(config, watched, position):
+def test_in_training_evaluation_leaves_the_run_bit_identical(config, watched, position):
     plain = replace(config, max_iters=20, position=position)
     train.main(plain)
     train.main(replace(watched, max_iters=20, position=position))
@@ -55,10 +55,10 @@ def test_a_watched_run_is_the_same_to_the_bit(config, watched, position):
     assert logged(plain.out_dir, "eval") == logged(watched.out_dir, "eval")
 
 
-def test_what_is_written(watched, capsys):
+def test_in_training_output(watched, capsys):
     train.main(replace(watched, max_iters=10))
     rows = scores(watched)
-    assert [row["iter"] for row in rows] == [0, 4, 8, 10]  # and at the end
+    assert [row["iter"] for row in rows] == [0, 4, 8, 10]  # including the final iteration
     for row in rows:
         assert row["questions_acc"] * 7 == pytest.approx(round(row["questions_acc"] * 7))
         assert row["tokens"] == row["iter"] * 256 and "questions_acc_norm_stderr" in row
@@ -70,7 +70,7 @@ def test_what_is_written(watched, capsys):
     assert "step 4: questions: acc 0." in out and f"step 10: {texts[0]!r}" in out
 
 
-def test_resumed_it_scores_nothing_twice_and_misses_nothing(watched, tmp_path, monkeypatch):
+def test_resume_neither_repeats_nor_skips_evaluations(watched, tmp_path, monkeypatch):
     whole = replace(watched, max_iters=12)
     train.main(whole)
     parts = replace(whole, out_dir=str(tmp_path / "parts"), save_interval=1)
@@ -81,7 +81,7 @@ def test_resumed_it_scores_nothing_twice_and_misses_nothing(watched, tmp_path, m
     )
 
     def at_eight(machine, number, iter_num):
-        if iter_num == 7:  # asked to stop before the scores after update 8 are made
+        if iter_num == 7:  # stop request before the scores after update 8 are computed
             stop["request"].reason = "a test"
         seed(machine, number, iter_num)
 
@@ -96,7 +96,7 @@ def test_resumed_it_scores_nothing_twice_and_misses_nothing(watched, tmp_path, m
     assert bits(whole.out_dir, 12) == bits(parts.out_dir, 12)
 
 
-def test_blocks_compiled_for_a_step_are_left_alone(watched, dataset):
+def test_in_training_evaluation_keeps_compiled_blocks(watched, dataset):
     text = (dataset / "tokenizer.json").read_text(encoding="utf-8")
     options = replace(watched, sample_prompt="")
     look = in_training.InTrainingEvaluation(
@@ -115,10 +115,10 @@ def test_blocks_compiled_for_a_step_are_left_alone(watched, dataset):
     assert seen == plain and [block.forward for block in model.h] == forwards and model.training
 
 
-def test_what_is_wrong_is_said_before_anything_is_written(watched):
+def test_invalid_options_are_rejected_before_anything_is_written(watched):
     for options, message in (
         ({"eval_tasks": "helaswag"}, "did you mean 'hellaswag'"),
-        ({"eval_tasks": "lm_eval:piqa"}, "for eval.py, after training"),
+        ({"eval_tasks": "lm_eval:piqa"}, "after training, with eval.py"),
         ({"sample_prompt": "Z"}, "'Z'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -126,12 +126,12 @@ def test_what_is_wrong_is_said_before_anything_is_written(watched):
     assert not Path(watched.out_dir).exists()
 
 
-def test_the_items_are_spread_over_the_file():
+def test_items_are_spread_over_the_file():
     assert in_training._spread(list(range(10)), 4) == [0, 2, 5, 7]
     assert in_training._spread([1, 2], 4) == [1, 2]
 
 
-def test_nothing_is_loaded_when_nothing_is_asked(tmp_path, monkeypatch):
+def test_unused_features_load_no_modules(tmp_path, monkeypatch):
     monkeypatch.setattr(in_training.tokenizer, "from_text", lambda text: pytest.fail("a tokenizer was built"))
     machine = runtime.setup("cpu", "float32", 16)
     in_training.InTrainingEvaluation(in_training.InTrainingOptions(), tmp_path, "", machine)

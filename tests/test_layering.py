@@ -1,4 +1,4 @@
-"""The tree stays as docs/design.md draws it: imports point downwards, files and functions stay small."""
+"""Check the architecture of docs/design.md: imports point downwards, files and functions stay small."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-# Modules of nanogpt/, and its packages with a slash; each imports from the rows below it in the picture.
+# Modules of nanogpt/, packages with a slash; each imports only from lower rows of the diagram.
 LAYERS = [row.split(", ") for row in re.findall(r'(?m)^  r\d+\["([\w/, ]+)"\]$', PICTURE)]
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 LIBRARY = {
@@ -23,7 +23,7 @@ PYTHON = [
     *LIBRARY.values(),
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
-PLAIN = {  # they do without torch
+PLAIN = {  # modules that do not import torch
     *("torchrun", "errors", "files", "presets", "usage", "trackers", "config", "metrics", "options"),
     *("data/ramp", "data/samplers", "data/mixture_sampler", "data/token_files", "evaluation/tasks"),
     *(name for name in LIBRARY if name.startswith(("tokenizer/", "prepare/"))),
@@ -31,7 +31,7 @@ PLAIN = {  # they do without torch
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that the file imports, at any depth."""
+    """Return every module that the file imports, including imports inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -42,13 +42,13 @@ def imported(path: Path) -> set[str]:
 
 
 def ours(module: str) -> set[str]:
-    """The modules of the library that a module of it imports, by their path in it."""
+    """Return the library modules that a library module imports, as relative paths."""
     names = {name.removeprefix("nanogpt.").replace(".", "/") for name in imported(LIBRARY[module])}
     return names & set(LIBRARY)
 
 
 def unit(module: str) -> str:
-    """The package of a module, or the module itself where it lies in no package."""
+    """Return the package of a module, or the module itself if it is not in a package."""
     package, slash, _ = module.partition("/")
     return package + slash
 
@@ -65,22 +65,22 @@ def test_imports_point_downwards(module):
             assert LAYER_OF[unit(name)] < LAYER_OF[unit(module)], f"{module} imports {name}"
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    TopologicalSorter({module: ours(module) for module in LIBRARY}).prepare()  # CycleError names them
+def test_no_import_cycles():
+    TopologicalSorter({module: ours(module) for module in LIBRARY}).prepare()  # CycleError lists modules
 
 
-def test_programs_import_no_other_but_train():
+def test_programs_import_no_other_program_except_train():
     stems = {path.stem for path in ROOT.glob("*.py")}
     for path in PROGRAMS:
         assert not imported(path) & stems - {"train"}, path.name
 
 
-def test_plain_modules_do_without_torch():
+def test_plain_modules_do_not_import_torch():
     for module in PLAIN:
         assert not {name for name in imported(LIBRARY[module]) if name.startswith("torch")}
 
 
-def test_the_model_knows_torch_and_nothing_else():
+def test_model_imports_only_torch():
     allowed = {
         "math",
         "torch",
@@ -98,7 +98,7 @@ def test_the_model_knows_torch_and_nothing_else():
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_sizes_and_dangers(path):
+def test_file_sizes_and_forbidden_calls(path):
     text = path.read_text(encoding="utf-8")
     main = path.name in ("train.py", "model.py")
     assert len(text.splitlines()) <= (650 if main else 500), "does this file hold two subjects?"
@@ -114,7 +114,7 @@ def test_sizes_and_dangers(path):
                 assert any(k.arg == "encoding" for k in node.keywords) or "b" in ast.unparse(node), called
 
 
-def test_pickle_is_read_in_one_guarded_place():
+def test_pickle_is_read_in_one_restricted_place():
     users = [path.name for path in LIBRARY.values() if "pickle" in imported(path)]
     assert sorted(users) == ["ckpt.py", "meta_pkl.py"]
     used = {ast.unparse(n) for n in ast.walk(tree("convert/ckpt")) if isinstance(n, ast.Attribute)}

@@ -1,4 +1,4 @@
-"""What processes exchange to update parameters together, played in one."""
+"""Tests of the all-gather of updated parameters, simulated in one process."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from nanogpt.world import World
 
 
 @pytest.mark.parametrize(("size", "turn"), [(2, 10**9), (3, 1000), (4, 4)])
-def test_updated_weights_are_gathered_a_bounded_number_at_a_time(size, turn, monkeypatch):
-    """Played in one process: each copy ends with all ranges, and no more than `turn` numbers come at once."""
+def test_updated_weights_are_gathered_in_bounded_chunks(size, turn, monkeypatch):
+    """Every replica ends up with all ranges, and at most `turn` elements are received at once."""
     monkeypatch.setattr(layout, "TURN", turn)
     copies = [nn.Linear(30, 17) for _ in range(size)]
     layouts = [Replicated(World(rank, size)) for rank in range(size)]
@@ -19,7 +19,7 @@ def test_updated_weights_are_gathered_a_bounded_number_at_a_time(size, turn, mon
     flat = [torch.cat([p.data.flatten() for p in copy.parameters()]) for copy in copies]
     cuts = [len(flat[0]) * rank // size for rank in range(size + 1)]
     own = [flat[rank][cuts[rank] : cuts[rank + 1]].clone() for rank in range(size)]
-    come = [0] * size  # to each process, from each other
+    come = [0] * size  # elements received by each rank from each other rank
 
     def gathered(self, mine, width):
         assert width * size <= turn

@@ -1,6 +1,6 @@
-"""Simplicity, counted: the code lines that a plain run and a sample load, and what they do not load.
+"""Limits on the lines of code that a plain run and sampling load, and on the modules they load.
 
-A code line holds a token other than a comment or a docstring. docs/design.md keeps the ledger.
+A code line has a token other than a comment or docstring. docs/design.md tracks the counts.
 """
 
 import ast
@@ -45,7 +45,7 @@ def code_lines(path: Path) -> int:
 
 
 def loaded(program: str, *arguments: str, note: Path) -> dict[str, int]:
-    """The files of ours that a program has loaded when it ends, and their code lines."""
+    """Run a program; return the project files it has loaded at exit, with their code lines."""
     command = [sys.executable, "-c", LOADED, program, str(note), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -62,7 +62,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_a_plain_run_loads_little_and_nothing_for_options_it_does_not_have(run, tmp_path):
+def test_plain_run_loads_only_what_its_options_need(run, tmp_path):
     given = [f"--dataset={run / 'dataset'}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_iters=1"]
     found = loaded("train.py", "config/quickstart.py", *given, "--eval_iters=1", note=tmp_path / "note.json")
     assert {"train.py", "nanogpt/model.py", "nanogpt/checkpoint/writer.py"} <= set(found)
@@ -75,14 +75,14 @@ def test_a_plain_run_loads_little_and_nothing_for_options_it_does_not_have(run, 
     assert sum(found.values()) <= TRAIN, found
 
 
-def test_a_sample_loads_little(run, tmp_path):
+def test_sampling_loads_few_lines(run, tmp_path):
     given = [f"--out_dir={run / 'out'}", "--device=cpu", "--num_samples=1", "--max_new_tokens=3"]
     found = loaded("sample.py", *given, note=tmp_path / "note.json")
     assert "nanogpt/distributed/__init__.py" not in found
     assert sum(found.values()) <= SAMPLE, found
 
 
-def test_the_product_stays_small():
+def test_total_line_count_is_limited():
     files = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), *ROOT.glob("nanogpt/**/*.py")]
     assert sum(map(code_lines, files)) <= PRODUCT
 
@@ -103,7 +103,7 @@ open(sys.argv[1], "w", encoding="utf-8").write(json.dumps(sorted(entered)))
 """
 
 
-def test_one_step_is_read_in_five_files(run, tmp_path):
+def test_training_step_spans_at_most_five_files(run, tmp_path):
     given = ["config/quickstart.py", f"--dataset={run / 'dataset'}", "--device=cpu"]
     command = [sys.executable, "-c", ENTERED, str(tmp_path / "note.json"), *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

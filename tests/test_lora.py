@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, the same function merged, and the maps that were asked for."""
+"""LoRA adapters: zero at initialization, equal function when merged, and target selection."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def adapted(config: GPTConfig, adapters: Adapters, seed: int = 1) -> GPT:
 
 @pytest.mark.parametrize("changes", [{}, {"activation": "swiglu", "position": "rope", "n_kv_head": 1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_the_plain_models_to_the_bit_at_first(changes, dtype):
+def test_initial_logits_are_bit_identical_to_the_base_model(changes, dtype):
     config = replace(SMALL, **changes)
     torch.manual_seed(0)
     plain = GPT(config).eval().to(dtype)
@@ -33,7 +33,7 @@ def test_logits_are_the_plain_models_to_the_bit_at_first(changes, dtype):
     assert sum(lora.is_adapter(name) for name, _ in model.named_parameters()) == 2 * 4 * 2
 
 
-def test_merged_is_the_same_function():
+def test_merged_model_computes_the_same_function():
     adapters = Adapters(4, 6.0, "c_attn,c_proj")
     model = adapted(SMALL, adapters)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_merged_is_the_same_function():
     tensors = dict(model.named_parameters())
     merged = dict(lora.merged(tensors, lambda name: tensors[name].detach(), adapters))
     plain = GPT(SMALL).eval()
-    plain.load_state_dict(merged)  # strict: no adapter is left, no weight is missing
+    plain.load_state_dict(merged)  # strict: no remaining adapter and no missing weight
     unadapted = GPT(SMALL).eval()
     unadapted.load_state_dict({name: tensors[name] for name in merged})
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_merged_is_the_same_function():
         assert (unadapted(IDX)[0] - model(IDX)[0]).abs().max() > 1e-3
 
 
-def test_targets_are_names_or_whole_names():
+def test_targets_match_names_or_full_names():
     model = GPT(SMALL)
     assert lora.adapt(model, Adapters(2, 2.0, "h.1.mlp.*, c_attn")) == [
         "h.0.attn.c_attn",
@@ -59,5 +59,5 @@ def test_targets_are_names_or_whole_names():
         "h.1.mlp.c_fc",
         "h.1.mlp.c_proj",
     ]
-    with pytest.raises(UserError, match=r"'q_proj' names no linear map.*c_attn, c_proj, c_fc"):
+    with pytest.raises(UserError, match=r"'q_proj' matches no linear layer.*c_attn, c_proj, c_fc"):
         lora.adapt(GPT(SMALL), Adapters(2, 2.0, "c_attn,q_proj"))

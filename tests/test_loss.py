@@ -1,4 +1,4 @@
-"""The loss whose logits are made some rows at a time is the plain one, in value, gradients, less memory."""
+"""Chunked cross-entropy equals the plain loss in value and gradients, in less memory."""
 
 import subprocess
 import sys
@@ -37,8 +37,8 @@ def inputs(dtype=torch.float32, ignored=5):
 
 @pytest.mark.parametrize("rows", [1, 8, 36, 37, 1000])
 @pytest.mark.parametrize("cap", [0.0, 3.0])
-def test_equals_the_plain_loss(rows, cap, monkeypatch):
-    for whole in (False, True):  # a GPU multiplies the padding too
+def test_chunked_loss_equals_the_plain_loss(rows, cap, monkeypatch):
+    for whole in (False, True):  # True: as on GPUs, padding included in the matmul
         monkeypatch.setattr("nanogpt.loss.multiplies_padding", lambda device, whole=whole: whole)
         x, table, targets = inputs()
         expected = plain(x, table, targets, cap)
@@ -50,7 +50,7 @@ def test_equals_the_plain_loss(rows, cap, monkeypatch):
 
 
 @pytest.mark.cpu
-def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_plain_one():
+def test_bfloat16_error_is_at_most_that_of_the_plain_loss():
     x, table, targets = inputs()
     expected = plain(x, table, targets, 3.0)
     exact = torch.autograd.grad(expected, (x, table))
@@ -64,7 +64,7 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_plain_one():
         assert (a - truth).norm() <= 1.2 * (b - truth).norm()
 
 
-def test_the_padding_may_be_multiplied_and_then_cut_off():
+def test_padding_may_be_multiplied_and_cropped():
     x, table, _ = inputs()
     whole, cut = compute_logits(x, table, V, whole=True), compute_logits(x, table, V, whole=False)
     torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-6)
@@ -78,7 +78,7 @@ def test_the_padding_may_be_multiplied_and_then_cut_off():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_trains_on_it_as_on_the_other(tied, dtype, device):
+def test_model_trains_equally_with_chunked_and_plain_loss(tied, dtype, device):
     shape = GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=C, vocab_multiple=64, tied=tied)
     torch.manual_seed(0)
     model = GPT(shape)
@@ -96,7 +96,7 @@ def test_a_model_trains_on_it_as_on_the_other(tied, dtype, device):
         torch.testing.assert_close(a, b, **near)
 
 
-def test_evaluation_is_the_same_in_parts(dataset, device, monkeypatch):
+def test_chunked_evaluation_equals_plain_evaluation(dataset, device, monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=1, n_head=2, n_embd=C))
     machine, tokens = Machine(device, "float32", "test"), loader.load(dataset).val
@@ -110,8 +110,8 @@ def test_evaluation_is_the_same_in_parts(dataset, device, monkeypatch):
 
 
 @pytest.mark.cpu
-def test_a_compiler_leaves_the_chunks_alone():
-    """Traced, all of them would be in one graph, and their logits in memory at once."""
+def test_compiler_does_not_merge_the_chunks():
+    """Traced into one graph, all chunks would have their logits in memory at once."""
     model = GPT(GPTConfig(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=C))
     model.loss_chunk_size = 5
     seen = []
@@ -145,10 +145,10 @@ print(peak() - before)
 
 @pytest.mark.cpu
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_it_takes_a_fraction_of_the_memory():
-    """2,048 tokens x 20,000 ids: 164 MB of float32 logits, which the plain loss holds three times.
+def test_chunked_loss_takes_a_fraction_of_the_memory():
+    """2,048 tokens x 20,000 ids: 164 MB of float32 logits, of which the plain loss holds three copies.
 
-    In pieces it takes 35 to 52 MB, by how the allocator lays them."""
+    In chunks it takes 35 to 52 MB, depending on the allocator."""
     peaks = [
         int(
             subprocess.run(
@@ -160,16 +160,16 @@ def test_it_takes_a_fraction_of_the_memory():
     assert peaks[0] > 300_000 and peaks[1] < peaks[0] / 4
 
 
-def test_rows_are_chosen_for_a_cpu_where_the_logits_are_large():
+def test_cpu_chunk_size_is_chosen_for_large_logits():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert (
         default_loss_chunk_size(cpu, 20 * 64, 65) == default_loss_chunk_size(cpu, 16 * 256, 65) == 0
-    )  # the character presets
+    )  # the character-level presets
     assert default_loss_chunk_size(gpu, 8 * 256, 50257) == 0
     assert 4 * 50257 * default_loss_chunk_size(cpu, 8 * 256, 50257) == pytest.approx(256e6, rel=0.1)
 
 
-# Linux counts the memory of whoever starts a program as that program's: a small process starts it.
+# On Linux peak memory includes the parent's at fork, so a small process starts the program.
 PEAK = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
@@ -178,10 +178,10 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)  # kilobytes
 
 
 @pytest.mark.cpu
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process by Linux's rules")
-def test_a_large_vocabulary_takes_little_memory(bare_tokens, tmp_path):
-    """Three evaluations and two updates with GPT-2's vocabulary: 0.41 GB of logits a micro-batch, of which
-    2.8 GB became without chunks, and more with the batches of an evaluation."""
+@pytest.mark.skipif(sys.platform != "linux", reason="memory accounting of Linux")
+def test_large_vocabulary_takes_little_memory(bare_tokens, tmp_path):
+    """Three evaluations and two updates with GPT-2's vocabulary: 0.41 GB of logits per micro-batch, which
+    took 2.8 GB without chunks, and more with the larger batches of evaluation."""
     np.random.default_rng(0).integers(0, 50257, 20000).astype("<u2").tofile(bare_tokens / "train.bin")
     np.random.default_rng(1).integers(0, 50257, 20000).astype("<u2").tofile(bare_tokens / "val.bin")
     options = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 256, "batch_size": 8}
@@ -190,4 +190,4 @@ def test_a_large_vocabulary_takes_little_memory(bare_tokens, tmp_path):
     command = [sys.executable, "train.py", *(f"--{key}={value}" for key, value in options.items())]
     result = subprocess.run([sys.executable, "-c", PEAK, *command], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 1_300_000  # 0.8 GB are usual
+    assert int(result.stdout) < 1_300_000  # typically 0.8 GB

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the lines on the console."""
+"""Tests of metrics.jsonl and of the console output."""
 
 import json
 
@@ -19,7 +19,7 @@ class Recorder:
         self.rows.append("closed")
 
 
-def test_rows_lines_and_tracker(tmp_path, capsys):
+def test_rows_console_lines_and_tracker(tmp_path, capsys):
     recorder = Recorder()
     log = metrics.Log(tmp_path / metrics.NAME, recorder, peak_share=1e-4)
     log.step(3, step_s=0.05, step_tokens=100, tokens=400, loss=2.5, lr=1e-3)
@@ -54,8 +54,8 @@ ROWS += [{"event": "step", "iter": i} for i in range(5, 8)]
     ("iter_num", "evaluated", "steps", "evals"),
     [(5, True, 5, [0, 5]), (5, False, 5, [0]), (7, False, 7, [0, 5]), (0, False, 0, []), (0, True, 0, [0])],
 )
-def test_rewind_forgets_what_will_be_written_again(tmp_path, iter_num, evaluated, steps, evals):
-    write(tmp_path, ROWS, tail='{"event": "st')  # a kill has cut the last line
+def test_rewind_removes_rows_that_will_be_rewritten(tmp_path, iter_num, evaluated, steps, evals):
+    write(tmp_path, ROWS, tail='{"event": "st')  # last line truncated by a kill
     metrics.rewind(tmp_path, iter_num, evaluated)
     rows = metrics.read(tmp_path)
     assert [row["iter"] for row in rows if row["event"] == "step"] == list(range(steps))
@@ -63,13 +63,13 @@ def test_rewind_forgets_what_will_be_written_again(tmp_path, iter_num, evaluated
     assert (tmp_path / metrics.NAME).read_text(encoding="utf-8").count("\n") == len(rows)
 
 
-def test_a_folder_without_rows(tmp_path):
+def test_rewind_of_a_folder_without_rows(tmp_path):
     metrics.rewind(tmp_path, 3, True)
     with pytest.raises(UserError, match=r"has no metrics\.jsonl; give the out_dir of a run"):
         metrics.read(tmp_path)
 
 
-def test_wandb_that_is_not_installed_is_one_line(monkeypatch):
+def test_missing_wandb_is_a_one_line_error(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         trackers.Wandb("p", "n", {})

@@ -1,4 +1,4 @@
-"""Several datasets as one: exact shares, each in its own order, runs that resume and split as any other."""
+"""Dataset mixtures: exact proportions, per-dataset order, and runs that resume and shard as usual."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def text_of(starts: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("weights", [["0.7", "0.3"], ["1", "1", "1"], ["0.5", "0.49", "0.01"], ["3", "1/7"]])
-def test_every_run_of_samples_has_its_shares(weights):
+def test_every_sample_range_has_exact_proportions(weights):
     order, shares = mixed(weights), np.array([float(Fraction(w)) for w in weights])
     shares /= shares.sum()
     drawn = text_of(order.starts(0, 30_000))
@@ -47,8 +47,8 @@ def test_every_run_of_samples_has_its_shares(weights):
     assert (np.bincount(drawn[:cycle], minlength=len(weights)) == shares * cycle).all()
 
 
-def test_each_text_is_read_as_in_a_run_on_it_alone():
-    """So no window comes twice before all of its text were seen."""
+def test_each_dataset_is_read_in_its_own_order():
+    """No sequence repeats before its dataset has been read completely."""
     order = mixed(["0.6", "0.3", "0.1"])
     starts = order.starts(0, 10_000)
     drawn = text_of(starts)
@@ -58,10 +58,10 @@ def test_each_text_is_read_as_in_a_run_on_it_alone():
         assert order.epochs(10_000)[which] == len(own) / one.n_windows
         first = own[: one.n_windows]
         assert len(set(first.tolist())) == one.n_windows
-        assert (own >= 0).all() and (own + 16 < SIZES[which]).all()  # never across a border
+        assert (own >= 0).all() and (own + 16 < SIZES[which]).all()  # never across a dataset boundary
 
 
-def test_samples_do_not_depend_on_how_they_are_asked_for():
+def test_samples_are_independent_of_request_size():
     order, rng = mixed(["0.7", "0.2", "0.1"]), np.random.default_rng(0)
     whole = order.starts(0, 3000)
     for _ in range(200):
@@ -87,7 +87,7 @@ def test_slots_are_exact_or_nearest():
 def folders(tmp_path) -> tuple[Path, Path]:
     text = words(3000)
     cut = len(text) // 2
-    letters = "".join(sorted(set(text)))  # both have all of them, so the same tokenizer
+    letters = "".join(sorted(set(text)))  # both have the full alphabet, so the same tokenizer
     one = write_dataset(tmp_path / "one", text[:cut] + letters)
     return one, write_dataset(tmp_path / "two", text[cut : cut + 3000] + letters, val_fraction=0.3)
 
@@ -110,7 +110,7 @@ def test_names_and_weights(tmp_path, monkeypatch):
             mixture.parse(wrong)
 
 
-def test_batches_hold_both_by_weight_on_any_number_of_processes(folders):
+def test_batches_follow_the_weights_at_any_world_size(folders):
     one, two = folders
     found = mixture.load(f"{one}:0.75,{two}:0.25", Path())
     assert len(found.train) == sum(len(loader.load(folder).train) for folder in folders)
@@ -120,21 +120,23 @@ def test_batches_hold_both_by_weight_on_any_number_of_processes(folders):
         of_one = whole.sampler.starts(12 * step, 12) < len(loader.load(one).train)
         assert of_one.sum() == 9
         parts = []
-        for rank in range(5):  # uneven
+        for rank in range(5):  # not divisible
             batches = loader.TrainBatches(found.train, 16, 2, 6, 3, CPU, share=World(rank, 5).share)
             parts += [idx for idx, _ in batches.step(step)]
         assert torch.equal(torch.cat(parts), rows)
 
 
-def test_without_weights_tokens_count(folders):
+def test_default_weights_are_token_counts(folders):
     found = mixture.load(",".join(map(str, folders)), Path()).train
     sizes = [len(member) for member in found.texts]
     assert [float(text.weight) for text in found.texts] == pytest.approx(np.array(sizes) / sum(sizes))
 
 
-def test_what_does_not_go_together(folders, tmp_path, bare_tokens):
+def test_incompatible_datasets_are_rejected(folders, tmp_path, bare_tokens):
     one, two = folders
-    with pytest.raises(UserError, match=r"bare \(50257 ids\) has another tokenizer than .*one \(10 ids\)"):
+    with pytest.raises(
+        UserError, match=r"bare \(50257 ids\) has a different tokenizer from .*one \(10 ids\)"
+    ):
         mixture.load(f"{one}:1,{bare_tokens}:1", Path())
     with pytest.raises(UserError, match="twice; give it once, with a larger weight"):
         mixture.load(f"{one}:1,{one}/:1", Path())
@@ -145,15 +147,15 @@ def test_what_does_not_go_together(folders, tmp_path, bare_tokens):
         (two / f"{split}.mask.bin").write_bytes(b"\1" * about["tokens"])
         about["mask"] = {"name": f"{split}.mask.bin"}
     (two / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    with pytest.raises(UserError, match=r"only one of .* is of prompts and responses"):
+    with pytest.raises(UserError, match=r"only one of .* holds prompts and responses"):
         mixture.load(f"{one}:1,{two}:1", Path())
     short = write_dataset(tmp_path / "short", "ab" * 30)
     other = write_dataset(tmp_path / "other", "ab" * 300)
-    with pytest.raises(UserError, match="validation text of short has 6 tokens, fewer than one window"):
+    with pytest.raises(UserError, match="validation text of short has 6 tokens, fewer than one sequence"):
         loader.require_window(mixture.load(f"{other}:1,{short}:1", Path()).val, 16, "validation")
 
 
-def test_masks_of_both_are_used(folders):
+def test_masks_of_both_datasets_are_used(folders):
     for number, folder in enumerate(folders):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         for split, about in meta["splits"].items():
@@ -212,7 +214,7 @@ def config(folders, tmp_path) -> train.Config:
     )
 
 
-def test_a_run_reports_each_and_resumes_to_the_bit(config, tmp_path, folders, capsys):
+def test_run_reports_each_dataset_and_resume_is_bit_identical(config, tmp_path, folders, capsys):
     train.main(config)
     said = capsys.readouterr().out
     assert "one (70.0%)" in said and "two (30.0%)" in said and ", one " in said and ", two " in said
@@ -228,6 +230,6 @@ def test_a_run_reports_each_and_resumes_to_the_bit(config, tmp_path, folders, ca
         assert (whole / name).read_bytes() == (halves / name).read_bytes()
     capsys.readouterr()
     evaluation.main(evaluation.Config(out_dir=str(tmp_path / "out"), which="last", device="cpu"))
-    said = capsys.readouterr().out  # the dataset is the one it was trained on
+    said = capsys.readouterr().out  # default: the dataset of the run
     for name, loss in rows[-1]["val_losses"].items():
         assert f"{name}/val: loss {loss:.4f}" in said

@@ -1,4 +1,4 @@
-"""The model: GPT-2's sizes and arithmetic, causality, and the padding that must not matter."""
+"""Tests of the model: GPT-2's sizes and computation, causality, and vocabulary padding."""
 
 import math
 from dataclasses import replace
@@ -39,10 +39,10 @@ def test_parameter_counts_of_gpt2(name, count):
         assert GPT(replace(GPT2_SIZES[name], vocab_multiple=64)).n_params() == count
 
 
-def test_equals_gpt2_written_out(model):
-    """The forward pass against a second one made of matrix products and explicit softmax."""
+def test_forward_equals_a_reference_gpt2(model):
+    """Compare the forward pass with a reference of plain matmuls and explicit softmax."""
     torch.manual_seed(1)
-    for parameter in model.parameters():  # biases and gains that are not 0 and 1
+    for parameter in model.parameters():  # biases other than 0 and gains other than 1
         parameter.data.normal_(std=0.2)
     w = {name: p.double() for name, p in model.named_parameters()}
     idx, targets = batch()
@@ -73,12 +73,12 @@ def test_equals_gpt2_written_out(model):
     torch.testing.assert_close(loss.double(), -pick_fields.mean(), rtol=1e-5, atol=1e-5)
 
 
-def test_initial_loss_is_that_of_guessing(model):
+def test_initial_loss_is_that_of_uniform_guessing(model):
     _, loss = model(*batch())
     assert loss.item() == pytest.approx(math.log(SMALL.vocab_size), abs=0.1)
 
 
-def test_initialisation():
+def test_initialization_statistics():
     torch.manual_seed(0)
     model = GPT(replace(SMALL, n_embd=128, n_layer=6))
     for name, p in model.named_parameters():
@@ -91,7 +91,7 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(expected, rel=0.1), name
 
 
-def test_a_later_token_changes_no_earlier_logit(model):
+def test_logits_are_causal(model):
     idx, _ = batch()
     changed = idx.clone()
     changed[:, 9] = (changed[:, 9] + 1) % SMALL.vocab_size
@@ -100,8 +100,8 @@ def test_a_later_token_changes_no_earlier_logit(model):
     assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
 
 
-def test_gradients_in_float64(model):
-    """d loss / d weight against central differences, for one entry of every parameter."""
+def test_gradients_match_finite_differences_in_float64(model):
+    """Compare d loss / d weight with central differences, for one entry of every parameter."""
     model.double()
     idx, targets = batch()
     model(idx, targets)[1].backward()
@@ -117,7 +117,7 @@ def test_gradients_in_float64(model):
         assert float(p.grad.view(-1)[at]) == pytest.approx(slope, rel=1e-5, abs=1e-9), name
 
 
-def test_padding_never_matters():
+def test_vocabulary_padding_has_no_effect():
     idx, targets = batch()
     results = []
     for multiple in (1, 64):
@@ -138,7 +138,7 @@ def test_padding_never_matters():
     torch.testing.assert_close(grad, padded_grad[:37])
 
 
-def test_ignored_targets_are_not_scored(model):
+def test_ignored_targets_do_not_contribute_to_the_loss(model):
     idx, targets = batch()
     masked = targets.clone()
     masked[:, :10] = IGNORE
@@ -146,7 +146,7 @@ def test_ignored_targets_are_not_scored(model):
     torch.testing.assert_close(model(idx, masked)[1], expected)
 
 
-def test_dropout_only_while_training():
+def test_dropout_is_active_only_in_training():
     torch.manual_seed(0)
     model = GPT(replace(SMALL, dropout=0.5))
     idx, _ = batch()
@@ -155,7 +155,7 @@ def test_dropout_only_while_training():
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 
-def test_learns_one_batch_by_heart(model):
+def test_overfits_one_batch(model):
     idx, targets = batch()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(250):
@@ -166,14 +166,14 @@ def test_learns_one_batch_by_heart(model):
     assert loss.item() < 0.01
 
 
-def test_refusals(model):
+def test_invalid_inputs_are_rejected(model):
     with pytest.raises(ValueError, match="n_embd=30 is not divisible by n_head=4"):
         GPT(replace(SMALL, n_embd=30))
     with pytest.raises(ValueError, match="17 tokens do not fit"):
         model(torch.zeros(1, 17, dtype=torch.long))
 
 
-# ----------------------------------------------------------------------------- the switches
+# ----------------------------------------------------------------------------- architecture options
 
 
 MODERN = {
@@ -210,7 +210,7 @@ SWITCHES = [
 def changed_model(switches, **others):
     torch.manual_seed(0)
     model = GPT(replace(SMALL, **switches, **others))
-    with torch.no_grad():  # zeros hide what is behind them
+    with torch.no_grad():  # zero-initialized weights would hide the layers before them
         for p in model.parameters():
             p += 0.1 * torch.randn(p.shape)
     return model
@@ -221,7 +221,7 @@ def name_of(switches):
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=name_of)
-def test_a_switch_keeps_the_model_causal_and_differentiable(switches):
+def test_architecture_option_keeps_the_model_causal_and_differentiable(switches):
     model = changed_model(switches)
     idx, _ = batch()
     changed = idx.clone()
@@ -232,11 +232,11 @@ def test_a_switch_keeps_the_model_causal_and_differentiable(switches):
     assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
     torch.testing.assert_close(model(idx)[0][:, -1], before[:, -1], rtol=1e-5, atol=1e-5)
     model.double()
-    test_gradients_in_float64(model)
+    test_gradients_match_finite_differences_in_float64(model)
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=name_of)
-def test_a_switch_starts_near_guessing_and_counts_its_parameters(switches):
+def test_architecture_option_initial_loss_and_parameter_count(switches):
     torch.manual_seed(0)
     model = GPT(replace(SMALL, **switches))
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_a_switch_starts_near_guessing_and_counts_its_parameters(switches):
     assert model.n_params() == expected
 
 
-def test_zero_initialised_projections_pass_the_embedding_through():
+def test_zero_initialized_projections_pass_the_embedding_through():
     torch.manual_seed(0)
     model = GPT(replace(SMALL, **MODERN))
     idx, _ = batch()
@@ -291,8 +291,8 @@ def test_grouped_queries_equal_repeated_keys_and_values():
 @pytest.mark.cpu
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("biased", [False, True])
-def test_attention_of_bfloat16_is_that_of_float32(kv_heads, biased):
-    """The two ways that a CPU computes it, forward and backward, on the same rounded numbers."""
+def test_bfloat16_attention_matches_float32(kv_heads, biased):
+    """Compare both CPU implementations, forward and backward, on the same rounded inputs."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 24, 16) for heads in (4, kv_heads, kv_heads)]
     exact = [torch.randn(shape, generator=draw).bfloat16().float().requires_grad_() for shape in shapes]
@@ -312,7 +312,7 @@ def test_attention_of_bfloat16_is_that_of_float32(kv_heads, biased):
 @pytest.mark.cpu
 @pytest.mark.parametrize("length", [128, 129, 300, 600])
 @pytest.mark.parametrize("biased", [False, True])
-def test_some_queries_at_a_time_are_all_of_them(length, biased):
+def test_query_blocks_equal_full_attention(length, biased):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, length, 16, generator=draw).bfloat16() for heads in (4, 2, 2))
     bias = POSITIONS["alibi"](length, 64, 4, 16).bias(length) if biased else None
@@ -323,7 +323,7 @@ def test_some_queries_at_a_time_are_all_of_them(length, biased):
 
 
 @pytest.mark.cpu
-def test_dropout_of_attention_in_bfloat16():
+def test_bfloat16_attention_dropout():
     q = torch.randn(2, 4, 24, 16, dtype=torch.bfloat16)
     torch.manual_seed(0)
     dropped = torch.stack([attention(q, q, q, None, 0.5).float() for _ in range(400)])
@@ -332,7 +332,7 @@ def test_dropout_of_attention_in_bfloat16():
 
 
 @pytest.mark.parametrize("switches", [{}, MODERN], ids=["gpt2", "modern"])
-def test_compiled_is_the_same_function(switches):
+def test_compiled_model_computes_the_same_function(switches):
     model = changed_model(switches)
     idx, targets = batch()
     expected = model(idx, targets)[1]
@@ -343,6 +343,6 @@ def test_compiled_is_the_same_function(switches):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_impossible_shape_is_named():
+def test_invalid_shape_is_reported():
     with pytest.raises(ValueError, match="n_embd=30 is not divisible by n_head=4"):
         GPT(replace(SMALL, n_embd=30, n_head=4))

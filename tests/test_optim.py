@@ -1,4 +1,4 @@
-"""AdamW and Muon against torch's own and against float64 by hand, and clipping."""
+"""AdamW and Muon against torch.optim and float64 references, and gradient clipping."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def ours(steps=6, lrs=(1e-2,) * 6):
     return model, optimizer
 
 
-def test_equals_torch_optim():
+def test_adamw_equals_torch():
     theirs, gradients = model_and_gradients()
     matrices = [p for p in theirs.parameters() if p.dim() >= 2]
     vectors = [p for p in theirs.parameters() if p.dim() < 2]
@@ -46,7 +46,7 @@ def test_equals_torch_optim():
         assert torch.equal(a, b), name
 
 
-def test_equals_the_formula_in_float64():
+def test_adamw_equals_the_formula_in_float64():
     lrs = (1e-2, 5e-3, 1e-3, 2e-2, 0.0, 1e-3)
     mine, _ = ours(lrs=lrs)
     start, gradients = model_and_gradients()
@@ -68,7 +68,7 @@ def test_state_has_every_tensor_by_name():
     assert float(optimizer.state()["steps"]) == 6
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_are_unchanged():
     model, _ = model_and_gradients()
     model[0].requires_grad_(False)
     before = [p.clone() for p in model[0].parameters()]
@@ -118,13 +118,13 @@ def muon_alone(named, decay=0.0):
 
 
 def exact_polar(g):
-    """U V^T in float64."""
+    """Return the polar factor U V^T in float64."""
     u, _, v = torch.linalg.svd(g.double(), full_matrices=False)
     return u @ v
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5), (1, 1, 7)])
-def test_singular_values_come_out_near_one(shape):
+def test_orthogonalized_singular_values_are_near_one(shape):
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(1.0, 0.02, u.shape[-1])
@@ -133,12 +133,12 @@ def test_singular_values_come_out_near_one(shape):
         found = torch.linalg.svdvals(result)
         assert found.min() > 0.8 and found.max() < 1.2
         turned = torch.linalg.matrix_norm(result - u @ v) / torch.linalg.matrix_norm(u @ v)
-        assert turned.max() < 0.2  # the same directions: near the exact polar factor
+        assert turned.max() < 0.2  # same singular vectors: close to the exact polar factor
     assert not orthogonalize(torch.zeros(shape)).any()
 
 
-def test_muon_follows_its_formula():
-    """Three steps against float64 with an exact SVD: near it, as the polynomial is near the polar factor."""
+def test_muon_equals_its_formula():
+    """Compare three steps with an exact float64 SVD; the polynomial only approximates the polar factor."""
     named = matrices()
     optimizer = muon_of(named)
     start = {name: p.detach().double().clone() for name, p in named.items()}
@@ -156,7 +156,7 @@ def test_muon_follows_its_formula():
                 part.copy_(max(1, part.shape[0] / part.shape[1]) ** 0.5 * exact_polar(part))
             start[name] -= 0.05 * nesterov
         optimizer.param_groups[0]["params"][-1].grad = torch.zeros(3)
-        optimizer.lr = 1e-2  # the peak: Muon steps at its own
+        optimizer.lr = 1e-2  # the peak: Muon uses its own learning rate
         optimizer.step()
     for name, p in named.items():
         if name.startswith("h."):
@@ -164,8 +164,8 @@ def test_muon_follows_its_formula():
             assert torch.linalg.matrix_norm(p.double() - start[name]) < 0.25 * moved, name
 
 
-def test_muon_equals_torchs_but_for_the_polynomial():
-    """One step of torch.optim.Muon with the same momentum goes in nearly the same direction."""
+def test_muon_equals_torch_except_for_the_polynomial():
+    """A step of torch.optim.Muon with the same momentum has nearly the same direction."""
     torch.manual_seed(0)
     start, gradient = torch.randn(16, 48), torch.randn(16, 48)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -177,21 +177,21 @@ def test_muon_equals_torchs_but_for_the_polynomial():
     assert 0.8 < a.norm() / b.norm() < 1.25
 
 
-def test_bfloat16_is_near_float32():
+def test_muon_in_bfloat16_is_close_to_float32():
     torch.manual_seed(0)
     gradients = torch.randn(4, 24, 60)
     exact, rough = orthogonalize(gradients), orthogonalize(gradients.bfloat16()).float()
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.99
 
 
-def test_every_parameter_has_one_rule():
+def test_every_parameter_has_one_optimizer():
     named = matrices()
     names = set(muon_of(named).state())
     assert {"h.0.wide.momentum", "h.0.tall.momentum", "h.0.fused.2.momentum", "muon.steps"} < names
     assert {"wte.exp_avg", "h.0.gain.exp_avg"} < names and not any("h.0.wide.exp" in name for name in names)
 
 
-def test_a_fused_matrix_is_orthogonalised_map_by_map():
+def test_fused_matrix_is_orthogonalized_per_projection():
     named = matrices()
     alone = {"h.0.q": nn.Parameter(named["h.0.fused"].detach()[:5].clone())}
     torch.manual_seed(3)
@@ -203,7 +203,7 @@ def test_a_fused_matrix_is_orthogonalised_map_by_map():
     torch.testing.assert_close(named["h.0.fused"][:5], alone["h.0.q"], rtol=1e-4, atol=1e-5)
 
 
-def test_cautious_decay_pulls_only_where_the_update_does_not_push_outwards():
+def test_cautious_decay_applies_only_where_the_update_shrinks_weights():
     plain, decayed = matrices(), matrices()
     for named, decay in ((plain, 0.0), (decayed, 0.5)):
         torch.manual_seed(3)
@@ -211,13 +211,13 @@ def test_cautious_decay_pulls_only_where_the_update_does_not_push_outwards():
             p.grad = torch.randn(p.shape)
         muon_alone(list(named.items())[:1], decay).step(0.1)
     before = matrices()["h.0.wide"].detach()
-    update = before - plain["h.0.wide"].detach()  # what is subtracted
+    update = before - plain["h.0.wide"].detach()  # the subtracted update
     pull = plain["h.0.wide"].detach() - decayed["h.0.wide"].detach()
     expected = 0.1 * 0.5 * before * (update * before > 0)
     torch.testing.assert_close(pull, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_muon_resumes_from_its_state():
+def test_muon_resumes_from_its_state_dict():
     def steps(named, optimizer, first, last):
         for t in range(first, last):
             torch.manual_seed(t)

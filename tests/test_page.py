@@ -1,6 +1,6 @@
-"""The page in a real browser (headless Chromium): type, stream, hover, stop, live curves; wide and narrow.
+"""The web page in headless Chromium: typing, streaming, hovering, stopping, live curves; wide and narrow.
 
-Screenshots go to NANOGPT_SCREENSHOTS, or a temporary folder. Skipped where no Chromium is installed.
+Screenshots go to NANOGPT_SCREENSHOTS or a temporary folder. Skipped if Chromium is not installed.
 """
 
 import json
@@ -99,7 +99,7 @@ def finished(browser) -> bool:
     return not count(browser, ".sample.writing") and count(browser, ".t") > 0
 
 
-def test_type_stream_and_shade(browser, server, screenshots):
+def test_typed_prompt_streams_shaded_tokens(browser, server, screenshots):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -110,7 +110,7 @@ def test_type_stream_and_shade(browser, server, screenshots):
     browser.find_element(By.ID, "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
     eventually(lambda: finished(browser), 20)
     assert count(browser, ".sample") == 3 and count(browser, ".t") == 3 * 128
-    assert text(browser, ".sample .text").startswith("春眠不觉晓")  # it has learnt the poem by heart
+    assert text(browser, ".sample .text").startswith("春眠不觉晓")  # the model has memorized the poem
     assert "128 tokens · perplexity" in text(browser, ".sample header")
     shades = browser.execute_script(
         "return [...document.querySelectorAll('.t')].map(t => Number(t.style.getPropertyValue('--s')))"
@@ -119,8 +119,8 @@ def test_type_stream_and_shade(browser, server, screenshots):
     assert browser.save_screenshot(str(screenshots / "play-wide.png"))
 
 
-def test_what_is_streamed_is_what_the_server_says(browser, server):
-    """The page's text, probabilities and alternatives against the answer to the same request."""
+def test_streamed_page_content_equals_the_api_response(browser, server):
+    """Compare the page's text, probabilities and alternatives with the response to the same request."""
     show(browser, server)
     for name, value in {"samples": 1, "length": 5, "temperature": 1}.items():
         slide(browser, name, value)
@@ -161,7 +161,7 @@ def test_hover_and_keys_show_ten_alternatives(browser, server, screenshots):
     assert not browser.find_element(By.ID, "alternatives").is_displayed()
 
 
-def test_stop_by_button_and_by_key(browser, server):
+def test_stop_by_button_and_key(browser, server):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -189,7 +189,7 @@ def test_curves_are_live_and_samples_are_shown(browser, server, out, screenshots
     points = "return document.querySelector('path.val').getAttribute('d').split('L').length"
     before = browser.execute_script(points)
     rows = metrics.read(out)
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:  # as train.py would
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:  # as train.py does
         last = rows[-1]["iter"]
         for i in range(1, 20):
             row = {
@@ -204,7 +204,7 @@ def test_curves_are_live_and_samples_are_shown(browser, server, out, screenshots
     eventually(lambda: browser.execute_script(points) == before + 1, 5)
     assert not browser.execute_script("return document.getElementById('live').hidden")
     assert f"{last + 19:,}" in text(browser, "#numbers")
-    # A resumed run rewinds its log: a new file with fewer rows.
+    # A resumed run truncates its log: a new file with fewer rows.
     content = "".join(json.dumps(row) + "\n" for row in rows)
     (out / "metrics.jsonl.new").write_text(content, encoding="utf-8")
     os.replace(out / "metrics.jsonl.new", out / "metrics.jsonl")
@@ -213,7 +213,7 @@ def test_curves_are_live_and_samples_are_shown(browser, server, out, screenshots
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_nothing_is_cut_off(browser, server, screenshots, scheme):
+def test_phone_layout_does_not_overflow(browser, server, screenshots, scheme):
     from selenium.webdriver.common.by import By
 
     show(browser, server, NARROW, scheme)
@@ -238,7 +238,7 @@ def test_on_a_phone_nothing_is_cut_off(browser, server, screenshots, scheme):
     assert browser.save_screenshot(str(screenshots / f"run-narrow-{scheme}.png"))
 
 
-def test_errors_are_told_on_the_page(browser, server):
+def test_errors_are_shown_on_the_page(browser, server):
     from selenium.webdriver.common.by import By
 
     show(browser, server)
@@ -266,10 +266,10 @@ PAYLOADS = [
 ]
 
 
-def test_50_payloads_are_inert(browser, out, tmp_path):
-    """As text of the model, as its alternatives, as samples of the run, as errors, and in the prompt."""
+def test_50_xss_payloads_are_inert(browser, out, tmp_path):
+    """Payloads as generated text, alternatives, samples of the run, error messages and prompt."""
     assert len(PAYLOADS) == 50
-    from tests.page_echo import echoing  # a server whose model writes what we want
+    from tests.page_echo import echoing  # a server whose model echoes the prompt
 
     with echoing(PAYLOADS, out, tmp_path) as url:
         browser.get(url)
@@ -291,8 +291,8 @@ def test_50_payloads_are_inert(browser, out, tmp_path):
         assert browser.execute_script("return getComputedStyle(document.body).display") == "block"
 
 
-def test_nothing_is_loaded_from_elsewhere_and_nothing_goes_wrong(browser, server):
-    browser.get("about:blank")  # what an earlier page has under way ends, and its complaints with it
+def test_no_external_requests_and_no_console_errors(browser, server):
+    browser.get("about:blank")  # aborts requests of an earlier page, and their console errors
     time.sleep(1)
     browser.get_log("performance"), browser.get_log("browser")
     show(browser, server)
@@ -305,7 +305,7 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_goes_wrong(browser, server
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def test_the_token_of_the_link_is_used_and_hidden(browser, out):
+def test_token_in_the_link_is_used_and_hidden(browser, out):
     with serving(out, NANOGPT_TOKEN="open-sesame") as guarded:
         browser.get("about:blank")
         browser.get(guarded.line.split()[2])

@@ -1,5 +1,5 @@
-"""ddp, fsdp and hsdp train as one process does, and leave the same files. On gloo, in processes that one
-start forks (tests/processes.py)."""
+"""ddp, fsdp and hsdp train as a single process does and write the same files. Uses gloo, in processes forked
+once for all runs (tests/processes.py)."""
 
 import itertools
 import json
@@ -35,9 +35,9 @@ SHAPE = (
     "--lr_decay_iters=50 --eval_interval=50 --save_interval=25 --eval_iters=1000 --log_interval=1 "
     "--gradient_accumulation_steps=1"
 )
-# 15 windows on 2: 8 and 7, in 3 passes each
+# 15 sequences on 2 ranks: 8 and 7, in 3 micro-batches each
 UNEVEN = ["--batch_size=3", "--gradient_accumulation_steps=5", "--eval_iters=10"]
-RAGGED = ["--batch_size=2", "--gradient_accumulation_steps=5"]  # 10 on 4: 3, 3, 2, 2, in 2 passes and in 1
+RAGGED = ["--batch_size=2", "--gradient_accumulation_steps=5"]  # 10 on 4: 3, 3, 2, 2, in 2 or 1 micro-batches
 SHORT = [
     "--max_iters=4",
     "--batch_size=2",
@@ -49,7 +49,7 @@ LOOKING = ["--sample_prompt=abc", "--sample_tokens=8"]
 
 
 def job(name: str, number: int, *options: str, resumes: str = "") -> Job:
-    """`name` begins with the optimizer and the windows of a batch."""
+    """Return a job; `name` starts with the optimizer and the number of sequences in a batch."""
     return Job(name, number, [f"--optimizer={name.split('-')[0]}", *options], resumes)
 
 
@@ -99,7 +99,7 @@ JOBS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """All runs, in one folder."""
+    """Run all jobs; return the folder of their runs."""
     folder = tmp_path_factory.mktemp("runs")
     datasets = {False: write_dataset(folder / "words", words(3000)), True: write_responses(folder)}
     jobs = []
@@ -111,7 +111,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def write_responses(folder: Path) -> Path:
-    """Prompts so long that many windows of 16 tokens hold no token of a response."""
+    """Write data with prompts so long that many sequences of 16 tokens contain no response token."""
     parts = words(12600).split("\n")
     rows = [{"prompt": " ".join(parts[i : i + 6]), "response": parts[i + 6]} for i in range(0, 2100, 7)]
     lines = folder / "questions.jsonl"
@@ -125,7 +125,7 @@ def losses(run: Path, event: str = "step", key: str = "loss") -> list[float]:
 
 
 def saved(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint of a run."""
+    """Return all tensors of a checkpoint of a run."""
     found, damage = reader.find(run, which)
     assert found and not damage
     files = ("model.safetensors", "optimizer.safetensors")
@@ -139,8 +139,8 @@ def saved(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
         *("responses-15-ddp", "responses-15-fsdp", "responses-10-ddp", "responses-10-fsdp"),
     ],
 )
-def test_every_division_trains_as_one_process(folder, name):
-    """Also where a process has a window less, or a micro-batch less."""
+def test_every_parallel_mode_trains_as_one_process(folder, name):
+    """Also if a rank has one sequence or one micro-batch less than the other ranks."""
     like, mode = name.rsplit("-", 1)
     run, alone = folder / name, folder / like
     assert f"parallel: {mode}" in processes.said(folder, name)
@@ -154,8 +154,8 @@ def test_every_division_trains_as_one_process(folder, name):
         torch.testing.assert_close(whole, expected[tensor], rtol=1e-2, atol=1e-4, msg=tensor)
 
 
-def test_some_processes_had_no_response_to_learn(folder):
-    """So the runs above have met micro-batches without a target, and whole shares."""
+def test_some_ranks_had_no_response_tokens(folder):
+    """Check that the runs above include micro-batches, and complete rank shares, without a target."""
     tokens, scored = loader.load(folder / "questions").train, []
     for rank in range(4):
         share = World(rank, 4).share
@@ -165,13 +165,13 @@ def test_some_processes_had_no_response_to_learn(folder):
     assert {any(parts) for parts in scored} == {True, False} and [True, False] in scored
 
 
-def test_a_stopped_run_goes_on_with_other_numbers_and_divisions(folder):
+def test_stopped_run_resumes_at_another_world_size_and_mode(folder):
     for name in ("muon-15-on-1", "adamw-15-on-4"):
         unbroken = losses(folder / f"{name.split('-')[0]}-15-fsdp")[:25]
         assert losses(folder / name) == pytest.approx(unbroken, rel=1e-5)
 
 
-def test_a_stopped_run_goes_on_to_the_bit_with_the_same(folder):
+def test_resume_at_the_same_world_size_is_bit_identical(folder):
     unbroken, resumed = folder / "muon-15-fsdp", folder / "muon-15-on-2"
     assert losses(resumed) == losses(unbroken)[:25]
     before, after = saved(unbroken, "25"), saved(resumed, "25")
@@ -179,7 +179,7 @@ def test_a_stopped_run_goes_on_to_the_bit_with_the_same(folder):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_adapters_beside_frozen_weights(folder):
+def test_adapters_with_frozen_weights_under_fsdp(folder):
     alone, found = saved(folder / "lora-alone"), saved(folder / "lora-fsdp")
     assert losses(folder / "lora-fsdp") == pytest.approx(losses(folder / "lora-alone"), rel=1e-6)
     assert found.keys() == alone.keys() and any("lora_b" in tensor for tensor in found)
@@ -187,12 +187,12 @@ def test_adapters_beside_frozen_weights(folder):
     assert frozen and all(torch.equal(found[tensor], alone[tensor]) for tensor in frozen)
 
 
-def test_what_is_looked_at_is_the_whole_model(folder):
+def test_samples_under_fsdp_use_the_full_model(folder):
     files = [folder / name / "samples" / "step-000004.txt" for name in ("lora-alone", "lora-fsdp")]
     assert files[0].read_text(encoding="utf-8") == files[1].read_text(encoding="utf-8")
 
 
-def test_options_for_speed_change_no_loss(folder):
+def test_performance_options_do_not_change_the_loss(folder):
     fast, plain = folder / "muon-15-fast", folder / "muon-15-fsdp"
     assert losses(fast) == pytest.approx(losses(plain)[:8], rel=1e-5) and len(losses(fast)) == 8
     assert losses(fast, key="grad_norm") == pytest.approx(losses(plain, key="grad_norm")[:8], rel=1e-4)
@@ -200,17 +200,17 @@ def test_options_for_speed_change_no_loss(folder):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "autocast"])
-def test_units_compute_as_the_machine_does(folder, dtype):
+def test_fsdp_units_compute_in_the_machine_dtype(folder, dtype):
     ddp, fsdp = (losses(folder / f"{dtype}-{mode}") for mode in ("ddp", "fsdp"))
     assert ddp[0] == fsdp[0] and ddp == pytest.approx(fsdp, rel=1e-3)
     assert len(ddp) == 4 and ddp[-1] < ddp[0]
 
 
-def test_recomputed_units_gather_their_weights_again(folder):
+def test_recomputed_units_regather_their_weights(folder):
     assert losses(folder / "bfloat16-recompute") == losses(folder / "bfloat16-fsdp")
 
 
-def test_evaluation_alone(folder):
+def test_eval_only_under_fsdp(folder):
     lines = [
         [line for line in processes.said(folder, name).splitlines() if line.startswith("step 50:")]
         for name in ("eval-1", "eval-4")
@@ -235,20 +235,20 @@ def test_auto_takes_ddp_while_it_fits():
     assert mode(size=16, on_node=1, weights=50) == ("fsdp", 16)
     assert choose(size=1, on_node=1, weights=50) == parallelize.Division("ddp", 1, "")
     assert mode("fsdp") == ("fsdp", 8) and mode("ddp", weights=99) == ("ddp", 1)
-    assert mode("hsdp", 4) == ("hsdp", 4) and "2 copies of 4 processes" in choose("hsdp", 4).why
-    # a share of the optimizer's state counts, not all of it
+    assert mode("hsdp", 4) == ("hsdp", 4) and "2 replicas of 4 ranks" in choose("hsdp", 4).why
+    # only the local shard of the optimizer state counts
     assert mode(weights=30, optimizer=60) == ("ddp", 1)
     assert mode(size=2, on_node=2, weights=30, optimizer=60) == ("fsdp", 2)
 
 
 @pytest.mark.parametrize(("size", "shard_size"), [(8, 3), (8, 8), (8, 1), (7, 0)])
-def test_groups_that_cannot_be(size, shard_size):
+def test_invalid_sharding_groups_are_rejected(size, shard_size):
     with pytest.raises(UserError, match="--parallel=hsdp"):
         choose("hsdp", shard_size, size, on_node=2 if size == 7 else 8)
 
 
 class Deaf(World):
-    """One of several processes, that hears nothing of the others."""
+    """A rank that receives nothing from the other ranks."""
 
     def sum(self, x):
         return x
@@ -258,9 +258,9 @@ class Deaf(World):
     ("windows", "batch_size", "switches"),
     [(8, 2, [False, True]), (7, 2, [False, True]), (3, 1, [False, True]), (2, 2, [True])],
 )
-def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_size, switches):
-    """The erratum of nanoGPT's loop: the forward pass looks at the switch, too. And a process makes as many
-    passes as the one that has most to do."""
+def test_gradients_sync_only_in_the_last_micro_batch(windows, batch_size, switches):
+    """Regression test for nanoGPT's loop: DDP reads the sync flag in the forward pass, so it must be set
+    before. Every rank also makes as many passes as the rank with the most micro-batches."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8))
     machine, order = Machine(torch.device("cpu"), "float32", "test", Deaf(1, 2)), []
@@ -273,7 +273,7 @@ def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_s
     mine = [(part, part) for part in torch.randint(10, (own, 4)).split(batch_size)]
 
     class Batches:
-        """As much of data.TrainBatches as is asked for."""
+        """The part of data.TrainBatches that is used."""
 
         def __init__(self):
             self.batch_size = batch_size
@@ -296,7 +296,7 @@ def test_only_the_last_pass_averages_and_the_switch_comes_first(windows, batch_s
     assert float(loss) == pytest.approx(model(idx, idx)[1].item() * own / windows, rel=1e-6)
 
 
-def test_recomputing_changes_no_gradient_and_keeps_less():
+def test_activation_checkpointing_keeps_gradients_and_saves_memory():
     def kept_and_gradients(activation_checkpointing):
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocab_size=10, block_size=16, n_layer=4, n_head=2, n_embd=32, dropout=0.2))
@@ -313,7 +313,7 @@ def test_recomputing_changes_no_gradient_and_keeps_less():
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
 
 
-def test_recomputing_needs_the_weights_that_were_used():
+def test_activation_checkpointing_rejects_temporary_weight_casts():
     model = GPT(GPTConfig(vocab_size=10, n_layer=1))
     with pytest.raises(UserError, match="--activation_checkpointing in bfloat16 on a CPU"):
         compile.checkpoint_activations(model, Machine(torch.device("cpu"), "bfloat16", ""))
@@ -325,14 +325,14 @@ def test_recomputing_needs_the_weights_that_were_used():
         )
 
 
-def test_a_batch_that_fits_is_that_of_a_whole_model(dataset):
+def test_auto_batch_size_rejects_sharded_models(dataset):
     config = train.Config(dataset=str(dataset), batch_size="auto", batch_tokens=480, block_size=16)
     divided, machine = choose("fsdp"), Machine(torch.device("cuda"), "bfloat16", "")
-    with pytest.raises(UserError, match=r"--batch_size=auto .* divided \(fsdp: as asked\); give a number"):
+    with pytest.raises(UserError, match=r"--batch_size=auto .* sharded \(fsdp: as asked\); give a number"):
         auto_batch_size.choose(config, machine, divided.why, lambda rows: None)
 
 
-def test_owners_have_about_as_much_to_do():
+def test_owners_have_balanced_costs():
     layout = Replicated(World(0, 4))
     costs = [9.0, 1, 1, 5, 4, 4, 3, 9, 2]
     assign_ranks = layout.assign_ranks(costs)
@@ -344,8 +344,8 @@ def test_owners_have_about_as_much_to_do():
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
-def test_each_process_keeps_its_share_of_the_state(rule):
-    """ZeRO-1: all of the state once, in about equal parts, and every element in one process."""
+def test_optimizer_state_is_sharded_over_ranks(rule):
+    """ZeRO-1: every element of the state is on exactly one rank, in about equal parts."""
     model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=4, n_head=2, n_embd=32))
     whole = build(OptimizerOptions(rule), model.named_parameters(), model.fused_rows()).state()
     for size in (2, 4):
@@ -367,8 +367,8 @@ def test_each_process_keeps_its_share_of_the_state(rule):
         assert max(held) < 1.1 * sum(held) / size
 
 
-def test_state_of_one_process_is_its_own():
-    """No copy where nothing is divided: what a checkpoint writes is what the optimizer uses."""
+def test_unsharded_state_is_not_copied():
+    """Without sharding, a checkpoint writes the optimizer's own tensors, without a copy."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8))
     optimizer = build(OptimizerOptions("muon"), model.named_parameters(), model.fused_rows())

@@ -1,4 +1,4 @@
-"""The pipeline at work: the same bytes from any number of processes, after any interruption, in shards."""
+"""The encoding pipeline: identical output for any number of processes, after interruptions, and in shards."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk: no test here pulls the plug."""
+    """Disable fsync; no test here simulates a power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -50,7 +50,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe:400", "gpt2"])
-def test_the_number_of_processes_changes_no_byte(kind, source, tmp_path, of_kind, small_pieces):
+def test_output_is_independent_of_the_number_of_processes(kind, source, tmp_path, of_kind, small_pieces):
     long = tmp_path / "long.txt"
     long.write_text(words(8000), encoding="utf-8")
     for workers in (0, 1, 2):
@@ -59,7 +59,7 @@ def test_the_number_of_processes_changes_no_byte(kind, source, tmp_path, of_kind
     assert content(tmp_path / "out0") == content(tmp_path / "out1") == content(tmp_path / "out2")
 
 
-def test_results_come_in_order_and_items_are_drawn_only_as_needed():
+def test_results_are_ordered_and_items_are_read_lazily():
     drawn = []
 
     def items():
@@ -75,7 +75,7 @@ def test_results_come_in_order_and_items_are_drawn_only_as_needed():
         assert list(results) == [hex(i) for i in range(20, 100)]
 
 
-def test_what_goes_wrong_in_a_process_is_told():
+def test_worker_errors_are_reported():
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         list(pool.ordered(tokenizer.from_text, ["{}"], 1, int, ()))
     with pytest.raises(OSError, match="a worker process was killed"):
@@ -96,10 +96,10 @@ class Crash(Exception):
         (KeyboardInterrupt, {}),
         (Crash, {"shard_tokens": 7000}),
         (KeyboardInterrupt, {"shard_tokens": 7000}),
-        (Crash, {"text_key": "prompt+response"}),  # a mask beside the tokens
+        (Crash, {"text_key": "prompt+response"}),  # with a loss mask file
     ],
 )
-def test_an_interrupted_run_goes_on_to_the_same_bytes(
+def test_interrupted_run_resumes_to_identical_output(
     error, options, source, tmp_path, small_pieces, monkeypatch
 ):
     options = {"kind": "byte", **options}
@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr(corpus, "RECORD_S", 0.0)
     real = shards.Writer.add
     out = tmp_path / "out"
-    for stop in (9, 12, 20):  # calls, two a piece: the first piece is encoded anew in the third run
+    for stop in (9, 12, 20):  # calls, two per piece: the third run encodes the first piece again
         calls = iter(range(1000))
 
         def failing(writer, split, ids, calls=calls, stop=stop):
@@ -127,8 +127,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     unfinished = out / shards.UNFINISHED
     grown = [path for path in unfinished.iterdir() if path.name not in ("state.json", ".lock")]
     assert {"folded", "train-000000"} <= {path.name for path in grown}
-    # As a power cut may leave them: further than what is still to come. In `folded` this would be a document
-    # that is in both splits.
+    # As after a power cut: files longer than recorded progress. In `folded` this would put a document
+    # into both splits.
     beyond = np.array([2, 3], "<u8").tobytes() * 40_000
     for path in grown:
         with path.open("ab") as file:
@@ -138,17 +138,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert content(out) == content(tmp_path / "whole")
     assert ("train.mask.bin" in content(out)) == ("text_key" in options)
     assert summary.in_both == whole.in_both
-    assert summary.resumed and "went on where an interrupted run had stopped" in summary.lines()
+    assert summary.resumed and "resumed an interrupted run" in summary.lines()
 
 
-def test_other_options_begin_anew(source, tmp_path, small_pieces, monkeypatch):
+def test_changed_options_start_over(source, tmp_path, small_pieces, monkeypatch):
     corpus.prepare([source], tmp_path / "whole", kind="byte", seed=1)
     monkeypatch.setattr(corpus, "RECORD_S", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(corpus.Counts, "add", lambda *_: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             corpus.prepare([source], tmp_path / "out", kind="byte")
-    assert not (tmp_path / "out").exists()  # nothing was recorded, so nothing is kept
+    assert not (tmp_path / "out").exists()  # no progress was recorded, so nothing is kept
     calls = iter(range(1000))
     with monkeypatch.context() as patch:
         real = shards.Writer.record
@@ -166,14 +166,14 @@ def test_other_options_begin_anew(source, tmp_path, small_pieces, monkeypatch):
     assert not summary.resumed and content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(number, tmp_path):
+def test_killed_pipeline_resumes_to_identical_output(number, tmp_path):
     source = write(tmp_path / "x.jsonl.xz", BODIES * 4)
     code = (
         "import sys; from pathlib import Path; from nanogpt.prepare import corpus, text_files; import time\n"
         "from nanogpt.errors import run_program\n"
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # not in a shell's job
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # may be ignored
         "text_files.BLOCK, corpus.RECORD_S = 20_000, float(sys.argv[4])\n"
         "if __name__ == '__main__':\n"
         "    add = corpus.Counts.add\n"
@@ -198,15 +198,15 @@ def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(number, tmp_path):
         time.sleep(0.02)
     time.sleep(0.2)
     if number == signal.SIGINT:
-        os.killpg(running.pid, number)  # as Ctrl-C in a terminal
+        os.killpg(running.pid, number)  # like Ctrl-C in a terminal
     else:
         running.kill()
     said = running.communicate(timeout=60)[1]
     assert running.returncode == (75 if number == signal.SIGINT else -9), said
     if number == signal.SIGINT:
-        assert said.strip() == "interrupted; run the same command again to go on"
+        assert said.strip() == "interrupted; run the same command again to resume"
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:  # the workers leave, too
+    while time.monotonic() < deadline:  # wait until the workers exit, too
         try:
             os.killpg(running.pid, 0)
         except ProcessLookupError:
@@ -221,7 +221,7 @@ def test_killed_with_its_workers_it_goes_on_to_the_same_bytes(number, tmp_path):
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_a_second_process_keeps_away(source, tmp_path):
+def test_second_process_is_locked_out(source, tmp_path):
     held = files.lock(tmp_path / "out" / shards.UNFINISHED)
     with pytest.raises(UserError, match="another process is writing to"):
         corpus.prepare([source], tmp_path / "out", kind="byte")
@@ -233,7 +233,7 @@ def test_a_second_process_keeps_away(source, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe:400", "gpt2"])
-def test_shards_are_the_same_tokens_and_llm_c_can_read_them(kind, source, tmp_path, of_kind):
+def test_shards_hold_the_same_tokens_in_llm_c_format(kind, source, tmp_path, of_kind):
     options = of_kind(kind)
     corpus.prepare([source], tmp_path / "one", **options)
     corpus.prepare([source], tmp_path / "many", shard_tokens=10_000, **options)
@@ -246,11 +246,11 @@ def test_shards_are_the_same_tokens_and_llm_c_can_read_them(kind, source, tmp_pa
     raw = np.fromfile(tmp_path / "many" / names[0], "<i4", 256)
     assert raw[:3].tolist() == [20240520, 1, 10_000] and not raw[3:].any()
     assert all(part.tokens == 10_000 for part in many.train.parts[:-1])
-    corpus.prepare([source], tmp_path / "many", **options)  # over it, in one file
+    corpus.prepare([source], tmp_path / "many", **options)  # overwrites it with a single file
     assert content(tmp_path / "many") == content(tmp_path / "one")
 
 
-def test_shards_that_are_filled_to_the_end_leave_no_empty_one(tmp_path):
+def test_exactly_filled_shards_leave_no_empty_shard(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("ab" * 500, encoding="utf-8")
     corpus.prepare([path], tmp_path / "out", kind="byte", shard_tokens=100)
@@ -263,22 +263,22 @@ def test_shards_that_are_filled_to_the_end_leave_no_empty_one(tmp_path):
 
 
 def side(out: Path, **options: object) -> set[str]:
-    """The documents of BODIES that are in val."""
+    """Return the documents of BODIES that are in the validation split."""
     corpus.prepare([write(out.parent / "s.jsonl", BODIES)], out, kind="byte", val_fraction=0.2, **options)
     tokens = tokenizer.ByteTokenizer()
     whole = tokens.decode_bytes(np.fromfile(out / "val.bin", "<u2")).decode()
     return {body for body in BODIES if body in whole}
 
 
-def test_the_seed_decides_the_split(tmp_path):
+def test_seed_determines_the_split(tmp_path):
     none, one, two = (side(tmp_path / str(seed), seed=seed) for seed in (0, 1, 2))
     assert all(200 < len(found) < 400 for found in (none, one, two))
     for a, b in ((none, one), (none, two), (one, two)):
-        assert 20 < len(a & b) < 120  # a fifth of a fifth of 1500 is 60
+        assert 20 < len(a & b) < 120  # expected: 1500 / 5 / 5 = 60
     assert side(tmp_path / "again", seed=1) == one
 
 
-def test_documents_that_are_in_both_splits_are_counted(tmp_path, monkeypatch):
+def test_documents_in_both_splits_are_counted(tmp_path, monkeypatch):
     changed = [body.upper().replace(" ", "  ") + "!!" for body in BODIES[:400]]
     path = write(tmp_path / "x.jsonl", BODIES + changed + BODIES[:100])
     out = tmp_path / "out"
@@ -297,13 +297,13 @@ def test_documents_that_are_in_both_splits_are_counted(tmp_path, monkeypatch):
     in_both = 0
     for i, body in enumerate(BODIES[:400]):
         first, second = in_val(body), in_val(changed[i])
-        if first != second:  # the copy of a document is on its side, and counts again
+        if first != second:  # a copy of a document is in the same split, and counts again
             in_both += 2 if first and i < 100 else 1
     assert found == {in_both} and in_both > 100
     assert f"{in_both} of val also in train" in "\n".join(summary.lines())
 
 
-def test_broken_rows_are_skipped_and_counted_only_if_asked(tmp_path):
+def test_broken_rows_are_skipped_and_counted_only_on_request(tmp_path):
     path = tmp_path / "x.jsonl"
     good = [json.dumps({"text": body}) for body in BODIES]
     broken = {5: "{", 300: '{"body": 1}', 301: "[]", 302: "x", 900: '{"text": null}'}
@@ -320,7 +320,7 @@ def test_broken_rows_are_skipped_and_counted_only_if_asked(tmp_path):
     assert (tmp_path / "out" / "train.bin").read_bytes() == (tmp_path / "clean" / "train.bin").read_bytes()
 
 
-# ----------------------------------------------------------------------------- what is shown meanwhile
+# ----------------------------------------------------------------------------- progress display
 
 
 class Screen(io.StringIO):
@@ -329,7 +329,7 @@ class Screen(io.StringIO):
         self.isatty = lambda: terminal
 
 
-def test_a_terminal_shows_rate_and_time_left(source, tmp_path, small_pieces, monkeypatch):
+def test_terminal_shows_rate_and_remaining_time(source, tmp_path, small_pieces, monkeypatch):
     shown = Screen(terminal=True)
     monkeypatch.setattr(sys, "stderr", shown)
     add = corpus.Counts.add

@@ -1,4 +1,4 @@
-"""What is foretold of a run is what real models and optimizers hold; the presets have the sizes they name."""
+"""plan.py's estimates match real models and optimizers; presets have the sizes in their names."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_parameters_and_optimizer_state_are_those_of_real_models(shape, optimizer):
+def test_estimated_parameters_and_optimizer_state_match_real_models(shape, optimizer):
     with torch.device("meta"):
         model = GPT(shape)
     found, rules = estimate.parameters(shape), OptimizerOptions(optimizer)
@@ -60,7 +60,7 @@ PUBLISHED = {  # millions of parameters: OpenAI's release, and Brown et al. 2020
 
 
 @pytest.mark.parametrize(("name", "millions"), PUBLISHED.items())
-def test_presets_have_their_size_batch_and_length(name, millions):
+def test_presets_have_the_named_size_batch_and_length(name, millions):
     path = ROOT / "config" / f"{name}.py"
     options = read(train.Config, [str(path)])
     config = train.Config(**options.values).in_iterations(dict(options.origins))
@@ -76,10 +76,10 @@ def test_presets_have_their_size_batch_and_length(name, millions):
     assert config.block_size == (2048 if "gpt3" in name else 1024)
     assert 0 < config.warmup_iters < config.max_iters / 10
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
-    assert "not measured" in head and "GPUs of" in head and f"train.py config/{name}.py" in head
+    assert "not measured" in head and "GPUs with" in head and f"train.py config/{name}.py" in head
 
 
-def test_plan_says_what_train_py_would_do(capsys):
+def test_plan_matches_train_py(capsys):
     options = read(plan.Config, ["config/train_gpt2.py"], other_keys=OPTIONS)
     plan.main(plan.Config(**options.values), options.origins)
     said = capsys.readouterr().out
@@ -90,18 +90,18 @@ def test_plan_says_what_train_py_would_do(capsys):
     assert f"time: {hours:,.1f} hours" in said
 
 
-def test_a_flag_for_the_length_counts(capsys):
+def test_max_iters_flag_is_respected(capsys):
     words = ["config/train_gpt2_xl.py", "--max_iters=10", "--dollars_per_gpu_hour=2", "--gpu_memory=24"]
     options = read(plan.Config, words, other_keys=OPTIONS)
     plan.main(plan.Config(**options.values), options.origins)
     said = capsys.readouterr().out
     assert "5,242,880 in 10 iterations of 524,288" in said and "cost: $" in said
-    assert "does not fit in 24 GB: whatever the --batch_size" in said
+    assert "does not fit in 24 GB: even with a smaller --batch_size" in said
     plan.main(plan.Config(gpu_memory=11))
     assert "try a smaller --batch_size" in capsys.readouterr().out
 
 
-def test_logits_of_some_tokens_at_a_time_take_their_share(capsys):
+def test_chunked_logits_are_estimated_per_chunk(capsys):
     config = plan.Config(loss_chunk_size=2048, bias=True, batch_size=64, scaling=True)
     plan.main(config)
     said = capsys.readouterr().out
@@ -113,8 +113,8 @@ def test_logits_of_some_tokens_at_a_time_take_their_share(capsys):
     assert need.activations < plain.activations / 1.5
 
 
-def test_blocks_that_run_again_keep_their_inputs(capsys):
-    """So that the logits are nearly all that a micro-batch takes; and no bfloat16 copies wait in blocks."""
+def test_activation_checkpointing_estimate_counts_block_inputs(capsys):
+    """Then a micro-batch is mostly logits, and blocks keep no bfloat16 weight copies."""
     shape, rules, found = GPT2_SIZES["gpt2"], OptimizerOptions(), {}
     for activation_checkpointing in (False, True):
         found[activation_checkpointing] = estimate.memory(
@@ -123,21 +123,21 @@ def test_blocks_that_run_again_keep_their_inputs(capsys):
         plan.main(plan.Config(activation_checkpointing=activation_checkpointing, bias=True))
         said = capsys.readouterr().out
         assert f"about {found[activation_checkpointing].activations / 1e9:.2f}" in said
-        assert ("blocks run again" in said) == activation_checkpointing
+        assert ("activation checkpointing costs" in said) == activation_checkpointing
     kept, least = found[False].activations, 12 * 1024 * 4 * (12 * 768 + 3 * 50257)
     assert least < found[True].activations < 1.01 * least < kept / 1.3
     assert found[True].copies == 2 * 768 * 50257 < found[False].copies / 3
 
 
-def test_what_cannot_be_planned():
-    with pytest.raises(UserError, match="--gpu=Z80 is not known; there are A100, H100"):
+def test_invalid_plans_are_rejected():
+    with pytest.raises(UserError, match="--gpu=Z80 is not known; expected one of A100, H100"):
         plan.main(plan.Config(gpu="Z80"))
     with pytest.raises(UserError, match="n_embd=100 is not divisible by n_head=12"):
         plan.main(plan.Config(n_embd=100))
 
 
-def test_the_page_says_what_plan_py_says(capsys):
-    """Hours and dollars of docs/reproduce.md are computed, not remembered."""
+def test_documented_figures_match_plan_py(capsys):
+    """Hours and dollars in docs/reproduce.md equal those that plan.py computes."""
     page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(config/\S+)` \| (\S+) \| ([\d,.]+) \| ([\d,.]+) \| \$([\d,]+) \|$", page, re.M)
     assert len(rows) >= 6
@@ -146,5 +146,5 @@ def test_the_page_says_what_plan_py_says(capsys):
         options = read(plan.Config, words, other_keys=OPTIONS)
         plan.main(plan.Config(**options.values), options.origins)
         said = capsys.readouterr().out
-        assert f"memory a GPU: {gigabytes} GB" in said, preset
+        assert f"memory per GPU: {gigabytes} GB" in said, preset
         assert f"time: {hours} hours" in said and f"cost: ${dollars} " in said, preset

@@ -1,4 +1,4 @@
-"""plot.py: what is drawn is what was logged, whatever rows a run has."""
+"""Tests of plot.py: the curves equal the logged rows, for any kinds of rows."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import plot
 from nanogpt.errors import UserError
 
-PANELS = ["learning\nrate", "gradient\nnorm", "tokens\na second"]
+PANELS = ["learning\nrate", "gradient\nnorm", "tokens/s"]
 
 
 def step(iter_num: int, loss: float | None) -> dict:
@@ -34,7 +34,7 @@ def evaluation(iter_num: int, val_loss: float | None) -> dict:
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes rows into a run folder; returns the folder's path as it is typed."""
+    """Return a function that writes rows to a run folder and returns the folder's path as typed by a user."""
 
     def write_run(name: str, *rows: dict) -> str:
         (tmp_path / name).mkdir(parents=True)
@@ -47,7 +47,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def usual(write):
-    """A run of 30 steps and 3 evaluations, of which the second is the best."""
+    """A run of 30 steps and 3 evaluations; the second evaluation is the best."""
     steps = [step(i, 4.0 - i / 10) for i in range(30)]
     return write(
         "out", evaluation(0, 4.1), *steps[:10], evaluation(10, 2.9), *steps[10:], evaluation(20, 3.2)
@@ -64,7 +64,7 @@ def curves(axes) -> list[tuple[list[float], list[float]]]:
     return [tuple(np.asarray(part, dtype=float).tolist() for part in line.get_data()) for line in axes.lines]
 
 
-def test_writes_a_picture_and_says_where_the_best_loss_is(usual, tmp_path, capsys):
+def test_writes_a_figure_and_reports_the_best_loss(usual, tmp_path, capsys):
     plot.main(plot.Config(), [usual])
     png = (tmp_path / "out" / "loss.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 20_000
@@ -74,7 +74,7 @@ def test_writes_a_picture_and_says_where_the_best_loss_is(usual, tmp_path, capsy
     assert capsys.readouterr().out == said
 
 
-def test_several_runs_go_into_one_picture_here(usual, write, tmp_path, monkeypatch, capsys):
+def test_several_runs_are_plotted_in_one_figure(usual, write, tmp_path, monkeypatch, capsys):
     better = write("better", evaluation(7, 1.5))
     monkeypatch.chdir(tmp_path)
     plot.main(plot.Config(), [usual, better])
@@ -89,10 +89,10 @@ def test_several_runs_go_into_one_picture_here(usual, write, tmp_path, monkeypat
     [
         ("iter", range(30), [0, 10, 20], "iteration"),
         ("tokens", range(10, 310, 10), [0, 100, 200], "tokens trained on"),
-        ("seconds", np.arange(1, 31) / 10, [0, 1, 2], "seconds of training"),
+        ("seconds", np.arange(1, 31) / 10, [0, 1, 2], "training time (s)"),
     ],
 )
-def test_the_curves_are_the_rows(usual, x, steps_at, evals_at, label):
+def test_curves_equal_the_logged_rows(usual, x, steps_at, evals_at, label):
     figure = figure_of([usual], x=x)
     losses, *panels = figure.axes
     raw, smoothed, validation, best = curves(losses)
@@ -106,13 +106,13 @@ def test_the_curves_are_the_rows(usual, x, steps_at, evals_at, label):
     assert panels[-1].get_xlabel() == label
 
 
-def test_perplexity_is_the_exponential(usual):
+def test_perplexity_is_the_exponential_of_the_loss(usual):
     axes = figure_of([usual], y="perplexity").axes[0]
     assert curves(axes)[2][1] == pytest.approx(np.exp([4.1, 2.9, 3.2]))
     assert axes.get_ylabel() == "perplexity" and axes.get_yscale() == "log"
 
 
-def test_each_run_has_a_colour_and_its_name_in_the_legend(usual, write):
+def test_each_run_has_a_color_and_a_legend_entry(usual, write):
     figure = figure_of([usual, write("b", step(0, 3.0))])
     axes = figure.axes[0]
     names = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -120,7 +120,7 @@ def test_each_run_has_a_colour_and_its_name_in_the_legend(usual, write):
     assert {line.get_color() for line in axes.lines} == set(plot.COLOURS[:2])
 
 
-def test_runs_of_the_same_name_are_told_apart_by_their_paths(write, tmp_path, monkeypatch):
+def test_runs_of_the_same_name_are_labeled_by_path(write, tmp_path, monkeypatch):
     folders = [write("a/out", evaluation(0, 3.0)), write("b/out", evaluation(0, 2.0))]
     drawn, real = [], plot.draw
     monkeypatch.setattr(plot, "draw", lambda runs, config: drawn.extend(runs) or real(runs, config))
@@ -139,17 +139,17 @@ def test_runs_of_the_same_name_are_told_apart_by_their_paths(write, tmp_path, mo
     ids=["one step", "one evaluation", "only steps", "numbers that were not finite"],
 )
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_odd_runs_are_drawn_too(write, rows, suffix, tmp_path, recwarn):
+def test_incomplete_runs_are_plotted(write, rows, suffix, tmp_path, recwarn):
     out = tmp_path / f"x.{suffix}"
     plot.main(plot.Config(out=str(out)), [write("odd", *rows)])
     assert out.stat().st_size > 5000 and not recwarn.list
 
 
-def test_without_steps_there_are_no_empty_panels(write):
+def test_no_empty_panels_without_steps(write):
     assert len(figure_of([write("evaluated", evaluation(0, 3.0))]).axes) == 1
 
 
-def test_smoothing_keeps_the_mean_and_follows_the_start():
+def test_smoothing_keeps_the_mean_and_the_start():
     noisy = np.tile([1.0, 3.0], 300)
     assert plot.smooth(noisy)[20:] == pytest.approx(2.0, abs=0.1)
     falling = np.linspace(4, 1, 600)
@@ -157,7 +157,7 @@ def test_smoothing_keeps_the_mean_and_follows_the_start():
     assert plot.smooth(np.array([5.0])).tolist() == [5.0]
 
 
-def test_ticks_are_short():
+def test_tick_labels_are_short():
     assert [plot.short(v) for v in (0, 500, 1500, 20_000, 2_000_000, 10e9)] == [
         "0",
         "500",
@@ -169,14 +169,14 @@ def test_ticks_are_short():
     assert [plot.plain(v) for v in (6e-4, 250.0, 1_000_000)] == ["0.0006", "250", "1,000,000"]
 
 
-def test_bad_input_is_one_line(usual, write, tmp_path):
+def test_bad_input_is_a_one_line_error(usual, write, tmp_path):
     empty, foreign = write("empty"), write("foreign", {"event": "step", "iter": 1})
     for folders, out, reason in (
         ([], "", "0 runs given"),
         ([usual] * 8, "", "8 runs given"),
         ([str(tmp_path / "none")], "", "has no metrics.jsonl"),
-        ([empty], "", "has no rows yet"),
-        ([foreign], "", "is not a log of train.py"),
+        ([empty], "", "is empty; wait"),
+        ([foreign], "", "was not written by train.py"),
         ([usual], "x.doc", "must end in one of"),
         ([usual], str(tmp_path / "nowhere" / "x.png"), "cannot be written: No such file"),
     ):
@@ -185,6 +185,6 @@ def test_bad_input_is_one_line(usual, write, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_the_command_line():
+def test_command_line_arguments():
     config, folders = plot.command_line(["a", "--x=tokens", "b"])
     assert config == plot.Config(x="tokens") and folders == ["a", "b"]

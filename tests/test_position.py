@@ -1,4 +1,4 @@
-"""How the order of tokens is known: distances for RoPE, slopes for ALiBi, lengths beyond training."""
+"""Position encodings: RoPE's relative distances, ALiBi's slopes, and lengths beyond training."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from nanogpt.tokenizer.tokenizer import CharTokenizer
 from tests.conftest import words
 
 
-def test_rotary_products_depend_on_distance_alone():
+def test_rotary_products_depend_only_on_distance():
     rotary = Rotary(64, 32, 4, 8)
     torch.manual_seed(0)
     q, k = torch.randn(8), torch.randn(8)
@@ -24,8 +24,8 @@ def test_rotary_products_depend_on_distance_alone():
     torch.testing.assert_close(turned_q[0], q)
 
 
-def test_no_threads_share_the_first_call_of_a_vector_function(monkeypatch):
-    """MKL's own start is not safe for threads: tables of 2 x 2,048 numbers were sometimes less accurate."""
+def test_first_vector_math_call_is_single_threaded(monkeypatch):
+    """MKL's initialization is not thread-safe: tables of 2 x 2,048 elements were sometimes less accurate."""
     sizes = []
     real = torch.Tensor.cos
     monkeypatch.setattr(torch.Tensor, "cos", lambda x: sizes.append(x.numel()) or real(x))
@@ -33,7 +33,7 @@ def test_no_threads_share_the_first_call_of_a_vector_function(monkeypatch):
     assert sizes == [1, 256 * 16]
 
 
-def test_alibi_slopes_and_scores():
+def test_alibi_slopes_and_bias():
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(6) == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
     bias = ALiBi(16, 32, 2, 16).bias(4)
@@ -42,7 +42,7 @@ def test_alibi_slopes_and_scores():
     assert bias[1].isinf().tolist() == torch.ones(4, 4).triu(1).bool().tolist()
 
 
-def test_what_each_scheme_leaves_alone():
+def test_unused_hooks_of_each_scheme_are_identities():
     x = torch.randn(2, 3, 8)
     learned, rotary, alibi = (cls(16, 8, 2, 4) for cls in (Learned, Rotary, ALiBi))
     torch.nn.init.normal_(learned.wpe.weight)
@@ -52,14 +52,14 @@ def test_what_each_scheme_leaves_alone():
     assert learned.bias(3) is None and rotary.bias(3) is None
 
 
-def test_rotary_needs_pairs():
+def test_rotary_requires_an_even_head_size():
     with pytest.raises(ValueError, match="a head has 3"):
         Rotary(16, 6, 2, 3)
 
 
 def loss_at_twice_the_length(position: str) -> tuple[float, float]:
-    """Train on 24 characters; the loss of their second half, and of characters 24 to 48, whose places
-    the model has never seen."""
+    """Train with a context of 24 characters; return the loss on its second half, and on characters 24 to 48,
+    positions that the model has not seen in training."""
     torch.manual_seed(0)
     text = words(4000)
     ids = torch.from_numpy(CharTokenizer(sorted(set(text))).encode(text))
@@ -80,10 +80,10 @@ def loss_at_twice_the_length(position: str) -> tuple[float, float]:
     return losses[:, 12:24].mean().item(), losses[:, 24:].mean().item()
 
 
-def test_alibi_bears_twice_the_length_better_than_learned_positions_and_rope():
+def test_alibi_extrapolates_better_than_learned_positions_and_rope():
     rises = {}
     for position in ("learned", "rope", "alibi"):
         seen, beyond = loss_at_twice_the_length(position)
-        assert seen < 1.0, position  # it has learnt; guessing is 2.3
+        assert seen < 1.0, position  # trained; uniform guessing is 2.3
         rises[position] = beyond - seen
     assert rises["alibi"] < rises["rope"] and rises["alibi"] < rises["learned"]

@@ -1,4 +1,4 @@
-"""The programs under data/: run as a user runs them, with what users have."""
+"""The programs in data/, run from the command line on realistic input."""
 
 import hashlib
 import http.server
@@ -23,14 +23,14 @@ from tests.conftest import found, words
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAY = "".join(texts.web_pages(8))
-EXPECT_PLAY = [  # the words of a command that runs the program behind them with PLAY for Shakespeare
+EXPECT_PLAY = [  # Python arguments: run the program that follows, with PLAY as Shakespeare's text
     "-c",
     "import runpy, sys; from nanogpt.tokenizer import download\n"
     f"download.SHAKESPEARE_SHA256 = {hashlib.sha256(PLAY.encode()).hexdigest()!r}\n"
     "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')",
 ]
 SHAKESPEARE = "tinyshakespeare.txt"
-NANOGPTS = {  # SHA-256 of the files that nanoGPT's programs make of it
+NANOGPTS = {  # SHA-256 of the files that nanoGPT's programs produce
     "shakespeare/train.bin": "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f",
     "shakespeare/val.bin": "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b",
     "shakespeare_char/train.bin": "6ec305602a99ac2802745a134e1f5e33e2231b4855525b00b9aebb730ac2626f",
@@ -40,16 +40,16 @@ REFUSED = {
     "empty.txt": "empty",
     "invalid_utf8.bin": "byte 0xc3 at offset {} is neither UTF-8 nor UTF-16 nor GB18030",
     "latin1_german.txt": "byte 0xe4 at offset {} is neither UTF-8 nor UTF-16 nor GB18030",
-    "one_repeated_char.txt": "there is nothing to learn",
-    "single_char.txt": "there is nothing to learn",
-    "single_newline.txt": "there is nothing to learn",
+    "one_repeated_char.txt": "at least 2 distinct characters are needed",
+    "single_char.txt": "at least 2 are needed",
+    "single_newline.txt": "at least 2 are needed",
 }
 
 
 def prepare(
     program: str, *arguments: object, cwd: Path = ROOT, before: Sequence[str] = (), **variables: str
 ) -> subprocess.CompletedProcess:
-    """Run data/PROGRAM as `python data/PROGRAM ...`, with other words `before` it."""
+    """Run `python BEFORE data/PROGRAM ARGUMENTS`."""
     return subprocess.run(
         [sys.executable, *before, str(ROOT / "data" / program), *map(str, arguments)],
         cwd=cwd,
@@ -61,7 +61,7 @@ def prepare(
 
 
 def assert_refused(run: subprocess.CompletedProcess, reason: str, out: Path) -> None:
-    """One line on stderr, exit code 2, and nothing written."""
+    """Assert exit code 2, one line on stderr, and no output folder."""
     assert (run.returncode, run.stdout) == (2, ""), run.stderr
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
     assert reason in run.stderr
@@ -79,7 +79,7 @@ def hashes_of(out: Path) -> dict[str, str]:
 
 
 def by_nanogpts_rule(text: str) -> dict[str, str]:
-    """The hashes of nanoGPT's files of characters: numbered in their order, the first 90 % are train."""
+    """Return the hashes of nanoGPT's character files: ids in character order, the first 90% is train."""
     number = {character: i for i, character in enumerate(sorted(set(text)))}
     cut = int(len(text) * 0.9)
     parts = {"train.bin": text[:cut], "val.bin": text[cut:]}
@@ -94,7 +94,7 @@ def nanogpts(name: str) -> dict[str, str]:
 # ----------------------------------------------------------------------------- data/prepare.py
 
 
-def test_every_odd_file_comes_back_exactly_or_is_refused_in_one_line(tmp_path):
+def test_odd_files_round_trip_or_are_rejected_in_one_line(tmp_path):
     odd = tmp_path / "odd"
     odd.mkdir()
     for name, content in texts.awkward().items():
@@ -119,7 +119,7 @@ def test_every_odd_file_comes_back_exactly_or_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     "name", ["own", *["chinese/sanguo_yanyi.txt"] * bool(found("chinese/sanguo_yanyi.txt"))]
 )
-def test_a_novel_in_chinese_becomes_characters(name, real, tmp_path):
+def test_chinese_novel_becomes_character_tokens(name, real, tmp_path):
     novel = tmp_path / "novel.txt" if name == "own" else real(name)
     if name == "own":
         novel.write_text(texts.chinese_novel(), encoding="utf-8", newline="\r\n")
@@ -129,19 +129,19 @@ def test_a_novel_in_chinese_becomes_characters(name, real, tmp_path):
     assert run.returncode == 0
     lines = run.stdout.splitlines()
     assert f"tokenizer: char, vocab size: {len(set(text)):,}" in lines
-    assert "newlines normalised to \\n" in lines
+    assert "newlines normalized to \\n" in lines
     assert lines[-1] == f'python train.py config/quickstart.py "--dataset={out}"'
     assert text_of(out) == text
 
 
-def test_a_path_is_taken_from_where_the_user_is(tmp_path):
+def test_paths_are_relative_to_the_working_directory(tmp_path):
     (tmp_path / "my.txt").write_text("some text " * 20, encoding="utf-8")
     run = prepare("prepare.py", "my.txt", "--out=data/mine", "--tokenizer=byte", cwd=tmp_path)
     assert run.stdout.splitlines()[-1] == "python train.py config/quickstart.py --dataset=data/mine"
     assert text_of(tmp_path / "data" / "mine") == "some text " * 20
 
 
-def test_gpt2_tokens_are_those_of_nanogpt(real, tmp_path):
+def test_gpt2_tokens_equal_nanogpts(real, tmp_path):
     out = tmp_path / "out"
     bpe = f"--gpt2_bpe={real('gpt2/vocab.bpe')}"
     run = prepare("prepare.py", real(SHAKESPEARE), f"--out={out}", "--tokenizer=gpt2", bpe)
@@ -149,17 +149,17 @@ def test_gpt2_tokens_are_those_of_nanogpt(real, tmp_path):
     assert hashes_of(out) == nanogpts("shakespeare")
 
 
-def test_options_are_checked_and_explained(tmp_path):
+def test_options_are_validated_and_documented(tmp_path):
     text, out = tmp_path / "x.txt", tmp_path / "out"
     text.write_text("some text " * 20, encoding="utf-8")
     for arguments, reason in [
         ([text], "--out=... is required"),
-        ([f"--out={out}"], "name a text to prepare"),
-        ([text, "--out="], "name a text to prepare"),
-        ([tmp_path / "no.txt", f"--out={out}"], "there is no such file"),
+        ([f"--out={out}"], "give a text and a dataset folder"),
+        ([text, "--out="], "give a text and a dataset folder"),
+        ([tmp_path / "no.txt", f"--out={out}"], "no such file"),
         ([text, f"--out={out}", "--val_fraction=1"], "must lie between 0 and 1"),
-        ([text, f"--out={out}", "--tokenizer=morse"], "none of auto, char, byte, gpt2"),
-        ([text, f"--out={out}", "--encoding=latin-99"], "there is no such encoding"),
+        ([text, f"--out={out}", "--tokenizer=morse"], "must be auto, char, byte, gpt2"),
+        ([text, f"--out={out}", "--encoding=latin-99"], "unknown encoding"),
         ([text, f"--out={out}", "--gpt2_bpe=vocab.bpe"], "needs --tokenizer=gpt2"),
     ]:
         assert_refused(prepare("prepare.py", *arguments), reason, out)
@@ -167,7 +167,7 @@ def test_options_are_checked_and_explained(tmp_path):
     assert all(f"--{name}" in shown for name in ("out", "tokenizer", "val_fraction", "encoding", "gpt2_bpe"))
 
 
-def test_a_disk_that_cannot_be_written_is_no_traceback(tmp_path):
+def test_unwritable_disk_is_a_one_line_error(tmp_path):
     text = tmp_path / "x.txt"
     text.write_text("some text " * 20, encoding="utf-8")
     run = prepare("prepare.py", text, f"--out={text / 'below a file'}")
@@ -176,7 +176,7 @@ def test_a_disk_that_cannot_be_written_is_no_traceback(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure the peak memory")
-def test_memory_does_not_grow_with_the_text(tmp_path):
+def test_memory_is_independent_of_text_size(tmp_path):
     body = words(200_000).encode()
     with (tmp_path / "big.txt").open("wb") as file:
         for _ in range(200_000_000 // len(body)):
@@ -185,14 +185,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         "import sys; from pathlib import Path; from nanogpt.prepare import corpus\n"
         "corpus.prepare([Path(sys.argv[1])], Path(sys.argv[2]), kind='char')\n"
         "status = Path('/proc/self/status').read_text(encoding='utf-8')\n"
-        "print(status.split('VmHWM:')[1].split()[0])"  # kB; ru_maxrss would count the parent's memory
+        "print(status.split('VmHWM:')[1].split()[0])"  # kB; ru_maxrss would include the parent's memory
     )
     command = [sys.executable, "-c", code, str(tmp_path / "big.txt"), str(tmp_path / "out")]
     run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     size = (tmp_path / "out" / "train.bin").stat().st_size + (tmp_path / "out" / "val.bin").stat().st_size
     assert size > 390_000_000
-    assert int(run.stdout) < 150_000  # 70 MB were measured, for this and for a text of 1 GB
-    for name in ("big.txt", "out/train.bin", "out/val.bin"):  # pytest keeps the folders of three runs
+    assert int(run.stdout) < 150_000  # measured: 70 MB, for this and for a text of 1 GB
+    for name in ("big.txt", "out/train.bin", "out/val.bin"):  # pytest keeps the last three runs
         (tmp_path / name).unlink()
 
 
@@ -211,7 +211,7 @@ def test_shakespeare_gives_nanogpts_files_byte_for_byte(name, real, tmp_path):
 @pytest.mark.parametrize(
     "text", [PLAY, texts.chinese_novel(5003), "some text " * 20], ids=["play", "hanzi", "short"]
 )
-def test_another_text_is_prepared_by_the_same_rule_with_a_note(text, tmp_path):
+def test_different_text_is_prepared_with_a_note(text, tmp_path):
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     run = prepare("shakespeare_char/prepare.py", f"--input={tmp_path / 'x.txt'}", f"--out={tmp_path / 'out'}")
     assert run.returncode == 0 and run.stdout.count("is not the usual tinyshakespeare.txt") == 1
@@ -220,7 +220,7 @@ def test_another_text_is_prepared_by_the_same_rule_with_a_note(text, tmp_path):
 
 @contextmanager
 def serving(content: bytes) -> Iterator[str]:
-    """The address of a server on this machine, with the text, and with what goes wrong with servers."""
+    """Serve the text, and typical server failures, on localhost; yield the URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -254,8 +254,8 @@ def download_play(address: str, out: Path, cache: Path) -> subprocess.CompletedP
     return prepare(program, f"--url={address}", f"--out={out}", before=EXPECT_PLAY, NANOGPT_CACHE=str(cache))
 
 
-def test_a_download_is_kept_and_used_again(server, tmp_path):
-    for i, address in enumerate((f"{server}/right", "http://127.0.0.1:9/right")):  # nothing listens on 9
+def test_download_is_cached(server, tmp_path):
+    for i, address in enumerate((f"{server}/right", "http://127.0.0.1:9/right")):  # no server on port 9
         run = download_play(address, tmp_path / str(i), tmp_path / "cache")
         assert (run.returncode, run.stderr) == (0, "") and "note:" not in run.stdout
         assert hashes_of(tmp_path / str(i)) == by_nanogpts_rule(PLAY)
@@ -270,7 +270,7 @@ def test_shakespeare_is_downloaded(real, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["missing", "cut", "wrong", "offline", "no address"])
-def test_a_failed_download_leaves_nothing_and_says_what_does_without(path, server, tmp_path):
+def test_failed_download_leaves_no_files_and_suggests_an_alternative(path, server, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out"
     address = {"offline": "http://127.0.0.1:9/right", "no address": "no address"}.get(
         path, f"{server}/{path}"
@@ -281,7 +281,7 @@ def test_a_failed_download_leaves_nothing_and_says_what_does_without(path, serve
     assert not [file for file in cache.rglob("*") if file.is_file()]
 
 
-def test_a_damaged_file_in_the_cache_is_not_used(server, tmp_path):
+def test_damaged_cached_file_is_not_used(server, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / SHAKESPEARE).write_bytes(b"half a down")
@@ -290,14 +290,14 @@ def test_a_damaged_file_in_the_cache_is_not_used(server, tmp_path):
     assert hashes_of(tmp_path / "out") == by_nanogpts_rule(PLAY)
 
 
-def test_the_address_is_nanogpts():
+def test_url_equals_nanogpts():
     assert download.SHAKESPEARE_URL.endswith("karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
 
 
-# ----------------------------------------------------------------------------- Python's library
+# ----------------------------------------------------------------------------- Python's standard library
 
 
-def test_the_standard_library_is_a_corpus_that_every_python_has(tmp_path):
+def test_standard_library_is_prepared_as_a_corpus(tmp_path):
     run = prepare("python_stdlib/prepare.py", f"--out={tmp_path / 'a'}")
     assert (run.returncode, run.stderr) == (0, "")
     text = text_of(tmp_path / "a")

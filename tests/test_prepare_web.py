@@ -1,4 +1,4 @@
-"""The programs that prepare much text, on little of the same format."""
+"""The programs that prepare large web datasets, on small data of the same format."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def pages(request, real) -> list[str]:
 
 @pytest.fixture(scope="module")
 def repository(pages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset as it lies on the hub: Parquet files in a folder, and a README."""
+    """A dataset as on the hub: Parquet files in a folder, and a README."""
     folder = tmp_path_factory.mktemp("repository")
     for i, part in enumerate((pages[:200], pages[200:])):
         path = folder / "data" / f"train-0000{i}-of-00002.parquet"
@@ -40,7 +40,7 @@ def repository(pages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def documents_of(out: Path) -> list[list[int]]:
-    """The documents of both splits, sorted."""
+    """Return the documents of both splits, sorted."""
     loaded = loader.load(out)
     found = []
     for tokens in (loaded.train, loaded.val):
@@ -51,7 +51,7 @@ def documents_of(out: Path) -> list[list[int]]:
     return sorted(found)
 
 
-def test_web_pages_become_the_tokens_of_gpt2(repository, pages, tmp_path, real):
+def test_web_pages_become_gpt2_tokens(repository, pages, tmp_path, real):
     merges = real("gpt2/vocab.bpe")
     common = ["--val_fraction=0.05", "--seed=1", f"--gpt2_bpe={merges}"]
     splits = []
@@ -78,25 +78,25 @@ def test_web_pages_become_the_tokens_of_gpt2(repository, pages, tmp_path, real):
 
 
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-def test_without_the_net_one_line_says_what_to_do(name, tmp_path, real):
+def test_no_network_is_a_one_line_error_with_instructions(name, tmp_path, real):
     out = tmp_path / "out"
     bpe = f"--gpt2_bpe={real('gpt2/vocab.bpe')}"
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     assert_refused(
         prepare(f"{name}/prepare.py", f"--out={out}", bpe, **offline),
-        "put its parquet files into a folder and give --source=FOLDER",
+        "put its parquet files into a folder and pass --source=FOLDER",
         out,
     )
 
 
-def test_without_the_net_and_the_merges_one_line_says_where_to_put_them(tmp_path):
+def test_no_network_and_no_merges_error_says_where_to_put_them(tmp_path):
     nowhere = {"NANOGPT_CACHE": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
     nowhere |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     out = tmp_path / "out"
     assert_refused(prepare("openwebtext/prepare.py", f"--out={out}", **nowhere), "put that file at", out)
 
 
-def test_a_vocabulary_is_trained_and_used_again(tmp_path):
+def test_vocabulary_is_trained_and_reused(tmp_path):
     bodies = [f"Grüße {i}, 世界! {words(60, seed=i)}" for i in range(200)]
     lines = "".join(json.dumps({"body": body}) + "\n" for body in bodies)
     (tmp_path / "x.jsonl").write_text(lines, encoding="utf-8")
@@ -118,19 +118,19 @@ def test_a_vocabulary_is_trained_and_used_again(tmp_path):
     assert len(back) > 150 and set(back[:-1]) <= set(bodies) and back[-1] == ""
 
 
-def test_new_options_are_checked_and_explained(tmp_path):
+def test_new_options_are_validated_and_documented(tmp_path):
     text, out = tmp_path / "x.txt", tmp_path / "out"
     text.write_text("some text " * 200, encoding="utf-8")
     pq.write_table(pa.table({"content": ["a"], "n": [1]}), tmp_path / "x.parquet")
     for arguments, reason in [
-        ([text, "--tokenizer=bpe:many"], "give a number of tokens above 257, as in bpe:8192"),
-        ([text, "--tokenizer=bpe:257"], "give a number of tokens above 257"),
-        ([text, "--tokenizer=no/tokenizer.json"], "and no tokenizer.json"),
+        ([text, "--tokenizer=bpe:many"], "the size must be a number above 257, as in bpe:8192"),
+        ([text, "--tokenizer=bpe:257"], "the size must be a number above 257"),
+        ([text, "--tokenizer=no/tokenizer.json"], "or the path of a tokenizer.json"),
         ([text, f"--tokenizer={text}"], "is not a tokenizer"),
         ([text, "--workers=-1"], "a whole number >= 0"),
-        ([tmp_path / "x.parquet"], "the columns there are: content (string), n (int64)"),
+        ([tmp_path / "x.parquet"], "existing columns: content (string), n (int64)"),
         ([tmp_path / "x.parquet", "--text_key=n"], "'n' is of type int64"),
-        ([tmp_path / "*.zst"], "there is no such file"),
+        ([tmp_path / "*.zst"], "no such file"),
         ([f"--hub={tmp_path / 'nothing'}"], "--hub="),
     ]:
         assert_refused(prepare("prepare.py", *arguments, f"--out={out}", HF_HUB_OFFLINE="1"), reason, out)
@@ -139,7 +139,7 @@ def test_new_options_are_checked_and_explained(tmp_path):
 @pytest.mark.parametrize(
     ("package", "name"), [("pyarrow", "x.parquet"), ("zstandard", "x.jsonl.zst"), ("datasets", "--hub=x")]
 )
-def test_a_package_that_is_missing_is_named(package, name, tmp_path, monkeypatch):
+def test_missing_package_is_named(package, name, tmp_path, monkeypatch):
     from nanogpt.prepare import corpus
 
     monkeypatch.setitem(__import__("sys").modules, package, None)

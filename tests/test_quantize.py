@@ -1,4 +1,4 @@
-"""Weights in fewer bytes: what they are worth, and what becomes of the model."""
+"""Quantized and packed weights: accuracy of products, and effect on the model."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ KINDS = [Int8Portable, *([PackedInt8] if cpu_kernels.library() else [])]
 compiled = pytest.mark.skipif(
     cpu_kernels.library() is None, reason=f"cpu_kernels.cpp: {cpu_kernels.why_not()}"
 )
-SHAPES = [(96, 64), (50, 32), (7, 24), (33, 200)]  # rows in whole groups, and not
+SHAPES = [(96, 64), (50, 32), (7, 24), (33, 200)]  # row counts divisible by the group size, and not
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weights_are_rounded_by_rows(shape):
+def test_weights_are_rounded_per_row(shape):
     weight = torch.randn(shape) * torch.logspace(-3, 2, shape[0])[:, None]
     whole, step = rounded(weight)
     assert whole.dtype == torch.int8 and whole.abs().amax(dim=1).tolist() == [127] * len(weight)
@@ -28,15 +28,15 @@ def test_weights_are_rounded_by_rows(shape):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1, 40])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_is_that_of_the_rounded_weights(kind, rows, shape):
+def test_product_equals_that_of_the_rounded_weights(kind, rows, shape):
     torch.manual_seed(0)
     weight, bias = torch.randn(shape) * torch.logspace(-3, 2, shape[0])[:, None], torch.randn(shape[0])
     whole, step = rounded(weight)
     restored = whole.double() * step.double()[:, None]
-    # 15 bits of each activation, or bfloat16 in all places
+    # 15 bits per activation, or bfloat16 throughout
     dtype, bits = (torch.bfloat16, 7) if kind is Int8Portable else (torch.float32, 14)
     x = (torch.randn(1, rows, shape[1]) * torch.logspace(-4, 3, rows)[:, None]).to(dtype)
-    x[0, 0, 3] = 30 * x[0, 0].abs().max()  # one large activation, as trained models have them
+    x[0, 0, 3] = 30 * x[0, 0].abs().max()  # an activation outlier, as in trained models
     expected = x.double() @ restored.T + bias.double()
     largest = x.double().abs().amax(dim=-1, keepdim=True).expand_as(x)
     scale = (largest if bits == 14 else x.double().abs()) @ restored.abs().T + bias.abs()
@@ -56,7 +56,7 @@ def test_rows_of_zeros_stay_zeros(kind):
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES, (1000, 384)])
-def test_a_packed_product_is_the_product(dtype, rows, shape):
+def test_packed_product_equals_linear(dtype, rows, shape):
     torch.manual_seed(0)
     weight, bias, x = (torch.randn(*size).to(dtype) for size in (shape, shape[:1], (2, rows, shape[1])))
     for given in (bias, None):
@@ -70,7 +70,7 @@ def test_a_packed_product_is_the_product(dtype, rows, shape):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_row_gives_the_same_bits_in_any_company_on_any_number_of_threads(dtype):
+def test_row_result_is_independent_of_batch_and_thread_count(dtype):
     torch.manual_seed(0)
     kind, type_ = (PackedInt8, torch.float32) if dtype == torch.int8 else (Packed, dtype)
     product = kind(torch.randn(300, 512).to(type_), torch.randn(300).to(type_))
@@ -87,7 +87,7 @@ def test_a_row_gives_the_same_bits_in_any_company_on_any_number_of_threads(dtype
 
 
 @compiled
-def test_what_is_not_there_in_one_piece_is_multiplied_too():
+def test_non_contiguous_and_empty_inputs():
     product, x = Packed(torch.randn(64, 32)), torch.randn(5, 7, 64)[:, ::2, ::2]
     assert torch.equal(product(x), product(x.clone(memory_format=torch.contiguous_format)))
     assert product(x[:0]).shape == (0, 4, 64)
@@ -104,7 +104,7 @@ def model_of(**changes) -> GPT:
 
 
 @pytest.mark.parametrize("switches", [{}, {"tied": False, "position": "rope", "smear": True, "softcap": 9.0}])
-def test_a_model_of_int8_is_nearly_the_same(switches):
+def test_int8_model_is_close_to_float32(switches):
     idx = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(1))
     exact = model_of(**switches)(idx)[0]
     model = cast(model_of(**switches), "int8")
@@ -141,14 +141,14 @@ def test_other_formats_are_cast_and_packed(dtype, compiler, monkeypatch):
     assert len(decoder.step()) == 1
 
 
-def test_a_model_of_odd_widths_is_not_packed():
+def test_model_with_odd_widths_is_not_packed():
     for dtype in ("float32", "int8"):
         model = cast(model_of(n_embd=34), dtype)
         assert not any(isinstance(module, Packed) for module in model.modules())
         assert model(torch.tensor([[1, 2]]))[0].isfinite().all()
 
 
-def test_a_packed_model_writes_what_the_plain_one_does():
+def test_packed_model_generates_the_same_text():
     texts = [[Text(list(range(1 + 3 * i)), seed=i) for i in range(9)] for _ in range(2)]
     for model, written in zip((model_of(), cast(model_of(), "float32")), texts, strict=True):
         decoder = Engine(model, 9)

@@ -1,4 +1,4 @@
-"""Readers: the same documents from every kind of file, from any place on, and clear words otherwise."""
+"""Readers: equal documents from every file format, resumable at any position, and clear error messages."""
 
 import gzip
 import json
@@ -29,13 +29,13 @@ def write_arrow(path: Path, table: pa.Table) -> None:
 
 
 def write(path: Path, bodies: list[str]) -> Path:
-    """`bodies` as a file of the kind that its name says."""
+    """Write `bodies` in the format given by the file extension."""
     table = pa.table({"id": list(range(len(bodies))), "text": bodies})
     writers = {
         ".jsonl": lambda: path.write_bytes(lines(bodies)),
         ".gz": lambda: path.write_bytes(gzip.compress(lines(bodies))),
         ".xz": lambda: path.write_bytes(lzma.compress(lines(bodies))),
-        ".zst": lambda: path.write_bytes(  # two frames, as parallel compressors write
+        ".zst": lambda: path.write_bytes(  # two frames, as written by parallel compressors
             zstandard.compress(lines(bodies[:300])) + zstandard.compress(lines(bodies[300:]))
         ),
         ".parquet": lambda: pq.write_table(table, path, row_group_size=120),
@@ -48,7 +48,7 @@ def write(path: Path, bodies: list[str]) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dataset as a repository of the hub holds it: two Parquet files in data/, and a README."""
+    """A dataset as in a hub repository: two Parquet files in data/, and a README."""
     folder = tmp_path / "repository"
     write(folder / "data" / "train-00000-of-00002.parquet", BODIES[:400])
     write(folder / "data" / "train-00001-of-00002.parquet", BODIES[400:])
@@ -61,18 +61,18 @@ NAMES = ["x.jsonl", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.zst", "x.parquet", "x.a
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kind_of_file_holds_the_same_documents(name, tmp_path, monkeypatch):
+def test_every_file_format_gives_the_same_documents(name, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "BLOCK", 5000)
     assert documents(text_files.find([write(tmp_path / name, BODIES)])) == BODIES
 
 
-def test_datasets_of_the_hub_are_streamed(hub):
+def test_hub_datasets_are_streamed(hub):
     found = readers.hub(str(hub), "text", "")
     assert documents(Texts([found])) == BODIES
 
 
 @pytest.mark.parametrize("name", [*NAMES, "x.txt", "hub"])
-def test_reading_goes_on_from_any_place(name, tmp_path, hub, monkeypatch):
+def test_reading_resumes_at_any_position(name, tmp_path, hub, monkeypatch):
     monkeypatch.setattr(text_files, "BLOCK", 20_000)
     monkeypatch.setattr(readers, "ROWS", 64)
     if name == "hub":
@@ -94,33 +94,33 @@ def test_reading_goes_on_from_any_place(name, tmp_path, hub, monkeypatch):
     whole = list(bodies(pieces))
     assert len(pieces) >= 3 and "".join(whole) == "".join([*BODIES, "the last"])
     for i in (0, 1, len(pieces) // 2, len(pieces) - 2):
-        place = json.loads(json.dumps(pieces[i].place))  # as it lies in a file
+        place = json.loads(json.dumps(pieces[i].place))  # JSON round trip, as when saved
         rest = bodies(readers.pieces(found, reading, (pieces[i].source, place)))
         assert list(rest) == list(bodies(pieces[i + 1 :]))
 
 
-def test_patterns_and_folders_find_files_of_rows(tmp_path):
+def test_patterns_and_folders_find_table_files(tmp_path):
     for i, name in enumerate(NAMES):
         write(tmp_path / "a" / "b" / f"{i}-{name}", BODIES[i * 100 : i * 100 + 100])
     assert len(documents(text_files.find([tmp_path / "a" / "*" / "*.jsonl*"]))) == 400
     assert documents(text_files.find([tmp_path / "**" / "*-x.parquet"])) == BODIES[400:500]
     assert documents(text_files.find([tmp_path / "a"])) == BODIES[:600]
-    with pytest.raises(UserError, match=r"\*\.nothing: there is no such file"):
+    with pytest.raises(UserError, match=r"\*\.nothing: no such file"):
         text_files.find([tmp_path / "*.nothing"])
 
 
-def test_a_readme_beside_tables_is_no_document(hub):
+def test_readme_next_to_tables_is_not_a_document(hub):
     found = text_files.find([hub])
     assert documents(found) == BODIES
-    assert found.skipped == [("repository/README.md", "not a table, as others in its folder are")]
+    assert found.skipped == [("repository/README.md", "not a table, unlike others in its folder")]
 
 
-def test_empty_and_missing_values_are_rows_without_a_character(tmp_path):
+def test_empty_and_missing_values_are_empty_documents(tmp_path):
     pq.write_table(pa.table({"text": ["one", "", None, "two"]}), tmp_path / "x.parquet")
     assert documents(text_files.find([tmp_path / "x.parquet"])) == ["one", "two"]
 
 
-# ----------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------- invalid input
 
 
 def refusal(path: Path, text_key: str = "text") -> str:
@@ -133,21 +133,21 @@ def refusal(path: Path, text_key: str = "text") -> str:
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
-def test_a_table_without_the_column_says_which_there_are(name, tmp_path):
+def test_missing_column_error_lists_the_columns(name, tmp_path):
     said = refusal(write(tmp_path / name, BODIES), "body")
-    assert "the column 'body' is not there; the columns there are: id (int64), text (string)" in said
+    assert "column 'body' does not exist; existing columns: id (int64), text (string)" in said
     assert "'id' is of type int64" in refusal(tmp_path / name, "id")
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_half_a_file_is_named(name, tmp_path):
+def test_truncated_file_is_reported(name, tmp_path):
     path = write(tmp_path / name, BODIES)
     path.write_bytes(path.read_bytes()[:-2000])
     said = refusal(path)
-    assert "fetch it again" in said and ("damaged" in said or "no whole" in said)
+    assert "download it again" in said and ("damaged" in said or "not a complete" in said)
 
 
-def test_a_broken_line_is_found_in_a_compressed_file(tmp_path, monkeypatch):
+def test_broken_line_in_a_compressed_file_is_located(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "BLOCK", 3000)
     path = tmp_path / "x.jsonl.xz"
     path.write_bytes(lzma.compress(lines(BODIES[:200]) + b"\n{broken\n" + lines(BODIES)))
@@ -155,7 +155,7 @@ def test_a_broken_line_is_found_in_a_compressed_file(tmp_path, monkeypatch):
     path.write_bytes(lzma.compress(lines(BODIES[:3]) + b'{"text": "\xff"}\n'))
     assert "x.jsonl.xz, line 4 is not valid JSON: 'utf-8' codec can't decode" in refusal(path)
     path.write_bytes(lzma.compress(b'{"body": "a", "id": 3}\n'))
-    assert "choose with --text_key among body" in refusal(path)
+    assert "set --text_key to one of body" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_broken_line_is_found_in_a_compressed_file(tmp_path, monkeypatch):
         ("{hub}::test", "Bad split: test"),
     ],
 )
-def test_a_dataset_that_cannot_be_had_is_one_line(name, reason, hub, monkeypatch):
+def test_unavailable_dataset_is_a_one_line_error(name, reason, hub, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -174,5 +174,5 @@ def test_a_dataset_that_cannot_be_had_is_one_line(name, reason, hub, monkeypatch
     with pytest.raises(UserError, match=reason) as error:
         readers.hub(name.format(hub=hub), "text", "put it there")
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"'body' is not there; the columns there are: id \(int64\), text"):
+    with pytest.raises(UserError, match=r"'body' does not exist; existing columns: id \(int64\), text"):
         readers.hub(str(hub), "body", "")

@@ -1,4 +1,4 @@
-"""The record of two commits: what it compares, and what it leaves out."""
+"""Comparison of the records of two commits: compared and ignored fields."""
 
 import json
 
@@ -9,7 +9,7 @@ def side(tmp_path, name):
     return record.Side(tmp_path, tmp_path / name)
 
 
-def test_times_and_paths_are_left_out_and_nothing_else(tmp_path):
+def test_only_times_and_paths_are_ignored(tmp_path):
     digests = []
     for name, row in (
         ("a", {"iter": 1, "loss": 2.5, "step_s": 0.1}),
@@ -24,7 +24,7 @@ def test_times_and_paths_are_left_out_and_nothing_else(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_options_are_compared_where_both_sides_have_them(tmp_path, monkeypatch):
+def test_only_shared_options_are_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RENAMED", {"old": "new"})
     found = []
     for name, options in (("a", {"old": 1, "gone": 2}), ("b", {"new": 1}), ("c", {"new": 3})):
@@ -36,7 +36,7 @@ def test_options_are_compared_where_both_sides_have_them(tmp_path, monkeypatch):
     assert record.compare(found[0], found[2])[0][2] == "DIFFERENT: config.json --new"
 
 
-def test_a_result_that_one_side_lacks_or_nothing_at_all_is_not_equal():
+def test_missing_results_are_not_equal():
     (row,) = record.compare({"case": {"a.bin": "1"}}, {"case": {}})
     assert row[2] == "DIFFERENT: a.bin"
     (row,) = record.compare({"case": {}}, {"case": {}})
@@ -45,7 +45,7 @@ def test_a_result_that_one_side_lacks_or_nothing_at_all_is_not_equal():
     assert row[2] == "FAILED: error: no"
 
 
-def test_cases_come_after_those_whose_results_they_read():
+def test_cases_are_ordered_after_their_inputs():
     every = record.every_case()
     order = record.closure(every, ["finetune an export"])
     assert order == [

@@ -1,4 +1,4 @@
-"""Processes that meet see who is missing and what differs. Threads stand for processes."""
+"""The rendezvous reports missing ranks and differing options. Threads simulate ranks."""
 
 import threading
 
@@ -10,7 +10,7 @@ from nanogpt.errors import SHARED, UserError
 
 
 def together(size, work):
-    """What `work(rank)` returns or raises, in `size` threads."""
+    """Run `work(rank)` in `size` threads; return the results or exceptions."""
     found = [None] * size
 
     def run(rank):
@@ -27,16 +27,16 @@ def together(size, work):
     return found
 
 
-def test_all_get_the_same_word_and_each_attempt_its_own_in_the_same_store():
+def test_ranks_share_a_key_that_is_unique_per_attempt():
     store, words = HashStore(), set()
-    for _ in range(3):  # what the attempts before have left is no answer, and no sign of life
+    for _ in range(3):  # entries of earlier attempts are neither answers nor heartbeats
         found = together(4, lambda rank: rendezvous.gather(store, rank, 4, 10.0, "here:1"))
         assert len(set(found)) == 1
         words |= set(found)
     assert len(words) == 3
 
 
-def test_who_does_not_come_is_named_to_those_that_did():
+def test_missing_rank_is_named_to_the_others():
     store = HashStore()
     together(4, lambda rank: rendezvous.gather(store, rank, 4, 10.0, "here:1"))
 
@@ -49,11 +49,11 @@ def test_who_does_not_come_is_named_to_those_that_did():
     first, second, _, third = together(4, come)
     for error in (first, second, third):
         assert isinstance(error, UserError) and SHARED in error.__notes__
-        assert "of the 4 processes 2 did not come to here:1 within 1 s" in str(error)
+        assert "rank(s) 2 of 4 did not join at here:1 within 1 s" in str(error)
 
 
-def test_without_the_first_process_the_others_say_where_they_waited():
-    with pytest.raises(UserError, match="process 1 was not answered by process 0 at here:1 within"):
+def test_missing_rank_0_error_names_the_address():
+    with pytest.raises(UserError, match="rank 1 got no reply from rank 0 at here:1 within"):
         rendezvous.gather(HashStore(), 1, 2, 0.1, "here:1")
 
 
@@ -67,14 +67,14 @@ ABOUT = {
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("options", {"batch_size": 8}, "process 2 has --batch_size=8, process 0 has --batch_size=4"),
-        ("code", {"nanogpt/model.py": "ef"}, "process 2 has another nanogpt/model.py"),
-        ("code", {"nanogpt/new.py": "ef"}, "process 2 alone has nanogpt/new.py"),
-        ("machine", {"device": "cpu"}, "process 2 has device cpu, process 0 has device cuda"),
-        ("machine", {"torch": "2.11.0"}, "process 2 has torch 2.11.0, process 0 has torch 2.13.0"),
+        ("options", {"batch_size": 8}, "rank 2 has --batch_size=8, rank 0 has --batch_size=4"),
+        ("code", {"nanogpt/model.py": "ef"}, "rank 2 has a different nanogpt/model.py"),
+        ("code", {"nanogpt/new.py": "ef"}, "rank 2 has an extra nanogpt/new.py"),
+        ("machine", {"device": "cpu"}, "rank 2 has device cpu, rank 0 has device cuda"),
+        ("machine", {"torch": "2.11.0"}, "rank 2 has torch 2.11.0, rank 0 has torch 2.13.0"),
     ],
 )
-def test_a_difference_is_told_to_all_of_them(kind, change, message):
+def test_difference_is_reported_on_all_ranks(kind, change, message):
     store = HashStore()
 
     def compare(rank):
@@ -86,6 +86,6 @@ def test_a_difference_is_told_to_all_of_them(kind, change, message):
         assert message in str(error) and "\n" not in str(error)
 
 
-def test_equal_processes_may_go_on():
+def test_equal_ranks_proceed():
     store = HashStore()
     assert together(3, lambda rank: rendezvous.compare(store, rank, 3, ABOUT, 5.0)) == [None] * 3

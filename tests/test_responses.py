@@ -1,4 +1,4 @@
-"""Prompts and responses: only responses (and the ends of documents) are learnt and scored."""
+"""Prompts and responses: the loss covers only response tokens and end_of_text."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def prepare(file, out, **options):
     return corpus.prepare([file], out, kind="bpe:300", text_key="prompt+response", **options)
 
 
-def test_the_mask_is_the_responses_and_their_ends(questions, tmp_path):
+def test_mask_covers_responses_and_their_end_of_text(questions, tmp_path):
     summary = prepare(questions, tmp_path / "out")
     assert "loss on responses only" in "\n".join(summary.lines())
     dataset = loader.load(tmp_path / "out")
@@ -51,7 +51,7 @@ def test_the_mask_is_the_responses_and_their_ends(questions, tmp_path):
     assert sorted(seen) == sorted((row["prompt"].replace("\r\n", "\n"), row["response"]) for row in rows(300))
 
 
-def test_processes_change_no_byte_and_other_data_leaves_no_mask(questions, tmp_path):
+def test_mask_is_independent_of_processes_and_removed_with_other_data(questions, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     prepare(questions, one)
     prepare(questions, two, workers=2)
@@ -62,7 +62,7 @@ def test_processes_change_no_byte_and_other_data_leaves_no_mask(questions, tmp_p
     assert not list(two.glob("*mask*")) and loader.load(two).train.scored is None
 
 
-def test_rows_without_a_response_are_refused(tmp_path, questions):
+def test_rows_without_a_response_are_rejected(tmp_path, questions):
     with questions.open("a", encoding="utf-8") as file:
         file.write('{"prompt": "why", "response": ""}\n')
     with pytest.raises(
@@ -104,8 +104,8 @@ def batches(config, batch_size: int) -> loader.TrainBatches:
     return loader.TrainBatches(tokens, 32, batch_size, 12 // batch_size, 1, torch.device("cpu"))
 
 
-def test_the_gradient_is_the_responses_whatever_the_micro_batch(config):
-    """Two ways to cut 12 windows give the gradient of one sum over all scored targets."""
+def test_gradient_is_independent_of_micro_batch_size(config):
+    """Micro-batches of 12, 3 or 1 of 12 sequences give the gradient of the mean over all scored targets."""
     found = []
     for size in (12, 3, 1):
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_the_gradient_is_the_responses_whatever_the_micro_batch(config):
         assert torch.allclose(gradient, model.wte.weight.grad, atol=1e-6)
 
 
-def test_train_py_learns_responses_only(config, capsys, monkeypatch):
+def test_train_py_trains_on_responses_only(config, capsys, monkeypatch):
     seen = []
     real = train.train_step
 
@@ -149,8 +149,8 @@ def test_train_py_learns_responses_only(config, capsys, monkeypatch):
     assert len(seen) == 12 and all(0 < found < 12 * 32 for found in seen)
 
 
-def test_a_step_without_a_response_says_so(config, tmp_path):
+def test_step_without_a_response_is_an_error(config, tmp_path):
     mask = tmp_path / "data" / "train.mask.bin"
     mask.write_bytes(bytes(mask.stat().st_size))
-    with pytest.raises(UserError, match="none of the 12 windows of iteration 0 holds a token of a response"):
+    with pytest.raises(UserError, match="none of the 12 sequences of iteration 0 contains a response token"):
         responses.count_targets(batches(config, 3), 0)

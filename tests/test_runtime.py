@@ -1,4 +1,4 @@
-"""Choice of device and number format, stop requests, compilation."""
+"""Choice of device and dtype, stop requests, compilation."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ from nanogpt import compile, resolve, runtime
 from nanogpt.errors import UserError
 
 
-def test_the_choice_is_explained():
+def test_device_and_dtype_choice_is_explained():
     machine = runtime.setup("auto", "auto", 32)
     assert machine.reason.count("\n") == 0 and machine.dtype in machine.reason
     assert runtime.setup("cpu", "bfloat16", 32).dtype == "bfloat16"
     assert set(machine.environment()) == {"python", "torch", "numpy", "device", "instructions", "dtype"}
 
 
-def test_bfloat16_on_a_cpu_only_where_it_pays(monkeypatch):
+def test_cpu_uses_bfloat16_only_if_native_and_wide(monkeypatch):
     for native in (False, True):
         for name in runtime.NATIVE_BFLOAT16:
             monkeypatch.setattr(torch.cpu, name, lambda native=native: native, raising=False)
@@ -28,24 +28,24 @@ def test_bfloat16_on_a_cpu_only_where_it_pays(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu", "cuda:99", "meta", "cpu:x", ""])
-def test_a_device_that_is_not_there_is_refused(device):
+def test_unavailable_device_is_rejected(device):
     with pytest.raises(UserError, match="--device="):
         runtime.setup(device, "auto", 32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
-def test_cuda_without_a_gpu():
-    with pytest.raises(UserError, match="this torch sees no CUDA GPU; use --device=auto or cpu"):
+def test_cuda_without_a_gpu_is_rejected():
+    with pytest.raises(UserError, match="PyTorch finds no CUDA GPU; use --device=auto or cpu"):
         runtime.setup("cuda", "auto", 32)
 
 
-def test_several_processes_are_refused_and_not_run_as_strangers(monkeypatch):
+def test_torchrun_is_rejected_by_single_process_programs(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun started 2 processes of a program that runs in one"):
+    with pytest.raises(UserError, match="torchrun started 2 processes, but this program runs in one"):
         runtime.setup("cpu", "auto", 32)
 
 
-def test_autocast_multiplies_in_the_asked_format():
+def test_autocast_uses_the_requested_dtype():
     a = torch.ones(2, 2)
     for dtype in ("float32", "bfloat16", "float16"):
         with runtime.setup("cpu", dtype, 32).autocast():
@@ -53,7 +53,7 @@ def test_autocast_multiplies_in_the_asked_format():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_model_computes_in_the_asked_format_from_float32_weights(dtype):
+def test_model_computes_in_the_requested_dtype_with_float32_weights(dtype):
     torch.manual_seed(0)
     model = torch.nn.Linear(64, 8)
     x = torch.randn(4, 64)
@@ -61,14 +61,14 @@ def test_a_model_computes_in_the_asked_format_from_float32_weights(dtype):
     y = compute(x.to(runtime.DTYPES[dtype]))
     assert y.dtype == runtime.DTYPES[dtype]
     torch.testing.assert_close(y.float(), model(x), rtol=0.02, atol=0.02)
-    for _ in range(2):  # gradients add up where the weights are, in float32
+    for _ in range(2):  # gradients accumulate in float32, the dtype of the weights
         compute(x.to(runtime.DTYPES[dtype])).float().sum().backward()
     assert model.weight.dtype == model.weight.grad.dtype == torch.float32
     torch.testing.assert_close(model.weight.grad, 2 * x.sum(0).expand(8, 64), rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_asks_and_the_second_acts(number, capsys):
+def test_first_signal_requests_a_stop_and_the_second_interrupts(number, capsys):
     def interrupted(*unused):
         raise KeyboardInterrupt
 
@@ -86,8 +86,8 @@ def test_the_first_signal_asks_and_the_second_acts(number, capsys):
         signal.signal(number, before)
 
 
-def test_of_several_processes_one_signal_that_comes_twice_is_one(monkeypatch, capsys):
-    """torchrun passes on what the terminal, or Slurm, has sent to all."""
+def test_signal_received_twice_under_torchrun_counts_once(monkeypatch, capsys):
+    """torchrun forwards signals that the terminal or Slurm has already sent to all ranks."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     acted = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: acted.append(number))
@@ -101,23 +101,23 @@ def test_of_several_processes_one_signal_that_comes_twice_is_one(monkeypatch, ca
             assert acted == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err == ""  # one of them says at the end what became of it
+    assert capsys.readouterr().err == ""  # rank 0 reports the outcome at the end
 
 
 def run_wrap(function, trial, **changes):
     return compile.wrap(function, trial=trial, **{"compile": True, **changes})
 
 
-def test_compiling_pays_in_long_runs_on_a_gpu():
-    shakespeare, gpt2 = 5000 * 16384 * 71e6, 600_000 * 491_520 * 860e6  # nanoGPT's two presets, in FLOPs
+def test_compile_auto_is_for_long_gpu_runs():
+    shakespeare, gpt2 = 5000 * 16384 * 71e6, 600_000 * 491_520 * 860e6  # FLOPs of nanoGPT's two presets
     assert not compile.pays(shakespeare, 989e12)
     assert compile.pays(gpt2, 989e12) and compile.pays(gpt2, None)
     cpu = runtime.setup("cpu", "float32", 16)
-    assert not resolve.worth_compiling(None, None, cpu)  # however long the run
+    assert not resolve.worth_compiling(None, None, cpu)  # for any run length
     assert run_wrap(torch.nn.Identity(), None, compile=False)[1] == ""
 
 
-def test_without_a_compiler_training_goes_on_plain(monkeypatch):
+def test_missing_compiler_falls_back_to_eager(monkeypatch):
     model = torch.nn.Linear(2, 2)
 
     def broken(function):
@@ -125,7 +125,7 @@ def test_without_a_compiler_training_goes_on_plain(monkeypatch):
 
     function, notice = run_wrap(model, broken)
     assert function is model
-    assert notice == "torch.compile does not work here (no compiler found); running without it"
+    assert notice == "torch.compile failed (no compiler found); running without it"
     function, notice = run_wrap(model, broken, compile="blocks", blocks=[model])
     assert function is model and notice and "forward" not in vars(model)
 
@@ -144,7 +144,7 @@ print(before, during, count(), float(numbers.mul(2).sum()) == first)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_threads_of_products_are_let_go():
+def test_release_threads_frees_the_matmul_threads():
     said = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True).stdout
     before, during, after, alike = said.split()
     assert int(during) == int(before) + 3 and after == before and alike == "True"
@@ -154,8 +154,8 @@ def test_git_commit(tmp_path):
     assert runtime.git_commit(tmp_path) is None
 
 
-def test_import_of_the_library_is_fast_and_brings_no_optional_package():
-    """Everything that train.py imports, beyond torch itself, in under half a second once it is compiled."""
+def test_import_is_fast_and_loads_no_optional_package():
+    """All imports of train.py except torch take less than 0.5 s with cached bytecode."""
     code = (
         "import torch, time, sys; t = time.perf_counter(); import train, sample; t = time.perf_counter() - t;"
         "late = {'matplotlib', 'tiktoken', 'tokenizers', 'pooch', 'wandb', 'transformers', 'datasets',"
@@ -164,7 +164,7 @@ def test_import_of_the_library_is_fast_and_brings_no_optional_package():
     )
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     best = 9.0
-    for _ in range(3):  # other processes may disturb one
+    for _ in range(3):  # repeated, because other processes may slow one down
         out = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
         ).stdout

@@ -1,4 +1,4 @@
-"""The sampling program."""
+"""Tests of sample.py."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tests.conftest import train_until_it_knows
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     config = train_until_it_knows(tmp_path_factory.mktemp("trained"), max_iters=400)
-    shutil.rmtree(config.dataset)  # a run folder needs nothing else
+    shutil.rmtree(config.dataset)  # a run folder is self-contained
     return Path(config.out_dir)
 
 
@@ -39,7 +39,7 @@ def texts(config, capsys) -> list[str]:
     return out.split("\n" + "-" * 15 + "\n")[:-1]
 
 
-def test_samples_are_separated_by_15_dashes_and_begin_with_the_prompt(config, capsys):
+def test_samples_are_separated_by_15_dashes_and_start_with_the_prompt(config, capsys):
     found = texts(replace(config, start="abc"), capsys)
     assert len(found) == 3 and len(set(found)) == 3
     assert all(text.startswith("abc") and len(text) == 63 for text in found)
@@ -48,7 +48,7 @@ def test_samples_are_separated_by_15_dashes_and_begin_with_the_prompt(config, ca
     assert texts(replace(config, start="abc", seed=99), capsys) != found
 
 
-def test_it_speaks_the_language_it_has_learnt(config, capsys):
+def test_samples_are_words_of_the_training_language(config, capsys):
     from tests.conftest import words
 
     known = set(words(1800).split())
@@ -56,7 +56,7 @@ def test_it_speaks_the_language_it_has_learnt(config, capsys):
     assert sum(word in known for word in spoken) > 0.5 * len(spoken)
 
 
-def test_greedy(config, capsys):
+def test_greedy_decoding_is_deterministic(config, capsys):
     found = texts(replace(config, temperature=0.0, start="a"), capsys)
     assert found[0] == found[1] == found[2]
 
@@ -74,7 +74,7 @@ def rows(config, capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_json_has_every_token_with_its_probability(config, capsys):
+def test_json_output_has_token_probabilities(config, capsys):
     found = rows(replace(config, json=True, logprobs=3, start="abc"), capsys)
     plain = texts(replace(config, start="abc"), capsys)
     assert ["abc" + row["text"] for row in found] == plain
@@ -89,7 +89,7 @@ def test_json_has_every_token_with_its_probability(config, capsys):
     assert "top" not in rows(replace(config, json=True), capsys)[0]["tokens"][0]
 
 
-def test_prompts_of_a_file(config, capsys, tmp_path):
+def test_prompts_from_a_file(config, capsys, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "abc", "id": 7}\n\n"d"\n', encoding="utf-8")
     together = replace(config, prompts=str(file), num_samples=2)
@@ -98,23 +98,23 @@ def test_prompts_of_a_file(config, capsys, tmp_path):
     assert found == alone[0] + alone[1]
     assert texts(replace(together, batch_size=1), capsys) == found
     for wrong, message in [
-        ("{", "line 1 is no JSON"),
+        ("{", "line 1 is not JSON"),
         ('{"text": "a"}', 'line 1: expected {"prompt"'),
         ("3", "line 1: expected"),
-        ("\n", "holds no prompt"),
+        ("\n", "contains no prompts"),
     ]:
         file.write_text(wrong, encoding="utf-8")
         with pytest.raises(UserError, match=re.escape(message)):
             sample.main(together)
 
 
-def test_streamed_text_is_the_text(config, capsys):
+def test_streamed_text_equals_the_full_text(config, capsys):
     assert texts(replace(config, stream=True, start="ab"), capsys) == texts(
         replace(config, start="ab"), capsys
     )
 
 
-def test_a_dialogue(config, capsys, monkeypatch):
+def test_interactive_mode(config, capsys, monkeypatch):
     lines = ["d", "Z", "abc"]
 
     def typed(prompt: str) -> str:
@@ -132,7 +132,7 @@ def test_a_dialogue(config, capsys, monkeypatch):
         for s in ("abc", "d")
     ]
     assert captured.out == "".join(text.split(" ")[0] + "\n" for text in expected) + "\n"
-    assert "'Z'" in captured.err  # and it went on
+    assert "'Z'" in captured.err  # and the session continued
 
 
 def test_stop_strings(config, capsys):
@@ -151,57 +151,57 @@ def test_stop_strings(config, capsys):
     [
         ({"top_p": 0.0}, "top_p=0.0 given"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 given"),
-        ({"stream": True, "json": True}, "--stream and --json cannot be had together"),
+        ({"stream": True, "json": True}, "--stream and --json are mutually exclusive"),
         ({"prompts": "nowhere.jsonl"}, "--prompts=nowhere.jsonl"),
         ({"start": "FILE:nowhere.txt"}, "--start=FILE:nowhere.txt"),
         ({"start": "FILE:."}, "--start=FILE:."),
-        ({"seed": 1 << 63}, "a seed has 63 bits"),
+        ({"seed": 1 << 63}, "a seed has at most 63 bits"),
     ],
 )
-def test_options_that_mean_nothing(config, wrong, message):
+def test_invalid_options_are_rejected(config, wrong, message):
     with pytest.raises(UserError, match=message):
         sample.main(replace(config, **wrong))
 
 
-def test_the_command_line_refuses_what_is_out_of_range():
+def test_command_line_rejects_out_of_range_values():
     for wrong in ("--temperature=-1", "--top_p=2", "--top_k=-3", "--num_samples=0", "--dtype=int4"):
         with pytest.raises(UserError, match=re.escape(wrong)):
             load(sample.Config, [wrong])
 
 
-def test_nothing_may_be_asked_for(config, capsys):
+def test_zero_tokens_can_be_requested(config, capsys):
     assert texts(replace(config, max_new_tokens=0, start="ab"), capsys) == ["ab"] * 3
 
 
-def test_an_empty_prompt_starts_a_line(config, capsys):
+def test_empty_prompt_starts_a_line(config, capsys):
     assert all(text.startswith("\n") for text in texts(replace(config, start=""), capsys))
 
 
-def test_the_prompt_may_be_longer_than_the_context(config, capsys):
+def test_prompt_may_be_longer_than_the_context(config, capsys):
     assert texts(replace(config, start="abc d" * 20, max_new_tokens=3), capsys)[0].startswith("abc d" * 20)
 
 
-def test_unknown_characters_are_shown(config):
+def test_unknown_characters_are_reported(config):
     with pytest.raises(UserError, match="'é' 'Z'"):
         sample.main(replace(config, start="abéZ"))
 
 
-def test_bytes_that_are_no_text_are_shown(config, tmp_path):
-    """As the command line and JSON can hold them; a tokenizer of bytes has no character to miss."""
+def test_prompt_bytes_that_are_not_utf8_are_reported(config, tmp_path):
+    """Lone surrogates from the command line or JSON; a byte tokenizer has no unknown characters."""
     for tokens in (CharTokenizer("a\n"), ByteTokenizer()):
         model = replace(nanogpt.load(config.out_dir, device="cpu"), tokenizer=tokens)
         with pytest.raises(UserError, match="udcff"):
             model.generate("a\udcff")
 
 
-def test_which_checkpoint(config, capsys):
+def test_checkpoint_selection(config, capsys):
     for which in ("best", "last", "400"):
         assert len(texts(replace(config, which=which), capsys)) == 3
     with pytest.raises(UserError, match=r"no checkpoint '7'; there are best, last, and steps .*400"):
         sample.main(replace(config, which="7"))
 
 
-def test_folders_that_cannot_be_sampled(config, tmp_path):
+def test_invalid_run_folders_are_rejected(config, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint in .*nowhere"):
         sample.main(replace(config, out_dir=str(tmp_path / "nowhere")))
     tokenizer = Path(config.out_dir) / "tokenizer.json"
@@ -214,7 +214,7 @@ def test_folders_that_cannot_be_sampled(config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe:300", "gpt2"])
-def test_every_kind_of_token_comes_with_the_run(kind, tmp_path, capsys, of_kind):
+def test_run_folder_includes_every_kind_of_tokenizer(kind, tmp_path, capsys, of_kind):
     text = tmp_path / "x.txt"
     text.write_text("Grüße an 世界 🦊, und noch einmal: Grüße!\n" * 200, encoding="utf-8")
     corpus.prepare([text], tmp_path / "dataset", **of_kind(kind))

@@ -1,4 +1,4 @@
-"""The order of samples."""
+"""Tests of the sample order."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from nanogpt.data.samplers import EpochSampler, permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 100, 1023, 1025])
-def test_permutation_has_every_place_once(n):
+def test_permutation_is_a_bijection(n):
     for key in (0, 1, 2**63 + 11):
         got = permute(np.arange(n, dtype=np.uint64), n, np.uint64(key))
         assert sorted(got.tolist()) == list(range(n))
@@ -20,7 +20,7 @@ def test_permutations_differ_and_shuffle():
     drawn = [permute(np.arange(n, dtype=np.uint64), n, np.uint64(key)).astype(int) for key in range(20)]
     for a, b in pairwise(drawn):
         assert np.mean(a == b) < 0.02
-    for order in drawn:  # as unlike the identity as random orders are: correlation about 0 +- 0.03
+    for order in drawn:  # correlation with the identity as for random orders: 0 +- 0.03
         assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.15
     firsts = np.array([permute(np.zeros(1, np.uint64), n, np.uint64(k))[0] for k in range(2000)])
     counts, _ = np.histogram(firsts.astype(int), bins=10, range=(0, n))
@@ -28,7 +28,7 @@ def test_permutations_differ_and_shuffle():
 
 
 @pytest.mark.parametrize(("n_tokens", "block_size"), [(1000, 16), (33, 16), (17, 16), (5000, 7), (64, 31)])
-def test_each_token_once_an_epoch(n_tokens, block_size):
+def test_each_token_is_read_once_per_epoch(n_tokens, block_size):
     order = EpochSampler(n_tokens, block_size, seed=5)
     phases = set()
     for epoch in range(8):
@@ -43,7 +43,7 @@ def test_each_token_once_an_epoch(n_tokens, block_size):
     assert len(phases) > 1 or n_tokens == block_size + 1
 
 
-def test_samples_do_not_depend_on_how_they_are_asked_for():
+def test_samples_are_independent_of_request_size():
     order = EpochSampler(3000, 16, seed=1)
     whole = order.starts(0, 1000)
     rng = np.random.default_rng(0)
@@ -51,5 +51,5 @@ def test_samples_do_not_depend_on_how_they_are_asked_for():
         first, count = int(rng.integers(0, 900)), int(rng.integers(1, 100))
         assert (order.starts(first, count) == whole[first : first + count]).all()
     assert (EpochSampler(3000, 16, seed=2).starts(0, 1000) != whole).any()
-    far = order.starts(10**12, 3)  # entered anywhere, in constant time
+    far = order.starts(10**12, 3)  # random access in constant time
     assert (far == EpochSampler(3000, 16, seed=1).starts(10**12 - 1, 5)[1:4]).all()

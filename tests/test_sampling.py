@@ -1,4 +1,4 @@
-"""Each control draws from the distribution that its definition says: chi-square tests on toy logits."""
+"""Each sampling option draws from the distribution of its definition: chi-square tests on toy logits."""
 
 import math
 
@@ -20,11 +20,11 @@ from nanogpt.inference.sampling import (
 
 LOGITS = [1.0, 0.0, -1.0, 2.0, -3.0, 1.5, 0.0]
 N = 20_000
-BOUND = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46}  # of chi-square at p = 0.001
+BOUND = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46}  # chi-square, p = 0.001
 
 
 def by_definition(temperature=1.0, k=0, p=1.0, min_p=0.0, penalty=1.0, seen=()) -> list[float]:
-    """The probabilities, in plain Python, one token at a time."""
+    """Return reference probabilities, computed token by token in plain Python."""
     logits = [(x / penalty if x > 0 else x * penalty) if i in seen else x for i, x in enumerate(LOGITS)]
     weights = {i: math.exp(x / temperature) for i, x in enumerate(logits)}
     order = sorted(weights, key=lambda i: -weights[i])[: k or None]
@@ -69,7 +69,7 @@ def uniform(n: int = N) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_tokens_are_drawn_as_the_definition_says(controls):
+def test_samples_follow_the_defined_distribution(controls):
     logits = torch.tensor(LOGITS).repeat(N, 1)
     seen = torch.zeros(len(LOGITS), dtype=torch.bool)
     seen[list(controls.get("seen", ()))] = True
@@ -83,7 +83,7 @@ def test_tokens_are_drawn_as_the_definition_says(controls):
     assert_drawn_from(draw(logits, options, uniform()), by_definition(**controls))
 
 
-def test_a_test_of_this_kind_notices_another_temperature():
+def test_chi_square_test_detects_another_temperature():
     with pytest.raises(AssertionError):
         assert_drawn_from(
             draw(torch.tensor(LOGITS).repeat(N, 1), SamplingOptions(temperature=1.1), uniform()),
@@ -91,7 +91,7 @@ def test_a_test_of_this_kind_notices_another_temperature():
         )
 
 
-def test_temperature_0_and_nearly_0_take_the_likeliest():
+def test_temperature_0_and_near_0_are_greedy():
     logits = torch.tensor([[1.0, 3.0, 3.0, -1.0], [0.0, -5.0, 1e4, 9e3]])
     for temperature in (0.0, 1e-300, 1e-6):
         drawn = draw(logits, SamplingOptions(temperature=temperature), torch.tensor([0.0, 0.999]).double())
@@ -107,16 +107,16 @@ def test_top_k_keeps_exactly_k():
 @pytest.mark.parametrize(("k", "size"), [(1, 17), (7, 300), (200, 50257), (200, 4000), (50, 101), (3, 3)])
 def test_top_k_of_a_large_vocabulary(k, size):
     logits = torch.randn(4, size, generator=torch.Generator().manual_seed(k))
-    logits[1, : size // 2] += 5  # the highest are neighbours
+    logits[1, : size // 2] += 5  # the largest are adjacent
     logits[2] = torch.arange(size).float()
-    logits[3] = logits[3].round()  # many are equal
+    logits[3] = logits[3].round()  # many ties
     values, ids = top_k(logits, k)
     assert torch.equal(values.sort(descending=True).values, logits.topk(k).values)
     assert torch.equal(logits.gather(-1, ids), values)
     assert (ids.diff(dim=-1) > 0).all()
 
 
-def test_top_p_sorts_all_where_the_shortlist_is_not_enough(monkeypatch):
+def test_top_p_sorts_all_if_the_shortlist_is_insufficient(monkeypatch):
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
     logits[1] *= 20
     whole = {p: keep_top_p(logits, p) for p in (0.1, 0.9, 0.999)}
@@ -127,19 +127,19 @@ def test_top_p_sorts_all_where_the_shortlist_is_not_enough(monkeypatch):
         assert (mass >= p - 1e-6).all()
 
 
-def test_filters_never_remove_the_likeliest():
+def test_filters_never_remove_the_most_likely_token():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     for kept in (keep_top_p(logits, 1e-12), keep_min_p(logits, 1.0)):
         assert torch.equal(kept.argmax(-1), logits.argmax(-1))
         assert (kept > -torch.inf).sum(-1).tolist() == [1] * 50
 
 
-def test_removed_tokens_are_not_drawn_at_the_ends():
+def test_removed_tokens_are_not_drawn_at_the_extremes():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
     assert sample_inverse_cdf(logits, torch.tensor([0.0, 1 - 1e-16]).double()).tolist() == [1, 2]
 
 
-def test_rows_have_options_of_their_own():
+def test_rows_have_individual_options():
     kinds = [SamplingOptions(temperature=0), SamplingOptions(top_k=2), SamplingOptions(top_p=0.3)] * 100
     logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(1))
     u = uniform(300)
@@ -160,6 +160,6 @@ def test_rows_have_options_of_their_own():
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 given; it must be above 0"),
     ],
 )
-def test_values_that_mean_nothing(wrong, message):
+def test_invalid_values_are_rejected(wrong, message):
     with pytest.raises(UserError, match=message):
         SamplingOptions(**wrong)

@@ -1,4 +1,4 @@
-"""What is foretold of many GPUs: bytes and shards as in real runs, times as reckoned."""
+"""Scaling predictions for many GPUs: bytes and shards match real runs, times match calculations by hand."""
 
 import json
 import os
@@ -38,9 +38,9 @@ SETTING = Setting(
 
 @pytest.fixture(scope="module", params=[2, 4])
 def counted(request, tmp_path_factory):
-    """A step of each kind on 2 and on 4 processes, as the kernel and torch saw it."""
+    """Measure a step of each parallel mode on 2 and 4 ranks (bytes by the kernel, memory by torch)."""
     if not Path("/proc/self/io").exists():
-        pytest.skip("this system does not tell a process the bytes it has written")
+        pytest.skip("the bytes written by a process are not available on this system")
     out = tmp_path_factory.mktemp("scaling") / "found"
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
     command = [sys.executable, *launch, "-m", "tests.scaling_worker", str(out)]
@@ -51,8 +51,8 @@ def counted(request, tmp_path_factory):
     return request.param, [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def test_bytes_on_the_wire_are_those_of_real_runs(counted):
-    """Within 2 %, on each process; the rest are gloo's headers."""
+def test_predicted_traffic_matches_real_runs(counted):
+    """Within 2% on each rank; the difference is gloo's headers."""
     size, found = counted
     for mode in found[0]["torch"]:
         world = World(size, 2 if mode == "hsdp" else size)
@@ -63,8 +63,8 @@ def test_bytes_on_the_wire_are_those_of_real_runs(counted):
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
-def test_bytes_of_updates_are_those_of_real_runs(counted, rule):
-    """Within 2 %, of our optimizers: what each process sends after the gradients are averaged."""
+def test_predicted_update_traffic_matches_real_runs(counted, rule):
+    """Within 2% for the project's optimizers: bytes sent per rank after the gradient all-reduce."""
     size, found = counted
     for mode in found[0][rule]:
         world, rules = World(size, 2 if mode == "hsdp" else size), OptimizerOptions(rule)
@@ -78,8 +78,8 @@ def test_bytes_of_updates_are_those_of_real_runs(counted, rule):
     assert set(found[0][rule]) == {"ddp", "fsdp"} | ({"hsdp"} if size == 4 else set())
 
 
-def test_sharded_memory_is_that_of_real_runs(counted):
-    """Within 5 %, of the process that has the most."""
+def test_predicted_sharded_memory_matches_real_runs(counted):
+    """Within 5% for the rank with the most memory."""
     size, found = counted
     for mode in found[0]["torch"]:
         world = World(size, 2 if mode == "hsdp" else size)
@@ -94,27 +94,27 @@ def test_sharded_memory_is_that_of_real_runs(counted):
 # ----------------------------------------------------------------------------- time
 
 
-def test_a_bus_factor_is_that_of_nccl_tests():
+def test_bus_factors_equal_nccl_tests():
     assert comm_volume.bus_factor("all_reduce", 8) == 1.75
     assert comm_volume.bus_factor("all_gather", 8) == comm_volume.bus_factor("reduce_scatter", 8) == 0.875
     assert Call("all_reduce", 1000, 4, 1, "last").wire == 1500
 
 
-def test_a_transfer_takes_what_its_slowest_link_takes():
+def test_transfer_time_is_that_of_the_slowest_link():
     network = Network(node=300e9, between=25e9)
     big = 4_000_000_000
     inside = network.seconds(Call("all_reduce", big, 8, 1, "last"))
     assert inside == pytest.approx(1.75 * big / 300e9, rel=0.001)
-    across = network.seconds(Call("all_reduce", big, 16, 2, "last"))  # eight ports a node send at once
+    across = network.seconds(Call("all_reduce", big, 16, 2, "last"))  # eight ports per node send at once
     assert across == pytest.approx(2 * 15 / 16 * big / 200e9, rel=0.002)
-    alone = network.seconds(Call("all_reduce", big, 2, 2, "last"))  # one of each node: one port
+    alone = network.seconds(Call("all_reduce", big, 2, 2, "last"))  # one rank per node: one port
     assert alone == pytest.approx(big / 25e9, rel=0.001)
     small = [network.seconds(Call("all_gather", 8, n, -(-n // 8), "forward")) for n in (8, 64, 1024)]
     assert small[0] < small[1] < small[2] and small[2] == pytest.approx(10e-6 + 896 * 1.9e-6 + 127 * 4e-6)
 
 
-def test_an_easy_step_by_hand():
-    """DDP on 8 GPUs, where everything hides but the last bucket and the gathering of weights."""
+def test_ddp_step_time_matches_hand_calculation():
+    """DDP on 8 GPUs: all communication overlaps except the last bucket and the all-gather of weights."""
     shape = GPT2_SIZES["gpt2"]
     step = scaling.predict(shape, ADAMW, "ddp", 8, SETTING)
     assert step
@@ -124,7 +124,7 @@ def test_an_easy_step_by_hand():
     assert step.compute_s == pytest.approx(64 * 1024 * per_token / (989e12 * 0.4))
     assert step.wire == pytest.approx(1.75 * 4 * P + 0.875 * 4 * P)
     buckets = -(-4 * P // (25 << 20))
-    turns = -(-P // (1 << 26))  # numbers that are gathered at a time, each time through seven hops
+    turns = -(-P // (1 << 26))  # number of all-gather chunks, each over seven hops
     last, gather = 1.75 * 4 * P / buckets / 360e9, 0.875 * 4 * P / 360e9 + turns * (10 + 7 * 1.9) * 1e-6
     assert step.exposed_s == pytest.approx(last + gather, rel=0.05)
     assert step.update_s == pytest.approx(4 * (3 * P + 7 * P / 8) / (0.8 * 3.35e12), rel=0.01)
@@ -132,7 +132,7 @@ def test_an_easy_step_by_hand():
 
 @pytest.mark.parametrize("mode", comm_volume.MODES)
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
-def test_more_gpus_are_quicker_and_never_more_efficient(mode, name):
+def test_more_gpus_are_faster_but_not_more_efficient(mode, name):
     shape = GPT2_SIZES[name]
     alone = scaling.predict(shape, ADAMW, "ddp", 1, SETTING)
     steps = [scaling.predict(shape, ADAMW, mode, 2**power, SETTING) for power in range(10)]
@@ -140,15 +140,15 @@ def test_more_gpus_are_quicker_and_never_more_efficient(mode, name):
     assert alone.exposed_s == alone.wire == 0
     efficiencies = [scaling.efficiency(step, alone) for step in steps]
     assert efficiencies[0] == 1
-    # the optimizer's share may make two or four a little better than one
+    # sharding the optimizer may make 2 or 4 GPUs slightly more efficient than 1
     assert all(b <= a * 1.02 for a, b in pairwise(efficiencies))
     assert all(step.exposed_s <= step.transfer_s * 1.0001 for step in steps)
-    assert scaling.predict(shape, ADAMW, mode, 1024, SETTING) is None  # half a window each
+    assert scaling.predict(shape, ADAMW, mode, 1024, SETTING) is None  # half a sequence per GPU
     slow = replace(SETTING, network=Network(360e9, 1e9))
     assert scaling.predict(shape, ADAMW, mode, 64, slow).seconds > steps[6].seconds
 
 
-def test_what_fsdp_saves_and_costs():
+def test_fsdp_memory_savings_and_traffic_cost():
     shape = GPT2_SIZES["gpt2-xl"]
     ddp, fsdp, hsdp = (scaling.predict(shape, ADAMW, mode, 64, SETTING) for mode in comm_volume.MODES)
     assert ddp and fsdp and hsdp
@@ -162,9 +162,9 @@ def test_what_fsdp_saves_and_costs():
     assert one_node[0].seconds == one_node[1].seconds
 
 
-def test_what_muon_sends_under_fsdp():
-    """A gradient to each matrix's owner and an update back: 4 and 2 bytes a number, all of them but those
-    that a GPU keeps; and no GPU has much more to do than others."""
+def test_muon_traffic_under_fsdp():
+    """Gradients go to the owner of each matrix and updates back, at 4 and 2 bytes per element, except for
+    elements that stay local; the load is balanced over GPUs."""
     shape, muon = GPT2_SIZES["gpt2"], OptimizerOptions("muon")
     matrices = estimate.parameters(shape).matrices
     for parts in (2, 8, 64):
@@ -175,7 +175,7 @@ def test_what_muon_sends_under_fsdp():
         assert step.exposed_s > plain.exposed_s
 
 
-def test_when_a_network_feeds_a_model():
+def test_required_network_bandwidth_of_a_model():
     shape = GPT2_SIZES["gpt2"]
     size = 4 * estimate.parameters(shape).total
     quick = scaling.feeds(shape, 8, bandwidth=360e9, pass_s=0.05, micro_batches=1, overlap=0.9)
@@ -187,7 +187,7 @@ def test_when_a_network_feeds_a_model():
     assert almost.efficiency < scaling.WELL_FED <= mended.efficiency
 
 
-def test_every_gpu_has_its_links():
+def test_link_data_of_every_gpu_is_complete():
     assert set(scaling.CHIPS) == set(chips.PEAK_FLOPS)
 
 
@@ -200,18 +200,18 @@ def planned(words: list[str], capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_plan_prints_a_table_and_what_it_rests_on(capsys):
+def test_plan_prints_a_table_and_its_assumptions(capsys):
     said = planned(["config/train_gpt2_xl.py", "--gpu=H100", "--scaling=True", "--network_gbits=100"], capsys)
     rows = [line for line in said.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 11 and rows[0].startswith("| 1 | ") and rows[-1].startswith("| 1,024 | ")
-    assert rows[3].count(" / ") == 5 * 2 and "less than a window each" in rows[-1]
-    assert "360 GB/s to the 8 of its node and 11.2 GB/s out of it" in said and "ZeRO-1" in said
-    with pytest.raises(UserError, match="--network_gbits=0 joins no nodes"):
+    assert rows[3].count(" / ") == 5 * 2 and "fewer than one sequence per GPU" in rows[-1]
+    assert "360 GB/s within its node of 8 and 11.2 GB/s between nodes" in said and "ZeRO-1" in said
+    with pytest.raises(UserError, match="--network_gbits=0 connects no nodes"):
         plan.main(plan.Config(scaling=True, network_gbits=0))
 
 
-def test_the_page_says_what_plan_py_says(capsys):
-    """The tables of docs/scaling-arithmetic.md are computed, not remembered."""
+def test_documented_figures_match_plan_py(capsys):
+    """The tables of docs/scaling-arithmetic.md equal those that plan.py prints."""
     page = (ROOT / "docs" / "scaling-arithmetic.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python plan.py (.*--scaling=True.*)$", page, re.M)
     assert len(commands) >= 4

@@ -1,4 +1,4 @@
-"""The learning rate: above zero, continuous, right at its ends."""
+"""The learning rate schedule: positive, continuous, and exact at its endpoints."""
 
 import math
 from itertools import pairwise
@@ -18,7 +18,7 @@ def rates(kind: str, n: int = 300, warmup: int = 20, decay: int = 200, floor: fl
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shape(kind):
+def test_schedule_is_positive_continuous_and_has_exact_endpoints(kind):
     values = rates(kind)
     assert all(0 < value <= 1e-3 for value in values)
     assert values[0] == pytest.approx(1e-3 / 21)
@@ -31,27 +31,27 @@ def test_shape(kind):
     assert values[200:] == [pytest.approx(end)] * 100
 
 
-def test_cosine_is_nanogpts():
-    def theirs(i):  # the formula of Brown et al. as nanoGPT's users know it
+def test_cosine_schedule_equals_nanogpts():
+    def theirs(i):  # the formula of Brown et al. as implemented in nanoGPT
         share = (i - 20) / (200 - 20)
         return 1e-4 + 0.5 * (1.0 + math.cos(math.pi * share)) * (1e-3 - 1e-4)
 
     assert rates("cosine")[20:200] == [pytest.approx(theirs(i)) for i in range(20, 200)]
 
 
-def test_wsd_holds_then_falls():
+def test_wsd_is_constant_then_decays():
     values = rates("wsd")
     assert values[20:121] == [pytest.approx(1e-3)] * 101
     assert values[160] == pytest.approx((1e-3 + 1e-4) / 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_degenerate_lengths(kind):
+def test_degenerate_schedule_lengths(kind):
     assert rates(kind, n=3, warmup=0, decay=0)[0] > 0
     assert all(math.isfinite(value) for value in rates(kind, n=50, warmup=30, decay=10))
 
 
-def test_the_batch_grows_linearly_with_what_was_read():
+def test_batch_size_ramps_linearly_with_tokens_read():
     sizes = batch_ramp(full=100, start=0.1, windows=10_000, unit=1)
     read = 0
     for size in sizes:
@@ -61,7 +61,7 @@ def test_the_batch_grows_linearly_with_what_was_read():
     assert sizes[0] == 10 and sizes[-1] in (99, 100)
 
 
-def test_a_ramp_of_whole_micro_batches():
+def test_batch_ramp_up_uses_full_micro_batches():
     sizes = batch_ramp(full=40, start=0.0, windows=1000, unit=8)
     assert set(sizes) == {8, 16, 24, 32, 40} and sizes == sorted(sizes)
     assert batch_ramp(full=40, start=0.5, windows=0, unit=8) == []

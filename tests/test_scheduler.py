@@ -1,4 +1,4 @@
-"""Whose turn it is on the model: what is read between two steps, and that it changes no text."""
+"""The request scheduler: prompts are prefilled between decode steps, without changing any text."""
 
 import queue
 import time
@@ -17,7 +17,7 @@ GREEDY = SamplingOptions(temperature=0)
 
 
 class Nobody:
-    """Counts nothing."""
+    """A metrics stand-in that records nothing."""
 
     def read(self, tokens):
         pass
@@ -40,7 +40,7 @@ def asked(prompt, count, answers) -> Choice:
 
 
 def finished(answers, choices) -> list[list[int]]:
-    """The tokens of each choice, once all have ended; others' are passed over."""
+    """Wait until all `choices` have finished; return their tokens, ignoring those of other choices."""
     ids = {choice: [] for choice in choices}
     left = set(choices)
     while left:
@@ -59,7 +59,7 @@ def alone(model, prompt, count) -> list[int]:
     return text.new
 
 
-def test_a_long_prompt_is_read_in_parts_while_others_are_served(model, monkeypatch):
+def test_long_prompt_is_prefilled_in_chunks_while_others_are_served(model, monkeypatch):
     monkeypatch.setattr(scheduler, "PROMPT_TOKENS", 8)
     monkeypatch.setattr("nanogpt.inference.engine.SHARED", 4)
     draw = torch.Generator().manual_seed(1)
@@ -71,7 +71,7 @@ def test_a_long_prompt_is_read_in_parts_while_others_are_served(model, monkeypat
     answers = queue.Queue()
     running = Scheduler(Engine(model, 3), ByteTokenizer(), 8, Nobody())
     choices = [asked(prompt, 12, answers) for prompt in prompts]
-    busy = asked([7], 10**6, answers)  # so that somebody always waits for a token
+    busy = asked([7], 10**6, answers)  # keeps one text decoding at all times
     running.submit([busy])
     running.start()
     while not running.active:
@@ -85,7 +85,7 @@ def test_a_long_prompt_is_read_in_parts_while_others_are_served(model, monkeypat
         running.close()
 
 
-def test_more_than_the_queue_holds_is_refused_whole(model):
+def test_request_exceeding_the_queue_is_rejected_completely(model):
     running = Scheduler(Engine(model, 2), ByteTokenizer(), 3, Nobody())
     answers = queue.Queue()
     running.submit([asked([1], 2, answers) for _ in range(5)])
@@ -94,7 +94,7 @@ def test_more_than_the_queue_holds_is_refused_whole(model):
     assert running.waiting == 5
 
 
-def test_a_decoder_without_room_is_told_at_the_start(model):
+def test_insufficient_cache_memory_is_reported_at_startup(model):
     decoder = Engine(model, 2)
     decoder.warm = lambda prompt: (_ for _ in ()).throw(MemoryError("no room"))
     running = Scheduler(decoder, ByteTokenizer(), 3, Nobody())

@@ -1,4 +1,4 @@
-"""OpenAI's completions as other programs see them: serve.py in its own process, real sockets."""
+"""The OpenAI completions API for external clients: serve.py in a subprocess, with real sockets."""
 
 import json
 import math
@@ -41,12 +41,12 @@ def client(server):
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def test_the_official_client_lists_the_model(client, out):
+def test_openai_client_lists_the_model(client, out):
     assert [entry.id for entry in client.models.list()] == [out.name]
     assert client.models.retrieve(out.name).owned_by == "nanogpt"
 
 
-def test_the_official_client_gets_what_the_model_says(client, out, model):
+def test_openai_client_gets_the_model_output(client, out, model):
     gpt, tokens = model
     answer = client.completions.create(model=out.name, prompt="abc", max_tokens=20, temperature=0)
     ids = tokens.encode_prompt("abc")
@@ -58,7 +58,7 @@ def test_the_official_client_gets_what_the_model_says(client, out, model):
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 20)
 
 
-def test_streamed_and_whole_are_the_same(client, out):
+def test_streamed_and_full_responses_are_equal(client, out):
     asked = {"model": out.name, "prompt": ["ab", "c d"], "n": 2, "max_tokens": 90, "seed": 5, "logprobs": 3}
     whole = client.completions.create(**asked)
     texts, tokens, finish = [""] * 4, [[] for _ in range(4)], [None] * 4
@@ -69,14 +69,14 @@ def test_streamed_and_whole_are_the_same(client, out):
             finish[choice.index] = choice.finish_reason or finish[choice.index]
         usage = event.usage
     assert texts == [choice.text for choice in whole.choices]
-    # In company the last bits of a product may differ, so that a text may turn where two are nearly alike.
+    # Batching may change the last bits of a product, so texts may diverge where two tokens are nearly tied.
     for mine, choice in zip(tokens, whole.choices, strict=True):
         assert mine == pytest.approx(choice.logprobs.token_logprobs, abs=1e-4)
     assert finish == ["length"] * 4 and usage.completion_tokens == 360
     assert len(set(texts)) == 4
 
 
-def test_a_seed_gives_the_same_text_alone_and_in_company(server):
+def test_seeded_text_is_independent_of_concurrent_requests(server):
     def text(**fields):
         return [c["text"] for c in server.complete(prompt="abc", max_tokens=40, seed=7, **fields)["choices"]]
 
@@ -100,11 +100,11 @@ def test_echo_and_logprobs_are_exact(server, model):
             for value, top in zip(found, logprobs["top_logprobs"][1:], strict=False):
                 assert value in top.values() and len(top) in (2, 3)
             assert "".join(logprobs["tokens"]) == choice["text"]
-            assert logprobs["text_offset"] == list(range(len(choice["text"])))  # characters are the tokens
+            assert logprobs["text_offset"] == list(range(len(choice["text"])))  # each token is one character
 
 
-def test_the_first_token_is_drawn_as_the_model_says(server, model):
-    """Chi-square of 1,280 first tokens against the model's probabilities, at 1 in 1,000."""
+def test_first_token_follows_the_model_distribution(server, model):
+    """Chi-square test of 1,280 first tokens against the model's probabilities, at p = 0.001."""
     gpt, tokens = model
     with torch.inference_mode():
         expected = gpt(torch.tensor([tokens.encode_prompt("abc ")]))[0][:, -1][0].softmax(-1)
@@ -120,17 +120,17 @@ def test_the_first_token_is_drawn_as_the_model_says(server, model):
     pooled, found = pooled[pooled > 0.5], found[pooled > 0.5]
     degrees = len(pooled) - 1
     statistic = float(((found - pooled) ** 2 / pooled).sum())
-    assert statistic < degrees + 3.3 * math.sqrt(2 * degrees) + 7  # about its 99.9 % quantile
+    assert statistic < degrees + 3.3 * math.sqrt(2 * degrees) + 7  # approximately the 99.9% quantile
 
 
-def test_stop_strings_end_the_text_and_are_no_part_of_it(server):
+def test_stop_strings_end_the_text_and_are_excluded(server):
     free = server.complete(prompt="abc", max_tokens=60, seed=3)["choices"][0]["text"]
-    stop = free[10:13]  # over the border of tokens
+    stop = free[10:13]  # spans token boundaries
     stopped = server.complete(prompt="abc", max_tokens=60, seed=3, stop=[stop, "zzz"])["choices"][0]
     assert stopped["text"] == free[: free.index(stop)] and stopped["finish_reason"] == "stop"
 
 
-def test_lm_eval_scores_as_we_do(server, out, model, monkeypatch, tmp_path):
+def test_lm_eval_through_the_server_gives_equal_scores(server, out, model, monkeypatch, tmp_path):
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
@@ -195,7 +195,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("fields", "param"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_requests_are_400_and_name_the_field(server, fields, param):
+def test_invalid_requests_are_400_and_name_the_field(server, fields, param):
     status, content = server.ask("/v1/completions", fields)
     error = json.loads(content)["error"]
     assert status == 400 and error["param"] == param and error["type"] == "invalid_request_error", error
@@ -217,15 +217,15 @@ def test_bad_requests_are_400_and_name_the_field(server, fields, param):
     ],
     ids=lambda body: repr(body[:30]),
 )
-def test_bodies_that_are_no_request(server, body):
+def test_malformed_bodies_are_rejected(server, body):
     status, content = server.ask("/v1/completions", body)
     assert status == 400 and json.loads(content)["error"]["message"]
 
 
-def test_another_model_is_not_there(client):
+def test_unknown_model_is_404(client):
     import openai
 
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-9' here"):
+    with pytest.raises(openai.NotFoundError, match="model 'gpt-9' not found"):
         client.completions.create(model="gpt-9", prompt="a")
 
 
@@ -237,7 +237,7 @@ def test_health_and_metrics(server):
     assert server.meter("active") == server.meter("waiting") == 0
 
 
-def test_a_full_queue_is_429(out):
+def test_full_queue_is_429(out):
     with serving(out, "--slots=2", "--queue=4") as small:
         import threading
 
@@ -253,10 +253,10 @@ def test_a_full_queue_is_429(out):
         for thread in threads:
             thread.join()
         assert set(statuses) == {200, 429}
-        assert small.ask("/v1/completions", {"prompt": "a", "n": 5})[0] == 400  # never fits: not "later"
+        assert small.ask("/v1/completions", {"prompt": "a", "n": 5})[0] == 400  # can never fit: not 429
 
 
-def test_what_cannot_be_served_is_one_line(out, server, tmp_path):
+def test_startup_errors_are_one_line(out, server, tmp_path):
     def run(*options: str) -> str:
         done = subprocess.run(
             [sys.executable, "serve.py", *options], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -266,4 +266,4 @@ def test_what_cannot_be_served_is_one_line(out, server, tmp_path):
 
     assert f"--port={server.port}" in run(f"--out_dir={out}", f"--port={server.port}")
     assert "no checkpoint" in run(f"--out_dir={tmp_path}", "--port=0")
-    assert "give an address of this machine" in run(f"--out_dir={out}", "--host=no.such.host.invalid")
+    assert "give an address of this host" in run(f"--out_dir={out}", "--host=no.such.host.invalid")

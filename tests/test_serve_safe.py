@@ -1,4 +1,4 @@
-"""The server against those who mean it ill, and those who leave: nothing is let through, nothing stays."""
+"""Server security and robustness: hostile requests are rejected, and closed connections free resources."""
 
 import json
 import random
@@ -25,7 +25,7 @@ def server(out):
 
 
 def hostile(port: int) -> list[dict[str, str]]:
-    """Headers that a page of somebody else, or a name that points here, makes a browser send."""
+    """Return headers that a browser sends from a foreign page or after DNS rebinding."""
     own = f"127.0.0.1:{port}"
     hosts = [
         "evil.example",
@@ -96,7 +96,7 @@ def hostile(port: int) -> list[dict[str, str]]:
     return combinations
 
 
-def test_60_hostile_combinations_are_refused_and_write_nothing(server):
+def test_60_hostile_combinations_are_rejected_and_write_nothing(server):
     combinations = hostile(server.port)
     assert len(combinations) >= 60
     before = server.meter("generated_tokens_total")
@@ -123,7 +123,7 @@ def test_12_valid_combinations_are_accepted(server):
             assert server.ask("/v1/completions", asked, {"Host": host, **more})[0] == 200
 
 
-def test_no_header_ever_invites_other_pages(server):
+def test_no_cors_headers_are_sent(server):
     for path in ("/", "/health", "/v1/models", "/nothing"):
         request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nConnection: close\r\n\r\n"
         head = server.raw(request.encode()).partition(b"\r\n\r\n")[0].lower()
@@ -133,14 +133,14 @@ def test_no_header_ever_invites_other_pages(server):
         assert b"x-content-type-options: nosniff" in head
 
 
-def test_two_hosts_are_refused(server):
+def test_two_host_headers_are_rejected(server):
     host = f"Host: 127.0.0.1:{server.port}\r\n"
     answer = server.raw(f"GET /health HTTP/1.1\r\n{host}{host}Connection: close\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 400")
     assert server.raw(b"GET /health HTTP/1.0\r\n\r\n").split()[1] in (b"400", b"403")
 
 
-def test_traversal_and_unknown_paths(server):
+def test_path_traversal_and_unknown_paths_are_rejected(server):
     paths = ["/../serve.py", "/..%2f..%2fetc/passwd", "/web/page.js", "//etc/passwd", "/%2e%2e/serve.py"]
     paths += ["/style.css/..", "/page.js%00", "/.git/config", "/run/../serve.py", "/%ff%fe", "/run/", "/v1"]
     for path in paths:
@@ -148,20 +148,20 @@ def test_traversal_and_unknown_paths(server):
         assert status == 404 and b"error" in content, path
 
 
-def test_bodies_headers_and_addresses_have_limits(server):
+def test_bodies_headers_and_urls_have_size_limits(server):
     big = b'{"prompt": "' + b"a" * (1 << 20) + b'"}'
     assert server.ask("/v1/completions", big)[0] == 413
     chunk = b"10000\r\n" + b"a" * 65536 + b"\r\n"
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: {JSON}\r\n"
     answer = server.raw(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunk * 17)
-    assert not answer or answer.startswith(b"HTTP/1.1 413")  # or closed while we were still sending
+    assert not answer or answer.startswith(b"HTTP/1.1 413")  # or closed during the request
     for size in (20_000, 300_000):
         assert server.ask("/health", headers={"X": "a" * size})[0] in (400, 431)
         assert server.ask("/" + "a" * size)[0] in (400, 414)
     assert server.ask("/v1/completions", {"prompt": "a"})[0] == 200
 
 
-def test_a_public_address_wants_its_token(out):
+def test_public_address_requires_a_token(out):
     with serving(out, "--host=0.0.0.0", NANOGPT_TOKEN="open-sesame") as public:
         assert public.line.split()[2].endswith("/#token=open-sesame")
         for given in (
@@ -181,12 +181,12 @@ def test_a_public_address_wants_its_token(out):
         assert public.ask("/v1/models", headers=allowed | {"Host": "my-machine:8000"})[0] == 200
         assert public.ask("/v1/models", headers=allowed | {"Origin": "http://evil.example"})[0] == 403
         assert public.ask("/health")[0] == public.ask("/")[0] == 200
-    with serving(out, "--host=0.0.0.0") as public:  # one is made where none was given
+    with serving(out, "--host=0.0.0.0") as public:  # a token is generated if none is given
         assert len(public.line.split()[2].partition("#token=")[2]) >= 32
 
 
 def streamed(server, **fields) -> socket.socket:
-    """A connection on which an answer is being streamed."""
+    """Return a connection on which a response is being streamed."""
     body = json.dumps({"prompt": "a", "max_tokens": 4096, "stream": True, **fields}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: {JSON}\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
@@ -200,13 +200,13 @@ def test_generation_stops_when_the_client_leaves(server, stream):
         connection = streamed(server, stream=stream, n=8)
         eventually(lambda: server.meter("active") == 8, 10)
         connection.close()
-        eventually(lambda: server.meter("active") == 0, 2)  # of a busy machine; benchmarks/serve.py measures
+        eventually(lambda: server.meter("active") == 0, 2)  # generous; measured in benchmarks/serve.py
     before = server.meter("generated_tokens_total")
     time.sleep(0.1)
     assert server.meter("generated_tokens_total") == before
 
 
-def test_those_who_wait_can_leave_too(server):
+def test_queued_requests_can_be_canceled(server):
     busy = streamed(server, n=8)
     eventually(lambda: server.meter("active") == 8, 10)
     waiting = streamed(server, n=4)
@@ -218,7 +218,7 @@ def test_those_who_wait_can_leave_too(server):
 
 
 def test_slow_sockets_are_closed_while_others_are_served(server):
-    """40 here, in all the ways to be slow; benchmarks/serve.py has 500."""
+    """40 connections, slow in every way; benchmarks/serve.py uses 500."""
     host = f"Host: 127.0.0.1:{server.port}\r\n"
     post = f"POST /v1/completions HTTP/1.1\r\n{host}Content-Type: {JSON}\r\n"
     begun = [
@@ -227,7 +227,7 @@ def test_slow_sockets_are_closed_while_others_are_served(server):
         f"GET / HTTP/1.1\r\n{host}X: ".encode(),
         f"{post}Content-Length: 900\r\n\r\n{{".encode(),
     ]
-    begun.append(f"GET /health HTTP/1.1\r\n{host}\r\nGET /he".encode())  # slow in its second request
+    begun.append(f"GET /health HTTP/1.1\r\n{host}\r\nGET /he".encode())  # slow in the second request
     slow = []
     for i in range(40):
         connection = socket.create_connection(("127.0.0.1", server.port))
@@ -254,7 +254,7 @@ def test_slow_sockets_are_closed_while_others_are_served(server):
 
 
 def test_fuzzed_requests_get_no_5xx(server):
-    """300 here; benchmarks/serve.py sends 10,000."""
+    """300 requests; benchmarks/serve.py sends 10,000."""
     from benchmarks.serve import mutated
 
     draw = random.Random(1)
@@ -267,8 +267,8 @@ def test_fuzzed_requests_get_no_5xx(server):
     assert server.process.poll() is None and not [line for line in server.errors if "Traceback" in line]
 
 
-def test_many_clients_at_once(server):
-    """Eight for two seconds: all served, none mixed up; benchmarks/serve.py has 100 for a minute."""
+def test_many_concurrent_clients(server):
+    """8 clients for 2 s: every response arrives at its client; benchmarks/serve.py uses 100 for 60 s."""
     expected = {i: server.complete(prompt="a", max_tokens=20, seed=i)["choices"][0]["text"] for i in range(8)}
     wrong, deadline = [], time.perf_counter() + 2
 

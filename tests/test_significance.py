@@ -1,4 +1,4 @@
-"""Standard errors and paired tests, against their definitions."""
+"""Compare standard errors and paired tests with their definitions."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from nanogpt.evaluation import significance
 from nanogpt.evaluation.significance import difference, mcnemar, mean, sign_flips
 
 
-def test_mean_and_its_error():
+def test_mean_and_standard_error():
     values = np.random.default_rng(0).normal(2, 3, 500)
     found = mean(values)
     assert found.value == pytest.approx(values.mean())
@@ -18,8 +18,8 @@ def test_mean_and_its_error():
     assert math.isnan(mean(values[:1]).stderr)
 
 
-def test_items_of_different_size():
-    """The ratio's error is what its scatter over drawn samples is."""
+def test_ratio_of_items_of_different_size():
+    """The standard error of the ratio equals its standard deviation over random samples."""
     draw = np.random.default_rng(0)
     found = []
     for _ in range(2000):
@@ -31,7 +31,7 @@ def test_items_of_different_size():
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 5), (3, 9), (9, 3), (10, 10), (40, 61)])
-def test_mcnemar_counts_coins(counts):
+def test_mcnemar_is_the_exact_binomial_test(counts):
     a, b = counts
     n = a + b
     tail = sum(math.comb(n, k) for k in range(min(a, b) + 1)) / 2**n
@@ -41,7 +41,7 @@ def test_mcnemar_counts_coins(counts):
     )
 
 
-def test_sign_flips_of_few_items_are_all_tried():
+def test_sign_flips_of_few_items_are_exhaustive():
     moved = np.array([3.0, -1.0, 2.0, 0.5, 4.0, 0.0])
     signs = list(itertools.product((1, -1), repeat=5))
     sums = [abs(float(np.dot(pattern, moved[:5]))) for pattern in signs]
@@ -49,7 +49,7 @@ def test_sign_flips_of_few_items_are_all_tried():
     assert sign_flips(np.zeros(4)) == 1 and sign_flips(np.ones(5)) == pytest.approx(2 / 32)
 
 
-def test_sign_flips_of_many_items_agree_with_the_normal_distribution():
+def test_sign_flips_of_many_items_match_the_normal_distribution():
     draw = np.random.default_rng(1)
     for shift in (0.0, 0.1, 0.2):
         moved = draw.normal(shift, 1, 400)
@@ -58,20 +58,20 @@ def test_sign_flips_of_many_items_agree_with_the_normal_distribution():
     assert sign_flips(moved) == sign_flips(moved)
 
 
-def test_a_difference_is_found_where_it_is_and_rarely_where_it_is_not():
+def test_power_and_false_positive_rate():
     draw = np.random.default_rng(2)
-    hard = draw.normal(0, 5, 300)  # what makes an item hard for both
+    hard = draw.normal(0, 5, 300)  # item difficulty shared by both models
     a, b = hard + draw.normal(0.2, 0.5, 300), hard + draw.normal(0, 0.5, 300)
     found = difference(a, b)
     assert found.p < 0.05 and found.value == pytest.approx((a - b).mean())
     assert found.stderr < 0.2 * mean(a).stderr
     by_chance = [
         difference(draw.random(200) < 0.5, draw.random(200) < 0.5).p for _ in range(300)
-    ]  # exact tests are cautious
+    ]  # exact tests are conservative
     assert 0.01 < np.mean(np.array(by_chance) < 0.05) < 0.06
 
 
-def test_right_and_wrong_go_to_mcnemar():
+def test_binary_scores_use_mcnemar():
     a = np.array([True] * 30 + [False] * 20)
     b = np.array([True] * 18 + [False] * 32)
     found = difference(a, b)

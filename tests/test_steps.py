@@ -1,4 +1,4 @@
-"""One update and one evaluation."""
+"""Tests of a training step and of evaluation."""
 
 import math
 
@@ -18,7 +18,7 @@ CONFIG = GPTConfig(vocab_size=10, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
 
 def machine_of(dtype="float32"):
-    """The device on which tests make their tensors."""
+    """Return a Machine on the device on which tests create tensors."""
     return runtime.setup(str(torch.empty(0).device), dtype, 32)
 
 
@@ -55,8 +55,8 @@ def test_accumulation_equals_one_large_batch(count):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_a_smaller_last_micro_batch_weighs_less():
-    """12 windows in parts of 5, 5 and 2: each window counts as much as any other."""
+def test_smaller_last_micro_batch_weighs_less():
+    """12 sequences in micro-batches of 5, 5 and 2: all sequences have equal weight."""
     ((idx, targets),) = some(1)
     results = []
     for batches in ([(idx, targets)], list(zip(idx.split(5), targets.split(5), strict=True))):
@@ -69,30 +69,30 @@ def test_a_smaller_last_micro_batch_weighs_less():
     for (
         name,
         tensor,
-    ) in whole.items():  # AdamW's first update hides the size of a gradient, its moments do not
+    ) in whole.items():  # AdamW's first update is independent of gradient scale, its moments are not
         torch.testing.assert_close(uneven[name], tensor, rtol=1e-4, atol=1e-7)
 
 
 def test_dropout_is_a_function_of_seed_and_step():
     def loss(iter_num, between):
         everything = parts(dropout=0.3)
-        torch.rand(between)  # whatever others draw meanwhile
+        torch.rand(between)  # random numbers drawn elsewhere
         return float(update(*everything, some(2), iter_num=iter_num)[0])
 
     assert loss(5, 0) == loss(5, 100) != loss(6, 0)
 
 
-def test_gradients_are_clipped_and_the_norm_is_that_before():
+def test_gradients_are_clipped_and_the_unclipped_norm_is_returned():
     everything = parts()
     result = update(*everything, some(1), lr=0.0, grad_clip=1e-3)
     assert float(result[1]) > 0.1
     assert all(p.grad is None for p in everything[0].parameters())
     means = [tensor for name, tensor in everything[1].state().items() if name.endswith(".exp_avg")]
     seen = torch.cat([mean.flatten() for mean in means]).norm() / (1 - OptimizerOptions().beta1)
-    assert float(seen) == pytest.approx(1e-3, rel=1e-3)  # what the optimizer was given
+    assert float(seen) == pytest.approx(1e-3, rel=1e-3)  # norm that the optimizer received
 
 
-def test_a_loss_that_is_not_finite_is_found():
+def test_non_finite_loss_is_detected():
     model, *rest = parts()
     with torch.no_grad():
         model.wte.weight[:] = float("inf")
@@ -101,14 +101,14 @@ def test_a_loss_that_is_not_finite_is_found():
         train.check_finite(*result, 7, 1e-3, scaled=False)
 
 
-def test_a_gradient_that_is_not_finite_is_found_under_a_finite_loss():
+def test_non_finite_gradient_with_finite_loss_is_detected():
     model, *rest = parts()
     model.h[1].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("nan"))
     result = update(model, *rest, some(2), lr=0.0)
     assert math.isfinite(float(result[0]))
     with pytest.raises(Diverged, match=r"gradient norm nan at iteration 7"):
         train.check_finite(*result, 7, 1e-3, scaled=False)
-    train.check_finite(*result, 7, 1e-3, scaled=True)  # float16: the scaler has left this update out
+    train.check_finite(*result, 7, 1e-3, scaled=True)  # float16: the scaler skipped this update
 
 
 def test_float16_skips_an_update_that_overflows():
@@ -116,7 +116,7 @@ def test_float16_skips_an_update_that_overflows():
     before = [p.detach().clone() for p in model.parameters()]
     scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**60)
     result = update(model, optimizer, machine, scaler, some(2))
-    train.check_finite(*result, 0, 1e-3, scaled=True)  # no divergence: the scaler saw to it
+    train.check_finite(*result, 0, 1e-3, scaled=True)  # not a divergence: the scaler handled it
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert scaler.get_scale() == 2.0**59
     scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0**4)
@@ -145,7 +145,7 @@ def score(model, tokens, batch_size, most=10**9, **kwargs):
     return validation.evaluate(model, batches, machine, **kwargs)
 
 
-def test_evaluation_is_the_mean_over_every_token_at_any_batch_size(tokens):
+def test_evaluation_is_the_token_mean_at_any_batch_size(tokens):
     model = parts()[0]
     results = [score(model, tokens, batch_size) for batch_size in (1, 7, 64)]
     assert {result.tokens for result in results} == {len(tokens) - 1}
@@ -154,7 +154,7 @@ def test_evaluation_is_the_mean_over_every_token_at_any_batch_size(tokens):
         assert result.stderr == pytest.approx(results[0].stderr, rel=1e-3)
     ids = torch.from_numpy(tokens.read(0, len(tokens))).to(machine_of().device)
     total, windows = 0.0, range(0, len(ids) - 1, 16)
-    for start in windows:  # by hand; the last window looks back as far as it can
+    for start in windows:  # reference; the last window overlaps the one before
         first = min(start, len(ids) - 17)
         logits = model.eval()(ids[None, first : first + 16])[0][0].double().log_softmax(-1)
         for place in range(start, min(start + 16, len(ids) - 1)):
@@ -162,8 +162,8 @@ def test_evaluation_is_the_mean_over_every_token_at_any_batch_size(tokens):
     assert results[0].loss == pytest.approx(total / (len(ids) - 1), abs=1e-5)
 
 
-def test_standard_error_is_that_of_repeated_samples(tokens):
-    """The loss on random windows scatters about as widely as the standard error says."""
+def test_standard_error_matches_repeated_samples(tokens):
+    """The standard deviation of the loss on random windows is close to the standard error."""
     model = parts()[0]
     few = score(model, tokens, 8, most=12)
     draw = torch.Generator().manual_seed(0)
@@ -176,7 +176,7 @@ def test_standard_error_is_that_of_repeated_samples(tokens):
     assert few.stderr == pytest.approx(torch.tensor(means).std().item(), rel=0.5)
 
 
-def test_evaluation_leaves_no_trace(tokens):
+def test_evaluation_has_no_side_effects(tokens):
     model = parts(dropout=0.5)[0]
     state = torch.get_rng_state()
     first, second = score(model, tokens, 8), score(model, tokens, 8)
@@ -184,12 +184,12 @@ def test_evaluation_leaves_no_trace(tokens):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_evaluation_stops_when_asked(tokens):
+def test_evaluation_stops_on_request(tokens):
     answers = iter([False, False, True, True, True])
     assert score(parts()[0], tokens, 4, stopped=lambda: next(answers)) is None
 
 
-def test_what_is_said_of_a_loss():
+def test_loss_description():
     result = validation.Evaluation(loss=math.log(8), stderr=0.1, tokens=10)
     assert result.describe(None) == "perplexity 8"
-    assert result.describe(2.0) == "perplexity 8, 1.5000 bits a byte"
+    assert result.describe(2.0) == "perplexity 8, 1.5000 bits/byte"

@@ -1,4 +1,4 @@
-"""How often the scheduler's thread calls the event loop: for a first piece, for the end, and now and then."""
+"""Calls from the scheduler's thread to the event loop: first piece, end, and periodically in between."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ LETTERS = "abcdefghij" * 5
 
 
 def answering(**fields: Any) -> tuple[Answer, list[None]]:
-    """An answer to be written, and a list that grows with each call of the loop."""
+    """Return a pending answer, and a list that grows with each call to the event loop."""
     known: Any = ByteTokenizer()
     served: Any = SimpleNamespace(tokenizer=known, name="model")
     body = json.dumps({"prompt": "x", **fields}).encode()
@@ -42,7 +42,7 @@ def texts(event: bytes) -> str:
     return "".join(json.loads(part)["choices"][0]["text"] for part in parts if part != "[DONE]")
 
 
-def test_a_stream_begins_and_ends_at_once_and_is_called_for_no_piece_between(monkeypatch):
+def test_stream_wakes_only_for_first_and_last_piece(monkeypatch):
     monkeypatch.setattr(streaming, "EVENT_S", 60.0)
 
     async def stream() -> None:
@@ -51,7 +51,7 @@ def test_a_stream_begins_and_ends_at_once_and_is_called_for_no_piece_between(mon
         first = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0.01)
         await asyncio.to_thread(write, answer, 0, "f")
-        assert texts(await first) == "f" and len(calls) == 2  # one is the end of to_thread
+        assert texts(await first) == "f" and len(calls) == 2  # one of them is the completion of to_thread
         rest = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0.01)
         await asyncio.to_thread(write, answer, 0, LETTERS)
@@ -63,7 +63,7 @@ def test_a_stream_begins_and_ends_at_once_and_is_called_for_no_piece_between(mon
     asyncio.run(stream())
 
 
-def test_a_stream_has_an_event_now_and_then():
+def test_stream_sends_periodic_events():
     async def stream() -> None:
         answer, _ = answering(stream=True)
         events = answer.stream()
@@ -78,7 +78,7 @@ def test_a_stream_has_an_event_now_and_then():
     asyncio.run(stream())
 
 
-def test_a_whole_answer_is_called_for_the_ends_of_its_texts():
+def test_full_answer_wakes_once_per_finished_text():
     async def whole() -> None:
         answer, calls = answering(n=2)
         never: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -87,7 +87,7 @@ def test_a_whole_answer_is_called_for_the_ends_of_its_texts():
         await asyncio.sleep(0.01)
         for number in (0, 1):
             await asyncio.to_thread(write, answer, number, LETTERS)
-        assert len(calls) == 2  # the ends of to_thread
+        assert len(calls) == 2  # the completions of to_thread
         await asyncio.to_thread(write, answer, 1, "1", "stop")
         await asyncio.to_thread(write, answer, 0, "0", "length")
         said = json.loads((await done).body)["choices"]
@@ -100,7 +100,7 @@ def test_a_whole_answer_is_called_for_the_ends_of_its_texts():
     asyncio.run(whole())
 
 
-def test_who_has_left_gets_nothing_more():
+def test_disconnected_client_gets_no_more_events():
     async def stream() -> None:
         answer, _ = answering(stream=True)
         answer.served.scheduler = SimpleNamespace(cancel=lambda choices: cancelled.extend(choices))

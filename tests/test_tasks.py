@@ -1,4 +1,4 @@
-"""Task files: what is read from them, and what is said of those that are none."""
+"""Task files: parsing, and errors for invalid files."""
 
 import gzip
 import json
@@ -35,10 +35,10 @@ def one(spec: str) -> Item:
     return task.items[0]
 
 
-# ----------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------- parsing
 
 
-def test_hellaswag_takes_out_the_marks(write):
+def test_hellaswag_markup_is_removed(write):
     row = {"activity_label": "Cooking", "label": "1"}
     row["endings"] = ["[substeps] Boil it.", "Wait. [step] Then  eat."]
     whole = {**row, "ctx": "[header] How to cook [title] Begin. [step] Take a pot"}
@@ -46,7 +46,7 @@ def test_hellaswag_takes_out_the_marks(write):
     item = one("hellaswag:" + write("whole.jsonl", whole))
     assert item.context == "Cooking:  How to cook. Begin. Take a pot".replace("  ", " ")
     assert item.endings == (" Boil it.", "Wait. Then eat.") and item.label == 1
-    item = one(write("parts.jsonl", parts))  # recognised by its fields
+    item = one(write("parts.jsonl", parts))  # recognized by its fields
     assert item.context == "Cooking: How to cook. Begin. Take a pot The cook" and item.joint == " "
 
 
@@ -57,7 +57,7 @@ def test_lambada_predicts_the_last_word(write):
         assert item == Item('He said:\n"I can make it,', ("Shane",))
 
 
-def test_multiple_choice_in_several_dialects(write):
+def test_multiple_choice_field_names(write):
     expected = Item("Which is a gas?", ("iron", "air", "wood"), 1)
     plain = {"query": "Which is a gas?", "choices": ["iron", "air", "wood"], "gold": 1}
     swag = {"ctx": "Which is a gas?", "endings": ["iron", "air", "wood"], "label": "1"}
@@ -66,7 +66,7 @@ def test_multiple_choice_in_several_dialects(write):
         assert one(write("c.jsonl", row)) == expected
 
 
-def test_blanks_that_are_there_are_not_doubled(write):
+def test_existing_spaces_are_not_doubled(write):
     row = {"question": "Q: \n", "choices": ["a", "b"], "label": 0}
     assert one(write("c.jsonl", row)).joint == ""
     row = {"question": "Q:", "choices": [" a", " b"], "label": 0}
@@ -75,7 +75,7 @@ def test_blanks_that_are_there_are_not_doubled(write):
     assert one(write("c.jsonl", row)) == Item("Once", (", long ago",), joint=" ")
 
 
-def test_packed_files_and_limits(tmp_path):
+def test_compressed_files_and_limits(tmp_path):
     content = "".join(json.dumps({"text": f"a{i} b c"}) + "\n" for i in range(5)).encode()
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(content))
     (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(content))
@@ -85,7 +85,7 @@ def test_packed_files_and_limits(tmp_path):
         assert [item.context for item in task.items] == ["a0 b", "a1 b"] and task.name == "x"
 
 
-def test_hellaswags_files(real):
+def test_hellaswag_files(real):
     names = ("hellaswag/hellaswag_val.jsonl.xz", "hellaswag/hellaswag_val_raw500.jsonl")
     packed, raw = (tasks.load(f"hellaswag:{real(name)}") for name in names)
     assert len(packed.items) == 10042 and len(raw.items) == 500
@@ -93,31 +93,31 @@ def test_hellaswags_files(real):
     assert not any("[" in item.context for item in raw.items if "[header]" in item.context)
 
 
-def test_lambadas_file(real):
+def test_lambada_file(real):
     assert len(tasks.load(f"lambada:{real('lambada/lambada_test_0001-1000.jsonl')}").items) == 1000
 
 
-def test_a_name_alone_finds_the_file_in_the_cache(write, tmp_path, monkeypatch):
+def test_task_name_finds_the_file_in_the_cache(write, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path))
     (tmp_path / "tasks").mkdir()
     write("tasks/lambada_test.jsonl", {"text": "a b c"})
     assert one("lambada").endings == ("c",)
 
 
-# ----------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------- invalid input
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("helaswag", "no task 'helaswag'; did you mean 'hellaswag'"),
-        ("helaswag:x.jsonl", "no task 'helaswag' in .*; did you mean 'hellaswag'"),
-        ("nothing_like_it", "no task 'nothing_like_it'; there are hellaswag, lambada, choice, cloze"),
+        ("helaswag", "unknown task 'helaswag'; did you mean 'hellaswag'"),
+        ("helaswag:x.jsonl", "unknown task 'helaswag' in .*; did you mean 'hellaswag'"),
+        ("nothing_like_it", "unknown task 'nothing_like_it'; give hellaswag, lambada, choice, cloze"),
         ("choice", "needs a file: --tasks=choice:FILE.jsonl"),
         ("lambada:nowhere.jsonl", "no task file at nowhere.jsonl"),
     ],
 )
-def test_names_that_are_none(spec, message):
+def test_invalid_task_names_are_rejected(spec, message):
     with pytest.raises(UserError, match=message):
         tasks.load(spec)
 
@@ -131,41 +131,41 @@ HELLASWAG = {"activity_label": "a", "ctx": "b", "endings": ["c", "d"], "label": 
         (
             "hellaswag",
             {"ctx": "b", "endings": ["c", "d"], "label": 0},
-            "no `activity_label`.* has the fields ctx,",
+            "missing `activity_label`.* fields are ctx,",
         ),
-        ("hellaswag", {**HELLASWAG, "label": 2}, "the label is 2, but the endings are numbered 0 to 1"),
+        ("hellaswag", {**HELLASWAG, "label": 2}, "the label is 2, expected an ending's index, 0 to 1"),
         ("hellaswag", {**HELLASWAG, "label": -1}, "the label is -1"),
         ("hellaswag", {**HELLASWAG, "label": "x"}, "the label is 'x'"),
         ("hellaswag", {**HELLASWAG, "endings": ["c", "[step]"]}, "ending 1 is empty"),
         ("hellaswag", {**HELLASWAG, "endings": "c"}, "must be a list of at least two texts"),
         ("hellaswag", {**HELLASWAG, "ctx": " "}, "`ctx` is empty"),
         ("hellaswag", {**HELLASWAG, "ctx": 7}, "`ctx` is 7, not text"),
-        ("choice", {"a": 1, "b": 2}, "no `endings` or `choices`.*fields a, b; expected: a context"),
+        ("choice", {"a": 1, "b": 2}, "missing `endings` or `choices`.*fields are a, b; expected: a context"),
         ("choice", {**ARC, "answerKey": "D"}, "the label is 'D'"),
         ("choice", {**ARC, "answerKey": True}, "the label is True"),
-        ("cloze", {"prompt": "a"}, "no `target` or `completion`"),
+        ("cloze", {"prompt": "a"}, "missing `target` or `completion`"),
         ("cloze", {"prompt": "a", "target": ""}, "`target` is empty"),
         ("lambada", {"text": ""}, "`text` is empty"),
-        ("lambada", {"text": "word"}, "the last one to be predicted"),
-        ("lambada", {"text": "ends in a blank "}, "the last one to be predicted"),
-        ("lambada", {}, "has the fields none"),
+        ("lambada", {"text": "word"}, "the last one is the target"),
+        ("lambada", {"text": "ends in a blank "}, "the last one is the target"),
+        ("lambada", {}, "fields are none"),
     ],
 )
-def test_rows_that_are_no_items(write, kind, row, message):
+def test_invalid_rows_are_rejected(write, kind, row, message):
     good = {"hellaswag": HELLASWAG, "choice": ARC, "cloze": {"text": "a b"}, "lambada": {"text": "a b"}}[kind]
     path = write("t.jsonl", good, "", row)
-    with pytest.raises(UserError, match=rf"t\.jsonl, line 3 is no {kind} item: .*{message}"):
+    with pytest.raises(UserError, match=rf"t\.jsonl, line 3 is not a valid {kind} item: .*{message}"):
         tasks.load(f"{kind}:{path}")
 
 
-def test_files_that_are_no_jsonl(write, tmp_path):
+def test_invalid_jsonl_files_are_rejected(write, tmp_path):
     with pytest.raises(UserError, match=r"t\.jsonl, line 2 is not valid JSON"):
         tasks.load("lambada:" + write("t.jsonl", {"text": "a b"}, '{"text": "a'))
     with pytest.raises(UserError, match=r"t\.jsonl, line 1 is not a JSON object"):
         tasks.load("lambada:" + write("t.jsonl", "[1, 2]"))
     with pytest.raises(UserError, match=r"line 1 is nested too deeply|line 1 is not"):
         tasks.load("lambada:" + write("t.jsonl", "[" * 100_000))
-    with pytest.raises(UserError, match=r"holds no items"):
+    with pytest.raises(UserError, match=r"has no items"):
         tasks.load("lambada:" + write("t.jsonl", ""))
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "\xff b"}\n')
     with pytest.raises(UserError, match=r"cannot be read after line 0: .*can't decode"):
@@ -185,7 +185,7 @@ def test_files_that_are_no_jsonl(write, tmp_path):
 
 @pytest.fixture
 def fake_hub(monkeypatch):
-    """The `datasets` package, with a hub of its own."""
+    """A mock of the `datasets` package and its hub."""
     import datasets
 
     def load_dataset(name, config=None, *, split):
@@ -202,7 +202,7 @@ def test_rows_from_the_hub(fake_hub):
     assert tasks.load("choice:hub:owner/questions/test").items[2].context == "None test 2"
 
 
-def test_without_a_net_it_says_what_to_put_where(fake_hub, tmp_path, monkeypatch):
+def test_no_network_error_says_which_file_to_put_where(fake_hub, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path))
     with pytest.raises(
         UserError, match=r"ConnectionError: Couldn't reach.*put hellaswag_val.jsonl at .*tasks"
@@ -210,7 +210,7 @@ def test_without_a_net_it_says_what_to_put_where(fake_hub, tmp_path, monkeypatch
         tasks.load("hellaswag")
     with pytest.raises(UserError, match=r"name a file with these rows: --tasks=choice:FILE.jsonl"):
         tasks.load("choice:hub:owner/other/test")
-    with pytest.raises(UserError, match=r"write hub:OWNER/NAME/SPLIT"):
+    with pytest.raises(UserError, match=r"expected hub:OWNER/NAME/SPLIT"):
         tasks.load("choice:hub:other")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"put lambada_test.jsonl at .*pip install datasets"):

@@ -1,4 +1,4 @@
-"""Reading text: the right characters from any encoding and newline, and a refusal rather than a guess."""
+"""Text reading: correct characters for any encoding and newline; ambiguous files are rejected."""
 
 import codecs
 import hashlib
@@ -20,7 +20,7 @@ from tests.texts import ENGLISH, GERMAN
 
 
 def read(paths, **options) -> list[str]:
-    """The documents of `paths`, whole."""
+    """Return the complete documents of `paths`."""
     paths = [paths] if isinstance(paths, Path) else paths
     return documents(text_files.find(paths, **options))
 
@@ -41,7 +41,7 @@ def written(folder: Path, name: str, content: bytes | str) -> Path:
 
 @pytest.fixture(scope="session")
 def languages() -> dict[str, list[str]]:
-    """Texts of 1,500 characters in each language: our own, and beginnings of the Universal Declaration."""
+    """Texts of 1,500 characters per language: generated ones, and excerpts of the Universal Declaration."""
     by_language = {language: [body] for language, body in ours.languages().items()}
     if path := found("odd/many_scripts_udhr.txt"):
         parts = re.split(r"(?m)^== (\w+) ==\n", path.read_text(encoding="utf-8"))
@@ -78,15 +78,15 @@ def novel(request) -> str:
         (b"", "gb18030"),
     ],
 )
-def test_encodings_are_recognised_wherever_a_block_ends(mark, encoding, block, novel, tmp_path, monkeypatch):
+def test_encodings_are_recognized_at_any_block_boundary(mark, encoding, block, novel, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "BLOCK", block)
-    chinese = novel[:1500] + "🦊 and English.\n"  # four bytes in UTF-8 and GB18030, a pair in UTF-16
+    chinese = novel[:1500] + "🦊 and English.\n"  # 4 bytes in UTF-8 and GB18030, a pair in UTF-16
     path = written(tmp_path, "x.txt", mark + chinese.encode(encoding))
     assert read(path) == [chinese]
     assert text_files.find([path]).sources[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_every_script_is_read_from_utf8_and_utf16(languages, tmp_path):
+def test_every_script_reads_from_utf8_and_utf16(languages, tmp_path):
     for language, bodies in languages.items():
         encodings = ["utf-8", "utf-16", "utf-16-le", "utf-16-be"] + ["gb18030"] * language.startswith("cmn")
         for body, encoding in itertools.product(bodies, encodings):
@@ -114,7 +114,7 @@ def test_every_script_is_read_from_utf8_and_utf16(languages, tmp_path):
         ("cmn_hant", "big5"),
     ],
 )
-def test_other_encodings_are_refused_unless_named(language, encoding, languages, tmp_path):
+def test_other_encodings_are_rejected_unless_specified(language, encoding, languages, tmp_path):
     for whole in languages[language]:
         body = whole.encode(encoding, "ignore")
         path = written(tmp_path, "x.txt", body)
@@ -123,12 +123,12 @@ def test_other_encodings_are_refused_unless_named(language, encoding, languages,
             r"byte 0x(..) at offset (\d+) is neither UTF-8 nor UTF-16 nor GB18030", said
         ).groups()
         assert body[int(offset)] == int(byte, 16)
-        body[: int(offset)].decode("utf-8")  # all before is right
+        body[: int(offset)].decode("utf-8")  # valid up to the reported offset
         assert "--encoding=" in said
         assert read(path, encoding=encoding) == [body.decode(encoding)]
 
 
-def test_parts_of_texts_are_never_mistaken(languages, novel, tmp_path):
+def test_text_fragments_are_never_misdetected(languages, novel, tmp_path):
     draw = random.Random(0)
     for body in [novel, *itertools.chain(*languages.values())]:
         start = draw.randrange(len(body) // 2)
@@ -150,29 +150,29 @@ def test_parts_of_texts_are_never_mistaken(languages, novel, tmp_path):
                 assert "is neither" in str(error)
 
 
-def test_a_damaged_text_is_refused_where_it_is_damaged(novel, tmp_path, monkeypatch):
+def test_damaged_text_is_rejected_with_its_offset(novel, tmp_path, monkeypatch):
     body = novel.encode("utf-8")
     monkeypatch.setattr(text_files, "BLOCK", 1000)
     for at in (5000, 99_999, len(body) - 1):
         path = written(tmp_path, "x.txt", body[:at] + b"\xff" + body[at:])
         offset = int(re.search(r"at offset (\d+)", refusal(path))[1])
-        assert at - 3 < offset <= at  # the character that the byte breaks begins there
+        assert at - 3 < offset <= at  # start of the character that the byte corrupts
     assert f"offset {len(body) - 3} " in refusal(written(tmp_path, "x.txt", body[:-1].rstrip(b"\n")[:-1]))
     assert "is not utf-16-le" in refusal(written(tmp_path, "x.txt", codecs.BOM_UTF16_LE + b"a\0\0\xd8b\0"))
 
 
-def test_a_named_encoding_is_used_and_checked(tmp_path):
+def test_specified_encoding_is_used_and_validated(tmp_path):
     path = written(tmp_path, "x.txt", GERMAN.encode("latin-1"))
     assert read(path, encoding="latin-1") == read(path, encoding="ISO-8859-1") == [GERMAN]
     assert re.search(r"byte 0xe4 at offset \d+ is not ascii; .*--encoding=", refusal(path, encoding="ascii"))
     for name in ("latin-99", "hex", "rot13", "undefined", "\N{SNOWMAN}"):
-        assert "there is no such encoding" in refusal(path, encoding=name)
+        assert "unknown encoding" in refusal(path, encoding=name)
     assert read(written(tmp_path, "m.txt", codecs.BOM_UTF8 + b"a b"), encoding="utf8") == ["a b"]
     assert "surrogate" in refusal(written(tmp_path, "7.txt", b"a+2AA-b"), encoding="utf-7")
     assert "start with BOM" in refusal(written(tmp_path, "u.txt", "ab" * 10), encoding="utf-16")
 
 
-def test_nul_bytes_are_text_in_a_named_file_and_binary_in_a_folder(tmp_path):
+def test_nul_bytes_are_text_in_a_given_file_and_binary_in_a_folder(tmp_path):
     body = "text\0with\1some\x1bcontrol\x7f characters\n" * 10
     path = written(tmp_path, "x.txt", body)
     assert read(path) == [body]
@@ -220,11 +220,11 @@ def test_each_row_of_jsonl_is_a_document(tmp_path, monkeypatch):
         ('{"txt": "a"}', "has no string `text`"),
         ('{"text": 3}', "has no string `text`"),
         ('["text"]', "has no string `text`"),
-        ('{"text": "a\\ud800b"}', r"half of a surrogate pair, U\+D800"),
+        ('{"text": "a\\ud800b"}', r"a lone surrogate, U\+D800"),
         ('{"text": "' + "x" * 3000 + '"}', "is longer than 2,000 bytes"),
     ],
 )
-def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path, monkeypatch):
+def test_invalid_row_is_rejected_with_its_line(row, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LONGEST_ROW", 2000)
     monkeypatch.setattr(text_files, "BLOCK", 500)
     path = written(tmp_path, "x.jsonl", '{"text": "fine"}\n\n' + row + '\n{"text": "fine"}\n')
@@ -234,7 +234,7 @@ def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- folders
 
 
-def test_a_folder_is_searched_in_the_order_of_names(tmp_path):
+def test_folder_is_read_in_name_order(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/y/deep.md", "B.txt", ".hidden/x.txt", ".hidden.txt", "a/.x", "c"):
         written(tmp_path, name, f"text of {name}")
     names = ["B.txt", "b.txt", "c", "a/z.txt", "a/y/deep.md"]
@@ -247,7 +247,7 @@ def test_a_folder_is_searched_in_the_order_of_names(tmp_path):
     ]
 
 
-def test_what_is_not_text_in_a_folder_is_skipped_with_the_reason(tmp_path):
+def test_non_text_files_in_a_folder_are_skipped_with_a_reason(tmp_path):
     written(tmp_path, "good.txt", ENGLISH)
     written(tmp_path, "empty.txt", "")
     written(tmp_path, "mark.txt", codecs.BOM_UTF8)
@@ -276,7 +276,7 @@ def test_what_is_not_text_in_a_folder_is_skipped_with_the_reason(tmp_path):
     }
 
 
-def test_a_folder_that_cannot_be_opened_is_no_empty_folder(tmp_path, monkeypatch):
+def test_unreadable_folder_is_an_error(tmp_path, monkeypatch):
     written(tmp_path, "closed/x.txt", ENGLISH)
     scandir = os.scandir
 
@@ -290,14 +290,14 @@ def test_a_folder_that_cannot_be_opened_is_no_empty_folder(tmp_path, monkeypatch
         text_files.find([tmp_path])
 
 
-def test_what_was_named_is_refused_not_skipped(tmp_path):
+def test_explicitly_given_files_are_rejected_not_skipped(tmp_path):
     good, empty = written(tmp_path, "good.txt", ENGLISH), written(tmp_path, "empty.txt", "")
     assert refusal([good, empty]) == f"{empty}: empty"
     assert "no such file" in refusal([good, tmp_path / "missing.txt"])
-    assert read([good, tmp_path]) == [ENGLISH]  # its copy in the folder is not read again
+    assert read([good, tmp_path]) == [ENGLISH]  # the same file in the folder is not read twice
 
 
-def test_a_text_that_changes_meanwhile_is_noticed(tmp_path):
+def test_text_modified_while_reading_is_detected(tmp_path):
     path = written(tmp_path, "x.txt", ENGLISH)
     texts = text_files.find([path])
     path.write_text(ENGLISH + "more", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Large sets of shards: opened late, few at a time, checked when they are; ten terabytes on paper."""
+"""Large shard sets: opened lazily, few at a time, validated on opening; up to 10 TB of sparse files."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def write_shards(folder: Path, count: int, tokens: int = 64, headers: bool = True) -> np.ndarray:
-    """Shards of llm.c, the last one half as long; all ids that they hold."""
+    """Write llm.c shards, the last one half as long; return all their ids."""
     folder.mkdir()
     ids = np.random.default_rng(0).integers(0, 50257, count * tokens - tokens // 2).astype("<u2")
     for number in range(count):
@@ -34,7 +34,7 @@ def write_shards(folder: Path, count: int, tokens: int = 64, headers: bool = Tru
 
 @pytest.fixture
 def opened(monkeypatch) -> list[str]:
-    """The names of the files that are opened to be read."""
+    """Record the names of files that are opened for reading."""
     names: list[str] = []
     real, path_open = token_files.token_file, token_files.io.FileIO
 
@@ -53,7 +53,7 @@ def opened(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["llm.c", "listed", "npy"])
-def test_many_shards_are_opened_as_they_are_used(tmp_path, opened, kind):
+def test_many_shards_are_opened_lazily(tmp_path, opened, kind):
     folder, count = tmp_path / "data", token_files.LOOKED_AT + 44
     ids = write_shards(folder, count)
     if kind == "npy":
@@ -81,7 +81,7 @@ def test_many_shards_are_opened_as_they_are_used(tmp_path, opened, kind):
     assert len(set(opened)) <= 2 + 1000 // 64 + 2
     assert (
         loader.load(folder).train.read(0, len(ids)) == ids
-    ).all()  # the checks at the start, and all of it
+    ).all()  # the initial checks, and the full content
 
 
 def test_few_files_are_open_at_a_time(tmp_path):
@@ -95,7 +95,7 @@ def test_few_files_are_open_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer header", "gone"])
-def test_a_shard_that_is_not_what_it_seemed_is_named_when_it_is_used(tmp_path, damage):
+def test_invalid_shard_is_reported_on_first_use(tmp_path, damage):
     folder = tmp_path / "data"
     write_shards(folder, 300)
     paths = loader.split_files(folder, "train")
@@ -111,7 +111,7 @@ def test_a_shard_that_is_not_what_it_seemed_is_named_when_it_is_used(tmp_path, d
         tokens.read(123 * 64, 64)
 
 
-def test_a_process_reads_the_files_of_its_share_alone(tmp_path, opened):
+def test_rank_reads_only_the_files_of_its_share(tmp_path, opened):
     write_shards(tmp_path / "data", 200)
     paths = loader.split_files(tmp_path / "data", "train")
     starts = None
@@ -125,8 +125,8 @@ def test_a_process_reads_the_files_of_its_share_alone(tmp_path, opened):
         assert {int(name[13:19]) for name in opened} == needed
 
 
-def test_ten_terabytes_on_paper(tmp_path):
-    """400 sparse files, 5e12 tokens: opened in a moment, more than 2^31 windows, any of them read."""
+def test_ten_terabytes_of_sparse_files(tmp_path):
+    """400 sparse files, 5e12 tokens, more than 2^31 sequences: fast to open, random access works."""
     folder, count, size = tmp_path / "data", 400, 25_000_000_000
     folder.mkdir()
     try:
@@ -134,7 +134,7 @@ def test_ten_terabytes_on_paper(tmp_path):
             with (folder / f"tokens_train_{number:06}.bin").open("wb") as file:
                 file.truncate(size)
     except OSError:
-        pytest.skip("this file system holds no files of 25 GB with holes")
+        pytest.skip("the file system does not support sparse files of 25 GB")
     (folder / "tokens_val_000000.bin").write_bytes(bytes(4000))
     tracemalloc.start()
     started = time.perf_counter()
@@ -144,12 +144,12 @@ def test_ten_terabytes_on_paper(tmp_path):
     took_s, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(train) == count * size // 2 and batches.sampler.n_windows > 2**32
-    assert batch[0].shape == (12, 1024) and took_s < 5 and peak < 80e6  # a chunk of ids is looked at
+    assert batch[0].shape == (12, 1024) and took_s < 5 and peak < 80e6  # one chunk of ids is checked
     assert len(train._open) <= 1 + 12
 
 
-def test_the_order_of_five_trillion_tokens():
-    """Windows far apart, none twice, evenly spread: past 2^32 of them as before."""
+def test_sample_order_of_five_trillion_tokens():
+    """Sequences are spread evenly without repeats, also beyond index 2^32."""
     order = EpochSampler(5 * 10**12, 1024, seed=1)
     assert order.n_windows > 2**32
     places = [0, 2**31 - 500, 2**32 - 500, order.n_windows - 1000]
@@ -158,5 +158,5 @@ def test_the_order_of_five_trillion_tokens():
     assert starts.min() >= 0 and starts.max() + 1024 < 5 * 10**12
     counts, _ = np.histogram(starts, bins=10, range=(0, 5 * 10**12))
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
-    again = order.starts(order.n_windows - 1, 2)  # into the next epoch
+    again = order.starts(order.n_windows - 1, 2)  # crosses into the next epoch
     assert again[0] == starts[-1] and again[1] == order.starts(order.n_windows, 1)[0]

@@ -1,4 +1,4 @@
-"""Tokenizers: nothing is lost on the way to ids and back, and the ids are those of nanoGPT and OpenAI."""
+"""Tokenizers: lossless round trips, and ids equal to those of nanoGPT and OpenAI."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ KINDS = ["char", "byte", "trained", "own merges", "gpt2"]
 def make(
     trained_bpe: str, own_merges: str, real: Callable[[str], Path]
 ) -> Callable[..., tokenizer.Tokenizer]:
-    """A tokenizer of each kind, that of characters for a text; "own merges" is GPT-2's with others."""
+    """Return a factory of tokenizers by kind ("char": for a text; "own merges": GPT-2 with other merges)."""
 
     def made(kind: str, text: str = "") -> tokenizer.Tokenizer:
         if kind == "own merges":
@@ -50,21 +50,21 @@ def gpt2(request, make) -> GPT2Tokenizer:
 
 
 def raw_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8")  # no newline is touched
+    return path.read_bytes().decode("utf-8")  # without newline translation
 
 
 def random_text(seed: int, length: int = 200) -> str:
-    """Characters of every plane, without the surrogates, which are no characters."""
+    """Return random characters of every plane, without surrogates, which are not characters."""
     draw = random.Random(seed)
     points = [draw.randrange(draw.choice([0x80, 0x800, 0xD800, 0x110000])) for _ in range(length)]
     return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 
 
-# ----------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_text_comes_back(kind, make):
+def test_round_trip_of_any_text(kind, make):
     tokens = make(kind, "".join(random_text(seed) for seed in range(20)))
     for text in (random_text(seed) for seed in range(20)):
         assert tokenizer.decode(tokens, tokens.encode(text)) == text
@@ -81,21 +81,21 @@ def test_ids_are_below_the_vocabulary_size(kind, make):
     assert tokens.encode("").tolist() == []
 
 
-def test_characters_are_numbered_as_nanogpt_numbers_them():
+def test_character_ids_equal_nanogpts():
     text = "the quick brown 狐狸 jumps\n🦊"
     number = {character: i for i, character in enumerate(sorted(set(text)))}
     assert CharTokenizer(sorted(set(text))).encode(text).tolist() == [number[c] for c in text]
 
 
-def test_unknown_characters_are_shown_with_what_is_known():
+def test_unknown_characters_error_lists_known_ones():
     tokens = CharTokenizer("abc")
-    for prompt in ("abXcé🦊", "🦊éXa"):  # below, between and above the known code points
+    for prompt in ("abXcé🦊", "🦊éXa"):  # below, between and above the code points of the vocabulary
         with pytest.raises(UserError, match=r"vocabulary of 3 characters: .*it has 'abc'") as error:
             tokens.encode(prompt)
         assert all(repr(character) in str(error.value) for character in "Xé🦊")
 
 
-def test_a_character_cut_in_its_bytes_is_replaced_not_fatal():
+def test_truncated_utf8_is_replaced():
     assert tokenizer.decode(ByteTokenizer(), "é".encode()[:1]) == "\N{REPLACEMENT CHARACTER}"
 
 
@@ -117,27 +117,27 @@ def test_gpt2_gives_the_published_ids(make, real):
         assert hashlib.sha256(ids.astype("<u2").tobytes()).hexdigest() == entry["sha256_uint16le"], name
 
 
-def test_gpt2_has_openais_vocabulary(make, real):
+def test_gpt2_vocabulary_equals_openais(make, real):
     tokens = make("gpt2")
     encoder = json.loads(real("gpt2/encoder.json").read_text(encoding="utf-8"))
     assert (tokens.vocab_size, tokens.end_of_text) == (len(encoder), encoder["<|endoftext|>"])
     assert tokens.encode("Hello").tolist() == [encoder["Hello"]]
 
 
-def test_markers_in_a_text_are_text_and_in_a_prompt_the_token(gpt2):
+def test_special_tokens_are_parsed_in_prompts_only(gpt2):
     assert gpt2.end_of_text not in gpt2.encode("a<|endoftext|>b")
     assert gpt2.encode_prompt("a<|endoftext|>b") == [64, gpt2.end_of_text, 65]
 
 
-def test_a_run_of_blanks_that_would_crash_tiktoken_is_refused(gpt2):
+def test_whitespace_run_that_crashes_tiktoken_is_rejected(gpt2):
     text = "a" + " " * 1_200_000 + "b"
     for encode in (gpt2.encode, gpt2.encode_prompt):
-        with pytest.raises(UserError, match="blanks on end"):
+        with pytest.raises(UserError, match="whitespace characters in a row"):
             encode(text)
     assert tokenizer.decode(gpt2, gpt2.encode("a" + " \n" * 50_000 + "b")) == "a" + " \n" * 50_000 + "b"
 
 
-def test_merges_are_checked_and_their_absence_is_explained(own_merges, tmp_path, monkeypatch):
+def test_merges_are_validated_and_their_absence_is_explained(own_merges, tmp_path, monkeypatch):
     wrong = tmp_path / "vocab.bpe"
     wrong.write_text(own_merges, encoding="utf-8")
     with pytest.raises(UserError, match="is not GPT-2's"):
@@ -145,12 +145,12 @@ def test_merges_are_checked_and_their_absence_is_explained(own_merges, tmp_path,
     with pytest.raises(UserError, match="no GPT-2 merges at"):
         load_gpt2(str(tmp_path / "nowhere"))
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gpt2_files, "GPT2_URL", "http://127.0.0.1:9/vocab.bpe")  # nothing listens there
+    monkeypatch.setattr(gpt2_files, "GPT2_URL", "http://127.0.0.1:9/vocab.bpe")  # no server on port 9
     with pytest.raises(UserError, match=r"could not be downloaded.*put that file at .*vocab\.bpe"):
         load_gpt2()
 
 
-def test_encoder_json_is_checked_where_it_is_given(own_merges, tmp_path, monkeypatch):
+def test_encoder_json_is_validated_if_given(own_merges, tmp_path, monkeypatch):
     for name, home, constant, content in (
         ("vocab.bpe", vocabulary, "GPT2_SHA256", own_merges),
         ("encoder.json", gpt2_files, "GPT2_ENCODER_SHA256", '{"a": 0}'),
@@ -163,10 +163,10 @@ def test_encoder_json_is_checked_where_it_is_given(own_merges, tmp_path, monkeyp
         load_gpt2(str(tmp_path))
 
 
-# ----------------------------------------------------------------------------- tokenizers of Hugging Face
+# ----------------------------------------------------------------------------- Hugging Face tokenizers
 
 
-def test_training_gives_the_same_file_on_any_number_of_threads(trained_bpe, tmp_path):
+def test_training_is_independent_of_thread_count(trained_bpe, tmp_path):
     path = tmp_path / "text.py"
     path.write_bytes(texts.python_sources(300_000).encode())
     code = (
@@ -187,7 +187,7 @@ def test_training_gives_the_same_file_on_any_number_of_threads(trained_bpe, tmp_
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_text_comes_back_from_a_trained_vocabulary(seed, trained_bpe):
+def test_round_trip_with_a_trained_vocabulary(seed, trained_bpe):
     tokens = tokenizer.from_text(trained_bpe)
     assert (tokens.kind, tokens.vocab_size, tokens.end_of_text) == ("hf", 1000, 0)
     text = random_text(seed) + "<|endoftext|>"
@@ -200,7 +200,7 @@ def test_any_text_comes_back_from_a_trained_vocabulary(seed, trained_bpe):
 
 
 def awkward_texts() -> dict[str, str]:
-    """Our own, and those of the folder odd/ where it is there."""
+    """Return the built-in awkward texts, and those of the test data folder odd/ if it exists."""
     odd = found("odd")
     files = texts.awkward() | {path.name: path.read_bytes() for path in (odd.glob("*.txt") if odd else [])}
     return {name: content.decode("utf-8", "replace") for name, content in files.items()}
@@ -218,7 +218,7 @@ def test_gpt2_as_a_tokenizer_json_gives_the_same_ids(gpt2):
     assert tokens.encode_prompt("a<|endoftext|>b") == gpt2.encode_prompt("a<|endoftext|>b")
 
 
-def test_a_vocabulary_that_is_not_of_bytes_works_too():
+def test_non_byte_level_vocabulary_works():
     import tokenizers
 
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "cat": 2}, "[UNK]"))
@@ -230,13 +230,13 @@ def test_a_vocabulary_that_is_not_of_bytes_works_too():
     assert tokens.encode("the cat").tolist() == [1, 2]
 
 
-def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+def test_invalid_tokenizer_file_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     for content, reason in [
         (b"{}", "is not a tokenizer"),
         (b'{"model": {}}', "is not a tokenizer"),
-        (b'{"model": {"type": "BPE", "vocab": {"a": 0}}}', "library can read"),
-        (b"\xff", "no UTF-8"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0}}}', "by the tokenizers library"),
+        (b"\xff", "not UTF-8"),
     ]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=reason) as error:
@@ -249,12 +249,12 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
 # ----------------------------------------------------------------------------- the fast encoder
 
 
-# The planes that hold text, and the tags; surrogates are no characters.
+# Unicode planes with text, and the tags plane; surrogates are not characters.
 CHARACTERS = [chr(i) for i in (*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200))]
 
 
 def class_of(character: str, parts: list[str]) -> str:
-    """What a character is, told from how `x.1x.!` with it is divided into words."""
+    """Return the class of a character, inferred from how `x.1x.!` with it is split into words."""
     if parts[0] == f"x{character}":
         return "letter"
     if parts[1] == f"{character}1":
@@ -262,7 +262,7 @@ def class_of(character: str, parts: list[str]) -> str:
     return "blank" if parts[-1] == "!" else "other"
 
 
-def test_the_fast_encoder_divides_at_the_same_characters_but_for_those_that_are_left_out():
+def test_fast_encoder_splits_equally_except_for_excluded_characters():
     import gigatoken
     import tiktoken
     import tokenizers
@@ -272,7 +272,7 @@ def test_the_fast_encoder_divides_at_the_same_characters_but_for_those_that_are_
     of_tiktoken = {}
     for name, pattern in (("letter", r"\p{L}"), ("number", r"\p{N}"), ("blank", r"\s")):
         only = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=single, special_tokens={})
-        matching = only.decode(only.encode_ordinary("".join(CHARACTERS)))  # it drops what does not match
+        matching = only.decode(only.encode_ordinary("".join(CHARACTERS)))  # drops non-matching ones
         of_tiktoken |= dict.fromkeys(matching, name)
     for character in CHARACTERS:
         if character == " " or bpe.has_new_characters(f"a{character}é"):
@@ -286,9 +286,9 @@ def test_the_fast_encoder_divides_at_the_same_characters_but_for_those_that_are_
 
 
 @pytest.mark.parametrize("kind", ["trained", "own merges", "gpt2"])
-def test_the_fast_encoder_gives_the_same_ids(kind, make, monkeypatch):
+def test_fast_encoder_gives_the_same_ids(kind, make, monkeypatch):
     slow, fast = make(kind), make(kind)
-    monkeypatch.setattr(bpe, "TRIAL", 0)  # or the slow one would be compared with itself
+    monkeypatch.setattr(bpe, "TRIAL", 0)  # otherwise the slow encoder would be compared with itself
     fast.accelerate()
     assert "accelerated" in fast._ordinary.__qualname__
     bodies = [random_text(seed, 100) for seed in range(400)]
@@ -300,7 +300,7 @@ def test_the_fast_encoder_gives_the_same_ids(kind, make, monkeypatch):
         assert np.array_equal(fast.encode(text), slow.encode(text)), text[:80]
 
 
-def test_a_fast_encoder_that_differs_is_not_used(monkeypatch):
+def test_differing_fast_encoder_is_not_used(monkeypatch):
     class Wrong:
         def encode(self, text: str) -> list[int]:
             return [1]
@@ -311,14 +311,14 @@ def test_a_fast_encoder_that_differs_is_not_used(monkeypatch):
     encode = bpe.accelerated("{}", lambda text: [len(text)])
     assert [encode("a"), encode("ab"), encode("abc")] == [[1], [2], [3]]
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    assert bpe.accelerated("{}", len) is len  # as if it were not installed
+    assert bpe.accelerated("{}", len) is len  # as if tokenizers were not installed
 
 
-# ----------------------------------------------------------------------------- its file
+# ----------------------------------------------------------------------------- tokenizer files
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "trained", "gpt2"])
-def test_a_tokenizer_comes_back_from_its_file(kind, make):
+def test_tokenizer_file_round_trip(kind, make):
     text = "Grüße, 世界!\n🦊"
     tokens = make(kind, text)
     copy = tokenizer.from_text(tokenizer.to_text(tokens))
@@ -328,7 +328,7 @@ def test_a_tokenizer_comes_back_from_its_file(kind, make):
     assert tokenizer.fingerprint(copy) == tokenizer.fingerprint(tokens)
 
 
-def test_fingerprints_tell_vocabularies_apart():
+def test_fingerprints_distinguish_vocabularies():
     kinds = [CharTokenizer("ab"), CharTokenizer("abc"), CharTokenizer("ba"), ByteTokenizer()]
     assert len({tokenizer.fingerprint(tokens) for tokens in kinds}) == len(kinds)
 
@@ -355,6 +355,6 @@ def test_fingerprints_tell_vocabularies_apart():
         "[" * 100_000,
     ],
 )
-def test_what_is_no_tokenizer_is_refused_by_name(content):
+def test_invalid_tokenizer_is_rejected_by_name(content):
     with pytest.raises(UserError, match=r"run/tokenizer\.json is not a tokenizer"):
         tokenizer.from_text(content, "run/tokenizer.json")

@@ -1,4 +1,4 @@
-"""The training program: resume, stop, refuse, keep."""
+"""Tests of train.py: resuming, stopping, input validation and checkpoint retention."""
 
 import json
 import os
@@ -30,14 +30,14 @@ def config(dataset, tmp_path, device):
 
 
 def bits(run: str, step: int) -> dict[str, bytes]:
-    """Weights and optimizer state of a checkpoint, to the bit."""
+    """Return the files of a checkpoint (weights, optimizer state) by name, as bytes."""
     folder = Path(run) / f"step-{step:06d}"
     tensors = {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def logged(run: str, event: str = "step") -> dict[int, tuple]:
-    """The reproducible part of the rows of a run, by iteration."""
+    """Return the reproducible fields of the logged rows of a run, by iteration."""
     keys = ("loss", "lr", "grad_norm") if event == "step" else ("train_loss", "val_loss")
     rows = [row for row in metrics.read(Path(run)) if row["event"] == event]
     found = {row["iter"]: tuple(row[key] for key in keys) for row in rows}
@@ -46,7 +46,7 @@ def logged(run: str, event: str = "step") -> dict[int, tuple]:
 
 
 class StopAt:
-    """Stands for runtime.StopRequest and asks to stop before update `iteration`."""
+    """Simulate a crash: `is_time_to_save` raises KeyboardInterrupt at `iteration`."""
 
     def __init__(self, monkeypatch, iteration):
         real, calls = train.is_time_to_save, 0
@@ -55,14 +55,14 @@ class StopAt:
             nonlocal calls
             calls += 1
             if run.progress.iter_num == iteration:
-                raise KeyboardInterrupt  # as sudden as SIGKILL for all that is on the disk
+                raise KeyboardInterrupt  # same files on disk as after SIGKILL
             return real(run, improved)
 
         monkeypatch.setattr(train, "is_time_to_save", save_or_kill)
 
 
-def test_resumed_is_the_same_run_to_the_bit(config, tmp_path, monkeypatch, all_threads):
-    """40 iterations, and 20, killed, 20 more: with dropout and accumulation, whatever is looked at."""
+def test_resume_is_bit_identical(config, tmp_path, monkeypatch, all_threads):
+    """40 iterations equal 20, a crash and 20 more, with dropout and gradient accumulation."""
     straight = replace(config, out_dir=str(tmp_path / "straight"))
     train.main(straight)
     looked_at = [
@@ -89,7 +89,7 @@ def test_resumed_is_the_same_run_to_the_bit(config, tmp_path, monkeypatch, all_t
         assert sorted(evaluations) == [*range(0, 40, broken.eval_interval), 40]
 
 
-def test_the_modern_recipe_resumes_to_the_bit(config, tmp_path, monkeypatch, all_threads):
+def test_modern_recipe_resume_is_bit_identical(config, tmp_path, monkeypatch, all_threads):
     modern = {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False}
     modern |= {"softcap": 15.0, "init": "zero", "optimizer": "muon", "muon_weight_decay": 0.1, "smear": True}
     modern |= {"batch_ramp_tokens": 2000, "dtype": "bfloat16"}
@@ -104,25 +104,25 @@ def test_the_modern_recipe_resumes_to_the_bit(config, tmp_path, monkeypatch, all
     assert logged(broken.out_dir) == logged(straight.out_dir)
 
 
-def test_stopped_at_every_iteration(config, tmp_path, monkeypatch):
-    """A run that is told to stop after each update, and resumed each time, is the straight run."""
+def test_stopping_and_resuming_at_every_iteration(config, tmp_path, monkeypatch):
+    """Stopping after each update and resuming each time gives the uninterrupted run."""
     config = replace(config, max_iters=12, eval_interval=5)
     train.main(replace(config, out_dir=str(tmp_path / "straight")))
     stopped = 0
-    monkeypatch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # each look: a second later
+    monkeypatch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)  # 1 s per call
     for _ in range(30):
         try:
             train.main(replace(config, init_from="auto", max_minutes=3 / 60))
             break
         except Stopped as error:
-            assert "go" in str(error) and "--init_from=resume" in str(error)
+            assert "--init_from=resume" in str(error)
             stopped += 1
     assert stopped >= 6
     assert bits(config.out_dir, 12) == bits(str(tmp_path / "straight"), 12)
     assert logged(config.out_dir) == logged(str(tmp_path / "straight"))
 
 
-def test_a_resumed_run_needs_no_option_twice(config, tmp_path, capsys):
+def test_resume_restores_saved_options(config, tmp_path, capsys):
     train.main(replace(config, max_iters=10))
     bare = train.Config(init_from="resume", out_dir=config.out_dir, max_iters=15)
     train.main(bare, {"init_from": "--init_from=resume", "out_dir": "...", "max_iters": "--max_iters=15"})
@@ -130,7 +130,7 @@ def test_a_resumed_run_needs_no_option_twice(config, tmp_path, capsys):
     assert reader.find(Path(config.out_dir))[0].iter_num == 15
 
 
-def test_it_learns(config, tmp_path):
+def test_training_reduces_loss(config, tmp_path):
     train.main(replace(config, max_iters=300, dropout=0.0, gradient_accumulation_steps=1, learning_rate=1e-2))
     rows = logged(config.out_dir, "eval")
     assert rows[300][1] < rows[0][1] - 1.0
@@ -138,7 +138,7 @@ def test_it_learns(config, tmp_path):
     assert found.state["val_loss"] == min(val for _, val in rows.values())
 
 
-def test_the_run_folder_is_complete(config):
+def test_run_folder_contents(config):
     train.main(replace(config, max_iters=3))
     out = Path(config.out_dir)
     assert {path.name for path in out.iterdir()} == {
@@ -155,33 +155,33 @@ def test_the_run_folder_is_complete(config):
 
 
 @pytest.mark.parametrize("always", [True, False])
-def test_what_is_saved(config, always):
-    """The best always; others as always_save_checkpoint says; the final state in any case."""
+def test_checkpoint_policy(config, always):
+    """The best and the final state are always saved, others only with always_save_checkpoint."""
     train.main(replace(config, always_save_checkpoint=always, max_iters=25, eval_interval=5))
     steps_there = {int(path.name[5:]) for path in checkpoint.steps(Path(config.out_dir))}
     best = min(logged(config.out_dir, "eval").items(), key=lambda item: item[1][1])[0]
     assert {25, best} <= steps_there and len(steps_there) <= 3
 
 
-def test_the_same_command_twice_loses_nothing(config, capsys):
+def test_rerunning_a_command_keeps_the_previous_run(config, capsys):
     train.main(replace(config, max_iters=3))
     train.main(replace(config, max_iters=4))
-    assert "held a run; it is now" in capsys.readouterr().out
+    assert "moved the existing run" in capsys.readouterr().out
     assert reader.find(Path(config.out_dir + ".1"))[0].iter_num == 3
     train.main(replace(config, max_iters=5, overwrite=True))
     assert not Path(config.out_dir + ".2").exists()
     assert reader.find(Path(config.out_dir))[0].iter_num == 5
 
 
-def test_a_run_that_was_stopped_lets_its_folder_go(config):
-    """Also while somebody, a notebook say, still holds the exception and with it every local name."""
+def test_stopped_run_releases_its_folder_lock(config):
+    """Also while a caller (e.g. a notebook) keeps the exception and thus all local variables alive."""
     with pytest.raises(Stopped) as kept:
         train.main(replace(config, max_minutes=1e-9))
     files.lock(Path(config.out_dir)).release()
     assert kept.value
 
 
-def test_auto_starts_and_resumes(config, capsys):
+def test_init_from_auto_starts_and_resumes(config, capsys):
     config = replace(config, init_from="auto", max_iters=3)
     train.main(config)
     train.main(config)
@@ -190,7 +190,7 @@ def test_auto_starts_and_resumes(config, capsys):
     assert sorted(logged(config.out_dir)) == [0, 1, 2, 3, 4]
 
 
-def test_dropout_may_change_on_the_way(config, capsys):
+def test_dropout_may_change_on_resume(config, capsys):
     train.main(replace(config, max_iters=5, dropout=0.2))
     train.main(
         replace(config, max_iters=10, dropout=0.0, init_from="resume"),
@@ -200,11 +200,11 @@ def test_dropout_may_change_on_the_way(config, capsys):
     assert reader.find(Path(config.out_dir))[0].model_config.dropout == 0.0
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(config, capsys):
+def test_damaged_newest_checkpoint_is_skipped(config, capsys):
     train.main(replace(config, max_iters=20))
     weights = Path(config.out_dir) / "step-000020" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="different model"):
         train.main(replace(config, max_iters=20, init_from="resume", n_layer=3))
     train.main(replace(config, max_iters=21, init_from="resume"))
     assert "skipped a damaged checkpoint" in capsys.readouterr().out
@@ -212,13 +212,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(config, capsys):
     assert reader.find(Path(config.out_dir))[0].iter_num == 21
 
 
-def test_evaluation_only_writes_nothing(config, capsys):
+def test_eval_only_writes_nothing(config, capsys):
     train.main(replace(config, eval_only=True))
     assert not Path(config.out_dir).exists()
     assert "step 0: train loss 2.3" in capsys.readouterr().out
 
 
-def test_divergence_is_found_and_not_saved(config):
+def test_divergence_is_detected_and_not_saved(config):
     with pytest.raises(Diverged, match="learning rate"):
         train.main(
             replace(config, learning_rate=1e30, min_lr=0.0, log_interval=7, eval_interval=3, save_interval=1)
@@ -228,7 +228,7 @@ def test_divergence_is_found_and_not_saved(config):
         assert all(bool(t.isfinite().all()) for t in tensors.values())
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
+def test_full_disk_keeps_the_previous_checkpoint(config, monkeypatch):
     train.main(replace(config, max_iters=5))
 
     def full(path):
@@ -242,8 +242,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
 
 
 @pytest.mark.parametrize("compile", [True, "blocks"])
-def test_compile_trains_the_same_model(config, compile):
-    """With a C++ compiler the losses agree to rounding; without one the run falls back and is equal."""
+def test_compile_does_not_change_training(config, compile):
+    """With a C++ compiler losses agree up to rounding; without one the run falls back to eager mode."""
     changes = {"dtype": "float32", "max_iters": 3, "dropout": 0.0, "gradient_accumulation_steps": 1}
     config = replace(config, **changes)
     train.main(replace(config, compile=False))
@@ -265,35 +265,35 @@ REFUSED = {
     "odd heads": ({"position": "rope", "n_embd": 30, "n_head": 2}, "a head has 15"),
     "betas": ({"beta2": 1.0}, "must be below 1"),
     "no data": ({"dataset": "nowhere"}, "no dataset at 'nowhere'"),
-    "short": ({"block_size": 1000}, "validation text has .* fewer than one window"),
+    "short": ({"block_size": 1000}, "validation text has .* fewer than one sequence"),
     "nothing to resume": ({"init_from": "resume"}, "no checkpoint in .* train first"),
     "no gpu": ({"device": "cuda:77"}, "--device=cuda:77"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_anything_is_written(config, case):
+def test_invalid_configs_are_rejected_before_anything_is_written(config, case):
     changes, said = REFUSED[case]
     with pytest.raises(UserError, match=said):
         train.main(replace(config, **changes))
     assert not Path(config.out_dir).exists()
 
 
-def test_data_of_another_tokenizer_is_refused(config, tmp_path):
+def test_dataset_with_another_tokenizer_is_rejected(config, tmp_path):
     train.main(replace(config, max_iters=2))
     other = write_dataset(tmp_path / "other", words(900).upper())
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="a different tokenizer"):
         train.main(replace(config, init_from="resume", dataset=str(other), max_iters=5))
 
 
-def test_a_changed_machine_is_said(config, capsys, monkeypatch):
+def test_resuming_on_another_machine_is_reported(config, capsys, monkeypatch):
     train.main(replace(config, max_iters=2))
     monkeypatch.setattr(runtime.numpy, "__version__", "9.9")
     train.main(replace(config, max_iters=3, init_from="resume"))
-    assert "-> 9.9: the run goes on, but not bit for bit" in capsys.readouterr().out
+    assert "-> 9.9: resuming, but results will not be bitwise identical" in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------- as a process
+# ----------------------------------------------------------------------------- as a subprocess
 
 
 def command(config, **changes):
@@ -303,7 +303,7 @@ def command(config, **changes):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these signals to one process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves_with_75(config, number):
+def test_signal_saves_and_exits_with_75(config, number):
     arguments = command(config, max_iters=10**6, eval_interval=10**6)
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -317,7 +317,7 @@ def test_a_signal_saves_and_leaves_with_75(config, number):
     assert found.iter_num >= 4 and found.iter_num == len(logged(config.out_dir))
 
 
-def test_exit_codes_and_one_line(config, tmp_path):
+def test_exit_codes_and_one_line_errors(config, tmp_path):
     cases = [
         (["--eval_itres=3"], 2, "unknown option 'eval_itres'; did you mean 'eval_iters'?"),
         (["--device=cpu", "--dataset=nowhere"], 2, "no dataset at 'nowhere'"),
@@ -330,8 +330,8 @@ def test_exit_codes_and_one_line(config, tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_options_are_answered_without_torch(tmp_path):
-    """--help, a typo and an unknown preset, where importing torch would fail; then that in one line."""
+def test_options_are_parsed_without_torch(tmp_path):
+    """--help, a typo and an unknown preset work where importing torch fails; that failure is one line."""
     (tmp_path / "torch.py").write_text(
         "raise ModuleNotFoundError('no torch', name='torch')", encoding="utf-8"
     )
@@ -354,7 +354,7 @@ def test_options_are_answered_without_torch(tmp_path):
         assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
-def test_out_of_memory_is_one_line(config, monkeypatch):
+def test_out_of_memory_is_a_one_line_error(config, monkeypatch):
     def full(*arguments, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: ...")
 

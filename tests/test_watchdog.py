@@ -1,4 +1,4 @@
-"""A process that is silent, behind or has left is named by the others. Threads stand for processes."""
+"""A rank that is silent, stuck or gone is named by the other ranks. Threads simulate ranks."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ class Ended(BaseException):
 
 @pytest.fixture
 def ends(monkeypatch):
-    """The words with which processes end, instead of ending this one."""
+    """Collect the messages with which ranks would end, instead of ending this process."""
     said, ended = [], threading.Event()
 
     def end(message):
@@ -50,22 +50,22 @@ def wait_for(happened, limit_s=10.0):
         time.sleep(0.02)
 
 
-def test_a_silent_process_is_named_with_its_last_place(hearts, ends):
+def test_silent_rank_is_reported_with_its_last_position(hearts, ends):
     hearts[2].at(7, "reading data")
     hearts[2].start()
-    hearts[2].close()  # as if it were stopped: it says nothing more
+    hearts[2].close()  # simulates a stopped process: no more heartbeats
     for heart in hearts[:2]:
         heart.at(7, "computing")
         heart.start()
         heart.at(7, "waiting")
     wait_for(lambda: len(ends) == 2)
     told = [message for message in ends if message]
-    assert len(told) == 1  # of two that see it one tells
-    assert "process 2 has not answered" in told[0] and "process 2 at step 7, reading data" in told[0]
-    assert "the others wait at step 7, waiting" in told[0] and "\n" not in told[0]
+    assert len(told) == 1  # two ranks detect it, one reports
+    assert "rank 2 has not responded" in told[0] and "rank 2 at step 7, reading data" in told[0]
+    assert "the other ranks wait at step 7, waiting" in told[0] and "\n" not in told[0]
 
 
-def test_a_process_that_lives_but_does_not_move_is_named(hearts, ends, tmp_path):
+def test_hung_rank_is_reported_with_its_stack(hearts, ends, tmp_path):
     for heart in hearts:
         heart.start()
     hearts[0].at(120, "waiting")
@@ -74,16 +74,16 @@ def test_a_process_that_lives_but_does_not_move_is_named(hearts, ends, tmp_path)
     wait_for(lambda: len(ends) == 3)
     told = next(message for message in ends if message)
     assert told.startswith(
-        f"process 1 has not moved for {TIMEOUT_S:g} s (--hang_timeout_s), at step 120, reading"
+        f"rank 1 has made no progress for {TIMEOUT_S:g} s (--hang_timeout_s), at step 120, reading"
     )
-    assert f"the others wait at step 120, waiting; stacks are in {tmp_path / 'stuck'}" in told
+    assert f"the other ranks wait at step 120, waiting; stacks are in {tmp_path / 'stuck'}" in told
     for rank in range(3):
         text = (tmp_path / "stuck" / f"process-{rank}.txt").read_text()
         assert "test_watchdog.py" in text  # the main thread's stack
 
 
-def test_nobody_ends_while_one_that_is_waited_for_gets_on(hearts, ends):
-    """The first process scores tasks; the others wait much longer than the time-out."""
+def test_no_timeout_while_an_awaited_rank_makes_progress(hearts, ends):
+    """Rank 0 runs eval tasks; the other ranks wait much longer than the timeout."""
     for heart in hearts:
         heart.start()
         heart.at(7, "waiting")
@@ -94,21 +94,21 @@ def test_nobody_ends_while_one_that_is_waited_for_gets_on(hearts, ends):
     assert ends == []
 
 
-def test_who_lost_the_connection_asks_who_is_gone(hearts, ends):
+def test_lost_connection_reports_which_rank_is_gone(hearts, ends):
     for heart in hearts:
         heart.at(3, "computing")
         heart.start()
     assert hearts[0].explain() == ""
     hearts[1].close()
-    hearts[1]._thread.join()  # it may be about to say one more time that it is there
-    assert "process 1 has not answered" in hearts[0].explain()
+    hearts[1]._thread.join()  # it may be about to send one more heartbeat
+    assert "rank 1 has not responded" in hearts[0].explain()
     hearts[1].leave("OSError: disk full")
-    assert hearts[0].explain() == "process 1 has left: OSError: disk full"
+    assert hearts[0].explain() == "rank 1 exited: OSError: disk full"
     assert not hearts[0].told("why") and hearts[2].told("why")
 
 
-def test_a_signal_makes_a_process_that_is_stuck_look_around(hearts, ends, monkeypatch):
-    """As when a GPU waits for one that was killed, and torchrun asks the others to leave."""
+def test_signal_makes_a_stuck_rank_check_the_others(hearts, ends, monkeypatch):
+    """Case: a GPU waits for a killed rank, and torchrun sends SIGTERM to the other ranks."""
     monkeypatch.setattr(watchdog, "SIGNALLED_S", 0.5)
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
@@ -121,21 +121,21 @@ def test_a_signal_makes_a_process_that_is_stuck_look_around(hearts, ends, monkey
         assert ends == []
         os.kill(os.getpid(), signal.SIGUSR1)
         wait_for(lambda: ends)
-        assert "processes 1, 2 have not answered" in ends[0] and "process 2 at the start" in ends[0]
+        assert "ranks 1, 2 have not responded" in ends[0] and "rank 2 at the start" in ends[0]
     finally:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_without_the_store_the_first_process_is_lost():
+def test_losing_the_store_means_rank_0_is_lost():
     class Broken:
         def __getattr__(self, name):
             raise RuntimeError("connection refused")
 
     heart = Watchdog(Broken(), 1, 2, 10.0, "here:1")
-    assert "nothing answers at here:1: process 0, or its machine, is lost" in heart.explain()
+    assert "no response from here:1: rank 0 or its machine is down" in heart.explain()
 
 
-def test_a_step_pays_next_to_nothing(hearts):
+def test_heartbeat_overhead_is_negligible(hearts):
     heart = hearts[0]
     began = time.perf_counter()
     for step in range(10_000):

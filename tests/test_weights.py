@@ -1,4 +1,4 @@
-"""What --init_from names, through the programs: weights from elsewhere, finetuned and sampled."""
+"""--init_from through the programs: pretrained weights are finetuned and sampled."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ def gpt2(tmp_path) -> Path:
 
 @pytest.fixture
 def config(bare_tokens, tmp_path):
-    """Finetuning on GPT-2 tokens; nothing says the shape of the model."""
+    """A config for finetuning on GPT-2 tokens, without options for the model shape."""
     return train.Config(
         out_dir=str(tmp_path / "out"),
         dataset=str(bare_tokens),
@@ -48,7 +48,7 @@ def opened(name: Path | str, run: Path = Path("nowhere")):
     return weights.open_weights(str(name), Path("nowhere"), run)
 
 
-def test_finetuning_begins_with_the_weights_and_can_be_resumed(config, gpt2, tmp_path, capsys):
+def test_finetuning_starts_from_the_weights_and_resumes(config, gpt2, tmp_path, capsys):
     config = replace(config, init_from=str(gpt2), dropout=0.1)
     train.main(config)
     out = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_finetuning_begins_with_the_weights_and_can_be_resumed(config, gpt2, tmp
     start = opened(gpt2)
     before, after = start.load(start.fitted()), found.load_model()
     moved = (before.h[0].mlp.c_fc.weight - after.h[0].mlp.c_fc.weight).abs().max()
-    assert 0 < moved < 0.01  # three steps of 1e-3 away, not another model
+    assert 0 < moved < 0.01  # three steps of lr 1e-3, not a different model
 
     train.main(replace(config, init_from="resume", max_iters=5), {"max_iters": "given", "init_from": "given"})
     assert reader.find(Path(config.out_dir))[0].iter_num == 5
@@ -68,11 +68,11 @@ def test_finetuning_begins_with_the_weights_and_can_be_resumed(config, gpt2, tmp
         train.main(replace(config, init_from="resume", out_dir=str(tmp_path / "other")))
 
 
-def test_evaluating_weights_writes_nothing(config, gpt2, capsys, monkeypatch):
+def test_eval_only_on_pretrained_weights_writes_nothing(config, gpt2, capsys, monkeypatch):
     built, build = [], optim.build
     monkeypatch.setattr(optim, "build", lambda *given: built.append(build(*given)) or built[-1])
     train.main(replace(config, init_from=str(gpt2), eval_only=True))
-    assert {tensor.device.type for tensor in built[0].state().values()} == {"meta"}  # takes no memory
+    assert {tensor.device.type for tensor in built[0].state().values()} == {"meta"}  # allocates no memory
     start = opened(gpt2)
     dataset = loader.load(Path(config.dataset))
     machine = setup("cpu", "auto", 16)
@@ -82,7 +82,7 @@ def test_evaluating_weights_writes_nothing(config, gpt2, capsys, monkeypatch):
     assert not Path(config.out_dir).exists()
 
 
-def test_the_context_is_cut_when_asked(config, gpt2):
+def test_block_size_crops_the_context(config, gpt2):
     train.main(replace(config, init_from=str(gpt2), block_size=16))
     found, _ = reader.find(Path(config.out_dir))
     assert found.model_config.block_size == 16
@@ -101,32 +101,32 @@ def test_the_context_is_cut_when_asked(config, gpt2):
         ({"init_from": "no/such/place"}, "no such file or folder"),
     ],
 )
-def test_options_that_the_weights_cannot_follow(change, message, config, gpt2):
+def test_options_that_contradict_the_weights_are_rejected(change, message, config, gpt2):
     with pytest.raises(UserError, match=message) as caught:
         train.main(replace(config, **{"init_from": str(gpt2), **change}))
     assert "\n" not in str(caught.value)
     assert not Path(config.out_dir).exists()
 
 
-def test_data_of_another_tokenizer_is_refused(config, gpt2, dataset):
-    with pytest.raises(UserError, match=r"was trained with another tokenizer \(50257 ids\) than that of"):
+def test_dataset_with_another_tokenizer_is_rejected(config, gpt2, dataset):
+    with pytest.raises(UserError, match=r"was trained with another tokenizer \(50257 ids\) than "):
         train.main(replace(config, init_from=str(gpt2), dataset=str(dataset), block_size=16))
 
 
-def test_a_model_without_tokenizer_takes_data_with_as_many_ids(config, dataset, tmp_path, capsys):
-    """A folder of ten ids and no tokenizer: taken for the data's, which has ten, too."""
+def test_model_without_tokenizer_accepts_data_of_its_vocab_size(config, dataset, tmp_path, capsys):
+    """A model with 10 ids and no tokenizer is assumed to use that of the data, which has 10 ids too."""
     ids = len(set(words(1800)))
     folder = hf_folders.write(tmp_path / "ten", vocab_size=ids, n_positions=24)
     config = replace(config, init_from=str(folder), dataset=str(dataset))
     train.main(config)
-    with pytest.raises(UserError, match=r"nothing beside .* tells its tokenizer"):
+    with pytest.raises(UserError, match=r"the tokenizer of .* is unknown"):
         sample.main(sample.Config(init_from=str(folder), device="cpu"))
     sample.main(sample.Config(out_dir=config.out_dir, device="cpu", num_samples=1, max_new_tokens=5))
     assert capsys.readouterr().out.endswith("-" * 15 + "\n")
 
 
-def test_the_run_folder_gets_the_merges(config, merges, monkeypatch, tmp_path, capsys):
-    """Finetuned from a folder with merges.txt, a run decodes its text without cache or net."""
+def test_run_folder_includes_the_merges(config, merges, monkeypatch, tmp_path, capsys):
+    """A run finetuned from a folder with merges.txt decodes text without a cache or network access."""
     ids = vocabulary.GPT2_VOCAB_SIZE
     folder = hf_folders.write(tmp_path / "hf", merges=merges, vocab_size=ids, n_positions=24)
     for split in ("train", "val"):
@@ -142,10 +142,10 @@ def test_the_run_folder_gets_the_merges(config, merges, monkeypatch, tmp_path, c
     assert capsys.readouterr().out.count("Hello there") == 2
 
 
-# ----------------------------------------------------------------------------- nanoGPT and our own runs
+# ----------------------------------------------------------------------------- nanoGPT and own checkpoints
 
 
-def test_nanogpts_checkpoint_is_sampled(tmp_path, capsys):
+def test_nanogpt_checkpoint_is_sampled(tmp_path, capsys):
     path = write_ckpt(tmp_path / "out-nano")
     for name in (path, path.parent):
         sample.main(
@@ -166,8 +166,8 @@ def test_nanogpts_checkpoint_is_sampled(tmp_path, capsys):
         assert text == "".join(CHARACTERS[i] for i in ids)
 
 
-def test_finetuning_nanogpts_checkpoint_and_our_own_run(tmp_path, config):
-    """nanoGPT's ckpt.pt -> a run -> another run, on the same characters."""
+def test_finetuning_a_nanogpt_checkpoint_and_an_own_run(tmp_path, config):
+    """nanoGPT's ckpt.pt -> a run -> another run, with the same character vocabulary."""
     path = write_ckpt(tmp_path / "out-nano")
     characters = "".join(np.random.default_rng(0).choice(CHARACTERS, 3000))
     data = write_dataset(tmp_path / "mine", "".join(CHARACTERS) + characters)
@@ -183,17 +183,17 @@ def test_finetuning_nanogpts_checkpoint_and_our_own_run(tmp_path, config):
         torch.testing.assert_close(model(idx)[0], nanogpts_logits(nanogpts(ARGS), ARGS, idx))
 
 
-def test_places_that_hold_no_weights(tmp_path):
+def test_paths_without_weights_are_rejected(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         opened(tmp_path)
     folder = hf_folders.write(tmp_path / "hf", vocab_size=300)
-    with pytest.raises(UserError, match="is one file of a model; give its folder"):
+    with pytest.raises(UserError, match="is a single file of a model; give its folder"):
         opened(folder / "model.safetensors")
-    with pytest.raises(UserError, match="gpt2, gpt2-medium, gpt2-large, gpt2-xl, the folder"):
+    with pytest.raises(UserError, match="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder"):
         opened("gpt3")
 
 
-def test_a_run_without_its_tokenizer(tmp_path, dataset):
+def test_run_without_its_tokenizer_is_rejected(tmp_path, dataset):
     config = train.Config(
         out_dir=str(tmp_path / "out"), dataset=str(dataset), device="cpu", max_iters=1, eval_iters=1,
         n_layer=1, n_head=1, n_embd=8, block_size=8, gradient_accumulation_steps=1, warmup_iters=0,

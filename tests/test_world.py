@@ -1,4 +1,4 @@
-"""Several processes on one machine train as one does. torchrun and gloo, as a user starts them."""
+"""Multi-process runs (torchrun, gloo) on one machine train as a single process does."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ SHAPE = (
     "--learning_rate=1e-3 --warmup_iters=5 --max_iters=50 --eval_interval=25 --eval_iters=1000"
     " --log_interval=1"
 )
-# nanoGPT's README, for two machines
+# two-node commands of nanoGPT's README
 MACHINES = [
     "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 "
     "--master_port=1234 train.py",
@@ -64,7 +64,7 @@ def val_losses(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(dataset, tmp_path_factory) -> Path:
-    """One process, one micro-batch of 12 windows."""
+    """A single-process run with one micro-batch of 12 sequences."""
     out = tmp_path_factory.mktemp("alone") / "run"
     code, _, error = train(
         1, out, f"--dataset={dataset}", "--batch_size=12", "--gradient_accumulation_steps=1"
@@ -74,10 +74,10 @@ def alone(dataset, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("processes", "batch_size", "accumulation"), [(2, 3, 4), (4, 3, 4), (2, 4, 3)])
-def test_any_split_of_the_batch_is_the_same_run(
+def test_any_split_of_the_batch_gives_the_same_run(
     dataset, alone, tmp_path, processes, batch_size, accumulation
 ):
-    """Also where the parts are uneven: 12 windows in micro-batches of 4 are 4 + 2 for each of two."""
+    """Also for uneven splits: 12 sequences in micro-batches of 4 are 4 + 2 on each of two ranks."""
     options = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
     code, said, error = train(processes, tmp_path / "run", f"--dataset={dataset}", *options)
     assert code == 0, error
@@ -87,8 +87,8 @@ def test_any_split_of_the_batch_is_the_same_run(
     assert val_losses(tmp_path / "run") == pytest.approx(val_losses(alone), rel=1e-5)
 
 
-def test_two_machines_are_the_same_run(dataset, alone, tmp_path):
-    """Played by one: a process for eight, and its own address."""
+def test_two_nodes_give_the_same_run(dataset, alone, tmp_path):
+    """Two nodes simulated on one: 1 process per node instead of 8, and its own address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -119,8 +119,8 @@ def test_two_machines_are_the_same_run(dataset, alone, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
 
 
-def test_twice_the_same_to_the_bit_and_resumed_on_other_numbers(dataset, tmp_path):
-    """The fast recipe on two: again the same bits; stopped half-way and resumed by one, the same losses."""
+def test_repeat_is_bit_identical_and_resume_on_other_world_size(dataset, tmp_path):
+    """Fast recipe on 2 ranks: a rerun is bit-identical; resumed on 1 rank it has the same losses."""
     options = [f"--dataset={dataset}", "--batch_size=6", "--gradient_accumulation_steps=1", *MODERN.split()]
     for name in ("a", "b"):
         code, _, error = train(2, tmp_path / name, *options)
@@ -136,7 +136,7 @@ def test_twice_the_same_to_the_bit_and_resumed_on_other_numbers(dataset, tmp_pat
     assert losses(tmp_path / "c")[:30] == losses(tmp_path / "a")[:30]
 
 
-def test_a_signal_to_one_process_saves_and_ends_all(dataset, tmp_path):
+def test_signal_to_one_rank_saves_and_stops_all(dataset, tmp_path):
     options = [f"--dataset={dataset}", "--batch_size=6", "--max_iters=100000", "--save_interval=1000000"]
     process = start(2, tmp_path / "run", *options)
     try:
@@ -149,7 +149,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(dataset, tmp_path):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert "saved; go on with --init_from=resume" in error
+    assert "checkpoint saved, resume with --init_from=resume" in error
     saved, damage = reader.find(tmp_path / "run")
     assert saved and saved.iter_num >= 5 and not damage
 
@@ -158,18 +158,18 @@ def test_a_signal_to_one_process_saves_and_ends_all(dataset, tmp_path):
     ("options", "message"),
     [
         (["--n_embd=30", "--n_head=4"], "error: n_embd=30 is not divisible by n_head=4"),
-        (["--batch_size=1", "--gradient_accumulation_steps=1"], "2 processes for a batch of 1 windows"),
+        (["--batch_size=1", "--gradient_accumulation_steps=1"], "2 ranks for a batch of 1 sequences"),
     ],
 )
-def test_an_error_is_told_once(dataset, tmp_path, options, message):
+def test_error_is_printed_once(dataset, tmp_path, options, message):
     code, _, error = train(2, tmp_path / "run", f"--dataset={dataset}", *options)
     assert code != 0
     told = [line for line in error.splitlines() if message in line and not line.startswith("  traceback :")]
-    assert len(told) == 1  # torchrun's own report, which follows, repeats it
+    assert len(told) == 1  # torchrun's own report repeats it below
     assert not (tmp_path / "run").exists()
 
 
-def test_shares_cover_everything_once():
+def test_shares_partition_the_range():
     for size in (1, 2, 3, 7):
         for count in (0, 1, 6, 7, 20):
             shares = [World(rank, size).share(count) for rank in range(size)]
@@ -178,7 +178,7 @@ def test_shares_cover_everything_once():
             assert max(n for _, n in shares) - min(n for _, n in shares) <= 1
 
 
-def test_alone_everything_is_its_own():
+def test_single_process_owns_everything():
     world = World()
     assert world.share(5) == (0, 5) and world.any_rank(True) and not world.any_rank(False)
     assert world.raise_on_all_ranks(lambda: 3) == world.rank_zero_only(lambda: 3) == 3

@@ -1,4 +1,4 @@
-"""Texts of the tests' own: sentences in many scripts, a novel of random hanzi, and awkward files."""
+"""Text fixtures: sentences in many scripts, a novel of random hanzi, and files of difficult encodings."""
 
 import argparse
 import codecs
@@ -13,7 +13,7 @@ import unicodedata
 ENGLISH = "It was a dark and stormy night;\nthe rain fell in torrents.\n" * 20
 GERMAN = "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich schön größer.\n" * 20
 END_OF_TEXT = "<|endoftext|>"
-SENTENCES = {  # by the names that the Universal Declaration of Human Rights in Unicode has for its languages
+SENTENCES = {  # keys: language names of the project "Universal Declaration of Human Rights in Unicode"
     "eng": "The old fisherman mends his nets by the sea and tells the gulls what he saw when he was young.",
     "fra": "Dès l'été, le garçon naïf relit près de la fenêtre où l'âne brait : quel cœur, ce maître !",
     "deu_1901": "Die Wäscherin wußte, daß der Fluß im März höher stünde, und trug die Körbe über die Brücke.",
@@ -44,7 +44,7 @@ SENTENCES = {  # by the names that the Universal Declaration of Human Rights in 
 
 
 def languages(length: int = 1500) -> dict[str, str]:
-    """At least `length` characters in each language: its sentence, then the words in other orders."""
+    """Return at least `length` characters per language: its sentence, then shuffles of its words."""
     found = {}
     for language, sentence in SENTENCES.items():
         draw = random.Random(language)
@@ -58,10 +58,10 @@ def languages(length: int = 1500) -> dict[str, str]:
 
 
 def chinese_novel(length: int = 50_000) -> str:
-    """Random hanzi of GB 2312's level 1 in sentences and lines; a fifth are the commonest, as in Chinese."""
+    """Return random GB 2312 level-1 hanzi in sentences and lines; a fifth are the most common ones."""
     draw = random.Random(0)
     level = bytes(x for row in range(0xB0, 0xD8) for i in range(0xA1, 0xFF) for x in (row, i))
-    hanzi = level.decode("gb2312", "ignore")  # the last five places of the level are empty
+    hanzi = level.decode("gb2312", "ignore")  # the last five code points of level 1 are unassigned
     common = "的一是不了在人有这我他来大上个之也曰为以其而"
     parts: list[str] = []
     while sum(map(len, parts)) < length:
@@ -73,7 +73,7 @@ def chinese_novel(length: int = 50_000) -> str:
 
 
 def web_pages(count: int) -> list[str]:
-    """Different documents in a kind of English, of some 4,000 characters on average."""
+    """Return `count` different English-like documents of about 4,000 characters on average."""
     words = [word.strip(".;").lower() for word in (ENGLISH[:59] + SENTENCES["eng"]).split()]
     draw = random.Random(1)
     pages = []
@@ -86,12 +86,12 @@ def web_pages(count: int) -> list[str]:
 
 
 def python_sources(length: int) -> str:
-    """The first `length` characters of some modules of the standard library."""
+    """Return the first `length` characters of some modules of the standard library."""
     return "".join(map(inspect.getsource, (textwrap, argparse, inspect, doctest, pydoc, typing)))[:length]
 
 
 def awkward() -> dict[str, bytes]:
-    """Files by name, each with something that readers of text get wrong."""
+    """Return files by name, each with content that text readers tend to get wrong."""
     accents = "".join(
         SENTENCES[language] + "\n" for language in ("vie", "fra", "ces", "ell_monotonic", "kor", "jpn")
     )

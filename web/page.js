@@ -1,4 +1,4 @@
-// The page of serve.py. What a model writes is put on the page as text only (textContent), never as HTML.
+// The web page of serve.py. Model output is inserted as text only (textContent), never as HTML.
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, className = "", text = "") => {
@@ -8,14 +8,14 @@ const make = (tag, className = "", text = "") => {
   return element;
 };
 
-// ------------------------------------------------------------------ the server
+// ------------------------------------------------------------------ server
 
 let token = sessionStorage.getItem("nanogpt-token") ?? "";
 const fromLink = new URLSearchParams(location.hash.slice(1)).get("token");
 if (fromLink) {
   token = fromLink;
   sessionStorage.setItem("nanogpt-token", token);
-  history.replaceState(null, "", location.pathname); // out of sight and of the history
+  history.replaceState(null, "", location.pathname); // keep the token out of the address bar and the history
 }
 
 async function ask(path, options = {}) {
@@ -28,7 +28,7 @@ async function ask(path, options = {}) {
   }
   if (!response.ok) {
     const body = await response.json().catch(() => null);
-    throw new Error(body?.error?.message ?? `the server answered ${response.status}`);
+    throw new Error(body?.error?.message ?? `the server returned HTTP ${response.status}`);
   }
   return response;
 }
@@ -80,7 +80,7 @@ async function* chunks(stream) {
 const TOP_K = [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
 let longest = 4096;
 const meaning = {
-  temperature: (v) => [Number(v), v == 0 ? "0 · likeliest" : Number(v).toFixed(2)],
+  temperature: (v) => [Number(v), v == 0 ? "0 · greedy" : Number(v).toFixed(2)],
   top_p: (v) => [Number(v), v == 1 ? "all" : Number(v).toFixed(2)],
   top_k: (v) => [TOP_K[v], TOP_K[v] || "all"],
   length: (v) => [Math.min(2 ** v, longest), `${Math.min(2 ** v, longest)} tokens`],
@@ -101,10 +101,10 @@ for (const id of Object.keys(meaning)) {
   });
   show();
 }
-if (matchMedia("(max-width: 860px)").matches) $("controls").open = false; // the texts come first on a phone
+if (matchMedia("(max-width: 860px)").matches) $("controls").open = false; // on phones, show the results first
 const setting = (id) => meaning[id]($(id).value)[0];
 
-// ------------------------------------------------------------------ writing
+// ------------------------------------------------------------------ generation
 
 let controller = null;
 
@@ -126,8 +126,8 @@ async function write() {
   let count = 0;
   const report = (end) => {
     const seconds = (performance.now() - started - first) / 1000;
-    const speed = count > 1 ? `, ${((count - 1) / Math.max(seconds, 1e-3)).toFixed(0)} a second` : "";
-    const wait = first ? `, the first after ${first.toFixed(0)} ms` : "";
+    const speed = count > 1 ? `, ${((count - 1) / Math.max(seconds, 1e-3)).toFixed(0)} tokens/s` : "";
+    const wait = first ? `, first token after ${first.toFixed(0)} ms` : "";
     $("status").textContent = `${count} tokens${speed}${wait}${end}`;
   };
   try {
@@ -183,7 +183,7 @@ class Sample {
   constructor(prompt) {
     this.content = prompt;
     this.tokens = [];
-    this.bytes = []; // of a character that takes several tokens
+    this.bytes = []; // bytes of a character split over several tokens
     this.parts = [];
     this.surprise = 0;
     this.card = make("article", "sample writing");
@@ -203,7 +203,7 @@ class Sample {
     this.content += choice.text;
     const { tokens, token_logprobs, top_logprobs } = choice.logprobs;
     const spans = document.createDocumentFragment();
-    let left = choice.text; // what the tokens may show: the last may reach into a stop string
+    let left = choice.text; // text not yet assigned to tokens; the last token may extend into a stop string
     for (const [i, content] of tokens.entries()) {
       this.surprise -= token_logprobs[i];
       const token = { content, logprob: token_logprobs[i], top: top_logprobs[i] ?? {} };
@@ -231,7 +231,7 @@ class Sample {
 
   describe() {
     const count = this.tokens.length;
-    const ended = { stop: " · ended by itself" }[this.finish] ?? "";
+    const ended = { stop: " · end of text" }[this.finish] ?? "";
     this.note.textContent = `${count} tokens · perplexity ${Math.exp(this.surprise / Math.max(count, 1)).toFixed(2)}${ended}`;
   }
 
@@ -253,7 +253,7 @@ const alternativesOf = new WeakMap();
 function tokenSpan(shown, parts) {
   const span = make("span", "t", shown);
   const logprob = parts.reduce((sum, part) => sum + part.logprob, 0);
-  // From nothing at probability 1 to full at 1 in 1,000.
+  // Shading: none at probability 1, full at 1/1000.
   span.style.setProperty("--s", Math.min(1, -logprob / Math.log(1000)).toFixed(3));
   alternativesOf.set(span, parts);
   return span;
@@ -263,7 +263,7 @@ async function copyText(text, button) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    // Over plain HTTP from another machine there is no clipboard; a selection can still be copied.
+    // The clipboard API requires HTTPS or localhost; copying a selection works without.
     const area = make("textarea");
     area.value = text;
     document.body.append(area);
@@ -301,15 +301,15 @@ function alternativesTable(token) {
   for (const [content, logprob] of ranked.slice(0, 11)) {
     const row = make("tr", content === token.content ? "chosen" : "");
     const bar = make("span", "bar");
-    bar.style.setProperty("--p", Math.exp(logprob - ranked[0][1]).toFixed(4)); // of the likeliest
+    bar.style.setProperty("--p", Math.exp(logprob - ranked[0][1]).toFixed(4)); // relative to the likeliest
     const cell = make("td");
     cell.append(bar);
     row.append(make("td", "", visible(content)), cell, make("td", "", percent(Math.exp(logprob))));
     table.append(row);
   }
   const rank = ranked.findIndex(([content]) => content === token.content) + 1;
-  const place = rank > 10 || !rank ? "not among the ten likeliest" : `number ${rank}`;
-  return [make("p", "", `${visible(token.content)} had ${percent(Math.exp(token.logprob))}, ${place}`), table];
+  const place = rank > 10 || !rank ? "not in the top 10" : `rank ${rank}`;
+  return [make("p", "", `${visible(token.content)}: probability ${percent(Math.exp(token.logprob))}, ${place}`), table];
 }
 
 function hideAlternatives() {
@@ -370,7 +370,7 @@ function select(view, focus = false) {
 }
 for (const name of ["play", "run"]) $(`tab-${name}`).addEventListener("click", () => select(name));
 
-// ------------------------------------------------------------------ the run
+// ------------------------------------------------------------------ training run
 
 const run = { steps: [], evals: [], position: "", sample: -1, changed: 0, moved: false };
 
@@ -380,7 +380,7 @@ async function follow() {
     try {
       more = await look();
     } catch {
-      $("live").hidden = true; // the server is gone; it may come back
+      $("live").hidden = true; // server unreachable; keep polling
     }
     await new Promise((resolve) => setTimeout(resolve, more ? 0 : document.hidden ? 5000 : 1000));
   }
@@ -411,7 +411,7 @@ async function lookAtSamples(anew) {
     run.sample = -1;
     $("run-samples").replaceChildren();
   }
-  // Samples are written just after an evaluation.
+  // Samples are written shortly after an evaluation.
   for (const wait of [0, 3000]) {
     setTimeout(async () => {
       const { samples } = await (await ask(`run/samples?after=${run.sample}`)).json();
@@ -419,7 +419,7 @@ async function lookAtSamples(anew) {
         if (iter <= run.sample) continue;
         run.sample = iter;
         const article = make("article");
-        article.append(make("h3", "", `after ${iter.toLocaleString("en")} iterations`));
+        article.append(make("h3", "", `iteration ${iter.toLocaleString("en")}`));
         article.append(...texts.map((text) => make("pre", "", text)));
         for (const pre of article.querySelectorAll("pre")) pre.dir = "auto";
         $("run-samples").prepend(article);
@@ -462,7 +462,7 @@ function draw() {
   if ($("chart").hidden) return;
   const box = { left: 46, right: width - 14, top: 12, bottom: height - 30 };
   const high = [...train, ...val].reduce((most, p) => Math.max(most, p.x), 0) || 1;
-  // The first steps of a run are far above the rest, and would make it flat: 2 % may lie outside.
+  // Clip the top 2 % of losses: those of the first iterations would flatten the rest of the curve.
   const losses = [...train, ...val].map((p) => p.y).sort((a, b) => a - b);
   const least = losses[0];
   const most = Math.max(losses[Math.floor((losses.length - 1) * 0.98)], least + 0.1);
@@ -496,7 +496,7 @@ function draw() {
 const points = (rows, axis, key) =>
   rows.filter((row) => Number.isFinite(row[key]) && Number.isFinite(row[axis])).map((row) => ({ x: row[axis], y: row[key] }));
 
-// One point a pixel: the mean of those that fall on it.
+// One point per pixel: the mean of the points in it.
 function thinned(list, x, pixels) {
   if (list.length <= pixels) return list;
   const found = [];
@@ -516,7 +516,7 @@ const mean = (bucket) => ({
   y: bucket.reduce((sum, p) => sum + p.y, 0) / bucket.length,
 });
 
-// An exponential mean whose weights add up to 1 from the first point on.
+// Bias-corrected exponential moving average.
 function smoothed(list) {
   const keep = 1 - 1 / Math.min(20, Math.max(2, list.length / 12));
   let sum = 0;
@@ -556,10 +556,10 @@ function numbers() {
   const losses = run.evals.map((row) => row.val_loss).filter(Number.isFinite);
   const rows = [
     ["iteration", step && step.iter.toLocaleString("en")],
-    ["training", Number.isFinite(step?.loss) && step.loss.toFixed(4)],
-    ["best validation", losses.length > 0 && Math.min(...losses).toFixed(4)],
-    ["tokens read", step?.tokens && short(step.tokens)],
-    ["tokens a second", step?.tokens_per_s && short(step.tokens_per_s)],
+    ["training loss", Number.isFinite(step?.loss) && step.loss.toFixed(4)],
+    ["best validation loss", losses.length > 0 && Math.min(...losses).toFixed(4)],
+    ["tokens", step?.tokens && short(step.tokens)],
+    ["tokens/s", step?.tokens_per_s && short(step.tokens_per_s)],
     ["time", step?.elapsed_s && time(step.elapsed_s)],
   ];
   $("numbers").replaceChildren(
@@ -574,7 +574,7 @@ function numbers() {
 $("x-axis").addEventListener("change", draw);
 new ResizeObserver(() => !$("run").hidden && draw()).observe($("chart"));
 
-// ------------------------------------------------------------------ begin
+// ------------------------------------------------------------------ start
 
 async function begin() {
   try {
@@ -583,8 +583,8 @@ async function begin() {
     $("name").textContent = about.name;
     const facts = [
       `${short(about.parameters)} parameters`,
-      `context ${about.block_size.toLocaleString("en")}`,
-      `${about.vocab_size.toLocaleString("en")} ${{ char: "characters", byte: "bytes" }[about.tokenizer] ?? "tokens"}`,
+      `context length: ${about.block_size.toLocaleString("en")}`,
+      `vocabulary: ${about.vocab_size.toLocaleString("en")} ${{ char: "characters", byte: "bytes" }[about.tokenizer] ?? "tokens"}`,
       about.iter && `iteration ${about.iter.toLocaleString("en")}`,
       about.val_loss !== null && `validation loss ${about.val_loss.toFixed(3)}`,
     ];

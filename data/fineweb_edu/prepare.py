@@ -1,18 +1,18 @@
-"""FineWeb-Edu, the sample of 10 billion tokens, in the tokens of GPT-2: 9.7 million web pages, 20 GB.
+"""FineWeb-Edu, the sample of 10 billion tokens, encoded with GPT-2's BPE: 9.7 million web pages, 20 GB.
 
     python data/fineweb_edu/prepare.py
     python data/fineweb_edu/prepare.py --source=PATH
 
-It is streamed from the Hugging Face hub, or read from a folder with its .parquet, .arrow or .jsonl
-files (`--source`), and written as shards of 100 million tokens. One page in a hundred, by a hash of its
-text, is kept for validation. Interrupted, the same command goes on.
+The dataset is streamed from the Hugging Face hub, or read from a folder with its .parquet, .arrow or
+.jsonl files (`--source`), and written as shards of 100 million tokens. One percent of the pages, chosen by
+a hash of their text, is kept for validation. If interrupted, run the same command again to resume.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
 from nanogpt.config import NonNegativeInt, load
 from nanogpt.errors import run_program
@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Config(WebOptions):
     hub: str = HUB  # NAME[:CONFIG[:SPLIT]][@REVISION] of the dataset
-    val_fraction: float = 0.01  # of the pages, for validation
-    seed: NonNegativeInt = 1337  # of the choice of pages for validation
+    val_fraction: float = 0.01  # fraction of the pages for validation
+    seed: NonNegativeInt = 1337  # seed of the choice of validation pages
     shard_tokens: NonNegativeInt = 100_000_000  # tokens per shard, as in llm.c; 0: one file per split
 
 

@@ -1,32 +1,32 @@
-"""OpenWebText in the tokens of GPT-2: 8 million web pages, some 9 billion tokens, 17 GB.
+"""OpenWebText encoded with GPT-2's BPE: 8 million web pages, about 9 billion tokens, 17 GB.
 
     python data/openwebtext/prepare.py
     python data/openwebtext/prepare.py --source=PATH
 
-It is streamed from the Hugging Face hub (13.5 GB), or read from a folder with its .parquet, .arrow or
-.jsonl files (`--source`). As in nanoGPT, 0.05 % of the pages are kept for validation; which ones is
-decided by a hash of their text, so they are not nanoGPT's. Interrupted, the same command goes on.
+The dataset is streamed from the Hugging Face hub (13.5 GB), or read from a folder with its .parquet,
+.arrow or .jsonl files (`--source`). As in nanoGPT, 0.05 % of the pages are kept for validation, but chosen
+by a hash of their text, so they are not nanoGPT's. If interrupted, run the same command again to resume.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
 from nanogpt.config import NonNegativeInt, load
 from nanogpt.errors import run_program
 from nanogpt.prepare import web
 from nanogpt.prepare.web import WebOptions
 
-HUB = "Skylion007/openwebtext:plain_text:train@refs/convert/parquet"  # the repository itself is a script
+HUB = "Skylion007/openwebtext:plain_text:train@refs/convert/parquet"  # the main branch holds a script only
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass
 class Config(WebOptions):
     hub: str = HUB  # NAME[:CONFIG[:SPLIT]][@REVISION] of the dataset
-    seed: NonNegativeInt = 2357  # of the choice of pages for validation
+    seed: NonNegativeInt = 2357  # seed of the choice of validation pages
 
 
 def main(config: Config) -> None:

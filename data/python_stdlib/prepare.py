@@ -1,9 +1,9 @@
-"""The sources of Python's own standard library, with a token for each character: no download.
+"""Character-level dataset of the source code of Python's standard library; needs no download.
 
     python data/python_stdlib/prepare.py
 
-Every Python has them (8.6 MB in 3.11), the same in every run. Left out are tests, installed packages,
-demonstrations, tables, and what is not ASCII.
+Every Python installation includes it (8.6 MB in 3.11), and the output is deterministic. Tests, installed
+packages, demos, tables and non-ASCII files are excluded.
 """
 
 import sys
@@ -11,25 +11,25 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
 from nanogpt.config import load
 from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import corpus
 
-STDLIB = Path(sysconfig.get_paths()["stdlib"])  # that of the Python behind a virtual environment, too
+STDLIB = Path(sysconfig.get_paths()["stdlib"])  # of the base installation, even in a virtual environment
 LEFT_OUT = {
-    *("site-packages", "dist-packages", "sitecustomize.py", "usercustomize.py"),  # of this machine
+    *("site-packages", "dist-packages", "sitecustomize.py", "usercustomize.py"),  # installed locally
     *("test", "tests", "idle_test", "__phello__"),
     *("idlelib", "turtledemo"),
-    *("encodings", "pydoc_data", "entities.py", "stringprep.py"),  # tables
+    *("encodings", "pydoc_data", "entities.py", "stringprep.py"),  # data tables
 }
-OF_THE_BUILD = ("_sysconfigdata", "config-")  # beginnings of names
+OF_THE_BUILD = ("_sysconfigdata", "config-")  # name prefixes of build-specific files
 
 
 @dataclass
 class Config:
-    out: str = ""  # the dataset folder to write, if not the one of this program
+    out: str = ""  # dataset folder to write; default: the folder of this program
 
 
 def wanted(file: Path) -> bool:
@@ -42,9 +42,7 @@ def wanted(file: Path) -> bool:
 
 def main(config: Config) -> None:
     if not (STDLIB / "os.py").is_file():
-        raise UserError(
-            f"this Python has no sources at {STDLIB}; use a text of your own with data/prepare.py"
-        )
+        raise UserError(f"no Python sources found in {STDLIB}; prepare another text with data/prepare.py")
     summary = corpus.prepare([STDLIB], Path(config.out or Path(__file__).parent), kind="char", keep=wanted)
     print("\n".join(summary.lines()))
     print("python train.py config/quickstart.py", summary.option if config.out else "--dataset=python_stdlib")

@@ -1,16 +1,16 @@
-"""Tiny Shakespeare in the tokens of GPT-2, to finetune it.
+"""Tiny Shakespeare encoded with GPT-2's BPE, for finetuning.
 
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py --input=tinyshakespeare.txt
 
-The first 90 % of the characters are train, as nanoGPT has it; the ids are its ids.
+As in nanoGPT, the first 90 % of the characters are train; the ids are the same as nanoGPT's.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
 from nanogpt.config import load
 from nanogpt.errors import run_program
@@ -19,7 +19,7 @@ from nanogpt.prepare.shakespeare import ShakespeareOptions, prepare
 
 @dataclass
 class Config(ShakespeareOptions):
-    gpt2_bpe: str = ""  # OpenAI's vocab.bpe or its folder, instead of the download
+    gpt2_bpe: str = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
 
 
 def main(config: Config) -> None:

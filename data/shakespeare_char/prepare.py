@@ -1,16 +1,16 @@
-"""Tiny Shakespeare with a token for each character.
+"""Tiny Shakespeare at character level.
 
     python data/shakespeare_char/prepare.py
     python data/shakespeare_char/prepare.py --input=tinyshakespeare.txt
 
-The first 90 % of the characters are train, as nanoGPT has it; the ids are its ids.
+As in nanoGPT, the first 90 % of the characters are train; the ids are the same as nanoGPT's.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python puts only this folder there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
 from nanogpt.config import load
 from nanogpt.errors import run_program

@@ -1,10 +1,10 @@
-"""Checkpoints that survive: a folder a step, complete or absent, verified before it is used.
+"""Crash-safe checkpoints: one folder per saved step, written atomically and verified before use.
 
     out/step-000250/  model.safetensors  optimizer.safetensors  state.json  manifest.json
 
-The manifest holds size and SHA-256 of the other files and is written last; the folder is built under
-a temporary name and renamed when all of it is on the disk. No pointer file decides anything: the
-newest is the highest valid step, the best the lowest `val_loss` among the valid. Nothing is pickled.
+The manifest holds the size and SHA-256 of the other files and is written last; the folder is written under
+a temporary name and renamed once it is on disk. There is no pointer file: the newest checkpoint is the
+highest valid step, the best is the valid one with the lowest `val_loss`. Nothing is pickled.
 """
 
 import math
@@ -21,23 +21,23 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 @dataclass
 class Progress:
-    """How far a run is: with the weights and the optimizer's state, all that a resumed run needs."""
+    """Progress of a run; with the weights and the optimizer state, everything needed to resume."""
 
-    iter_num: int = 0  # updates done
-    elapsed_s: float = 0.0  # in updates, over all processes of the run
+    iter_num: int = 0  # iterations completed
+    elapsed_s: float = 0.0  # training time, including earlier sessions of the run
     best_val_loss: float | None = None
-    val_loss: float | None = None  # of these very weights, once they are evaluated
+    val_loss: float | None = None  # of the current weights; None if not evaluated
     stale: int = 0  # evaluations since the best
 
 
 def steps(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first; not verified."""
+    """Return the checkpoint folders of a run, newest first, without verifying them."""
     found = [p for p in run.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def val_loss(path: Path) -> float:
-    """Return the validation loss of a checkpoint; infinity if it was not evaluated, or cannot be read."""
+    """Return the validation loss of a checkpoint; infinity if it was not evaluated or is unreadable."""
     try:
         loss = files.read_json(path / "state.json")["val_loss"]
     except (UserError, OSError, KeyError, TypeError):

@@ -24,7 +24,7 @@ class Checkpoint:
     """A verified checkpoint."""
 
     path: Path
-    state: dict[str, Any]  # the fields of Progress, the model's shape, and what train.py adds
+    state: dict[str, Any]  # Progress fields, model config and what train.py adds
 
     @property
     def iter_num(self) -> int:
@@ -40,8 +40,8 @@ class Checkpoint:
         return GPTConfig(**self.state["model"])
 
     def load_model(self, device: torch.device | str = "cpu", dropout: float = 0.0) -> GPT:
-        """The model with these weights and its adapters, if it has any, in evaluation mode; training goes
-        on with `dropout`."""
+        """Load the model, including any LoRA adapters, in evaluation mode; `dropout` applies if it is trained
+        further. Raise UserError if the tensors do not match the saved config."""
         with torch.device("meta"):
             model = GPT(replace(self.model_config, dropout=dropout))
             if self.state.get("lora"):
@@ -54,57 +54,57 @@ class Checkpoint:
         if expected != found:
             wrong = [n for n in expected | found if expected.get(n) != found.get(n)][:3]
             pairs = "; ".join(f"{n}: model {expected.get(n)}, file {found.get(n)}" for n in wrong)
-            raise UserError(f"{self.path} does not fit its own state.json: {pairs}")
+            raise UserError(f"{self.path} does not match its own state.json: {pairs}")
         model.load_state_dict(tensors, assign=True)
-        return model.requires_grad_().eval().to(device)  # the weights are there; tables of positions follow
+        return model.requires_grad_().eval().to(device)  # weights are on `device`; moves the buffers
 
     def moved(self, environment: dict[str, Any]) -> str:
-        """What has changed since the checkpoint was saved, of what bits depend on beside the options."""
+        """Describe how `environment` (see Machine.environment) differs from the one saved; "" if equal."""
         before = self.state["environment"]
         return "; ".join(f"{k} {before.get(k)} -> {v}" for k, v in environment.items() if before.get(k) != v)
 
     def require_tokenizer(self, sha256: str, vocab_size: int, folder: Path) -> None:
-        """UserError unless data in `folder`, with a tokenizer of this fingerprint, is in the model's ids."""
+        """Raise UserError unless the data in `folder` uses the tokenizer the model was trained with."""
         if self.state["tokenizer"] != sha256:
             raise UserError(
-                f"{self.path} was trained with another tokenizer ({self.model_config.vocab_size} ids) than "
-                f"that of {folder} ({vocab_size} ids); give the --dataset it was trained on"
+                f"{self.path} was trained with a different tokenizer ({self.model_config.vocab_size} ids) "
+                f"from that of {folder} ({vocab_size} ids); use the --dataset it was trained on"
             )
 
     def load_optimizer(self, tensors: "Mapping[str, Tensor | TensorShard]") -> None:
-        """Fill the optimizer's state (by name), or what this process has of it, in place."""
+        """Load the optimizer state by name into `tensors`, or this rank's shards of it, in place."""
         path = self.path / "optimizer.safetensors"
         with safe_open(path, "pt") as saved:
             if set(saved.keys()) != tensors.keys():
-                raise UserError(f"{path} belongs to another optimizer or model")
+                raise UserError(f"{path} belongs to a different optimizer or model")
             for name, tensor in tensors.items():
                 tensor.copy_(saved.get_tensor(name))
 
 
 def verify(path: Path) -> Checkpoint:
-    """Read a checkpoint's manifest and check every file against it; UserError says what is wrong."""
+    """Check every file of a checkpoint against its manifest. Raise UserError if one is damaged or missing."""
     manifest = files.read_json(path / "manifest.json")
     try:
         if manifest["format"] != FORMAT:
-            raise UserError(f"{path} has format {manifest['format']!r}, this program reads {FORMAT!r}")
+            raise UserError(f"{path} has format {manifest['format']!r}, expected {FORMAT!r}")
         for name in FILES:
             file, listed = path / name, manifest["files"][name]
             if not file.is_file() or file.stat().st_size != listed["bytes"]:
-                raise UserError(f"{file} is missing or cut short")
+                raise UserError(f"{file} is missing or truncated")
             if files.sha256(file) != listed["sha256"]:
-                raise UserError(f"{file} is damaged: its SHA-256 is not the manifest's")
+                raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's")
         state = files.read_json(path / "state.json")
         if unknown := set(state["model"]) - {field.name for field in fields(GPTConfig)}:
-            raise UserError(f"{path / 'state.json'} describes a model of a newer program: {unknown}")
+            raise UserError(f"{path / 'state.json'} was written by a newer version: unknown {unknown}")
         return Checkpoint(path, state)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / 'manifest.json'} is not a manifest ({error!r})") from None
+        raise UserError(f"{path / 'manifest.json'} is not a valid manifest ({error!r})") from None
 
 
 def find(run: Path, which: str = "last") -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint `which` ("last", "best", or a step number), and the damage of each passed over.
+    """Return the checkpoint `which` ("last", "best" or a step number) and the errors of damaged ones skipped.
 
-    None if the run has no checkpoint at all. UserError if it has some and none fits.
+    The checkpoint is None if the run has none. Raise UserError if it has some but no valid or matching one.
     """
     candidates = steps(run)
     if not candidates:
@@ -116,10 +116,10 @@ def find(run: Path, which: str = "last") -> tuple[Checkpoint | None, list[str]]:
         return verify(next(path for path in candidates if int(path.name[5:]) == int(which))), []
     damage: list[str] = []
     if which == "best":
-        candidates.sort(key=val_loss)  # stable: of equals the newest
+        candidates.sort(key=val_loss)  # stable sort: ties go to the newest
     for path in candidates:
         try:
             return verify(path), damage
         except UserError as error:
             damage.append(str(error))
-    raise UserError(f"no checkpoint in {run} is whole: {'; '.join(damage)}")
+    raise UserError(f"no checkpoint in {run} is valid: {'; '.join(damage)}")

@@ -1,8 +1,8 @@
-"""Write checkpoints, while training goes on: from a copy in the computer's memory, by a thread.
+"""Asynchronous checkpointing: a thread writes a copy in host memory while training continues.
 
-Training waits for the copy only. One write is under way at most: the next save waits for it, and so does
-the end of the run. What the thread fails with is raised where the run asks for it (`wait`, `save`), and
-until a write is complete the checkpoints before it are whole and the newest.
+Training blocks only for the copy. At most one write is in flight: the next save and the end of the run wait
+for it. Errors of the thread are raised by the next `wait` or `save`. Until a write completes, the previous
+checkpoint remains the latest valid one.
 """
 
 import math
@@ -24,13 +24,13 @@ from nanogpt.checkpoint import FILES, FORMAT, steps, val_loss
 from nanogpt.errors import Diverged
 from nanogpt.model import GPT
 
-KEPT = 2  # the newest ones; the best is kept too
-SPARE = 1 << 28  # bytes that a copy must leave free
+KEPT = 2  # number of newest checkpoints kept, besides the best
+SPARE = 1 << 28  # bytes of host memory to leave free when copying
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds."""
+    """Contents of a checkpoint."""
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
@@ -38,13 +38,13 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> "Snapshot":
-        """Raises Diverged for a weight that is not finite."""
+        """Create a snapshot that aliases the live tensors. Raise Diverged if a weight is not finite."""
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
             raise Diverged(
                 f"{bad[0]} holds non-finite weights at iteration {state['iter_num']}; they were not saved. "
-                f"Go on from the last checkpoint with a smaller --learning_rate (--init_from=resume)"
+                f"Resume from the last checkpoint with a smaller --learning_rate (--init_from=resume)"
             )
         return cls(weights, optimizer, {**state, "model": asdict(model.config)})
 
@@ -53,8 +53,10 @@ class Snapshot:
         return sum(tensor.nbytes for part in (self.weights, self.optimizer) for tensor in part.values())
 
     def write(self, run: Path) -> Path:
-        """Write the checkpoint of `state["iter_num"]` into the folder `run`, then delete those no longer
-        needed. OSError when the disk fails, which leaves the older ones untouched."""
+        """Write the checkpoint of `state["iter_num"]` to the folder `run`, prune old ones, return its path.
+
+        Raise OSError if writing fails; older checkpoints are then untouched.
+        """
         path = run / f"step-{self.state['iter_num']:06d}"
         with files.staged(path) as draft:
             draft.mkdir(parents=True)
@@ -74,14 +76,14 @@ class Snapshot:
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # its words for whatever the file system said
+    except SafetensorError as error:  # safetensors wraps I/O errors
         raise OSError(f"{path} could not be written: {error}") from None
 
 
 def prune(run: Path) -> None:
-    """Delete what a kill has left half-built, and checkpoints that are neither best nor newest.
+    """Delete partial checkpoints of killed runs, and all but the best and the KEPT newest.
 
-    Called after a new one is complete, so nothing is deleted before its successor is on the disk.
+    Called once a new checkpoint is complete, so none is deleted before its successor is on disk.
     """
     for leftover in run.glob(f"step-*{files.TEMPORARY}*"):
         files.remove(leftover)
@@ -91,15 +93,15 @@ def prune(run: Path) -> None:
     kept += [min(evaluated, key=val_loss)] if evaluated else []
     for path in whole:
         if path not in kept:
-            # Renamed first: a kill in the middle of a deletion must not leave half a checkpoint.
+            # Rename first, so that a kill during deletion leaves no partial checkpoint.
             doomed = files.temporary(path)
             files.rename(path, doomed)
             files.remove(doomed)
 
 
 def set_aside_newer(run: Path, iter_num: int) -> None:
-    """Rename checkpoints after `iter_num`, which a resumed run has found damaged, so that they are
-    never again taken for the newest."""
+    """Rename checkpoints after `iter_num`, found damaged on resume, to `.damaged`, so that they are not taken
+    for the newest again."""
     for path in steps(run):
         if int(path.name[5:]) > iter_num:
             target = path.with_name(f"{path.name}.damaged")
@@ -108,19 +110,18 @@ def set_aside_newer(run: Path, iter_num: int) -> None:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether something was trained into `folder`: by this program or by nanoGPT (ckpt.pt)."""
+    """Return whether `folder` holds a run of this program or of nanoGPT (ckpt.pt)."""
     return bool(steps(folder)) or any(
         (folder / name).exists() for name in ("config.json", "metrics.jsonl", "ckpt.pt")
     )
 
 
 def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[FileLock, str]:
-    """Make the folder `run` ours to write, for a run that starts or is resumed at
-    iteration `resumed_at`.
+    """Lock the folder `run` for a new run, or for one resumed at iteration `resumed_at`.
 
-    A run that it holds and that is not resumed moves aside to the first free of run.1, run.2, ...; with
-    `overwrite` it is deleted. Returns the lock to hold, and a notice. UserError if another process
-    holds the folder.
+    An existing run that is not resumed is renamed to the first free of run.1, run.2, ..., or deleted with
+    `overwrite`. Return the lock, to be held during the run, and a notice to print. Raise UserError if
+    another process holds the lock.
     """
     lock = files.lock(run)
     if resumed_at is not None:
@@ -131,7 +132,7 @@ def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[
     number = 1
     while (aside := run.with_name(f"{run.name}.{number}")).exists():
         number += 1
-    if os.name == "nt":  # Windows renames no folder with an open file in it
+    if os.name == "nt":  # Windows cannot rename a folder that contains an open file
         lock.release()
     files.rename(run, aside)
     fresh = files.lock(run)
@@ -139,7 +140,7 @@ def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[
     if overwrite:
         files.remove(aside)
         return fresh, f"replaced the run in {run}"
-    return fresh, f"{run} held a run; it is now {aside}"
+    return fresh, f"moved the existing run in {run} to {aside}"
 
 
 class AsyncCheckpointer:
@@ -147,16 +148,16 @@ class AsyncCheckpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._complete: list[Path] = []
-        self._pinned: dict[str, Tensor] = {}  # for copies from a GPU; kept, because they are slow to get
+        self._pinned: dict[str, Tensor] = {}  # pinned host buffers, reused (slow to allocate)
 
     @property
     def failed(self) -> bool:
-        """Whether `wait` would raise at once."""
+        """Return whether the last write failed, so that `wait` will raise."""
         return self._error is not None
 
     def save(self, run: Path, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Save a checkpoint; `pop_completed` names it once complete. Raises Diverged for these weights, and
-        whatever the write before this one has failed with."""
+        """Start saving a checkpoint; `pop_completed` returns its path once it is on disk. Synchronous if host
+        memory is short. Raise Diverged for non-finite weights, or the error of the previous write."""
         self.wait()
         content = Snapshot.of(model, optimizer, state)
         if not self._fits(content):
@@ -167,20 +168,20 @@ class AsyncCheckpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what the thread has failed with, once."""
+        """Wait for the write in flight; raise its error, once."""
         self.close()
         error, self._error = self._error, None
         if error:
             raise error
 
     def close(self) -> None:
-        """As `wait`, for one who has an error already."""
+        """Join the thread without raising, for use while another exception propagates."""
         if self._thread:
             self._thread.join()
             self._thread = None
 
     def pop_completed(self) -> list[Path]:
-        """The checkpoints that have become complete since this was asked last."""
+        """Return the checkpoints completed since the last call."""
         found, self._complete = self._complete, []
         return found
 
@@ -188,7 +189,7 @@ class AsyncCheckpointer:
         try:
             path = content.write(run)
             self._complete.append(path)
-        except BaseException as error:  # for the main thread
+        except BaseException as error:  # raised in the main thread by `wait`
             self._error = error
 
     def _fits(self, content: Snapshot) -> bool:
@@ -212,7 +213,7 @@ class AsyncCheckpointer:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still take, by the system and by its control group, if they tell."""
+    """Return the available memory in bytes, limited by the cgroup; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -222,7 +223,7 @@ def free_memory() -> int | None:
     try:
         limit, used = (int((group / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))  # files' pages are given up when needed
-    except (OSError, ValueError, KeyError):  # no limit ("max"), or another kind of group
+        free = min(free, limit - used + int(stat["inactive_file"]))  # page cache is reclaimable
+    except (OSError, ValueError, KeyError):  # no limit ("max"), or cgroup v1
         pass
     return free

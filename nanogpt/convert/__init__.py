@@ -1,1 +1,1 @@
-"""Weights of other programs, in and out: Hugging Face's folders, nanoGPT's ckpt.pt."""
+"""Import and export of weights: Hugging Face folders, nanoGPT's ckpt.pt."""

@@ -1,7 +1,7 @@
-"""nanoGPT's ckpt.pt: read without running code, and written so that nanoGPT's own programs take it.
+"""Read nanoGPT's ckpt.pt without executing pickled code, and write a ckpt.pt that nanoGPT can load.
 
-nanoGPT computes GELU in its exact form, and has no other switch than `bias`. Its table of GPT-2 tokens
-is padded to 50,304 rows; what its tokenizer does not know is padding here too.
+nanoGPT computes exact (erf) GELU, and its only architecture option is `bias`. Its GPT-2 vocabulary is
+padded to 50,304 rows; rows beyond the tokenizer's ids are vocabulary padding here too.
 """
 
 import json
@@ -30,17 +30,19 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import vocabulary
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-NEVER = 1e9  # nanoGPT's loss of what was not evaluated
-COMPILED = "_orig_mod."  # torch.compile puts this before the names
-GPT2_ROWS = (50257, 50304)  # of a model of GPT-2's tokens, plain and padded
+NEVER = 1e9  # nanoGPT's best_val_loss before the first evaluation
+COMPILED = "_orig_mod."  # name prefix added by torch.compile
+GPT2_ROWS = (50257, 50304)  # vocabulary sizes of models with GPT-2's tokenizer: plain and padded
 
 
 def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
-    """A checkpoint of nanoGPT. Its characters are looked for beside it and then in the folder of its
-    dataset in one of `data_folders`; a vocabulary of GPT-2's size without any is GPT-2's.
+    """Open a nanoGPT checkpoint.
 
-    Raises UserError for a file that is cut short, that holds more than tensors and plain values, or
-    whose tensors are not those of its model_args.
+    Its character vocabulary is searched for beside the file, then in the folder of its dataset in each of
+    `data_folders`. Without one, a vocabulary of GPT-2's size implies GPT-2's tokenizer.
+
+    Raise UserError if the file is truncated, contains anything but tensors and plain values, or if its
+    tensors do not match its model_args.
     """
     saved = _load(path)
     try:
@@ -52,16 +54,16 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
         )
         stored = {ours(name.removeprefix(COMPILED)): tensor for name, tensor in weights.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a checkpoint of nanoGPT ({error!r})") from None
+        raise UserError(f"{path} is not a nanoGPT checkpoint ({error!r})") from None
     require_possible(config, path)
-    head = stored.pop("lm_head.weight", None)  # the embedding once more
-    # Causal masks that versions without flash attention saved.
+    head = stored.pop("lm_head.weight", None)  # copy of the tied embedding
+    # Causal masks saved by versions without flash attention.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".attn.bias")}
     found = {name: list(tensor.shape) for name, tensor in stored.items()}
     if wrong := mismatches(parameter_shapes(config), found):
-        raise UserError(f"{path} is not the model that its model_args describe: {wrong}")
+        raise UserError(f"{path}: the tensors do not match model_args: {wrong}")
     if head is not None and not torch.equal(head, stored["wte.weight"]):
-        raise UserError(f"{path}: lm_head.weight differs from wte.weight; nanoGPT's models have them as one")
+        raise UserError(f"{path}: lm_head.weight differs from wte.weight, but nanoGPT ties the two")
 
     def read() -> Iterator[tuple[str, Tensor]]:
         yield from stored.items()
@@ -84,26 +86,26 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not zipfile.is_zipfile(path):  # its table is at the end
-        raise UserError(f"{path} is no checkpoint of nanoGPT, or is cut short")
+    if not zipfile.is_zipfile(path):  # the zip directory is at the end: truncated files have none
+        raise UserError(f"{path} is not a nanoGPT checkpoint, or is truncated")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         what = str(error).split("\n")[0][:160]
         raise UserError(
-            f"{path} holds more than tensors, numbers and text, and is refused: reading it could run "
-            f"any code ({what})"
+            f"{path} contains more than tensors, numbers and strings; refusing to unpickle it, as that "
+            f"could run arbitrary code ({what})"
         ) from None
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
         what = (str(error).splitlines() or [""])[0][:160]
-        raise UserError(f"{path} is no checkpoint of nanoGPT, or is damaged ({what})") from None
+        raise UserError(f"{path} is not a nanoGPT checkpoint, or is damaged ({what})") from None
     if not isinstance(saved, dict):
-        raise UserError(f"{path} is no checkpoint of nanoGPT: it holds a {type(saved).__name__}")
+        raise UserError(f"{path} is not a nanoGPT checkpoint: it contains a {type(saved).__name__}")
     return saved
 
 
 def _characters(folders: list[Path]) -> str:
-    """The tokenizer of the first folder that holds nanoGPT's meta.pkl or our tokenizer.json; or ""."""
+    """Return the tokenizer of the first folder with nanoGPT's meta.pkl or our tokenizer.json, else ""."""
     for folder in folders:
         if (folder / "meta.pkl").is_file():
             return meta_pkl.tokenizer_of(folder / "meta.pkl")
@@ -118,42 +120,42 @@ def _characters(folders: list[Path]) -> str:
 
 
 def require(config: GPTConfig, text: str) -> None:
-    """UserError if nanoGPT's classes cannot compute this model, or not read its tokenizer `text`."""
+    """Raise UserError if nanoGPT cannot compute this model or read its tokenizer `text`."""
     known: dict[str, tuple[Any, ...] | None]
     known = {"activation": ("gelu", "gelu_tanh"), "bias": (True, False)}
     known |= {"n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd // config.n_head)}
     if wrong := unlike(config, known):
         switches = ", ".join(f"{name}={getattr(config, name)}" for name in wrong)
-        raise UserError(f"nanoGPT's model does not know {switches}; try --format=hf")
+        raise UserError(f"nanoGPT does not support {switches}; try --format=hf")
     kind = vocabulary.identify(text).kind if text else "gpt2"
     if kind not in ("char", "gpt2"):
-        raise UserError(f"nanoGPT knows characters and GPT-2's tokens, this model {kind}; try --format=hf")
+        raise UserError(f"nanoGPT supports char and gpt2 tokenizers, not {kind}; try --format=hf")
 
 
 def write_folder(folder: Path, model: GPT, source: Pretrained) -> list[str]:
-    """Write ckpt.pt into `folder`, which exists, and meta.pkl if the tokenizer of `source` has characters.
+    """Write ckpt.pt into the existing `folder`, and meta.pkl if the tokenizer of `source` is char.
 
-    The rows of a padded vocabulary are left out: nanoGPT would sample them. Returns what is to be said.
-    Raises UserError as `require`.
+    Vocabulary padding is dropped, since nanoGPT would sample it. Return notes to print. Raise UserError as
+    `require` does.
     """
     config, text = model.config, source.tokenizer
     require(config, text)
     weights = {theirs(name): parameter.detach() for name, parameter in model.named_parameters()}
     table = weights["transformer.wte.weight"][: config.vocab_size].clone()
-    weights["transformer.wte.weight"] = weights["lm_head.weight"] = table  # one tensor, two names
+    weights["transformer.wte.weight"] = weights["lm_head.weight"] = table  # tied: one tensor, two names
     dataset = Path(source.dataset).name
     saved = {
         "model": {name: tensor.cpu() for name, tensor in weights.items()},
         "model_args": {name: getattr(config, name) for name in MODEL_ARGS},
         "iter_num": source.iter_num,
         "best_val_loss": NEVER if source.val_loss is None else source.val_loss,
-        # nanoGPT's sample.py looks for data/<dataset>/meta.pkl, and for nothing else in here.
+        # nanoGPT's sample.py reads only `dataset`, to find data/<dataset>/meta.pkl.
         "config": {"dataset": dataset, "init_from": "resume", "activation": config.activation},
     }
     torch.save(saved, folder / "ckpt.pt")
-    said = ["it has no optimizer state: nanoGPT can sample it, but not resume training from it"]
+    said = ["no optimizer state: nanoGPT can sample from it but not resume training"]
     if config.activation == "gelu_tanh":
-        said.append("nanoGPT computes GELU exactly, this model its tanh form: units differ by up to 5e-4")
+        said.append("nanoGPT uses exact GELU, this model the tanh form: they differ by up to 5e-4")
     if text and vocabulary.identify(text).kind == "char":
         characters = json.loads(text)["characters"]
         meta = {
@@ -162,5 +164,5 @@ def write_folder(folder: Path, model: GPT, source: Pretrained) -> list[str]:
             "stoi": {character: i for i, character in enumerate(characters)},
         }
         (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-        said.append(f"put meta.pkl into data/{dataset} of nanoGPT, where its sample.py looks for it")
+        said.append(f"copy meta.pkl to data/{dataset} of nanoGPT, where its sample.py looks for it")
     return said

@@ -1,8 +1,8 @@
-"""Weights and tokenizer out of a Hugging Face folder of a GPT-2, without their libraries.
+"""Load weights and tokenizer of a GPT-2 from a Hugging Face folder, without Hugging Face's libraries.
 
-A folder holds config.json, model.safetensors (or shards and model.safetensors.index.json) and the
-tokenizer's files. Everything that can be wrong is found from the headers, before a weight is read.
-huggingface_hub is needed for models given by name only, to find or fill its cache.
+A folder contains config.json, model.safetensors (or shards and model.safetensors.index.json) and the
+tokenizer files. All checks but those of values use the headers only, before any weight is read.
+huggingface_hub is needed only for models given by name, to find them in its cache or download them.
 """
 
 import json
@@ -34,23 +34,23 @@ from nanogpt.tokenizer import vocabulary
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["merges.txt", "vocab.json", "tokenizer.json", OWN_TOKENIZER]
 ACTIVATION_OF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
-FLAGS = {  # settings of GPT2Config that change the arithmetic, and the value that is GPT-2's
+FLAGS = {  # GPT2Config settings that change the computation, and GPT-2's values
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old versions saved
-CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # stored (in, out), as OpenAI's code had it
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks saved by old versions
+CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # Conv1D weights, stored (in, out) as by OpenAI
 
 
-# ----------------------------------------------------------------------------- where a model lies
+# ----------------------------------------------------------------------------- locating a model
 
 
 def find(name: str) -> Path:
-    """The folder of a model of the hub ("gpt2", or "owner/name"): from the cache, else downloaded.
+    """Return the folder of a hub model ("gpt2" or "owner/name"); download it if it is not in the cache.
 
-    UserError says in one line what to put where.
+    Raise UserError if that fails; its one-line message lists the files to provide instead.
     """
     repo = f"openai-community/{name}" if name in NAMES else name
     try:
@@ -58,29 +58,29 @@ def find(name: str) -> Path:
         from huggingface_hub import constants
     except ImportError:
         raise UserError(
-            f"--init_from={name} needs a package: pip install huggingface_hub; or give the path of a folder "
+            f"--init_from={name} needs a package: pip install huggingface_hub; or pass the path of a folder "
             f"with {_what_to_put(repo)}"
         ) from None
-    for known in dict.fromkeys([repo, name]):  # old caches know gpt2 by its short name
+    for known in dict.fromkeys([repo, name]):  # old caches store gpt2 under its short name
         try:
             folder = Path(huggingface_hub.snapshot_download(known, local_files_only=True))
             weight_files(folder)
             return folder
-        except Exception:  # not there, or not whole
+        except Exception:  # not cached, or incomplete
             continue
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=WANTED + TOKENIZER_FILES))
-    except Exception as error:  # whatever the net, a proxy or the hub may raise
+    except Exception as error:  # network, proxy and hub errors share no base class
         reason = _reason(error)
         raise UserError(
-            f"{name} is not whole in the cache ({constants.HF_HUB_CACHE}) and could not be downloaded "
+            f"{name} is not complete in the cache ({constants.HF_HUB_CACHE}) and could not be downloaded "
             f"({reason}); put {_what_to_put(repo)} in a folder, "
-            f"and give --init_from=FOLDER"
+            f"and pass --init_from=FOLDER"
         ) from None
 
 
 def _reason(error: BaseException) -> str:
-    """What lies at the bottom of an error of the hub's library, in one short line."""
+    """Return the root cause of a huggingface_hub error as one short line."""
     while error.__cause__:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
@@ -94,10 +94,10 @@ def _what_to_put(repo: str) -> str:
 
 
 def open_folder(folder: Path) -> Pretrained:
-    """A GPT-2 in Hugging Face's layout.
+    """Open a GPT-2 in Hugging Face's layout.
 
-    Raises UserError for another architecture, for tensors that are missing, left over or misshapen, for
-    files that are not there or cut short, and for weights that are pickled.
+    Raise UserError for other architectures, for missing, unexpected or misshapen tensors, for missing or
+    truncated files, and for pickled weights.
     """
     about = files.read_json(folder / "config.json")
     stored_config = shape(about, folder / "config.json")
@@ -107,14 +107,14 @@ def open_folder(folder: Path) -> Pretrained:
     if tied_copy:
         expected["lm_head.weight"] = expected["wte.weight"]
     if problems := mismatches(expected, {name: place[2] for name, place in stored.items()}):
-        raise UserError(f"{folder} is not the GPT-2 that its config.json describes: {problems}")
+        raise UserError(f"{folder}: the tensors do not match config.json: {problems}")
     own = about.get("nanogpt")
     no_bias = isinstance(own, dict) and own.get("bias") is False
 
     def read() -> Iterator[tuple[str, Tensor]]:
         if tied_copy and not _equal(stored["lm_head.weight"], stored["wte.weight"]):
             raise UserError(
-                f"{folder}: lm_head.weight differs from wte.weight, but config.json says that they are one; "
+                f"{folder}: lm_head.weight differs from wte.weight, but config.json ties them; "
                 f"set tie_word_embeddings to false there"
             )
         for name, place in stored.items():
@@ -123,7 +123,7 @@ def open_folder(folder: Path) -> Pretrained:
             tensor = stored_tensor(*place[:2])
             if no_bias and name.endswith(".bias"):
                 if tensor.any():
-                    raise UserError(f"{folder}: {name} is not 0, but config.json says that all are")
+                    raise UserError(f"{folder}: {name} is not zero, but config.json has no bias")
                 continue
             yield ours(name), tensor.t() if CONV1D.fullmatch(name) else tensor
 
@@ -134,21 +134,21 @@ def open_folder(folder: Path) -> Pretrained:
 
 
 def shape(about: Any, path: Path) -> GPTConfig:
-    """The model that a config.json of Hugging Face describes; UserError if it is no GPT-2."""
+    """Return the model shape described by Hugging Face's config.json; raise UserError unless it is GPT-2."""
     kind = about.get("model_type") if isinstance(about, dict) else None
     if kind != "gpt2":
-        raise UserError(f"{path} describes a model of type {kind!r}; only gpt2 can be read here")
+        raise UserError(f"{path}: model_type is {kind!r}; only 'gpt2' is supported")
     wrong = [f"{k}={about[k]!r} (GPT-2: {v!r})" for k, v in FLAGS.items() if k in about and about[k] != v]
     activation = about.get("activation_function", "gelu_new")
     if activation not in ACTIVATION_OF:
         wrong.append(f"activation_function={activation!r} (known: {', '.join(ACTIVATION_OF)})")
     sizes = {key: about.get(key, getattr(GPTConfig, key)) for key in ("n_layer", "n_head", "n_embd")}
     sizes |= {"vocab_size": about.get("vocab_size", 50257), "block_size": about.get("n_positions", 1024)}
-    wrong += [f"{k}={v!r} (a whole number)" for k, v in sizes.items() if type(v) is not int or v < 1]
+    wrong += [f"{k}={v!r} (a positive integer)" for k, v in sizes.items() if type(v) is not int or v < 1]
     if not wrong and about.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         wrong.append(f"n_inner={about['n_inner']!r} (GPT-2: four times n_embd)")
     if wrong:
-        raise UserError(f"{path} sets what this program does not compute: {'; '.join(wrong)}")
+        raise UserError(f"{path}: unsupported settings: {'; '.join(wrong)}")
     tied = about.get("tie_word_embeddings", True)
     config = GPTConfig(**sizes, activation=ACTIVATION_OF[activation], tied=tied)
     require_possible(config, path)
@@ -156,7 +156,9 @@ def shape(about: Any, path: Path) -> GPTConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards of its index; UserError if one is missing, or all are pickled."""
+    """Return model.safetensors or the shards of its index; raise UserError if any is missing or all are
+    pickled.
+    """
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -166,31 +168,31 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted(set(about["weight_map"].values()))
             outside = [name for name in names if Path(name).name != name]
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is not an index of shards; download it again") from None
+            raise UserError(f"{index} is not a shard index; download it again") from None
         if outside:
             raise UserError(f"{index} names a file outside its folder: {outside[0]}")
         if absent := [name for name in names if not (folder / name).is_file()]:
             raise UserError(
-                f"{folder} holds {len(names) - len(absent)} of {len(names)} shards: {absent[0]} is missing; "
+                f"{folder} has {len(names) - len(absent)} of {len(names)} shards: {absent[0]} is missing; "
                 f"download the rest"
             )
         return [folder / name for name in names]
     pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickled:
         raise UserError(
-            f"{folder} holds pickled weights only ({pickled[0]}), and reading a pickle can run any code; "
+            f"{folder} has only pickled weights ({pickled[0]}), and unpickling can run arbitrary code; "
             f"convert them once:\n{conversion(folder)}"
         )
     if list(folder.glob("*.ckpt.index")):
         raise UserError(
-            f"{folder} holds OpenAI's TensorFlow checkpoint, which is not read; the same weights are at "
+            f"{folder} has OpenAI's TensorFlow checkpoint, which is not supported; the same weights are at "
             f"https://huggingface.co/openai-community"
         )
-    raise UserError(f"{folder} holds no model.safetensors")
+    raise UserError(f"{folder} has no model.safetensors")
 
 
 def conversion(folder: Path) -> str:
-    """The command that turns the pickled weights of `folder` into safetensors; it reads tensors only."""
+    """Return a command that converts pickled weights in `folder` to safetensors; it loads tensors only."""
     code = (
         "import glob, torch, safetensors.torch as s; w = {}; "
         "[w.update(torch.load(p, weights_only=True)) for p in glob.glob('pytorch_model*.bin')]; "
@@ -201,11 +203,11 @@ def conversion(folder: Path) -> str:
 
 # ----------------------------------------------------------------------------- tensors
 
-Place = tuple[Path, str, list[int]]  # file, name in it, shape
+Place = tuple[Path, str, list[int]]  # file, tensor name in the file, shape
 
 
 def _headers(parts: list[Path]) -> dict[str, Place]:
-    """Where each tensor lies, by its name without prefix; nothing but headers is read."""
+    """Return the place of each tensor by its name without prefix; only headers are read."""
     found: dict[str, Place] = {}
     for part in parts:
         try:
@@ -215,7 +217,7 @@ def _headers(parts: list[Path]) -> dict[str, Place]:
                     if not BUFFERS.fullmatch(plain):
                         found[plain] = (part, name, file.get_slice(name).get_shape())
         except SafetensorError as error:
-            raise UserError(f"{part} is damaged or only half downloaded ({error}){_pointer(part)}") from None
+            raise UserError(f"{part} is damaged or partially downloaded ({error}){_pointer(part)}") from None
     return found
 
 
@@ -227,7 +229,7 @@ def _pointer(path: Path) -> str:
     with path.open("rb") as file:
         is_pointer = file.read(20).startswith(b"version https://git-")
     return (
-        ": it is a pointer of Git LFS; git lfs pull fetches the file" if is_pointer else "; download it again"
+        ": it is a Git LFS pointer; fetch the file with git lfs pull" if is_pointer else "; download it again"
     )
 
 
@@ -236,12 +238,13 @@ def _expected(config: GPTConfig) -> dict[str, list[int]]:
     return {name: size[::-1] if CONV1D.fullmatch(name) else size for name, size in found.items()}
 
 
-# ----------------------------------------------------------------------------- the tokenizer
+# ----------------------------------------------------------------------------- tokenizer
 
 
 def find_tokenizer(folder: Path, vocab_size: int) -> str:
-    """The text of our tokenizer.json for the folder's: the one that export.py left, else GPT-2's, with
-    its merges; empty if there is none. UserError for files that are another tokenizer's."""
+    """Return our tokenizer.json, as text, for the tokenizer of `folder`: the one written by export.py, else
+    GPT-2's with its merges, else "". Raise UserError if the files belong to another tokenizer.
+    """
     if (folder / OWN_TOKENIZER).is_file():
         text = (folder / OWN_TOKENIZER).read_text(encoding="utf-8")
         vocabulary.identify(text, str(folder / OWN_TOKENIZER))
@@ -256,7 +259,7 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
     if present and (text := _if_known(present[-1].read_text(encoding="utf-8", errors="replace"))):
         return text
     if present:
-        raise UserError(f"{present[-1]} is no tokenizer that can be read here: it is not GPT-2's")
+        raise UserError(f"{present[-1]}: unsupported tokenizer (not GPT-2's)")
     return vocabulary.GPT2_BY_NAME if vocab_size in (50257, 50304) else ""
 
 
@@ -273,7 +276,7 @@ def _plain_merges(path: Path) -> list[str]:
 
 
 def _json_merges(path: Path) -> list[str]:
-    """The merges in a file of the tokenizers library; none if it holds another kind of tokenizer."""
+    """Return the merges in a file of the tokenizers library; empty for other kinds of tokenizer."""
     about = files.read_json(path)
     try:
         return [merge if isinstance(merge, str) else " ".join(merge) for merge in about["model"]["merges"]]

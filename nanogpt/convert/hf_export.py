@@ -1,14 +1,15 @@
-"""A model as a Hugging Face folder that transformers loads, where one of its classes computes the same.
+"""Export a model as a Hugging Face folder for transformers, if one of its classes computes the same function.
 
-GPT-2's shape becomes GPT2LMHeadModel. The fast recipe (but for the smear) becomes VaultGemmaForCausalLM,
-which has rotary positions and a soft cap on the logits, by rewritings that change no result but rounding:
+Models of GPT-2's architecture become GPT2LMHeadModel. Bias-free models with rotary positions and a relu2
+or swiglu MLP (the fast recipe without smear) become VaultGemmaForCausalLM, which has
+rotary positions and a logit softcap. The conversion is exact up to rounding:
 
-- relu(x)² is relu(x) * x, a gated unit whose gate and value are the same matrix;
-- LayerNorm is RMSNorm of a residual stream whose mean is zero, so the mean is taken out of everything
-  that writes into the stream (Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers");
-- embeddings there are multiplied by sqrt(C), and gains stored less 1.
+- relu(x)² is relu(x) * x, a gated unit whose gate and up projections are the same matrix;
+- LayerNorm is RMSNorm of a zero-mean residual stream, so the mean is subtracted from every weight that
+  writes into the stream (Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers");
+- VaultGemma multiplies embeddings by sqrt(C), and stores norm gains minus 1.
 
-Every other model can be written with its own code beside it, which is then the very model.py.
+Any other model can be exported with its own code, a copy of model.py, beside the weights.
 """
 
 import re
@@ -31,13 +32,13 @@ from nanogpt.tokenizer import tokenizer, vocabulary
 
 LIBRARY = Path(__file__).resolve().parent.parent
 CODE = ("convert/modeling_nanogpt.py", "model.py", "loss.py")
-RMS_EPS = torch.finfo(torch.float32).eps  # of F.rms_norm, and 1e-5 of LayerNorm
+RMS_EPS = torch.finfo(torch.float32).eps  # eps of F.rms_norm; LayerNorm uses 1e-5
 Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A class of transformers: what it cannot be, and how a model becomes it."""
+    """A transformers class: which models it cannot represent, and how to convert the others."""
 
     architecture: str
     refusals: Callable[[GPTConfig], list[str]]
@@ -73,7 +74,7 @@ def _gpt2_settings(config: GPTConfig) -> dict[str, Any]:
         "layer_norm_epsilon": 1e-5,
         **{name: config.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
         "tie_word_embeddings": config.tied,
-        "nanogpt": {"bias": config.bias},  # False: the biases of the file are all 0
+        "nanogpt": {"bias": config.bias},  # False: all biases in the file are zero
     }
 
 
@@ -87,7 +88,7 @@ def _gpt2_weights(config: GPTConfig, weights: Weights) -> Weights:
     return found
 
 
-# ----------------------------------------------------------------------------- the fast recipe
+# ----------------------------------------------------------------------------- VaultGemma
 
 GATES = {"relu2": "relu", "swiglu": "silu"}
 
@@ -160,7 +161,7 @@ def _vault_weights(config: GPTConfig, weights: Weights) -> Weights:
     return found
 
 
-# ----------------------------------------------------------------------------- our own code
+# ----------------------------------------------------------------------------- own code
 
 
 def _own_settings(config: GPTConfig) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _own_settings(config: GPTConfig) -> dict[str, Any]:
             "AutoConfig": "modeling_nanogpt.NanoGPTConfig",
             "AutoModelForCausalLM": "modeling_nanogpt.NanoGPTForCausalLM",
         },
-        "tie_word_embeddings": False,  # for transformers: a tied head is no tensor of its own here
+        "tie_word_embeddings": False,  # for transformers: a tied LM head has no tensor of its own here
     }
 
 
@@ -188,29 +189,28 @@ OWN_CODE = Target(
 
 
 def choose(config: GPTConfig, custom_code: bool) -> Target:
-    """The class that computes what `config` describes; UserError with the reason for each if none does."""
+    """Return the class that computes `config`; raise UserError with a reason per class if none does."""
     if custom_code:
         return OWN_CODE
     reasons = []
     for target in TARGETS:
         if not (wrong := target.refusals(config)):
             return target
-        reasons.append(f"{target.architecture} does not know {', '.join(wrong)}")
+        reasons.append(f"{target.architecture} does not support {', '.join(wrong)}")
     raise UserError(
-        f"no class of transformers computes this model: {'; '.join(reasons)}. --custom_code=True puts the "
-        f"model's own code beside the weights; it then loads with trust_remote_code=True only"
+        f"no transformers class computes this model: {'; '.join(reasons)}. --custom_code=True writes the "
+        f"model's own code beside the weights; loading then needs trust_remote_code=True"
     )
 
 
-# ----------------------------------------------------------------------------- the folder
+# ----------------------------------------------------------------------------- writing
 
 
 def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: bool) -> list[str]:
-    """Write config.json, generation_config.json, model.safetensors and the tokenizer `text` (of
-    tokenizer.json; empty: none) into `folder`, which exists.
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer `text` (contents of
+    tokenizer.json; empty: none) into the existing `folder`.
 
-    The rows of a padded vocabulary are left out. Returns what is to be said about it. Raises UserError as
-    `choose`.
+    Vocabulary padding is dropped. Return notes to print. Raise UserError as `choose` does.
     """
     config = model.config
     target = choose(config, custom_code)
@@ -219,18 +219,18 @@ def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: b
         if table in weights:
             weights[table] = weights[table][: config.vocab_size]
     tensors = target.weights(config, weights)
-    # A clone: the file must not hold one storage under two names.
+    # Clone: safetensors rejects tensors that share storage.
     ready = {name: tensor.to(DTYPES[dtype]).contiguous().clone() for name, tensor in tensors.items()}
     save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # the library lets nobody else read it
-    said = [f"{target.architecture}, {sum(tensor.numel() for tensor in ready.values()):,} numbers in {dtype}"]
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
+    said = [f"{target.architecture}, {sum(tensor.numel() for tensor in ready.values()):,} weights in {dtype}"]
     tokens = None
     try:
         tokens = tokenizer.from_text(text) if text else None
         if not tokens:
-            said.append("without a tokenizer: nothing tells which one the model was trained with")
-    except UserError as error:  # GPT-2's, by name, and its merges are not to be had
-        said.append(f"without a tokenizer: {error}")
+            said.append("no tokenizer written: the tokenizer of the model is unknown")
+    except UserError as error:  # GPT-2's, known by name only, and its merges are not available
+        said.append(f"no tokenizer written: {error}")
     end = tokens.end_of_text if tokens else vocabulary.GPT2_VOCAB_SIZE - 1 if text else None
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     about = {"architectures": [target.architecture], "vocab_size": config.vocab_size, "dtype": dtype, **ends}
@@ -238,18 +238,18 @@ def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: b
     files.write_json(folder / "generation_config.json", ends)
     if custom_code:
         _write_code(folder)
-        said.append("it holds code, modeling_nanogpt.py, and loads with trust_remote_code=True only")
+        said.append("it includes code (modeling_nanogpt.py): load with trust_remote_code=True")
     if tokens:
         files.write_text(folder / OWN_TOKENIZER, tokenizer.to_text(tokens))
         try:
             hf_tokenizer.write(folder, tokens)
         except UserError as error:
-            said.append(f"without Hugging Face's tokenizer: {error}")
+            said.append(f"no Hugging Face tokenizer written: {error}")
     return said
 
 
 def _write_code(folder: Path) -> None:
-    """The model's own code, its imports made relative: transformers copies these files elsewhere."""
+    """Write the model's own code with relative imports, as transformers copies these files elsewhere."""
     for name in CODE:
         source = LIBRARY / name
         text = re.sub(

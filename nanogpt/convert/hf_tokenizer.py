@@ -1,4 +1,4 @@
-"""Our tokenizers as Hugging Face's: the same ids for the same text, by the tokenizers library."""
+"""Convert our tokenizers to Hugging Face's tokenizers library, with the same ids for the same text."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ from nanogpt.tokenizer.gpt2 import GPT2Tokenizer
 from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
-# What encodes an ordinary text without a bound, as a model's own length does not bound a text.
+# transformers' value for no model_max_length: texts to encode may be longer than block_size.
 UNBOUNDED = int(1e30)
 
 
 def write(folder: Path, tokens: Tokenizer) -> None:
-    """Write tokenizer.json and tokenizer_config.json, and for GPT-2's vocab.json and merges.txt too.
+    """Write tokenizer.json and tokenizer_config.json; for GPT-2's tokenizer also vocab.json and merges.txt.
 
-    UserError for a tokenizer that the library cannot match exactly, or if it is not installed.
+    Raise UserError if the library cannot match the tokenizer exactly or is not installed.
     """
     built = build(tokens)
     about: dict[str, Any] = {
@@ -39,26 +39,26 @@ def write(folder: Path, tokens: Tokenizer) -> None:
 
 
 def build(tokens: Tokenizer) -> Any:
-    """A tokenizers.Tokenizer with the ids of `tokens`; UserError as `write`."""
+    """Return a tokenizers.Tokenizer with the ids of `tokens`. Raise UserError as `write` does."""
     try:
         import tokenizers
     except ImportError:
-        raise UserError("writing Hugging Face's tokenizer needs a package: pip install tokenizers") from None
+        raise UserError("writing a Hugging Face tokenizer needs a package: pip install tokenizers") from None
     if isinstance(tokens, CharTokenizer):
         return _characters(tokenizers, tokens)
     if isinstance(tokens, ByteTokenizer):
         return _byte_level(tokenizers, bpe.BYTE_OF, [], use_regex=False)
     if isinstance(tokens, GPT2Tokenizer):
         return _gpt2(tokenizers, tokens)
-    if tokens.kind == "hf":  # it is one of the library's already
+    if tokens.kind == "hf":  # already in the library's format
         return tokenizers.Tokenizer.from_str(json.dumps(tokens.to_json()))
-    raise UserError(f"a tokenizer of type {tokens.kind} has no equal among Hugging Face's")
+    raise UserError(f"a tokenizer of type {tokens.kind} has no Hugging Face equivalent")
 
 
 def _characters(library: Any, tokens: CharTokenizer) -> Any:
     if unwritable := [c for c in tokens.characters if "\ud800" <= c <= "\udfff"]:
-        raise UserError(f"the vocabulary holds {unwritable[0]!r}, which UTF-8 cannot write")
-    # Without an unknown token an unknown character is an error there as here.
+        raise UserError(f"the vocabulary contains {unwritable[0]!r}, which UTF-8 cannot encode")
+    # No unk_token: an unknown character is an error, as in CharTokenizer.
     built = library.Tokenizer(library.models.WordLevel({c: i for i, c in enumerate(tokens.characters)}))
     every = library.Regex(r"[\s\S]")
     built.pre_tokenizer = library.pre_tokenizers.Split(every, "isolated")

@@ -1,4 +1,4 @@
-"""How files of GPT-2 and nanoGPT name and shape what a GPT of ours has."""
+"""Map parameter names and shapes of GPT-2 and nanoGPT files to those of our GPT."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -14,26 +14,26 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import shape_problems
 from nanogpt.tokenizer import vocabulary
 
-OWN_TOKENIZER = "tokenizer.nanogpt.json"  # ours beside Hugging Face's, in the folders that we write
+OWN_TOKENIZER = "tokenizer.nanogpt.json"  # our tokenizer.json in exported folders, beside Hugging Face's
 NO_SWITCH = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "vocab_multiple", "init"}
-PADDING = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # multiples to which tables are padded
+PADDING = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # candidate values of vocab_multiple
 
 
 def ours(name: str) -> str:
-    """Our name of a parameter that the files of GPT-2 and nanoGPT call `name`."""
+    """Return our name for the parameter called `name` in GPT-2 and nanoGPT files."""
     plain = name.removeprefix("transformer.")
     return POSITIONS if plain == "wpe.weight" else plain
 
 
 def theirs(name: str) -> str:
-    """The name in files of GPT-2 and nanoGPT of our parameter `name`."""
+    """Return the name of our parameter `name` in GPT-2 and nanoGPT files."""
     if name == "lm_head.weight":
         return name
     return "transformer." + ("wpe.weight" if name == POSITIONS else name)
 
 
 def require_possible(config: GPTConfig, path: Path) -> None:
-    """UserError if the file `path` describes a model that cannot be."""
+    """Raise UserError if the file `path` describes an impossible model shape."""
     shape = (config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.position)
     if problems := shape_problems(*shape):
         raise UserError(f"{path}: {'; '.join(problems)}")
@@ -46,12 +46,12 @@ def parameter_shapes(config: GPTConfig) -> dict[str, list[int]]:
 
 
 def mismatches(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> str:
-    """How two tables of shapes differ, in words, the first three of each kind; empty if they agree."""
+    """Describe the differences of two tables of shapes, up to three names of each kind; "" if they agree."""
     both = [name for name in expected if name in found and list(expected[name]) != list(found[name])]
     kinds = {
         "missing": [name for name in expected if name not in found],
-        "not expected": [name for name in found if name not in expected],
-        "of another shape": [f"{n} {list(found[n])}, expected {list(expected[n])}" for n in both],
+        "unexpected": [name for name in found if name not in expected],
+        "of wrong shape": [f"{n} {list(found[n])}, expected {list(expected[n])}" for n in both],
     }
     return "; ".join(
         f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -61,8 +61,9 @@ def mismatches(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequen
 
 
 def unlike(config: GPTConfig, known: Mapping[str, tuple[Any, ...] | None]) -> list[str]:
-    """The switches of `config` with a value that is not among those `known` (None: any). A switch that
-    `known` does not name must have its default, so that a new one is never left out in silence."""
+    """Return the architecture options of `config` with a value that is not in `known` (None: any value).
+    Options missing from `known` must have their defaults, so that a new option is never dropped silently.
+    """
     switches = [field for field in fields(GPTConfig) if field.name not in NO_SWITCH]
     return [
         field.name
@@ -73,15 +74,18 @@ def unlike(config: GPTConfig, known: Mapping[str, tuple[Any, ...] | None]) -> li
 
 
 def with_vocabulary(config: GPTConfig, text: str, origin: str) -> GPTConfig:
-    """`config` with the vocabulary of the tokenizer `text` (of tokenizer.json; empty: unknown): rows of
-    the table beyond its ids are padding, which is neither scored nor sampled."""
+    """Return `config` with the vocabulary of tokenizer `text` (contents of tokenizer.json; empty: unknown).
+
+    Embedding rows beyond its ids become vocabulary padding, which is neither scored nor sampled. Raise
+    UserError if the tokenizer has more ids than the embedding has rows.
+    """
     if not text:
         return config
     ids = vocabulary.identify(text).vocab_size
     if ids > config.vocab_size:
         raise UserError(
-            f"{origin}: the tokenizer has {ids} ids, but the model's table has {config.vocab_size} rows; "
-            f"they do not belong together"
+            f"{origin}: the tokenizer has {ids} ids, but the embedding has {config.vocab_size} rows; "
+            f"use the tokenizer that the model was trained with"
         )
     fitting = [m for m in PADDING if -(-ids // m) * m == config.vocab_size]
     return replace(config, vocab_size=ids, vocab_multiple=min(fitting, default=1))

@@ -1,6 +1,6 @@
-"""A model of nanogpt as transformers sees one: for switches that no class of transformers has.
+"""nanogpt's GPT as a transformers model, for architectures that no transformers class supports.
 
-export.py --custom_code=True puts this file, model.py and loss.py beside the weights, and
+export.py --custom_code=True writes this file, model.py and loss.py beside the weights, and
 AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) runs them.
 """
 
@@ -16,7 +16,7 @@ from nanogpt.model import GPT, GPTConfig, Position
 
 
 class NanoGPTConfig(PretrainedConfig):
-    """`gpt`: the fields of nanogpt's GPTConfig; the others are what transformers' own code asks for."""
+    """Configuration: the fields of nanogpt's GPTConfig in `gpt`, and attributes that transformers reads."""
 
     model_type = "nanogpt"
 
@@ -41,7 +41,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Fill the tables of positions, which are in no file; the weights come from one."""
+        """Fill the position tables in place, since files contain parameters only."""
         if isinstance(module, Position):
             shape = self.gpt.config
             fresh = type(module)(shape.block_size, shape.n_embd, shape.n_head, shape.head_size)
@@ -61,11 +61,13 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutput:
-        """Logits (B, T, V) of `input_ids` (B, T), and with `labels` (B, T; -100 is not scored) the mean
-        loss of each next token. There is no cache: generation computes the whole context at every token.
+        """Return the logits (B, T, V) of `input_ids` (B, T) and, with `labels` (B, T; -100 is ignored), the
+        mean next-token loss in nats. There is no KV cache: generation recomputes the context for each token.
+
+        Raise ValueError for left padding.
         """
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-            raise ValueError("this model counts positions from the left: pad on the right")
+            raise ValueError("left padding is not supported: pad on the right")
         logits, _ = self.gpt(input_ids)
         loss = None
         if labels is not None:

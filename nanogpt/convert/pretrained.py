@@ -1,7 +1,7 @@
-"""Weights that lie somewhere, in whatever layout, and the model they are fitted into.
+"""Pretrained weights in any supported layout, and the model they are loaded into.
 
-What the shape is, and which tokenizer belongs to it, is known before a weight is read; reading goes one
-tensor at a time, so that a model never needs much more memory than its weights.
+Shape and tokenizer are known before any weight is read. Weights are read one tensor at a time, so that
+peak memory stays close to the size of the weights.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,26 +18,29 @@ from nanogpt.tokenizer.tokenizer import Tokenizer, from_text
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's models
 POSITIONS = "position.wpe.weight"
-TABLES = ("wte.weight", "lm_head.weight")  # a row a token
+TABLES = ("wte.weight", "lm_head.weight")  # one row per token
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in a file or folder."""
+    """A pretrained model in a file or folder, its weights not read yet."""
 
-    origin: str  # where it lies, for people
-    config: GPTConfig  # as it lies there
-    tokenizer: str  # the text of its tokenizer.json; empty where nothing tells
-    tokenizer_sha256: str  # its fingerprint; empty where nothing tells
-    read: Callable[[], Iterable[tuple[str, Tensor]]]  # parameters by name; perhaps views of a mapped file
-    notices: tuple[str, ...] = ()  # lines that the user should see
-    iter_num: int = 0  # updates that made them, where they say
+    origin: str  # path or name, for messages
+    config: GPTConfig  # shape as stored
+    tokenizer: str  # contents of its tokenizer.json; empty if unknown
+    tokenizer_sha256: str  # its fingerprint; empty if unknown
+    read: Callable[[], Iterable[tuple[str, Tensor]]]  # parameters by name; may be views of a mapped file
+    notices: tuple[str, ...] = ()  # messages for the user
+    iter_num: int = 0  # iterations trained for, if known
     val_loss: float | None = None
-    dataset: str = ""  # what they were trained on, as train.py takes it
+    dataset: str = ""  # training data, as in train.py's --dataset
 
     def fitted(self, *, block_size: int = 0, vocab_multiple: int = 0, dropout: float = 0.0) -> GPTConfig:
-        """The shape with a context cut to `block_size` (0: all of it) and a vocabulary padded to a
-        multiple of `vocab_multiple` (0: as it lies there); UserError for a longer context."""
+        """Return the shape with a context shortened to `block_size` (0: as stored) and a vocabulary padded to
+        a multiple of `vocab_multiple` (0: as stored).
+
+        Raise UserError if `block_size` exceeds the stored context.
+        """
         if block_size > self.config.block_size:
             raise UserError(
                 f"block_size={block_size} given, but {self.origin} has {self.config.block_size} positions; "
@@ -51,39 +54,40 @@ class Pretrained:
         )
 
     def open_tokenizer(self) -> Tokenizer:
-        """What turns its ids into text; UserError where nothing tells."""
+        """Return the tokenizer of the model; raise UserError if it is unknown."""
         if not self.tokenizer:
             raise UserError(
-                f"nothing beside {self.origin} tells its tokenizer: put meta.pkl (nanoGPT) or merges.txt "
-                f"there"
+                f"the tokenizer of {self.origin} is unknown: put meta.pkl (nanoGPT) or merges.txt beside it"
             )
         return from_text(self.tokenizer, self.origin)
 
     def load(self, config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
-        """A model of the shape `config` (from `fitted`) with these weights in float32, in evaluation
-        mode. Rows of a padded vocabulary that the file has not are zeros."""
+        """Return a model of shape `config` (from `fitted`) with these weights in float32, in evaluation mode.
+
+        Rows of vocabulary padding that the file lacks are zero.
+        """
         with torch.device("meta"):
             model = GPT(config)
         wanted = dict(model.named_parameters())
         tensors = {}
         for name, tensor in self.read():
             rows = wanted[name].shape[0] if name in TABLES or name == POSITIONS else len(tensor)
-            # A copy always: the file may be replaced while the model is used, and c_* matrices are turned.
+            # Always copy: the file may be replaced while the model is used, and c_* matrices are transposed.
             fresh = torch.empty((rows, *tensor.shape[1:]))
             kept = min(rows, len(tensor))
             fresh[:kept].copy_(tensor[:kept])
             fresh[kept:].zero_()
             tensors[name] = fresh
         model.load_state_dict(tensors, assign=True)
-        # Position tables that are no parameters were made with the model, on the CPU.
+        # Position tables that are not parameters were created with the model, on the CPU.
         return model.requires_grad_().eval().to(device)
 
 
 def stored_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file, as a view of the mapped file.
+    """Return a tensor of a safetensors file as a view of the memory-mapped file.
 
-    The file is mapped anew for each, and unmapped with it: the pages of a mapped file count as memory of
-    the process. For GPT-2 (124M) the peak is 0.85 GB instead of 1.17, at the same speed.
+    Each call maps the file anew, and the mapping ends with the tensor: mapped pages count as memory of the
+    process. For GPT-2 (124M) this lowers the peak from 1.17 GB to 0.85 GB at the same speed.
     """
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)

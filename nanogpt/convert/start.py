@@ -1,4 +1,4 @@
-"""A run that starts from weights: what they decide of its options, and which data they fit."""
+"""Start a run from pretrained weights: options that they determine, and check of the dataset."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +11,16 @@ from nanogpt.data.loader import Dataset
 from nanogpt.errors import UserError
 from nanogpt.options import TrainOptions
 
-FREE = {"block_size", "dropout", "vocab_multiple"}  # what may differ from the model as it lies there
+FREE = {"block_size", "dropout", "vocab_multiple"}  # options that may differ from the stored model
 C = TypeVar("C", bound=TrainOptions)
 
 
 def adopt(config: C, origins: dict[str, str], shape: set[str], notices: list[str]) -> tuple[C, Pretrained]:
-    """Return `config` with the shape of the weights that --init_from names, and those weights. The context
-    may be cut, and the vocabulary padded otherwise; UserError if another option of `shape` was given that is
-    not what the weights need."""
+    """Return `config` with the shape of the weights named by --init_from, and those weights.
+
+    The context may be shortened and the vocabulary padding changed. `origins` and `notices` are updated in
+    place. Raise UserError if another option of `shape` was given a value that does not match the weights.
+    """
     found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir))
     notices += found.notices
     wrong = [
@@ -28,8 +30,7 @@ def adopt(config: C, origins: dict[str, str], shape: set[str], notices: list[str
     ]
     if wrong:
         raise UserError(
-            f"{found.origin} was trained as another model, and its weights mean nothing in this one: "
-            f"{'; '.join(wrong)}; leave these out"
+            f"{found.origin} has a different architecture: {'; '.join(wrong)}; omit these options"
         )
     fitted = found.fitted(
         block_size=config.block_size if "block_size" in origins else 0,
@@ -41,12 +42,14 @@ def adopt(config: C, origins: dict[str, str], shape: set[str], notices: list[str
 
 
 def require_tokenizer(found: Pretrained, dataset: Dataset) -> None:
-    """UserError unless the dataset is in the model's ids; it gets the more complete tokenizer of the two."""
+    """Raise UserError unless the dataset is encoded with the model's tokenizer. `dataset.tokenizer` is set in
+    place to the more complete of the two.
+    """
     sha256 = found.tokenizer_sha256
     same = sha256 == dataset.fingerprint if sha256 else found.config.vocab_size == dataset.vocab_size
     if not same:
         raise UserError(
-            f"{found.origin} was trained with another tokenizer ({found.config.vocab_size} ids) than that "
-            f"of {dataset.folder} ({dataset.vocab_size} ids); give a --dataset prepared with its own"
+            f"{found.origin} was trained with another tokenizer ({found.config.vocab_size} ids) than "
+            f"{dataset.folder} ({dataset.vocab_size} ids); give a --dataset encoded with its own"
         )
-    dataset.tokenizer = max(dataset.tokenizer, found.tokenizer, key=len)  # the one with its merges
+    dataset.tokenizer = max(dataset.tokenizer, found.tokenizer, key=len)  # the longer one includes merges

@@ -1,4 +1,4 @@
-"""What `--init_from` may name: a run folder, a model of the hub, a folder, a checkpoint of nanoGPT."""
+"""Resolve `--init_from`: a run folder, a hub model, a Hugging Face folder or a nanoGPT checkpoint."""
 
 import re
 from collections.abc import Iterable
@@ -15,12 +15,13 @@ from nanogpt.tokenizer import vocabulary
 
 
 def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretrained:
-    """The model that `name` stands for, checked, its weights not yet read: "resume" (the checkpoint
-    `which` of `run`), gpt2 to gpt2-xl, "owner/name" of the hub, a Hugging Face folder, another run folder
-    or one of its checkpoints, nanoGPT's ckpt.pt or its folder.
+    """Return the model that `name` refers to, checked but without reading its weights.
 
-    Datasets of nanoGPT's checkpoints are looked for in data/ here and in `root`. UserError says what is
-    wrong, and what the name can be.
+    `name` is "resume" (the checkpoint `which` of `run`), gpt2 to gpt2-xl, "owner/name" on the hub, a Hugging
+    Face folder, another run folder or one of its checkpoints, nanoGPT's ckpt.pt or its folder. Datasets of
+    nanoGPT checkpoints are searched for in data/ of the working directory and of `root`.
+
+    Raise UserError if there is no such model or it is invalid.
     """
     path = Path(name)
     if name == "resume":
@@ -28,7 +29,7 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
     if name in NAMES:
         return _of_hugging_face(name)
     if path.suffix == ".safetensors" and path.is_file():
-        raise UserError(f"--init_from={name} is one file of a model; give its folder: {path.parent}")
+        raise UserError(f"--init_from={name} is a single file of a model; give its folder: {path.parent}")
     if path.is_file() or (path / "ckpt.pt").is_file():
         from nanogpt.convert import ckpt
 
@@ -40,14 +41,14 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _of_hugging_face(name)
     raise UserError(
-        f"--init_from={name}: no such file or folder; it can be resume (in train.py scratch and auto, too), "
-        f"{', '.join(NAMES)}, the folder of a Hugging Face GPT-2, owner/name of one on the hub, "
+        f"--init_from={name}: no such file or folder; give resume (train.py: also scratch or auto), "
+        f"{', '.join(NAMES)}, a folder with a Hugging Face GPT-2, owner/name of one on the hub, "
         f"a run folder, or nanoGPT's ckpt.pt"
     )
 
 
 def _of_hugging_face(name: str) -> Pretrained:
-    """A folder in the layout of Hugging Face, or a model of the hub."""
+    """Open a folder in Hugging Face's layout, or a hub model."""
     from nanogpt.convert import hf
 
     return hf.open_folder(Path(name) if Path(name).is_dir() and name not in NAMES else hf.find(name))
@@ -56,15 +57,17 @@ def _of_hugging_face(name: str) -> Pretrained:
 def _open_run(run: Path, which: str) -> Pretrained:
     found, damage = reader.find(run, which)
     if found is None:
-        raise UserError(f"no checkpoint in {run}: give the --out_dir of a run that train.py has saved")
+        raise UserError(f"no checkpoint in {run}; give the --out_dir of a run saved by train.py")
     return _open_checkpoint(found, run, damage)
 
 
 def _open_checkpoint(found: reader.Checkpoint, run: Path, damage: list[str]) -> Pretrained:
-    """The weights of our own checkpoint; UserError if the tokenizer of its run is missing or another."""
+    """Open a checkpoint of train.py; raise UserError if the tokenizer of its run is missing or does not
+    match.
+    """
     path = run / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{path} is missing: a run folder holds one; copy it from the run or its dataset")
+        raise UserError(f"{path} is missing; copy it from the original run folder or dataset")
     text = path.read_text(encoding="utf-8")
     if vocabulary.identify(text, str(path)).sha256 != found.state["tokenizer"]:
         raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")

@@ -1,1 +1,1 @@
-"""Token files, the order in which they are read, and batches."""
+"""Token files, samplers and batches."""

@@ -1,7 +1,7 @@
-"""Where documents begin and end in a split: windows that start at one, and masks between them.
+"""Document boundaries: sequences that start at a document (--documents=rows) and document masks (masked).
 
-`<|endoftext|>` opens a document here: it is what sampling begins with. (Prepared data has it behind each
-document, which is in front of the next one.)
+`<|endoftext|>` counts as the first token of a document, because sampling starts from it. (Prepared data has
+it after each document, which is before the next one.)
 """
 
 from typing import Literal
@@ -15,19 +15,19 @@ from nanogpt.errors import UserError
 from nanogpt.tokenizer import tokenizer, vocabulary
 
 Mode = Literal["stream", "rows", "masked"]
-CHUNK = 1 << 22  # tokens looked through at a time
+CHUNK = 1 << 22  # tokens scanned at a time
 
 
 def separator(dataset: Dataset, mode: Mode) -> int:
-    """The id between documents; UserError where the tokenizer has none, or the text."""
-    if vocabulary.identify(dataset.tokenizer).kind == "gpt2":  # known without its merges
+    """Return the separator id. Raise UserError if the tokenizer or the training text has none."""
+    if vocabulary.identify(dataset.tokenizer).kind == "gpt2":  # needs no merges file
         found: int | None = vocabulary.GPT2_VOCAB_SIZE - 1
     else:
         found = tokenizer.from_text(dataset.tokenizer).end_of_text
     if found is None:
         raise UserError(
-            f"--documents={mode} needs a token between documents, which characters and bytes have not: "
-            f"prepare {dataset.folder} with --tokenizer=gpt2 or bpe:8192, or train on the stream"
+            f"--documents={mode} needs a separator token, which character and byte tokenizers lack: "
+            f"prepare {dataset.folder} with --tokenizer=gpt2 or bpe:8192, or use --documents=stream"
         )
     train = dataset.train
     for first in range(0, len(train), CHUNK):
@@ -35,16 +35,18 @@ def separator(dataset: Dataset, mode: Mode) -> int:
             return found
     raise UserError(
         f"--documents={mode}: there is no {vocabulary.END_OF_TEXT} (id {found}) in the training text of "
-        f"{dataset.folder}, which is one document; train on the stream"
+        f"{dataset.folder}, so it is a single document; use --documents=stream"
     )
 
 
 def rows(tokens: Tokens, separator: int, block_size: int) -> np.ndarray:
-    """Where windows of `block_size` tokens begin, int64 (n,), each at a document: from the first one, always
-    at the next document that begins behind the window before. The text between is left out. UserError if no
-    document is followed by so many tokens."""
+    """Return start positions, int64 (n,), of sequences of `block_size` tokens that each start at a document.
+
+    Each sequence starts at the first document after the end of the previous sequence; the tokens between
+    are dropped. Raise UserError if no document is followed by `block_size` tokens.
+    """
     starts: list[int] = []
-    free = 0  # where the next window may begin
+    free = 0  # earliest start of the next sequence
     last = len(tokens) - block_size - 1
     for first in range(0, len(tokens), CHUNK):
         chunk = tokens.read(first, min(CHUNK, len(tokens) - first))
@@ -57,12 +59,12 @@ def rows(tokens: Tokens, separator: int, block_size: int) -> np.ndarray:
             free = starts[-1] + block_size
             at = np.searchsorted(begins, free)
     if not starts:
-        raise UserError(f"no document begins {block_size} tokens before the end of {tokens.parts[0].path}")
+        raise UserError(f"no document starts {block_size} tokens before the end of {tokens.parts[0].path}")
     return np.array(starts, dtype=np.int64)
 
 
 def document_sampler(
     tokens: Tokens, separator: int, block_size: int, seed: int
 ) -> EpochSampler | MixtureSampler:
-    """The order of windows that begin at documents, as `rows` finds them."""
+    """Build the sampler of sequences that start at documents (see `rows`)."""
     return sampler_of(tokens, lambda text: DocumentSampler(rows(text, separator, block_size), seed))

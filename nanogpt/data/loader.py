@@ -1,8 +1,8 @@
-"""Token files in, batches out: which tokens a step sees is a pure function of (seed, step).
+"""Datasets and batches; the tokens of an iteration are a pure function of (seed, iteration).
 
-A dataset is a folder with `train.bin` and `val.bin`, raw little-endian ids, and `meta.json` beside
-them (written by data/prepare.py). Also read: nanoGPT's bare files with or without `meta.pkl`, shards,
-llm.c's `.bin` and `.npy` arrays (token_files.py).
+A dataset is a folder with `train.bin` and `val.bin` (raw little-endian ids) and `meta.json`, written by
+data/prepare.py. Also supported: nanoGPT's files with or without `meta.pkl`, shards, llm.c's `.bin` and `.npy`
+arrays (token_files.py).
 """
 
 import itertools
@@ -34,14 +34,14 @@ class Dataset:
     folder: Path
     train: Tokens
     val: Tokens
-    tokenizer: str  # the text of tokenizer.json
+    tokenizer: str  # contents of tokenizer.json
     vocab_size: int
-    fingerprint: str  # of the tokenizer
-    bytes_per_token: float | None  # UTF-8 bytes of the validation text a token, where it is known
+    fingerprint: str  # SHA-256 of the tokenizer
+    bytes_per_token: float | None  # UTF-8 bytes per token of the validation text, if known
 
 
 def find(name: str, root: Path) -> Path:
-    """The folder of the dataset `name`: a path, or a folder in data/ here or in the repository."""
+    """Return the folder of dataset `name`: a path, or a folder in ./data or the repository's data/."""
     for folder in (Path(name), Path("data") / name, root / "data" / name):
         if folder.is_dir() and split_files(folder, "train"):
             return folder
@@ -51,22 +51,22 @@ def find(name: str, root: Path) -> Path:
     ready = sorted({p.parent.name for p in (root / "data").glob("*/train*") if p.suffix in (".bin", ".npy")})
     known = f"prepared here: {', '.join(ready)}; " if ready else ""
     raise UserError(
-        f"no dataset at {name!r}: {known}your own text: python data/prepare.py PATH --out=data/mine; "
+        f"no dataset at {name!r}: {known}to use your own text: python data/prepare.py PATH --out=data/mine; "
         f"without a download: python data/python_stdlib/prepare.py"
     )
 
 
 def load(folder: Path) -> Dataset:
-    """Open a dataset folder and check it: sizes, ids, and that data and tokenizer belong together.
+    """Open a dataset folder and check file sizes, token ids and that the tokenizer matches the data.
 
-    Raises UserError, which names the file and what to do.
+    Raise UserError naming the file and the fix.
     """
     meta: dict[str, Any] = {}
     text = vocabulary.GPT2_BY_NAME
     if (folder / "meta.json").is_file():
         meta = files.read_json(folder / "meta.json")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise UserError(f"{folder / 'meta.json'} is not of format {FORMAT}; prepare the data again")
+            raise UserError(f"{folder / 'meta.json'} does not have format {FORMAT}; prepare the data again")
         text = _own_tokenizer(folder, meta)
     elif (folder / "meta.pkl").is_file():
         from nanogpt.data.meta_pkl import tokenizer_of
@@ -87,7 +87,7 @@ def load(folder: Path) -> Dataset:
         if mask := meta.get("splits", {}).get(split, {}).get("mask"):
             splits[split].scored = _scored(folder / mask["name"], len(splits[split]))
     about_val = meta.get("splits", {}).get("val", {})
-    if splits["val"].scored:  # the bytes are those of the whole text
+    if splits["val"].scored:  # text_bytes includes unscored tokens
         about_val = {}
     bytes_per_token = about_val["text_bytes"] / about_val["tokens"] if about_val.get("text_bytes") else None
     return Dataset(
@@ -96,9 +96,9 @@ def load(folder: Path) -> Dataset:
 
 
 def _scored(path: Path, tokens: int) -> Tokens:
-    """The mask beside a token file: a byte a token, 1 where it is a target."""
+    """Open the mask of a token file: one byte per token, 1 if the token is a target."""
     if not path.is_file() or path.stat().st_size != tokens:
-        raise UserError(f"{path} is missing or not of {tokens} bytes, one a token; prepare the data again")
+        raise UserError(f"{path} is missing or not of {tokens} bytes, one per token; prepare the data again")
     return Tokens([TokenFile(path, np.dtype("u1"), 0, tokens)], 2)
 
 
@@ -106,7 +106,7 @@ def _check_size(tokens: Tokens, folder: Path, split: str, meta: dict[str, Any]) 
     expected = meta.get("splits", {}).get(split, {}).get("tokens", len(tokens))
     if len(tokens) != expected:
         raise UserError(
-            f"{folder}: {split} holds {len(tokens)} tokens, meta.json says {expected}: "
+            f"{folder}: {split} holds {len(tokens)} tokens, meta.json lists {expected}: "
             f"a file is truncated or was replaced; prepare the data again"
         )
     if len(tokens) == 0:
@@ -121,8 +121,8 @@ def _own_tokenizer(folder: Path, meta: dict[str, Any]) -> str:
     found = vocabulary.identify(text, str(path)).sha256
     if found != meta["tokenizer"]["sha256"]:
         raise UserError(
-            f"{path} is not the tokenizer that made this data (its SHA-256 begins with {found[:12]}, "
-            f"meta.json says {meta['tokenizer']['sha256'][:12]}); prepare the data again"
+            f"{path} is not the tokenizer that made this data (its SHA-256 starts with {found[:12]}, "
+            f"in meta.json with {meta['tokenizer']['sha256'][:12]}); prepare the data again"
         )
     return text
 
@@ -135,18 +135,18 @@ def _short(path: Path, root: Path) -> str:
 
 
 def require_window(tokens: Tokens, block_size: int, split: str) -> None:
-    """UserError if the split, or one of several texts, is shorter than a window and its last target."""
+    """Raise UserError if the split, or any dataset of a mixture, has fewer than block_size + 1 tokens."""
     for text in tokens.texts:
         if len(text) <= block_size:
             name = f" of {text.name}" if text.name else ""
             raise UserError(
-                f"the {split} text{name} has {len(text)} tokens, fewer than one window of block_size + 1 = "
+                f"the {split} text{name} has {len(text)} tokens, fewer than one sequence of block_size + 1 = "
                 f"{block_size + 1}; use more text or a smaller --block_size"
             )
 
 
 def sampler_of(tokens: Tokens, of_one: Callable[[Tokens], EpochSampler]) -> "EpochSampler | MixtureSampler":
-    """The order `of_one` text; of several, theirs by weight."""
+    """Build the sampler of a dataset by `of_one`; for a mixture, combine those of its datasets by weight."""
     if len(tokens.texts) == 1:
         return of_one(tokens)
     from nanogpt.data.mixture_sampler import MixtureSampler
@@ -158,9 +158,11 @@ def sampler_of(tokens: Tokens, of_one: Callable[[Tokens], EpochSampler]) -> "Epo
 def gather(
     tokens: Tokens, starts: np.ndarray, block_size: int, separator: int | None = None
 ) -> tuple[Tensor, ...]:
-    """The windows at `starts`: idx and targets, int64 (len(starts), block_size), targets one token on and
-    IGNORE where they are not scored; with a `separator`, which opens documents, also the number of the
-    document of each token of idx."""
+    """Read the sequences at `starts`; return idx and targets, int64 (len(starts), block_size).
+
+    Targets are idx shifted by one token, IGNORE where not scored. With `separator`, the first token of each
+    document, also return the document id of each token of idx, of the same shape.
+    """
     rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
     idx, targets = rows[:, :-1], rows[:, 1:]
     if tokens.scored:
@@ -171,11 +173,11 @@ def gather(
 
 
 class TrainBatches:
-    """The micro-batches of each step. Which samples a step sees does not depend on the micro-batch.
+    """Micro-batches of each iteration. The samples of an iteration do not depend on the micro-batch size.
 
-    `ramp` holds the sizes in windows of the first batches; later ones have batch_size * micro_steps.
-    `sampler`: another than `sampler_of`. `separator`: micro-batches say which document a token
-    belongs to.
+    `ramp`: sizes, in sequences, of the first batches; later batches have batch_size * micro_steps.
+    `separator`: if given, micro-batches include document ids. `sampler`: overrides `sampler_of`. `share` and
+    `total`: World.share and World.sum_int of a distributed run.
     """
 
     def __init__(
@@ -196,14 +198,16 @@ class TrainBatches:
         self.separator = separator
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
-        self.share = share  # of the windows of a batch, this process's
-        self.total = total  # the sum of what each process counts
-        self.read = [0, *itertools.accumulate(ramp)]  # windows before each of the first batches
+        self.share = share  # returns (first, number) of this rank's sequences of a batch
+        self.total = total  # sums an integer over all ranks
+        self.read = [0, *itertools.accumulate(ramp)]  # sequences before each batch of the ramp
 
     def step(self, step: int) -> Iterator[tuple[Tensor, ...]]:
-        """This process's micro-batches of update number `step`, on the device: idx, targets (B, T), B at
-        most batch_size; with a separator, documents (B, T). A process that is alone leaves out those without
-        a scored target; several make equally many passes."""
+        """Yield this rank's micro-batches of iteration `step`, on the device.
+
+        Each is (idx, targets[, documents]), all (B, T) with B <= batch_size. A single process skips
+        micro-batches without a scored target; several ranks run the same number of passes.
+        """
         every = self.tokens.scored is None or self.share(self.windows(step))[1] < self.windows(step)
         for starts in self.starts(step):
             batch = gather(self.tokens, starts, self.block_size, self.separator)
@@ -211,30 +215,30 @@ class TrainBatches:
                 yield to_device(batch, self.device)
 
     def weighted(self, step: int) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
-        """The micro-batches of `step` with their loss weights: every window weighs the same."""
+        """Yield (loss weight, micro-batch) of iteration `step`; all sequences have equal weight."""
         for batch in self.step(step):
             yield len(batch[0]) / self.windows(step), batch
 
     def starts(self, step: int) -> Iterator[np.ndarray]:
-        """Where the windows of this process's micro-batches of `step` begin."""
+        """Yield the start positions of the sequences of each of this rank's micro-batches in `step`."""
         start, windows = self.share(self.windows(step))
         first = self.windows_before(step) + start
         for done in range(0, windows, self.batch_size):
             yield self.sampler.starts(first + done, min(self.batch_size, windows - done))
 
     def windows(self, step: int) -> int:
-        """The size of the batch of update number `step`."""
+        """Return the batch size of iteration `step`, in sequences over all ranks."""
         return self.ramp[step] if step < len(self.ramp) else self.full
 
     def windows_before(self, step: int) -> int:
         return self.read[min(step, len(self.ramp))] + max(0, step - len(self.ramp)) * self.full
 
     def tokens_before(self, step: int) -> int:
-        """How many tokens have been read when update number `step` begins."""
+        """Return the number of tokens consumed before iteration `step`."""
         return self.windows_before(step) * self.block_size
 
     def epochs(self, step: int) -> list[float]:
-        """How often the text, or each of several, has been read after `step` updates."""
+        """Return the epochs completed after `step` iterations, one value per dataset."""
         return self.sampler.epochs(self.windows_before(step))
 
 
@@ -247,16 +251,18 @@ def eval_batches(
     separator: int | None = None,
     share: Share = whole_share,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """This process's share of the same windows at every call: all of the split if it has at most
-    `max_windows`, each token scored once (the last window looks back, its repeated targets are
-    IGNORE); else `max_windows` of them, evenly spread."""
+    """Yield this rank's share of a fixed set of sequences, in batches on `device`.
+
+    If the split has at most `max_windows` sequences, every token is scored once (the last sequence overlaps
+    the one before; its repeated targets are IGNORE). Otherwise use `max_windows` evenly spaced sequences.
+    """
     n_windows, rest = divmod(len(tokens) - 1, block_size)
     if n_windows > max_windows:
         starts, rest = np.linspace(0, n_windows - 1, max_windows).astype(np.int64) * block_size, 0
     else:
         starts = np.arange(n_windows) * block_size
     begin, count = share(len(starts))
-    rest = rest if begin + count == len(starts) else 0  # the last process has the odd end
+    rest = rest if begin + count == len(starts) else 0  # the last rank scores the remainder
     starts = starts[begin : begin + count]
     for first in range(0, len(starts), batch_size):
         yield to_device(gather(tokens, starts[first : first + batch_size], block_size, separator), device)
@@ -269,7 +275,7 @@ def eval_batches(
 
 
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Copy a batch; to CUDA from pinned memory, so that the copy runs beside the computation."""
+    """Copy a batch to `device`; for CUDA from pinned memory, asynchronously."""
     if device.type == "cuda" and batch[0].device.type == "cpu":
         return tuple(part.contiguous().pin_memory().to(device, non_blocking=True) for part in batch)
     return tuple(part.contiguous().to(device) for part in batch)

@@ -1,4 +1,4 @@
-"""nanoGPT's meta.pkl: the table of characters beside its datasets, read without running code."""
+"""Safe reader of nanoGPT's meta.pkl, the character table of its datasets; executes no code."""
 
 import pickle
 from pathlib import Path
@@ -9,14 +9,14 @@ from nanogpt.tokenizer import vocabulary
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers; a pickle that names any class or function is refused."""
+    """Unpickler for dicts, lists, strings and numbers only; rejects any class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def tokenizer_of(path: Path) -> str:
-    """The tokenizer.json of nanoGPT's meta.pkl, a table of characters; UserError if it is anything else."""
+    """Convert nanoGPT's meta.pkl to tokenizer.json text. Raise UserError if it is not a character table."""
     try:
         with path.open("rb") as file:
             itos = _PlainUnpickler(file).load()["itos"]

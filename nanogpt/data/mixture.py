@@ -1,8 +1,8 @@
-"""Several datasets as one: `--dataset=web:0.7,books:0.3` draws windows from each by weight.
+"""Dataset mixtures: `--dataset=web:0.7,books:0.3` samples sequences from each dataset by weight.
 
-Weights need not add up to 1; without any, datasets count by their tokens. Which window is sample n stays a
-pure function of (seed, n) (mixture_sampler.py), so resuming, several processes and batches that grow need
-nothing of their own.
+Weights need not sum to 1; without weights, datasets are weighted by their number of tokens. Sample n is a
+pure function of (seed, n) (mixture_sampler.py), so resuming, several ranks and batch size ramp-up need no
+special handling.
 """
 
 from fractions import Fraction
@@ -15,10 +15,10 @@ from nanogpt.errors import UserError
 
 
 def load(name: str, root: Path) -> Dataset:
-    """The dataset `name`, or several as one: folders as data.find knows them, each with a weight or none.
+    """Load the dataset or mixture `name`: folders as for loader.find, all with weights or all without.
 
-    Raises UserError as data.find and data.load, for weights that are none, and for datasets that do not go
-    together: other tokenizers, masks in one only.
+    Raise UserError as loader.find and loader.load do, for invalid weights, and for datasets that cannot be
+    combined (different tokenizers, or only some with response masks).
     """
     parts = parse(name)
     if len(parts) == 1:
@@ -26,18 +26,18 @@ def load(name: str, root: Path) -> Dataset:
     folders = [loader.find(part, root) for part, _ in parts]
     for number, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:number]]:
-            raise UserError(f"--dataset={name} names {folder} twice; give it once, with a larger weight")
+            raise UserError(f"--dataset={name} lists {folder} twice; give it once, with a larger weight")
     found = [loader.load(folder) for folder in folders]
     first = found[0]
     for other in found[1:]:
         if other.fingerprint != first.fingerprint:
             raise UserError(
-                f"--dataset={name}: {other.folder} ({other.vocab_size} ids) has another tokenizer than "
+                f"--dataset={name}: {other.folder} ({other.vocab_size} ids) has a different tokenizer from "
                 f"{first.folder} ({first.vocab_size} ids); prepare both with the same --tokenizer"
             )
         if (other.train.scored is None) != (first.train.scored is None):
             raise UserError(
-                f"--dataset={name}: only one of {first.folder} and {other.folder} is of prompts and "
+                f"--dataset={name}: only one of {first.folder} and {other.folder} holds prompts and "
                 f"responses; train on one kind at a time"
             )
     given = [weight or Fraction(len(one.train)) for one, (_, weight) in zip(found, parts, strict=True)]
@@ -50,7 +50,7 @@ def load(name: str, root: Path) -> Dataset:
         Path(name),
         _joined([one.train for one in found], names, weights),
         _joined([one.val for one in found], names, weights),
-        max((one.tokenizer for one in found), key=len),  # GPT-2's with its merges
+        max((one.tokenizer for one in found), key=len),  # prefer GPT-2's with merges
         first.vocab_size,
         first.fingerprint,
         mean if len(lengths) == len(found) else None,
@@ -58,12 +58,12 @@ def load(name: str, root: Path) -> Dataset:
 
 
 def parse(name: str) -> list[tuple[str, Fraction | None]]:
-    """The datasets that `name` lists and their weights, of which either all have one or none."""
-    if Path(name).is_dir():  # whatever is in its name
+    """Parse `name` into (dataset, weight) pairs; weights are None for all or for none."""
+    if Path(name).is_dir():  # even if its name contains , or :
         return [(name, None)]
     found = [_part(part.strip(), name) for part in name.split(",")]
     if len({weight is None for _, weight in found}) > 1:
-        raise UserError(f"--dataset={name} gives weights to some; write NAME:WEIGHT for all, or none")
+        raise UserError(f"--dataset={name} gives weights to some only; write NAME:WEIGHT for all, or none")
     return found
 
 
@@ -90,6 +90,6 @@ def _joined(texts: list[Tokens], names: list[str], weights: list[Fraction]) -> T
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The last part of each path, or all of it where two would be called the same."""
+    """Return the last component of each path, or the full paths if those are not unique."""
     short = [folder.resolve().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]

@@ -1,4 +1,4 @@
-"""The order in which a run reads several texts at once: a pure function of (seed, sample number)."""
+"""Sampling order of a mixture of datasets: a pure function of (seed, sample number)."""
 
 import math
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ import numpy as np
 
 from nanogpt.data.samplers import EpochSampler
 
-CYCLE = 1 << 16  # slots, at most, in which weights are honoured exactly
+CYCLE = 1 << 16  # maximum length of the cycle in slots; longer ones are approximated
 
 
 class MixtureSampler:
-    """Windows of several texts that lie one behind another, by weight; each text in its own order.
+    """Sample sequences from concatenated datasets by weight, each dataset in the order of its own sampler.
 
-    Slots are dealt to the texts in a cycle that repeats: text k has its share of the slots, and its slot
-    number i comes at (i + 1/2) / share of the way. So any run of samples, a batch or a process's part
-    of it, holds each text as its weight says, give or take one or two windows, and sample n is known
-    without those before it. A text's slots take its own samples 0, 1, 2, ...: it is read to its end
-    before a window comes again, and in the order of a run on it alone.
+    Samples are assigned to datasets by a repeating cycle of slots. Dataset k has shares[k] slots, the i-th
+    at position (i + 1/2) / shares[k] of the cycle. Any run of consecutive samples (a batch, or a rank's part
+    of it) therefore matches the weights within one or two sequences, and sample n is computed without its
+    predecessors. The slots of a dataset take its samples 0, 1, 2, ... in order, so each epoch of it is
+    completed before a sequence repeats.
     """
 
     def __init__(self, orders: Sequence[EpochSampler], weights: Sequence[Fraction], offsets: Sequence[int]):
@@ -29,30 +29,30 @@ class MixtureSampler:
         number = np.concatenate([np.arange(share, dtype=np.uint64) for share in self.shares])
         when = (number + 0.5) / self.shares[of]
         turn = np.lexsort((of, when))
-        self.of, self.number = of[turn], number[turn]  # the text of each slot, and which of its slots
+        self.of, self.number = of[turn], number[turn]  # dataset of each slot, and index among its slots
 
     def starts(self, first: int, count: int) -> np.ndarray:
-        """Where samples first .. first + count begin, int64 (count,)."""
+        """Return the start positions of samples first .. first + count - 1, int64 (count,)."""
         samples = np.arange(first, first + count, dtype=np.uint64)
         cycles, places = np.divmod(samples, np.uint64(len(self.of)))
         starts = np.empty(count, dtype=np.int64)
         for which in np.unique(self.of[places]):
             here = np.flatnonzero(self.of[places] == which)
-            own = cycles[here] * self.shares[which] + self.number[places[here]]  # one after another
+            own = cycles[here] * self.shares[which] + self.number[places[here]]  # consecutive
             low = int(own[0])
             starts[here] = self.orders[which].starts(low, len(own)) + self.offsets[which]
         return starts
 
     def epochs(self, samples: int) -> list[float]:
-        """How often each text has been read after so many samples."""
+        """Return the epochs of each dataset completed after `samples` samples."""
         cycles, place = divmod(samples, len(self.of))
         own = cycles * self.shares.astype(np.int64) + np.bincount(self.of[:place], minlength=len(self.shares))
         return [int(n) / order.n_windows for n, order in zip(own, self.orders, strict=True)]
 
 
 def slots(weights: Sequence[Fraction]) -> list[int]:
-    """How many slots of a cycle each weight gets, at least one: exactly its share where a cycle of at most
-    CYCLE slots can say it, else the nearest whole numbers that add up."""
+    """Return the number of slots per weight, at least 1: exact if a cycle of at most CYCLE slots allows it,
+    else rounded to a total of CYCLE by the largest-remainder method."""
     total = sum(weights)
     shares = [weight / total for weight in weights]
     cycle = math.lcm(*(share.denominator for share in shares))

@@ -1,10 +1,12 @@
-"""Batches that grow (Brown et al. 2020, GPT-3, appendix B), as a pure function of the options."""
+"""Batch size ramp-up (Brown et al. 2020, GPT-3, appendix B), as a pure function of the options."""
 
 
 def batch_ramp(full: int, start: float, windows: int, unit: int) -> list[int]:
-    """Return the batch sizes, in windows, of the first updates: each grows linearly with the windows read
-    before it, from the share `start` of `full` to `full` after about `windows` of them. They are multiples of
-    `unit`, at least one; the list ends before the first full batch.
+    """Return the batch sizes, in sequences, of the iterations of the ramp.
+
+    The size grows linearly with the number of sequences consumed, from start * full to `full` after about
+    `windows` sequences. Sizes are multiples of `unit`, at least `unit`; the list ends before the first full
+    batch.
     """
     sizes: list[int] = []
     read = 0

@@ -1,4 +1,4 @@
-"""Batches of prompts and responses, of which only the responses are targets: every target weighs the same."""
+"""Batches of prompts and responses: only response tokens are targets, and all targets have equal weight."""
 
 from collections.abc import Iterator
 
@@ -10,21 +10,23 @@ from nanogpt.loss import IGNORE
 
 
 def weighted(batches: TrainBatches, step: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """The micro-batches of update number `step` with their loss weights, as TrainBatches.weighted."""
+    """Yield (loss weight, micro-batch) of iteration `step`, like TrainBatches.weighted."""
     targets = count_targets(batches, step)
     for batch in batches.step(step):
         yield (batch[1] != IGNORE).sum() / targets, batch
 
 
 def count_targets(batches: TrainBatches, step: int) -> int:
-    """How many targets of update number `step` are scored in all processes, which must ask together; 0 for
-    all of them. UserError if none is."""
+    """Return the number of scored targets of iteration `step` over all ranks; 0 if every target is scored.
+
+    Collective: call on all ranks. Raise UserError if no target is scored.
+    """
     if (scored := batches.tokens.scored) is None:
         return 0
     masks = (gather(scored, starts, batches.block_size)[1] for starts in batches.starts(step))
     if not (count := batches.total(sum(int(mask.sum()) for mask in masks))):
         raise UserError(
-            f"none of the {batches.windows(step)} windows of iteration {step} holds a token of a response; "
-            f"give a larger --block_size or --batch_size"
+            f"none of the {batches.windows(step)} sequences of iteration {step} contains a response token; "
+            f"use a larger --block_size or --batch_size"
         )
     return count

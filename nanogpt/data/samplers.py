@@ -1,4 +1,4 @@
-"""The order in which a run reads its data: a pure function of (seed, sample number)."""
+"""Sampling order of a dataset: a pure function of (seed, sample number)."""
 
 import functools
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-Share = Callable[[int], tuple[int, int]]  # of so many things: the first of this process's, and how many
+Share = Callable[[int], tuple[int, int]]  # number of items -> (first, number) of this rank
 
 
 def whole_share(count: int) -> tuple[int, int]:
@@ -15,21 +15,21 @@ def whole_share(count: int) -> tuple[int, int]:
 
 
 class EpochSampler:
-    """Which window of the data is sample number n: every window once an epoch, in an order drawn anew.
+    """Map sample numbers to sequences: each sequence once per epoch, in a new random order every epoch.
 
-    An epoch cuts the split into windows of `block_size` tokens from a phase drawn for the epoch (so
-    borders between windows move) and walks them in a keyed permutation. Nothing is stored: any sample
-    is found in constant time and memory, which makes resume exact on any number of processes.
+    Each epoch splits the data into sequences of `block_size` tokens, starting at a random offset (so that
+    sequence boundaries move), and visits them in a keyed permutation. Nothing is stored: any sample is
+    computed in constant time and memory, so resume is exact for any number of ranks.
     """
 
     def __init__(self, n_tokens: int, block_size: int, seed: int):
         self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed
-        fitting = (n_tokens - 1) // block_size  # a window is its tokens and the one after them
-        self.n_windows = fitting - 1 if fitting > 1 else fitting  # one is given up to leave a phase room
-        assert self.n_windows > 0, "require_window comes first"
+        fitting = (n_tokens - 1) // block_size  # a sequence also needs the token after it
+        self.n_windows = fitting - 1 if fitting > 1 else fitting  # one fewer, to leave room for the offset
+        assert self.n_windows > 0, "call require_window first"
 
     def starts(self, first: int, count: int) -> np.ndarray:
-        """Where samples first .. first + count begin in the data, int64 (count,)."""
+        """Return the start positions of samples first .. first + count - 1, int64 (count,)."""
         samples = np.arange(first, first + count, dtype=np.uint64)
         epochs, places = np.divmod(samples, np.uint64(self.n_windows))
         starts = np.empty(count, dtype=np.int64)
@@ -46,12 +46,12 @@ class EpochSampler:
         return windows * self.block_size + phase
 
     def epochs(self, samples: int) -> list[float]:
-        """How often the text has been read after so many samples."""
+        """Return the epochs completed after `samples` samples."""
         return [samples / self.n_windows]
 
 
 class DocumentSampler(EpochSampler):
-    """As BatchOrder, of windows that begin at given places."""
+    """EpochSampler over sequences at given start positions."""
 
     def __init__(self, begins: np.ndarray, seed: int):
         self.begins, self.n_windows, self.seed = begins, len(begins), seed
@@ -61,10 +61,10 @@ class DocumentSampler(EpochSampler):
 
 
 def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
-    """Entries `places` (uint64) of the permutation of 0 .. n - 1 that belongs to `key`.
+    """Return the entries at `places` (uint64) of a pseudorandom permutation of 0 .. n - 1 given by `key`.
 
-    A Feistel network of four rounds on the next even power of two, walked until the value falls
-    below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    Four-round Feistel network on the next power of 4 with cycle walking until the value is below n
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = np.uint64(max(1, math.ceil(math.log2(n) / 2)) if n > 1 else 1)
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -86,7 +86,7 @@ def _key(seed: int, epoch: int, purpose: int) -> np.uint64:
 
 
 def _mix(value: Any) -> Any:
-    """A bijection of uint64 that spreads every bit (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Mix the bits of uint64 values bijectively (splitmix64 finalizer, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

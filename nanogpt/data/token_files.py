@@ -1,8 +1,8 @@
-"""The files of tokens of a split as one sequence: `train.bin`, shards, llm.c's `.bin` (a header of 256 int32
-before uint16 ids), `.npy` arrays.
+"""Token files of a split as one array: `train.bin`, shards, llm.c's `.bin` (a header of 256 int32 before
+uint16 ids) and `.npy` arrays.
 
-Files are read with seek and read, not mapped: mapped pages count as this process's memory and grow
-with every batch until the whole file is resident. A file is opened when a window of it is read.
+Files are read with seek and read rather than memory-mapped: mapped pages count toward this process's memory,
+which would grow until the whole file is resident. Files are opened on first use.
 """
 
 import bisect
@@ -17,12 +17,12 @@ import numpy as np
 
 from nanogpt.errors import UserError
 
-FORMAT = "nanogpt-data-1"  # of meta.json
-CHECKED_AT_START = 1 << 30  # bytes: the ids of a split of this size are all checked before the first step
+FORMAT = "nanogpt-data-1"  # format of meta.json
+CHECKED_AT_START = 1 << 30  # bytes: all ids of splits up to this size are checked at start
 CHUNK = 1 << 22  # tokens checked at a time
-LOOKED_AT = 256  # shards of a split that are opened before the first step; more are checked as they are used
-KEPT_OPEN = 128  # files at a time: a process may have 1,024 on most systems
-LLMC = (20240520, 1)  # magic number and version of its header
+LOOKED_AT = 256  # with at most this many shards, all are checked at start; else on first use
+KEPT_OPEN = 128  # maximum number of open files; the usual limit per process is 1,024
+LLMC = (20240520, 1)  # magic number and version of the llm.c header
 
 
 @dataclass(slots=True)
@@ -31,31 +31,31 @@ class TokenFile:
     dtype: np.dtype
     offset: int  # bytes before the first token
     tokens: int
-    seen: bool = True  # False: its size and header are not known, but follow from its neighbours
+    seen: bool = True  # False: not opened yet; layout and size are inferred
 
 
 class Tokens:
-    """The tokens of a split, in one or more files, as one sequence."""
+    """Tokens of a split, stored in one or more files and read as one array."""
 
-    name, weight = "", Fraction(1)  # among several texts, and how often a window of this one is drawn
+    name, weight = "", Fraction(1)  # in a mixture: dataset name and sampling probability
 
     def __init__(self, parts: list[TokenFile], vocab_size: int, texts: "list[Tokens] | None" = None):
         self.parts = parts
         self.vocab_size = vocab_size
-        self.texts = texts or [self]  # that lie one behind another (mixture.py)
+        self.texts = texts or [self]  # datasets of a mixture, concatenated (mixture.py)
         self.ends = list(itertools.accumulate(part.tokens for part in parts))
-        self.scored: Tokens | None = None  # 1 where a token is a target; None: everywhere
-        self._open: OrderedDict[int, io.FileIO] = OrderedDict()  # the one used last is last
+        self.scored: Tokens | None = None  # 1 where a token is a target; None: all are targets
+        self._open: OrderedDict[int, io.FileIO] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count, int64 (count,); UserError if one is not in the vocabulary."""
+        """Read tokens start .. start + count - 1, int64 (count,). Raise UserError for an id out of range."""
         return self.windows(np.array([start]), count)[0]
 
     def windows(self, starts: np.ndarray, count: int) -> np.ndarray:
-        """`count` tokens from each of `starts`, int64 (len(starts), count); UserError as `read`."""
+        """Read `count` tokens from each of `starts`, int64 (len(starts), count). Errors as in `read`."""
         raw = np.stack([self._read(int(start), count) for start in starts])
         if raw.size and int(raw.max()) >= self.vocab_size:
             row, column = np.argwhere(raw >= self.vocab_size)[0]
@@ -64,7 +64,7 @@ class Tokens:
             place -= self.ends[which] - self.parts[which].tokens
             raise UserError(
                 f"token {place} of {self.parts[which].path} is id {raw[row, column]}, outside the "
-                f"vocabulary of {self.vocab_size}; the data and its tokenizer do not belong together"
+                f"vocabulary of {self.vocab_size}; the tokenizer does not match the data"
             )
         return raw.astype(np.int64)
 
@@ -86,11 +86,11 @@ class Tokens:
         file.seek(part.offset + first * part.dtype.itemsize)
         got = file.readinto(raw.data.cast("B"))
         if got != raw.nbytes:
-            raise UserError(f"{part.path} became shorter while it was read; prepare it again")
+            raise UserError(f"{part.path} became shorter while being read; prepare it again")
         return raw
 
     def _file(self, which: int) -> io.FileIO:
-        """Part `which`, open; those that were used longest ago are closed again."""
+        """Return file `which`, opened; close the least recently used beyond KEPT_OPEN."""
         if which in self._open:
             self._open.move_to_end(which)
             return self._open[which]
@@ -99,7 +99,7 @@ class Tokens:
             found = token_file(part.path, part.dtype)
             if (found.dtype, found.offset, found.tokens) != (part.dtype, part.offset, part.tokens):
                 raise UserError(
-                    f"{part.path} holds {found.tokens} tokens, {part.tokens} were expected: it is truncated "
+                    f"{part.path} holds {found.tokens} tokens, expected {part.tokens}: it is truncated "
                     f"or was replaced; prepare the data again"
                 )
             part.seen = True
@@ -109,8 +109,8 @@ class Tokens:
         return self._open[which]
 
     def check(self) -> None:
-        """Read all ids of a split up to CHECKED_AT_START bytes, of a larger one the first chunk: others are
-        checked as they are used."""
+        """Check all ids of a split of up to CHECKED_AT_START bytes; of larger ones only the first chunk, the
+        rest when read."""
         small = len(self) * self.parts[0].dtype.itemsize <= CHECKED_AT_START
         last = len(self) if small else CHUNK
         for start in range(0, last, CHUNK):
@@ -118,7 +118,7 @@ class Tokens:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split: `train.bin`, or numbered shards such as `x_train_000001.bin` or `.npy`."""
+    """List the files of a split: `train.bin`, or numbered shards (`x_train_000001.bin` or `.npy`)."""
     one = folder / f"{split}.bin"
     if one.is_file():
         return [one]
@@ -126,10 +126,11 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def open_split(paths: list[Path], dtype: np.dtype, listed: dict[str, int] | None = None) -> list[TokenFile]:
-    """The files of a split, in their order. `listed`: tokens by name, where a meta.json says it.
+    """Open the files of a split, in order. `listed`: number of tokens by file name, from meta.json.
 
-    Of many files only the first and the last are opened, and the others as they are used: their layout is
-    the first one's, their length as listed, or else by their size. UserError for a file that is cut off.
+    With more than LOOKED_AT files only the first and the last are opened now. The others are assumed to have
+    the layout of the first, and their length is as listed or follows from their size. Raise UserError for a
+    truncated file.
     """
     if len(paths) <= LOOKED_AT:
         return [token_file(path, dtype) for path in paths]
@@ -146,14 +147,14 @@ def open_split(paths: list[Path], dtype: np.dtype, listed: dict[str, int] | None
 
 
 def token_file(path: Path, dtype: np.dtype) -> TokenFile:
-    """What a file holds, by its header or else as `dtype`; UserError if it is cut off or holds no ids."""
+    """Describe a file by its header, else as raw `dtype`; UserError if truncated or not token ids."""
     size = path.stat().st_size
     offset, expected = 0, None
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            raise UserError(f"{path} is no array of tokens ({error}); prepare it again") from None
+            raise UserError(f"{path} is not an array of tokens ({error}); prepare it again") from None
         dtype, offset, expected = array.dtype, array.offset, array.size
         if dtype.kind not in "iu":
             raise UserError(f"{path} holds {dtype}, not token ids; prepare it again")
@@ -169,4 +170,4 @@ def token_file(path: Path, dtype: np.dtype) -> TokenFile:
 
 
 def _truncated(path: Path) -> UserError:
-    return UserError(f"{path} is truncated: {path.stat().st_size} bytes are no whole file; prepare it again")
+    return UserError(f"{path} is truncated (size {path.stat().st_size} bytes); prepare it again")

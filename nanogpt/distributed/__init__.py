@@ -1,1 +1,1 @@
-"""One run on many processes: who they are, what each holds, what they send, what it costs on paper."""
+"""Distributed training: rendezvous, process group, parameter layouts, FSDP/DDP, hang detection."""

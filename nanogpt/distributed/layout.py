@@ -1,13 +1,13 @@
-"""How parameters lie in the processes of a run, and what those exchange who update them together.
+"""Distribution of parameters over ranks, and the collectives of the optimizers.
 
-Three layouts answer the same questions, so that neither an optimizer nor a checkpoint asks which it is:
+Three layouts share one interface, so optimizers and checkpoints do not depend on the kind of parallelism:
 
-    Layout      every process has everything: one process, or one that shares nothing (optim.py)
-    Replicated  weights and gradients in each process, optimizer state divided (ZeRO-1; Rajbhandari et al.)
-    Sharded     weights, gradients and optimizer state divided: rows of each parameter, as FSDP2 lays them
+    Layout      a single process; no communication (optim.py)
+    Replicated  weights and gradients replicated, optimizer state sharded (ZeRO-1; Rajbhandari et al.)
+    Sharded     weights, gradients and optimizer state sharded by rows of each parameter (FSDP2)
 
-An elementwise rule (AdamW) updates in each process a range of the elements of a parameter. A rule that needs
-whole matrices (Muon) gives each matrix to one process, its owner.
+Elementwise optimizers (AdamW) update a range of the elements of each parameter on each rank. Muon needs whole
+matrices, so each matrix is assigned to one rank, its owner.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from nanogpt.optim import Layout, Matrix, ParamShard, Span, TensorShard, gradient
 from nanogpt.world import World
 
-TURN = 1 << 26  # elements that all processes together gather at a time: 0.27 GB, however many they are
+TURN = 1 << 26  # elements per all-gather, summed over ranks: 0.27 GB for any world size
 
 
 class _Shared(Layout):
-    """What the layouts of several processes have in common."""
+    """Base class of the layouts of more than one rank."""
 
     def __init__(self, world: World, group: Any = None, size: int = 0):
-        """`group`, of `size` processes one after the other, holds everything once; None: it is all."""
+        """`group`: `size` consecutive ranks that together hold one copy of the model; None: all ranks."""
         self.group, self.size = group, size or world.size
         self.rank = world.rank % self.size
         self.with_first = world.rank < self.size
@@ -39,7 +39,7 @@ class _Shared(Layout):
     def gather(self, pieces: Mapping[str, TensorShard]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, piece in pieces.items() if self.with_first else ():
-            done = piece.spans[0][1]  # of the whole, what has come; the first process's own begins at 0
+            done = piece.spans[0][1]  # elements received so far; rank 0's own shard starts at 0
             if self.rank == 0 and done == piece.shape.numel():
                 found[name] = piece.tensor.view(piece.shape).cpu()
                 continue
@@ -61,7 +61,7 @@ class _Shared(Layout):
 
 
 class Replicated(_Shared):
-    """DDP: all weights and gradients in each process, and its share of the optimizer's state."""
+    """DDP: weights and gradients replicated on every rank, optimizer state sharded (ZeRO-1)."""
 
     def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
         total, first, parts = sum(p.numel() for _, p in named), 0, []
@@ -103,17 +103,17 @@ class Replicated(_Shared):
         return [update for of_one in found for update in of_one]
 
     def _all_gather(self, mine: Tensor, width: int) -> Tensor:
-        """(size, width): what each process gives, at most `width` numbers."""
+        """All-gather `mine`, zero-padded to `width` elements; return shape (size, width)."""
         sent, got = mine.new_zeros(width), mine.new_empty(self.size * width)
         sent[: len(mine)] = mine
-        # its name before torch 2.13
+        # named all_gather_into_tensor before torch 2.13
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(_bytes(got), _bytes(sent), group=self.group)
         return got.view(self.size, width)
 
 
 class Sharded(_Shared):
-    """FSDP2: parameters and gradients are DTensors, cut along the first dimension."""
+    """FSDP2: parameters and gradients are DTensors, sharded along the first dimension."""
 
     sharded = True
 
@@ -127,7 +127,7 @@ class Sharded(_Shared):
         height, width = stack[0].height, stack[0].width
         mine = [matrix for matrix in stack if matrix.owner == self.rank]
         sent = torch.cat([self._part(m, self.to_local(gradient(m.parameter))).reshape(-1) for m in stack])
-        counts = [[self._count(m, rank) for m in mine] for rank in range(self.size)]  # by sender
+        counts = [[self._count(m, rank) for m in mine] for rank in range(self.size)]  # per sender
         got = self._exchange(sent, self._by_owner(stack), [sum(of_one) for of_one in counts])
         parts = [got_of.split(of_one) for got_of, of_one in zip(got, counts, strict=True)]
         whole = [torch.cat(of_matrix) for of_matrix in zip(*parts, strict=True)]
@@ -167,7 +167,7 @@ class Sharded(_Shared):
 
     def weight_shards(self, model: nn.Module) -> dict[str, TensorShard]:
         for unit in model.modules():
-            if hasattr(unit, "reshard"):  # the outermost stays gathered after an evaluation
+            if hasattr(unit, "reshard"):  # the root module stays gathered after an evaluation
                 cast(Any, unit).reshard()
         return {
             name: TensorShard(p.shape, self._spans(p), self.rank, self.to_local(p))
@@ -183,7 +183,7 @@ class Sharded(_Shared):
         return rows_of(parameter.shape[0], self.size, rank)
 
     def _rows(self, matrix: Matrix, rank: int) -> Span:
-        """The rows of a matrix that a process holds, counted from the matrix's first."""
+        """Return the range of the matrix's rows held by `rank`, relative to its first row."""
         first, last = self._rows_of(matrix.parameter, rank)
         return common((first - matrix.first, last - matrix.first), (0, matrix.height))
 
@@ -192,20 +192,20 @@ class Sharded(_Shared):
         return (last - first) * matrix.width
 
     def _part(self, matrix: Matrix, local: Tensor) -> Tensor:
-        """Of this process's rows of a parameter, those of the matrix."""
+        """Return the rows of the matrix that are in `local`, this rank's shard of its parameter."""
         shift = matrix.first - self._rows_of(matrix.parameter, self.rank)[0]
         first, last = self._rows(matrix, self.rank)
         return local[first + shift : last + shift] if first < last else local[:0]
 
     def _by_owner(self, stack: Sequence[Matrix]) -> list[int]:
-        """How many elements this process holds of the matrices of each owner."""
+        """Return, per owner, the number of elements of its matrices that this rank holds."""
         counts = [0] * self.size
         for matrix in stack:
             counts[matrix.owner] += self._count(matrix, self.rank)
         return counts
 
     def _exchange(self, sent: Tensor, to: list[int], come: list[int]) -> list[Tensor]:
-        """Send so many elements to each process; returns what comes from each, so many elements."""
+        """All-to-all: send `to[r]` elements to each rank r; return the `come[r]` elements received from r."""
         got, width = sent.new_empty(sum(come)), sent.element_size()
         counts = [n * width for n in come], [n * width for n in to]
         dist.all_to_all_single(_bytes(got), _bytes(sent), *counts, group=self.group)
@@ -213,8 +213,10 @@ class Sharded(_Shared):
 
 
 def share_out(costs: Sequence[float], size: int) -> list[int]:
-    """Which of `size` processes does each of the tasks that cost so much: the costliest first, each to the
-    least loaded."""
+    """Assign tasks to `size` ranks greedily: in order of decreasing cost, each to the least loaded rank.
+
+    Return the rank of each task.
+    """
     loads, chosen = [0.0] * size, [0] * len(costs)
     for task in sorted(range(len(costs)), key=lambda i: -costs[i]):
         chosen[task] = min(range(size), key=loads.__getitem__)
@@ -223,19 +225,19 @@ def share_out(costs: Sequence[float], size: int) -> list[int]:
 
 
 def rows_of(height: int, size: int, rank: int) -> Span:
-    """The rows of a parameter that FSDP gives a process: all the same number, the last ones fewer or none."""
+    """Return the row range that FSDP gives `rank`: ceil(height / size) rows; the last ranks fewer or none."""
     each = -(-height // size)
     return min(rank * each, height), min((rank + 1) * each, height)
 
 
 def common(a: Span, b: Span) -> Span:
-    """What two ranges share; empty ones are (0, 0)."""
+    """Return the intersection of two ranges, (0, 0) if it is empty."""
     first, last = max(a[0], b[0]), min(a[1], b[1])
     return (first, last) if first < last else (0, 0)
 
 
 def _cut(views: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-    """The elements start .. stop of flat tensors laid end to end, as views."""
+    """Return views of the elements start .. stop of the concatenation of flat tensors."""
     found, first = [], 0
     for view in views:
         lo, hi = common((start - first, stop - first), (0, len(view)))
@@ -250,4 +252,4 @@ def _flat(held: ParamShard) -> Tensor:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.view(torch.uint8)  # gloo does not move bfloat16
+    return x.view(torch.uint8)  # gloo does not support bfloat16

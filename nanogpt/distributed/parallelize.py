@@ -1,19 +1,20 @@
-"""From a plain model to the one that runs: divided between processes, compiled, its gradients averaged.
+"""Data parallelism (ddp, fsdp, hsdp) and the order in which it wraps a model.
 
-In what order, and why:
+The steps, in this order:
 
-1. `lay_out`, before there is an optimizer. fsdp and hsdp cut the parameters themselves (FSDP2's fully_shard,
-   each block a unit, what is outside of blocks the last one), so the optimizer is made of the parts, and a
-   model that fits on no device is never whole on one. Under ddp nothing happens to the model.
-2. `in_dtype`: the number format. Under fsdp and hsdp it belongs to the units, which send weights in it.
-3. `compile.recompute`: activation checkpointing of each block, inside the hooks of its unit, which has its
-   weights there again when the backward pass wants them.
-4. `compile.wrap`: torch.compile, of the whole function or of each block, around the checkpointing, so that
-   the compiler sees it. A unit is compiled inside its hooks: weights are gathered outside of compiled code.
-5. `connect`: DDP around what was compiled, so that the hooks on its parameters see gradients that are
-   complete. A switch says which backward pass is the last of a step; only that one averages gradients.
+1. `lay_out`, before the optimizer is built. fsdp and hsdp shard the parameters in place (FSDP2's fully_shard:
+   one unit per block, and one for the rest), so the optimizer sees shards only, and a model larger than a
+   device is never materialized on one. ddp leaves the model as it is.
+2. `in_dtype`: mixed precision. Under fsdp and hsdp it is the units' policy, so weights are gathered in the
+   narrow dtype.
+3. `compile.recompute`: activation checkpointing per block, inside the hooks of its FSDP unit, which gathers
+   the weights again for the backward pass.
+4. `compile.wrap`: torch.compile of the whole function or of each block, outside the checkpointing, so that
+   the compiler sees it, and inside the FSDP hooks: weights are gathered outside of compiled code.
+5. `connect`: DDP around the compiled function, so that its parameter hooks see complete gradients. A switch
+   enables gradient synchronization for the last micro-batch of a step only.
 
-Nobody outside this module and layout.py asks which of them it is.
+Only this module and layout.py depend on the kind of parallelism.
 """
 
 import os
@@ -41,37 +42,37 @@ from nanogpt.world import World
 
 Batch = TypeVar("Batch")
 
-ROOM = 0.8  # of a device's memory, for what a run holds all the time; the rest is for activations
+ROOM = 0.8  # fraction of device memory for weights, gradients and optimizer state; the rest: activations
 
 
 @dataclass(frozen=True)
 class Division:
-    """What several processes hold of a model."""
+    """Sharding of a model over ranks."""
 
     mode: str = "ddp"
-    shard_size: int = 1  # processes that share one copy of the weights
-    why: str = ""  # in a line; nothing for one process
+    shard_size: int = 1  # ranks that share one copy of the weights
+    why: str = ""  # one-line reason; "" for a single process
 
     @property
     def whole(self) -> bool:
-        """Whether each process holds the whole model."""
+        """Return whether every rank holds the whole model."""
         return self.mode == "ddp"
 
     def init_device(self, device: torch.device) -> torch.device:
-        """Where the whole model is made: what is sharded comes to the device in parts."""
+        """Return the device to initialize the model on: the CPU if it is to be sharded, else `device`."""
         return device if self.whole else torch.device("cpu")
 
 
 def choose(asked: str, shard_size: int, world: World, weights: int, optimizer: int, memory: int) -> Division:
-    """--parallel, where "auto" asks whether a device of `memory` bytes holds weights and gradients, `weights`
-    bytes each, and a share of the `optimizer` bytes. UserError if `shard_size` does not fit the number of
-    processes."""
+    """Resolve --parallel. "auto" chooses ddp if weights and gradients (`weights` bytes each) and this rank's
+    share of the optimizer state (`optimizer` bytes in all) fit in a device of `memory` bytes. Raise UserError
+    if `shard_size` does not divide the world size."""
     if world.size == 1:
         return Division()
     on_a_node = shard_size or world.on_node
     if asked == "hsdp" and (world.size % on_a_node or on_a_node in (1, world.size)):
         raise UserError(
-            f"--parallel=hsdp: copies of {on_a_node} processes each are none of {world.size}; "
+            f"--parallel=hsdp: invalid sharding group size {on_a_node} for {world.size} ranks; "
             + (f"--shard_size may be {_divisors(world.size)}" if _divisors(world.size) else "use fsdp or ddp")
         )
     need = 2 * weights + optimizer // world.size
@@ -81,28 +82,28 @@ def choose(asked: str, shard_size: int, world: World, weights: int, optimizer: i
         several = 1 < on_a_node < world.size and not world.size % on_a_node
         mode = "ddp" if fits else "hsdp" if several else "fsdp"
         why = (
-            f"weights, gradients and 1/{world.size} of the optimizer's state take {need / 1e9:.3g} GB, "
-            f"{'less' if fits else 'more'} than {ROOM:.0%} of the {memory / 1e9:.3g} GB of a device"
+            f"weights, gradients and 1/{world.size} of the optimizer state take {need / 1e9:.3g} GB, "
+            f"{'less' if fits else 'more'} than {ROOM:.0%} of the {memory / 1e9:.3g} GB of device memory"
         )
     size = {"ddp": 1, "fsdp": world.size, "hsdp": on_a_node}[mode]
-    copies = f", {world.size // size} copies of {size} processes each" if mode == "hsdp" else ""
+    copies = f", {world.size // size} replicas of {size} ranks each" if mode == "hsdp" else ""
     return Division(mode, size, f"{mode}{copies}: {why}")
 
 
 def divide(
     shape: GPTConfig, rules: OptimizerOptions, asked: str, shard_size: int, machine: Machine
 ) -> Division:
-    """What each process holds of a model of `shape`, by --parallel and --shard_size (`choose`)."""
+    """Choose the sharding of a model of `shape` by --parallel and --shard_size (see `choose`)."""
     with torch.device("meta"):
         named = list(GPT(shape).named_parameters())
     weights = sum(p.nbytes for _, p in named)
     to_muon = sum(p.nbytes for n, p in named if rules.optimizer == "muon" and is_for_muon(n, p))
-    optimizer = 2 * weights - to_muon  # AdamW keeps two numbers a parameter, Muon one
+    optimizer = 2 * weights - to_muon  # AdamW keeps two values per parameter, Muon one
     return choose(asked, shard_size, machine.world, weights, optimizer, device_memory(machine))
 
 
 def gather_model(model: GPT, layout: Layout, lora_config: dict[str, Any] | None) -> GPT | None:
-    """A copy of a sharded model with all its weights, in the first process; None in the others."""
+    """Gather a sharded model: return an unsharded copy on rank 0, None elsewhere. Collective."""
     assert isinstance(layout, Sharded)
     tensors = layout.gather(layout.weight_shards(model))
     if not tensors:
@@ -120,7 +121,7 @@ def _divisors(n: int) -> str:
 
 
 def device_memory(machine: Machine) -> int:
-    """Bytes for each process: of its GPU, or its share of the machine's memory."""
+    """Return the memory in bytes per rank: that of its GPU, or its share of the host memory."""
     if machine.device.type == "cuda":
         return torch.cuda.mem_get_info(machine.device)[1]
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:  # Windows
@@ -129,34 +130,36 @@ def device_memory(machine: Machine) -> int:
 
 
 def lay_out(model: GPT, machine: Machine, division: Division) -> Layout:
-    """Divide `model` (fsdp, hsdp: in place, to the device); returns how its weights lie."""
+    """Shard `model` (fsdp, hsdp: in place, moving it to the device); return its layout."""
     world = machine.world
     if world.size == 1:
         return Layout()
     if division.mode == "ddp":
         return Replicated(world)
-    # imported here: they take a tenth of a second that most runs need not spend
+    # imported here: they take 0.1 s, and most runs do not need them
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     shard_size = division.shard_size
     shape, names = (world.size // shard_size, shard_size), ("replicate", "shard")
-    skip = division.mode == "fsdp"  # a mesh of one row has no first dimension
+    skip = division.mode == "fsdp"  # 1-D mesh: no replicate dimension
     mesh = init_device_mesh(machine.device.type, shape[skip:], mesh_dim_names=names[skip:])
     in_blocks, outside = _policies(machine)
     for unit in [*model.h, model]:
         fully_shard(unit, mesh=mesh, mp_policy=outside if unit is model else in_blocks)
         assert isinstance(unit, FSDPModule)
         if machine.device.type == "cpu":
-            unit.set_force_sum_reduction_for_comms(True)  # gloo adds, and knows no mean
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has sum, but no mean
     return Sharded(world, mesh["shard"].get_group(), shard_size)
 
 
 def _policies(machine: Machine) -> tuple[Any, Any]:
-    """In which numbers units of FSDP compute (blocks, and what is outside), to do as Machine.in_dtype: all in
-    the narrow format where it casts weights; else by autocast, on a GPU with the weights of blocks, nearly
-    all of which it would cast, cast before they are sent (a CPU's autocast leaves norms two formats, which
-    they do not take). Gradients are added in float32."""
+    """Return the FSDP mixed-precision policies (of blocks, of the rest), equivalent to Machine.in_dtype.
+
+    Where that casts weights, everything runs in the narrow dtype; otherwise under autocast. On a GPU the
+    weights of blocks are then cast before they are gathered, as autocast would cast nearly all of them; not
+    on a CPU, where autocast would give norms inputs of mixed dtypes. Gradients are reduced in float32.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     narrow = DTYPES[machine.dtype]
@@ -172,12 +175,12 @@ def _policies(machine: Machine) -> tuple[Any, Any]:
 
 
 def in_dtype(model: nn.Module, machine: Machine) -> Function:
-    """Machine.in_dtype; where it casts weights, the units of a sharded model do so themselves."""
+    """Return Machine.in_dtype(model); for a sharded model, casting weights is left to its FSDP units."""
     return model if is_sharded(model) and machine.casts_weights else machine.in_dtype(model)
 
 
 def sharded_scaler(machine: Machine) -> torch.amp.GradScaler:
-    """For float16: processes that hold different gradients agree on whether one overflowed."""
+    """Return a GradScaler for float16 whose overflow check is all-reduced over gradient shards."""
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     return ShardedGradScaler(machine.device.type, process_group=dist.group.WORLD)
@@ -186,9 +189,12 @@ def sharded_scaler(machine: Machine) -> torch.amp.GradScaler:
 def micro_batches(
     batches: TrainBatches, world: World, function: Function, step: int
 ) -> Iterator[tuple[float | Tensor, tuple[Tensor, ...]]]:
-    """This process's micro-batches of update number `step` with their loss weights, times the number of
-    processes, because gradients are averaged over them. All make the same number of passes, because those of
-    a sharded model need one another: a rank with one micro-batch fewer runs a dummy row with weight 0."""
+    """Yield (loss weight, batch) for this rank's micro-batches of iteration `step`.
+
+    Weights are multiplied by the world size, because gradients are averaged over ranks. All ranks run the
+    same number of passes, because those of a sharded model are collective: a rank with one micro-batch fewer
+    runs a dummy row with weight 0.
+    """
     windows, targets = batches.windows(step), responses.count_targets(batches, step)
     left, made = world.share(windows)[1], 0
     largest = -(-windows // world.size)
@@ -217,7 +223,7 @@ def micro_batches(
 
 
 def step_of_all(step: Function, world: World) -> Function:
-    """train.py's step, whose loss becomes the mean over all processes."""
+    """Wrap train.py's step so that it returns the loss averaged over all ranks."""
 
     def step_together(*given: Any) -> tuple[Tensor, Tensor]:
         loss, grad_norm = step(*given)
@@ -229,7 +235,8 @@ def step_of_all(step: Function, world: World) -> Function:
 def in_step(
     model: object, batches: Iterable[Batch], world: World, stopped: Callable[[], bool]
 ) -> Iterator[Batch | None]:
-    """`batches` until `stopped`; of a sharded model as many for all processes, None while others have one."""
+    """Yield `batches` until `stopped`. For a sharded model, ranks that run out of batches yield None until
+    all ranks are done, so that all yield the same number."""
     source, alone = iter(batches), not is_sharded(model)
     while (batch := next(source, None)) is not None or not alone:
         over = stopped() if alone else world.any_rank(stopped()) or not world.any_rank(batch is not None)
@@ -239,7 +246,7 @@ def in_step(
 
 
 class Connected:
-    """A function whose backward pass averages the gradients of all processes, while its switch is on."""
+    """Wraps a function whose backward pass averages gradients over ranks while its switch is on."""
 
     def __init__(self, function: Function, switch: Callable[[bool], None]):
         self.function, self.switch = function, switch
@@ -249,7 +256,7 @@ class Connected:
 
 
 def connect(function: Function, model: nn.Module, machine: Machine) -> Function:
-    """`function`, which runs `model`, so that its backward pass averages the gradients of all processes."""
+    """Wrap `function`, which runs `model`, so that its backward pass averages gradients over all ranks."""
     if machine.world.size == 1:
         return function
     if is_sharded(model):
@@ -264,7 +271,7 @@ def connect(function: Function, model: nn.Module, machine: Machine) -> Function:
     ddp = DistributedDataParallel(
         _Calls(function, model),
         device_ids=on_device,
-        gradient_as_bucket_view=True,  # one copy of the gradients, not two
+        gradient_as_bucket_view=True,  # avoids a second copy of the gradients
     )
 
     def switch_ddp(on: bool) -> None:
@@ -274,20 +281,25 @@ def connect(function: Function, model: nn.Module, machine: Machine) -> Function:
 
 
 class _Calls(nn.Module):
-    """A function as a module that owns the parameters it uses, as DistributedDataParallel wants it, and no
-    buffers, which it would send before each pass: they are tables of positions, the same in all."""
+    """Wraps a function as a module that owns its parameters, as DistributedDataParallel requires.
+
+    It has no buffers: DDP would broadcast them before each pass, but they are position tables, equal on all
+    ranks.
+    """
 
     def __init__(self, function: Function, model: nn.Module):
         super().__init__()
         self.owned = nn.ParameterList(model.parameters())
-        self.call = lambda *inputs: function(*inputs)  # a module itself would be seen, with its buffers
+        self.call = lambda *inputs: function(*inputs)  # a module would be registered, with its buffers
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.call(*inputs)
 
 
 def average_next(function: Function, wanted: bool) -> None:
-    """Whether the next pass of a connected function averages gradients: only the last micro-batch should.
-    The forward pass looks at it, too."""
+    """Set whether the next pass of a connected function averages gradients: only the last micro-batch should.
+
+    Call before the forward pass, which reads the switch, too.
+    """
     if isinstance(function, Connected):
         function.switch(wanted)

@@ -1,7 +1,7 @@
-"""How the processes of a run find each other before they work together, and see that they fit.
+"""Rendezvous of the ranks of a run, and the check that they agree on options, code and devices.
 
-It needs nothing but the store that torchrun (or the first process) holds ready, so that options, code or
-devices that differ are named instead of hanging the first collective operation.
+Uses only the store provided by torchrun (or rank 0), so a mismatch is reported by name instead of hanging the
+first collective.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ from typing import Any
 from nanogpt.errors import SHARED, UserError
 
 POLL_S = 0.02
-READ_S = 3.0  # the longest wait for the others to read what all are told
+READ_S = 3.0  # longest wait for the other ranks to read a verdict
 
 
 def gather(store: Any, rank: int, size: int, wait_s: float, address: str) -> str:
-    """Wait until all processes are here; returns a word that only those of this attempt know.
+    """Wait until all ranks have joined; return a token known only to the ranks of this attempt.
 
-    A store may outlive an attempt, so what lies in it proves nothing: each process says a word of its own,
-    the first gives its word in exchange, and only who has it counts as here. UserError names who has not
-    come to `address` in `wait_s` seconds.
+    A store may outlive an attempt, so keys found in it prove nothing: each rank writes a random token, rank 0
+    replies with its own, and only ranks that return it count as joined. Raise UserError naming the ranks that
+    have not joined at `address` within `wait_s` seconds.
     """
     deadline = time.monotonic() + wait_s
     own = secrets.token_hex(8)
@@ -34,7 +34,7 @@ def gather(store: Any, rank: int, size: int, wait_s: float, address: str) -> str
             return _read(store, f"welcome/{rank}").startswith(own)
 
         if not _until(answered, deadline):
-            raise UserError(f"process {rank} was not answered by process 0 at {address} within {wait_s:g} s")
+            raise UserError(f"rank {rank} got no reply from rank 0 at {address} within {wait_s:g} s")
         word = _read(store, f"welcome/{rank}").removeprefix(own)
         store.set(f"{word}/here/{rank}", "")
         return word
@@ -53,8 +53,8 @@ def gather(store: Any, rank: int, size: int, wait_s: float, address: str) -> str
     if not _until(all_here, deadline):
         listed = ", ".join(map(str, sorted(missing)[:8])) + (" ..." if len(missing) > 8 else "")
         text = (
-            f"of the {size} processes {listed} did not come to {address} within {wait_s:g} s "
-            f"(--rdzv_timeout_s): are all started, and can they reach this address?"
+            f"rank(s) {listed} of {size} did not join at {address} within {wait_s:g} s "
+            f"(--rdzv_timeout_s); check that all are started and can reach this address"
         )
         store.set(f"{own}/verdict", text)
         _await_readers(store, [f"{own}/read/{other}" for other in range(1, size) if other not in missing])
@@ -63,9 +63,9 @@ def gather(store: Any, rank: int, size: int, wait_s: float, address: str) -> str
 
 
 def compare(store: Any, rank: int, size: int, about: dict[str, dict[str, Any]], wait_s: float) -> None:
-    """UserError, the same in all processes, if `about` (values by name, by kind) differs from the first's.
+    """Raise UserError, the same on all ranks, if `about` ({kind: {name: value}}) differs from that of rank 0.
 
-    `store` is that of this attempt alone.
+    `store` must be private to this attempt. Collective: call on all ranks.
     """
     text = json.dumps(about, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -76,7 +76,7 @@ def compare(store: Any, rank: int, size: int, about: dict[str, dict[str, Any]], 
         verdict = ""
         for other in range(1, size):
             if not _until(partial(store.check, [f"digest/{other}"]), deadline):
-                verdict = f"process {other} was lost while the processes compared their options"
+                verdict = f"rank {other} was lost while options were compared"
             elif store.get(f"digest/{other}").decode() != digest:
                 theirs = json.loads(store.get(f"about/{other}"))
                 verdict = first_difference(json.loads(text), theirs, other)
@@ -86,7 +86,7 @@ def compare(store: Any, rank: int, size: int, about: dict[str, dict[str, Any]], 
         if verdict:
             _await_readers(store, [f"read/{other}" for other in range(1, size)])
     elif not _until(partial(store.check, ["verdict"]), deadline):
-        raise UserError(f"process {rank} waited {wait_s:g} s for process 0 to compare their options")
+        raise UserError(f"rank {rank} waited {wait_s:g} s for rank 0 to compare options")
     if verdict := store.get("verdict").decode():
         store.set(f"read/{rank}", "")
         raise _for_all(verdict)
@@ -99,7 +99,7 @@ def _for_all(message: str) -> UserError:
 
 
 def first_difference(mine: dict[str, Any], theirs: dict[str, Any], other: int) -> str:
-    """What is not the same in process 0 and in process `other`, in a line."""
+    """Return a one-line description of the first difference between rank 0 and rank `other`."""
     for kind, values in mine.items():
         for name in sorted(values.keys() | theirs[kind].keys()):
             one, two = values.get(name), theirs[kind].get(name)
@@ -107,18 +107,18 @@ def first_difference(mine: dict[str, Any], theirs: dict[str, Any], other: int) -
                 continue
             if kind == "options":
                 return (
-                    f"process {other} has --{name}={two}, process 0 has --{name}={one}; "
-                    f"start all processes with the same options"
+                    f"rank {other} has --{name}={two}, rank 0 has --{name}={one}; "
+                    f"start all ranks with the same options"
                 )
             if kind == "code":
-                how = "has another" if one and two else "lacks" if one else "alone has"
-                return f"process {other} {how} {name}; give all machines the code that process 0 has"
-            return f"process {other} has {name} {two}, process 0 has {name} {one}; they must be the same"
-    return f"process {other} differs from process 0"
+                how = "has a different" if one and two else "lacks" if one else "has an extra"
+                return f"rank {other} {how} {name}; install the code of rank 0 on all nodes"
+            return f"rank {other} has {name} {two}, rank 0 has {name} {one}; they must be the same"
+    return f"rank {other} differs from rank 0"
 
 
 def _await_readers(store: Any, keys: list[str]) -> None:
-    """The store may end with this process: let the others read in it first."""
+    """Wait until the other ranks have read the verdict: the store may end with this process."""
     _until(lambda: not keys or store.check(keys), time.monotonic() + READ_S)
 
 

@@ -1,9 +1,9 @@
-"""Where each process of a run is, so that one that hangs or is gone can be named.
+"""Watchdog that identifies ranks that hang or are lost.
 
-A thread in each process tells the store that the processes share, a few times a second, that it lives and
-where its main thread is. A step costs a few assignments; nobody reads what was told until a process has
-not moved for the time-out, or has lost the connection to another. Then two looks, a few beats apart,
-show who is silent (killed, stopped, its machine gone) and who is behind.
+A thread on each rank writes a heartbeat with the phase of the main thread to the shared store, a few times
+per second; this costs the main thread a few assignments per step. Heartbeats are read only once a rank has
+made no progress for the timeout or has lost a connection: two snapshots a few beats apart then show which
+ranks are silent (killed, stopped, machine down) and which are behind.
 """
 
 import faulthandler
@@ -21,21 +21,21 @@ from typing import Any
 from nanogpt.torchrun import leave_at_once
 
 PHASES = ("starting", "reading data", "computing", "updating", "evaluating", "saving", "waiting")  # of a step
-BEATS = 6  # without one more in this time a process counts as silent
-SIGNALLED_S = 5.0  # a process that was asked to leave, and cannot move, looks after this time who is gone
-STARTING_S = 60.0  # the shortest time-out before the first step: compiling and reading take their time
-DUMP_S = 3.0  # the longest wait for the stacks to be written
-GO_ON = "with torchrun --max-restarts and --init_from=auto the run goes on from its last checkpoint"
+BEATS = 6  # a rank without a new heartbeat in this many intervals counts as silent
+SIGNALLED_S = 5.0  # timeout of a stuck rank once it has received a signal to stop
+STARTING_S = 60.0  # shortest timeout before the first step, which compiles and loads data
+DUMP_S = 3.0  # longest wait for the stack dump
+GO_ON = "with torchrun --max-restarts and --init_from=auto the run resumes from its last checkpoint"
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a process has told of itself."""
+    """Last heartbeat of a rank."""
 
-    beat: int = -1  # a count; -1: it has told nothing
+    beat: int = -1  # counter; -1: no heartbeat received
     step: int = 0
     phase: str = PHASES[0]
-    still_s: float = 0.0  # since its main thread moved
+    still_s: float = 0.0  # seconds since its main thread last made progress
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}" if self.beat >= 0 else "the start"
@@ -46,9 +46,11 @@ class Place:
 
 
 class Watchdog:
-    """`store` has set, get, check and add (torch.distributed.Store), is used by nobody else, and raises a
-    RuntimeError when it cannot be reached at `address`. The stacks of a process that is ended go to the
-    folder `stacks`."""
+    """Heartbeat and hang detection of one rank.
+
+    `store` has set, get, check and add (torch.distributed.Store), is not shared with other threads, and
+    raises RuntimeError if `address` is unreachable. Stack dumps of aborted ranks go to the folder `stacks`.
+    """
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class Watchdog:
     ):
         self.store, self.rank, self.size, self.timeout_s = store, rank, size, timeout_s
         self.address, self.stacks = address, stacks
-        self.record: Callable[[], None] = lambda: None  # what else is to be written then
+        self.record: Callable[[], None] = lambda: None  # further diagnostics to dump
         self.interval_s = min(max(0.25, size / 200), timeout_s / 8)
         self.place, self._moved, self._beat = (0, PHASES[0]), time.monotonic(), 0
         self._signals, self._signalled = -1, False
@@ -69,8 +71,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Called from the main thread. A signal is seen even while that waits for a GPU, where Python's
-        handlers do not run: torchrun sends one when a process is lost."""
+        """Start the thread; call from the main thread.
+
+        Signals are noticed even while the main thread waits for a GPU and Python's handlers do not run:
+        torchrun sends one when a rank is lost.
+        """
         self._say()
         if threading.current_thread() is threading.main_thread():
             self._signals, write = os.pipe()
@@ -79,11 +84,11 @@ class Watchdog:
         self._thread.start()
 
     def at(self, step: int, phase: str) -> None:
-        """The main thread is there now."""
+        """Record the step and phase of the main thread."""
         self.place, self._moved = (step, phase), time.monotonic()
 
     def moved(self) -> None:
-        """The main thread has got on, at the same place."""
+        """Record progress of the main thread within its phase."""
         self._moved = time.monotonic()
 
     def close(self) -> None:
@@ -91,11 +96,13 @@ class Watchdog:
         if self._signals >= 0:
             signal.set_wakeup_fd(-1)
 
-    # ------------------------------------------------------------------------- the main thread, in trouble
+    # ------------------------------------------------------------------------- main thread, on failure
 
     def told(self, message: str) -> bool:
-        """Whether another process has said `message` already; if not, this one is to say it. "end" stands for
-        that of a lost process, which all find in other words."""
+        """Return whether another rank has claimed `message`; if not, claim it, and the caller reports it.
+
+        "end" stands for the report of a lost rank, whose wording differs between ranks.
+        """
         try:
             with self._lock:
                 return self.store.add(f"told/{message}", 1) > 1
@@ -103,7 +110,7 @@ class Watchdog:
             return False
 
     def leave(self, reason: str) -> None:
-        """Tell the others that this process ends alone."""
+        """Announce to the other ranks that this one exits on its own."""
         try:
             with self._lock:
                 self.store.set(f"left/{self.rank}", reason)
@@ -111,17 +118,17 @@ class Watchdog:
             return
 
     def explain(self) -> str:
-        """Which other process is gone, and where it was last seen; "" if all of them are there."""
+        """Return which other rank is lost and where it was last seen; "" if all respond."""
         try:
             left, silent, _ = self._look()
         except RuntimeError:
             return self._no_store()
         if left:
             rank, reason = min(left.items())
-            return f"process {rank} has left: {reason}"
+            return f"rank {rank} exited: {reason}"
         return self._silent(silent)
 
-    # ------------------------------------------------------------------------- the thread
+    # ------------------------------------------------------------------------- watchdog thread
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval_s):
@@ -153,13 +160,13 @@ class Watchdog:
         return time.monotonic() - self._moved
 
     def _judge(self) -> None:
-        """End the run if this or another process hangs; return if a process that others wait for gets on."""
+        """End the run if a rank is lost or hangs; return if any rank has made progress."""
         left, silent, places = self._look()
         if self._still_s() <= self._patience_s() or self._ended.is_set():
             return
         if left:
             rank, reason = min(left.items())
-            self._end(f"process {rank} has left: {reason}")
+            self._end(f"rank {rank} exited: {reason}")
         if silent:
             self._end(self._silent(silent))
         if min(place.still_s for place in places.values()) < self.timeout_s:
@@ -167,12 +174,12 @@ class Watchdog:
         first = min(place.order for place in places.values())
         behind = [rank for rank, place in places.items() if place.order == first]
         ahead = [str(place) for place in places.values() if place.order > first]
-        others = f"; the others wait at {ahead[0]}" if ahead else ""
-        late = f"not moved for {self.timeout_s:g} s (--hang_timeout_s)"
+        others = f"; the other ranks wait at {ahead[0]}" if ahead else ""
+        late = f"made no progress for {self.timeout_s:g} s (--hang_timeout_s)"
         self._end(f"{_named(behind)} {late}, at {places[behind[0]]}{others}")
 
     def _end(self, message: str) -> None:
-        """Leave, whatever the main thread is stuck in; the first of all processes says why."""
+        """Exit, whatever the main thread is stuck in; the first rank to get here reports `message`."""
         try:
             with self._lock:
                 told = message and self.store.add("told/end", 1) > 1
@@ -187,7 +194,7 @@ class Watchdog:
         leave_at_once("" if told or not message else f"{message}{where}; {GO_ON}")
 
     def _dump(self) -> None:
-        """Write the stacks, if there is a run folder for them; the disk may be what hangs."""
+        """Dump all stacks if the run folder exists. Runs in a thread: the disk may be what hangs."""
         if self.stacks and self.stacks.parent.is_dir():
             self.stacks.mkdir(exist_ok=True)
             with (self.stacks / f"process-{self.rank}.txt").open("w", encoding="utf-8") as file:
@@ -195,7 +202,7 @@ class Watchdog:
             self.record()
 
     def _look(self) -> tuple[dict[int, str], list[tuple[int, Place]], dict[int, Place]]:
-        """Reasons of those that left, the silent ones, and the places of the rest."""
+        """Return (exit reasons of ranks that left, silent ranks, places of the others)."""
         before = self._places()
         for _ in range(BEATS):
             time.sleep(self.interval_s)
@@ -219,18 +226,18 @@ class Watchdog:
     def _silent(self, silent: list[tuple[int, Place]]) -> str:
         if not silent:
             return ""
-        seen = "; ".join(f"process {rank} at {place}" for rank, place in silent[:8])
+        seen = "; ".join(f"rank {rank} at {place}" for rank, place in silent[:8])
         ranks = _named([rank for rank, _ in silent])
         step, phase = self.place
         return (
-            f"{ranks} not answered for {self._still_s():.0f} s (killed, stopped, or its machine is gone), "
-            f"last seen: {seen}; the others wait at step {step}, {phase}"
+            f"{ranks} not responded for {self._still_s():.0f} s (killed, stopped, or machine down), "
+            f"last seen: {seen}; the other ranks wait at step {step}, {phase}"
         )
 
     def _no_store(self) -> str:
-        return f"nothing answers at {self.address}: process 0, or its machine, is lost"
+        return f"no response from {self.address}: rank 0 or its machine is down"
 
 
 def _named(ranks: list[int]) -> str:
     listed = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
-    return f"process {listed} has" if len(ranks) == 1 else f"processes {listed} have"
+    return f"rank {listed} has" if len(ranks) == 1 else f"ranks {listed} have"

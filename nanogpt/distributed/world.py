@@ -1,6 +1,6 @@
-"""Several processes as one: which this one is, its share of the work, and what all of them agree on.
+"""Process group of a multi-process run: rank, share of the work, collectives and shared errors.
 
-torchrun starts them and says who is who in the environment.
+torchrun starts the processes and sets their ranks in the environment.
 """
 
 import os
@@ -26,16 +26,16 @@ from nanogpt.distributed.watchdog import GO_ON, Watchdog
 from nanogpt.errors import SHARED, TOLD, Diverged, Lost, Stopped, UserError
 from nanogpt.world import T, World
 
-STORE_S = 10.0  # the longest wait for an answer of the store once all have met
-VISIBLE_S = 5.0  # a shared folder shows a new file within this time
+STORE_S = 10.0  # store timeout once all ranks have joined
+VISIBLE_S = 5.0  # a new file must be visible in a shared folder within this time
 
 
 @dataclass(frozen=True)
 class Processes(World):
-    """Several processes, each with one of these."""
+    """World of more than one rank; each rank holds an instance."""
 
-    control: Any = None  # a group on the CPU for flags and objects, so that asking never waits for a GPU
-    heart: Watchdog | None = None  # of several processes: tells the others where this one is
+    control: Any = None  # CPU (gloo) group for flags and objects, so that it never waits for a GPU
+    heart: Watchdog | None = None  # reports this rank's progress to the others
 
     def sum(self, x: Tensor) -> Tensor:
         with self._waiting():
@@ -80,7 +80,7 @@ class Processes(World):
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Around what needs all processes: who is in it waits for the others."""
+        """Report the phase "waiting" during a collective."""
         step, phase = self.heart.place if self.heart else (0, "")
         self.report_phase(step, "waiting")
         yield
@@ -104,8 +104,8 @@ class Processes(World):
             while not token.exists():
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{home} on {socket.gethostname()} is not that of process 0 on {box[2]}; put "
-                        f"--out_dir where all machines see it"
+                        f"{home} on {socket.gethostname()} is not the folder of rank 0 on {box[2]}; set "
+                        f"--out_dir to a folder shared by all nodes"
                     )
                 time.sleep(0.05)
 
@@ -120,7 +120,7 @@ class Processes(World):
     ) -> None:
         if not self.heart:
             return
-        if isinstance(error, Stopped):  # all have agreed on it
+        if isinstance(error, Stopped):  # agreed on by all ranks
             error.add_note(SHARED)
         if error is None or SHARED in getattr(error, "__notes__", ()):
             self.heart.close()
@@ -147,19 +147,19 @@ def _attempt(work: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
 
 
 def _shared(error: Exception, rank: int) -> Exception:
-    """The error of `rank`, marked as known to all, so that only the first process prints it."""
+    """Return the error of `rank`, marked as shared, so that only rank 0 prints it."""
     if rank:
-        error = type(error)(f"process {rank}: {error}")
+        error = type(error)(f"rank {rank}: {error}")
     error.add_note(SHARED)
     return error
 
 
 def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Processes:
-    """The processes that torchrun has started; a CPU needs gloo whatever --backend says.
+    """Join the process group started by torchrun. Collective.
 
-    `options`, code and versions must be the same in all processes; `run`: the folder for what is left of a
-    process that hangs. All processes but the first lose their standard output. UserError if the others do not
-    come within --rdzv_timeout_s seconds, or differ.
+    CPU devices always use gloo, regardless of --backend. `options`, code and versions must be equal on all
+    ranks. `run`: folder for diagnostics of a rank that hangs. Discards standard output of all ranks but 0.
+    Raise UserError if the other ranks do not join within --rdzv_timeout_s seconds, or differ.
     """
     about = {
         "machine": {"device": device_type, "torch": torch.__version__},
@@ -180,7 +180,7 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
         word = rendezvous.gather(store, rank, size, rdzv_timeout_s, address)
         store = dist.PrefixStore(word, store)
         rendezvous.compare(store, rank, size, about, rdzv_timeout_s)
-        # PyTorch's own time-outs come after ours, which know more; they end what ours cannot see.
+        # PyTorch's timeouts are a fallback: longer than ours, which report more.
         late = timedelta(seconds=3 * hang_timeout_s)
         name = "gloo" if device_type == "cpu" else backend
         dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=late)
@@ -190,11 +190,11 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"process {rank} of {size} did not meet the others at {address} within {rdzv_timeout_s:g} s "
+            f"rank {rank} of {size} did not meet the other ranks at {address} within {rdzv_timeout_s:g} s "
             f"(--rdzv_timeout_s): {reason}"
         ) from None
     if rank:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process exits
     heart = Watchdog(_own_client(word), rank, size, hang_timeout_s, address, run / "stuck")
     heart.record = lambda: _dump_recorder(run, rank)
     heart.start()
@@ -205,7 +205,7 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
 
 
 def _own_client(word: str) -> dist.Store:
-    """A connection of its own: an answer that the main thread waits for must not hold up the heartbeat."""
+    """Return a separate store client, so that the main thread's blocking calls do not delay the heartbeat."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     wait = timedelta(seconds=STORE_S)
     client = dist.TCPStore(host, port, is_master=False, timeout=wait, wait_for_workers=False)
@@ -213,7 +213,7 @@ def _own_client(word: str) -> dist.Store:
 
 
 def _set_up_recorder(run: Path) -> None:
-    """NCCL's flight recorder: the last operations of each GPU, written when one times out."""
+    """Enable NCCL's flight recorder: dumps the last collectives of each GPU when one times out."""
     for name, value in (
         ("TORCH_FR_BUFFER_SIZE", "2000"),
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
@@ -223,15 +223,15 @@ def _set_up_recorder(run: Path) -> None:
 
 
 def _dump_recorder(run: Path, rank: int) -> None:
-    """Write the flight recorder now, as torch's own tools read it (torchfrtrace)."""
+    """Dump the flight recorder now, in the format of torch's tools (torchfrtrace)."""
     try:
         trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
         (run / f"nccl-process-{rank}").write_bytes(trace)
-    except (AttributeError, RuntimeError, OSError):  # a build without NCCL; a folder that is not there
+    except (AttributeError, RuntimeError, OSError):  # a build without NCCL; a missing folder
         return
 
 
 def code_digests(root: Path) -> dict[str, str]:
-    """SHA-256 of the library's and the programs' sources, by path."""
+    """Return SHA-256 digests of the sources of the library and the programs, by path."""
     paths = [*root.glob("*.py"), *(root / "nanogpt").rglob("*.py")]
     return {path.relative_to(root).as_posix(): files.sha256(path) for path in paths}

@@ -1,1 +1,1 @@
-"""What a model is worth: losses, questions, and which of two is better. For eval.py and train.py."""
+"""Evaluation of models: losses, tasks and significance tests. Used by eval.py and train.py."""

@@ -1,7 +1,7 @@
-"""Scores of a model: tasks (multiple choice, cloze) and the perplexity of texts, each with its error.
+"""Score a model on tasks (multiple choice, cloze) and texts (perplexity), with standard errors.
 
-The same rules as lm-eval's, so the same numbers (tests/test_evals.py compares): how contexts are joined
-and cut, how texts longer than the context are windowed, what acc_norm divides by.
+Follows lm-eval's conventions and reproduces its numbers (compared in tests/test_evals.py): joining and
+truncation of contexts, scoring windows over texts longer than the context, normalization of acc_norm.
 """
 
 import math
@@ -19,31 +19,31 @@ from nanogpt.evaluation.significance import Difference, Metric
 from nanogpt.evaluation.tasks import Item, Task
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-Totals = dict[str, tuple[np.ndarray, np.ndarray | None]]  # metric -> values (n,), and sizes if not 1
-STRETCH = 2048  # bytes of text that count as one item for standard errors; fewer in a short text
-STRETCHES = 100  # so many there should be
+Totals = dict[str, tuple[np.ndarray, np.ndarray | None]]  # metric -> totals (n,), weights (None: 1)
+STRETCH = 2048  # maximum bytes of text per item for standard errors; less for short texts
+STRETCHES = 100  # minimum number of stretches to aim for
 
 
 @dataclass(frozen=True)
 class Report:
-    """One task or text: its metrics, and what a paired comparison and --items need."""
+    """Results of one task or text: metrics, and per-item data for paired comparisons and --items."""
 
     name: str
     kind: str  # "choice", "cloze" or "text"
     metrics: dict[str, Metric]
     counts: dict[str, int]
     seconds: float
-    totals: Totals  # of items, for each metric that can be compared
-    rows: list[dict[str, Any]]  # of items
+    totals: Totals  # per-item totals of each metric that supports paired comparison
+    rows: list[dict[str, Any]]  # one per item
 
     def describe(self) -> str:
-        """One line: acc 0.2533 ± 0.0043, ...; 10,042 items in 80 s."""
+        """Return a one-line summary: acc 0.2533 ± 0.0043, ...; 10,042 items in 80 s."""
         parts = [f"{name} {_shown(metric)}" for name, metric in self.metrics.items()]
         counts = [f"{count:,} {what}" for what, count in self.counts.items() if count]
         return f"{self.name}: {', '.join(parts)}; {', '.join(counts)} in {self.seconds:.1f} s"
 
     def to_json(self) -> dict[str, Any]:
-        """Metrics and their standard errors by name (null where there is none), and the counts."""
+        """Return metrics and standard errors by name (null if not finite), and the counts."""
         found: dict[str, Any] = {"kind": self.kind}
         for name, metric in self.metrics.items():
             for key, value in ((name, metric.value), (f"{name}_stderr", metric.stderr)):
@@ -61,19 +61,19 @@ def _shown(metric: Metric) -> str:
 
 
 def run_task(task: Task, subject: Subject, advance: Advance = lambda count: None) -> Report:
-    """Score every item of `task`; `advance` is told how many endings are done. UserError for an item that
-    the tokenizer cannot read.
+    """Score every item of `task`; `advance` is called with the number of endings scored since the last call.
 
-    Multiple choice: `acc` takes the ending of the highest likelihood, `acc_norm` divides its logarithm by
-    the ending's characters (lm-eval's), `acc_norm_tokens` by its tokens (build-nanogpt's). Cloze: `acc`
-    wants every token of the ending to be the first choice; `perplexity` is that of the whole ending.
+    Multiple choice: `acc` picks the ending with the highest log-likelihood, `acc_norm` divides it by the
+    ending's length in characters (lm-eval), `acc_norm_tokens` by its length in tokens (build-nanogpt).
+    Cloze: `acc` requires every token of the ending to be the argmax; `perplexity` is per ending, not per
+    token. Raise UserError for an item that the tokenizer cannot encode.
     """
     started = time.perf_counter()
     pairs: list[Pair] = []
     for number, item in enumerate(task.items, 1):
         try:
             pairs += encode_item(item, subject.tokenizer)
-        except UserError as error:  # a character that the vocabulary lacks
+        except UserError as error:  # character not in the vocabulary
             raise UserError(f"{task.name}, item {number}: {error}") from None
     requests = Requests(pairs, subject.block_size)
     likelihoods, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
@@ -86,10 +86,10 @@ def run_task(task: Task, subject: Subject, advance: Advance = lambda count: None
 
 
 def encode_item(item: Item, tokens: Tokenizer) -> list[Pair]:
-    """Context and continuation ids of each ending.
+    """Return (context ids, continuation ids) for each ending.
 
-    As in lm-eval blanks at the end of the context belong to the continuation, and the boundary is where
-    the context's own ids end. An empty context is the end of a text, or a new line.
+    As in lm-eval, trailing whitespace of the context is moved to the continuation, and the boundary is the
+    length of the context encoded alone. An empty context is replaced by end-of-text or a newline.
     """
     stripped = item.context.rstrip()
     blanks = item.context[len(stripped) :] + item.joint
@@ -146,7 +146,7 @@ def _clozes(items: list[Item], pairs: list[Pair], likelihoods: np.ndarray, greed
 
 
 def _exp(loss: Metric) -> Metric:
-    """The perplexity of a loss; its error to first order."""
+    """Return the perplexity of a loss, its standard error by the delta method."""
     value = math.exp(min(loss.value, 700))
     return Metric(value, value * loss.stderr)
 
@@ -161,11 +161,11 @@ def run_text(
     words: int = 0,
     advance: Advance = lambda count: None,
 ) -> Report:
-    """Loss (nats a token), perplexity, bits a byte, and with `words` the perplexity of a word.
+    """Return loss (nats/token), perplexity, bits/byte and, with `words`, perplexity per word.
 
-    Bytes are those of the scored tokens; special tokens have none. Standard errors come from the spread
-    between stretches of up to STRETCH bytes, for neighbouring tokens are not independent. `advance` is
-    told how many windows are done.
+    Bytes are the UTF-8 bytes of the scored tokens; special tokens count 0. Standard errors are computed
+    over stretches of up to STRETCH bytes, because neighboring tokens are not independent. `advance` is
+    called with the number of windows scored since the last call.
     """
     started = time.perf_counter()
     sizes = token_bytes(subject.tokenizer)
@@ -192,11 +192,11 @@ def run_text(
 
 
 def _stretches(nats: np.ndarray, text_bytes: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Totals of consecutive stretches of at most STRETCH bytes, each some tokens, not one (where bytes
-    are unknown a token counts as 4)."""
+    """Sum losses over consecutive stretches of at most STRETCH bytes, so that an item is many tokens (if
+    byte counts are unknown, a token counts as 4 bytes)."""
     sizes = text_bytes.astype(np.int64) if text_bytes.any() else np.full(len(nats), 4)
     wanted = max(1, int(sizes.sum()) // STRETCHES)
-    stretch = min(STRETCH, max(32, 1 << wanted.bit_length() - 1))  # a power of two: models cut alike
+    stretch = min(STRETCH, max(32, 1 << wanted.bit_length() - 1))  # a power of two, so all models split alike
     number = np.maximum(np.cumsum(sizes) - 1, 0) // stretch
     _, starts = np.unique(number, return_index=True)
     sums = np.add.reduceat(nats.astype(np.float64), starts)
@@ -211,7 +211,7 @@ def _stretches(nats: np.ndarray, text_bytes: np.ndarray) -> tuple[dict[str, Any]
 
 
 def token_bytes(tokens: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes of each id, int64 (V,); the id between documents has none."""
+    """Return the UTF-8 byte length of each token id, int64 (V,); 0 for end-of-text."""
     sizes = np.array([len(tokens.decode_bytes([i])) for i in range(tokens.vocab_size)], dtype=np.int64)
     if tokens.end_of_text is not None:
         sizes[tokens.end_of_text] = 0
@@ -219,7 +219,7 @@ def token_bytes(tokens: Tokenizer) -> np.ndarray:
 
 
 def count_words(text: str) -> int:
-    """Words as lm-eval counts them for the perplexity of a word."""
+    """Count words as lm-eval does for word_perplexity."""
     return len(re.split(r"\s+", text))
 
 
@@ -227,7 +227,7 @@ def count_words(text: str) -> int:
 
 
 def compare(a: Report, b: Report) -> dict[str, Difference]:
-    """a minus b, metric by metric, on the same items; UserError if they are not the same."""
+    """Return a minus b for each common metric. Raise UserError if the numbers of items differ."""
     found = {}
     for name, (values, sizes) in a.totals.items():
         others, other_sizes = b.totals.get(name, (None, None))
@@ -235,12 +235,12 @@ def compare(a: Report, b: Report) -> dict[str, Difference]:
             continue
         if len(values) != len(others):
             counts = f"{len(values)} and {len(others)}"
-            raise UserError(f"{a.name}: the models were not scored on the same items ({counts} of them)")
+            raise UserError(f"{a.name}: the models were not scored on the same items ({counts} items)")
         if (
             sizes is not None and other_sizes is not None and not np.array_equal(sizes, other_sizes)
         ):  # different tokenizers
             if name != "bits_per_byte":
-                continue  # a token is not a token
+                continue  # per-token metrics are not comparable
             values, others, sizes = values / sizes, others / other_sizes, None
         found[name] = significance.difference(values, others, sizes)
     return found

@@ -1,7 +1,7 @@
-"""lm-eval's tasks on our models: an adapter that gives EleutherAI's harness what it asks of a model.
+"""Adapter to EleutherAI's lm-evaluation-harness, for running its tasks on our models.
 
-https://github.com/EleutherAI/lm-evaluation-harness: some thousand tasks, the HELM-type ones among them.
-It is an optional package: pip install 'nanogpt[lm-eval]'.
+https://github.com/EleutherAI/lm-evaluation-harness has thousands of tasks, including HELM-style ones.
+Optional dependency: pip install 'nanogpt[lm-eval]'.
 """
 
 import difflib
@@ -16,34 +16,34 @@ from nanogpt.evaluation.tasks import quiet_hub
 from nanogpt.inference.engine import Completion, Engine, Text, complete
 from nanogpt.inference.sampling import SamplingOptions
 
-MAX_NEW_TOKENS = 256  # where a task does not say
+MAX_NEW_TOKENS = 256  # default for tasks without max_gen_toks
 
 
 def run(names: list[str], subject: Subject, limit: int = 0) -> dict[str, dict[str, Any]]:
-    """The results of lm-eval's tasks `names` (or paths of its YAML files), by task and metric.
+    """Run lm-eval tasks `names` (or paths of task YAML files); return results by task and metric.
 
-    UserError if the package is missing, a name is unknown, or a data set cannot be had.
+    Raise UserError if lm-eval is not installed, a name is unknown, or a dataset cannot be loaded.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("--tasks=lm_eval:... needs a package: pip install 'nanogpt[lm-eval]'") from None
+        raise UserError("--tasks=lm_eval:... needs lm-eval: pip install 'nanogpt[lm-eval]'") from None
     are_files = all(name.endswith((".yaml", ".yml")) for name in names)
-    manager = TaskManager(include_defaults=not are_files)  # some 15,000 files to read
+    manager = TaskManager(include_defaults=not are_files)  # slow: reads about 15,000 files
     for name in names:
         if not name.endswith((".yaml", ".yml")) and name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"lm-eval has no task {name!r}; {hint}lm_eval ls tasks lists them")
+            raise UserError(f"unknown lm-eval task {name!r}; {hint}`lm_eval ls tasks` lists all tasks")
     quiet_hub()
     try:
         loaded = manager.load(names)
-    except Exception as error:  # whatever the net, the hub, or a task's own code raise
+    except Exception as error:  # any error of the network, the Hub or the task's own code
         reason = (str(error).splitlines() or [""])[0][:160]
         raise UserError(
-            f"lm-eval cannot load {', '.join(names)} ({type(error).__name__}: {reason}); its data come from "
-            f"the hub: run it once with a net, then HF_HUB_OFFLINE=1 finds them in the cache (HF_HOME)"
+            f"lm-eval cannot load {', '.join(names)} ({type(error).__name__}: {reason}); its data are on the "
+            f"Hub: run once online, then set HF_HUB_OFFLINE=1 to use the cache (HF_HOME)"
         ) from None
     inside = {child for children in loaded["group_map"].values() for child in children}
     wanted = {**loaded["groups"], **loaded["tasks"]}
@@ -58,13 +58,13 @@ def run(names: list[str], subject: Subject, limit: int = 0) -> dict[str, dict[st
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's "acc,none" is our "acc"; a value that is no number ("N/A") is left out."""
+    """Rename "acc,none" to "acc" and drop non-numeric values ("N/A")."""
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return {key.removesuffix(",none"): value for key, value in numbers.items()}
 
 
 def describe(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each task: arc_easy: acc 0.2541 ± 0.0089, ..."""
+    """Return one line per task: arc_easy: acc 0.2541 ± 0.0089, ..."""
     lines = []
     for task, values in results.items():
         parts = []
@@ -77,7 +77,7 @@ def describe(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def adapter(subject: Subject) -> Any:
-    """`subject` as an lm_eval.api.model.LM."""
+    """Wrap `subject` as an lm_eval.api.model.LM."""
     from lm_eval.api.model import TemplateLM
 
     class Adapter(TemplateLM):
@@ -100,7 +100,7 @@ def adapter(subject: Subject) -> Any:
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             texts = {i: encode_text(r.args[0], subject.tokenizer) for i, r in enumerate(requests)}
-            texts = {i: text for i, text in texts.items() if len(text) > 1}  # of an empty text it is 0
+            texts = {i: text for i, text in texts.items() if len(text) > 1}  # empty texts score 0
             found = [0.0] * len(requests)
             if texts:
                 windows = Windows(texts.values(), subject.block_size, subject.block_size)
@@ -116,8 +116,8 @@ def adapter(subject: Subject) -> Any:
 
 
 def continuation(subject: Subject, context: str, options: dict[str, Any]) -> str:
-    """What the model writes after `context`, up to the first of the stop texts `until` of lm-eval's
-    generation options."""
+    """Generate a continuation of `context` up to the first stop string (`until`), with lm-eval's
+    generation `options`."""
     until = options.get("until") or []
     stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
     prompt = subject.tokenizer.encode_prompt(context) if context else []

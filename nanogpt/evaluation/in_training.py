@@ -1,7 +1,7 @@
-"""In-training evaluation: scores of tasks and samples from a fixed prompt, at each evaluation.
+"""In-training evaluation: task scores and samples from a fixed prompt, at each evaluation.
 
-As build-nanogpt does (HellaSwag, and "Hello, I'm a language model,"). It changes nothing in the run: scoring
-and sampling draw from no generator of the run and leave the weights alone.
+As in build-nanogpt (HellaSwag, and "Hello, I'm a language model,"). It has no effect on training: scoring and
+sampling use separate random generators and do not modify the weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class _Stopped(Exception):
 
 
 class InTrainingEvaluation:
-    """Reads what it needs when it is made, so that what is wrong is said before the first step."""
+    """Runs eval tasks and sampling. Loads its data on construction, so errors surface before training."""
 
     def __init__(self, options: InTrainingOptions, run: Path, tokenizer_json: str, machine: Machine):
         self.options, self.run, self.machine = options, run, machine
@@ -40,31 +40,31 @@ class InTrainingEvaluation:
         self.tokenizer = tokenizer.from_text(tokenizer_json)
         for spec in options.eval_tasks.split(",") if options.eval_tasks else []:
             if spec.startswith("lm_eval:"):
-                raise UserError(f"--eval_tasks={spec}: lm-eval's tasks are for eval.py, after training")
+                raise UserError(f"--eval_tasks={spec}: run lm-eval tasks after training, with eval.py")
             task = tasks.load(spec)
             self.tasks.append(replace(task, items=_spread(task.items, options.eval_tasks_items)))
         if options.sample_prompt:
             self.prompt = self.tokenizer.encode_prompt(options.sample_prompt)
 
     def resume(self) -> None:
-        """Remember what the rows of the run have already."""
+        """Read from metrics.jsonl which iterations are already scored."""
         self.scored = {row["iter"] for row in metrics.read(self.run) if row["event"] == "tasks"}
 
     def maybe_run(
         self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
     ) -> Iterator[str]:
-        """Score and sample; yields the lines to print. `write` gets the scores, a value for each name. They
-        are given up once `stopped` becomes true: a resumed run makes them."""
+        """Score and sample if due; yield lines to print. `write` is called with the scores as keyword
+        arguments. If `stopped` returns True, scoring is abandoned and repeated after resuming."""
         if not self.due(iter_num):
             return
         was_training = model.training
         model.eval()
-        # Blocks that compile.wrap compiled for the shape of a step would be compiled anew for each length.
+        # Blocks compiled for the training shape would be recompiled for every new sequence length.
         compiled = [(block, block.__dict__.pop("forward", None)) for block in model.h]
         try:
             with (
                 attention_kernels.chosen()
-            ):  # a GPU's cumulative sum, by which tokens are drawn, may not repeat its bits
+            ):  # deterministic mode off: it refuses CUDA's cumsum, which sampling uses
                 if self._scores(iter_num):
                     yield from self._score(model, iter_num, write, stopped)
                 if self.options.sample_prompt:
@@ -76,7 +76,7 @@ class InTrainingEvaluation:
             model.train(was_training)
 
     def due(self, iter_num: int) -> bool:
-        """Whether `look` would do anything."""
+        """Return whether `maybe_run` would do anything at this iteration."""
         return self._scores(iter_num) or bool(self.options.sample_prompt)
 
     def _scores(self, iter_num: int) -> bool:
@@ -105,7 +105,7 @@ class InTrainingEvaluation:
         self.scored.add(iter_num)
 
     def _sample(self, model: GPT, iter_num: int) -> Iterator[str]:
-        """Temperature 1 among the 50 likeliest, as build-nanogpt draws."""
+        """Sample at temperature 1 with top_k=50, as build-nanogpt does."""
         options = self.options
         sampling = SamplingOptions(temperature=1.0, top_k=50)
         written = [Text(self.prompt, sampling, seed=42 + i) for i in range(SAMPLES)]
@@ -123,5 +123,5 @@ class InTrainingEvaluation:
 
 
 def _spread(items: list[tasks.Item], count: int) -> list[tasks.Item]:
-    """`count` of the items at most, evenly over the file: its parts may differ in difficulty."""
+    """Return at most `count` items, evenly spaced, because difficulty may vary within the file."""
     return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]

@@ -1,9 +1,9 @@
-"""How likely a model finds given text: token by token, in batches of rows of nearly equal length.
+"""Per-token log-likelihoods of given text, in batches of rows of similar length.
 
-A row is the ids of a text, of which the last `scored` are to be predicted. Rows are sorted by length and
-padded on the right: attention is causal, so a row does not see its padding, and the same numbers come
-out of any batch size but for rounding. The head is applied to scored positions only, some at a time:
-with 50,257 ids it would else cost more than the rest of a small model, and more memory than a large one.
+A row is a sequence of ids whose last `scored` ids are predicted. Rows are sorted by length and padded on
+the right; attention is causal, so padding has no effect and results do not depend on the batch size except
+for rounding. The LM head is applied to scored positions only, in chunks: with 50,257 ids it would otherwise
+cost more time than the rest of a small model, and more memory than a large one.
 """
 
 import copy
@@ -22,19 +22,19 @@ from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES, Machine
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-BATCH_TOKENS = 8192  # of a batch where none is asked for
+BATCH_TOKENS = 8192  # default tokens per batch
 Advance = Callable[[int], object]
-Pair = tuple[np.ndarray, np.ndarray]  # ids of a context, and of what follows it
+Pair = tuple[np.ndarray, np.ndarray]  # ids of a context and of its continuation
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and how."""
+    """A model to evaluate, with its tokenizer, device and batch size."""
 
     model: GPT  # in evaluation mode
     tokenizer: Tokenizer
     machine: Machine
-    batch_size: int = 0  # windows of the whole context a batch, shorter rows more; 0: BATCH_TOKENS
+    batch_size: int = 0  # full-length rows per batch (more if shorter); 0: BATCH_TOKENS tokens
 
     @property
     def block_size(self) -> int:
@@ -42,7 +42,7 @@ class Subject:
 
     @property
     def budget(self) -> int:
-        """Tokens a batch."""
+        """Tokens per batch."""
         return self.batch_size * self.block_size or BATCH_TOKENS
 
 
@@ -50,8 +50,8 @@ class Subject:
 
 
 class Requests:
-    """Rows of context and continuation ids, cut from the left to `block_size` inputs as lm-eval does;
-    `cut` (n,) says which."""
+    """Rows of context and continuation ids, truncated on the left to `block_size` inputs as in lm-eval;
+    `cut` (n,) marks the truncated rows."""
 
     def __init__(self, pairs: Sequence[Pair], block_size: int):
         self.rows = []
@@ -68,7 +68,7 @@ class Requests:
 
 
 class Ids:
-    """Ids of a text in memory, read as data.Tokens are."""
+    """Ids of a text in memory, with the interface of data.Tokens."""
 
     def __init__(self, ids: np.ndarray):
         self.ids = ids
@@ -81,18 +81,18 @@ class Ids:
 
 
 class Windows:
-    """Rows that score every id of `texts` once, but for the first of each text.
+    """Rows that score every id of `texts` exactly once, except the first of each text.
 
-    The first window scores all of its ids, each further one `stride` more. It has `block_size` inputs
-    where the text is long enough, so it looks back over ids that were scored before (lm-eval's rolling
-    log-likelihood with context_len = block_size - stride + 1). `limit` takes that many windows, evenly
-    spread. UserError if no text has two ids.
+    The first window scores all of its ids, each further window the next `stride` ids. A window has
+    `block_size` inputs if the text is long enough, so it overlaps ids scored before (lm-eval's rolling
+    log-likelihood with context_len = block_size - stride + 1). `limit` > 0 selects that many windows,
+    evenly spaced. Raise UserError if no text has two ids.
     """
 
     def __init__(self, texts: Iterable[Ids | Tokens], block_size: int, stride: int, limit: int = 0):
         self.texts = [text for text in texts if len(text) > 1]
         if not self.texts:
-            raise UserError("the text is empty: there is no token to predict from another")
+            raise UserError("the text is empty: at least two tokens are needed to score it")
         self.block_size, self.stride = block_size, stride
         sizes = np.array([len(text) for text in self.texts])
         self.counts = 1 - -np.maximum(0, sizes - 1 - block_size) // stride
@@ -108,7 +108,7 @@ class Windows:
         return len(self.chosen)
 
     def place(self, i: int) -> tuple[int, int, int]:
-        """The text of window i, where its scored ids begin, and where they end."""
+        """Return the text index of window i, and start and end of its scored ids."""
         number = int(self.chosen[i])
         which = int(np.searchsorted(self.ends, number, side="right"))
         turn = number - int(self.ends[which] - self.counts[which])
@@ -126,29 +126,29 @@ class Windows:
 
 
 def encode_text(text: str, tokens: Tokenizer) -> Ids:
-    """The ids of a text after the id that stands before one, where the vocabulary has it: then every
-    token of the text is scored, else all but the first."""
+    """Encode a text, preceded by end-of-text if the vocabulary has it: then every token of the text is
+    scored, else all but the first."""
     start = [] if tokens.end_of_text is None else [tokens.end_of_text]
     return Ids(np.concatenate([np.array(start, dtype=np.int64), tokens.encode(text)]))
 
 
 def beginning(tokens: Tokenizer) -> int:
-    """The id that stands before a text without context: the end of the one before, else a new line.
-    UserError if the vocabulary has neither."""
+    """Return the id used as context if there is none: end-of-text, else a newline. Raise UserError if the
+    vocabulary has neither."""
     if tokens.end_of_text is not None:
         return tokens.end_of_text
     try:
         return tokens.encode_prompt("\n")[0]
     except UserError:
-        raise UserError(f"the {tokens.kind} tokenizer has no id with which a text could begin") from None
+        raise UserError(f"the {tokens.kind} tokenizer has no end-of-text or newline to start with") from None
 
 
 # ----------------------------------------------------------------------------- scores
 
 
 def batches(lengths: np.ndarray, budget: int, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
-    """The rows (their numbers) of each batch: the longest first, at most `budget` tokens with the padding
-    (one row at least). Of several processes each takes every world_size-th row, so all have equal work."""
+    """Yield the row indices of each batch, longest rows first, at most `budget` tokens including padding
+    (but at least one row). Each rank takes every world_size-th row, so the work is balanced."""
     order = np.argsort(-lengths, kind="stable")[rank::world_size]
     first = 0
     while first < len(order):
@@ -167,30 +167,30 @@ def score(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[int, np.ndarray, bool]]:
-    """For each row its number, the nats of each scored id, float64 (scored,), and with `greedy` whether
-    all of them are the model's first choice. Rows come in the order of `batches`.
+    """Yield for each row its index, the loss of each scored id in nats, float64 (scored,), and, with
+    `greedy`, whether every scored id is the argmax. Rows come in the order of `batches`.
 
-    `advance` is told how many rows are done.
+    `advance` is called with the number of rows in each finished batch.
     """
     subject = _lowered(subject)
     for numbers in batches(rows.lengths, subject.budget, rank, world_size):
-        pick_fields = [rows[int(i)] for i in numbers]
-        ids = np.zeros((len(pick_fields), max(len(row) for row, _ in pick_fields)), dtype=np.int64)
+        batch_rows = [rows[int(i)] for i in numbers]
+        ids = np.zeros((len(batch_rows), max(len(row) for row, _ in batch_rows)), dtype=np.int64)
         scored = np.zeros(ids.shape, dtype=bool)
-        for i, (row, count) in enumerate(pick_fields):
+        for i, (row, count) in enumerate(batch_rows):
             ids[i, : len(row)] = row
             scored[i, len(row) - count : len(row)] = True
         losses, first = _losses(subject, torch.from_numpy(ids), torch.from_numpy(scored), greedy)
         start = 0
-        for number, (_, count) in zip(numbers, pick_fields, strict=True):
+        for number, (_, count) in zip(numbers, batch_rows, strict=True):
             end = start + count
             yield int(number), losses[start:end], bool(first[start:end].all())
             start = end
-        advance(len(pick_fields))
+        advance(len(batch_rows))
 
 
 def _lowered(subject: Subject) -> Subject:
-    """With a copy of the model in the number format of its machine's CPU, as Machine.in_dtype computes."""
+    """On a CPU with a lower precision, replace the model by a copy cast to it, as Machine.in_dtype does."""
     machine = subject.machine
     if machine.device.type != "cpu" or machine.dtype == "float32":
         return subject
@@ -199,7 +199,7 @@ def _lowered(subject: Subject) -> Subject:
 
 
 def _losses(subject: Subject, ids: Tensor, scored: Tensor, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of the `scored` ones of ids (B, T), row after row, and whether each is the likeliest."""
+    """Return the loss in nats of each `scored` id of ids (B, T), row by row, and whether it is the argmax."""
     model, machine = subject.model, subject.machine
     ids, scored = ids.to(machine.device), scored.to(machine.device)
     with machine.autocast():

@@ -1,7 +1,7 @@
-"""How sure a number is: standard errors, and paired tests of two models on the same items.
+"""Standard errors, and paired significance tests of two models on the same items.
 
-A paired test looks at the difference item by item, so what makes an item hard for both cancels: two
-checkpoints can differ surely by far less than the standard error of either.
+A paired test compares item by item, so item difficulty cancels: two checkpoints can differ significantly
+by far less than the standard error of either.
 """
 
 import math
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FLIPS = 20_000  # sign patterns drawn where all cannot be tried: a p-value of 0.05 is known to +- 0.0015
+FLIPS = 20_000  # sampled sign patterns if not exhaustive: standard error 0.0015 at p = 0.05
 
 
 @dataclass(frozen=True)
 class Metric:
     value: float
-    stderr: float  # NaN where one item cannot tell
+    stderr: float  # NaN for a single item
 
 
 def mean(values: np.ndarray, weights: np.ndarray | None = None) -> Metric:
-    """sum(values) / sum(weights), and its standard error from the spread between items.
+    """Return sum(values) / sum(weights) and its standard error, estimated over items.
 
-    values (n,) are totals of items of size weights (n,), without weights sizes of 1: then this is the
-    mean and s / sqrt(n). With them it is the ratio estimator (Cochran 1977, "Sampling Techniques", 6.3).
+    values (n,): total per item; weights (n,): size per item, default 1. Without weights this is the mean
+    and s / sqrt(n), with weights the ratio estimator (Cochran 1977, "Sampling Techniques", 6.3).
     """
     values = values.astype(np.float64)
     weights = np.ones(len(values)) if weights is None else weights.astype(np.float64)
@@ -36,11 +36,11 @@ def mean(values: np.ndarray, weights: np.ndarray | None = None) -> Metric:
 
 @dataclass(frozen=True)
 class Difference:
-    """What one model scores above another on the same items."""
+    """Difference between the scores of two models on the same items."""
 
     value: float
     stderr: float
-    p: float  # how often a difference at least so large comes by chance, if the models are equally good
+    p: float  # two-sided p-value of the null hypothesis that the models are equally good
     test: str
 
     def describe(self) -> str:
@@ -49,8 +49,8 @@ class Difference:
 
 
 def difference(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> Difference:
-    """a minus b: totals of the same items (n,), as `mean` takes them. Right or wrong (bool) goes to
-    McNemar's test, any other number to the sign-flip test."""
+    """Return a minus b for per-item totals (n,), as in `mean`. Boolean values (correct or not) use McNemar's
+    test, other values the sign-flip permutation test."""
     metric = mean(a.astype(np.float64) - b.astype(np.float64), weights)
     if a.dtype == bool:
         p = mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
@@ -59,16 +59,16 @@ def difference(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) 
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided p-value that items which only one model gets right fall as `only_a` against `only_b`
-    when each is a fair coin (McNemar 1947, exact form)."""
+    """Return the two-sided p-value of McNemar's exact test (McNemar 1947): of the items that exactly one
+    model gets right, `only_a` and `only_b` are a binomial split with probability 0.5."""
     from scipy.stats import binomtest
 
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def sign_flips(differences: np.ndarray) -> float:
-    """Two-sided p-value of the sum of `differences` (n,), when each could as well have the other sign
-    (Fisher 1935). All patterns of signs are tried for few of them, else FLIPS drawn from a fixed seed."""
+    """Return the two-sided p-value of the sum of `differences` (n,) under random sign flips (Fisher 1935).
+    Exact if there are at most FLIPS sign patterns, else FLIPS random ones from a fixed seed."""
     from scipy.stats import permutation_test
 
     moved = differences[differences != 0].astype(np.float64)

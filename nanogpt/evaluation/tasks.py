@@ -1,13 +1,13 @@
-"""Task files to items: multiple-choice and cloze questions from JSONL or from the Hugging Face hub.
+"""Load multiple-choice and cloze tasks from JSONL files or the Hugging Face Hub.
 
-    hellaswag            from the hub, or the file that was put into the cache folder
-    hellaswag:FILE       from a file: .jsonl, plain or packed (.gz, .xz, .zst)
-    choice:FILE          any multiple-choice file; cloze:FILE any file of texts to be continued
-    FILE                 either, recognised by its fields
+    hellaswag            from the Hub, or a file in the cache folder
+    hellaswag:FILE       from a file: .jsonl, plain or compressed (.gz, .xz, .zst)
+    choice:FILE          any multiple-choice file; cloze:FILE any file of texts to continue
+    FILE                 either, detected from its fields
     choice:hub:OWNER/NAME/SPLIT, or OWNER/NAME/CONFIG/SPLIT
 
-Prompts are made as lm-eval makes them, so that scores can be compared: HellaSwag's activity label comes
-before the context, the marks of its WikiHow half are taken out, LAMBADA's target is the last word.
+Prompts follow lm-eval, so scores are comparable: HellaSwag's activity label precedes the context, the
+markup of its WikiHow half is removed, and LAMBADA's target is the last word.
 """
 
 import difflib
@@ -32,12 +32,12 @@ TARGET = ("target", "completion", "response", "answer")
 
 @dataclass(frozen=True)
 class Item:
-    """A context and what may follow it; of a cloze item there is one ending, the right one."""
+    """A context and its candidate endings; a cloze item has only the correct ending."""
 
     context: str
     endings: tuple[str, ...]
-    label: int = 0  # the right ending
-    joint: str = " "  # between context and ending
+    label: int = 0  # index of the correct ending
+    joint: str = " "  # separator between context and ending
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Task:
 
 
 class _Misfit(ValueError):
-    """What a row lacks, without its place."""
+    """A row does not have the expected fields; the message does not include its location."""
 
 
 # ----------------------------------------------------------------------------- rows to items
 
 
 def hellaswag(row: Row) -> Item:
-    """Zellers et al. 2019. Either `ctx_a` and `ctx_b`, or `ctx`, which is both."""
+    """Convert a HellaSwag row (Zellers et al. 2019) with `ctx_a` and `ctx_b`, or `ctx`, their join."""
     if "ctx_a" in row and "ctx_b" in row:
         context = _text(row, ("ctx_a",)) + " " + _text(row, ("ctx_b",), empty=True).capitalize()
     else:
@@ -71,22 +71,22 @@ def _unmarked(text: str) -> str:
 
 
 def lambada(row: Row) -> Item:
-    """Paperno et al. 2016, in OpenAI's variant: `text`, whose last word is to be predicted."""
+    """Convert a LAMBADA row (Paperno et al. 2016, OpenAI's variant); the target is `text`'s last word."""
     context, blank, word = _text(row, ("text",)).rpartition(" ")
     if not context.strip() or not blank or not word:
-        raise _Misfit("`text` must be words with blanks between them, the last one to be predicted")
+        raise _Misfit("`text` must be at least two words separated by spaces; the last one is the target")
     return Item(context, (word,))
 
 
 def choice(row: Row) -> Item:
-    """Any multiple-choice row; ARC's form too, where `choices` holds `text` and `label`."""
+    """Convert a multiple-choice row; also ARC's format, in which `choices` holds `text` and `label`."""
     endings = _endings(row)
     context = _text(row, CONTEXT, empty=True)
     return _choice(context, endings, _label(row, endings), _joint(context, endings))
 
 
 def cloze(row: Row) -> Item:
-    """A context and its continuation, or a `text` whose last word is the continuation."""
+    """Convert a row with a context and its continuation, or a `text` whose last word is the target."""
     if "text" in row and not any(name in row for name in CONTEXT):
         return lambada(row)
     context, target = _text(row, CONTEXT, empty=True), _text(row, TARGET)
@@ -101,7 +101,7 @@ def _choice(context: str, endings: list[str], label: int, joint: str) -> Item:
 
 
 def _joint(context: str, endings: list[str]) -> str:
-    """A blank, unless the file has put one there."""
+    """Return a space, or "" if the context or all endings already have whitespace at the boundary."""
     there = context[-1:].isspace() or all(ending[:1].isspace() for ending in endings)
     return "" if there else " "
 
@@ -132,7 +132,7 @@ def _label(row: Row, endings: list[str]) -> int:
     except (TypeError, ValueError):
         label = -1
     if isinstance(value, bool | float) or not 0 <= label < len(endings):
-        raise _Misfit(f"the label is {value!r:.40}, but the endings are numbered 0 to {len(endings) - 1}")
+        raise _Misfit(f"the label is {value!r:.40}, expected an ending's index, 0 to {len(endings) - 1}")
     return label
 
 
@@ -140,7 +140,7 @@ def _first(row: Row, names: tuple[str, ...]) -> Any:
     for name in names:
         if name in row:
             return row[name]
-    raise _Misfit(f"no `{'` or `'.join(names)}`")
+    raise _Misfit(f"missing `{'` or `'.join(names)}`")
 
 
 # ----------------------------------------------------------------------------- known tasks
@@ -150,9 +150,9 @@ def _first(row: Row, names: tuple[str, ...]) -> Any:
 class Known:
     kind: str
     item: Callable[[Row], Item]
-    fields: str  # what a row must have, for the message
+    fields: str  # required fields, for error messages
     hub: str = ""  # OWNER/NAME/CONFIG/SPLIT
-    file: str = ""  # its name in the cache folder, for machines without a net
+    file: str = ""  # file name in the cache folder, for offline use
 
 
 KNOWN = {
@@ -178,18 +178,18 @@ KNOWN = {
 
 
 def load(spec: str, limit: int = 0) -> Task:
-    """The items of `spec` (see the top of this file), the first `limit` of them if that is not 0.
+    """Load the items of `spec` (see the module docstring), only the first `limit` if that is not 0.
 
-    UserError for an unknown name, a row that is no item (file, line, the fields it has and those it
-    needs), and a hub that cannot be reached (what to put where).
+    Raise UserError for an unknown task, an invalid row (with file, line, given and expected fields), or if
+    the Hub cannot be reached (with the path to place a local file at).
     """
     name, colon, place = spec.partition(":")
     if not colon and name not in KNOWN:
         if not Path(spec).is_file():
-            raise UserError(f"no task {spec!r}{_nearest(spec)}")
+            raise UserError(f"unknown task {spec!r}{_nearest(spec)}")
         name, place = "", spec
     elif name not in KNOWN:
-        raise UserError(f"no task {name!r} in {spec!r}{_nearest(name)}")
+        raise UserError(f"unknown task {name!r} in {spec!r}{_nearest(name)}")
     elif not place:
         place = _place(name)
     rows = hub_rows(place[4:], name) if place.startswith("hub:") else file_rows(Path(place))
@@ -202,11 +202,11 @@ def load(spec: str, limit: int = 0) -> Task:
         except _Misfit as problem:
             there = ", ".join(row) or "none"
             raise UserError(
-                f"{where} is no {name} item: {problem}. It has the fields {there}; "
+                f"{where} is not a valid {name} item: {problem}. Its fields are {there}; "
                 f"expected: {KNOWN[name].fields}"
             ) from None
     if not items:
-        raise UserError(f"{place} holds no items; give a file with one JSON object a line")
+        raise UserError(f"{place} has no items; give a file with one JSON object per line")
     shown = name if name not in ("choice", "cloze") else Path(place).name.split(".")[0]
     return Task(shown, kind, items)
 
@@ -214,7 +214,7 @@ def load(spec: str, limit: int = 0) -> Task:
 def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name, KNOWN, n=1)
     hint = f"; did you mean {near[0]!r}" if near else ""
-    return f"{hint}; there are {', '.join(KNOWN)} (NAME or NAME:FILE), a JSONL file, and lm_eval:NAME"
+    return f"{hint}; give {', '.join(KNOWN)} (NAME or NAME:FILE), a JSONL file, or lm_eval:NAME"
 
 
 def _recognised(row: Row) -> str:
@@ -224,7 +224,7 @@ def _recognised(row: Row) -> str:
 
 
 def _place(name: str) -> str:
-    """Where a task without a file is: in the cache folder, else on the hub."""
+    """Return the location of a task given without a file: in the cache folder, else on the Hub."""
     known = KNOWN[name]
     if not known.hub:
         raise UserError(f"--tasks={name} needs a file: --tasks={name}:FILE.jsonl")
@@ -238,14 +238,14 @@ def _cached(file: str) -> Path:
     return files.cache_folder() / "tasks" / file
 
 
-# ----------------------------------------------------------------------------- where rows come from
+# ----------------------------------------------------------------------------- sources of rows
 
 
 PACKED = (".gz", ".xz", ".zst")
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each object of a JSONL file and its place; UserError names the line of a broken one."""
+    """Yield (location, object) for each line of a JSONL file. Raise UserError naming an invalid line."""
     if not path.is_file():
         raise UserError(f"no task file at {path}")
     number = 0
@@ -262,11 +262,11 @@ def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 except ValueError as error:
                     raise UserError(f"{where} is not valid JSON: {error}") from None
                 if not isinstance(row, dict):
-                    raise UserError(f'{where} is not a JSON object; each line must be like {{"...": "..."}}')
+                    raise UserError(f'{where} is not a JSON object; expected a line such as {{"...": "..."}}')
                 yield where, row
     except UserError:
         raise
-    except Exception as error:  # a packed file that is cut or is none raises one of a dozen kinds
+    except Exception as error:  # decompressors raise a dozen exception types
         if isinstance(error, OSError) and error.errno:
             raise
         raise UserError(
@@ -287,35 +287,35 @@ def _open(path: Path) -> IO[str]:
         try:
             import zstandard
         except ImportError:
-            raise UserError(f"{path} needs a package: pip install zstandard, or unpack it") from None
+            raise UserError(f"{path} needs zstandard: pip install zstandard, or decompress it") from None
         return zstandard.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 
 def hub_rows(place: str, name: str) -> Iterator[tuple[str, Row]]:
-    """Each row of a data set OWNER/NAME/SPLIT or OWNER/NAME/CONFIG/SPLIT of the Hugging Face hub."""
+    """Yield (location, row) for a Hugging Face Hub dataset OWNER/NAME/SPLIT or OWNER/NAME/CONFIG/SPLIT."""
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{_elsewhere(place, name)}; the hub itself needs: pip install datasets") from None
+        raise UserError(f"{_elsewhere(place, name)}; to use the Hub: pip install datasets") from None
     parts = place.split("/")
     if len(parts) not in (3, 4):
-        raise UserError(f"hub:{place}: write hub:OWNER/NAME/SPLIT or hub:OWNER/NAME/CONFIG/SPLIT")
+        raise UserError(f"hub:{place}: expected hub:OWNER/NAME/SPLIT or hub:OWNER/NAME/CONFIG/SPLIT")
     datasets.disable_progress_bars()
     quiet_hub()
     try:
         found = datasets.load_dataset("/".join(parts[:2]), *parts[2:-1], split=parts[-1])
-    except Exception as error:  # whatever the net, the hub or a missing split raise
+    except Exception as error:  # any error of the network or the Hub, or a missing split
         reason = (str(error).splitlines() or [""])[0][:160]
         raise UserError(
-            f"the hub does not give {place} ({type(error).__name__}: {reason}); {_elsewhere(place, name)}"
+            f"cannot load {place} from the Hub ({type(error).__name__}: {reason}); {_elsewhere(place, name)}"
         ) from None
     for number, row in enumerate(found, 1):
         yield f"{place}, row {number}", row
 
 
 def quiet_hub() -> None:
-    """Let the hub's client not log a line for each of its five tries; the error that follows says it."""
+    """Silence the Hub client's log line per retry; the final exception has the same message."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
@@ -323,5 +323,5 @@ def _elsewhere(place: str, name: str) -> str:
     known = KNOWN.get(name)
     if known and known.hub == place:
         put = f"put {known.file} at {_cached(known.file)}"
-        return f"without a net {put}, or name the file: --tasks={name}:FILE.jsonl"
-    return f"without a net name a file with these rows: --tasks={name}:FILE.jsonl"
+        return f"offline, {put}, or name a file: --tasks={name}:FILE.jsonl"
+    return f"offline, name a file with these rows: --tasks={name}:FILE.jsonl"

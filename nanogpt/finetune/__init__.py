@@ -1,1 +1,1 @@
-"""Finetuning: which parameters are trained, and low-rank adapters."""
+"""Finetuning: parameter freezing and LoRA adapters."""

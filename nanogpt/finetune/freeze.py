@@ -1,4 +1,4 @@
-"""Finetuning: which parameters are trained."""
+"""Choose which parameters finetuning trains, and freeze the rest."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -11,10 +11,10 @@ from nanogpt.options import FinetuneOptions
 
 
 def choose_trained(model: nn.Module, options: FinetuneOptions) -> list[str]:
-    """Freeze all parameters of `model` that `options` exclude; returns lines that say so.
+    """Freeze the parameters of `model` that `options` exclude, in place; return a summary to print.
 
-    A tied head is the embedding (wte.weight) and is frozen with it. UserError for a pattern that matches
-    nothing, and when nothing is left to train.
+    A tied LM head is the embedding (wte.weight) and is frozen with it. Raise UserError if a pattern matches
+    no parameter or no trainable parameter is left.
     """
     names = [name for name, _ in model.named_parameters()]
     if options.lora_rank:
@@ -24,7 +24,7 @@ def choose_trained(model: nn.Module, options: FinetuneOptions) -> list[str]:
         trained -= matching(options.freeze, names, "freeze") if options.freeze else set()
     if not trained:
         raise UserError(
-            f"--freeze={options.freeze} leaves nothing to train of --train_only={options.train_only or '*'}; "
+            f"--freeze={options.freeze} leaves nothing to train in --train_only={options.train_only or '*'}; "
             f"{_known(names)}"
         )
     for name, parameter in model.named_parameters():
@@ -33,21 +33,21 @@ def choose_trained(model: nn.Module, options: FinetuneOptions) -> list[str]:
         return []
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return [f"trained are {count:,} of {total:,} parameters ({len(trained)} of {len(names)} tensors)"]
+    return [f"trainable parameters: {count:,} of {total:,} ({len(trained)} of {len(names)} tensors)"]
 
 
 def matching(patterns: str, names: Iterable[str], option: str) -> set[str]:
-    """The `names` that one of the comma-separated shell `patterns` matches; UserError if one has none."""
+    """Return the `names` that match any comma-separated shell pattern; UserError if one matches none."""
     names, found = list(names), set()
     for pattern in (part.strip() for part in patterns.split(",")):
         fits = {name for name in names if fnmatchcase(name, pattern)}
         if not fits:
-            raise UserError(f"--{option}: no parameter is named like {pattern!r}; {_known(names)}")
+            raise UserError(f"--{option}: no parameter matches {pattern!r}; {_known(names)}")
         found |= fits
     return found
 
 
 def _known(names: list[str]) -> str:
-    """The kinds of parameters, those of blocks once."""
+    """List the parameter names, with block 0 standing for all blocks."""
     shown = [name for name in names if not name.startswith("h.") or name.startswith("h.0.")]
-    return f"there are {', '.join(shown)} and so on; patterns are like h.0.*,wte*"
+    return f"there are {', '.join(shown)}, ...; example pattern: h.0.*,wte*"

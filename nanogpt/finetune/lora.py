@@ -1,9 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA"): a linear map W gets (alpha / rank) B A beside it, and only A
-and B are trained.
+"""LoRA adapters (Hu et al. 2021): a linear layer computes W + (alpha / rank) B A; only A and B are trained.
 
-B begins at 0, so an adapted model computes at first what the plain one does, to the bit. A checkpoint holds
-W, A and B, which a run needs to go on exactly; whoever opens it for anything else gets W + (alpha / rank) B A
-under W's name (`merged`), a plain model that costs what it did before.
+B is initialized to 0, so the adapted model initially equals the base model bitwise. Checkpoints hold W, A and
+B, for exact resume. Everything else loads the merged weight W + (alpha / rank) B A under W's name (`merged`),
+a plain model without extra inference cost.
 """
 
 import math
@@ -23,8 +22,8 @@ A, B = ".lora_a", ".lora_b"
 @dataclass(frozen=True)
 class Adapters:
     rank: int
-    alpha: float  # what they add counts alpha / rank
-    targets: str  # patterns of linear maps in blocks: their last name, or all of it
+    alpha: float  # adapter outputs are scaled by alpha / rank
+    targets: str  # comma-separated patterns for linear layers: last component or full name
 
     @property
     def scale(self) -> float:
@@ -32,7 +31,7 @@ class Adapters:
 
 
 class AdaptedLinear(nn.Module):
-    """x W^T + bias + scale (x A^T) B^T: (..., in) to (..., out), A (rank, in), B (out, rank)."""
+    """Linear layer with LoRA: x W^T + bias + scale (x A^T) B^T; A is (rank, in), B (out, rank)."""
 
     def __init__(self, plain: nn.Linear, adapters: Adapters):
         super().__init__()
@@ -47,8 +46,10 @@ class AdaptedLinear(nn.Module):
 
 
 def adapt(model: nn.Module, adapters: Adapters) -> list[str]:
-    """Put adapters beside the maps in blocks ("h.0.attn.c_attn") that `adapters.targets` names, as yet
-    without values; returns their names. UserError for a pattern that names none."""
+    """Add uninitialized adapters, in place, to the linear layers of blocks that match `adapters.targets`.
+
+    Return the names of the layers ("h.0.attn.c_attn"). Raise UserError if a pattern matches none.
+    """
     linear = [n for n, m in model.named_modules() if n.startswith("h.") and isinstance(m, nn.Linear)]
     chosen: set[str] = set()
     for pattern in (part.strip() for part in adapters.targets.split(",")):
@@ -56,8 +57,8 @@ def adapt(model: nn.Module, adapters: Adapters) -> list[str]:
         if not found:
             known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in linear))
             raise UserError(
-                f"--lora_targets: {pattern!r} names no linear map of a block; there are {known}, "
-                f"with the block in front {linear[0]} and so on"
+                f"--lora_targets: {pattern!r} matches no linear layer of a block; there are {known}, "
+                f"or with the block prefix, as in {linear[0]}"
             )
         chosen |= found
     for name in sorted(chosen):
@@ -70,7 +71,7 @@ def adapt(model: nn.Module, adapters: Adapters) -> list[str]:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """A as the layers of torch begin (uniform within 1 / sqrt(in)), B = 0."""
+    """Initialize A uniformly in +-1 / sqrt(in), as nn.Linear does, and B to 0, in place."""
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(A):
@@ -81,14 +82,14 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is an adapter's."""
+    """Return whether `name` is a parameter of an adapter."""
     return name.endswith((A, B))
 
 
 def merged(
     names: Iterable[str], read: Callable[[str], Tensor], adapters: Adapters
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `read` gives, each adapter added to its map; the sum is made in float64."""
+    """Yield (name, tensor) from `read` with each adapter merged into its weight, summed in float64."""
     known = set(names)
     for name in known:
         if is_adapter(name):

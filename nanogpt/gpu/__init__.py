@@ -1,1 +1,1 @@
-"""What a GPU is given: recorded steps, as much as fits, and its attention kernels."""
+"""GPU features: CUDA graphs, automatic batch size, attention kernels."""

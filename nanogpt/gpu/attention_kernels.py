@@ -1,4 +1,4 @@
-"""Which of torch's kernels a run uses: attention's, by preference and by name, and whether bits repeat."""
+"""Selection of torch's attention kernels, and of deterministic algorithms."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
 from nanogpt.runtime import DTYPES, Machine
 
-# In the order in which they are taken if nothing is asked: names of torch.nn.attention.SDPBackend.
+# Names of torch.nn.attention.SDPBackend, in torch's default order of preference.
 ATTENTION = {
     "flash": "FLASH_ATTENTION",
     "efficient": "EFFICIENT_ATTENTION",
@@ -22,13 +22,13 @@ ATTENTION = {
 
 @contextmanager
 def chosen(attention: str = "auto", deterministic: bool = False) -> Iterator[None]:
-    """Inside, torch's attention prefers the kernel `attention`, and takes another only for shapes that it
-    cannot do; `deterministic`: every kernel gives the same bits for the same input, or refuses."""
+    """Context in which torch prefers the attention kernel `attention` and falls back to others for shapes
+    that it does not support; `deterministic`: kernels are bitwise reproducible or raise."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     before = torch.are_deterministic_algorithms_enabled()
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -36,7 +36,7 @@ def chosen(attention: str = "auto", deterministic: bool = False) -> Iterator[Non
             yield
         else:
             others = [] if attention == "math" else [name for name in ATTENTION if name != attention]
-            order = [attention, *others]  # the plain formula can do every shape
+            order = [attention, *others]  # math supports every shape
             with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in order], set_priority=True):
                 yield
     finally:
@@ -44,8 +44,8 @@ def chosen(attention: str = "auto", deterministic: bool = False) -> Iterator[Non
 
 
 def attention_name(shape: GPTConfig, machine: Machine, length: int, biased: bool = False) -> str:
-    """The kernel that torch takes for the attention of a training step of `length` tokens, here and now;
-    `biased`: with scores added to it, as ALiBi's or a mask of documents."""
+    """Return the kernel that torch selects for the attention of a training step, for sequences of `length`
+    tokens; `biased`: with an additive bias (ALiBi or document mask)."""
     from torch.nn.attention import SDPBackend
 
     dtype, device = DTYPES[machine.dtype], machine.device
@@ -64,12 +64,12 @@ def _heads(count: int, length: int, size: int, dtype: torch.dtype, device: torch
 
 
 def require_attention(asked: str, shape: GPTConfig, machine: Machine, biased: bool) -> str:
-    """The name of the kernel; UserError if one is asked for that torch does not take for this run."""
+    """Return the name of the kernel; raise UserError if torch does not select the kernel `asked` for."""
     with chosen(asked):
         found = attention_name(shape, machine, shape.block_size, biased)
     if asked not in ("auto", found):
         raise UserError(
-            f"--attention={asked}: torch {torch.__version__} on {machine.name()} does not do it for heads of "
-            f"{shape.head_size} channels in {machine.dtype} and takes {found}; leave the option out"
+            f"--attention={asked}: torch {torch.__version__} on {machine.name()} does not support heads of "
+            f"{shape.head_size} channels in {machine.dtype} and uses {found}; leave the option out"
         )
     return found

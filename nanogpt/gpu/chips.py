@@ -1,9 +1,9 @@
-"""What chips can do at best."""
+"""Peak FLOP/s of GPUs, for MFU."""
 
-# Dense bf16 peak of a chip in FLOP/s, from the makers' data sheets. Unknown chips get no percentage.
+# Dense bf16 peak in FLOP/s, from data sheets. MFU is not reported for unknown chips.
 PEAK_FLOPS = {
     "A100": 312e12,
-    "H100 PCIe": 756e12,  # the first name that fits counts
+    "H100 PCIe": 756e12,  # the first matching name counts
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -15,5 +15,5 @@ PEAK_FLOPS = {
 
 
 def peak_flops(name: str) -> float | None:
-    """The data-sheet peak of the chip named so, or None where it is not known."""
+    """Return the data-sheet peak of the chip `name` in FLOP/s, or None if it is unknown."""
     return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)

@@ -1,8 +1,8 @@
-"""CUDA graphs: a whole training step, recorded once and replayed (decoding: inference/graph_decode.py).
+"""CUDA graphs: a whole training step, captured once and replayed (decoding: inference/graph_decode.py).
 
-A replay launches hundreds of kernels as one, without Python: where they are so short that a GPU waits for its
-next order (small models), that is most of the time. What is recorded reads and writes fixed places
-in memory, so inputs are copied to theirs, the rate among them. Nothing here has run on a GPU yet.
+A replay launches hundreds of kernels at once, without Python. In small models, whose kernels are so short
+that the GPU waits for launches, this saves most of the step time. A captured step reads and writes fixed
+addresses, so its inputs, including the learning rate, are copied there. Nothing here has run on a GPU yet.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from nanogpt.runtime import Machine
 
 T = TypeVar("T")
 Record = Callable[[Callable[[], T]], tuple[T, Callable[[], None]]]
-WARM_UPS = 3  # calls before the one that is recorded: kernels are loaded, workspaces made
+WARM_UPS = 3  # calls before capture, which load kernels and allocate workspaces
 
 
 def require_cuda(device: torch.device) -> None:
@@ -28,16 +28,16 @@ def require_cuda(device: torch.device) -> None:
 
 
 def cuda_graph(work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-    """What `work` returns, and what makes that be worked out: nothing is before it is called."""
+    """Capture `work`; return its result and a function that replays it. It is valid after a replay."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: other threads may call CUDA meanwhile.
+    # thread_local: other threads may call CUDA during capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = work()
     return result, graph.replay
 
 
 def aside(work: Callable[[], T], device: torch.device) -> T:
-    """`work` on a stream of its own, as it must run before it is recorded."""
+    """Run `work` on a side stream, as required before capture, and return its result."""
     if device.type != "cuda":
         return work()
     stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -52,22 +52,22 @@ def aside(work: Callable[[], T], device: torch.device) -> T:
 
 
 def require_recordable(options: MachineOptions, machine: Machine, scored: bool) -> None:
-    """UserError if a run of these options cannot be recorded; `scored`: some targets are left out."""
+    """Raise UserError if a run with these options cannot be captured; `scored`: some targets are ignored."""
     require_cuda(machine.device)
     problems = {
         "several processes": machine.world.size > 1,
-        "float16, whose scaled loss is looked at in each iteration": machine.dtype == "float16",
-        "--activation_checkpointing, which saves random states": options.activation_checkpointing,
-        "data of prompts and responses, of which each batch scores another number of tokens": scored,
+        "float16, whose gradient scaler synchronizes in each iteration": machine.dtype == "float16",
+        "--activation_checkpointing, which saves RNG states": options.activation_checkpointing,
+        "data of prompts and responses, whose batches differ in scored tokens": scored,
     }
     if wrong := [what for what, there in problems.items() if there]:
-        raise UserError(f"--cuda_graph=True does not go with {' and '.join(wrong)}; leave the option out")
+        raise UserError(f"--cuda_graph=True does not support {' and '.join(wrong)}; leave the option out")
 
 
 class StepGraph:
-    """A training step for batches of one shape: the first few calls run as ever, the next is recorded, and
-    replayed from then on. Batches of another shape (--batch_ramp_tokens) run as ever. The result of a call
-    is overwritten by the next one."""
+    """A training step for batches of one shape: the first WARM_UPS calls run eagerly, the next is captured
+    and replayed from then on. Batches of another shape (--batch_ramp_tokens) run eagerly. Each call
+    overwrites the result of the previous one."""
 
     def __init__(
         self,
@@ -76,11 +76,11 @@ class StepGraph:
         machine: Machine,
         record: Record = cuda_graph,
     ):
-        self.step, self.windows = step, windows  # train.train_step, and of a full batch
+        self.step, self.windows = step, windows  # train.train_step, sequences per full batch
         self.machine, self.record = machine, record
         self.calls = 0
         self.lr = torch.zeros((), device=machine.device)
-        self.batches: list[tuple[Tensor, ...]] = []  # where a recorded step finds them
+        self.batches: list[tuple[Tensor, ...]] = []  # static inputs of the captured step
         self.result: tuple[Tensor, Tensor] | None = None
         self.replay: Callable[[], None] | None = None
 
@@ -110,7 +110,7 @@ class StepGraph:
         return self.result
 
     def _take(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
-        """Put `batches` where they are looked for."""
+        """Copy `batches` to the static inputs, which are allocated at first."""
         for number, batch in enumerate(batches):
             if number == len(self.batches):
                 self.batches.append(tuple(part.clone() for part in batch))

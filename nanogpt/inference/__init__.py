@@ -1,1 +1,1 @@
-"""Text from a model: batched generation with a KV cache, sampling, and kernels for CPUs."""
+"""Text generation: batched decoding with a KV cache, sampling, and CPU kernels."""

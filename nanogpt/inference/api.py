@@ -1,4 +1,4 @@
-"""A trained model in Python: text in, text out.
+"""Python API for text generation with a trained model.
 
 from nanogpt import load
 
@@ -25,12 +25,12 @@ from nanogpt.model import GPT
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-SEEDS = 1 << 63  # of torch's generators
+SEEDS = 1 << 63  # exclusive upper bound of seeds of torch.Generator
 
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a text is: its tokens but the first, and the natural logarithms of their probabilities."""
+    """Tokens of a text after the first, and their log-probabilities (natural log)."""
 
     tokens: list[str]
     logprobs: list[float]
@@ -46,23 +46,23 @@ class Score:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    model: GPT  # in evaluation mode, its weights as `load` was told
+    model: GPT  # in evaluation mode, weights in the dtype given to `load`
     tokenizer: Tokenizer
     machine: runtime.Machine
-    origin: str  # where it lies
-    decoder: type[Engine] = Engine  # or graph_decode.GraphDecoder, on a GPU
+    origin: str  # source of the weights, for messages
+    decoder: type[Engine] = Engine  # or graph_decode.GraphEngine on a GPU
 
     def encode(self, prompt: str) -> list[int]:
-        """The ids of a prompt; an empty one is the end of a text, or a new line, which it usually stands
-        for. UserError shows characters that the model cannot read."""
+        """Return the token ids of a prompt; an empty one becomes the end-of-text token or, without one, a
+        newline. Raise UserError if a character is not in the vocabulary or the text is not valid UTF-8."""
         if prompt:
             try:
                 return self.tokenizer.encode_prompt(prompt)
             except UserError as error:
-                raise UserError(f"the prompt has characters that the model cannot read: {error}") from None
+                raise UserError(f"the prompt cannot be encoded: {error}") from None
             except UnicodeEncodeError as error:
                 found = f"{prompt[error.start]!r} at character {error.start}"
-                raise UserError(f"the prompt is no text in UTF-8: {found}; give one that is") from None
+                raise UserError(f"the prompt is not valid UTF-8: {found}; give valid UTF-8 text") from None
         end = self.tokenizer.end_of_text
         return [end] if end is not None else self.encode("\n")
 
@@ -81,17 +81,17 @@ class LanguageModel:
         logprobs: int | None = None,
         **controls: Unpack[Controls],
     ) -> list[Completion]:
-        """What `write` turns into text: `num_samples` for each prompt, one prompt after another. Sample i
-        of a prompt has the seed `seed` + i, whatever is written beside it."""
+        """Return the completions to pass to `write`: `num_samples` per prompt, grouped by prompt. Sample i of
+        each prompt uses the seed `seed` + i, independent of the batch. Raise UserError for invalid values."""
         options = SamplingOptions(**controls)
         if max_new_tokens < 0 or num_samples < 1:
             raise UserError(
-                f"max_new_tokens={max_new_tokens}, num_samples={num_samples} given; at least 0 and 1"
+                f"max_new_tokens={max_new_tokens}, num_samples={num_samples} given; at least 0 and 1 required"
             )
         if not -SEEDS <= seed < SEEDS - num_samples:
-            raise UserError(f"seed={seed} given; a seed has 63 bits at most")
+            raise UserError(f"seed={seed} given; a seed has at most 63 bits")
         if logprobs is not None and logprobs < 0:
-            raise UserError(f"logprobs={logprobs} given; it must be 0 (of the tokens written) or more")
+            raise UserError(f"logprobs={logprobs} given; it must be 0 (sampled tokens only) or more")
         stops = [stop] if isinstance(stop, str) else list(stop)
         end = self.tokenizer.end_of_text if stop_at_end else None
         return [
@@ -103,7 +103,7 @@ class LanguageModel:
     def write(
         self, completions: Sequence[Completion], batch_size: int = 16
     ) -> Iterator[tuple[Completion, Token, str]]:
-        """Write them, `batch_size` at once: each token as it comes, with the text that is certain with it."""
+        """Generate, `batch_size` sequences at a time; yield each new token with the text to emit."""
         longest = max((len(c.text.ids) + c.max_new_tokens for c in completions), default=1)
         slots = max(1, min(batch_size, len(completions)))
         yield from complete(self.decoder(self.model, slots, longest), completions)
@@ -120,8 +120,8 @@ class LanguageModel:
         batch_size: int = 16,
         **controls: Unpack[Controls],
     ) -> str | list[str] | list[list[str]]:
-        """What the model writes after `prompt`, without the prompt: a string; a list of `num_samples` if
-        that is above 1; for a list of prompts, a list of these. `controls`: see SamplingOptions."""
+        """Return the continuation of `prompt`, without the prompt: a string; a list of `num_samples` strings
+        if that is above 1; for a list of prompts, a list of these. `controls`: see SamplingOptions."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         done = self.completions(
             prompts,
@@ -150,7 +150,7 @@ class LanguageModel:
         seed: int = 1337,
         **controls: Unpack[Controls],
     ) -> Iterator[str]:
-        """The text of `generate`, piece by piece: whole characters, nothing of a stop string."""
+        """Yield the text of `generate` in pieces: complete characters only, never part of a stop string."""
         done = self.completions(
             [prompt],
             max_new_tokens=max_new_tokens,
@@ -162,7 +162,7 @@ class LanguageModel:
         yield from (piece for _, _, piece in self.write(done) if piece)
 
     def score(self, text: str) -> Score:
-        """How likely `text` is, token by token; the context of each is what `generate` would see."""
+        """Return the log-probability of each token of `text`, given the context that `generate` would use."""
         ids = self.encode(text)
         found = score(self.model, ids)
         logprobs = [token.logprob for token in found if token.logprob is not None]
@@ -178,15 +178,15 @@ def load(
     dtype: str = "auto",
     notice: Callable[[str], object] = lambda line: None,
 ) -> LanguageModel:
-    """The model that `name` stands for: a run folder (its checkpoint `which`: best, last or a step), a
-    Hugging Face folder, gpt2 to gpt2-xl, nanoGPT's ckpt.pt; "resume" is the folder `run`.
+    """Load the model `name`: a run folder (checkpoint `which`: best, last or a step), a Hugging Face folder,
+    gpt2 to gpt2-xl, or a nanoGPT ckpt.pt; "resume" is the run folder `run`.
 
-    `dtype`: of the weights: float32, bfloat16, float16, int8 (each row of a matrix rounded to 255 steps; on
-    CPUs only), or auto, what is fast here. `notice` is called with lines that the user should see. UserError
-    says what is wrong, and what can be given.
+    `dtype` of the weights: float32, bfloat16, float16, int8 (symmetric per-row quantization, CPU only), or
+    auto, the fastest on the device. `notice` is called with each message for the user. Raise UserError if
+    the model cannot be loaded or an option is invalid.
     """
     if dtype not in ("auto", "int8", *runtime.DTYPES):
-        raise UserError(f"dtype={dtype} given; it can be auto, int8, {', '.join(runtime.DTYPES)}")
+        raise UserError(f"dtype={dtype} given; it must be one of auto, int8, {', '.join(runtime.DTYPES)}")
     found = weights.open_weights(str(name), ROOT, run, which)
     for line in found.notices:
         notice(line)
@@ -195,12 +195,12 @@ def load(
     if dtype == "int8":
         if machine.device.type != "cpu":
             raise UserError(
-                f"int8 weights are for CPUs, and this is {machine.name()}, where they are no faster; "
-                f"use dtype bfloat16, or device cpu"
+                f"int8 weights require a CPU, but the device is {machine.name()}; "
+                f"use dtype bfloat16 or device cpu"
             )
         machine = replace(machine, reason=machine.reason.replace("bfloat16", "int8"))
     model = found.load(found.fitted(), machine.device)
     quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
     if machine.device.type == "cpu" and cpu_kernels.why_not():
-        notice(f"tokens take up to twice as long as they could: {cpu_kernels.why_not()}")
+        notice(f"generation may take up to twice as long: {cpu_kernels.why_not()}")
     return LanguageModel(model, tokens, machine, found.origin)

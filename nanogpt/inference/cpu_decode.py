@@ -1,10 +1,10 @@
-"""One more token of each text, on a CPU: what `GPT.hidden` does with a `Step`, in fewer calls.
+"""Low-overhead decode step on a CPU: equivalent to `GPT.hidden` with a `Step`, in fewer calls.
 
-One token costs the reading of the weights, 3.7 ms for GPT-2 (124M) in int8 on two cores, and the calls around
-them: of modules, of views, of products that are too small to matter. Here all is looked up once, texts are
-rows (B, C), and a layer is some dozen calls. tests/test_generate.py compares it with the plain model.
+A decode step costs reading the weights (3.7 ms for GPT-2 124M in int8 on two cores) plus the overhead of
+calling modules, creating views and running small ops. Here attributes are looked up once, sequences are rows
+(B, C), and a layer takes about a dozen calls. tests/test_generate.py compares it with the plain model.
 
-Shapes: B texts, C channels (n_embd), nh heads, n_kv_head heads of keys and values, hs channels a head.
+Shapes: B sequences, C channels (n_embd), nh query heads, n_kv_head key/value heads, hs channels per head.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 class _Block(NamedTuple):
-    """The maps of a block, as functions: calling a module costs a microsecond each time."""
+    """Layers of a block as bound functions: calling nn.Module costs about 1 us per call."""
 
     ln_1: Map
     c_attn: Map
@@ -35,7 +35,7 @@ class _Block(NamedTuple):
 
 
 class DecodeStep:
-    """Reads one token in each of the first B slots of `cache`; the weights must be the model's for good."""
+    """Process one token in each of the first B slots of `cache`; the model's modules must not be replaced."""
 
     def __init__(self, model: Any, cache: KVCache):  # a GPT
         config = model.config
@@ -57,7 +57,7 @@ class DecodeStep:
         ]
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        """Hidden states (B, C) of tokens (B,), int64, that of slot i being at `positions[i]` of its text."""
+        """Return hidden states (B, C) of tokens (B,), int64, where slot i is at position `positions[i]`."""
         B, length = len(positions), max(positions) + 1
         at = torch.tensor(positions)
         x = self._embed(tokens, at)
@@ -83,7 +83,7 @@ class DecodeStep:
         return x + F.embedding(at, self.position.wpe.weight) if isinstance(self.position, Learned) else x
 
     def _split(self, parts: Tensor, turn: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Queries (B, nh, hs), and keys and values (2, B, n_kv_head, hs), from (B, nh + 2 n_kv_head, hs)."""
+        """Split (B, nh + 2 n_kv_head, hs) into q (B, nh, hs) and kv (2, B, n_kv_head, hs)."""
         if not self.qk_norm and turn is None:
             q, kv = parts[:, : self.heads], parts[:, self.heads :]
             return q, kv.view(-1, 2, self.kv_heads, self.head_size).transpose(0, 1)
@@ -95,8 +95,8 @@ class DecodeStep:
         return qk[:, : self.heads], torch.stack([qk[:, self.heads :], v])
 
     def _attention(self, at: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """What keeps a token's key and value, and attends: y (B, nh hs) from q (B, nh, hs), kv (2, B,
-        n_kv_head, hs), and the layer's keys and values."""
+        """Return the function that caches the new keys and values and attends: y (B, nh hs) from q (B, nh,
+        hs), kv (2, B, n_kv_head, hs), and the layer's cached keys and values."""
         if self.native:
             return partial(cpu_kernels.attend, lengths=at + 1)
         B, dtype, bias = len(at), self.cache.keys.dtype, None
@@ -116,13 +116,15 @@ class DecodeStep:
 
 
 def kept_in(model: Any) -> torch.dtype:
-    """The type of keys and values on a CPU: the activations', where cpu_kernels.cpp attends in it, else
-    float32: one bfloat16 query takes torch 670 us where a float32 one takes 91 (12 heads, 525 keys)."""
+    """Return the KV cache dtype on a CPU: the activation dtype if cpu_kernels.cpp supports it, else float32.
+
+    torch's attention takes 670 us for one bfloat16 query and 91 us for a float32 one (12 heads, 525 keys).
+    """
     return _own(model) if _natively(model) else torch.float32
 
 
 def _own(model: Any) -> torch.dtype:
-    """The type of a model's activations."""
+    """Return the dtype of the model's activations."""
     return model.wte(torch.zeros(1, dtype=torch.int64)).dtype
 
 

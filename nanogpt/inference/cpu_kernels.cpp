@@ -1,11 +1,11 @@
-// Matrices times few rows, and attention of one query a head, on a CPU: what one more token of a text costs.
+// CPU kernels for decoding: matrix products with few rows of activations, and attention with one query per head.
 //
-// That is reading matrices, keys and values. So a matrix is read once, from front to back, by all threads, and a
-// few rows cost what one does. cpu_kernels.py compiles this file for the processor it is to run on, and calls it.
+// Both are bound by reading weights, keys and values from memory. A matrix is therefore read once, sequentially, by
+// all threads, and a few rows cost as much as one. cpu_kernels.py compiles this file for the local processor.
 //
-// A matrix (n, m) lies in groups of 32 rows: of each row 4 bytes (1 float32, 2 bfloat16, 4 int8), then the next 4
-// of each, and so on. 4 bytes of a row of activations are multiplied with those of all 32 at once. So every sum has
-// a lane of its own and one order, and a text gives the same bits in any company.
+// Layout: a matrix (n, m) is packed in groups of 32 rows: 4 bytes of each row (1 float32, 2 bfloat16 or 4 int8), then
+// the next 4 bytes of each, and so on. 4 bytes of activations are multiplied with those of all 32 rows at once. Each
+// sum has its own SIMD lane and a fixed order, so results are bitwise independent of the rest of the batch.
 
 #include <cmath>
 #include <cstdint>
@@ -30,11 +30,11 @@ struct Float32 {
     static Sums add(Sums sums, words w, words x) { return sums + (floats)w * (floats)x; }
 };
 
-// Two bfloat16 lie in 32 bits, each the upper half of a float32: the one with the even number, and the odd one.
+// Split 16 pairs of bfloat16 into float32: even-numbered (lower halves) and odd-numbered elements (upper halves).
 static inline floats even(words pairs) { return (floats)(pairs << 16); }
 static inline floats odd(words pairs) { return (floats)(pairs & 0xffff0000u); }
 
-struct BFloat16 {  // two to a lane
+struct BFloat16 {  // two per lane
     using Sums = floats;
     static Sums add(Sums sums, words w, words x) {
 #ifdef __AVX512BF16__
@@ -46,7 +46,7 @@ struct BFloat16 {  // two to a lane
     }
 };
 
-struct Int8 {  // four to a lane: whole weights of -127 to 127, and digits that are 128 too large
+struct Int8 {  // four per lane: weights w in -127 ... 127, activation digits x with an offset of 128
     using Sums = ints;
     static Sums add(Sums sums, words w, words x) {
 #ifdef __AVX512VNNI__
@@ -59,12 +59,12 @@ struct Int8 {  // four to a lane: whole weights of -127 to 127, and digits that 
     }
 };
 
-// Whether it is worth it to wake the other threads, some microseconds, for so many numbers.
+// Return whether the work (multiply-adds) is worth waking the thread pool, which takes a few us.
 static bool wakes(int threads, long numbers) { return threads > 1 && numbers >= 1 << 16; }
 
-constexpr long GROUP = 32, DEEPEST = 8;  // rows of weights, and of activations, that are summed at once
+constexpr long GROUP = 32, DEEPEST = 8;  // tile size: rows of weights, maximum rows of activations
 
-// Sums of a group of weights times DEEP rows of activations, each of `steps` times 4 bytes.
+// Dot products of one group of weight rows and DEEP rows of activations, each row having 4 * `steps` bytes.
 template <class Format, int DEEP, class T>
 static inline void tile(const char *w, const char *x, long steps, T sums[DEEPEST][GROUP]) {
     typename Format::Sums lanes[DEEP][2] = {};
@@ -93,8 +93,8 @@ static void tiles(int deep, const char *w, const char *x, long steps, T sums[DEE
     }
 }
 
-// All sums of n rows of weights times `rows` of activations; keep(i, wide, j, deep, sums) is told those from row i
-// of the weights and j of the activations on. To be called by all threads of a team.
+// Dot products of n weight rows and `rows` activation rows, tile by tile: keep(i, wide, j, deep, sums) receives those
+// of `wide` weight rows from i and `deep` activation rows from j. Must be called by all threads of an OpenMP team.
 template <class Format, class T, class Keep>
 static void product(const void *w, long n, const void *x, long rows, long steps, Keep keep) {
 #pragma omp for schedule(static)
@@ -109,7 +109,7 @@ static void product(const void *w, long n, const void *x, long rows, long steps,
     }
 }
 
-static inline uint16_t to_bfloat16(float value) {  // to the nearest, ties to even
+static inline uint16_t to_bfloat16(float value) {  // round to nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
@@ -123,7 +123,7 @@ static inline float from_bfloat16(uint16_t half) {
     return value;
 }
 
-// The two digits of m activations, each 128 too large, and what the first digit counts.
+// Quantize m activations to two 8-bit digits each, with an offset of 128; return the scale of the first digit.
 static float to_digits(const float *x, long m, uint8_t *digits) {
     float largest = 1e-30f;
     for (long k = 0; k < m; k++) largest = std::fabs(x[k]) > largest ? std::fabs(x[k]) : largest;
@@ -136,7 +136,7 @@ static float to_digits(const float *x, long m, uint8_t *digits) {
     return unit;
 }
 
-// How 64 bytes of keys or values become rows of 16 floats.
+// Cache element types: split() converts 64 bytes of keys or values to ROWS vectors of 16 floats.
 struct Single {
     using Number = float;
     enum { ROWS = 1 };
@@ -164,10 +164,10 @@ static inline float total(floats v) {
     return (rest[0] + rest[2]) + (rest[1] + rest[3]);
 }
 
-// y (size) of a query (size) over `length` keys and values (length, size).
+// Attention output y (size) of one query (size) over keys and values (length, size); `weights` (length) is scratch.
 template <class Kind, class T = typename Kind::Number>
 static void attend_one(const T *query, const T *keys, const T *values, long length, int size, float *weights, T *y) {
-    enum { MOST = 16 };  // rows of 16 floats: heads of up to 256 channels
+    enum { MOST = 16 };  // vectors of 16 floats: head sizes up to 256
     constexpr int ROWS = Kind::ROWS, WIDTH = 16 * ROWS;
     floats q[MOST], sums[MOST] = {}, here[ROWS];
     for (int i = 0; i < size; i++) q[i / WIDTH * ROWS + i % ROWS][i % WIDTH / ROWS] = Kind::number(query[i]);
@@ -190,7 +190,7 @@ static void attend_one(const T *query, const T *keys, const T *values, long leng
     for (int i = 0; i < size; i++) y[i] = Kind::rounded(sums[i / WIDTH * ROWS + i % ROWS][i % WIDTH / ROWS] / sum);
 }
 
-// As attend_float32 below.
+// Implementation of attend_float32 and attend_bfloat16 below.
 template <class Kind, class T = typename Kind::Number>
 static void attend(const T *q, long q_row, const T *k, const T *v, long kv_row, T *keys, T *values, long slot,
                    long head, const int64_t *lengths, int texts, int kv_heads, int group, int size, T *y,
@@ -212,7 +212,7 @@ static void attend(const T *q, long q_row, const T *k, const T *v, long kv_row, 
 
 extern "C" {
 
-// y (rows, n) = x (rows, m) times w (n, m) transposed, plus bias (n) unless that is null.
+// y (rows, n) = x (rows, m) times the transpose of w (n, m), plus bias (n) if not null.
 void product_float32(const float *w, const float *bias, long n, long m, const float *x, long rows, float *y,
                      int threads) {
 #pragma omp parallel num_threads(threads) if (wakes(threads, rows * n * m))
@@ -232,8 +232,8 @@ void product_bfloat16(const uint16_t *w, const uint16_t *bias, long n, long m, c
     });
 }
 
-// As above, with w in whole numbers, row i being step[i] times them; whole[i] is the sum of row i. An activation
-// is rounded to a 127th of the largest of its row times (high + low / 254), both whole numbers of 8 bits.
+// As above with int8 weights: row i has the scale step[i] and the sum whole[i], which corrects the digit offset.
+// Activations are quantized per row as max |x| / 127 * (high + low / 254), high and low being 8-bit integers.
 void product_int8(const int8_t *w, const float *step, const int32_t *whole, const float *bias, long n, long m,
                   const float *x, long rows, float *y, int threads) {
     std::vector<uint8_t> digits(2 * rows * m);
@@ -255,9 +255,9 @@ void product_int8(const int8_t *w, const float *step, const int32_t *whole, cons
     }
 }
 
-// Attention of one token of each text, whose queries, keys and values lie q_row and kv_row numbers apart, over the
-// first lengths[i] tokens of its slot, this one being the last: its key and value are written there. Slots of keys
-// and values (kv_heads, tokens, size) lie `slot`, their heads `head` numbers apart; y is (texts, heads, size).
+// Attention of one token per sequence over the first lengths[i] tokens of slot i, including itself: first stores its
+// key k and value v at lengths[i] - 1. Strides in elements: q_row, kv_row between sequences of q and of k, v; `slot`,
+// `head` between slots and heads of keys and values (slots, kv_heads, tokens, size). y is (texts, heads, size).
 void attend_float32(const float *q, long q_row, const float *k, const float *v, long kv_row, float *keys,
                     float *values, long slot, long head, const int64_t *lengths, int texts, int kv_heads, int group,
                     int size, float *y, int threads) {

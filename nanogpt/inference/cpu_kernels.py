@@ -1,7 +1,8 @@
-"""cpu_kernels.cpp, compiled for this processor when it is first wanted, and called from Python.
+"""Bindings of cpu_kernels.cpp, compiled for the local processor on first use.
 
-That takes Linux, a C++ compiler (g++, or what CXX names) and a second; the result is kept in the user's
-cache, by its source, the compiler and the processor. Elsewhere torch's own products serve, at half the speed.
+Requires Linux and a C++ compiler (g++, or the one named by CXX). Compilation takes about a second; the result
+is kept in the user's cache folder under a hash of source, compiler and processor. Without it, torch's
+matrix products are used, at half the speed.
 """
 
 import ctypes
@@ -27,7 +28,7 @@ from nanogpt import files
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp", "-shared", "-fPIC"]
-GROUP = 32  # rows of a matrix that lie together, as in cpu_kernels.cpp
+GROUP = 32  # rows packed together, as in cpu_kernels.cpp
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _PRODUCT = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT]
 _ATTEND = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER]
@@ -44,12 +45,13 @@ PRODUCT = {
     torch.bfloat16: "product_bfloat16",
     torch.int8: "product_int8",
 }
-ATTEND = {torch.float32: ("attend_float32", 16), torch.bfloat16: ("attend_bfloat16", 32)}  # channels a step
+ATTEND = {torch.float32: ("attend_float32", 16), torch.bfloat16: ("attend_bfloat16", 32)}  # channel multiple
 
 
 def product(kind: torch.dtype, weights: Sequence[Tensor | None], n: int, rows: Tensor) -> Tensor:
-    """rows (count, m) times a matrix (n, m) transposed, (count, n), by PRODUCT[kind]; `weights`: the tensors
-    that it takes before n, None for a null pointer."""
+    """Return `rows` (count, m) times the transpose of a packed matrix (n, m), (count, n), by PRODUCT[kind].
+
+    `weights`: the tensor arguments before n; None passes a null pointer."""
     rows = rows.contiguous()
     count, m = rows.shape
     y = torch.empty((count, n), dtype=rows.dtype)
@@ -60,16 +62,17 @@ def product(kind: torch.dtype, weights: Sequence[Tensor | None], n: int, rows: T
 
 
 def attends(dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `attend` does heads of so many channels in this type."""
+    """Return whether `attend` supports this dtype and head size."""
     fits = dtype in ATTEND and head_size % ATTEND[dtype][1] == 0 and head_size <= 256
     return fits and library() is not None
 
 
 def attend(q: Tensor, kv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of one token of each text over the first lengths[i] of its slot, itself being the last one.
+    """Attention of one token per sequence over the first lengths[i] tokens of slot i, itself included.
 
-    q (B, nh, hs), kv (2, B, n_kv_head, hs): its key and value, which are written into keys and values
-    (at least B, n_kv_head, T, hs); lengths int64 (B,). All of one type; returns (B, nh * hs).
+    q (B, nh, hs); kv (2, B, n_kv_head, hs): its key and value, stored in place in `keys` and `values`
+    (at least B, n_kv_head, T, hs) at lengths[i] - 1; lengths int64 (B,). All others of one dtype; returns
+    (B, nh * hs).
     """
     B, heads, size = q.shape
     assert q.dtype == kv.dtype == keys.dtype == values.dtype and lengths.dtype == torch.int64
@@ -88,13 +91,13 @@ def attend(q: Tensor, kv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor)
 
 
 class NoCompiler(Exception):
-    """Why cpu_kernels.cpp cannot be compiled here, and what would help."""
+    """Raised if cpu_kernels.cpp cannot be compiled; the message gives the cause and the remedy."""
 
 
 def packed(weight: Tensor) -> Tensor:
-    """A matrix (n, m) as cpu_kernels.cpp reads it, rows of zeros added up to whole groups.
+    """Pack a matrix (n, m) into the layout of cpu_kernels.cpp, zero-padded to a multiple of GROUP rows.
 
-    m times the bytes of a number must be a multiple of 4."""
+    m times the element size in bytes must be a multiple of 4."""
     n, m = weight.shape
     unit = 4 // weight.element_size()
     groups = -(-n // GROUP)
@@ -104,12 +107,12 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def library() -> Any | None:
-    """The compiled functions, or None; `why_not` says why."""
+    """Return the compiled library, or None if it is unavailable (see `why_not`)."""
     return _tried()[0]
 
 
 def why_not() -> str:
-    """Why `library` is None, and what would help; "": it is not, or nothing would."""
+    """Return why `library` is None and how to fix it; "" if it is loaded or the platform is unsupported."""
     return _tried()[1]
 
 
@@ -136,7 +139,7 @@ def _library() -> Any:
             with files.staged(file) as unfinished:
                 _compile(command, unfinished)
         return _opened(file)
-    except OSError:  # a home that is full or read-only: compiled anew each time
+    except OSError:  # cache folder full or read-only: compile in each process
         with tempfile.TemporaryDirectory() as folder:
             _compile(command, Path(folder) / name)
             return _opened(Path(folder) / name)
@@ -151,11 +154,11 @@ def _opened(file: Path) -> Any:
 
 def _command() -> list[str]:
     asked = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    compiler = [word for word in asked if not word.startswith("-")]  # "ccache g++", say
+    compiler = [word for word in asked if not word.startswith("-")]  # such as "ccache g++"
     options = [word for word in asked if word.startswith("-")]
     if missing := [word for word in compiler if shutil.which(word) is None]:
-        raise NoCompiler(f"there is no C++ compiler {missing[0]} (apt install g++, or set CXX)")
-    # torch's own OpenMP, where it has one: two sets of threads would wait for each other's processors
+        raise NoCompiler(f"C++ compiler {missing[0]} not found (apt install g++, or set CXX)")
+    # link torch's bundled OpenMP, if any: two thread pools would compete for the cores
     theirs = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     return [*compiler, *FLAGS, *options, str(SOURCE), *map(str, theirs[:1])]
 
@@ -166,7 +169,7 @@ def _version(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What this processor can do, as Linux says it."""
+    """Return the processor's model and feature flags from /proc/cpuinfo."""
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
         known = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
     return platform.machine() + "".join(sorted(known))
@@ -180,13 +183,13 @@ def _compile(command: list[str], target: Path) -> None:
 
 
 def release_threads() -> None:
-    """Let go of the threads that share this thread's products; from now on another thread computes.
+    """Release the calling thread's OpenMP pool; call it before another thread starts to compute.
 
-    OpenMP keeps them as long as the thread lives that asked for them. Where those of two are more than the
-    cores, libgomp lets all sleep after each product: a token takes 1.5 times as long (85M) or twice (0.8M).
+    OpenMP keeps a pool per calling thread for the thread's lifetime. If two pools exceed the number of cores,
+    libgomp threads sleep after each product: decoding takes 1.5 times as long (85M) or twice (0.8M).
     """
     if not sys.platform.startswith("linux"):
         return
-    with suppress(OSError, AttributeError):  # another OpenMP
+    with suppress(OSError, AttributeError):  # not GNU OpenMP
         soft = 1  # omp_pause_soft of omp.h
         ctypes.CDLL(None).omp_pause_resource_all(soft)

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: whole characters only, and nothing of a stop string."""
+"""Streaming detokenization: emits complete characters only, and never part of a stop string."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -8,27 +8,27 @@ from nanogpt.tokenizer.tokenizer import CharTokenizer, Tokenizer, decode
 
 
 class TextStream:
-    """`push` each token, then `end`: the pieces together are what `tokenizer.decode` gives of all tokens,
-    up to the first stop string that is complete.
+    """Incremental decoder: `push` each token, then call `end`. The concatenated pieces equal
+    `tokenizer.decode` of all tokens, truncated before the first complete stop string.
 
-    A character whose bytes are not all there is held back, and so is what may be the beginning of a stop
-    string. `stopped` says that one was found; nothing comes after it.
+    Incomplete UTF-8 characters and possible prefixes of a stop string are held back. `stopped` is set once a
+    stop string has been found; later calls return "". Raise UserError if a stop string is empty.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         if "" in stop:
-            raise UserError("a stop string is empty; give at least one character, or no stop string")
+            raise UserError("a stop string is empty; give at least one character, or omit it")
         self.stop = stop
         self.stopped = False
         self._held = ""
         self._decode = _decoder(tokenizer)
 
     def push(self, token: int) -> str:
-        """The text that is certain with `token`, after what was certain before."""
+        """Add `token`; return the text that can be emitted after it, possibly ""."""
         return "" if self.stopped else self._sift(self._decode(token))
 
     def end(self) -> str:
-        """The text that was held back: nothing follows. Half characters become U+FFFD."""
+        """Finish the stream; return the text held back. Incomplete characters become U+FFFD."""
         if self.stopped:
             return ""
         certain = self._sift(self._decode(None))
@@ -37,7 +37,7 @@ class TextStream:
 
     def _sift(self, new: str) -> str:
         text = self._held + new
-        # The one that is complete first, whatever the borders of tokens; of two, the longer.
+        # Pick the stop string that ends first, whatever the token boundaries; in a tie, the longer one.
         found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]
         if found:
             self.stopped, self._held = True, ""
@@ -49,13 +49,13 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 def _decoder(tokenizer: Tokenizer) -> Callable[[int | None], str]:
-    """From a token to the text it adds; from None, what was left."""
+    """Return a function from a token to the text it adds; None flushes the pending bytes."""
     if isinstance(tokenizer, CharTokenizer):
         characters = tokenizer.characters
         return lambda token: "" if token is None else characters[token]
@@ -70,8 +70,8 @@ def _decoder(tokenizer: Tokenizer) -> Callable[[int | None], str]:
 
 
 class _WholeText:
-    """For tokenizers whose text depends on neighbouring tokens (blanks of WordPiece, say): all tokens are
-    decoded anew, and the end is held back while it is no whole character."""
+    """Fallback for tokenizers whose text depends on neighboring tokens (such as spaces in WordPiece): decode
+    all tokens each time, and hold back an incomplete character at the end."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.ids, self.given = tokenizer, list[int](), ""

@@ -1,30 +1,30 @@
-"""Texts written by a model, many at once, each at its own pace.
+"""Batched generation with a KV cache and continuous batching.
 
-A `Engine` has a fixed number of slots and the cache for them. Texts come and go at any time (continuous
-batching); each step gives every text one more token:
+An `Engine` has a fixed number of slots and a KV cache for them. Sequences (`Text`) can be added and removed
+between any two steps; each step generates one token for every sequence:
 
-    decoder = Decoder(model, slots=16)
+    engine = Engine(model, slots=16)
     text = Text(prompt_ids, SamplingOptions(temperature=0.8), seed=1, logprobs=5)
     completion = Completion(text, tokenizer, max_new_tokens=100, stop=["\n\n"])
-    decoder.add([text])                      # at most decoder.free of them; reads all but the last token
-    while decoder.texts:
-        for text, token in decoder.step():   # token.id, token.logprob, token.top; text.ids has grown
-            piece = completion.take(token)   # the text that is certain now, perhaps ""
+    engine.add([text])                       # at most engine.free; prefills all but the last prompt token
+    while engine.texts:
+        for text, token in engine.step():    # token.id, token.logprob, token.top; appends to text.ids
+            piece = completion.take(token)   # new text, or "" while it is incomplete
             if completion.finish_reason:     # "stop" or "length"
-                decoder.remove(text)         # its slot is free at once
+                engine.remove(text)          # frees the slot immediately
 
-`complete` is that loop for any number of completions.
+`complete` runs this loop for any number of completions.
 
-A step runs slots 0 to len(decoder.texts) - 1: `remove` moves the last text into the hole, so that it never
-computes more texts than there are. What a text has in common with the beginning of another one, or of one
-that was in a slot before, is not read again (samples of one prompt, a preamble of many). As a text
-has nothing to do with its neighbours and its random numbers come from its own seed, it is the same alone and
-in company: to the bit of what the matrix products give, see docs/generation.md.
+A step computes slots 0 to len(engine.texts) - 1: `remove` moves the last sequence into the freed slot, so no
+empty slot is computed. A prefix shared with another sequence, or with a removed one whose cache entries still
+exist, is copied instead of recomputed (several samples per prompt, a common system prompt). Sequences do not
+interact, and each has its own random generator, so a result does not depend on the rest of the batch, up to
+the rounding of the matrix products: see docs/generation.md.
 
-**Beyond the context.** The model sees the tokens from `window_start(n, block_size)` on, n being the
-tokens of prompt and text together: all of them up to block_size; then half of a context is dropped at
-a time, and the rest read anew, so that a token costs two instead of block_size. What is seen is a
-function of n alone, not of where the prompt ended.
+**Beyond the context length.** With n tokens so far (prompt included), the model sees those from
+`window_start(n, block_size)` on: all of them up to block_size; beyond that, half a context is dropped at a
+time and the rest is prefilled again, an amortized cost of two tokens per token instead of block_size. The
+visible tokens depend on n alone, not on the prompt length.
 """
 
 from collections import deque
@@ -42,31 +42,31 @@ from nanogpt.inference.sampling import SamplingOptions, apply_repetition_penalty
 from nanogpt.model import GPT
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-PREFILL_TOKENS = 4096  # read at once, at most: what a pass needs in memory
-SHARED = 32  # tokens in common from which copying is worth a pass of its own over what differs
+PREFILL_TOKENS = 4096  # maximum per forward pass, which bounds its memory
+SHARED = 32  # minimum shared prefix (tokens) for which a separate pass over the remainder pays off
 
 
 class Token(NamedTuple):
     id: int
-    logprob: float | None  # natural logarithm, by the model: before penalty, temperature and filters
-    top: list[tuple[int, float]]  # the likeliest alternatives and their logarithms, likeliest first
+    logprob: float | None  # natural log, of the unmodified model distribution
+    top: list[tuple[int, float]]  # most likely tokens and their log-probabilities, in descending order
 
 
 @dataclass(eq=False)
 class Text:
-    """A prompt (not empty) that is continued."""
+    """A sequence being generated: a non-empty prompt and its continuation."""
 
-    ids: list[int]  # prompt and what came after
+    ids: list[int]  # prompt and generated tokens
     options: SamplingOptions = field(default_factory=SamplingOptions)
     seed: int = 0
-    logprobs: int | None = None  # alternatives to report for each token; 0: its own; None: nothing
+    logprobs: int | None = None  # alternatives to report per token; 0: sampled token only; None: no logprobs
     prompt_length: int = field(init=False)
-    start: int = field(init=False, default=0)  # the first token that is seen
+    start: int = field(init=False, default=0)  # index of the first token that the model sees
     generator: torch.Generator = field(init=False, repr=False)
-    seen: Tensor | None = field(init=False, default=None, repr=False)  # bool (V,), where it is penalised
+    seen: Tensor | None = field(init=False, default=None, repr=False)  # bool (V,), for the repetition penalty
 
     def __post_init__(self) -> None:
-        assert self.ids, "a prompt has one token at least"
+        assert self.ids, "the prompt must have at least one token"
         self.ids = list(self.ids)
         self.prompt_length = len(self.ids)
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -77,13 +77,16 @@ class Text:
 
 
 def window_start(length: int, block_size: int) -> int:
-    """Where a text of `length` tokens is cut before a model with a context of `block_size` reads it."""
+    """Return the index of the first token that the model sees of a sequence of `length` tokens."""
     half = max(1, block_size // 2)
     return half * -(-max(0, length - block_size) // half)
 
 
 class Engine:
-    """See the top of this file. `length`: the most tokens that a text will have; 0: any number."""
+    """Continuous-batching decoder; see the module docstring.
+
+    `length` is the maximum sequence length in tokens; 0: unlimited, caching block_size tokens per slot.
+    """
 
     def __init__(self, model: GPT, slots: int, length: int = 0):
         config = model.config
@@ -103,29 +106,29 @@ class Engine:
             device=table.device,
         )
         self.texts: list[Text] = []  # text i is in slot i
-        self._left: list[list[int]] = [[] for _ in range(slots)]  # what each free slot still holds
+        self._left: list[list[int]] = [[] for _ in range(slots)]  # tokens still cached in each free slot
         self.flat = DecodeStep(model, self.cache) if self.device.type == "cpu" else None
 
     @property
     def free(self) -> int:
-        """How many texts can be added."""
+        """Number of free slots."""
         return self.slots - len(self.texts)
 
     def add(self, texts: Sequence[Text]) -> None:
-        """Take in texts and read their prompts, but for the last token, which the next step reads."""
-        assert len(texts) <= self.free, f"{len(texts)} texts for {self.free} free slots"
+        """Add sequences and prefill their prompts, except the last token, which the next step processes."""
+        assert len(texts) <= self.free, f"{len(texts)} sequences for {self.free} free slots"
         first = len(self.texts)
         self.texts += texts
         self._read(range(first, len(self.texts)))
 
     def read(self, ids: Sequence[int]) -> None:
-        """Read what a text will begin with, ahead of `add`, which then finds it in a free slot."""
-        text = Text([*ids, ids[-1]])  # the last token is never read
+        """Prefill a common prompt prefix into a free slot, for reuse by a later `add`."""
+        text = Text([*ids, ids[-1]])  # the last token is never prefilled
         self.add([text])
         self.remove(text)
 
     def remove(self, text: Text) -> None:
-        """Free the slot of `text`."""
+        """Remove `text` and free its slot."""
         slot, last = self.texts.index(text), len(self.texts) - 1
         moved = self.texts.pop()
         self._left[last] = moved.ids[moved.start : -1]
@@ -134,8 +137,8 @@ class Engine:
             self.texts[slot] = moved
 
     def warm(self, prompt: int) -> None:
-        """Take the memory of all slots, and let the libraries plan for every number of texts and a prompt of
-        `prompt` tokens: what is served later makes nothing grow, and the first client waits no longer."""
+        """Warm up: touch the memory of all slots and run every batch size and a prompt of `prompt` tokens, so
+        that later requests neither grow memory nor pay one-time library initialization."""
         assert not self.texts
         self.cache.both.zero_()
         self.add([Text([0] * min(prompt, self.length))])
@@ -148,7 +151,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Text, Token]]:
-        """One more token for each text, in the order of `texts`."""
+        """Generate one token for each sequence; return (text, token) pairs in the order of `texts`."""
         if not self.texts:
             return []
         slid = [i for i, t in enumerate(self.texts) if window_start(len(t.ids), self.block_size) != t.start]
@@ -165,10 +168,10 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
-        """Of the token after each text, (B, V), in float32; the last token of each is read."""
+        """Process the last token of each sequence and return next-token logits (B, V), float32."""
         texts = self.texts
         positions = [len(text.ids) - 1 - text.start for text in texts]
-        assert max(positions) < self.length, f"a text is longer than length={self.length}"
+        assert max(positions) < self.length, f"a sequence is longer than length={self.length}"
         if self.flat is not None:
             return self.model.head(self.flat(torch.tensor([text.ids[-1] for text in texts]), positions))
         at = torch.tensor(positions, device=self.device)[:, None]
@@ -198,7 +201,7 @@ class Engine:
 
     @torch.inference_mode()
     def _read(self, slots: Sequence[int]) -> None:
-        """Fill these slots with what their texts' models see, but for the last token."""
+        """Prefill these slots with the visible tokens of their sequences, except the last."""
         alike: dict[tuple[int, ...], list[int]] = {}
         for slot in slots:
             text = self.texts[slot]
@@ -219,7 +222,7 @@ class Engine:
             held[slot] = list(ids)
         for group in packed(fresh):
             self._read_whole(group, [alike[ids][0] for ids in group])
-        for ids, source, shared in partly:  # in the order in which they may need one another
+        for ids, source, shared in partly:  # sorted by length: later ones may copy from earlier ones
             self._read_rest(ids, alike[ids][0], source, shared)
         for ids, (first, *others) in alike.items():
             self.cache.copy(first, others, len(ids))
@@ -234,7 +237,7 @@ class Engine:
         self.model.hidden(idx.to(self.device), Prefill(self.cache, slots, lengths))
 
     def _read_rest(self, ids: Sequence[int], slot: int, source: int, shared: int) -> None:
-        """`ids`, of which the slot `source` holds the first `shared`, into `slot`."""
+        """Prefill `ids` into `slot`, copying the first `shared` tokens from slot `source`."""
         if source != slot:
             self.cache.copy(source, [slot], shared)
         idx = torch.tensor([ids[shared - 1 :]], device=self.device)
@@ -247,10 +250,10 @@ class Engine:
 
 
 class Completion:
-    """What becomes of a Text: its new tokens and their text, until it is finished.
+    """Generated tokens and decoded text of a `Text`, and the conditions under which it ends.
 
-    It ends with the token `end_of_text` (which is no part of it), before the first of the strings `stop`,
-    or after `max_new_tokens`. Raises UserError for a stop string that is empty.
+    Ends at the token `end_of_text` (excluded), before the first occurrence of a string of `stop`, or after
+    `max_new_tokens` tokens. Raise UserError if a stop string is empty.
     """
 
     def __init__(
@@ -262,13 +265,13 @@ class Completion:
         end_of_text: int | None = None,
     ):
         self.text, self.max_new_tokens, self.end_of_text = text, max_new_tokens, end_of_text
-        self.tokens: list[Token] = []  # without the end of text; those of a stop string are among them
-        self.string = ""  # what was written, without the prompt
-        self.finish_reason = ""  # "stop": by a stop string or the end of text; "length"
+        self.tokens: list[Token] = []  # excludes end_of_text, includes the tokens of a stop string
+        self.string = ""  # generated text, without the prompt
+        self.finish_reason = ""  # "" while running; "stop": stop string or end of text; "length"
         self._stream = TextStream(tokenizer, stop)
 
     def take(self, token: Token) -> str:
-        """Add a token that a step has given; returns the text that is certain with it."""
+        """Append a generated token; return the text that can be emitted after it, possibly ""."""
         assert not self.finish_reason
         if token.id == self.end_of_text:
             return self._finish("stop", "")
@@ -291,8 +294,8 @@ class Completion:
 
 
 def complete(decoder: Engine, completions: Sequence[Completion]) -> Iterator[tuple[Completion, Token, str]]:
-    """Write all `completions`, as many at once as there are slots: each new token, with the text that is
-    certain with it. Leaves the slots free, also when it is closed before the end."""
+    """Run all `completions`, as many in parallel as there are slots; yield each new token with the text to
+    emit. All slots are freed on exit, including when the iterator is closed early."""
     waiting = deque(c for c in completions if c.max_new_tokens > 0)
     of = {c.text: c for c in completions}
     try:
@@ -310,14 +313,14 @@ def complete(decoder: Engine, completions: Sequence[Completion]) -> Iterator[tup
 
 
 def longest_prefix_match(ids: Sequence[int], held: Mapping[int, Sequence[int]]) -> tuple[int, int]:
-    """The slot of `held` whose tokens begin with most of `ids`, and how many those are; (-1, 0): none."""
+    """Return the slot of `held` with the longest prefix in common with `ids`, and its length; or (-1, 0)."""
     found = (-1, 0)
     wanted = list(ids)
     for slot, tokens in held.items():
         low, high = found[1], min(len(wanted), len(tokens))
         if tokens[: low + 1] != wanted[: low + 1]:
             continue
-        while low < high:  # tokens[:low] agree
+        while low < high:  # binary search; tokens[:low] match
             middle = (low + high + 1) // 2
             if tokens[low:middle] == wanted[low:middle]:
                 low = middle
@@ -329,7 +332,7 @@ def longest_prefix_match(ids: Sequence[int], held: Mapping[int, Sequence[int]]) 
 
 
 def packed(texts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Texts, the shortest first, in groups to be read at once: padding is at most a third of a group."""
+    """Group sequences, sorted by length, into prefill batches with at most one third padding."""
     group: list[tuple[int, ...]] = []
     total = 0
     for ids in texts:
@@ -344,7 +347,7 @@ def packed(texts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
 
 
 def report(logits: Tensor, token: int, alternatives: int | None) -> Token:
-    """`token`, drawn by logits (V,), with its log-probability and those of the likeliest, if asked."""
+    """Return `token` with its log-probability under logits (V,) and the top `alternatives`; None: neither."""
     if alternatives is None:
         return Token(token, None, [])
     logprobs = logits.log_softmax(dim=-1)
@@ -354,8 +357,8 @@ def report(logits: Tensor, token: int, alternatives: int | None) -> Token:
 
 @torch.inference_mode()
 def score(model: GPT, ids: Sequence[int], alternatives: int = 0) -> list[Token]:
-    """Each token of `ids` but the first, with its log-probability given those before it, as `Engine`
-    would have seen them."""
+    """Return the tokens of `ids` after the first with their log-probabilities, each given the context that
+    `Engine` would use."""
     device, block_size = model.wte.weight.device, model.config.block_size
     tokens: list[Token] = []
     while len(tokens) < len(ids) - 1:

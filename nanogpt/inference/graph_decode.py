@@ -1,7 +1,7 @@
-"""Decoding recorded as a CUDA graph: one step of all texts, replayed for each token.
+"""Decoding with CUDA graphs: one captured step of all sequences, replayed for each token.
 
-Where texts are few and the model is small, launching kernels takes most of a step; a replay launches them as
-one. Nothing here has run on a GPU yet.
+With small batches and models, kernel launches dominate a step; a replay launches the whole graph at once.
+Experimental: not yet tested on a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from nanogpt.inference.kv_cache import Attention, KVCache, Step, masked_after, o
 from nanogpt.inference.sampling import SamplingOptions, draw
 from nanogpt.model import GPT, LayerCache
 
-SHORTEST = 128  # tokens of the cache that a recorded step reads at least
+SHORTEST = 128  # minimum cache length (tokens) of a captured step
 
 
 class FixedStep(Step):
-    """As cache.Step, for positions (B,) that are on the device only: all texts are read up to `length`, and
-    what lies behind their positions is masked."""
+    """Variant of kv_cache.Step with positions (B,) on the device: attends to `length` cached tokens of every
+    sequence and masks those after its position."""
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int, bias: Tensor | None):
         self.cache, self.count, self.length = cache, len(positions), length
@@ -45,9 +45,9 @@ class FixedStep(Step):
 
 @dataclass
 class _Recorded:
-    """One recorded step: for so many texts, so long a cache, drawn in one way."""
+    """A captured step, for one batch size, cache length and sampling configuration."""
 
-    idx: Tensor  # int64 (B, 1): the last token of each text
+    idx: Tensor  # int64 (B, 1): last token of each sequence
     positions: Tensor  # int64 (B,)
     uniform: Tensor  # float64 (B,)
     logits: Tensor = field(init=False)  # (B, V)
@@ -56,8 +56,8 @@ class _Recorded:
 
 
 class GraphEngine(Engine):
-    """A Decoder whose steps are recorded, with the drawing of tokens where all texts draw in the same way,
-    without penalty and top-p."""
+    """Engine with captured steps. Sampling is part of the graph if all sequences use the same options,
+    without repetition penalty and top-p."""
 
     def __init__(self, model: GPT, slots: int, length: int = 0, record: Record = cuda_graph):
         if record is cuda_graph:
@@ -65,7 +65,7 @@ class GraphEngine(Engine):
         super().__init__(model, slots, length)
         self.record = record
         self.recorded: dict[tuple[int, int, SamplingOptions | None], _Recorded] = {}
-        self.last: _Recorded | None = None  # of the step under way
+        self.last: _Recorded | None = None  # graph of the current step
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
@@ -82,17 +82,17 @@ class GraphEngine(Engine):
 
     @torch.inference_mode()
     def run(self, count: int) -> Tensor:
-        """`count` more tokens of each text, int64 (count, B), as so many steps would give them; nothing is
-        read on the way, so nothing can end a text. Texts stay within the context."""
+        """Generate `count` tokens per sequence, int64 (count, B), as `count` calls of `step` would. Tokens
+        are copied to the host at the end, so no sequence can stop early. All must stay within the context."""
         kind = self._kind()
-        assert kind is not None, "texts are drawn in one way, without penalty and top-p"
+        assert kind is not None, "all sequences need the same options, without repetition penalty and top-p"
         at = max(len(text.ids) - text.start for text in self.texts)
         assert at + count <= self.length, f"{at} + {count} tokens do not fit in length={self.length}"
         found = self._prepared(room=count)
         uniform = torch.stack(
             [torch.rand(count - 1, generator=t.generator, dtype=torch.float64) for t in self.texts]
         )
-        uniform = torch.cat([found.uniform[None], uniform.T.to(self.device)])  # the first ones are there
+        uniform = torch.cat([found.uniform[None], uniform.T.to(self.device)])  # first: from _prepared
         written = torch.empty(count, len(self.texts), dtype=torch.int64, device=self.device)
         for turn in range(count):
             found.uniform.copy_(uniform[turn])
@@ -105,16 +105,16 @@ class GraphEngine(Engine):
         return written
 
     def _kind(self) -> SamplingOptions | None:
-        """How all texts draw, if that can be recorded."""
+        """Return the sampling options shared by all sequences, or None if they cannot be captured."""
         kinds: Sequence[SamplingOptions] = list({text.options for text in self.texts})
         plain = len(kinds) == 1 and kinds[0].repetition_penalty == 1 and kinds[0].top_p == 1
         return kinds[0] if plain else None
 
     def _prepared(self, room: int = 1) -> _Recorded:
-        """The recorded step for the texts as they are, its inputs in place; they may grow by `room`."""
+        """Return the captured step for the current sequences, inputs set, with `room` for new tokens."""
         positions = [len(text.ids) - 1 - text.start for text in self.texts]
         longest = max(positions) + room
-        assert longest <= self.length, f"a text is longer than length={self.length}"
+        assert longest <= self.length, f"a sequence is longer than length={self.length}"
         bucket = SHORTEST
         while bucket < longest:
             bucket *= 2
@@ -148,7 +148,7 @@ class GraphEngine(Engine):
             tokens = draw(logits, kind, found.uniform) if kind else logits.argmax(dim=-1)
             return logits, tokens
 
-        # What a step leaves in the cache is the same each time, but for smear: it remembers one embedding.
+        # Repeating a step writes the same keys and values, but smear's last embedding changes: restore it.
         before = self.cache.embeddings.clone()
         for _ in range(WARM_UPS):
             aside(work, self.device)

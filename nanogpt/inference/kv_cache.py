@@ -1,16 +1,17 @@
-"""The keys and values of the tokens that a model has read: each token is computed once.
+"""KV cache: stores the keys and values of processed tokens, so that each token is computed once.
 
-A cache has a fixed number of slots, one text in each, at lengths of their own. A model is run through it
-in three ways, each an object that `GPT.hidden` takes as `past`:
+A cache has a fixed number of slots, each holding one sequence of any length. Three classes run a model with
+it; `GPT.hidden` takes an instance as `past`:
 
-    Prefill    reads the first tokens of some texts at once, as in training, and keeps their keys and values
-    Chunk      reads more tokens of one text
-    Step       reads one more token of each of the first B slots (on a CPU cpu_decode.py does it)
+    Prefill          processes the first tokens of several sequences in one batch, as in training
+    ChunkedPrefill   processes further tokens of one sequence
+    Step             processes one token in each of the first B slots (on a CPU, cpu_decode.py does)
 
-Texts of a prefill are padded on the right: attention is causal, so what comes after a token is nothing to
-it, and every text begins at position 0.
+Prefill pads sequences on the right: attention is causal, so padding does not affect earlier tokens, and every
+sequence starts at position 0.
 
-Shapes: S slots, B texts, T tokens, C channels, n_kv_head heads of keys and values, hs channels a head.
+Shapes: S slots, B sequences, T tokens, C channels, nh query heads, n_kv_head key/value heads, hs channels per
+head.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class KVCache:
-    """Room for `slots` texts of `length` tokens: (n_layer, S, n_kv_head, length, hs), keys and values."""
+    """Keys and values of `slots` sequences of `length` tokens: (n_layer, S, n_kv_head, length, hs) each."""
 
     def __init__(
         self,
@@ -40,35 +41,35 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        # Side by side, so that a token's are written at once. Zeros: what is masked must still be a number,
-        # and pages nobody writes cost no memory.
+        # One tensor, so that both are copied at once. Zeros: masked entries must not be NaN, and untouched
+        # pages of zeros take no physical memory.
         shape = (n_layer, 2, slots, n_kv_head, length, head_size)
         self.both = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = self.both.unbind(1)
-        self.embeddings = torch.zeros((slots, n_embd), dtype=dtype, device=device)  # of the last tokens
+        self.embeddings = torch.zeros((slots, n_embd), dtype=dtype, device=device)  # last token's, for smear
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Give slots `targets` the first `length` tokens of slot `source`."""
+        """Copy the first `length` tokens of slot `source` to slots `targets`."""
         for target in targets:
             self.both[:, :, target, :, :length] = self.both[:, :, source, :, :length]
             self.embeddings[target] = self.embeddings[source]
 
     def clear(self, slot: int) -> None:
-        """Make `slot` one whose text has not begun."""
+        """Reset `slot` to the start of a sequence."""
         self.embeddings[slot] = 0
 
 
 def masked_after(at: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """What is added to scores (B, length) so that queries at positions (B,) see nothing behind them."""
+    """Return the causal attention bias (B, length) of queries at positions (B,): -inf after them, else 0."""
     behind = torch.arange(length, device=at.device) > at[:, None]
     return torch.zeros(behind.shape, dtype=dtype, device=at.device).masked_fill_(behind, -torch.inf)
 
 
 def one_query(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of one query a head (B, nh, 1, hs) over keys and values (B, n_kv_head, T, hs); `bias`
+    """Attention with one query per head, (B, nh, 1, hs), over keys and values (B, n_kv_head, T, hs); `bias`
     (B, 1 or nh, 1, T) is added to the scores."""
     B, heads, _, hs = q.shape
-    groups = (B, keys.shape[1], heads // keys.shape[1])  # queries that share keys are the rows of one matrix
+    groups = (B, keys.shape[1], heads // keys.shape[1])  # batch the queries that share a key head
     if bias is not None and bias.shape[1] > 1:
         bias = bias.view(*groups, keys.shape[2])
     rows = q.reshape(*groups, hs).to(keys.dtype)
@@ -77,7 +78,7 @@ def one_query(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> T
 
 
 class Prefill:
-    """Reads texts from their beginnings into `slots`; row i has `lengths[i]` tokens, then padding."""
+    """Prefill of `slots` from position 0; row i has `lengths[i]` tokens, then padding."""
 
     at: Tensor | None = None
 
@@ -85,7 +86,7 @@ class Prefill:
         self.cache, self.slots, self.lengths = cache, slots, lengths
 
     def before(self, x: Tensor) -> Tensor:
-        """The embedding before each of x (B, T, C), zeros before the first."""
+        """Return the previous token's embedding for each token of x (B, T, C), zeros for the first."""
         for row, (slot, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
             self.cache.embeddings[slot] = x[row, length - 1]
         return F.pad(x, (0, 0, 1, 0))[:, :-1]
@@ -101,10 +102,10 @@ class Prefill:
 
 
 class ChunkedPrefill:
-    """Reads the next `count` tokens of the text in `slot`, of which `begin` are kept already.
+    """Prefill of the next `count` tokens of the sequence in `slot`, which has `begin` tokens cached.
 
-    `bias` (1, nh, count, begin + count) is added to the scores, with the mask in it; None: the mask alone.
-    `last` (C,) is the embedding of the token before them.
+    `bias` (1, nh, count, begin + count) is added to the scores and includes the causal mask; None: causal
+    mask only. `last` (C,) is the embedding of the preceding token.
     """
 
     def __init__(
@@ -112,13 +113,13 @@ class ChunkedPrefill:
     ):
         self.cache, self.slot, self.begin, self.end, self.last = cache, slot, begin, begin + count, last
         device = cache.keys.device
-        dtype = torch.float32 if device.type == "cpu" else cache.keys.dtype  # what is fast there
+        dtype = torch.float32 if device.type == "cpu" else cache.keys.dtype  # the fastest dtype for SDPA
         at = torch.arange(begin, self.end, device=device)
         self.at: Tensor | None = at[None]
         self.bias = masked_after(at, self.end, dtype) if bias is None else bias.to(dtype)
 
     def before(self, x: Tensor) -> Tensor:
-        """The embedding before each of x (1, T, C)."""
+        """Return the previous token's embedding for each token of x (1, T, C)."""
         self.cache.embeddings[self.slot] = x[0, -1]
         return torch.cat([self.last.expand(1, 1, -1).to(x.dtype), x[:, :-1]], dim=1)
 
@@ -138,10 +139,10 @@ class ChunkedPrefill:
 
 
 class Step:
-    """Reads one token in each of the first B slots; that of slot i has position `positions[i]`.
+    """Decode step of one token in each of the first B slots; the token of slot i has position `positions[i]`.
 
-    `bias` (B, nh, 1, T) is added to the scores, with the mask in it, T being the highest position + 1;
-    None: there is none but the mask.
+    `bias` (B, nh, 1, T) is added to the scores and includes the causal mask; T is the highest position + 1.
+    None: causal mask only.
     """
 
     def __init__(self, cache: KVCache, positions: Sequence[int], bias: Tensor | None = None):
@@ -156,7 +157,7 @@ class Step:
         self.index = (rows, slice(None), positions_)
 
     def before(self, x: Tensor) -> Tensor:
-        """The embeddings before x (B, 1, C), the new tokens' being kept."""
+        """Return the previous tokens' embeddings (B, 1, C), and store x in their place."""
         last = self.cache.embeddings[: self.count]
         before = last.clone()
         last.copy_(x[:, 0])

@@ -1,12 +1,11 @@
-"""Weights laid out for writing text on a CPU, in as few bytes as asked: what a token costs is reading them.
+"""Cast, quantize and pack weights for CPU inference, where decoding is bound by memory bandwidth.
 
-bfloat16 halves the bytes of float32. int8 halves them again: each row of a matrix is rounded to 255 steps of
-its own size, the steps of a row being a 127th of its largest weight. Activations are rounded to two such
-digits, 15 bits; embeddings are looked up, a row a token, and stay in bfloat16 (docs/generation.md has what it
-costs in loss).
+bfloat16 halves the size of float32 weights, int8 halves it again: symmetric quantization with one scale per
+output row, max |w| / 127. Activations are quantized to two such digits (15 bits) per row; the embedding
+table stays in bfloat16, as a token reads only one row of it (loss measurements: docs/generation.md).
 
-torch's own products read a matrix, for one row of activations, at a half to a third of the speed of memory;
-those of cpu_kernels.cpp do better (docs/results.md). What is packed for them is no parameter any more.
+For one row of activations, torch's matrix products reach a third to a half of the memory bandwidth; those of
+cpu_kernels.cpp reach more (docs/results.md). Weights packed for them are no longer parameters.
 """
 
 from collections.abc import Callable
@@ -19,40 +18,40 @@ from nanogpt.inference import cpu_kernels
 from nanogpt.model import GPT
 from nanogpt.runtime import DTYPES
 
-# rows up to which torch's fused product is the faster one: at (16, 768) to 3072, half as fast as below
+# maximum rows for which torch's fused int8 product is faster; at 16 rows (768 x 3072) it is half as fast
 FEW = 8
 
 
 class Packed(nn.Module):
-    """x W^T + b with W (n, m), float32 or bfloat16, as cpu_kernels.cpp reads it; m is a multiple of 4."""
+    """Linear layer x W^T + b, W (n, m) float32 or bfloat16 packed for cpu_kernels.cpp; m % 4 == 0."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # No buffers: what is packed for a CPU goes nowhere else.
+        # plain attributes, not buffers: packed weights are never moved or saved
         self.weight, self.bias = cpu_kernels.packed(weight.detach()), None if bias is None else bias.detach()
         self.kind = self.takes = weight.dtype
         self.tensors = [self.weight, self.bias]
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.dtype == self.takes, f"{x.dtype} given to a product of {self.takes}"
+        assert x.dtype == self.takes, f"expected an input of {self.takes}, got {x.dtype}"
         rows = x.reshape(-1, self.in_features)
         y = cpu_kernels.product(self.kind, self.tensors, self.out_features, rows)
         return y.view(*x.shape[:-1], self.out_features)
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `weight` (n, m) as int8, and the size of a step of each, float32 (n,)."""
+    """Quantize `weight` (n, m) per row; return int8 values and float32 scales (n,)."""
     weight = weight.detach().float()
     step = (weight.abs().amax(dim=1) / 127).clamp_min(1e-30)
     return (weight / step[:, None]).round().clamp(-127, 127).to(torch.int8), step
 
 
 class PackedInt8(Packed):
-    """x W^T + b, W (n, m) in int8; float32 in and out.
+    """Linear layer x W^T + b with packed int8 W (n, m); float32 input and output.
 
-    An activation is a 127th of the largest of its row times (high + low / 254), both whole numbers of 8 bits:
-    exact sums, so that a text is the same in any company.
+    Activations are quantized per row as max |x| / 127 * (high + low / 254), high and low in 8 bits.
+    Integer sums are exact, so results do not depend on the rest of the batch.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -63,7 +62,7 @@ class PackedInt8(Packed):
 
 
 class Int8Portable(nn.Module):
-    """x W^T + b with W (n, m) in int8, in bfloat16: where there is no `PackedInt8`."""
+    """Linear layer x W^T + b with int8 W (n, m), bfloat16 activations; fallback for `PackedInt8`."""
 
     weight: Tensor
     step: Tensor
@@ -78,7 +77,7 @@ class Int8Portable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        # torch's kernel reads 16 weights at a time, beyond the end of a row that is no multiple of that.
+        # torch's kernel reads 16 weights at a time, past the end of rows that are not a multiple of 16.
         if len(rows) <= FEW and rows.shape[1] % 32 == 0:
             y = torch._weight_int8pack_mm(rows, self.weight, self.step)
         else:
@@ -88,7 +87,7 @@ class Int8Portable(nn.Module):
 
 
 class Table(nn.Embedding):
-    """An embedding in bfloat16 whose rows are looked up in float32."""
+    """Embedding with a bfloat16 table and float32 output."""
 
     def forward(self, idx: Tensor) -> Tensor:
         return super().forward(idx).float()
@@ -96,7 +95,7 @@ class Table(nn.Embedding):
 
 @torch.no_grad()
 def cast(model: GPT, dtype: str) -> GPT:
-    """`model`, whose weights become float32, bfloat16, float16 or int8, on its device, to be read only."""
+    """Cast `model` in place for inference, to float32, bfloat16, float16 or int8, and return it."""
     model.requires_grad_(False)
     fast = packable(model)
     if dtype == "int8" and fast:
@@ -114,14 +113,14 @@ def cast(model: GPT, dtype: str) -> GPT:
 
 
 def packable(model: GPT) -> bool:
-    """Whether `cast` packs the model's matrices."""
+    """Return whether `cast` packs the model's weight matrices: CPU, widths divisible by 4, kernels built."""
     widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
     narrow = model.wte.weight.device.type != "cpu" or any(width % 4 for width in widths)
     return not narrow and cpu_kernels.library() is not None
 
 
 def _replace(model: GPT, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
-    """Make every product one of this kind, the head's too."""
+    """Replace every nn.Linear, including the LM head, by a layer of type `kind`, in place."""
     model.packed_head = kind((model.lm_head or model.wte).weight[: model.config.vocab_size], None)
     model.lm_head = None
     for module in list(model.modules()):

@@ -1,1 +1,1 @@
-"""What a run needs before it begins, on paper: memory, hours, and what many GPUs send."""
+"""Estimates before a run: memory, training time, and communication volume over many GPUs."""

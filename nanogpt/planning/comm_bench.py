@@ -1,4 +1,4 @@
-"""What joins the processes of a run: how fast all-reduce and all-gather go, by message size."""
+"""Benchmark all-reduce and all-gather between the ranks of a run, by message size."""
 
 import os
 import time
@@ -13,28 +13,28 @@ from torch import Tensor
 
 from nanogpt.distributed.world import Processes
 
-SMALLEST = 1 << 12  # bytes of a message; each size is 4 times the one before
+SMALLEST = 1 << 12  # smallest message in bytes; each size is 4 times the previous one
 WARM_UP = 3
-AIM_S = 0.5  # seconds spent on a size, at most
-REPEATS = (5, 50)  # at least and at most so many samples of each
-BURST, BURST_S = 50, 2e-3  # a sample is at most so many in a row, for about so many seconds
-INFINIBAND = Path("/sys/class/infiniband")  # where Linux lists adapters; RoCE cards are there too
+AIM_S = 0.5  # time limit per size, in seconds
+REPEATS = (5, 50)  # minimum and maximum number of samples per size
+BURST, BURST_S = 50, 2e-3  # maximum calls per sample, and target duration of a sample in seconds
+INFINIBAND = Path("/sys/class/infiniband")  # Linux lists InfiniBand and RoCE adapters here
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A collective of all `members`, each time as long as the slowest of them took."""
+    """Timing of a collective over `members` ranks; each sample is the time of the slowest rank."""
 
     kind: str  # all_reduce or all_gather
-    payload: int  # bytes, of the whole tensor
+    payload: int  # bytes of the full tensor
     members: int
     median_s: float
     low_s: float  # 10th percentile
-    high_s: float  # 90th
+    high_s: float  # 90th percentile
 
 
 def sizes(largest: int) -> list[int]:
-    """Bytes of the messages up to `largest`."""
+    """Return the message sizes in bytes, up to `largest`."""
     found = [SMALLEST]
     while found[-1] * 4 <= largest:
         found.append(found[-1] * 4)
@@ -44,13 +44,13 @@ def sizes(largest: int) -> list[int]:
 def measure(
     world: Processes, device: torch.device, kind: str, payload: int, group: Any = None, members: int = 0
 ) -> Timing:
-    """Time one size; every process of the world calls this, with a `group` of so many `members` if not all
-    take part in one collective."""
+    """Time one message size. Collective: call on all ranks; `group` (of `members` ranks) restricts the timed
+    collective to this rank's process group."""
     members = members or world.size
     numbers = max(members, payload // 4 // members * members)
     whole = torch.ones(numbers, device=device)
     part = torch.ones(numbers // members, device=device)
-    # torch 2.13 has another name for the one without copies
+    # renamed in torch 2.13; unlike dist.all_gather it does not copy
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     def work() -> None:
@@ -62,7 +62,7 @@ def measure(
     for _ in range(WARM_UP):
         once = timed(work, device, world)
     slowest = float(slowest_of(torch.tensor([once]), world))
-    burst = int(min(BURST, max(1, BURST_S / slowest)))  # the same everywhere: it is the slowest's
+    burst = int(min(BURST, max(1, BURST_S / slowest)))  # equal on all ranks, as `slowest` is reduced
     low, high = REPEATS
     repeats = int(min(high, max(low, AIM_S / (slowest * burst))))
     took = torch.empty(repeats, dtype=torch.float64)
@@ -76,7 +76,7 @@ def measure(
 
 
 def timed(work: Callable[[], Any], device: torch.device, world: Processes, burst: int = 1) -> float:
-    """Seconds of `work`, done so often in a row that how far apart processes begin matters little."""
+    """Return the mean seconds of `burst` consecutive calls of `work`, which amortizes start skew of ranks."""
     dist.barrier(group=world.control)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -89,24 +89,24 @@ def timed(work: Callable[[], Any], device: torch.device, world: Processes, burst
 
 
 def slowest_of(took: Tensor, world: Processes) -> Tensor:
-    """Of each time the longest among all processes."""
+    """Return the elementwise maximum of `took` over all ranks. Collective: call on all ranks."""
     took = took.double()
     dist.all_reduce(took, op=dist.ReduceOp.MAX, group=world.control)
     return took
 
 
 def processes_of_a_node(world: Processes) -> int:
-    """How many processes torchrun started on this machine."""
+    """Return the number of ranks that torchrun started on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
 def node_group(world: Processes) -> Any:
-    """The processes of this node; every process of the world calls this."""
+    """Return the process group of this node's ranks. Collective: call on all ranks."""
     return dist.new_subgroups(processes_of_a_node(world))[0]
 
 
 def advice(backend: str, nodes: int) -> list[str]:
-    """What to know of the network between several nodes, before its figures."""
+    """Return notes about the inter-node network, printed before the measurements."""
     if nodes == 1 or backend != "nccl":
         return []
     adapters = sorted(path.name for path in INFINIBAND.iterdir()) if INFINIBAND.is_dir() else []
@@ -115,6 +115,6 @@ def advice(backend: str, nodes: int) -> list[str]:
     if adapters:
         return [f"InfiniBand or RoCE adapters here: {', '.join(adapters)}"]
     return [
-        "no InfiniBand or RoCE adapter here: NCCL uses plain sockets between nodes, which is slow; if it "
-        "fails at the start, put NCCL_IB_DISABLE=1 before the command"
+        "no InfiniBand or RoCE adapter found: NCCL uses plain sockets between nodes, which is slow; if it "
+        "fails to start, set NCCL_IB_DISABLE=1"
     ]

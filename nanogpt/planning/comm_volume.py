@@ -1,6 +1,6 @@
-"""Bytes that a step sends over the wire, on paper: the collectives of DDP, FSDP and HSDP.
+"""Communication volume of a training step under DDP, FSDP and HSDP, computed analytically.
 
-tests/test_scaling.py counts those of real runs.
+tests/test_scaling.py compares it with the collectives of real runs.
 """
 
 import functools
@@ -21,48 +21,48 @@ from nanogpt.planning.estimate import FLOAT
 Mode = Literal["ddp", "fsdp", "hsdp"]
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 MODES: tuple[Mode, ...] = ("ddp", "fsdp", "hsdp")
-BUCKET = 25 << 20  # bytes of gradients that DDP sends at once (torch's bucket_cap_mb)
+BUCKET = 25 << 20  # bytes of gradients per DDP bucket (torch's bucket_cap_mb)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A collective: `count` times, over `payload` bytes in all, by `members` GPUs that lie on `nodes`."""
+    """`count` calls of a collective over `payload` bytes in total, on `members` GPUs spread over `nodes`."""
 
     kind: Kind
-    payload: int  # of the whole tensors, padding included; of an all_to_all what the busiest member sends
+    payload: int  # full tensors with padding; all_to_all: bytes sent by the busiest member
     members: int
     nodes: int
-    when: Literal["forward", "backward", "last", "update"]  # of each micro-batch, of the last, afterwards
+    when: Literal["forward", "backward", "last", "update"]  # forward, backward: every micro-batch
     count: int = 1
 
     @property
     def wire(self) -> float:
-        """Bytes that each member sends."""
+        """Bytes sent per member."""
         return bus_factor(self.kind, self.members) * self.payload
 
 
 def bus_factor(kind: Kind, members: int) -> float:
-    """Bytes that each of `members` sends a byte of payload, at best: nccl-tests' bus over algorithm bandwidth
-    (its doc/PERFORMANCE.md)."""
-    if kind == "all_to_all":  # whose payload is what is sent
+    """Return the minimum bytes sent per member and byte of payload: the ratio of bus to algorithm bandwidth
+    in nccl-tests (its doc/PERFORMANCE.md)."""
+    if kind == "all_to_all":  # its payload is defined as the bytes sent
         return 1.0
     return (2 if kind == "all_reduce" else 1) * (members - 1) / members
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Shapes of the parameters that are gathered together: those of a block, or of all that is outside."""
+    """Shapes of the parameters of one FSDP unit: a block, or everything outside of blocks."""
 
     shapes: tuple[tuple[int, ...], ...]
 
     def numbers(self, parts: int = 1) -> int:
-        """How many numbers, with the rows that FSDP adds so that each of `parts` has the same."""
+        """Return the number of elements, including the rows FSDP pads to split evenly into `parts`."""
         return sum(-(-rows // parts) * parts * math.prod(rest) for rows, *rest in self.shapes)
 
 
 @functools.lru_cache(maxsize=64)
 def tensors(shape: GPTConfig) -> tuple[Tensors, Tensors]:
-    """What lies outside of blocks, and one block."""
+    """Return the tensors outside of blocks, and those of one block."""
     model = _of_one_block(shape)
     block = {name: tuple(p.shape) for name, p in model.h[0].named_parameters(prefix="h.0")}
     root = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in block}
@@ -76,7 +76,7 @@ def _of_one_block(shape: GPTConfig) -> GPT:
 
 @dataclass(frozen=True)
 class World:
-    """`gpus` in nodes of `gpus_per_node`."""
+    """A cluster of `gpus` GPUs, `gpus_per_node` per node."""
 
     gpus: int
     gpus_per_node: int
@@ -90,7 +90,7 @@ class World:
         return min(self.gpus, self.gpus_per_node)
 
     def shards(self, mode: Mode) -> int:
-        """Into how many parts the weights are cut."""
+        """Return the number of shards of the weights."""
         return {"ddp": 1, "fsdp": self.gpus, "hsdp": self.in_node}[mode]
 
 
@@ -102,11 +102,11 @@ def calls(
     number_bytes: int,
     sharded_state: bool,
 ) -> list[Call]:
-    """The collectives of a step, those of "forward" and "backward" once for each micro-batch.
+    """Return the collectives of a step; those of "forward" and "backward" repeat for each micro-batch.
 
-    Gradients are reduced in float32, once a step. FSDP gathers the weights of blocks in numbers of
-    `number_bytes`, what is outside of blocks in float32.
-    `sharded_state`: under DDP each GPU updates its part of the weights and the parts are gathered (ZeRO-1).
+    Gradients are reduced in float32, once per step. FSDP gathers block weights at `number_bytes` bytes per
+    element, other weights in float32. `sharded_state`: under DDP each GPU updates a shard of the weights,
+    followed by an all-gather (ZeRO-1).
     """
     if world.gpus == 1:
         return []
@@ -137,8 +137,8 @@ def calls(
 def _gathered_updates(
     shape: GPTConfig, rules: OptimizerOptions, world: World, number_bytes: int
 ) -> list[Call]:
-    """Under DDP: AdamW's parameters, some at a time, and for each size of Muon's matrices their updates, as
-    many from each GPU as the one sends that has the most."""
+    """Return the all-gathers of ZeRO-1 under DDP: AdamW's parameters in chunks and, per matrix shape, Muon's
+    updates, padded to the largest number of matrices per GPU."""
     by_muon = _alike(shape, world.gpus) if rules.optimizer == "muon" else {}
     matrices = sum(sum(counts) * height * width for (height, width), counts in by_muon.items())
     rest = estimate.parameters(shape).total - matrices
@@ -152,14 +152,14 @@ def _gathered_updates(
 
 @functools.lru_cache(maxsize=64)
 def sent_by_muon(shape: GPTConfig, parts: int, number_bytes: int) -> list[int]:
-    """Bytes that each of `parts` GPUs sends in an update under FSDP: its rows of the gradients, in float32,
-    to the owners of the matrices, and of the updates of its own matrices the rows that others hold."""
-    assign_ranks, each = _owners(shape, parts), _matrices(shape)
+    """Return the bytes each of `parts` GPUs sends in Muon's update under FSDP: its gradient shards (float32)
+    to the ranks that own the matrices, and the updates of its own matrices to the ranks that hold them."""
+    owners, each = _owners(shape, parts), _matrices(shape)
     sent = []
     for rank in range(parts):
         total = 0
         for number, matrix in enumerate(each):
-            own = sum(owner == rank for owner in assign_ranks[number :: len(each)])
+            own = sum(owner == rank for owner in owners[number :: len(each)])
             held = matrix.held(parts, rank)
             total += FLOAT * held * (shape.n_layer - own)
             total += number_bytes * (matrix.height * matrix.width - held) * own
@@ -169,22 +169,22 @@ def sent_by_muon(shape: GPTConfig, parts: int, number_bytes: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a parameter, a matrix for Muon."""
+    """A row range of a parameter that Muon treats as one matrix."""
 
-    of: int  # all rows of the parameter
+    of: int  # number of rows of the parameter
     first: int
     height: int
     width: int
 
     def held(self, parts: int, rank: int) -> int:
-        """How many of its numbers a GPU has under FSDP."""
+        """Return the number of elements in the FSDP shard of `rank`."""
         first, last = common(rows_of(self.of, parts, rank), (self.first, self.first + self.height))
         return (last - first) * self.width
 
 
 @functools.lru_cache(maxsize=64)
 def _matrices(shape: GPTConfig) -> list[Rows]:
-    """Of one block, those that Muon orthogonalises."""
+    """Return the matrices of one block that Muon orthogonalizes."""
     model, found = _of_one_block(shape), []
     for name, p in model.named_parameters():
         if is_for_muon(name, p):
@@ -198,12 +198,12 @@ def _matrices(shape: GPTConfig) -> list[Rows]:
 
 
 def _owners(shape: GPTConfig, parts: int) -> list[int]:
-    """Who orthogonalises each matrix, block after block."""
+    """Return the rank that orthogonalizes each matrix, block by block."""
     return share_out([newton_schulz_cost(m.height, m.width) for m in _matrices(shape)] * shape.n_layer, parts)
 
 
 def _alike(shape: GPTConfig, parts: int) -> dict[tuple[int, int], list[int]]:
-    """The sizes of Muon's matrices, and how many of each size each GPU has."""
+    """Return the number of Muon matrices per GPU, by matrix shape."""
     found: dict[tuple[int, int], list[int]] = {}
     matrices = _matrices(shape) * shape.n_layer
     for matrix, owner in zip(matrices, _owners(shape, parts), strict=True):
@@ -212,6 +212,6 @@ def _alike(shape: GPTConfig, parts: int) -> dict[tuple[int, int], list[int]]:
 
 
 def wire_bytes(found: list[Call], micro_batches: int) -> float:
-    """Bytes that a GPU sends in a step of so many micro-batches."""
+    """Return the bytes a GPU sends in a step of `micro_batches`."""
     each = {"forward": micro_batches, "backward": micro_batches}
     return sum(call.wire * each.get(call.when, 1) for call in found)

@@ -1,7 +1,7 @@
-"""What a run needs before it begins: parameters, memory, arithmetic, hours. Nothing is built.
+"""Estimate parameters, memory, FLOPs and hours of a run without building the model.
 
-Parameters and optimizer state are exact, activations within a few per cent of what torch allocates
-(tests/test_estimate.py), and hours are as good as the share of the chip's peak (MFU) that is put in.
+Parameters and optimizer state are exact, activations within a few percent of torch's allocations
+(tests/test_estimate.py); hours are as accurate as the assumed MFU.
 """
 
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from nanogpt.model import GPTConfig
 from nanogpt.options import OptimizerOptions
 
 FLOAT = 4  # bytes of weights, gradients and optimizer state
-HALF = 2  # bytes of a number in bfloat16
+HALF = 2  # bytes of a bfloat16 element
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers in the tensors of a model, its padded vocabulary included."""
+    """Parameter counts of a model, including the vocabulary padding."""
 
-    embeddings: int  # of tokens
+    embeddings: int  # token embedding
     positions: int
-    matrices: int  # of blocks
-    vectors: int  # biases and gains
-    head: int  # 0 if it is the embedding
-    padding: int  # rows of the padded vocabulary among them
+    matrices: int  # 2-D weights of blocks
+    vectors: int  # biases and norm gains
+    head: int  # LM head; 0 if tied
+    padding: int  # elements of the above in vocabulary padding rows
 
     @property
     def total(self) -> int:
@@ -32,7 +32,7 @@ class Parameters:
 
     @property
     def multiplying(self) -> int:
-        """Those in a product with every token, as model.flops_per_token wants them."""
+        """Parameters used in matmuls with every token, as expected by model.flops_per_token."""
         last = self.head or self.embeddings
         padding = self.padding // 2 if self.head else self.padding
         return self.matrices + self.vectors + last - padding
@@ -64,14 +64,14 @@ def parameters(shape: GPTConfig) -> Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU."""
+    """Memory of one GPU in bytes."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # of a micro-batch
-    copies: int = 0  # of weights in the numbers of products, as autocast keeps them for the backward pass
-    buffers: int = 0  # what several GPUs send and receive (scaling.py)
+    activations: int  # activations of one micro-batch
+    copies: int = 0  # weights in the compute dtype, kept by autocast for the backward pass
+    buffers: int = 0  # communication buffers of several GPUs (scaling.py)
 
     @property
     def total(self) -> int:
@@ -87,12 +87,13 @@ def memory(
     on_cpu: bool = False,
     loss_chunk_size: int = 0,
 ) -> Memory:
-    """Of a GPU that holds the whole model, for micro-batches of `batch_size` windows computed in numbers of
-    `number_bytes` (2: bfloat16 by autocast) without compilation, which needs less. `recompute`: blocks run
-    again in the backward pass. `on_cpu`: by torch's kernels for CPUs, in float32. `loss_chunk_size`: tokens
-    whose logits are there at once; 0: all.
+    """Estimate the memory of a GPU that holds the whole model, for micro-batches of `batch_size` sequences.
 
-    AdamW keeps two numbers a parameter, Muon one for the matrices of blocks.
+    `number_bytes`: bytes per element of the compute dtype (2: bfloat16 autocast). Assumes no torch.compile,
+    which needs less. `recompute`: activation checkpointing. `on_cpu`: torch's CPU kernels, in float32.
+    `loss_chunk_size`: tokens per chunk of the loss; 0: all.
+
+    AdamW keeps two state elements per parameter, Muon one per element of the blocks' matrices.
     """
     found = parameters(shape)
     by_muon = found.matrices if rules.optimizer == "muon" else 0
@@ -115,15 +116,15 @@ def activations(
     on_cpu: bool = False,
     loss_chunk_size: int = 0,
 ) -> int:
-    """Bytes that a micro-batch holds when it holds the most: at the loss, or in the last block's backward.
+    """Return the peak activation bytes of a micro-batch: at the loss, or in the last block's backward pass.
 
-    At the loss there are what the blocks keep (their inputs alone, if they run again), the last norm, and in
-    float32 the logarithms of softmax and two gradients of logits, one more with a soft cap. With
-    `loss_chunk_size` there are the gradients of the norm's output and of the head, and of that many tokens
-    the gradient of the logits, beside the logits of some of them or what they add to the head's gradient.
-    In a block there are what it and those before it keep, the gradient of its output, those half-way through
-    it (of the activation, or of scores where they were kept), and where the head is the token embeddings its
-    gradient.
+    At the loss: the saved tensors of all blocks (only their inputs with `recompute`), the final norm, and in
+    float32 the log-softmax and two logit gradients, three with soft-capping. With `loss_chunk_size`: the
+    gradients of the norm's output and of the LM head and, for one chunk, the logit gradient plus either part
+    of the logits or the chunk's contribution to the LM head's gradient.
+    In the last block: the saved tensors of all blocks, the gradient of its output, the gradients at its
+    midpoint (of the activation, or of the attention scores if saved) and, with tied embeddings, the
+    embedding's gradient.
     """
     C, V, mask = shape.n_embd, shape.vocab_size, FLOAT if on_cpu else 1
     attention, mlp = kept_by_block(shape, number_bytes, on_cpu)
@@ -138,32 +139,32 @@ def activations(
         loss += max(2 * part, number_bytes * V * C) if narrow else part
     else:
         loss += tokens * (3 + bool(shape.softcap)) * FLOAT * V
-    gradients = 3 if shape.activation == "relu2" else 1  # the square's takes a product of two powers
+    gradients = 3 if shape.activation == "relu2" else 1  # the square's backward has two temporaries
     half_way = mlp + gradients * number_bytes * _hidden(shape) // 2
-    if keeps_scores(shape, on_cpu):  # of those there are four at once with dropout, else three
+    if keeps_scores(shape, on_cpu):  # up to four score tensors with dropout, else three
         half_way = max(half_way, number_bytes * (1 if shape.dropout else 2) * shape.n_head * shape.block_size)
     in_block = tokens * (attention + half_way + FLOAT * C - entry) + FLOAT * V * C * shape.tied
     return tokens * below + max(loss, in_block)
 
 
 def kept_by_block(shape: GPTConfig, number_bytes: int, on_cpu: bool) -> tuple[int, int]:
-    """Bytes a token that the two halves of a block keep for the backward pass: attention, and MLP.
+    """Return the bytes per token saved for the backward pass by attention and by the MLP of a block.
 
-    They are what operations want to see again: the input of each norm (float32), of each linear map and of
-    the activation; queries, keys, values and what attention made of them; the masks of dropout. Fused kernels
-    make the scores again; where a CPU has none, it copies queries, keys and values, scaled and for all heads,
-    and keeps the scores' softmax, with dropout their mask and the product of both, too.
+    Saved are the inputs of each norm (float32), each linear layer and the activation; q, k, v and the
+    attention output; dropout masks. Fused attention kernels recompute the scores; without one (CPU), torch
+    copies q, k and v, scaled and expanded to all heads, and saves the softmax and, with dropout, the mask and
+    their product.
     """
     C, T, hs = shape.n_embd, shape.block_size, shape.head_size
     kv = shape.n_kv_head or shape.n_head
-    sums = FLOAT * (C + 2)  # the input of a norm, and what it divided by
+    sums = FLOAT * (C + 2)  # input of a norm and its statistics
     if keeps_scores(shape, on_cpu):
         heads = 3 * shape.n_head * hs + (shape.n_head + 2 * kv) * hs * shape.qk_norm
         heads += shape.n_head * T * (3 if shape.dropout else 1)
     else:
         heads = (shape.n_head + 2 * kv) * hs
         if shape.qk_norm or shape.position == "rope":
-            heads += (shape.n_head + kv) * hs  # queries and keys before and after
+            heads += (shape.n_head + kv) * hs  # q and k before and after
         sums += FLOAT * shape.n_head
     mask = C * (number_bytes if on_cpu else 1) * bool(shape.dropout)
     attention = number_bytes * (C + heads + shape.n_head * hs) + sums + mask
@@ -171,21 +172,21 @@ def kept_by_block(shape: GPTConfig, number_bytes: int, on_cpu: bool) -> tuple[in
 
 
 def keeps_scores(shape: GPTConfig, on_cpu: bool) -> bool:
-    """Whether attention keeps the weight of every token for every other: torch's kernel for CPUs does neither
-    a bias for each head nor dropout."""
+    """Return whether attention saves the full score matrix: torch's fused CPU kernel supports neither
+    per-head biases nor dropout."""
     return on_cpu and (shape.position == "alibi" or shape.dropout > 0)
 
 
 def _hidden(shape: GPTConfig) -> int:
-    """Numbers a token before and after the activation."""
+    """Return the MLP's hidden elements per token, before plus after the activation."""
     return 4 * (8 * round(shape.n_embd / 3)) if shape.activation == "swiglu" else 2 * 4 * shape.n_embd
 
 
 def flops_per_token(shape: GPTConfig) -> int:
-    """Forward and backward, as train.py counts them."""
+    """Return forward plus backward FLOPs per token, as counted by train.py."""
     return model.flops_per_token(parameters(shape).multiplying, shape)
 
 
 def hours(tokens: int, flops_a_token: int, gpus: int, peak: float, mfu: float) -> float:
-    """Hours of `gpus` that each do the share `mfu` of `peak` FLOP/s."""
+    """Return the hours to train on `tokens` with `gpus` GPUs at `mfu` times `peak` FLOP/s each."""
     return tokens * flops_a_token / (gpus * peak * mfu) / 3600

@@ -1,7 +1,7 @@
-"""A step on many GPUs, on paper: time, memory, efficiency under DDP, FSDP and HSDP.
+"""Predict step time, memory and efficiency on many GPUs under DDP, FSDP and HSDP.
 
-Bytes are exact (comm_volume.py). Times are a model, as good as what it rests on: `assumptions` says it in
-words, docs/scaling-arithmetic.md has the reasons.
+Byte counts are exact (comm_volume.py). Times come from a model: `assumptions` lists its assumptions,
+docs/scaling-arithmetic.md their sources.
 """
 
 import math
@@ -13,21 +13,21 @@ from nanogpt.planning import estimate
 from nanogpt.planning.comm_volume import BUCKET, Call, Mode, World, bus_factor, calls, tensors, wire_bytes
 from nanogpt.planning.estimate import FLOAT, HALF
 
-WHEN = ("forward", "backward", "last", "update")  # of each micro-batch, of the last, after them
-BACKWARD = 2 / 3  # of the arithmetic of a micro-batch
-# What a link gives of its data sheet. NVLink: nccl holds A100 to 235 of 300 GB/s (its tuning.cc). Network:
-# 46 to 48 of the 50 GB/s of an NDR port, 24 of 25 of HDR (NVIDIA in issues 290 of nccl-tests, 412 of nccl).
+WHEN = ("forward", "backward", "last", "update")  # phases; forward, backward: every micro-batch
+BACKWARD = 2 / 3  # fraction of a micro-batch's FLOPs in the backward pass
+# Achievable fraction of data sheet bandwidth. NVLink: NCCL assumes 235 of 300 GB/s on A100 (its tuning.cc).
+# Network: 46 to 48 of 50 GB/s per NDR port, 24 of 25 per HDR (NVIDIA, nccl-tests issue 290, nccl issue 412).
 OF_LINK, OF_NETWORK, OF_MEMORY = 0.8, 0.9, 0.8
-# Microseconds of a collective, of a hop in a node, of one between nodes (LL128 of nccl's tuning.cc).
+# Latency in microseconds: per collective, per intra-node hop, per inter-node hop (LL128 in NCCL's tuning.cc).
 RING, TREE = (10.0, 1.9, 4.0), (4.4, 1.2, 8.5)
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Of a GPU's data sheet, in bytes a second: its memory, and what it sends to the others of its node."""
+    """Data sheet bandwidths of a GPU in bytes/s: memory, and link to the other GPUs of its node."""
 
     memory: float
-    link: float  # NVLink, or PCI Express x16; one direction, where data sheets add up both
+    link: float  # NVLink or PCIe x16, one direction (data sheets give the sum of both)
 
 
 CHIPS = {  # names as in gpu/chips.py
@@ -48,14 +48,14 @@ CHIPS = {  # names as in gpu/chips.py
 
 @dataclass(frozen=True)
 class Network:
-    """Bytes a second that a GPU sends: to its node, and out of it."""
+    """Bandwidth per GPU in bytes/s, within a node and between nodes."""
 
     node: float
     between: float
 
     def bandwidth(self, call: Call) -> float:
-        """Bus bandwidth: between nodes all GPUs of a node that take part send at once; in an all-to-all each
-        sends nearly everything out of its node by itself."""
+        """Return the bus bandwidth of `call`. Between nodes, all participating GPUs of a node share the load;
+        in an all-to-all each sends its own data, nearly all of it out of the node."""
         if call.nodes == 1:
             return self.node
         if call.kind == "all_to_all":
@@ -67,8 +67,8 @@ class Network:
 
 
 def latency_s(call: Call) -> float:
-    """Of one collective, however small: a ring's hops, or a tree's where that is possible and less (the model
-    of nccl's src/graph/tuning.cc)."""
+    """Return the latency of one collective: of a ring or, for all-reduce, a tree if faster (the model of
+    NCCL's src/graph/tuning.cc)."""
     twice = 2 if call.kind == "all_reduce" else 1
     base, inside, between = RING
     ring = base + twice * ((call.members - call.nodes) * inside + (call.nodes - 1) * between)
@@ -79,24 +79,24 @@ def latency_s(call: Call) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a prediction rests on, beside model and optimizer."""
+    """Inputs of a prediction besides model and optimizer."""
 
-    batch: int  # windows an iteration, of all GPUs
-    batch_size: int  # windows a micro-batch, at most
-    peak: float  # FLOP/s of a GPU by its data sheet
-    memory_bandwidth: float  # bytes a second of its memory, by the data sheet
+    batch: int  # sequences per iteration, over all GPUs
+    batch_size: int  # maximum sequences per micro-batch
+    peak: float  # FLOP/s per GPU, data sheet
+    memory_bandwidth: float  # bytes/s per GPU, data sheet
     network: Network
     gpus_per_node: int = 8
-    mfu: float = 0.4  # share of the peak that a full micro-batch reaches
-    overlap: float = 0.9  # share of the arithmetic behind which a transfer can hide
-    half_tokens: int = 1250  # a micro-batch of so many tokens reaches half of the rate of a very long one
-    sharded_state: bool = True  # DDP: each GPU has its part of the optimizer's state
-    recompute: bool = False  # blocks run again in the backward pass, which is for `mfu` to know
-    loss_chunk_size: int = 0  # tokens whose logits are there at once; 0: all
+    mfu: float = 0.4  # fraction of the peak reached by a full micro-batch
+    overlap: float = 0.9  # fraction of the compute time that can overlap with transfers
+    half_tokens: int = 1250  # micro-batch size in tokens that reaches half of the asymptotic rate
+    sharded_state: bool = True  # DDP: optimizer state sharded over GPUs (ZeRO-1)
+    recompute: bool = False  # activation checkpointing; its cost must be included in `mfu`
+    loss_chunk_size: int = 0  # tokens per chunk of the loss; 0: all
 
     def compute_s(self, shape: GPTConfig, windows: int) -> float:
-        """Forward and backward pass of one micro-batch. Short ones fill the GPU less: the rate goes with
-        t / (t + half_tokens) for t tokens, and is `mfu` for a full micro-batch."""
+        """Return the seconds of forward and backward of one micro-batch. The rate for t tokens is
+        proportional to t / (t + half_tokens), and equals `mfu` for a full micro-batch."""
         tokens, full = windows * shape.block_size, self.batch_size * shape.block_size
         filled = tokens / (tokens + self.half_tokens) * (full + self.half_tokens) / full
         return tokens * estimate.flops_per_token(shape) / (self.peak * self.mfu * filled)
@@ -104,16 +104,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Step:
-    """What is foretold of a GPU in a step."""
+    """Predicted times, bytes sent and memory of a GPU in one step."""
 
     world: World
     mode: Mode
-    tokens: int  # of the GPU that has the most
+    tokens: int  # maximum tokens per GPU
     compute_s: float  # forward and backward passes
-    transfer_s: float  # all transfers, hidden or not
-    exposed_s: float  # those that are waited for
-    update_s: float  # clipping and optimizer
-    wire: float  # bytes it sends
+    transfer_s: float  # all transfers, overlapped or not
+    exposed_s: float  # transfers not overlapped with compute
+    update_s: float  # gradient clipping and optimizer
+    wire: float  # bytes sent
     memory: estimate.Memory
 
     @property
@@ -122,15 +122,15 @@ class Step:
 
 
 def exposed_s(passes: float, transfers: float, first: float, overlap: float) -> float:
-    """Of `transfers` seconds beside `passes` of arithmetic, those that are waited for: `first`, which nothing
-    runs beside, and what does not fit behind the share `overlap`."""
+    """Return the seconds of `transfers` not hidden by `passes` seconds of compute: `first`, which overlaps
+    with nothing, plus what exceeds the fraction `overlap` of `passes`."""
     return first + max(0.0, transfers - first - overlap * passes)
 
 
 def predict(
     shape: GPTConfig, rules: OptimizerOptions, mode: Mode, gpus: int, setting: Setting
 ) -> Step | None:
-    """A step on `gpus` GPUs; None where there is not a window for each."""
+    """Predict a step on `gpus` GPUs. Return None if there are fewer sequences than GPUs."""
     windows = -(-setting.batch // gpus)
     if setting.batch < gpus:
         return None
@@ -141,7 +141,7 @@ def predict(
     compute = [setting.compute_s(shape, size) for size in sizes]
     during = {when: [call for call in found if call.when == when] for when in WHEN}
     took = {when: sum(map(network.seconds, some)) for when, some in during.items()}
-    # Nothing runs beside the first gathers (of what is outside of blocks, of a block) and the last bucket.
+    # No compute overlaps the first gathers (root parameters, first block) and the last bucket.
     alone = {when: sum(network.seconds(call) / call.count for call in some) for when, some in during.items()}
     exposed = took["update"]
     for number, passes in enumerate(compute):
@@ -174,13 +174,14 @@ def predict(
 
 
 def efficiency(step: Step, alone: Step) -> float:
-    """Tokens a second and GPU, against one GPU that does the batch by itself."""
+    """Return tokens/s per GPU relative to a single GPU running the whole batch."""
     return alone.seconds / (step.seconds * step.world.gpus)
 
 
 def update_s(shape: GPTConfig, rules: OptimizerOptions, mode: Mode, world: World, setting: Setting) -> float:
-    """Clipping reads every gradient twice and writes it, AdamW reads four numbers a parameter and writes
-    three, at the memory's speed; Muon's products run at half of the peak."""
+    """Return the seconds of clipping and optimizer step. Clipping reads gradients twice and writes them once,
+    AdamW reads four and writes three elements per parameter, at memory bandwidth; Muon's matmuls run at half
+    of the peak."""
     numbers = estimate.parameters(shape).total
     parts = world.gpus if mode == "ddp" and setting.sharded_state else world.shards(mode)
     clipped = numbers / world.shards(mode)
@@ -194,20 +195,20 @@ def update_s(shape: GPTConfig, rules: OptimizerOptions, mode: Mode, world: World
 
 
 def newton_schulz_flops(rows: int, columns: int, turns: int) -> int:
-    """Of Muon's Newton-Schulz iteration (Jordan et al. 2024): three products a turn."""
+    """Return the FLOPs of `turns` Newton-Schulz iterations of Muon (Jordan et al. 2024): 3 matmuls each."""
     low, high = sorted((rows, columns))
     return turns * (4 * low * low * high + 2 * low**3)
 
 
 @dataclass(frozen=True)
 class Fed:
-    """How a DDP step and a measured network get on."""
+    """Communication cost of a DDP step on a measured network."""
 
-    wire: float  # bytes a process sends
+    wire: float  # bytes sent per rank
     transfer_s: float
     exposed_s: float
-    efficiency: float  # share of the time that is arithmetic
-    enough: int  # micro-batches an iteration with which it is WELL_FED
+    efficiency: float  # fraction of the step spent in compute
+    enough: int  # micro-batches per iteration needed for an efficiency of WELL_FED
 
 
 WELL_FED = 0.9
@@ -216,12 +217,12 @@ WELL_FED = 0.9
 def feeds(
     shape: GPTConfig, members: int, bandwidth: float, pass_s: float, micro_batches: int, overlap: float
 ) -> Fed:
-    """Whether a bus of `bandwidth` bytes a second can reduce the gradients of `members` behind the last of so
-    many micro-batches of `pass_s` seconds each."""
+    """Estimate how far a gradient all-reduce over `members` ranks at bus bandwidth `bandwidth` (bytes/s)
+    overlaps with the last of `micro_batches` passes of `pass_s` seconds each."""
     size = FLOAT * estimate.parameters(shape).total
     wire = bus_factor("all_reduce", members) * size
     transfer = wire / bandwidth
-    last = transfer / -(-size // BUCKET)  # of the buckets
+    last = transfer / -(-size // BUCKET)  # time of one bucket
     waited = exposed_s(BACKWARD * pass_s, transfer, last, overlap)
     busy = micro_batches * pass_s
     enough = math.ceil(waited * WELL_FED / (1 - WELL_FED) / pass_s)
@@ -242,11 +243,11 @@ def memory(
     recompute: bool = False,
     loss_chunk_size: int = 0,
 ) -> estimate.Memory:
-    """Bytes on the GPU that has the most, which computes micro-batches of `sizes` windows in numbers of
-    `number_bytes`.
+    """Return the memory of the GPU with the highest use, for micro-batches of `sizes` sequences at
+    `number_bytes` bytes per element.
 
-    DDP sends gradients from where they are. FSDP cuts tensors by rows; it holds what is outside of blocks and
-    up to three blocks gathered, the gradients of one, and with several micro-batches all gradients whole
+    DDP needs no extra gradient buffers. FSDP shards tensors by rows; it holds the root parameters and up to
+    three blocks gathered, the gradients of one block and, with several micro-batches, all unsharded gradients
     until the last one reduces them.
     """
     plain = estimate.memory(
@@ -274,20 +275,20 @@ def memory(
 
 
 def assumptions(setting: Setting) -> list[str]:
-    """What the times rest on, in words."""
+    """Describe the assumptions behind the predicted times."""
     network = setting.network
     return [
-        f"an MFU of {setting.mfu:.0%} is reached by a full micro-batch of {setting.batch_size} windows; the "
-        f"rate of a shorter one of t tokens goes with t / (t + {setting.half_tokens:,})",
-        f"a GPU sends {network.node / 1e9:.0f} GB/s to the {setting.gpus_per_node} of its node and "
-        f"{network.between / 1e9:.1f} GB/s out of it; latencies are those of nccl's own model",
-        f"transfers hide behind {setting.overlap:.0%} of the passes beside which they run; the first gathers "
-        f"and the last bucket hide behind nothing",
-        "gradients are reduced in float32 once an iteration; FSDP gathers blocks in bfloat16 for each pass "
-        "of each micro-batch, and the rest in float32; HSDP does so in a node and reduces between nodes",
-        "DDP shares the optimizer's state (ZeRO-1) and gathers the weights after the update"
+        f"MFU is {setting.mfu:.0%} for a full micro-batch of {setting.batch_size} sequences; for t tokens "
+        f"the rate is proportional to t / (t + {setting.half_tokens:,})",
+        f"each GPU sends {network.node / 1e9:.0f} GB/s within its node of {setting.gpus_per_node} and "
+        f"{network.between / 1e9:.1f} GB/s between nodes; latencies follow NCCL's tuning model",
+        f"transfers overlap with up to {setting.overlap:.0%} of the concurrent pass; the first gathers and "
+        f"the last bucket do not overlap",
+        "gradients are reduced in float32 once per iteration; FSDP gathers blocks in bfloat16 for each pass "
+        "of each micro-batch, the rest in float32; HSDP does so within a node and reduces between nodes",
+        "DDP shards the optimizer state (ZeRO-1) and all-gathers the weights after the update"
         if setting.sharded_state
-        else "DDP: every GPU has the optimizer's whole state",
-        f"clipping and optimizer run at {OF_MEMORY:.0%} of the memory's "
-        f"{setting.memory_bandwidth / 1e12:.2f} TB/s; reading data, logging and saving cost nothing",
+        else "DDP: every GPU holds the full optimizer state",
+        f"clipping and optimizer run at {OF_MEMORY:.0%} of the memory bandwidth of "
+        f"{setting.memory_bandwidth / 1e12:.2f} TB/s; data loading, logging and saving take no time",
     ]

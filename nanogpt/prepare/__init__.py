@@ -1,1 +1,1 @@
-"""Text to a dataset: readers, tokens, shards. The programs of data/ are made of it."""
+"""Prepare datasets from text: readers, encoding, shards. Used by the programs in data/."""

@@ -1,4 +1,4 @@
-"""What has to be known of a text before it is encoded: how to split it, and its vocabulary."""
+"""Analyze a text before it is encoded: how to split it, and its vocabulary."""
 
 import sys
 from collections.abc import Iterator
@@ -14,34 +14,34 @@ from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.text_files import Document, Texts
 from nanogpt.tokenizer import bpe, tokenizer
 
-FEW = 100  # documents: fewer are each cut in two, as many or more go whole to train or to val
-LEARNT_FROM = 1 << 28  # characters from which a BPE is learnt, at the beginning of the text
+FEW = 100  # documents; fewer are each cut into train and val, else each goes whole to one of them
+LEARNT_FROM = 1 << 28  # characters of train, from its start, on which a BPE is trained
 
 
 @dataclass(frozen=True)
 class Options:
     kind: str = "auto"  # char, byte, gpt2, bpe:SIZE, a tokenizer.json, or auto: char for small alphabets
-    val_fraction: float = 0.1  # of documents, or of each where there are few
-    seed: int = 0  # of the choice of documents for val
-    encoding: str = ""  # of text files
-    gpt2_bpe: str = ""  # where GPT-2's vocab.bpe is
+    val_fraction: float = 0.1  # fraction of the documents, or of each if there are few, for validation
+    seed: int = 0  # seed of the choice of validation documents
+    encoding: str = ""  # encoding of text files; empty: detect
+    gpt2_bpe: str = ""  # path of GPT-2's vocab.bpe
     hub: str = ""  # NAME[:CONFIG[:SPLIT]][@REVISION] of a Hugging Face dataset
-    instead: str = "give files of it on this machine"  # what helps where the hub cannot be reached
-    text_key: str = "text"  # the field or column of documents
-    skip_bad: bool = False  # leave out rows that cannot be read, and count them
-    workers: int = 0  # processes; 0: one a core if the text is large
-    shard_tokens: int = 0  # a file; 0: one file a split
+    instead: str = "pass local copies of its files"  # hint if the hub cannot be reached
+    text_key: str = "text"  # field or column that contains the text
+    skip_bad: bool = False  # skip and count unreadable rows
+    workers: int = 0  # worker processes; 0: one per core if the text is large
+    shard_tokens: int = 0  # tokens per file; 0: one file per split
 
     @property
     def pairs(self) -> bool:
-        """Whether rows hold a prompt and a response, of which only the response is learnt."""
+        """True if rows have a prompt and a response, with the loss on the response only."""
         return "+" in self.text_key
 
 
 def look(texts: Texts, wanted: Options) -> tuple[Split, bool]:
-    """How to split, and whether there are several documents; UserError if a split would be empty.
+    """Return the split, and whether there are several documents. Raise UserError if a split would be empty.
 
-    Reads rows until it is known whether there are few documents.
+    Rows are read only until it is known whether there are few documents.
     """
     found: list[Document] = [source.document for source in texts.sources if source.document]
     rows = Texts([source for source in texts.sources if not source.document])
@@ -58,7 +58,7 @@ def look(texts: Texts, wanted: Options) -> tuple[Split, bool]:
     if split.few:
         characters = sum(document.characters for document in found)
         if characters < 2:
-            raise UserError(f"the text has {counted(characters, 'character')}; there is nothing to learn")
+            raise UserError(f"the text has {counted(characters, 'character')}; at least 2 are needed")
         train = sum(split.train_length(document) for document in found)
         if train in (0, characters):
             raise empty_split("train" if train == 0 else "val", wanted, len(found), characters)
@@ -67,23 +67,23 @@ def look(texts: Texts, wanted: Options) -> tuple[Split, bool]:
 
 def empty_split(name: str, wanted: Options, documents: int, characters: int) -> UserError:
     return UserError(
-        f"--val_fraction={wanted.val_fraction} leaves {name} without any text "
+        f"--val_fraction={wanted.val_fraction} leaves {name} empty "
         f"({counted(documents, 'document')}, {counted(characters, 'character')}); "
         "give another fraction or more text"
     )
 
 
 def refuse_bad(result: Encoded, texts: Texts, wanted: Options) -> list[str]:
-    """The broken rows of a piece, in words; UserError names the first unless they may be skipped."""
+    """Return messages about the broken rows of a piece; raise UserError for the first unless skip_bad."""
     path = texts.sources[result.source].path
     named = [f"{path}, line {row.number} {row.reason}" for row in result.bad]
     if named and not wanted.skip_bad:
-        raise UserError(f"{named[0]}; --skip_bad leaves such rows out and counts them")
+        raise UserError(f"{named[0]}; --skip_bad=True skips and counts such rows")
     return named
 
 
 def alphabet(texts: Texts, job: Job, wanted: Options, workers: int) -> str:
-    """Every character that occurs, in the order of code points."""
+    """Return every character that occurs, sorted by code point."""
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     with progress("counting", texts) as bar:
         pieces = readers.pieces(texts.sources, reading(wanted), advance=bar.update)
@@ -92,12 +92,12 @@ def alphabet(texts: Texts, job: Job, wanted: Options, workers: int) -> str:
             seen[part.alphabet] = True
     found = "".join(map(chr, np.flatnonzero(seen)))
     if len(found) == 1:
-        raise UserError(f"the text is {found!r} over and over; there is nothing to learn")
+        raise UserError(f"the text consists of {found!r} only; at least 2 distinct characters are needed")
     return found
 
 
 def learnt(size: int, texts: Texts, job: Job, wanted: Options) -> tokenizer.Tokenizer:
-    """A BPE of the text that train gets."""
+    """Train a BPE on the text of the train split."""
     encode.start_counting(job)
 
     def bodies() -> Iterator[str]:
@@ -111,7 +111,7 @@ def learnt(size: int, texts: Texts, job: Job, wanted: Options) -> tokenizer.Toke
             if left <= 0:
                 return
 
-    with progress("learning words", texts) as bar:
+    with progress("training BPE", texts) as bar:
         return tokenizer.from_text(bpe.train(bodies(), size))
 
 
@@ -120,12 +120,13 @@ def reading(wanted: Options) -> readers.Reading:
     return readers.Reading(wanted.text_key, lambda chunks: encode.parts(chunks, words))
 
 
-# ----------------------------------------------------------------------------- words
+# ----------------------------------------------------------------------------- progress and messages
 
 
 def progress(what: str, texts: Texts | None = None, done: int = 0) -> "tqdm[Any]":
-    """A bar over the bytes read, with their rate and the time left, on stderr; where that is no terminal,
-    a line a minute."""
+    """Return a progress bar over the bytes read, with rate and time left, on stderr. If stderr is not a
+    terminal, it prints one line per minute.
+    """
     total = readers.progress_total(texts.sources) if texts else None
     quiet = {} if sys.stderr.isatty() else {"delay": 60.0, "mininterval": 60.0, "maxinterval": 60.0}
     return tqdm(desc=what, total=total, initial=done, unit="B", unit_scale=True, leave=False, **quiet)

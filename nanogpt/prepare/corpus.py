@@ -1,9 +1,9 @@
-"""Text to a dataset folder, `train.bin`, `val.bin`, `tokenizer.json` and `meta.json`, in constant memory.
+"""Prepare a dataset folder (train.bin, val.bin, tokenizer.json, meta.json) from text, in constant memory.
 
-One pipeline for a poem and for a hundred gigabytes: find the files (`text.find`), look at the first
-documents, count or learn the vocabulary if there is none yet, then encode piece after piece in several
-processes and append what they return in the order of the text (`sources`, `pool`, `encode`, `shards`).
-The bytes written do not depend on the number of processes, nor on how often a run was interrupted.
+One pipeline for a poem and for 100 GB: find the files (`text_files.find`), inspect the first documents,
+collect or train the vocabulary if needed, then encode piece by piece in worker processes and append the
+results in input order (`readers`, `pool`, `encode`, `shards`). The bytes written do not depend on the
+number of processes or of interruptions.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from nanogpt.prepare.text_files import Texts, find
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.gpt2 import load_gpt2
 
-NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # the first is the last to appear
-LARGE_ALPHABET = 20_000  # distinct characters from which bytes are the default
-LARGE_TEXT = 1 << 25  # bytes of input from which several processes work on it
-RECORD_S = 5.0  # between records of how far the work has come
-SHOWN_BAD = 3  # rows that were skipped and are named
+NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # train.bin is published last
+LARGE_ALPHABET = 20_000  # distinct characters from which --tokenizer=auto uses bytes
+LARGE_TEXT = 1 << 25  # bytes of input from which several processes are used
+RECORD_S = 5.0  # seconds between records of progress
+SHOWN_BAD = 3  # number of skipped rows to report
 
 
 @dataclass
 class Counts:
-    """What was found in the text."""
+    """Statistics of the text."""
 
     characters: int = 0
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -57,7 +57,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was prepared. `lines` says it in words."""
+    """Result of `prepare`; `lines` describes it."""
 
     out: Path
     texts: Texts
@@ -65,14 +65,14 @@ class Summary:
     tokenizer: tokenizer.Tokenizer
     meta: dict[str, Any]
     counts: Counts
-    alphabet: str  # every character once, in the order of code points, if characters are the tokens
-    bytes_by_default: bool  # the alphabet was too large for the tokenizer that was not chosen
-    in_both: int  # documents of val that are in train too
+    alphabet: str  # distinct characters, sorted by code point; empty if they were not counted
+    bytes_by_default: bool  # --tokenizer=auto chose bytes because the alphabet is large
+    in_both: int  # val documents that are also in train
     resumed: bool
 
     @property
     def option(self) -> str:
-        """What has to be given to train.py."""
+        """The --dataset option for train.py."""
         quote = '"' if " " in str(self.out) else ""
         return f"{quote}--dataset={self.out}{quote}"
 
@@ -91,18 +91,16 @@ class Summary:
         if "mask" in train:
             lines.append("loss on responses only (train.mask.bin, val.mask.bin)")
         if self.resumed:
-            lines.append("went on where an interrupted run had stopped")
+            lines.append("resumed an interrupted run")
         if self.bytes_by_default:
-            lines.append(
-                "too many distinct characters, so bytes are the tokens (--tokenizer=char takes them)"
-            )
+            lines.append("using byte tokens: too many distinct characters (--tokenizer=char overrides)")
         others = sorted({source.encoding for source in self.texts.sources} - {"utf-8"})
         if others:
             lines.append(f"encodings besides utf-8: {', '.join(others)}")
         if self.counts.newlines_changed or any(s.newlines_changed for s in self.texts.sources):
-            lines.append("newlines normalised to \\n")
+            lines.append("newlines normalized to \\n")
         if self.counts.empty_rows:
-            lines.append(f"skipped {counted(self.counts.empty_rows, 'row')} without a character")
+            lines.append(f"skipped {counted(self.counts.empty_rows, 'empty row')}")
         if self.counts.bad_rows:
             shown = "; ".join(self.counts.bad_shown)
             lines.append(f"skipped {counted(self.counts.bad_rows, 'broken row')}: {shown}")
@@ -111,22 +109,22 @@ class Summary:
     def _split(self) -> str:
         if self.split.few:
             text = f"the first {1 - self.split.val_fraction:.4g} of each document is train, the rest val"
-            return text + (f"; {counted(self.in_both, 'document')} like another one" if self.in_both else "")
+            return text + (f"; {counted(self.in_both, 'duplicate document')}" if self.in_both else "")
         train, val = (self.counts.documents[split] for split in SPLITS)
         return (
-            f"{train:,} documents train, {val:,} val, by a hash of the content; "
-            f"{self.in_both:,} of val also in train, but for case, blanks and punctuation"
+            f"{train:,} train and {val:,} val documents, by a hash of the content; "
+            f"{self.in_both:,} of val also in train (ignoring case, blanks and punctuation)"
         )
 
 
 def prepare(
     paths: Sequence[Path], out: Path, *, keep: Callable[[Path], bool] = lambda file: True, **options: Any
 ) -> Summary:
-    """Write the dataset folder `out` from files, folders, patterns and a dataset of the hub.
+    """Write the dataset folder `out` from files, folders, glob patterns and a hub dataset; return a Summary.
 
-    `options` are the fields of `Options`; `keep` chooses among the files of folders. UserError says what
-    is wrong with the text or the options, OSError that the disk failed; nothing is left then that could
-    be taken for a dataset, but a long run can be gone on with.
+    `options` are the fields of `Options`; `keep` filters the files of folders. Raise UserError for unusable
+    text or options, OSError if the disk fails. A failure leaves nothing that could be mistaken for a dataset,
+    but a long run can be resumed by the same call.
     """
     wanted = Options(**options)
     given = _given_tokenizer(wanted, out)
@@ -157,17 +155,17 @@ def prepare(
 
 
 def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
-    """Check the options; the tokenizer, unless it depends on the text."""
+    """Check the options; return the tokenizer, or None if it depends on the text."""
     if not 0 < wanted.val_fraction < 1:
         raise UserError(f"--val_fraction={wanted.val_fraction} must lie between 0 and 1; 0.1 is usual")
     if wanted.pairs and wanted.shard_tokens:
-        raise UserError("--shard_tokens: prompts and responses are written to one file; leave it out")
+        raise UserError("--shard_tokens is not supported with prompts and responses; omit it")
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder, new or not")
+        raise UserError(f"--out={out} is a file; give a new or existing folder")
     if wanted.kind.startswith("bpe:"):
         size = wanted.kind[4:]
         if not (size.isascii() and size.isdigit() and 257 < int(size) <= 1 << 24):
-            raise UserError(f"--tokenizer={wanted.kind}: give a number of tokens above 257, as in bpe:8192")
+            raise UserError(f"--tokenizer={wanted.kind}: the size must be a number above 257, as in bpe:8192")
         return None
     if wanted.kind in ("auto", "char"):
         return None
@@ -177,8 +175,8 @@ def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
         return load_gpt2(wanted.gpt2_bpe)
     if not Path(wanted.kind).exists():
         raise UserError(
-            f"--tokenizer={wanted.kind} is none of auto, char, byte, gpt2, bpe:SIZE (such as bpe:8192) "
-            "and no tokenizer.json"
+            f"--tokenizer={wanted.kind} must be auto, char, byte, gpt2, bpe:SIZE (such as bpe:8192) "
+            "or the path of a tokenizer.json"
         )
     return tokenizer.from_file(Path(wanted.kind))
 
@@ -186,7 +184,7 @@ def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
 def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted: Options) -> Texts:
     own = os.path.realpath(out)
 
-    def not_ours(file: Path) -> bool:  # what an earlier run has written
+    def not_ours(file: Path) -> bool:  # excludes output of earlier runs
         name = file.name.split(files.TEMPORARY)[0]
         ours = name in (*NAMES, "train.mask.bin", "val.mask.bin")
         ours = ours or name.startswith(("tokens_train_", "tokens_val_"))
@@ -198,9 +196,7 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
     if wanted.hub:
         texts.sources.append(readers.hub(wanted.hub, wanted.text_key, wanted.instead))
     if not texts.sources:
-        raise UserError(
-            "; ".join([f"there is no text in {', '.join(map(str, paths))}", *_skipped(texts)[:1]])
-        )
+        raise UserError("; ".join([f"no text found in {', '.join(map(str, paths))}", *_skipped(texts)[:1]]))
     return texts
 
 
@@ -210,8 +206,9 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
 def _write(
     texts: Texts, job: Job, encoder: tokenizer.Tokenizer, out: Path, wanted: Options, workers: int
 ) -> tuple[dict[str, Any], Counts, int, bool]:
-    """Write the files of `out`; returns what is in meta.json, the counts, how many documents of val are
-    in train too, and whether an earlier run was gone on with."""
+    """Write the files of `out`. Return the contents of meta.json, the counts, the number of val documents
+    also in train, and whether an earlier run was resumed.
+    """
     created = not out.exists()
     writer = shards.Writer(out, encode.dtype_of(encoder.vocab_size), wanted.shard_tokens)
     complete = False
@@ -244,7 +241,7 @@ def _write(
             with contextlib.suppress(OSError):
                 out.rmdir()
         if keep and isinstance(error, KeyboardInterrupt):
-            raise Stopped("interrupted; run the same command again to go on") from None
+            raise Stopped("interrupted; run the same command again to resume") from None
         raise
     writer.give_up(keep=False)
     return meta, counts, in_both, bool(progress)
@@ -278,7 +275,7 @@ def _encode(
 
 
 def _sameness(texts: Texts, encoder: tokenizer.Tokenizer, job: Job, wanted: Options) -> dict[str, Any]:
-    """What must be equal for a run to go on with another's work."""
+    """Return the properties that must be equal for a run to resume another's work."""
     return {
         "tokenizer": tokenizer.fingerprint(encoder),
         "split": asdict(job.split),
@@ -320,11 +317,11 @@ def _meta(
             for source in texts.sources[:100]
         ],
         "source_files": len(texts.sources),
-        "source_sha256": hashlib.sha256(hashes.encode()).hexdigest(),  # of all, one hash a line
+        "source_sha256": hashlib.sha256(hashes.encode()).hexdigest(),  # over all, one hash per line
     }
 
 
-# ----------------------------------------------------------------------------- words
+# ----------------------------------------------------------------------------- messages
 
 
 def _skipped(texts: Texts) -> list[str]:

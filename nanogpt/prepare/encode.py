@@ -1,4 +1,4 @@
-"""One piece of the input to the token ids of both splits: what worker processes do."""
+"""Encode one piece of the input to token ids of both splits; runs in worker processes."""
 
 import re
 import sys
@@ -15,27 +15,30 @@ from nanogpt.prepare.text_files import Digest, Document, Pair, code_points, with
 from nanogpt.tokenizer import tokenizer
 
 PIECE = 1 << 20  # characters encoded at a time
-LONGEST_WORD = 1 << 21  # characters without a place where byte pairs can be cut
+LONGEST_WORD = 1 << 21  # characters without a position where byte pairs can be cut
 
-# The last place where a text can be cut so that the ids of the parts are those of the whole. In GPT-2's
-# pattern (bpe.PATTERN) white space never follows anything else within a token, and only white
-# space looks ahead; so a token ends wherever a space or newline follows what is no white space. (Python
-# counts U+001C to U+001F as white space and the pattern does not: that only makes fewer cuts.) A run of
-# letters ends where punctuation follows, too; Chinese and Japanese may have no space for pages.
+# Last position where a text can be cut without changing the ids of its parts. In GPT-2's pattern
+# (bpe.PATTERN), white space within a token never follows other characters, and only white space looks
+# ahead; so a token ends wherever a space or newline follows a character that is not white space. (Python
+# counts U+001C to U+001F as white space and the pattern does not: this only reduces the number of cuts.)
+# Letters also end before punctuation: Chinese and Japanese may have no spaces for pages.
 BOUNDARY = re.compile(r".*(?:\S(?=[ \n])|[ぁ-ん一-龥](?=[，。、]))", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents, or how much of each, go to val. By content, so that a document keeps its side
-    when others come or go, and its copies follow it."""
+    """Assignment of documents, or of a part of each, to val.
+
+    By content hash, so that a document stays in its split when others are added or removed, and its
+    copies are in the same split.
+    """
 
     val_fraction: float
     seed: int = 0
-    few: bool = False  # each document is cut in two, for there are too few to choose among
+    few: bool = False  # too few documents to choose from: cut each in two
 
     def train_length(self, document: Document) -> int:
-        """How many of its characters, from the beginning, go to train."""
+        """Return how many characters of the document, from its start, go to train."""
         if self.few:
             return int(document.characters * (1 - self.val_fraction))
         key = int.from_bytes(document.exact[:8], "big")
@@ -46,33 +49,33 @@ class Split:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker has to know."""
+    """Settings of a worker process."""
 
-    tokenizer: str  # the text of its file; "" if characters are only counted
-    kinds: tuple[str, ...]  # of the sources
-    documents: tuple[Document | None, ...]  # the sources that are one text
+    tokenizer: str  # contents of tokenizer.json; "" to count characters only
+    kinds: tuple[str, ...]  # kind of each source
+    documents: tuple[Document | None, ...]  # per source; None if it has rows
     split: Split
-    several: bool  # documents, which are set apart from one another
+    several: bool  # several documents: separate them in the ids
     text_key: str = "text"
 
 
 @dataclass
 class Encoded:
-    """The ids of a piece, and what was counted in it."""
+    """Ids and statistics of a piece."""
 
     source: int = 0
-    place: Any = None  # where reading goes on after it
+    place: Any = None  # where to resume reading after it
     ids: dict[str, bytes] = field(default_factory=lambda: {"train": b"", "val": b""})
     scored: dict[str, bytes] = field(
         default_factory=lambda: {"train": b"", "val": b""}
-    )  # of pairs: a byte an id
+    )  # pairs only: one byte per id, 1 if it is a target
     text_bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     characters: int = 0
     empty_rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
     newlines_changed: bool = False
-    folded: bytes = b""  # uint64 a document: Document.folded << 1 | whether it is val's
+    folded: bytes = b""  # one uint64 per document: Document.folded << 1 | (in val)
 
 
 _job: Job
@@ -81,7 +84,7 @@ _dtype = "<u2"
 
 
 def start(job: Job) -> None:
-    """Make this process ready for `encode`."""
+    """Initialize this process for `encode`."""
     global _job, _encoder, _dtype
     _job, _encoder = job, tokenizer.from_text(job.tokenizer)
     _encoder.accelerate()
@@ -93,7 +96,7 @@ def dtype_of(vocab_size: int) -> str:
 
 
 def encode(piece: Piece) -> Encoded:
-    """The ids of a piece. UserError for a text that the tokenizer cannot take."""
+    """Return the ids of a piece. Raise UserError for text that the tokenizer cannot encode."""
     result = Encoded(piece.source, piece.place)
     ids: dict[str, list[bytes]] = {"train": [], "val": []}
     folded = []
@@ -124,8 +127,9 @@ def encode(piece: Piece) -> Encoded:
 
 
 def bodies(piece: Piece, result: Encoded) -> Iterator[tuple[str, int, Document]]:
-    """The texts in a piece, where each begins in its document, and the document. What is no text is
-    noted in `result`."""
+    """Yield (text, offset in its document, document) for each text in a piece. Empty and unreadable rows are
+    recorded in `result`.
+    """
     result.source = piece.source
     document = _job.documents[piece.source]
     if document is not None:
@@ -148,7 +152,7 @@ def bodies(piece: Piece, result: Encoded) -> Iterator[tuple[str, int, Document]]
 
 
 def _part(text: str, ends: bool, split: str, result: Encoded) -> Iterator[bytes]:
-    """The ids of what a split gets of a document, set apart from the next one if it `ends` here."""
+    """Yield the ids of one split's part of a document, followed by a separator if it `ends` here."""
     if not text:
         return
     apart = ends and _job.several
@@ -162,9 +166,10 @@ def _part(text: str, ends: bool, split: str, result: Encoded) -> Iterator[bytes]
 
 
 def parts(chunks: Iterable[str], words: bool) -> Iterator[str]:
-    """The text of `chunks` in parts of about PIECE characters; with `words`, cut where the ids allow it.
+    """Split the text of `chunks` into parts of about PIECE characters; with `words`, only where this does not
+    change the ids.
 
-    UserError if there is no such place for LONGEST_WORD characters.
+    Raise UserError if LONGEST_WORD characters contain no such position.
     """
     pending: list[str] = []
     length = 0
@@ -179,8 +184,8 @@ def parts(chunks: Iterable[str], words: bool) -> Iterator[str]:
             end = boundary.end() if boundary else 0 if words else len(text)
             if len(text) - end > LONGEST_WORD:
                 raise UserError(
-                    f"{LONGEST_WORD:,} characters without a space cannot be encoded by byte pairs in the "
-                    f"memory allowed, from {text[end : end + 30]!r} on; use --tokenizer=char or byte"
+                    f"{LONGEST_WORD:,} characters without a space are too long to encode by byte pairs, "
+                    f"starting at {text[end : end + 30]!r}; use --tokenizer=char or byte"
                 )
             if end:
                 yield text[:end]
@@ -193,12 +198,12 @@ def parts(chunks: Iterable[str], words: bool) -> Iterator[str]:
 
 @dataclass
 class Counted:
-    alphabet: np.ndarray  # the code points that occur
-    found: Encoded  # without ids
+    alphabet: np.ndarray  # code points that occur
+    found: Encoded  # statistics, no ids
 
 
 def count(piece: Piece) -> Counted:
-    """What characters there are in a piece."""
+    """Return the set of characters in a piece."""
     found = Encoded()
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     for body, _, _ in bodies(piece, found):
@@ -207,12 +212,12 @@ def count(piece: Piece) -> Counted:
 
 
 def train_bodies(piece: Piece, found: Encoded) -> Iterator[str]:
-    """The texts of a piece, as far as they are train's; what is no text is noted in `found`."""
+    """Yield the train part of each text in a piece; unreadable rows are recorded in `found`."""
     for body, offset, document in bodies(piece, found):
         yield body[: max(_job.split.train_length(document) - offset, 0)]
 
 
 def start_counting(job: Job) -> None:
-    """Make this process ready for `count` and `train_bodies`."""
+    """Initialize this process for `count` and `train_bodies`."""
     global _job
     _job = job

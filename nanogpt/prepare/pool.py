@@ -1,4 +1,4 @@
-"""A function applied by several processes, its results in the order of what went in, in bounded memory."""
+"""Ordered parallel map over processes, in bounded memory."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -27,17 +27,17 @@ def ordered(
     setup: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> Iterator[Result]:
-    """function(item) for each of `items`, in their order, computed by `workers` processes (0: by this one).
+    """Yield function(item) for each of `items`, in order, computed by `workers` processes (0: by this one).
 
-    Each process calls setup(*arguments) first. Items are drawn only a few ahead of the result that is
-    taken next, so memory stays bounded however large their number. What `function` raises is raised
-    here; OSError if a process was killed.
+    Each process calls setup(*arguments) first. Items are read only a few ahead of the results, so memory
+    is bounded for any number of items. Exceptions from `function` are raised here. Raise OSError if a
+    worker process was killed.
     """
     if workers == 0:
         setup(*arguments)
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+    context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
     with ProcessPoolExecutor(workers, context, _start, (setup, arguments)) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
@@ -50,21 +50,21 @@ def ordered(
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise OSError(
-                "a worker process was killed, perhaps for want of memory; run the same command again "
-                "to go on, with fewer --workers"
+                "a worker process was killed, possibly by lack of memory; run the same command again "
+                "with fewer --workers to resume"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start(setup: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     setup(*arguments)
 
 
 def _leave_with_parent() -> None:
-    """End this process when the one that started it has been killed."""
+    """Exit this process when its parent has been killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

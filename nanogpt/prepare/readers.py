@@ -1,8 +1,8 @@
-"""Files and datasets of any size to pieces of a megabyte or so, and pieces to documents.
+"""Read files and datasets of any size as pieces of about a megabyte, and pieces as documents.
 
-Reading is split where it is cheap: one process decompresses and cuts (`pieces`), and what costs time,
-parsing rows and encoding, is done with a piece, in any process (`rows`). A piece knows the place where
-reading can go on after it, so an interrupted preparation need not begin again.
+Reading is divided by cost: one process decompresses and cuts (`pieces`); the expensive part, parsing rows
+and encoding, is done per piece in any process (`rows`). A piece records where reading resumes after it,
+so an interrupted preparation need not start over.
 """
 
 import contextlib
@@ -20,31 +20,31 @@ from nanogpt.errors import UserError
 from nanogpt.prepare import text_files
 from nanogpt.prepare.text_files import Advance, Source
 
-LONGEST_ROW = 1 << 24  # bytes in a line of JSONL, which has to be parsed whole
-ROWS = 256  # of a table read at a time
+LONGEST_ROW = 1 << 24  # maximum bytes per line of JSONL, which is parsed whole
+ROWS = 256  # table rows read at a time
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read."""
+    """Reading options."""
 
-    text_key: str = "text"  # the field or column that holds the text
-    # Cuts a long text where the ids of the parts are those of the whole; -> the parts.
+    text_key: str = "text"  # field or column that contains the text
+    # Splits a long text where this does not change the ids.
     parts: Callable[[Iterable[str]], Iterator[str]] = iter
 
 
 @dataclass(frozen=True)
 class Piece:
-    source: int  # its index
-    place: Any  # where reading goes on after it: JSON
+    source: int  # index of the source
+    place: Any  # where to resume reading after it; JSON-serializable
     content: str | bytes | list[Any]  # a part of a text, lines of JSONL, or values of a column
-    first: int = 1  # of rows: the number of the first, from 1
-    offset: int = 0  # of a text: how many of its characters came before
+    first: int = 1  # rows: number of the first, from 1
+    offset: int = 0  # text: number of characters before the piece
 
 
 @dataclass(frozen=True)
 class BadRow:
-    number: int  # of the line or row, from 1
+    number: int  # line or row number, from 1
     reason: str
 
 
@@ -54,10 +54,10 @@ def pieces(
     start: tuple[int, Any] = (0, None),
     advance: Advance = lambda count: None,
 ) -> Iterator[Piece]:
-    """Every piece from `start` on: the index of a source, and a place in it.
+    """Yield all pieces from `start` on: (index of a source, place in it).
 
-    The same sources give the same documents however often this is interrupted. `advance` is called
-    with the number of bytes read. UserError names the file that has changed or cannot be read.
+    The documents of given sources do not depend on interruptions. `advance` is called with the number of
+    bytes read. Raise UserError, naming the file, if one has changed or cannot be read.
     """
     for index in range(start[0], len(sources)):
         source = sources[index]
@@ -70,11 +70,11 @@ def pieces(
 
 
 def rows(piece: Piece, kind: str, text_key: str) -> Iterator[str | BadRow]:
-    """The documents of a piece that holds rows; "" for a row without a character."""
+    """Yield the documents of a piece of rows: "" for empty rows, BadRow for unreadable ones."""
     if kind != "jsonl":
         for number, value in enumerate(piece.content, piece.first):
             surrogate = text_files.lone_surrogate(value or "")
-            yield BadRow(number, f"has {surrogate}, which is no text") if surrogate else value or ""
+            yield BadRow(number, f"contains {surrogate}, which is not text") if surrogate else value or ""
         return
     assert isinstance(piece.content, bytes)
     for number, line in enumerate(piece.content.split(b"\n"), piece.first):
@@ -95,15 +95,15 @@ def _row(line: bytes, number: int, text_key: str) -> str | BadRow:
         keys = f'"{prompt}": "...", "{response}": "..."' if plus else f'"{text_key}": "..."'
         return BadRow(number, f"has no string `{text_key}`; each line must be like {{{keys}}}{_others(row)}")
     if surrogate := text_files.lone_surrogate(body):
-        return BadRow(number, f"has {surrogate}, which is no text")
+        return BadRow(number, f"contains {surrogate}, which is not text")
     return body
 
 
 def _others(row: Any) -> str:
     names = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
     if {"prompt", "response"} <= set(names):
-        return " (or learn the responses to prompts with --text_key=prompt+response)"
-    return f" (or choose with --text_key among {', '.join(names[:20])})" if names else ""
+        return " (or train on responses to prompts with --text_key=prompt+response)"
+    return f" (or set --text_key to one of {', '.join(names[:20])})" if names else ""
 
 
 # ----------------------------------------------------------------------------- text
@@ -123,7 +123,7 @@ def _text(index: int, source: Source, reading: Reading, place: Any, advance: Adv
 
 
 def _jsonl(index: int, source: Source, reading: Reading, place: Any, advance: Advance) -> Iterator[Piece]:
-    done, lines = place or (0, 0)  # bytes of UTF-8, and lines
+    done, lines = place or (0, 0)  # UTF-8 bytes and lines read
     rest = b""
     for block in _blocks(source, done, advance):
         rest += block
@@ -144,7 +144,7 @@ def _jsonl(index: int, source: Source, reading: Reading, place: Any, advance: Ad
 
 
 def _blocks(source: Source, skip: int, advance: Advance) -> Iterator[bytes]:
-    """The UTF-8 of a file of lines after its first `skip` bytes; UserError if it is damaged."""
+    """Yield the UTF-8 of a JSONL file after its first `skip` bytes; raise UserError if it is damaged."""
     if source.encoding != "utf-8":
         for chunk in text_files.decoded(source.path, source.encoding, source.mark, advance):
             data = chunk.encode("utf-8", "surrogatepass")
@@ -164,7 +164,7 @@ def _blocks(source: Source, skip: int, advance: Advance) -> Iterator[bytes]:
                 skip = max(0, skip - len(data))
         except _errors_of_compression() as error:
             raise UserError(
-                f"{source.path} is damaged or was not downloaded whole ({error}); fetch it again"
+                f"{source.path} is damaged or partially downloaded ({error}); download it again"
             ) from None
 
 
@@ -185,7 +185,7 @@ def _unpacked(raw: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _zstandard(raw: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Frame after frame; EOFError where the file ends within one (the package's own reader is silent)."""
+    """Decompress all frames; raise EOFError if the file ends within one (the package's reader does not)."""
     try:
         import zstandard
     except ImportError:
@@ -200,7 +200,7 @@ def _zstandard(raw: BinaryIO, path: Path) -> Iterator[bytes]:
             yield frame.decompress(packed)
             whole, packed = frame.eof, frame.unused_data
     if not whole:
-        raise EOFError("it ends within a frame")
+        raise EOFError("truncated frame")
 
 
 def _errors_of_compression() -> tuple[type[Exception], ...]:
@@ -220,7 +220,7 @@ def _errors_of_compression() -> tuple[type[Exception], ...]:
 
 
 def check_columns(sources: Iterable[Source], text_key: str) -> None:
-    """UserError names the first Parquet or Arrow file that has no such column of text."""
+    """Raise UserError for the first Parquet or Arrow file without a text column `text_key`."""
     for source in sources:
         if source.kind in ("parquet", "arrow"):
             with _Table(source) as table:
@@ -229,16 +229,16 @@ def check_columns(sources: Iterable[Source], text_key: str) -> None:
 
 def _check_column(where: str, columns: dict[str, str], text_key: str) -> None:
     if columns.get(text_key, "") not in ("string", "large_string", "string_view"):
-        what = f"is of type {columns[text_key]}" if text_key in columns else "is not there"
+        what = f"is of type {columns[text_key]}" if text_key in columns else "does not exist"
         there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
         raise UserError(
-            f"{where}: the column {text_key!r} {what}; the columns there are: {there or 'none'}; "
+            f"{where}: column {text_key!r} {what}; existing columns: {there or 'none'}; "
             "choose one with --text_key=NAME"
         )
 
 
 class _Table:
-    """A Parquet or Arrow file, read batch by batch."""
+    """A Parquet or Arrow file, read in batches."""
 
     def __init__(self, source: Source):
         try:
@@ -259,7 +259,7 @@ class _Table:
         except pyarrow.ArrowInvalid as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{source.path} is no whole {source.kind} file ({reason}); fetch it again"
+                f"{source.path} is not a complete {source.kind} file ({reason}); download it again"
             ) from None
         self._is_parquet = source.kind == "parquet"
         self.columns = {column.name: str(column.type) for column in schema}
@@ -273,12 +273,12 @@ class _Table:
     def _whole(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from batches
-        except (OSError, ValueError) as error:  # as Arrow reports what it cannot read
+        except (OSError, ValueError) as error:  # Arrow's errors for unreadable data
             reason = str(error).splitlines()[0]
-            raise UserError(f"{self._path} is damaged ({reason}); fetch it again") from None
+            raise UserError(f"{self._path} is damaged ({reason}); download it again") from None
 
     def batches(self, text_key: str, skip: int) -> Iterator[tuple[int, Any]]:
-        """(row number from 0, Arrow array) from row `skip` on."""
+        """Yield (row number from 0, Arrow array) from row `skip` on."""
         row = 0
         if self._is_parquet:
             sizes = [
@@ -312,7 +312,7 @@ def _table(index: int, source: Source, reading: Reading, place: Any, advance: Ad
 
 
 def _values(index: int, row: int, array: Any) -> Iterator[Piece]:
-    """The values of an array as pieces, cut in halves while they are large."""
+    """Yield the values of an array as pieces, halving it while it is too large."""
     if len(array) > 1 and array.nbytes > 2 * text_files.BLOCK:
         half = len(array) // 2
         yield from _values(index, row, array[:half])
@@ -325,9 +325,9 @@ def _values(index: int, row: int, array: Any) -> Iterator[Piece]:
 
 
 def hub(name: str, text_key: str, instead: str) -> Source:
-    """The dataset NAME[:CONFIG[:SPLIT]][@REVISION] of the hub, or a folder in its format, as a source.
+    """Return the hub dataset NAME[:CONFIG[:SPLIT]][@REVISION], or a folder in its format, as a source.
 
-    UserError says what is wrong with it, and when it cannot be reached, what to do `instead`.
+    Raise UserError if it is unusable; `instead` is the hint if the hub cannot be reached.
     """
     dataset = _open_hub(name, text_key, instead)
     info = dataset.info
@@ -358,20 +358,20 @@ def _open_hub(name: str, text_key: str, instead: str) -> Any:
 
 
 def _datasets() -> Any:
-    """The package, imported without torch, which costs it 200 MB for nothing."""
+    """Import the datasets package without torch, which it does not need here; saves 200 MB."""
     heavy = "torch" in sys.modules or "USE_TORCH" in os.environ
     if not heavy:
         os.environ["USE_TORCH"] = "0"
     try:
         import datasets
     except ImportError:
-        raise UserError("datasets of the hub need a package: pip install datasets") from None
+        raise UserError("hub datasets need a package: pip install datasets") from None
     finally:
         if not heavy:
             del os.environ["USE_TORCH"]
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)  # a library does not print
+        logging.getLogger(library).setLevel(logging.ERROR)  # keep library warnings off stderr
     return datasets
 
 
@@ -388,6 +388,6 @@ def _hub(index: int, source: Source, reading: Reading, place: Any, advance: Adva
 
 
 def progress_total(sources: Iterable[Source]) -> int | None:
-    """How many bytes reading all of them advances, where that is known."""
+    """Return the number of bytes to read in all sources, or None if unknown."""
     total = sum(source.bytes for source in sources)
     return total if all(source.bytes for source in sources) else None

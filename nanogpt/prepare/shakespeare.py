@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, which data/shakespeare and data/shakespeare_char prepare with nanoGPT's very bytes."""
+"""Tiny Shakespeare for data/shakespeare and data/shakespeare_char, byte-identical to nanoGPT's."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +9,15 @@ from nanogpt.tokenizer import download
 
 @dataclass
 class ShakespeareOptions:
-    out: str = ""  # the dataset folder to write, if not the one of this program
-    input: str = ""  # a text on this machine, instead of the download
-    url: str = download.SHAKESPEARE_URL  # where to download it
+    out: str = ""  # dataset folder to write; default: the folder of this program
+    input: str = ""  # local text file to use instead of the download
+    url: str = download.SHAKESPEARE_URL  # download URL
 
 
 def prepare(options: ShakespeareOptions, folder: Path, command: str, kind: str, gpt2_bpe: str = "") -> None:
-    """Write the dataset in tokens of `kind` to `options.out` or `folder`, and print what it holds and the
-    `command` that trains on it."""
+    """Write the dataset with a tokenizer of `kind` to `options.out` or `folder`; print a summary and the
+    training `command`.
+    """
     text = Path(options.input) if options.input else download.tiny_shakespeare(options.url)
     summary = corpus.prepare([text], Path(options.out or folder), kind=kind, gpt2_bpe=gpt2_bpe)
     if kind == "char":

@@ -1,8 +1,8 @@
-"""Token ids to the files of a dataset: `train.bin` and `val.bin`, or shards that llm.c can read too.
+"""Write token ids to dataset files: `train.bin` and `val.bin`, or shards that llm.c can also read.
 
-Files grow in a hidden folder of the dataset's. Now and then their length is recorded, with whatever
-else is needed to go on from there; after a kill, all beyond that record is cut off again. At the end
-they get their names, in an order that never shows a part of a dataset.
+Files grow in a hidden folder inside the dataset's. Their lengths are recorded periodically, with the
+state needed to resume; after a crash, data beyond the last record is truncated. At the end the files are
+renamed, in an order that never exposes a partial dataset.
 """
 
 import contextlib
@@ -18,25 +18,25 @@ from nanogpt.errors import UserError
 
 FORMAT = "nanogpt-unfinished-1"
 SPLITS = ("train", "val")
-UNFINISHED = ".unfinished"  # the folder in that of the dataset
-HEADER = 256  # int32 at the beginning of a shard of llm.c: magic number, version, number of tokens
+UNFINISHED = ".unfinished"  # folder inside the dataset folder
+HEADER = 256  # int32 values at the start of an llm.c shard: magic number, version, number of tokens
 MAGIC, VERSION = 20240520, 1
-AT_A_TIME = 4_000_000  # fingerprints of documents compared at once
+AT_A_TIME = 4_000_000  # document fingerprints compared at once
 
 
 def header(tokens: int) -> bytes:
-    """How a shard of llm.c (uint16) begins."""
+    """Return the header of an llm.c shard (uint16)."""
     values = np.zeros(HEADER, "<i4")
     values[:3] = MAGIC, VERSION, tokens
     return values.tobytes()
 
 
 class InUse(UserError):
-    """Another process is writing to the folder."""
+    """Raised when another process is writing to the folder."""
 
 
 class Writer:
-    """The files of both splits, of `shard_tokens` tokens each (0: one file a split)."""
+    """Writer of the files of both splits, `shard_tokens` tokens per file (0: one file per split)."""
 
     def __init__(self, out: Path, dtype: str, shard_tokens: int):
         self.folder = out / UNFINISHED
@@ -49,9 +49,9 @@ class Writer:
         self._lock: Any = None
 
     def begin(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Take the folder; returns what an interrupted run with the same `options` had recorded, or {}.
+        """Lock the folder. Return the progress recorded by an interrupted run with the same `options`, or {}.
 
-        UserError if another process is writing there. Files of a run with other options are deleted.
+        Files of a run with other options are deleted. Raise InUse if another process is writing there.
         """
         try:
             self._lock = files.lock(self.folder)
@@ -69,7 +69,7 @@ class Writer:
         self._record = {"format": FORMAT, "options": options}
         self.tokens = dict(state["tokens"])
         for split in SPLITS:
-            with self._file(split):  # makes it if the next shard had not begun
+            with self._file(split):  # creates it if the next shard was not started
                 pass
             for path in self.folder.glob(f"{split}-*"):
                 number = int(path.name.rpartition("-")[2])
@@ -87,7 +87,7 @@ class Writer:
         return state["progress"]
 
     def add(self, split: str, ids: bytes) -> None:
-        """Append little-endian ids."""
+        """Append little-endian ids to a split, starting new shards as needed."""
         while ids:
             room = len(ids)
             if self._shard_tokens:
@@ -103,7 +103,7 @@ class Writer:
                 self._open.pop(split).close()
 
     def add_scored(self, split: str, data: bytes) -> None:
-        """Append a byte for each id of `split`: whether it is a target."""
+        """Append one byte per id of `split`: 1 if it is a target, else 0."""
         self._append(self.scored(split).name, data)
 
     def _append(self, name: str, data: bytes) -> None:
@@ -113,7 +113,7 @@ class Writer:
         self._open[name].write(data)
 
     def add_folded(self, data: bytes) -> None:
-        """Append what `duplicates` compares: 8 bytes a document."""
+        """Append fingerprints for `duplicates`: 8 bytes per document."""
         self._append("folded", data)
         self._folded += len(data)
 
@@ -122,7 +122,7 @@ class Writer:
         os.fsync(self._open[split].fileno())
 
     def record(self, progress: dict[str, Any]) -> None:
-        """Make what was added durable, with the `progress` of whoever adds."""
+        """Flush all added data to disk, and record it with the caller's `progress`."""
         for split in self._open:
             self._flush(split)
         state = {**self._record, "tokens": self.tokens, "folded": self._folded, "progress": progress}
@@ -133,7 +133,7 @@ class Writer:
         return (self.folder / "state.json").is_file()
 
     def finish(self) -> dict[str, list[tuple[str, Path, int]]]:
-        """Close the files; by split, (final name, path, tokens) of each."""
+        """Close the files; return (final name, path, tokens) of each, by split."""
         done: dict[str, list[tuple[str, Path, int]]] = {}
         self.close()
         for split in SPLITS:
@@ -142,7 +142,7 @@ class Writer:
                 full = self._shard_tokens and number < self._number(split)
                 tokens = self._shard_tokens if full else self._rest(split)
                 path = self._path(split, number)
-                if not tokens and (number or self.tokens[split]):  # the last shard was filled to its end
+                if not tokens and (number or self.tokens[split]):  # the previous shard is full
                     files.remove(path)
                     continue
                 if self._header:
@@ -158,7 +158,7 @@ class Writer:
         self._open.clear()
 
     def give_up(self, keep: bool) -> None:
-        """Leave the folder to a later run, or remove it."""
+        """Close the files and unlock the folder; keep it for a later run, or remove it."""
         self.close()
         if not keep:
             files.remove(self.folder)
@@ -189,13 +189,13 @@ class Writer:
 
 
 def publish(out: Path, drafts: dict[str, Path]) -> None:
-    """Rename `drafts` (final name -> path) into `out`, the last of them last, over what was there.
+    """Rename `drafts` (final name -> path) into `out`, in order, replacing the old files.
 
     A reader finds the old dataset, none, or the new one.
     """
-    for draft in drafts.values():  # a full disk shows here at the latest; the old data is whole yet
+    for draft in drafts.values():  # a full disk fails here at the latest, with the old data intact
         files.sync(draft)
-    for path in token_files(out):  # old tokens must not meet the new tokenizer
+    for path in token_files(out):  # old tokens must not be read with the new tokenizer
         files.remove(path)
     files.sync(out)
     for name, draft in drafts.items():
@@ -203,7 +203,7 @@ def publish(out: Path, drafts: dict[str, Path]) -> None:
 
 
 def token_files(out: Path) -> list[Path]:
-    """The files of tokens in `out` that an earlier run has published."""
+    """Return the token files in `out` that an earlier run published."""
     names = [f"{split}{kind}.bin" for split in SPLITS for kind in ("", ".mask")]
     with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
         splits = files.read_json(out / "meta.json")["splits"]
@@ -212,11 +212,11 @@ def token_files(out: Path) -> list[Path]:
 
 
 def duplicates(folded: Path, one_split: bool = False) -> int:
-    """How many documents of val are also in train, but for case, blanks and punctuation; in `one_split`,
-    how many are like another one.
+    """Return the number of val documents that are also in train, ignoring case, blanks and punctuation; with
+    `one_split`, the number of documents that have a duplicate.
 
-    `folded` is a file of uint64: fingerprint << 1 | whether the document is val's. Memory does not grow
-    with its length: large files are gone through several times, a share of the fingerprints each.
+    `folded` is a file of uint64: fingerprint << 1 | (in val). Memory is bounded: large files are read
+    several times, comparing a subset of the fingerprints each time.
     """
     size = folded.stat().st_size if folded.is_file() else 0
     if one_split:

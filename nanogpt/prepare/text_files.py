@@ -1,10 +1,10 @@
-"""Which files are text, and in what encoding: any usual one, any newline, any size, in constant memory.
+"""Find text files and their encodings: any common encoding, newline style and size, in constant memory.
 
-A file is read a megabyte at a time, so one that is larger than the memory is no special case. An
-encoding is taken only on evidence, for a wrong guess trains on garbage without a sign: a byte order
-mark, UTF-8 that is valid to the last byte, UTF-16 by its NUL bytes, GB18030 by the commonest characters
-of Chinese. The rest is refused, with the place and the option that names the encoding. Files with a
-document a row (JSONL, Parquet, Arrow) are only found here; the module `sources` reads both.
+Files are read a megabyte at a time, so that their size does not matter. An encoding is accepted only on
+evidence, since a wrong guess silently trains on garbage: a byte order mark, UTF-8 valid to the last byte,
+UTF-16 by its NUL bytes, GB18030 by the most common Chinese characters. Anything else is refused, with the
+position and the option that sets the encoding. Files with one document per row (JSONL, Parquet, Arrow)
+are only located here; the module `readers` reads both kinds.
 """
 
 import codecs
@@ -22,17 +22,17 @@ import numpy as np
 from nanogpt import files
 from nanogpt.errors import UserError
 
-Advance = Callable[[int], object]  # is told how many bytes were read
+Advance = Callable[[int], object]  # called with the number of bytes read
 
 BLOCK = 1 << 20  # bytes read at a time
-MARKS = {  # byte order marks, UTF-32 before UTF-16, whose mark is the beginning of the other
+MARKS = {  # byte order marks; UTF-32 first, as its LE mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
     codecs.BOM_UTF8: "utf-8",
 }
-ROWS = {  # files with a document a row, by the ends of their names
+ROWS = {  # files with one document per row, by suffix
     **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"), "jsonl"),
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -46,19 +46,19 @@ class Document:
     """Length and fingerprints of a text."""
 
     characters: int
-    exact: bytes  # SHA-256 of its UTF-8: decides on which side of the split it falls
-    folded: int  # 63 bits that stay the same when case, blanks and punctuation (of ASCII) change
+    exact: bytes  # SHA-256 of its UTF-8; decides its split
+    folded: int  # 63-bit hash that ignores case, blanks and ASCII punctuation
 
 
 class Digest:
-    """The `Document` of a text that comes in chunks."""
+    """Incremental computation of the `Document` of a text given in chunks."""
 
     def __init__(self) -> None:
         self._characters = 0
         self._exact, self._folded = hashlib.sha256(), hashlib.blake2b(digest_size=8)
 
     def add(self, text: str) -> bytes:
-        """Returns the text as UTF-8."""
+        """Add a chunk; return it as UTF-8."""
         data = text.encode("utf-8")
         self._characters += len(text)
         self._exact.update(data)
@@ -72,35 +72,35 @@ class Digest:
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or a dataset of the hub, that was found and can be read."""
+    """A readable file or hub dataset."""
 
     path: Path
-    name: str  # what is shown and recorded: relative to the path that was given
+    name: str  # shown and recorded: relative to the given path
     kind: str  # text (one document), jsonl, parquet, arrow, hub
     bytes: int
     sha256: str
     modified_ns: int
     encoding: str = "utf-8"
-    mark: int = 0  # length in bytes of the byte order mark, which is not text
-    document: Document | None = None  # of a text
-    newlines_changed: bool = False  # of a text that had CRLF or CR
-    instead: str = ""  # of a dataset of the hub: what to do when it cannot be reached
+    mark: int = 0  # length of the byte order mark in bytes
+    document: Document | None = None  # kind text only
+    newlines_changed: bool = False  # kind text only: had CRLF or CR
+    instead: str = ""  # kind hub only: hint if the hub cannot be reached
 
 
 @dataclass
 class Texts:
-    """What `find` found, and what it left out."""
+    """Sources found, and files skipped."""
 
     sources: list[Source] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # the name of a file and why
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
 
 
 class _NotText(UserError):
-    """Why a file cannot be read as text, without its name."""
+    """Reason why a file cannot be read as text, without its name."""
 
 
 class _Undecodable(_NotText):
-    """Where an encoding failed; another may do."""
+    """Position where an encoding failed; another encoding may succeed."""
 
 
 def find(
@@ -109,12 +109,12 @@ def find(
     keep: Callable[[Path], bool] = lambda file: True,
     advance: Advance = lambda count: None,
 ) -> Texts:
-    """Read every text file once, to its end, and say what is text; files of rows are only hashed.
+    """Read every text file once, completely, and return the readable sources; files of rows are only hashed.
 
-    A path may be a pattern such as `data/*.parquet`. Folders are searched in the order of names,
-    without hidden files and those that `keep` rejects. What is not text is skipped there and listed,
-    but refused (UserError) if it was named itself; then some NUL characters may pass. `encoding`
-    replaces the recognition. `advance` is called with the number of bytes read.
+    A path may be a glob pattern such as `data/*.parquet`. Folders are searched in order of names, without
+    hidden files and those that `keep` rejects. Files in folders that are not text are skipped and listed.
+    Raise UserError if such a file was named itself; it may contain up to 10 % NUL characters. `encoding`
+    overrides detection. `advance` is called with the number of bytes read.
     """
     _check_name(encoding)
     found = Texts()
@@ -122,7 +122,7 @@ def find(
     for path in paths:
         matches = [path] if path.exists() else [Path(name) for name in sorted(_matching(str(path)))]
         if not matches:
-            raise UserError(f"{path}: there is no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         for match in matches:
             _search(match, encoding, keep, advance, found, seen)
     return found
@@ -135,10 +135,10 @@ def _matching(pattern: str) -> list[str]:
 def _search(
     path: Path, encoding: str, keep: Callable[[Path], bool], advance: Advance, found: Texts, seen: set[str]
 ) -> None:
-    """Add to `found` the file `path`, or those of the folder."""
+    """Add the file `path`, or the files of the folder `path`, to `found` in place."""
     folder = path.is_dir()
     listed = list(filter(keep, _files(path))) if folder else [path]
-    # The folder of a dataset has a README and lists beside its tables, which are no documents.
+    # Files beside the tables in a dataset's folder (README, lists) are not documents.
     tables = folder and any(rows_kind(file) in ("parquet", "arrow") for file in listed)
     for file in listed:
         relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
@@ -149,7 +149,7 @@ def _search(
             continue
         seen.add(real)
         if tables and not rows_kind(file):
-            found.skipped.append((name, "not a table, as others in its folder are"))
+            found.skipped.append((name, "not a table, unlike others in its folder"))
             continue
         try:
             found.sources.append(_inspect(file, name, encoding, advance, 0.0 if folder else 0.1))
@@ -160,13 +160,13 @@ def _search(
 
 
 def rows_kind(path: Path) -> str:
-    """How to read a file with a document a row, or "" for any other."""
+    """Return how to read a file with one document per row, or "" for any other file."""
     name = path.name.lower()
     return next((kind for end, kind in ROWS.items() if name.endswith(end)), "")
 
 
 def code_points(text: str) -> np.ndarray:
-    """uint32 (n,)"""
+    """Return the code points of `text`, uint32 (n,)."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
@@ -174,7 +174,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    def fail(error: OSError) -> None:  # os.walk alone is silent about a folder that it cannot open
+    def fail(error: OSError) -> None:  # by default, os.walk ignores folders that it cannot open
         raise error
 
     for here, folders, names in os.walk(folder, onerror=fail):
@@ -183,7 +183,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _inspect(path: Path, name: str, forced: str, advance: Advance, nul_share: float) -> Source:
-    """Find the encoding of a file by decoding all of it; _NotText says why there is none."""
+    """Detect the encoding of a file by decoding all of it; raise _NotText with the reason if none fits."""
     if not path.is_file():
         raise _NotText("not a regular file")
     status = path.stat()
@@ -210,7 +210,7 @@ def _inspect(path: Path, name: str, forced: str, advance: Advance, nul_share: fl
         about = (status.st_size, raw.hexdigest(), status.st_mtime_ns, encoding, mark, digest.document())
         return Source(path, name, "text", *about, bool(newlines - {None, "\n"}))
     expected = "neither UTF-8 nor UTF-16 nor GB18030" if len(encodings) > 1 else f"not {encodings[0]}"
-    raise _NotText(f"{problems[0]} is {expected}; convert it or name its encoding: --encoding=latin-1")
+    raise _NotText(f"{problems[0]} is {expected}; convert it or set its encoding, such as --encoding=latin-1")
 
 
 def decoded(
@@ -220,9 +220,9 @@ def decoded(
     advance: Advance,
     see: Callable[[bytes], object] = lambda block: None,
 ) -> Iterator[str]:
-    """The text after the byte order mark in chunks; `see` is called with each block of bytes.
+    """Yield the text after the byte order mark in chunks; `see` is called with each block of bytes.
 
-    UserError names the first byte that is not of the encoding.
+    Raise UserError at the first byte that is invalid in the encoding.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     end = mark
@@ -236,18 +236,19 @@ def decoded(
             see(block)
             try:
                 text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:  # its object is what was left of the last block, and this one
+            except UnicodeDecodeError as error:  # error.object is the rest of the last block, and this block
                 offset = end - len(error.object) + error.start
                 raise _Undecodable(f"byte 0x{error.object[error.start]:02x} at offset {offset}") from None
-            except UnicodeError as error:  # at no place: UTF-16 that was named but has no mark
+            except UnicodeError as error:  # no position: --encoding=utf-16 for a file without a mark
                 raise _NotText(f"not {encoding}: {error}") from None
             yield text
 
 
 def with_newlines(chunks: Iterable[str], found: set[Any] | None = None) -> Iterator[str]:
-    """CRLF and CR become LF, as Python's text mode has it; U+2028, U+0085 and such stay.
+    """Convert CRLF and CR to LF, as Python's text mode does; U+2028, U+0085 and the like stay.
 
-    Which ends of lines there were is added to `found` (`io.TextIOBase.newlines`)."""
+    The kinds of newlines seen are added to `found` (`io.TextIOBase.newlines`).
+    """
     decoder = io.IncrementalNewlineDecoder(None, translate=True)
     for chunk in chunks:
         yield decoder.decode(chunk)
@@ -257,13 +258,13 @@ def with_newlines(chunks: Iterable[str], found: set[Any] | None = None) -> Itera
 
 
 def _checked(chunks: Iterable[str], nul_share: float) -> Iterator[str]:
-    """Pass on `chunks`; _NotText if there is no text, or if more than `nul_share` of it is NUL."""
+    """Pass on `chunks`; raise _NotText if there is no text, or if more than `nul_share` of it is NUL."""
     length = nul = 0
     for chunk in chunks:
         length += len(chunk)
         nul += chunk.count("\0")
-        if surrogate := lone_surrogate(chunk):  # UTF-7, for one, can produce them
-            raise _NotText(f"{surrogate}, which is no text")
+        if surrogate := lone_surrogate(chunk):  # UTF-7, for example, can produce them
+            raise _NotText(f"contains {surrogate}, which is not text")
         yield chunk
     if not length:
         raise _NotText("empty")
@@ -275,7 +276,7 @@ def lone_surrogate(text: str) -> str:
     try:
         text.isascii() or text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"half of a surrogate pair, U+{ord(text[error.start]):04X}"
+        return f"a lone surrogate, U+{ord(text[error.start]):04X}"
     return ""
 
 
@@ -288,13 +289,13 @@ def _check_name(encoding: str) -> None:
         codecs.getincrementaldecoder(encoding or "utf-8")
     except (LookupError, ValueError):
         raise UserError(
-            f"--encoding={encoding}: there is no such encoding; "
-            "some are utf-8, utf-16, gb18030, big5, shift_jis, euc-kr, cp1251, latin-1"
+            f"--encoding={encoding}: unknown encoding; "
+            "known are for example utf-8, utf-16, gb18030, big5, shift_jis, euc-kr, cp1251, latin-1"
         ) from None
 
 
 def _candidates(head: bytes, forced: str) -> tuple[list[str], int]:
-    """The encodings to try for a file that begins with `head`, and the length of its mark."""
+    """Return the encodings to try for a file that begins with `head`, and its byte order mark's length."""
     wanted = codecs.lookup(forced).name if forced else ""
     for mark, encoding in MARKS.items():
         if head.startswith(mark) and (encoding.startswith(wanted) or wanted.startswith(encoding)):
@@ -306,11 +307,11 @@ def _candidates(head: bytes, forced: str) -> tuple[list[str], int]:
 
 
 def _unmarked_utf16(head: bytes) -> str:
-    """The UTF-16 that `head` is without a byte order mark, or "".
+    """Return which UTF-16 `head` is without a byte order mark, or "".
 
-    Its spaces and newlines show the order of the bytes, and nearly all its units lie in the blocks of
-    living scripts. Bytes that are valid UTF-8 as well must be alphabetic: two ASCII letters read as
-    one unit look Chinese.
+    Spaces and newlines show the byte order, and nearly all code units must lie in the blocks of living
+    scripts. Bytes that are also valid UTF-8 must be alphabetic: two ASCII letters read as one unit look
+    Chinese.
     """
     if 0 not in head[:-1]:
         return ""
@@ -330,11 +331,11 @@ def _unmarked_utf16(head: bytes) -> str:
 
 
 def _chinese(chunks: Iterable[str]) -> Iterator[str]:
-    """Pass on text that was decoded as GB18030, and raise _Undecodable at its end if it is not Chinese.
+    """Pass on text decoded as GB18030; raise _Undecodable at its end if it is not Chinese.
 
-    Nearly any bytes are valid GB18030: Latin-1 by accident, Korean's EUC-KR by its build. But the
-    commonest words are 10 to 20 % of Chinese, old or new, simplified or traditional, and were at most
-    0.4 % of texts in 37 other languages and 20 encodings that could be misread so.
+    Nearly any bytes are valid GB18030: Latin-1 by accident, EUC-KR by design. But the most common words
+    make up 10 to 20 % of Chinese, old or new, simplified or traditional, and at most 0.4 % of texts in 37
+    other languages and 20 encodings that could be mistaken for it.
     """
     common = code_points("的一是不了在人有这我他来大上个之也曰为以其而")
     wide = found = 0
@@ -344,14 +345,14 @@ def _chinese(chunks: Iterable[str]) -> Iterator[str]:
         found += int(np.isin(points, common).sum())
         yield chunk
     if found < 0.05 * wide:
-        raise _Undecodable("the whole of it")
+        raise _Undecodable("the text")
 
 
 # ----------------------------------------------------------------------------- prompts and responses
 
 
 class Pair(str):
-    """A prompt and a response, one text; only the response is to be learnt."""
+    """A prompt and a response, as one text; only the response is trained on."""
 
     prompt: str
     response: str
@@ -363,7 +364,7 @@ class Pair(str):
 
 
 def pair(row: Any, prompt: str, response: str) -> Pair | None:
-    """The texts of a `row` of JSON under these keys; None unless both are there, and something to learn."""
+    """Return the texts of a JSON `row` under these keys; None if one is missing or the response is empty."""
     if not isinstance(row, dict):
         return None
     asked, answer = row.get(prompt), row.get(response)

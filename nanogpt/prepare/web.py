@@ -1,4 +1,4 @@
-"""Datasets of web pages in the tokens of GPT-2, from the hub or from files of the same rows."""
+"""Datasets of web pages encoded with GPT-2's BPE, from the hub or from local files with the same rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +9,28 @@ from nanogpt.prepare import corpus
 
 @dataclass
 class WebOptions:
-    source: str = ""  # a folder, file or pattern on this machine, instead of the hub
+    source: str = ""  # local folder, file or glob pattern to read instead of the hub
     hub: str = ""  # NAME[:CONFIG[:SPLIT]][@REVISION] of the dataset
-    out: str = ""  # the dataset folder to write, if not the one of this program
-    text_key: str = "text"  # the column of the text
-    gpt2_bpe: str = ""  # OpenAI's vocab.bpe or its folder, instead of the download
-    val_fraction: float = 0.0005  # of the pages, for validation
-    seed: NonNegativeInt = 0  # of the choice of pages for validation
-    workers: NonNegativeInt = 0  # processes that encode; 0: one a core
-    shard_tokens: NonNegativeInt = 0  # write shards of so many tokens, as llm.c does; 0: one file a split
+    out: str = ""  # dataset folder to write; default: the folder of this program
+    text_key: str = "text"  # column that contains the text
+    gpt2_bpe: str = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
+    val_fraction: float = 0.0005  # fraction of the pages for validation
+    seed: NonNegativeInt = 0  # seed of the choice of validation pages
+    workers: NonNegativeInt = 0  # encoding processes; 0: one per core
+    shard_tokens: NonNegativeInt = 0  # tokens per shard, as in llm.c; 0: one file per split
 
 
 def prepare(config: WebOptions, own: Path) -> list[str]:
-    """Write the dataset to `own`, the folder of the program, or --out; returns what to print.
+    """Write the dataset to --out or to `own`, the folder of the program; return the lines to print.
 
-    Raises UserError for sources and options that cannot be used, as corpus.prepare.
+    Raise UserError for unusable sources and options, as corpus.prepare does.
     """
     summary = corpus.prepare(
         [Path(config.source)] if config.source else [],
         Path(config.out or own),
         kind="gpt2",
         hub="" if config.source else config.hub,
-        instead="without the net, put its parquet files into a folder and give --source=FOLDER",
+        instead="if offline, put its parquet files into a folder and pass --source=FOLDER",
         text_key=config.text_key,
         gpt2_bpe=config.gpt2_bpe,
         val_fraction=config.val_fraction,

@@ -1,1 +1,1 @@
-"""The server behind serve.py: who is heard, whose turn it is, and what goes over the wire."""
+"""HTTP server of serve.py: access control, request scheduling, OpenAI-compatible API."""

@@ -1,7 +1,7 @@
-"""What stands before the server's routes: who may ask, from which page, and how much.
+"""ASGI middleware for access control: host and origin checks, token, size limits, security headers.
 
-A web page that a user has open in another tab can reach every port of the machine. It cannot forge the
-headers Host, Origin and Sec-Fetch-Site, so these decide (DNS rebinding: CVE-2024-28224). Plain ASGI.
+A web page open in another tab can reach every port of the machine, but cannot forge the headers Host, Origin
+and Sec-Fetch-Site, so these are checked (DNS rebinding: CVE-2024-28224). Plain ASGI.
 """
 
 import hmac
@@ -17,7 +17,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 1 << 20  # bytes
-MAX_HEAD = 1 << 14  # bytes of the address, and of all headers
+MAX_HEAD = 1 << 14  # bytes of the URL; also of all headers together
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SECURITY_HEADERS = [
     (
@@ -35,11 +35,11 @@ SECURITY_HEADERS = [
 
 
 class Guard:
-    """Wraps an app: refuses what it should not see, bounds bodies, adds the security headers."""
+    """Wraps an app: rejects forbidden requests, limits body sizes and adds security headers."""
 
     def __init__(self, app: App, *, port: int, local: bool, token: str, public: frozenset[str]):
-        """`local`: reached by this machine's own names only; else by any, with the token. `public`:
-        paths that need no token."""
+        """`local`: accept only loopback names as Host, else any. `token`: bearer token; "": not required.
+        `public`: paths that need no token."""
         self._app = app
         self._hosts = {f"{name}:{port}" for name in LOOPBACK} if local else set()
         if local and port == 80:
@@ -49,7 +49,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)  # start and end of the server
+            await self._app(scope, receive, send)  # lifespan events
             return
 
         started = False
@@ -70,23 +70,23 @@ class Guard:
             await send_refusal(refusal, send_secured)
 
     def _check(self, scope: Scope) -> None:
-        # The server's own limit holds for heads that come in parts.
+        # uvicorn's own limit applies only to headers that arrive in several parts.
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_HEAD:
-            raise Refusal(414, f"the address is too long: at most {MAX_HEAD} bytes")
+            raise Refusal(414, f"the URL is too long: at most {MAX_HEAD} bytes")
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
             raise Refusal(431, f"the headers are too large: at most {MAX_HEAD} bytes")
         headers = _single(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if not host or (self._hosts and host not in self._hosts):
-            expected = " or ".join(sorted(self._hosts)) or "one"
+            expected = " or ".join(sorted(self._hosts)) or "a value"
             raise Refusal(403, f"Host is {host[:80]!r}, expected {expected}", code="forbidden_host")
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").lower() != f"{scope['scheme']}://{host}":
-            raise Refusal(403, "another web page may not use this server", code="forbidden_origin")
+            raise Refusal(403, "cross-origin requests are not allowed", code="forbidden_origin")
         if headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
-            raise Refusal(403, "another web page may not use this server", code="forbidden_origin")
+            raise Refusal(403, "cross-origin requests are not allowed", code="forbidden_origin")
         if scope["method"] not in ("GET", "HEAD", "POST"):
-            raise Refusal(405, f"method {scope['method'][:20]} is not used here; use GET or POST")
+            raise Refusal(405, f"method {scope['method'][:20]} is not allowed; use GET or POST")
         if scope["method"] == "POST":
             _check_body(headers)
         if self._token and scope["path"] not in self._public:
@@ -96,12 +96,12 @@ class Guard:
         scheme, _, token = given.partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token.encode()):
             raise Refusal(
-                401, "give the server's token as 'Authorization: Bearer ...'", code="invalid_api_key"
+                401, "send the server's token as 'Authorization: Bearer ...'", code="invalid_api_key"
             )
 
 
 def _single(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """The headers that decide, each at most once: of two, a proxy might believe the other."""
+    """Return headers by name; refuse duplicates of those checked, as a proxy might use the other value."""
     found: dict[bytes, bytes] = {}
     for name, value in headers:
         if name in found and name in (
@@ -111,7 +111,7 @@ def _single(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
             b"content-type",
             b"authorization",
         ):
-            raise Refusal(400, f"the header {name.decode('latin-1')} came twice")
+            raise Refusal(400, f"duplicate header {name.decode('latin-1')}")
         found[name] = value
     return found
 
@@ -121,7 +121,7 @@ def _check_body(headers: dict[bytes, bytes]) -> None:
     if kind != b"application/json":
         raise Refusal(415, f"Content-Type is {kind[:80].decode('latin-1')!r}, expected application/json")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise Refusal(415, "a compressed body is not read; send it plain")
+        raise Refusal(415, "compressed bodies are not supported; send it uncompressed")
     if (
         headers.get(b"content-length", b"0").isdigit()
         and int(headers.get(b"content-length", b"0")[:20]) > MAX_BODY
@@ -134,7 +134,7 @@ def _too_large() -> Refusal:
 
 
 def bounded(receive: Receive) -> Receive:
-    """`receive`, which refuses the rest of a body once it is larger than MAX_BODY."""
+    """Wrap `receive` to raise Refusal (413) once a body exceeds MAX_BODY."""
     size = 0
 
     async def counted() -> Message:

@@ -1,10 +1,10 @@
-"""Why the server does not do what a client asks, in the shape of OpenAI's errors."""
+"""Error responses of the server, in OpenAI's format."""
 
 import json
 
 
 class Refusal(Exception):
-    """`status` and a message: what was given, what was expected. `param` names the field at fault."""
+    """An HTTP error: `status`, and a message with what was given and expected. `param`: the invalid field."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -14,7 +14,7 @@ class Refusal(Exception):
         self.code = code
 
     def body(self) -> bytes:
-        """The JSON that OpenAI's clients read."""
+        """Return the JSON error object of OpenAI's API."""
         kinds = {
             401: "authentication_error",
             429: "rate_limit_error",
@@ -30,7 +30,7 @@ class Refusal(Exception):
         return json.dumps({"error": error}).encode("ascii")
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Of the response. What a refused client still sends is not waited for."""
+        """Return the response headers; "connection: close" where the rest of the request is not read."""
         found = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body()))]
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))

@@ -1,10 +1,10 @@
-"""The server's routes: OpenAI's completions, health and metrics, the page, and the run it shows.
+"""Routes of the server: OpenAI completions, health, metrics, the web page and the run it shows.
 
-    /v1/models  /v1/completions  /health  /metrics      what clients of OpenAI and Prometheus know
-    /  /style.css  /page.js                             the page, read once from web/
-    /about  /run/metrics  /run/samples                  what the page asks for beside completions
+    /v1/models  /v1/completions  /health  /metrics      for OpenAI and Prometheus clients
+    /  /style.css  /page.js                             the web page, read once from web/
+    /about  /run/metrics  /run/samples                  data for the web page
 
-HTTP only: requests are understood in `completions`, served by `scheduler`, and let in by `guard`.
+HTTP only: `openai_api` parses requests, `scheduler` serves them and `access` authorizes them.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ PAGE = {
     "/style.css": ("style.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
-SHORT = 1 << 14  # bytes of a request that is read at once
-PUBLIC = frozenset([*PAGE, "/health"])  # these say nothing of the model
+SHORT = 1 << 14  # bytes; shorter requests are parsed in the event loop
+PUBLIC = frozenset([*PAGE, "/health"])  # reveal nothing about the model
 
 
 def build(served: Served, *, port: int, local: bool, token: str) -> Callable[..., Awaitable[None]]:
-    """The ASGI app: see Guard for `port`, `local` and `token`. It closes the scheduler, which was started."""
+    """Return the ASGI app. `port`, `local`, `token`: see Guard. Closes the running scheduler on shutdown."""
     routes = _Routes(served)
 
     @asynccontextmanager
@@ -118,7 +118,7 @@ class _Routes:
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self.served.name:
-            message = f"no model {name[:80]!r} here; there is {self.served.name!r}"
+            message = f"model {name[:80]!r} not found; available: {self.served.name!r}"
             raise Refusal(404, message, "model", "model_not_found")
         return _json(self._model())
 
@@ -130,20 +130,18 @@ class _Routes:
         served = self.served
         body = await request.body()
         known = (body, served.tokenizer, served.name, served.limits)
-        if len(body) > SHORT:  # encoding a long text takes a while, in which others want their tokens
+        if len(body) > SHORT:  # encoding a long text would block the event loop
             asked = await asyncio.to_thread(openai_api.parse, *known)
         else:
             asked = openai_api.parse(*known)
         if not served.scheduler.alive:
-            raise Refusal(503, "the model has failed; see the server's log and start it again")
+            raise Refusal(503, "the model has failed; see the server log and restart the server")
         answer = Answer(served, asked, self.mail)
-        await asyncio.sleep(0)  # who comes at the same moment is read first, and joins the same step
+        await asyncio.sleep(0)  # let concurrent requests be read, so that they join the same step
         try:
             served.scheduler.submit(answer.choices)
         except Full:
-            raise Refusal(
-                429, "the queue is full; ask again in a moment", code="rate_limit_exceeded"
-            ) from None
+            raise Refusal(429, "the queue is full; retry later", code="rate_limit_exceeded") from None
         if asked.stream:
             return Events(answer)
         return await answer.whole(request)
@@ -157,7 +155,7 @@ def _json(value: Any, status: int = 200) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:80]
-    message = {404: f"nothing at {path}", 405: f"{request.method} is not for {path}"}
+    message = {404: f"{path} not found", 405: f"{request.method} is not allowed for {path}"}
     return await _refused(request, Refusal(error.status_code, message.get(error.status_code, error.detail)))
 
 

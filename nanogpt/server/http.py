@@ -1,7 +1,7 @@
-"""uvicorn's HTTP with deadlines that it does not have: on receiving a request, and on taking an answer.
+"""uvicorn's HTTP protocol with deadlines for receiving a request and for sending a response.
 
-uvicorn waits for ever for the rest of a request, so that some hundred sockets that send a byte now and
-then hold all connections; nothing behind it can know. The deadline is absolute, not one on idleness.
+uvicorn waits forever for the rest of a request, so a few hundred slow clients can occupy all connections
+(slowloris), which an ASGI app cannot detect. The deadline on receiving is absolute, not an idle timeout.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from nanogpt.server.api_errors import Refusal
 
 
 class DeadlineProtocol(H11Protocol):
-    receive_s = 8.0  # from a connection, or the first byte of a further request, to the end of the request
-    send_s = 8.0  # that a client may take nothing of an answer while much of it waits
+    receive_s = 8.0  # seconds from connecting, or the first byte of a later request, to the request's end
+    send_s = 8.0  # seconds that a client may read nothing while the write buffer is full
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -42,7 +42,7 @@ class DeadlineProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self, began: bool) -> None:
-        """Set the deadline when a request begins, and forget it when it is complete."""
+        """Set the deadline when a request begins; cancel it when the request is complete."""
         complete = self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
         if complete and self._receiving:
             self._receiving.cancel()
@@ -61,9 +61,9 @@ class DeadlineProtocol(H11Protocol):
             self._sending = None
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP gets an error of our shape, unless an answer is under way already."""
+        """Send invalid HTTP an error in our format, unless a response has already started."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            refusal = Refusal(400, f"this is not a request of HTTP/1.1: {msg}")
+            refusal = Refusal(400, f"invalid HTTP/1.1 request: {msg}")
             headers = [*refusal.headers(), (b"connection", b"close")]
             for event in (
                 h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),

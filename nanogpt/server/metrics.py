@@ -1,4 +1,4 @@
-"""What the server counts, as /metrics shows it to Prometheus."""
+"""Prometheus metrics of the server, exposed at /metrics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,22 +9,18 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Meters:
-    """Counts from any thread."""
+    """Thread-safe counters and histograms."""
 
     def __init__(self, gauges: dict[str, tuple[str, Callable[[], float]]]):
-        """`gauges`: name to (help, the function that reads it when it is asked for)."""
+        """`gauges`: {name: (help, function that returns the current value)}."""
         self._registry = CollectorRegistry()
         of: Any = {"registry": self._registry}
-        self._requests = Counter("nanogpt_requests", "Answers by status.", ["path", "status"], **of)
-        self._read = Counter("nanogpt_prompt_tokens", "Tokens of prompts that were read.", **of)
-        self._wrote = Counter("nanogpt_generated_tokens", "Tokens written.", **of)
-        self._cancelled = Counter("nanogpt_cancelled", "Requests whose client left.", **of)
-        self._first = Histogram(
-            "nanogpt_first_token_seconds", "From a request to its first token.", buckets=SECONDS, **of
-        )
-        self._step = Histogram(
-            "nanogpt_step_seconds", "Of a step, which gives each text a token.", buckets=SECONDS, **of
-        )
+        self._requests = Counter("nanogpt_requests", "Responses by status.", ["path", "status"], **of)
+        self._read = Counter("nanogpt_prompt_tokens", "Prompt tokens processed.", **of)
+        self._wrote = Counter("nanogpt_generated_tokens", "Generated tokens.", **of)
+        self._cancelled = Counter("nanogpt_cancelled", "Requests cancelled by clients.", **of)
+        self._first = Histogram("nanogpt_first_token_seconds", "Time to first token.", buckets=SECONDS, **of)
+        self._step = Histogram("nanogpt_step_seconds", "Duration of a decoding step.", buckets=SECONDS, **of)
         for name, (help, reading) in gauges.items():
             Gauge(f"nanogpt_{name}", help, **of).set_function(reading)
 

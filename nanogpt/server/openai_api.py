@@ -1,6 +1,6 @@
-"""OpenAI's completions: a request of JSON checked, and the answer in the shape that its clients read.
+"""OpenAI's completions API: request validation and response serialization (JSON).
 
-Nothing here knows HTTP or the model. Log-probabilities are the model's own, whatever the temperature.
+Independent of HTTP and of the model. Log-probabilities are those of the model at temperature 1.
 """
 
 import codecs
@@ -21,7 +21,7 @@ from nanogpt.server.api_errors import Refusal
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-IGNORED = {"user", "metadata", "store"}  # what changes no answer
+IGNORED = {"user", "metadata", "store"}  # accepted, without effect on the response
 UNSUPPORTED: dict[str, Any] = {
     "suffix": "",
     "logit_bias": {},
@@ -32,11 +32,11 @@ UNSUPPORTED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """Limits per request."""
 
-    context: int  # tokens of a prompt
-    max_tokens: int  # tokens of an answer
-    batch: int  # prompts times n
+    context: int  # prompt tokens
+    max_tokens: int  # completion tokens
+    batch: int  # number of prompts times n
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A checked request."""
+    """A validated request."""
 
     prompts: list[Prompt]
     options: SamplingOptions
-    seed: int  # of the first choice of each prompt; choice i takes seed + i
+    seed: int  # seed of each prompt's first choice; choice i uses seed + i
     max_tokens: int
     n: int
     stop: tuple[str, ...]
-    logprobs: int | None  # alternatives to report for each token; None: nothing
+    logprobs: int | None  # number of alternatives per token; None: no log-probabilities
     echo: bool
     stream: bool
     usage_in_stream: bool
@@ -66,7 +66,7 @@ class CompletionRequest:
         return sum(len(prompt.ids) for prompt in self.prompts)
 
 
-# ----------------------------------------------------------------------------- reading a request
+# ----------------------------------------------------------------------------- requests
 
 
 class StreamOptions(BaseModel, extra="forbid", strict=True):
@@ -75,7 +75,7 @@ class StreamOptions(BaseModel, extra="forbid", strict=True):
 
 
 class _Body(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
-    """The fields of a request; null means: as if left out."""
+    """Fields of a request; null is equivalent to omitting a field."""
 
     model: str = ""
     prompt: Any = None  # checked by _prompts
@@ -96,7 +96,7 @@ class _Body(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
 
 
 def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> CompletionRequest:
-    """The request in `body`. Refusal (4xx) names the field, what it was and what it can be."""
+    """Parse and validate `body`. Raise Refusal (4xx) with the field, its value and what was expected."""
     values = {key: value for key, value in _json_object(body).items() if value is not None}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
@@ -104,16 +104,16 @@ def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> Completi
         del values["logprobs"]
     for name, neutral in UNSUPPORTED.items():
         if values.pop(name, neutral) != neutral:
-            raise Refusal(400, f"{name} is not supported by this server; leave it out", name)
+            raise Refusal(400, f"{name} is not supported by this server; omit it", name)
     try:
         given = _Body.model_validate({key: values[key] for key in values.keys() - IGNORED})
     except ValidationError as error:
         raise _refusal(error) from None
     if given.model not in ("", model):
-        named = f"no model {given.model[:80]!r} here; there is {model!r}"
+        named = f"model {given.model[:80]!r} not found; available: {model!r}"
         raise Refusal(404, named, "model", "model_not_found")
     if given.best_of not in (None, given.n):
-        raise Refusal(400, "best_of is not supported unless it equals n; leave it out", "best_of")
+        raise Refusal(400, "best_of is not supported unless it equals n; omit it", "best_of")
     for name, most in (("n", limits.batch), ("max_tokens", limits.max_tokens)):
         if getattr(given, name) > most:
             raise Refusal(400, f"{name}={_shown(values[name])}: expected at most {most}", name)
@@ -122,7 +122,7 @@ def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> Completi
     prompts = _prompts(given.prompt, known, limits)
     if len(prompts) * given.n > limits.batch:
         raise Refusal(
-            400, f"{len(prompts)} prompts times n={given.n}: at most {limits.batch} at once", "prompt"
+            400, f"{len(prompts)} prompts times n={given.n}: at most {limits.batch} per request", "prompt"
         )
     return CompletionRequest(
         prompts=prompts,
@@ -139,11 +139,11 @@ def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> Completi
 
 
 def _refusal(error: ValidationError) -> Refusal:
-    """Name the first field that is wrong, its value, and what was expected."""
+    """Return a Refusal with the first invalid field, its value and what was expected."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])[:80]
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        return Refusal(400, f"unknown field {name!r}; see docs/serving.md for those there are", name)
+        return Refusal(400, f"unknown field {name!r}; see docs/serving.md for the supported fields", name)
     return Refusal(400, f"{name}={_shown(first['input'])}: {first['msg']}", name)
 
 
@@ -160,11 +160,11 @@ def _json_object(body: bytes) -> dict[str, Any]:
 
 
 def _prompts(value: Any, known: Tokenizer, limits: Limits) -> list[Prompt]:
-    """One prompt (a string, or ids), or a list of prompts."""
+    """Return the prompts in `value`: one prompt (a string or token ids) or a list of prompts."""
     several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
     given = value if several else [value]
     if len(given) > limits.batch:
-        raise Refusal(400, f"{len(given)} prompts: at most {limits.batch} at once", "prompt")
+        raise Refusal(400, f"{len(given)} prompts: at most {limits.batch} per request", "prompt")
     return [_prompt(one, known, limits) for one in given]
 
 
@@ -175,23 +175,23 @@ def _prompt(value: Any, known: Tokenizer, limits: Limits) -> Prompt:
             prompt = Prompt(value, known.encode_prompt(value))
         except UnicodeEncodeError:
             raise Refusal(
-                400, "the prompt holds half of a surrogate pair, which is no character", "prompt"
+                400, "the prompt contains a lone surrogate, which is not valid Unicode", "prompt"
             ) from None
         except UserError as error:
-            raise Refusal(400, f"the model cannot read this prompt: {error}", "prompt") from None
+            raise Refusal(400, f"the prompt cannot be tokenized: {error}", "prompt") from None
     elif isinstance(value, list) and all(type(i) is int and 0 <= i < known.vocab_size for i in value):
         prompt = Prompt(tokenizer.decode(known, value), value)
     else:
         ids = f"token ids from 0 to {known.vocab_size - 1}"
         raise Refusal(
-            400, f"prompt={_shown(value)}: expected a string, a list of {ids}, or a list of these", "prompt"
+            400, f"prompt={_shown(value)}: expected a string, a list of {ids}, or a list of either", "prompt"
         )
     if not prompt.ids:
         raise Refusal(400, "the prompt is empty; give at least one token", "prompt")
     if len(prompt.ids) > limits.context:
         raise Refusal(
             400,
-            f"the prompt has {len(prompt.ids)} tokens, the model's context {limits.context}; shorten it",
+            f"the prompt has {len(prompt.ids)} tokens, the context length is {limits.context}; shorten it",
             "prompt",
             "context_length_exceeded",
         )
@@ -203,18 +203,18 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-# ----------------------------------------------------------------------------- writing an answer
+# ----------------------------------------------------------------------------- responses
 
 
 class LogProbs:
-    """What the tokens of one choice were, in OpenAI's four lists; `push` them in their order."""
+    """Builds OpenAI's log-probability lists for one choice; pass its tokens in order."""
 
     def __init__(self, known: Tokenizer, offset: int, alternatives: int):
         self._known, self._offset, self._alternatives = known, offset, alternatives
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def of(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
-        """text_offset counts characters from the beginning of the prompt."""
+        """Return the lists for the next `tokens`. text_offset: characters from the start of the prompt."""
         found: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -230,7 +230,7 @@ class LogProbs:
         return found
 
     def _top(self, token: Token) -> dict[str, float | None] | None:
-        """Of two tokens with one text the likelier; the token itself is always there."""
+        """Return {text: logprob} of the alternatives and the token; the likeliest of duplicate texts."""
         if token.logprob is None or not self._alternatives:
             return None
         found: dict[str, float | None] = {}
@@ -240,7 +240,7 @@ class LogProbs:
 
 
 def token_text(known: Tokenizer, id: int) -> str:
-    """The text of a token; of one that is only a part of a character its bytes, as OpenAI writes them."""
+    """Return the text of a token, or its bytes in OpenAI's notation if they are not valid UTF-8."""
     content = known.decode_bytes([id])
     try:
         return content.decode("utf-8")
@@ -249,7 +249,7 @@ def token_text(known: Tokenizer, id: int) -> str:
 
 
 def _finite(logprob: float | None) -> float | None:
-    """JSON has no infinity; this is what OpenAI writes for a probability of zero."""
+    """Return -9999.0 for -inf, as OpenAI does: JSON has no infinity."""
     return -9999.0 if logprob == -math.inf else logprob
 
 
@@ -262,7 +262,7 @@ def choice(
 def answer(
     request: CompletionRequest, model: str, choices: list[dict[str, Any]], usage: int | None = None
 ) -> bytes:
-    """A whole answer or one part of a stream; `usage`: the tokens written, where they are reported."""
+    """Serialize a complete response or a stream chunk. `usage`: completion tokens; None: not reported."""
     value: dict[str, Any] = {
         "id": request.id,
         "object": "text_completion",

@@ -1,4 +1,4 @@
-"""Reading a run's folder while train.py writes it: only what is new since the last look."""
+"""Incremental reading of a run folder while train.py writes to it."""
 
 import json
 import os
@@ -9,16 +9,16 @@ from nanogpt import metrics
 from nanogpt.evaluation.in_training import SEPARATOR
 
 KEYS = ("event", "iter", "tokens", "elapsed_s", "loss", "train_loss", "val_loss", "lr", "tokens_per_s")
-CHUNK = 1 << 20  # bytes of metrics.jsonl in one look
-SAMPLES = 60  # files of samples in one look, the newest
+CHUNK = 1 << 20  # bytes of metrics.jsonl per call
+SAMPLES = 60  # newest sample files per call
 SAMPLE_BYTES = 1 << 16
 
 
 def rows_since(run: Path, position: str) -> tuple[list[dict[str, Any]], str, bool]:
-    """The complete rows of metrics.jsonl after `position` ("" for the beginning), what they hold of KEYS.
+    """Return (rows, next position, restarted): complete rows of metrics.jsonl after `position`, KEYS only.
 
-    Returns also the position after them, and whether they begin anew: the file is another one (a resumed
-    run has rewound it) or has been cut. At most CHUNK bytes are read; the next call goes on.
+    `position` "" is the start of the file. `restarted`: the rows are from the start again, because the file
+    was replaced (rewound by a resumed run) or truncated. Reads at most CHUNK bytes; call again for the rest.
     """
     try:
         with (run / metrics.NAME).open("rb") as file:
@@ -31,7 +31,7 @@ def rows_since(run: Path, position: str) -> tuple[list[dict[str, Any]], str, boo
     except OSError:
         return [], "", True
     end = content.rfind(b"\n") + 1
-    if not end and len(content) == CHUNK:  # no row of ours is so long
+    if not end and len(content) == CHUNK:  # skip: no valid row is that long
         end = CHUNK
     return (
         [row for line in content[:end].splitlines() if (row := _row(line))],
@@ -56,7 +56,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def samples(run: Path, after: int = -1) -> list[dict[str, Any]]:
-    """The newest texts that train.py drew on its way (--sample_prompt), of iterations above `after`."""
+    """Return the newest samples drawn during training (--sample_prompt), of iterations above `after`."""
 
     found = []
     for path in run.glob("samples/step-*.txt"):

@@ -1,7 +1,7 @@
-"""Requests onto the slots of a decoder: one thread owns the model, and every step serves all of them.
+"""Continuous batching (Yu et al. 2022, Orca): one thread owns the model and steps all active requests.
 
-A choice waits in a bounded queue until a slot is free, and leaves its slot with its last token, or when its
-client has left: texts join and go between any two steps (continuous batching: Yu et al. 2022, Orca).
+A choice waits in a bounded queue until a slot is free, and frees its slot after its last token or when its
+client disconnects; choices are added and removed between any two steps.
 """
 
 import threading
@@ -16,16 +16,16 @@ from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.server.metrics import Meters
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-PROMPT_TOKENS = 512  # read between two steps, at most: others wait that long for their next token
+PROMPT_TOKENS = 512  # prompt tokens prefilled between two steps, at most: bounds the delay of active texts
 
 
 class Full(Exception):
-    """The queue has no room for these."""
+    """The queue has no room for the submitted choices."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a choice has more: whole characters, and the tokens since the last piece."""
+    """New output of a choice: complete characters, and the tokens since the last piece."""
 
     text: str
     tokens: Sequence[Token]
@@ -33,7 +33,7 @@ class Piece:
 
 
 class PromptScores:
-    """The tokens of a prompt with their log-probabilities, computed once for all of its choices."""
+    """Prompt tokens with log-probabilities (echo), computed once for all choices of the prompt."""
 
     def __init__(self, ids: list[int], alternatives: int):
         self.ids, self.alternatives = ids, alternatives
@@ -42,7 +42,7 @@ class PromptScores:
 
 @dataclass(eq=False)
 class Choice:
-    """One text to be written. `emit` gets its pieces, in the scheduler's thread."""
+    """One completion to generate. `emit` is called with its pieces, in the scheduler's thread."""
 
     prompt: list[int]
     options: SamplingOptions
@@ -51,11 +51,11 @@ class Choice:
     logprobs: int | None
     stop: Sequence[str]
     emit: Callable[["Choice", Piece], None]
-    scores: PromptScores | None = None  # to be filled before the first piece
+    scores: PromptScores | None = None  # filled before the first piece
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
     written: int = 0
-    read: int = 0  # tokens of the prompt, ahead
+    read: int = 0  # prompt tokens prefilled in advance
     _pending: list[Token] = field(default_factory=list)
     _completion: Completion | None = None
 
@@ -65,7 +65,7 @@ class Choice:
         return text
 
     def accept(self, token: Token, end_of_text: int | None) -> Piece | None:
-        """What `token` adds, if that is certain; its `finish` is set if it was the last."""
+        """Return the output that `token` completes, if any; `finish` is set if it was the last."""
         assert self._completion
         self.written += 1
         text = self._completion.take(token)
@@ -79,7 +79,7 @@ class Choice:
 
 
 class Scheduler:
-    """Owns `decoder` in a thread of its own. At most `queue` choices wait."""
+    """Runs `decoder` in its own thread. At most `queue` choices wait for a slot."""
 
     def __init__(self, decoder: Engine, known: Tokenizer, queue: int, meters: Meters):
         self._decoder, self._known, self._meters = decoder, known, meters
@@ -88,21 +88,21 @@ class Scheduler:
         self._active: dict[Text, Choice] = {}
         self._changed = threading.Condition()
         self._closed = False
-        self.failure: BaseException | None = None  # what has ended the thread
+        self.failure: BaseException | None = None  # error that ended the thread
         self._warm: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
 
     def start(self) -> None:
-        """Serve from now on, with all of the decoder's memory taken; raises what that fails with."""
+        """Start serving, after allocating all of the decoder's memory; raise any error from that."""
         self._thread.start()
         try:
             self._warm.result()
-        except BaseException:  # Ctrl-C, too: a thread that computes would not let the program end
+        except BaseException:  # Ctrl-C, too: a busy thread blocks exit
             self.close()
             raise
 
     def close(self) -> None:
-        """End the thread after its present step."""
+        """Stop the thread after its current step."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -122,7 +122,7 @@ class Scheduler:
         return len(self._active)
 
     def submit(self, choices: Sequence[Choice]) -> None:
-        """All of them, or Full and none."""
+        """Enqueue all of `choices`, or raise Full and enqueue none."""
         with self._changed:
             room = self.queue + self._decoder.free - len(self._waiting)
             if self._closed or len(choices) > room:
@@ -131,17 +131,17 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, choices: Sequence[Choice]) -> None:
-        """Write no more of these; their slots are free before the next step."""
+        """Cancel `choices`; their slots are freed before the next step."""
         with self._changed:
             for choice in choices:
                 choice.cancelled = True
             self._changed.notify()
 
-    # ------------------------------------------------------------------------- in the thread
+    # ------------------------------------------------------------------------- scheduler thread
 
     def _run(self) -> None:
         try:
-            self._decoder.warm(PROMPT_TOKENS)  # here, where its buffers and threads then are
+            self._decoder.warm(PROMPT_TOKENS)  # in this thread, which owns buffers and workers
             self._warm.set_result(None)
         except Exception as error:
             self._warm.set_exception(error)
@@ -152,12 +152,12 @@ class Scheduler:
                     self._changed.wait()
             try:
                 self._turn()
-            except Exception as error:  # out of memory, say: these requests fail, the server stays
+            except Exception as error:  # e.g. out of memory: fail these requests, keep serving
                 self.failure = error if isinstance(error, MemoryError) else None
                 self._fail_all()
 
     def _turn(self) -> None:
-        """Free the slots of those who left, fill free ones, and give every text one more token."""
+        """Free the slots of cancelled choices, fill free slots, generate one token per text."""
         for text in [text for text, choice in self._active.items() if choice.cancelled]:
             self._leave(text)
         fresh = self._taken()
@@ -187,13 +187,15 @@ class Scheduler:
                     self._meters.first_token(now - choice.submitted)
                 piece = choice.accept(token, self._known.end_of_text)
                 if piece and piece.finish:
-                    self._leave(text)  # before its client knows: whoever comes then finds the slot free
+                    self._leave(text)  # before the client is notified: its next request finds the slot free
                 if piece:
                     choice.emit(choice, piece)
 
     def _taken(self) -> list[Choice]:
-        """The choices that join now: as many as fit the slots and PROMPT_TOKENS. Of a longer prompt a part is
-        read, and its choice waits, unless nobody else is served."""
+        """Dequeue the choices to add now, limited by free slots and PROMPT_TOKENS.
+
+        A longer prompt is prefilled in parts while its choice waits, unless no text is active.
+        """
         found: list[Choice] = []
         tokens, long = 0, None
         with self._changed:
@@ -202,7 +204,7 @@ class Scheduler:
                 if choice.cancelled:
                     self._waiting.popleft()
                     continue
-                # A prompt shared with the one before is read once.
+                # a prompt shared with the previous choice is prefilled once
                 cost = 0 if found and found[-1].prompt is choice.prompt else len(choice.prompt) - choice.read
                 if found and tokens + cost > PROMPT_TOKENS:
                     break

@@ -1,6 +1,6 @@
-"""One request for a completion under way: its choices at the scheduler, and what they say on its way back.
+"""Responses to completion requests, whole or streamed: from the scheduler's thread to the event loop.
 
-The scheduler's thread writes, the event loop reads: `EventQueue` is the one place where they meet.
+`EventQueue` is the only object that both threads use.
 """
 
 import asyncio
@@ -24,32 +24,32 @@ from nanogpt.server.scheduler import Choice, Piece, PromptScores, Scheduler
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 Event = tuple[Choice, Piece]
-EVENT_S = 0.02  # from one event of a stream to the next, at least: tokens that come faster share one
+EVENT_S = 0.02  # minimum time between events of a stream; faster tokens share an event
 
 
 @dataclass(frozen=True)
 class Served:
-    """What is served."""
+    """The served model and its resources."""
 
-    name: str  # of the model
+    name: str  # model name
     tokenizer: Tokenizer
     scheduler: Scheduler
     meters: Meters
     limits: Limits
-    about: dict[str, Any]  # what the page shows of the model
-    run: Path | None  # the folder of train.py, where there is one
+    about: dict[str, Any]  # facts about the model, for the page
+    run: Path | None  # run folder of train.py, if any
     web: Path
 
 
 class EventQueue:
-    """From the scheduler's thread into the loop: at most one call a step, and none where nobody waits."""
+    """Delivers pieces from the scheduler's thread to the event loop, waking it at most once per step."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._called: list[Answer] = []
 
     def send(self, answer: "Answer", choice: Choice, piece: Piece) -> None:
-        """Called in the scheduler's thread."""
+        """Queue a piece for `answer`; called in the scheduler's thread."""
         with self.lock:
             answer.letters.append((choice, piece))
             if not answer.calls_for(piece):
@@ -58,27 +58,27 @@ class EventQueue:
             self._called.append(answer)
             if len(self._called) > 1:
                 return
-        with suppress(RuntimeError):  # the server has ended meanwhile
+        with suppress(RuntimeError):  # the event loop is closed
             answer.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         with self.lock:
             called, self._called = self._called, []
-        # Who has nothing yet comes first: each wakes a task that writes to a socket, for up to a millisecond.
+        # First tokens first: each answer wakes a task that writes to a socket, which takes up to 1 ms.
         for answer in sorted(called, key=lambda answer: any(answer.begun)):
             answer.arrived.set()
 
 
 class Answer:
-    """One request under way: its choices at the scheduler, their pieces coming in from its thread."""
+    """An active request: its choices in the scheduler, and the pieces received from its thread."""
 
     def __init__(self, served: Served, asked: CompletionRequest, mail: EventQueue):
         self.served, self.asked, self.mail = served, asked, mail
         self.loop = asyncio.get_running_loop()
-        # By mail.lock: what has come and is not yet read, and whether the loop waits for more.
+        # Guarded by mail.lock: unread pieces, and whether the event loop waits for more.
         self.letters: list[Event] = []
         self.waiting = False
-        self.patient = False  # it waits for a letter that ends a text
+        self.patient = False  # wait for the end of a text only
         self.arrived = asyncio.Event()
         self.choices: list[Choice] = []
         self.logprobs: list[LogProbs] = []
@@ -109,14 +109,14 @@ class Answer:
         return self.waiting and (piece.finish is not None or not self.patient)
 
     async def _pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """(number of the choice, piece), all that are there at once, until all choices have ended; the prompt
-        comes first if it is echoed."""
+        """Yield lists of the available (choice index, piece) until all choices have ended. With echo, the
+        first piece of each choice includes the prompt."""
         while self.ended < len(self.choices):
             yield [self._received(*letter) for letter in await self._letters()]
 
     async def _letters(self) -> list[Event]:
-        """What has come since the last time, one letter at least: of a stream the first at once, then all of
-        EVENT_S; of a whole answer all until a text ends. ClientDisconnect if nobody waits for them."""
+        """Wait for and return the unread pieces, at least one: for a stream, the first at once and then every
+        EVENT_S; otherwise whenever a text ends. Raise ClientDisconnect if the client has left."""
         self.patient = any(self.begun) or not self.asked.stream
         timer = self.loop.call_later(EVENT_S, self._hurry) if self.asked.stream and self.patient else None
         try:
@@ -141,7 +141,7 @@ class Answer:
     def _received(self, choice: Choice, piece: Piece) -> tuple[int, Piece]:
         number = self.index[choice]
         if piece.finish == "error":
-            raise Refusal(500, "the model failed at this request; the server's log says why")
+            raise Refusal(500, "the model failed on this request; see the server log")
         self.ended += piece.finish is not None
         if self.asked.echo and not self.begun[number]:
             prompt = self.asked.prompts[number // self.asked.n]
@@ -151,7 +151,7 @@ class Answer:
         return number, piece
 
     def _together(self, pieces: Sequence[tuple[int, Piece]]) -> list[dict[str, Any]]:
-        """The pieces of each choice as one, in the order of their first ones."""
+        """Merge the pieces of each choice, ordered by first appearance."""
         of: dict[int, list[Piece]] = {}
         for number, piece in pieces:
             of.setdefault(number, []).append(piece)
@@ -167,7 +167,7 @@ class Answer:
         return sum(choice.written for choice in self.choices)
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events; ClientDisconnect when nobody reads them any more."""
+        """Yield server-sent events. Raise ClientDisconnect if the client has left."""
         name, asked = self.served.name, self.asked
         try:
             async for pieces in self._pieces():
@@ -183,7 +183,7 @@ class Answer:
             self.leave()
 
     async def whole(self, request: Request) -> Response:
-        """All of the answer at once; ClientDisconnect if nobody waits for it any more."""
+        """Return the complete response. Raise ClientDisconnect if the client has left."""
         collecting = asyncio.ensure_future(self._collect())
         leaving = asyncio.ensure_future(_left(request.receive))
         try:
@@ -202,7 +202,7 @@ class Answer:
         return openai_api.answer(self.asked, self.served.name, choices, self.written())
 
     def leave(self) -> None:
-        """Free the slots, if the answer is not complete; who waits for its letters gets ClientDisconnect."""
+        """Cancel an incomplete answer: free its slots and raise ClientDisconnect in the task that waits."""
         if self.ended < len(self.choices) and not self.left:
             self.left = True
             self.arrived.set()
@@ -211,8 +211,10 @@ class Answer:
 
 
 class Events(Response):
-    """A streamed answer. As Starlette's StreamingResponse, with a task for the client's leaving, but without
-    one more for each answer and the group around them, which delay the first token of all who wait."""
+    """A streamed response, like Starlette's StreamingResponse.
+
+    It uses one task to detect disconnects instead of a task group with two, which delays all first tokens.
+    """
 
     def __init__(self, answer: Answer):
         super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})

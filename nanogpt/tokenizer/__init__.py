@@ -1,1 +1,1 @@
-"""Characters, bytes and byte pairs: text to ids and back, and the files that say how."""
+"""Tokenizers (character, byte, BPE) and their files."""

@@ -1,7 +1,7 @@
-"""Byte pairs: GPT-2's tables, tokenizers of Hugging Face, training one, and encoding fast.
+"""Byte-pair encoding: GPT-2's tables, Hugging Face tokenizer.json files, training, and fast encoding.
 
-Byte-level vocabularies write bytes as printable characters: those that print stand for themselves, the
-others are numbered upwards from U+0100 (Radford et al. 2019, `encoder.py` of the release).
+Byte-level vocabularies represent bytes by printable characters: printable bytes by themselves, the others by
+consecutive code points from U+0100 (Radford et al. 2019, `encoder.py` of the GPT-2 release).
 """
 
 import json
@@ -15,7 +15,7 @@ from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 Encode = Callable[[str], Any]  # -> ids, a list or an array
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
-TRIAL = 1 << 18  # characters for which a fast encoder is compared with the one it replaces
+TRIAL = 1 << 18  # characters for which the fast encoder is checked against the slow one
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = _PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE]  # by id
@@ -24,7 +24,7 @@ BYTE_OF = dict(zip(_SHOWN, _BYTES, strict=True))
 
 
 def ranks(merges: str) -> dict[bytes, int]:
-    """Token bytes -> id from the lines of vocab.bpe: the 256 bytes, then the merges in their order."""
+    """Return {token bytes: id} for the text of vocab.bpe: the 256 bytes, then the merges in order."""
     return {bytes(BYTE_OF[shown] for shown in token): i for token, i in vocabulary(merges).items()}
 
 
@@ -34,11 +34,11 @@ def vocabulary(merges: str) -> dict[str, int]:
 
 
 def merge_lines(merges: str) -> list[str]:
-    return [line for line in merges.split("\n")[1:] if line]  # the first line names the version
+    return [line for line in merges.split("\n")[1:] if line]  # the first line is the version
 
 
 def as_hugging_face(merges: str) -> str:
-    """GPT-2's encoding, without its special token, as a tokenizer.json."""
+    """Return GPT-2's tokenizer, without its special token, as the text of a tokenizer.json."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocabulary(merges), "merges": merge_lines(merges)}
     value = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
@@ -47,8 +47,8 @@ def as_hugging_face(merges: str) -> str:
 
 # ----------------------------------------------------------------------------- fast
 
-# Letters and numbers that are new in Unicode 17: gigatoken 0.10 knows them, tiktoken 0.14 and tokenizers
-# 0.23 do not yet, so they divide words differently there. A test compares the classes of all characters.
+# Letters and numbers added in Unicode 17: gigatoken 0.10 supports them, tiktoken 0.14 and tokenizers 0.23 do
+# not, so they split words differently. A test compares the character classes of all code points.
 _NEW = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7"
     "\U00011db0-\U00011ddb\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3"
@@ -57,7 +57,7 @@ _NEW = re.compile(
     "\U0001e6f0-\U0001e6f4\U0001e6fe\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
     "\U000323b0-\U00033479]"
 )
-_NEW_BYTES = re.compile(rb"\xe0\xa2\x8f|\xe0[\xb1\xb3]\x9c|\xea\x9f|\xf0")  # how those begin in UTF-8
+_NEW_BYTES = re.compile(rb"\xe0\xa2\x8f|\xe0[\xb1\xb3]\x9c|\xea\x9f|\xf0")  # their UTF-8 prefixes
 
 
 def has_new_characters(text: str) -> bool:
@@ -65,9 +65,9 @@ def has_new_characters(text: str) -> bool:
 
 
 def accelerated(hugging_face: str, slow: Encode) -> Encode:
-    """`slow`, or a faster function with the same ids if the package gigatoken is there.
+    """Return a faster encoder with the same output as `slow` if gigatoken is installed, else `slow`.
 
-    Its first 262,144 characters are encoded by both; at any difference `slow` stays in use.
+    The first 262,144 characters are encoded by both; if the ids ever differ, `slow` is used from then on.
     """
     try:
         import gigatoken
@@ -75,7 +75,7 @@ def accelerated(hugging_face: str, slow: Encode) -> Encode:
         return slow
     try:
         fast: Encode | None = gigatoken.Tokenizer.from_json(hugging_face).encode
-    except (ValueError, RuntimeError, NotImplementedError):  # a kind of tokenizer that it does not know
+    except (ValueError, RuntimeError, NotImplementedError):  # tokenizer type not supported by gigatoken
         return slow
     left = TRIAL
 
@@ -98,7 +98,7 @@ def accelerated(hugging_face: str, slow: Encode) -> Encode:
 
 
 def load(text: str, name: str) -> Any:
-    """A tokenizers.Tokenizer; UserError names the file if its text is none."""
+    """Return the tokenizers.Tokenizer of a JSON text. Raise UserError, naming the file, if it is invalid."""
     try:
         import tokenizers
     except ImportError:
@@ -106,11 +106,11 @@ def load(text: str, name: str) -> Any:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{name} is not a tokenizer that the tokenizers library can read: {error}") from None
+        raise UserError(f"{name} cannot be loaded by the tokenizers library: {error}") from None
 
 
 def bytes_of_tokens(value: dict[str, Any]) -> dict[int, bytes]:
-    """Id -> bytes for a byte-level vocabulary; empty for other kinds, whose tokens are not bytes alone."""
+    """Return {id: bytes} for a byte-level vocabulary; an empty dict for other types."""
     if (value.get("decoder") or {}).get("type") != "ByteLevel" or not isinstance(
         value["model"]["vocab"], dict
     ):
@@ -124,8 +124,8 @@ def bytes_of_tokens(value: dict[str, Any]) -> dict[int, bytes]:
 
 
 def without_special_tokens(value: dict[str, Any]) -> str:
-    """The tokenizer.json without its special tokens, if it is byte-level and divides words as GPT-2's
-    does, so that it can be accelerated; else ""."""
+    """Return the tokenizer.json without special tokens if it is byte-level BPE with GPT-2's word splitting,
+    which `accelerated` requires; else ""."""
     level, model = value.get("pre_tokenizer") or {}, value["model"]
     plain = level.get("type") == "ByteLevel" and level.get("use_regex", True)
     plain = plain and not level.get("add_prefix_space") and not value.get("normalizer")
@@ -136,10 +136,10 @@ def without_special_tokens(value: dict[str, Any]) -> str:
 
 
 def train(texts: Iterable[str], size: int) -> str:
-    """The tokenizer.json of a byte-level BPE of `size` tokens, learnt from `texts`.
+    """Train a byte-level BPE of `size` tokens on `texts`; return its tokenizer.json.
 
-    The first id is <|endoftext|>, the next 256 are the bytes; words are divided as GPT-2 does. The same
-    texts give the same file, on any number of threads.
+    Id 0 is <|endoftext|>, the next 256 are the bytes; words are split as in GPT-2. Deterministic for any
+    number of threads. Raise UserError if the tokenizers package is not installed.
     """
     try:
         import tokenizers

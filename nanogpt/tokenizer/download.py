@@ -1,4 +1,4 @@
-"""Texts from the net: fetched once, checked by their SHA-256 and kept in the user's cache."""
+"""Download files once, verify their SHA-256 and keep them in the user's cache folder."""
 
 from pathlib import Path
 
@@ -10,30 +10,31 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 
 def tiny_shakespeare(url: str = SHAKESPEARE_URL) -> Path:
-    """The file of 40,000 lines of Shakespeare, from the cache or `url`.
+    """Return the path of tiny Shakespeare (40,000 lines), from the cache or downloaded from `url`.
 
-    UserError says why it could not be had, and what does without it.
+    Raise UserError, with the cause and alternatives, if the download fails.
     """
     return fetch(
         url,
         SHAKESPEARE_SHA256,
         cache_folder() / "tinyshakespeare.txt",
-        "give a copy of it with --input=FILE, or use the text that every Python has: "
+        "pass a copy with --input=FILE, or use a text included in Python: "
         "python data/python_stdlib/prepare.py",
     )
 
 
 def fetch(url: str, sha256: str, path: Path, instead: str) -> Path:
-    """Download `url` to `path`, unless the right file is there already.
+    """Download `url` to `path`, unless a file with this SHA-256 is already there.
 
-    UserError ends with what to do `instead`; then `path` has not been touched, or is gone if it was wrong.
+    Raise UserError on failure; its message ends with `instead`, the alternative. `path` is then unchanged, or
+    deleted if its hash was wrong.
     """
     import pooch
 
-    pooch.get_logger().setLevel("WARNING")  # the library does not print
+    pooch.get_logger().setLevel("WARNING")  # suppress pooch's progress messages
     try:
         return Path(pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent))
-    except Exception as error:  # whatever the net, a proxy or a disk may raise
+    except Exception as error:  # any network, proxy or disk error
         reason = (str(error).splitlines() or [""])[0].split(" (Caused by")[0]
         raise UserError(
             f"{url} could not be downloaded ({type(error).__name__}: {reason[:200]}); {instead}"

@@ -1,4 +1,4 @@
-"""GPT-2's byte pairs, from the list of merges that OpenAI has published."""
+"""GPT-2's BPE tokenizer, built from the merges published by OpenAI."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from nanogpt.tokenizer import bpe, download, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of encoder.json
-BLANKS = 1 << 18  # tiktoken's pattern overflows its stack, and panics, at a million blanks on end
+GPT2_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # encoder.json
+BLANKS = 1 << 18  # tiktoken's regex overflows the stack (panic) on a run of a million whitespace characters
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding of 50,257 tokens, by tiktoken, built from the list of its merges."""
+    """GPT-2's BPE with 50,257 tokens, built from its merges and encoded by tiktoken."""
 
     kind = "gpt2"
     words = True
@@ -56,25 +56,25 @@ class GPT2Tokenizer:
 
 
 def _few_blanks(text: str) -> str:
-    """`text`; UserError if it has so long a run of blanks that tiktoken would panic."""
+    """Return `text`. Raise UserError if a run of whitespace is long enough to make tiktoken panic."""
     for start in range(0, len(text) - BLANKS + 1, BLANKS):
         if text[start : start + BLANKS].isspace():
-            raise UserError(f"gpt2 cannot encode {BLANKS:,} blanks on end; shorten them, or use char or byte")
+            raise UserError(f"gpt2 cannot encode {BLANKS:,} whitespace characters in a row; use char or byte")
     return text
 
 
 def load_gpt2(path: str = "") -> GPT2Tokenizer:
-    """GPT-2's tokenizer from `path` (vocab.bpe or its folder), the cache, or the net.
+    """Load GPT-2's tokenizer from `path` (vocab.bpe or its folder), the cache, or by download.
 
-    UserError says where the file can be put when it is nowhere. The SHA-256 is checked always, that of
-    encoder.json too where it lies beside (its ids follow from the merges, so it is not needed).
+    The SHA-256 is always verified; also that of encoder.json if it is in the same folder (it is not needed:
+    ids follow from the merges). Raise UserError if the file is missing or differs; it says where to put it.
     """
     file = Path(path) / "vocab.bpe" if path and Path(path).is_dir() else Path(path)
     if path and not file.is_file():
-        raise UserError(f"no GPT-2 merges at {file}; it is the file vocab.bpe of OpenAI's release")
+        raise UserError(f"no GPT-2 merges at {file}; expected vocab.bpe of OpenAI's release")
     if not path:
         file = files.cache_folder() / "gpt2" / "vocab.bpe"
-        instead = f"put that file at {file}, or use --tokenizer=char or byte, which need no download"
+        instead = f"put that file at {file}, or use --tokenizer=char or byte, which do not need a download"
         download.fetch(GPT2_URL, vocabulary.GPT2_SHA256, file, instead)
     content = _known(file, vocabulary.GPT2_SHA256)
     if (file.parent / "encoder.json").is_file():

@@ -1,4 +1,4 @@
-"""Any tokenizer.json of Hugging Face."""
+"""Hugging Face tokenizers (tokenizer.json)."""
 
 import json
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ import numpy as np
 from nanogpt.tokenizer import bpe, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
-ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # under which names it is found
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in order of preference
 
 
 class HuggingFaceTokenizer:
-    """Any tokenizer.json of Hugging Face, by the tokenizers library; also what `bpe.train` makes."""
+    """Tokenizer of a Hugging Face tokenizer.json or of `bpe.train`, run by the tokenizers library."""
 
     kind = "hf"
     words = True
@@ -21,14 +21,14 @@ class HuggingFaceTokenizer:
     def __init__(self, text: str, name: str = "tokenizer.json"):
         self.text = text
         self._plain = bpe.load(text, name)
-        self._plain.encode_special_tokens = True  # special tokens are ordinary text
+        self._plain.encode_special_tokens = True  # encode special tokens as ordinary text
         self._special = bpe.load(text, name)
         self.vocab_size = vocabulary.hugging_face_size(json.loads(text))
         self.end_of_text: int | None = next(
             (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
         )
         self._bytes_of = bpe.bytes_of_tokens(json.loads(text))
-        self.bytewise = bool(self._bytes_of)  # each token is some bytes, whatever stands beside it
+        self.bytewise = bool(self._bytes_of)  # a token's bytes do not depend on its neighbors
         self._ordinary: bpe.Encode = self._library
 
     def _is_special(self, name: str) -> bool:

@@ -1,8 +1,8 @@
-"""Text to token ids and back: characters, bytes, GPT-2's byte pairs, or any tokenizer.json.
+"""Tokenizers: characters, bytes, GPT-2's BPE, or any Hugging Face tokenizer.json.
 
-A tokenizer saves itself as one JSON file that lies beside the data and in every run folder; nothing
-else is needed to decode a model's output, wherever the folder is moved. That of a tokenizer of Hugging
-Face is its own tokenizer.json.
+A tokenizer is saved as one JSON file next to the data and in every run folder, so that both can be moved and
+the output of a model decoded without other files. For a Hugging Face tokenizer it is the original
+tokenizer.json.
 """
 
 import json
@@ -19,19 +19,19 @@ from nanogpt.tokenizer import vocabulary
 class Tokenizer(Protocol):
     kind: str
     vocab_size: int
-    end_of_text: int | None  # the id between documents, where the vocabulary has one
-    words: bool  # tokens depend on their surroundings: a text is cut between words only
-    bytewise: bool  # each token is some bytes, whatever stands beside it
+    end_of_text: int | None  # id of the document separator, if any
+    words: bool  # tokens depend on context: split texts between words only
+    bytewise: bool  # a token's bytes do not depend on its neighbors
 
-    def accelerate(self) -> None: ...  # prepare for much text: the same ids, faster
-    def encode(self, text: str) -> np.ndarray: ...  # -> int64 (n,); special tokens are ordinary text
-    def encode_prompt(self, text: str) -> list[int]: ...  # as `encode`, with <|endoftext|> recognised
-    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...  # UTF-8, perhaps cut inside a character
+    def accelerate(self) -> None: ...  # set up a faster encoder with the same ids
+    def encode(self, text: str) -> np.ndarray: ...  # int64 (n,); special tokens are encoded as text
+    def encode_prompt(self, text: str) -> list[int]: ...  # as `encode`, but recognizes <|endoftext|>
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...  # UTF-8, may end within a character
     def to_json(self) -> dict[str, Any]: ...
 
 
 class CharTokenizer:
-    """One id a character, in the order of their code points (as nanoGPT numbers them)."""
+    """Character tokenizer: one id per character, ordered by code point (as in nanoGPT)."""
 
     kind = "char"
     words = False
@@ -46,10 +46,10 @@ class CharTokenizer:
         self._id_of[points] = np.arange(self.vocab_size)
 
     def accelerate(self) -> None:
-        pass  # as fast as it gets
+        pass  # already fast
 
     def encode(self, text: str) -> np.ndarray:
-        """UserError shows the characters that are not in the vocabulary."""
+        """Return ids, int64 (n,). Raise UserError listing the characters that are not in the vocabulary."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         ids = self._id_of[np.minimum(points, len(self._id_of) - 1)]
         if ids.size and ids.min() < 0:
@@ -73,7 +73,7 @@ class CharTokenizer:
 
 
 class ByteTokenizer:
-    """One id a byte of the UTF-8 text: any text, no vocabulary to learn."""
+    """Byte tokenizer: one id per UTF-8 byte; encodes any text and needs no training."""
 
     kind = "byte"
     words = False
@@ -91,15 +91,15 @@ class ByteTokenizer:
         return self.encode(text).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return bytes(list(ids))  # of an array, bytes() would take the buffer
+        return bytes(list(ids))  # bytes(array) would copy the raw buffer
 
     def to_json(self) -> dict[str, Any]:
         return {}
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of `ids`; bytes that are no character (a cut one, say) become U+FFFD."""
-    if isinstance(tokenizer, CharTokenizer):  # exact for every code point, lone surrogates too
+    """Decode `ids` to text; invalid or incomplete UTF-8 becomes U+FFFD."""
+    if isinstance(tokenizer, CharTokenizer):  # exact for all code points, including lone surrogates
         return "".join(tokenizer.characters[i] for i in ids)
     return tokenizer.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -108,14 +108,14 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 
 def to_text(tokenizer: Tokenizer) -> str:
-    """The JSON text that `from_text` reads."""
+    """Serialize to JSON text, to be read by `from_text`."""
     own = {} if tokenizer.kind == "hf" else {"format": vocabulary.FORMAT, "type": tokenizer.kind}
     value = {**own, **tokenizer.to_json()}
     return json.dumps(value, ensure_ascii=True) + "\n"
 
 
 def from_text(text: str, name: str = "tokenizer.json") -> Tokenizer:
-    """The tokenizer of a JSON text; UserError names the file if it is not one of ours."""
+    """Build a tokenizer from JSON text. Raise UserError, naming the file, if the format is unknown."""
     vocabulary.identify(text, name)
     value = json.loads(text)
     if vocabulary.is_hugging_face(value):
@@ -136,11 +136,14 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def from_file(path: Path) -> Tokenizer:
-    """The tokenizer of a file: one of ours, or any tokenizer.json of Hugging Face (or its folder)."""
+    """Load a tokenizer file of this project or a Hugging Face tokenizer.json, or the folder that has one.
+
+    Raise UserError if it is missing or invalid.
+    """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"no tokenizer at {file}; give a tokenizer.json or the folder that holds it")
+        raise UserError(f"no tokenizer at {file}; give a tokenizer.json or the folder that contains it")
     try:
         return from_text(file.read_text(encoding="utf-8"), str(file))
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not a tokenizer: it is no UTF-8 text") from None
+        raise UserError(f"{file} is not a tokenizer: not UTF-8 text") from None

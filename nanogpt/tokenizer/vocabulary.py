@@ -1,4 +1,4 @@
-"""Kind, size and fingerprint of a tokenizer's file, read without building the tokenizer."""
+"""Identify a tokenizer file (type, vocabulary size, fingerprint) without building the tokenizer."""
 
 import hashlib
 import json
@@ -8,21 +8,21 @@ from typing import Any
 from nanogpt.errors import UserError
 
 FORMAT = "nanogpt-tokenizer-1"
-END_OF_TEXT = "<|endoftext|>"  # between documents
-GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of vocab.bpe
+END_OF_TEXT = "<|endoftext|>"  # document separator
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # vocab.bpe
 GPT2_VOCAB_SIZE = 50257
-GPT2_BY_NAME = json.dumps({"format": FORMAT, "type": "gpt2"})  # for data that came without a tokenizer
+GPT2_BY_NAME = json.dumps({"format": FORMAT, "type": "gpt2"})  # for data without a tokenizer file
 
 
 @dataclass(frozen=True)
 class Identity:
     kind: str
     vocab_size: int
-    sha256: str  # by which data and models tell whether they mean the same ids
+    sha256: str  # fingerprint; data and model must agree on it
 
 
 def identify(text: str, name: str = "tokenizer.json") -> Identity:
-    """What the JSON text of a tokenizer describes, without building it; UserError as `from_text`."""
+    """Return the Identity of a tokenizer from its JSON text. Raise UserError, as `from_text`, if invalid."""
     try:
         value = json.loads(text)
         if is_hugging_face(value):
@@ -35,7 +35,7 @@ def identify(text: str, name: str = "tokenizer.json") -> Identity:
             content = value["characters"]
             if len(set(content)) != len(content) or not all(len(character) == 1 for character in content):
                 raise ValueError("its characters are not distinct single characters")
-        elif kind == "gpt2":  # without "merges" it is GPT-2's all the same, found when text is needed
+        elif kind == "gpt2":  # without "merges": loaded by load_gpt2 when needed
             if "merges" in value and sha256_of(value["merges"]) != GPT2_SHA256:
                 raise ValueError("its merges are not GPT-2's")
         elif kind != "byte":
@@ -51,7 +51,7 @@ def is_hugging_face(value: Any) -> bool:
 
 
 def hugging_face_size(value: dict[str, Any]) -> int:
-    """One more than the largest id; ValueError or TypeError if there are no ids."""
+    """Return the largest id + 1. Raise ValueError or TypeError if the vocabulary is empty or malformed."""
     vocab = value["model"]["vocab"]
     ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
     return max([*ids, *(token["id"] for token in value.get("added_tokens") or [])]) + 1
@@ -62,5 +62,5 @@ def sha256_of(text: str) -> str:
 
 
 def of_characters(characters: list[str]) -> str:
-    """The tokenizer.json of one id a character."""
+    """Return the tokenizer.json of a character tokenizer."""
     return json.dumps({"format": FORMAT, "type": "char", "characters": characters}) + "\n"
