@@ -283,11 +283,12 @@ class Muon:
             for shape, stack in alike.items()
         ]
         self.steps = torch.zeros((), dtype=torch.float32, device=device)
+        momentum = 0.85 + 0.1 * (torch.arange(301, dtype=torch.float64, device="cpu") / 300)
+        self.momentum = torch.stack([momentum, 1 - momentum]).float().to(device)  # by step
 
     def step(self, lr: float | Tensor) -> None:
-        # Computed on the device: reading `steps` would synchronize. float64: as Python floats before rounding
-        momentum = 0.85 + 0.1 * (self.steps.double() / 300).clamp(max=1.0)
-        new, momentum = (1 - momentum).float(), momentum.float()
+        # Looked up on the device: reading `steps` here would synchronize with a GPU.
+        momentum, new = self.momentum.index_select(1, self.steps.long().clamp(max=300)[None]).unbind()
         self.steps += 1
         for stack, buffer in self.stacks:
             gradients = self.layout.gather_grads(stack)

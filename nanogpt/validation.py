@@ -61,19 +61,22 @@ def evaluate(
             continue
         idx, targets, *documents = batch
         _, losses = compute(idx, targets, documents[0] if documents else None, "none")
-        sums.append(losses.sum(dim=1).double())
+        sums.append(losses.sum(dim=1))
         counts.append((targets != IGNORE).sum(dim=1))
     model.train(was_training)
     if machine.world.any_rank(stopped()):  # one collective: batch counts may differ between ranks
         return None
-    sums.append(torch.zeros(0, dtype=torch.float64, device=machine.device))  # for a rank without sequences
+    sums.append(torch.zeros(0, device=machine.device))  # for a rank without sequences
     counts.append(torch.zeros(0, dtype=torch.int64, device=machine.device))
-    window_sums, window_counts = torch.cat(sums), torch.cat(counts)
+    # On the CPU: Apple GPUs have no float64.
+    window_sums, window_counts = torch.cat(sums).cpu().double(), torch.cat(counts).cpu()
     squares = window_sums.square() / window_counts.clamp(min=1)
     totals = torch.stack(
         [window_sums.sum(), squares.sum(), window_counts.sum(), window_sums.new_tensor(len(window_sums))]
     )
-    total, square, tokens, windows = machine.world.sum(totals.double()).tolist()
+    if machine.world.size > 1:
+        totals = machine.world.sum(totals.to(machine.device))
+    total, square, tokens, windows = totals.tolist()
     if not tokens:
         raise UserError("no target is scored: the evaluated sequences hold only prompts; use more text")
     loss = total / tokens

@@ -215,4 +215,4 @@ def _losses(subject: Subject, ids: Tensor, scored: Tensor, greedy: bool) -> tupl
         if greedy:
             first.append(logits.argmax(dim=-1) == target)
     verdicts = torch.cat(first) if greedy else torch.zeros(len(targets), dtype=torch.bool)
-    return torch.cat(losses).double().cpu().numpy(), verdicts.cpu().numpy()
+    return torch.cat(losses).cpu().double().numpy(), verdicts.cpu().numpy()

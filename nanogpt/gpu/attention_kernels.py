@@ -65,6 +65,8 @@ def _heads(count: int, length: int, size: int, dtype: torch.dtype, device: torch
 
 def require_attention(asked: str, shape: GPTConfig, machine: Machine, biased: bool) -> str:
     """Return the name of the kernel; raise UserError if torch does not select the kernel `asked` for."""
+    if machine.device.type == "mps":
+        raise UserError(f"--attention={asked} is not available on Apple GPUs; remove the option")
     with chosen(asked):
         found = attention_name(shape, machine, shape.block_size, biased)
     if asked not in ("auto", found):

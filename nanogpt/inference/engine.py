@@ -193,7 +193,7 @@ class Engine:
                         logits[row], text.seen, text.options.repetition_penalty
                     )
         uniform = torch.cat([torch.rand(1, generator=t.generator, dtype=torch.float64) for t in self.texts])
-        return draw_each(logits, options, uniform.to(self.device)).tolist()
+        return draw_each(logits, options, uniform).tolist()
 
     def _report(self, logits: Tensor, tokens: list[int]) -> Iterator[Token]:
         for row, (text, token) in enumerate(zip(self.texts, tokens, strict=True)):

@@ -88,7 +88,9 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def sample_inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """Return, for each row of logits (B, V), the index at which its CDF exceeds that row's `uniform`,
     float64 (B,) in [0, 1): int64 (B,)."""
-    mass = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    if logits.device.type == "mps":  # Apple GPUs have no float64
+        return sample_inverse_cdf(logits.cpu(), uniform).to(logits.device)
+    mass, uniform = logits.double().softmax(dim=-1).cumsum(dim=-1), uniform.to(logits.device)
     found = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
     # Rounding may put the sample past the last token that was not filtered out: clamp to it.
     last = logits.shape[-1] - 1 - (logits > -torch.inf).int().flip(-1).argmax(dim=-1)
@@ -118,6 +120,6 @@ def draw_each(logits: Tensor, options: Sequence[SamplingOptions], uniform: Tenso
         return draw(logits, options[0], uniform)
     drawn = torch.empty(len(options), dtype=torch.int64, device=logits.device)
     for kind in set(options):
-        rows = torch.tensor([i for i, row in enumerate(options) if row == kind], device=logits.device)
+        rows = [i for i, row in enumerate(options) if row == kind]
         drawn[rows] = draw(logits[rows], kind, uniform[rows])
     return drawn
