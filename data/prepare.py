@@ -17,22 +17,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python adds only the folder of this file
 
-from nanogpt.config import NonNegativeInt, read
+from nanogpt.config import FilePath, NonNegativeInt, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import corpus
+from nanogpt.usage import command
 
 
 @dataclass
 class Config:
     # input and output
-    out: str  # dataset folder to write, such as data/mine
+    out: FilePath  # dataset folder to write, such as data/mine
     hub: str = ""  # NAME[:CONFIG[:SPLIT]][@REVISION] of a Hugging Face dataset, streamed
     text_key: str = "text"  # text field of JSONL or column; prompt+response: loss on the response only
     encoding: str = ""  # encoding of text files, if not UTF-8, UTF-16 or GB18030
     skip_bad: bool = False  # skip and count unreadable rows
     # tokenizer
-    tokenizer: str = "auto"  # char, byte, gpt2, bpe:SIZE (trained here), PATH/tokenizer.json; auto: char
-    gpt2_bpe: str = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
+    tokenizer: FilePath = "auto"  # char, byte, gpt2, bpe:SIZE (trained here), PATH/tokenizer.json; auto: char
+    gpt2_bpe: FilePath = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
     # split
     val_fraction: float = 0.1  # fraction of the text for validation
     seed: NonNegativeInt = 0  # seed of the choice of validation documents
@@ -43,7 +44,7 @@ class Config:
 
 def main(config: Config, paths: list[str]) -> None:
     if not (paths or config.hub) or not config.out:
-        raise UserError("give a text and a dataset folder: python data/prepare.py novel.txt --out=data/novel")
+        raise UserError(f"give a text and a dataset folder: {command('prepare')} novel.txt --out=data/novel")
     if config.gpt2_bpe and config.tokenizer != "gpt2":
         raise UserError(f"--gpt2_bpe={config.gpt2_bpe} needs --tokenizer=gpt2")
     options = asdict(config)
@@ -51,7 +52,7 @@ def main(config: Config, paths: list[str]) -> None:
         [Path(path) for path in paths], Path(options.pop("out")), kind=options.pop("tokenizer"), **options
     )
     print("\n".join(summary.lines()))
-    print("python train.py config/quickstart.py", summary.option)
+    print(command("train"), "config/quickstart.py", summary.option)
 
 
 def program() -> None:

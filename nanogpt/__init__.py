@@ -3,10 +3,17 @@
 From Python, `from nanogpt import load` loads a trained model (docs/generation.md).
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent  # repository root: presets, datasets and programs
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Idle threads of GNU OpenMP spin on cores that other programs want; a short spin costs nothing alone.
+    # Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+_PACKAGE = Path(__file__).resolve().parent
+INSTALLED = (_PACKAGE / "programs").is_dir()  # from a wheel, which holds programs, presets and the page
+ROOT = _PACKAGE / "programs" if INSTALLED else _PACKAGE.parent
 
 if TYPE_CHECKING:
     from nanogpt.inference.api import load as load

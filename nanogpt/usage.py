@@ -7,8 +7,11 @@ import sys
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from nanogpt import INSTALLED
 
 RENAMED = {  # option names of earlier versions, which still work in flags, presets and saved runs
     "recompute": "activation_checkpointing",
@@ -79,3 +82,13 @@ def unknown_option(key: str, origin: str, known: Iterable[str]) -> list[str]:
     near = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "see --help"
     return [f"{origin}: unknown option {key!r}; {hint}"]
+
+
+def command(name: str) -> str:
+    """Return what starts a program here: "train" is `python train.py`, "prepare shakespeare_char" is
+    `python data/shakespeare_char/prepare.py`; of an installed package `nanogpt train` and so on."""
+    if INSTALLED:
+        return f"nanogpt {name}"
+    program, _, dataset = name.partition(" ")
+    folder = Path("data", dataset) if program == "prepare" else Path()
+    return f"python {(folder / program).as_posix()}.py"

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only
 from nanogpt.config import NonNegativeInt, load
 from nanogpt.errors import run_program
 from nanogpt.prepare import web
+from nanogpt.prepare.corpus import own_folder
 from nanogpt.prepare.web import WebOptions
 
 HUB = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
-HERE = Path(__file__).resolve().parent
+HERE = own_folder(__file__)
 
 
 @dataclass

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only
 from nanogpt.config import NonNegativeInt, load
 from nanogpt.errors import run_program
 from nanogpt.prepare import web
+from nanogpt.prepare.corpus import own_folder
 from nanogpt.prepare.web import WebOptions
 
 HUB = "Skylion007/openwebtext:plain_text:train@refs/convert/parquet"  # the main branch holds a script only
-HERE = Path(__file__).resolve().parent
+HERE = own_folder(__file__)
 
 
 @dataclass

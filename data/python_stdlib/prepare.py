@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
-from nanogpt.config import load
+from nanogpt.config import FilePath, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import corpus
+from nanogpt.usage import command
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])  # of the base installation, even in a virtual environment
 LEFT_OUT = {
@@ -29,7 +30,7 @@ OF_THE_BUILD = ("_sysconfigdata", "config-")  # name prefixes of build-specific 
 
 @dataclass
 class Config:
-    out: str = ""  # dataset folder to write; default: the folder of this program
+    out: FilePath = ""  # dataset folder to write; default: the folder of this program
 
 
 def wanted(file: Path) -> bool:
@@ -43,9 +44,13 @@ def wanted(file: Path) -> bool:
 def main(config: Config) -> None:
     if not (STDLIB / "os.py").is_file():
         raise UserError(f"no Python sources found in {STDLIB}; prepare another text with data/prepare.py")
-    summary = corpus.prepare([STDLIB], Path(config.out or Path(__file__).parent), kind="char", keep=wanted)
+    summary = corpus.prepare(
+        [STDLIB], Path(config.out or corpus.own_folder(__file__)), kind="char", keep=wanted
+    )
     print("\n".join(summary.lines()))
-    print("python train.py config/quickstart.py", summary.option if config.out else "--dataset=python_stdlib")
+    print(
+        command("train"), "config/quickstart.py", summary.option if config.out else "--dataset=python_stdlib"
+    )
 
 
 if __name__ == "__main__":

@@ -12,19 +12,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
-from nanogpt.config import load
+from nanogpt.config import FilePath, load
 from nanogpt.errors import run_program
+from nanogpt.prepare.corpus import own_folder
 from nanogpt.prepare.shakespeare import ShakespeareOptions, prepare
+from nanogpt.usage import command
 
 
 @dataclass
 class Config(ShakespeareOptions):
-    gpt2_bpe: str = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
+    gpt2_bpe: FilePath = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
 
 
 def main(config: Config) -> None:
-    command = "python train.py config/quickstart.py --out_dir=out-shakespeare"
-    prepare(config, Path(__file__).resolve().parent, command, "gpt2", config.gpt2_bpe)
+    line = f"{command('train')} config/quickstart.py --out_dir=out-shakespeare"
+    prepare(config, own_folder(__file__), line, "gpt2", config.gpt2_bpe)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only
 
 from nanogpt.config import load
 from nanogpt.errors import run_program
+from nanogpt.prepare.corpus import own_folder
 from nanogpt.prepare.shakespeare import ShakespeareOptions, prepare
+from nanogpt.usage import command
 
 
 @dataclass
@@ -23,8 +25,8 @@ class Config(ShakespeareOptions):
 
 
 def main(config: Config) -> None:
-    command = "python train.py config/train_shakespeare_char.py"
-    prepare(config, Path(__file__).resolve().parent, command, "char")
+    line = f"{command('train')} config/train_shakespeare_char.py"
+    prepare(config, own_folder(__file__), line, "char")
 
 
 if __name__ == "__main__":

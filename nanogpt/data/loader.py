@@ -6,7 +6,6 @@ arrays (token_files.py).
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +44,16 @@ def find(name: str, root: Path) -> Path:
     for folder in (Path(name), Path("data") / name, root / "data" / name):
         if folder.is_dir() and split_files(folder, "train"):
             return folder
+    from nanogpt.usage import command
+
     for folder in (Path(name), Path("data") / name, root / "data" / name):
         if (folder / "prepare.py").is_file():
-            raise UserError(f"dataset {name!r} is not prepared: python {_short(folder / 'prepare.py', root)}")
+            raise UserError(f"dataset {name!r} is not prepared: {command(f'prepare {folder.name}')}")
     ready = sorted({p.parent.name for p in (root / "data").glob("*/train*") if p.suffix in (".bin", ".npy")})
     known = f"prepared here: {', '.join(ready)}; " if ready else ""
     raise UserError(
-        f"no dataset at {name!r}: {known}to use your own text: python data/prepare.py PATH --out=data/mine; "
-        f"without a download: python data/python_stdlib/prepare.py"
+        f"no dataset at {name!r}: {known}to use your own text: {command('prepare')} PATH --out=data/mine; "
+        f"without a download: {command('prepare python_stdlib')}"
     )
 
 
@@ -125,10 +126,6 @@ def _own_tokenizer(folder: Path, meta: dict[str, Any]) -> str:
             f"in meta.json with {meta['tokenizer']['sha256'][:12]}); prepare the data again"
         )
     return text
-
-
-def _short(path: Path, root: Path) -> str:
-    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(root) else str(path)
 
 
 # ----------------------------------------------------------------------------- batches

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt import files
+from nanogpt import INSTALLED, files
 from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import Stopped, UserError
 from nanogpt.prepare import analyze, encode, pool, readers, shards
@@ -115,6 +115,13 @@ class Summary:
             f"{train:,} train and {val:,} val documents, by a hash of the content; "
             f"{self.in_both:,} of val also in train (ignoring case, blanks and punctuation)"
         )
+
+
+def own_folder(program: str) -> Path:
+    """Return the folder that the prepare.py at `program` writes to: its own, or data/NAME in the current
+    folder if the package is installed."""
+    folder = Path(program).resolve().parent
+    return Path("data", folder.name) if INSTALLED else folder
 
 
 def prepare(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nanogpt.config import NonNegativeInt
 from nanogpt.prepare import corpus
+from nanogpt.usage import command
 
 
 @dataclass
@@ -39,4 +40,4 @@ def prepare(config: WebOptions, own: Path) -> list[str]:
         shard_tokens=config.shard_tokens,
     )
     dataset = summary.option if config.out else f"--dataset={own.name}"
-    return [*summary.lines(), f"python train.py config/train_gpt2.py {dataset}"]
+    return [*summary.lines(), f"{command('train')} config/train_gpt2.py {dataset}"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanogpt.errors import UserError
 from nanogpt.files import cache_folder
+from nanogpt.usage import command
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -19,7 +20,7 @@ def tiny_shakespeare(url: str = SHAKESPEARE_URL) -> Path:
         SHAKESPEARE_SHA256,
         cache_folder() / "tinyshakespeare.txt",
         "pass a copy with --input=FILE, or use a text included in Python: "
-        "python data/python_stdlib/prepare.py",
+        f"{command('prepare python_stdlib')}",
     )
 
 

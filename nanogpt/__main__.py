@@ -1,0 +1,50 @@
+"""The `nanogpt` command: `nanogpt train ...` runs train.py, `nanogpt prepare NAME` data/NAME/prepare.py."""
+
+import difflib
+import runpy
+import sys
+
+from nanogpt import ROOT
+
+PROGRAMS = {
+    "prepare": "turn texts into a dataset: PATH --out=data/mine, or a known one (shakespeare_char, ...)",
+    "train": "train or finetune a model",
+    "sample": "generate text from a model",
+    "eval": "score a model",
+    "serve": "a web page and an OpenAI-compatible server for a model",
+    "export": "write a model for transformers or nanoGPT",
+    "plot": "plot the loss curves of runs",
+    "bench": "time the training step",
+    "plan": "memory, hours and cost of a run before it starts",
+}
+
+
+def main() -> None:
+    """Run the program that the first argument names, with the others as its arguments."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("nanogpt PROGRAM [PRESET] [--option=value ...]; nanogpt PROGRAM --help lists its options\n")
+        print(*(f"  nanogpt {program:<8} {about}" for program, about in PROGRAMS.items()), sep="\n")
+        print("  nanogpt presets  list the presets of nanogpt train")
+        return
+    if name == "presets":
+        for path in sorted((ROOT / "config").glob("*.py")):
+            print(f"{path.stem:<36} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+        return
+    if name not in PROGRAMS:
+        near = difflib.get_close_matches(name, [*PROGRAMS, "presets"], n=1)
+        hint = f"did you mean {near[0]}?" if near else "nanogpt --help lists what there is"
+        print(f"error: unknown program {name!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    path = ROOT / f"{name}.py"
+    if name == "prepare":
+        path = ROOT / "data" / "prepare.py"
+        if arguments and (ROOT / "data" / arguments[0] / "prepare.py").is_file():
+            path = ROOT / "data" / arguments.pop(0) / "prepare.py"
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(ROOT))  # bench.py imports train.py
+    runpy.run_path(str(path), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
