@@ -24,7 +24,7 @@ from tqdm import trange
 
 import train
 from nanogpt import files, runtime
-from nanogpt.config import NonNegativeInt, PositiveInt, UnitInterval, load, pick_fields
+from nanogpt.config import FilePath, NonNegativeInt, PositiveInt, UnitInterval, load, pick_fields
 from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError, run_program
@@ -42,7 +42,7 @@ class Config(train.Config):
     steps: PositiveInt = 20  #: number of timed steps
     warmup_steps: NonNegativeInt = 10  #: number of untimed steps before them
     profile: bool = False  #: afterwards, profile 3 steps with torch.profiler
-    trace: str = "bench_trace.json"  #: Chrome trace file of --profile, for chrome://tracing or Perfetto
+    trace: FilePath = "bench_trace.json"  #: Chrome trace file of --profile, for chrome://tracing or Perfetto
     # the network, under torchrun
     comm: bool = False  #: benchmark all-reduce and all-gather instead; can they keep up with this model?
     comm_bytes: PositiveInt = 1 << 28  #: size of the largest message in bytes

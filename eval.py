@@ -24,7 +24,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from nanogpt import ROOT, checkpoint, files, runtime
-from nanogpt.config import NonNegativeInt, read
+from nanogpt.config import FilePath, NonNegativeInt, read
 from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
 from nanogpt.data import mixture
@@ -39,19 +39,19 @@ from nanogpt.tokenizer import tokenizer
 @dataclass(frozen=True)
 class Config:
     # model
-    out_dir: str = "out"  # run folder, gpt2 .. gpt2-xl, or Hugging Face folder; also `eval.py FOLDER`
+    out_dir: FilePath = "out"  # run folder, gpt2 .. gpt2-xl, or Hugging Face folder; also `eval.py FOLDER`
     which: str = "best"  # checkpoint: best (lowest validation loss), last, or an iteration number
-    against: str = ""  # second model (run or step-... folder): print differences and p-values
+    against: FilePath = ""  # second model (run or step-... folder): print differences and p-values
     # data; default: the validation split of the dataset it was trained on
-    dataset: str = ""  # name of a folder in data/, or path of a prepared dataset
+    dataset: FilePath = ""  # name of a folder in data/, or path of a prepared dataset
     split: Literal["val", "train"] = "val"  # split of the dataset to score
-    text: str = ""  # text file, or JSONL with a field "text": each row is a separate text
+    text: FilePath = ""  # text file, or JSONL with a field "text": each row is a separate text
     stride: NonNegativeInt = 0  # tokens scored per window of a text; fewer: more context; 0: block_size
     tasks: str = ""  # comma-separated: hellaswag, lambada, NAME:FILE, JSONL files, lm_eval:NAME
     limit: NonNegativeInt = 0  # maximum number of items per task and of windows per text; 0: all
     # output
-    out: str = ""  # write all results to this JSON file
-    items: str = ""  # write per-item results to this JSONL file
+    out: FilePath = ""  # write all results to this JSON file
+    items: FilePath = ""  # write per-item results to this JSONL file
     # device
     batch_size: NonNegativeInt = 0  # full-length sequences per batch; 0: 8,192 tokens
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda, else mps, else cpu

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanogpt import ROOT, files
-from nanogpt.config import load
+from nanogpt.config import FilePath, load
 from nanogpt.convert import ckpt, hf_export, weights
 from nanogpt.errors import UserError, run_program
 
@@ -22,13 +22,13 @@ from nanogpt.errors import UserError, run_program
 @dataclass(frozen=True)
 class Config:
     # output
-    to: str  # folder to write; must be new or empty
+    to: FilePath  # folder to write; must be new or empty
     format: Literal["hf", "nanogpt"] = "hf"  # hf: for transformers; nanogpt: ckpt.pt, meta.pkl
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the weights (hf only)
     custom_code: bool = False  # also export the model's code: any architecture; needs trust_remote_code
     # model
-    init_from: str = "resume"  # resume: the run in out_dir; else as --init_from of sample.py
-    out_dir: str = "out"  # run folder of train.py
+    init_from: FilePath = "resume"  # resume: the run in out_dir; else as --init_from of sample.py
+    out_dir: FilePath = "out"  # run folder of train.py
     which: str = "best"  # checkpoint: best (lowest validation loss), last, or an iteration number
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nanogpt import files, metrics
-from nanogpt.config import read
+from nanogpt.config import FilePath, read
 from nanogpt.errors import UserError, run_program
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Config:
     x: Literal["iter", "tokens", "seconds"] = "iter"  # x axis; seconds: without evaluation, saving
     y: Literal["loss", "perplexity"] = "loss"  # y axis of the main panel
-    out: str = ""  # output file: .png, .svg or .pdf; empty: loss.png in the run folder (several runs: here)
+    out: FilePath = ""  # output file: .png, .svg or .pdf; empty: loss.png in the run (several runs: here)
 
 
 X = {  # option: key in metrics.jsonl, axis label

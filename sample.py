@@ -13,13 +13,14 @@ and the tokens with their log-probabilities and the most likely alternatives.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nanogpt.config import NonNegativeInt, PositiveInt, Range, UnitInterval, load, pick_fields
+from nanogpt.config import FilePath, NonNegativeInt, PositiveInt, Range, UnitInterval, load, pick_fields
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api
 from nanogpt.inference.engine import Completion, Token
@@ -29,12 +30,12 @@ from nanogpt.inference.sampling import SamplingOptions
 @dataclass(frozen=True)
 class Config:
     # model
-    init_from: str = "resume"  # resume: the run in out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
-    out_dir: str = "out"  # run folder written by train.py
+    init_from: FilePath = "resume"  # resume: the run in out_dir; gpt2 .. gpt2-xl, a folder, a ckpt.pt
+    out_dir: FilePath = "out"  # run folder written by train.py
     which: str = "best"  # checkpoint to load: best (lowest validation loss), last, or a step number
     # prompts and stopping
     start: str = "\n"  # prompt; FILE:prompt.txt reads it from a file
-    prompts: str = ""  # JSONL file of prompts, used instead of start: a string or {"prompt": "..."} per line
+    prompts: FilePath = ""  # JSONL file of prompts instead of start: a string or {"prompt": "..."} per line
     num_samples: PositiveInt = 10  # samples per prompt
     max_new_tokens: NonNegativeInt = 500  # maximum number of new tokens per sample
     stop: str = ""  # stop string, excluded from the output; '["a", "b"]': any of several
@@ -196,7 +197,7 @@ def stop_strings(stop: str) -> list[str]:
 def read_prompts(config: Config) -> list[str]:
     """Return the prompts of --prompts, else --start. Raise UserError if a file or a line cannot be read."""
     option = f"--prompts={config.prompts}" if config.prompts else f"--start={config.start}"
-    name = config.prompts or config.start.removeprefix("FILE:")
+    name = config.prompts or os.path.expanduser(config.start.removeprefix("FILE:"))
     if not config.prompts and not config.start.startswith("FILE:"):
         return [config.start]
     try:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 
 from nanogpt import ROOT, files
-from nanogpt.config import PositiveInt, Range, load
+from nanogpt.config import FilePath, PositiveInt, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api, cpu_kernels
 from nanogpt.inference.engine import Engine
@@ -40,8 +40,8 @@ TOKEN = "NANOGPT_TOKEN"
 @dataclass(frozen=True)
 class Config:
     # model
-    init_from: str = "resume"  # resume: load out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
-    out_dir: str = "out"  # run folder written by train.py
+    init_from: FilePath = "resume"  # resume: load out_dir; or gpt2 .. gpt2-xl, a folder, nanoGPT's ckpt.pt
+    out_dir: FilePath = "out"  # run folder written by train.py
     which: str = "best"  # checkpoint: best (lowest validation loss), last, or an iteration number
     # network
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all interfaces (clients need a token)

@@ -40,6 +40,7 @@ class Config(TrainOptions):
     eval_iters: PositiveInt = 200  #: maximum batches per split, the same in every evaluation
     log_interval: PositiveInt = 1  # iterations between log lines
     save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides new bests; 0: eval_interval
+    save_minutes: NonNegativeFloat = 10.0  # minutes between additional checkpoints; 0: none
     always_save_checkpoint: bool = True  # False: save new bests only; ignored with save_interval
     max_minutes: NonNegativeFloat = 0.0  #: save and exit after this many minutes; 0: no limit
     # learning rate schedule
@@ -183,7 +184,8 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         scaler = parallelize.sharded_scaler(machine)
     if resumed:
         resumed.load_optimizer(optimizer.state_shards())
-        scaler.load_state_dict(resumed.state["scaler"])
+        if resumed.state["scaler"]:  # empty if it was saved without loss scaling
+            scaler.load_state_dict(resumed.state["scaler"])
         if moved := resumed.moved(machine.environment()):
             notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")
     in_training = None
@@ -376,7 +378,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     hidden = None if world.is_main_process else True  # None: disabled if stderr is not a terminal
     bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
-    saved_at = progress.iter_num if progress.iter_num else -1
+    saved_at, saved_s = progress.iter_num if progress.iter_num else -1, time.perf_counter()
     unlogged_s, unlogged, pending_check = 0.0, 0, None
     logged_at = run.batches.tokens_before(progress.iter_num)  # tokens seen
     while True:
@@ -392,11 +394,13 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
         leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or last  # on all ranks at once
-        if saved_at != progress.iter_num and (leaving or is_time_to_save(run, improved)):
+        late = 0 < config.save_minutes <= (time.perf_counter() - saved_s) / 60
+        due = is_time_to_save(run, improved) or (config.save_minutes > 0 and world.any_rank(late))
+        if saved_at != progress.iter_num and (leaving or due):
             if pending_check:
                 pending_check()
             save(run)
-            saved_at = progress.iter_num
+            saved_at, saved_s = progress.iter_num, time.perf_counter()
         print_saved(run)
         if leaving:
             bar.close()
@@ -519,7 +523,7 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
         "options": asdict(config),
         "model": asdict(run.model.config),
         "command": command,
-        "commit": runtime.git_commit(ROOT),
+        "commit": writer.git_commit(ROOT),
         **run.machine.environment(),
     }
     files.write_json(out / "config.json", about)

@@ -6,6 +6,7 @@ Files (presets.py) and flags are applied from left to right. All errors are repo
 """
 
 import math
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -30,7 +31,26 @@ class Range:
     def __str__(self) -> str:
         return f">= {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
 
+    def check(self, value: Any) -> Any:
+        if not self.low <= value <= self.high:
+            raise ValueError(self)
+        return value
 
+
+@dataclass(frozen=True)
+class Local:
+    """A path of this file system; ~ is the user's home folder. Several are separated by commas."""
+
+    def __str__(self) -> str:
+        return "naming a path of this file system; mount remote storage and give its folder"
+
+    def check(self, text: str) -> str:
+        if "://" in text:
+            raise ValueError(f"{text} is not {self}")
+        return ",".join(os.path.expanduser(path) for path in text.split(","))
+
+
+FilePath = Annotated[str, Local()]
 PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
 NonNegativeFloat = Annotated[float, Range(0)]
@@ -104,16 +124,17 @@ def read(
                 problems.append(f"{word}: write --{key}=VALUE, without a space")
             else:
                 give(key, text if equals else "True", word, is_text=True)
-        elif arguments:
-            found.arguments.append(word)
         else:
             try:
+                if arguments:
+                    found.arguments.append(Local().check(word))
+                    continue
                 from nanogpt import presets
 
                 path = presets.find(word)
                 for key, value in presets.assignments(path).items():
                     give(key, value, presets.shown(path), is_text=False)
-            except UserError as error:
+            except ValueError as error:
                 problems.append(str(error))
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     problems += [f"--{key}=... is required" for key in required if key not in found.origins]
@@ -159,10 +180,7 @@ def _check(kind: Any, value: Any) -> Any:
         raise ValueError(kind)
     if get_origin(kind) is Annotated:
         base, limits = get_args(kind)
-        value = _check(base, value)
-        if not limits.low <= value <= limits.high:
-            raise ValueError(kind)
-        return value
+        return limits.check(_check(base, value))
     if get_origin(kind) is Literal:
         if any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
             return value

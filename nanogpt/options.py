@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self, cast
 
-from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Seconds, UnitInterval
+from nanogpt.config import (
+    FilePath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Seconds,
+    UnitInterval,
+)
 
 Origins = Mapping[str, str]  # option -> where it was given ("--lr=1", "config/x.py")
 
@@ -16,8 +24,8 @@ Origins = Mapping[str, str]  # option -> where it was given ("--lr=1", "config/x
 @dataclass(frozen=True)
 class RunOptions:
     # run folder
-    out_dir: str = "out"  #: run folder: checkpoints, options, metrics
-    init_from: str = "scratch"  #: scratch, resume, auto (resume if possible), gpt2 .. gpt2-xl, a path
+    out_dir: FilePath = "out"  #: run folder: checkpoints, options, metrics
+    init_from: FilePath = "scratch"  #: scratch, resume, auto (resume if possible), gpt2 .. gpt2-xl, a path
     overwrite: bool = False  # delete a run in out_dir instead of renaming it (init_from=scratch)
     eval_only: bool = False  # evaluate once and exit; nothing is written
 
@@ -76,7 +84,7 @@ def overruled(options: BatchOptions, name: str, origins: Origins) -> bool:
 @dataclass(frozen=True)
 class DataOptions(BatchOptions):
     # data
-    dataset: str = "openwebtext"  #: folder made by data/prepare.py, in data/ or a path; mixture: a:0.7,b:0.3
+    dataset: FilePath = "openwebtext"  #: folder of data/prepare.py or its name in data/; mixture: a:0.7,b:0.3
     batch_ramp_tokens: NonNegativeInt = 0  # linear batch size ramp-up over this many tokens; 0: none
     batch_ramp_start: UnitInterval = 0.1  # initial batch size as a fraction of the full batch
 

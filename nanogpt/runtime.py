@@ -3,13 +3,11 @@
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -138,6 +136,8 @@ def setup(device: str, dtype: str, width: int, world: World | None = None) -> Ma
     if dtype != "auto":
         return Machine(chosen, dtype, f"{_named(chosen, world)}, {dtype} as requested", world)
     best, why = _dtype(chosen, width)
+    if device == "auto" and chosen.type == "cpu" and torch.backends.mps.is_available():
+        why += "; --device=mps uses the Apple GPU, which is untested"
     return Machine(chosen, best, f"{_named(chosen, world)}, {best}: {why}", world)
 
 
@@ -152,7 +152,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -214,8 +214,8 @@ def keep_freed_memory() -> None:
 
 
 class StopRequest:
-    """Context manager that records the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning) in `reason`, which
-    the program polls where it is safe to stop.
+    """Context manager that records the first Ctrl-C, SIGTERM, SIGHUP (a closed terminal) or SIGUSR1 (Slurm's
+    warning) in `reason`, which the program polls where it is safe to stop.
 
     A second signal has its default effect. With several processes it is ignored within REPEATED_S seconds of
     the first, because launchers forward a signal that the process has already received.
@@ -229,7 +229,10 @@ class StopRequest:
         return bool(self.reason)
 
     def __enter__(self) -> "StopRequest":
-        for number in filter(None, (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None))):
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup and signal.getsignal(hangup) == signal.SIG_IGN:  # under nohup
+            hangup = None
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None), hangup)):
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: the caller (notebook, test) handles signals
@@ -255,12 +258,3 @@ class StopRequest:
 
     def __exit__(self, *unused: object) -> None:
         self._restore()
-
-
-def git_commit(folder: Path) -> str | None:
-    """Return the commit hash of the git checkout `folder`; None if it is not one or git is not installed."""
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -15,7 +15,7 @@ LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in unit
 LIBRARY = {
     path.relative_to(ROOT / "nanogpt").with_suffix("").as_posix(): path
     for path in (ROOT / "nanogpt").rglob("*.py")
-    if path.stem != "__init__"
+    if path.stem not in ("__init__", "__main__")
 }
 PROGRAMS = [*ROOT.glob("*.py"), *ROOT.glob("data/**/prepare.py")]
 PYTHON = [

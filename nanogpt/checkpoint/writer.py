@@ -7,6 +7,7 @@ checkpoint remains the latest valid one.
 
 import math
 import os
+import subprocess
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -227,3 +228,14 @@ def free_memory() -> int | None:
     except (OSError, ValueError, KeyError):  # no limit ("max"), or cgroup v1
         pass
     return free
+
+
+def git_commit(folder: Path) -> str | None:
+    """Return the commit hash of the git checkout `folder`; None if it is not one or git is not installed."""
+    if not (folder / ".git").exists():  # an enclosing repository is another project's
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
