@@ -75,7 +75,7 @@ CASES = {
     "train the fast recipe": "{TRAIN} {CODE} --out_dir={W}/fast {FAST}",
     "train in bfloat16": "{TRAIN} {CODE} --out_dir={W}/bfloat16 {FAST} --dtype=bfloat16",
     "train grouped queries": "{TRAIN} {CODE} --out_dir={W}/grouped --position=alibi --n_kv_head=1 "
-    "--activation=swiglu --activation_checkpointing=True",
+    "--activation=swiglu --recompute=True",
     "train a batch ramp": "{TRAIN} {CODE} --out_dir={W}/ramp --batch_ramp_tokens=500 --lr_schedule=wsd",
     "train rows": "{TRAIN} --dataset={W}/rows --out_dir={W}/by-rows --documents=rows",
     "train masked documents": "{TRAIN} --dataset={W}/rows --out_dir={W}/masked --documents=masked",
