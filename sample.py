@@ -13,7 +13,6 @@ and the tokens with their log-probabilities and the most likely alternatives.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -196,34 +195,11 @@ def stop_strings(stop: str) -> list[str]:
 
 def read_prompts(config: Config) -> list[str]:
     """Return the prompts of --prompts, else --start. Raise UserError if a file or a line cannot be read."""
-    option = f"--prompts={config.prompts}" if config.prompts else f"--start={config.start}"
-    name = config.prompts or os.path.expanduser(config.start.removeprefix("FILE:"))
     if not config.prompts and not config.start.startswith("FILE:"):
         return [config.start]
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option}: {error}; give a UTF-8 text file") from None
-    if not config.prompts:
-        return [text]
-    prompts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            prompts.append(_prompt(line, f"{option}, line {number}"))
-    if not prompts:
-        raise UserError(f'{option} contains no prompts; write one per line: {{"prompt": "..."}}')
-    return prompts
+    from nanogpt.inference.prompts import read_file
 
-
-def _prompt(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    value = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(value, str):
-        raise UserError(f'{where}: expected {{"prompt": "..."}} or a string, found {line.strip()[:60]}')
-    return value
+    return read_file(config.prompts, config.start)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ class Config(TrainOptions):
     eval_iters: PositiveInt = 200  #: maximum batches per split, the same in every evaluation
     log_interval: PositiveInt = 1  # iterations between log lines
     save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides new bests; 0: eval_interval
-    save_minutes: NonNegativeFloat = 10.0  # minutes between additional checkpoints; 0: none
-    always_save_checkpoint: bool = True  # False: save new bests only; ignored with save_interval
+    save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
+    always_save_checkpoint: bool = True  # False: evaluations save new bests only
     max_minutes: NonNegativeFloat = 0.0  #: save and exit after this many minutes; 0: no limit
     # learning rate schedule
     decay_lr: bool = True  # False: constant learning rate
@@ -70,7 +70,7 @@ class Config(TrainOptions):
 PARSED = run_program(lambda: load(Config, sys.argv[1:])) if __name__ == "__main__" else None
 
 # ruff: noqa: E402
-gc.disable()  # imports create no garbage, and collections during them take 0.1 s
+gc.disable()  # imports create little garbage, and collections during them take 0.1 s
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -157,8 +157,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
     """Build the run specified by `config`; nothing is written to disk.
 
-    `origins` maps the options that were given to where they were given, and is updated in place with those
-    fixed by loaded weights. Raise UserError listing all invalid options.
+    `origins` maps each option given to its source; those set by weights, token counts or "auto" are added in
+    place. Raise UserError listing all invalid options.
     """
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
@@ -446,7 +446,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
 def run_tasks(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
     """Run eval tasks and sampling on rank 0 if due (in_training.py); yield the lines to print.
 
-    Collective: call on all ranks, which gather the weights together.
+    Collective: call on all ranks, because sharded weights are gathered.
     """
     iter_num = run.progress.iter_num
     if not run.in_training or not (last or iter_num % run.config.eval_interval == 0):
@@ -500,7 +500,7 @@ def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
 
 
 def is_time_to_save(run: Run, improved: bool) -> bool:
-    """Return whether to save: on a new best, every save_interval or, if that is 0, after evaluations."""
+    """Return whether to save: on a new best, every save_interval or, by default, after evaluations."""
     config, progress = run.config, run.progress
     due = config.always_save_checkpoint and progress.val_loss is not None
     if config.save_interval:
@@ -564,7 +564,7 @@ def save(run: Run) -> None:
 
 
 def gather_model(run: Run) -> GPT | None:
-    """Return the unsharded model: itself or, if sharded, a gathered copy on rank 0 and None elsewhere.
+    """Return run.model or, if it is sharded, an unsharded copy on rank 0 and None elsewhere.
 
     Collective: call on all ranks.
     """

@@ -1,8 +1,8 @@
 """GPT: a decoder-only transformer, from GPT-2 to modern variants.
 
 GPTConfig's defaults are exactly GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh-approximated
-GELU, an LM head tied to the token embedding. Parameter names follow OpenAI's and Hugging Face's release,
-except `position.wpe` for `wpe`. Modern options (docs/results.md measures each): rotary positions or ALiBi,
+GELU, an LM head tied to the token embedding. Parameter names are those of Hugging Face's GPT2Model,
+except `position.wpe` for `wpe`. Modern options (docs/results.md measures most): rotary positions or ALiBi,
 RMSNorm, QK-norm, ReLU² or SwiGLU, grouped-query attention, zero-initialized projections, an untied LM head,
 logit soft-capping. This file depends on torch and the loss only; devices, optimizers, files and text are
 handled by other modules.
@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import NamedTuple, Protocol
 
 import torch
@@ -213,7 +214,7 @@ POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "ali
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Causal attention: (B, nh, T, hs) from q of that shape and k, v (B, n_kv_head, T, hs).
 
-    `bias` ((B,) nh or 1, T, T) is added to the scores and includes the causal mask; None: causal mask only.
+    `bias`, broadcastable to (B, nh, T, T), is added to the scores and includes the causal mask (None: alone).
     """
     grouped, T = k.shape[1] != q.shape[1], q.shape[2]
     learning = torch.is_grad_enabled()
@@ -361,7 +362,7 @@ class GPT(nn.Module):
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        if not self.wte.weight.is_meta:  # on meta weights are loaded later, and torch would import sympy
+        if not self.wte.weight.is_meta:  # meta weights are loaded later; initializing them imports sympy
             INITS[config.init](self)
 
     def forward(
@@ -453,13 +454,28 @@ class GPT(nn.Module):
 
     def n_params(self, positions: bool = True) -> int:
         """Return the number of parameters without vocabulary padding; a tied LM head counts once. With
-        `positions=False`, count only those used in matmuls (no lookup tables)."""
+        `positions=False`, leave out lookup tables (embeddings other than a tied one)."""
         config = self.config
         unused = (config.padded_vocab_size - config.vocab_size) * (1 if config.tied else 2)
         if not positions:
             unused += config.block_size * (config.position == "learned")
             unused += 0 if config.tied else config.vocab_size  # an embedding is looked up
         return sum(p.numel() for p in self.parameters()) - unused * config.n_embd
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Return the number of parameters, as nanoGPT counts them: by default without position embeddings."""
+        return self.n_params(positions=not non_embedding)
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> "GPT":
+        """Load weights to train: gpt2 to gpt2-xl, a run or Hugging Face folder, or nanoGPT's ckpt.pt."""
+        return import_module("nanogpt.inference.compat").from_pretrained(name)
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """Return idx (B, T) followed by `max_new_tokens` sampled tokens each: (B, T + max_new_tokens)."""
+        return import_module("nanogpt.inference.compat").generate(
+            self, idx, max_new_tokens, temperature, top_k
+        )
 
     def flops_per_token(self) -> int:
         """Return the training FLOPs per token."""

@@ -177,8 +177,8 @@ def build(
 ) -> Optimizer:
     """Build the optimizer of the trainable parameters.
 
-    Muon trains the matrices of blocks (names that start with "h."), AdamW embeddings, LM head, 1-D parameters
-    and adapters. `rows`: row counts of the parts of fused matrices, by name. `dtype`: of orthogonalization.
+    optimizer="muon": Muon trains matrices of blocks (names that start with "h."), AdamW the rest and all
+    adapters. `rows`: row counts of the parts of fused matrices, by name. `dtype`: of orthogonalization.
     `layout`: distribution over ranks; None: single process.
     """
     layout = layout or Layout()
@@ -193,7 +193,7 @@ def build(
 
 
 def is_for_muon(name: str, parameter: Tensor) -> bool:
-    # No Muon for LoRA: orthogonalized updates move all directions equally, which defeats the low rank.
+    # LoRA factors are trained with AdamW, as in Hu et al. 2021.
     return name.startswith("h.") and parameter.dim() == 2 and ".lora_" not in name
 
 
@@ -251,9 +251,8 @@ class Muon:
     update; those of Adam's are dominated by a few.
 
     Nesterov momentum warms up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious: it is
-    applied only to weights that the update also shrinks (Liang et al. 2024). Matrices of one shape are
-    orthogonalized in one batch; the parts of a fused projection (`rows`) are separate matrices, because each
-    projection is orthogonalized, not their concatenation.
+    applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of one shape are
+    orthogonalized in one batch, the parts of a fused projection (`rows`) separately.
     """
 
     def __init__(
@@ -328,7 +327,7 @@ def add(weights: list[Tensor], changes: list[Tensor], factor: float | Tensor) ->
 
 
 # Amsel et al. 2025, "The Polar Express": polynomials a x + b x^3 + c x^5 that map singular values in
-# [0.001, 1] to 1 in five iterations, with the coefficients published by the authors.
+# [0.001, 1] to 0.85 ... 1.14 in five iterations (computed with a safety factor of 0.02).
 POLAR_EXPRESS = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),

@@ -18,7 +18,7 @@ from nanogpt.config import (
     UnitInterval,
 )
 
-Origins = Mapping[str, str]  # option -> where it was given ("--lr=1", "config/x.py")
+Origins = Mapping[str, str]  # option -> where it was given ("--seed=1", "config/x.py")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RunOptions:
     # run folder
     out_dir: FilePath = "out"  #: run folder: checkpoints, options, metrics
     init_from: FilePath = "scratch"  #: scratch, resume, auto (resume if possible), gpt2 .. gpt2-xl, a path
-    overwrite: bool = False  # delete a run in out_dir instead of renaming it (init_from=scratch)
+    overwrite: bool = False  # delete a run in out_dir that is not resumed, instead of renaming it
     eval_only: bool = False  # evaluate once and exit; nothing is written
 
 
@@ -39,7 +39,7 @@ class BatchOptions:
     batch_tokens: NonNegativeInt = 0  # tokens per iteration; 0: use gradient_accumulation_steps
     max_iters: PositiveInt = 600000  #: total iterations
     max_tokens: NonNegativeInt = 0  # total training tokens; 0: use max_iters
-    documents: Literal["stream", "rows", "masked"] = "stream"  # rows: start at documents; masked: mask others
+    documents: Literal["stream", "rows", "masked"] = "stream"  # rows start at documents; masked isolates them
 
     @property
     def windows(self) -> int:
@@ -84,7 +84,7 @@ def overruled(options: BatchOptions, name: str, origins: Origins) -> bool:
 @dataclass(frozen=True)
 class DataOptions(BatchOptions):
     # data
-    dataset: FilePath = "openwebtext"  #: folder of data/prepare.py or its name in data/; mixture: a:0.7,b:0.3
+    dataset: FilePath = "openwebtext"  #: folder from data/prepare.py or name in data/; mixture: a:0.7,b:0.3
     batch_ramp_tokens: NonNegativeInt = 0  # linear batch size ramp-up over this many tokens; 0: none
     batch_ramp_start: UnitInterval = 0.1  # initial batch size as a fraction of the full batch
 
@@ -134,7 +134,7 @@ class ModelOptions:
     head_dim: NonNegativeInt = 0  # channels per head; 0: n_embd / n_head
     position: Literal["learned", "rope", "alibi"] = "learned"  # position encoding
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
-    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # nanoGPT: gelu
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # nanoGPT uses gelu
     qk_norm: bool = False  # normalize queries and keys
     tied: bool = True  # tie the LM head to the token embedding
     softcap: NonNegativeFloat = 0.0  # soft-cap logits: cap * tanh(logits / cap); 0: off
@@ -176,7 +176,7 @@ class OptimizerOptions:
         if self.beta1 == 1 or self.beta2 == 1:
             wrong.append(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
         if self.optimizer == "muon" and not self.learning_rate:
-            wrong.append("learning_rate=0 also turns Muon off, whose rate scales with it; use a small value")
+            wrong.append("muon needs learning_rate > 0, whose schedule muon_lr follows; use a small value")
         return wrong
 
 
@@ -202,7 +202,7 @@ class FinetuneOptions:
 @dataclass(frozen=True)
 class MachineOptions:
     # device
-    device: str = "auto"  #: cpu, cuda, cuda:1, mps; auto: the fastest available
+    device: str = "auto"  #: cpu, cuda, cuda:1, mps; auto: cuda if available, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  #: compute dtype; weights stay float32
     compile: Literal["auto", True, False, "blocks"] = "auto"  #: torch.compile; auto: on CUDA, if it pays off
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more FLOPs
@@ -214,7 +214,7 @@ class SpeedOptions:
     # performance, mostly for GPUs (experimental: docs/gpu.md)
     casting: Literal["auto", "autocast", "weights"] = "auto"  # autocast per op, or cast weights per forward
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"  # preferred attention kernel
-    loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: all on GPUs, automatic on CPUs
+    loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: no chunks on GPUs, auto on CPUs
     cuda_graph: bool = False  # replay iterations as a CUDA graph; for small models
     deterministic: bool = False  # bitwise reproducible kernels on GPUs
 
@@ -225,7 +225,7 @@ class ProcessOptions:
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # data parallelism; auto: ddp if the model fits
     shard_size: NonNegativeInt = 0  # hsdp: ranks per sharding group; 0: the ranks of one node
     backend: Literal["nccl", "gloo"] = "nccl"  # torch.distributed backend on GPUs; CPUs always use gloo
-    rdzv_timeout_s: Seconds = 300.0  # rendezvous timeout in seconds for all ranks to join
+    rdzv_timeout_s: Seconds = 300.0  # seconds to wait for all ranks to join (rendezvous)
     hang_timeout_s: Seconds = 600.0  # watchdog timeout in seconds: abort and report hung ranks
 
 

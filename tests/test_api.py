@@ -13,6 +13,7 @@ import torch
 import nanogpt
 from nanogpt import runtime
 from nanogpt.errors import UserError
+from nanogpt.model import GPT
 from nanogpt.tokenizer import vocabulary
 from tests import hf_folders
 from tests.test_sample import trained  # noqa: F401
@@ -124,3 +125,17 @@ def test_importing_the_package_is_cheap():
     assert result.stdout.strip() == "[]"
     with pytest.raises(AttributeError):
         nanogpt.nothing_of_this_name  # noqa: B018
+
+
+def test_methods_of_nanogpts_class(trained):  # noqa: F811
+    model = GPT.from_pretrained(str(trained))
+    assert model.training and all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert model.get_num_params() == model.n_params(positions=False) <= model.get_num_params(False)
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    torch.manual_seed(3)
+    one = model.generate(idx, 40, temperature=0.8, top_k=5)
+    torch.manual_seed(3)
+    assert torch.equal(one, model.generate(idx, 40, temperature=0.8, top_k=5)) and model.training
+    assert one.shape == (2, 43) and torch.equal(one[:, :3], idx) and one.max() < model.config.vocab_size
+    greedy = model.eval().generate(idx, 3, temperature=0)
+    assert greedy[0, 3] == model(idx)[0][0, -1].argmax()

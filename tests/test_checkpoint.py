@@ -108,7 +108,7 @@ def damage_in(path, kind, draw):
     at = draw.randrange(len(content))
     if kind == "flip":
         content[at] ^= 1 << draw.randrange(8)
-    elif kind == "zero":
+    elif kind == "invert":
         content[at : at + 16] = bytes(b ^ 0xFF for b in content[at : at + 16])
     elif kind == "cut":
         del content[at:]
@@ -118,7 +118,7 @@ def damage_in(path, kind, draw):
 
 
 def test_damage_is_detected_and_the_older_checkpoint_used(tmp_path, model):
-    """300 random damages of every kind in every file: never loaded, never fatal."""
+    """300 random corruptions of all files: never loaded, never fatal."""
     put(tmp_path / "whole", model, 1, 2.0)
     put(tmp_path / "whole", model, 2, 1.0)
     draw = random.Random(0)
@@ -128,7 +128,7 @@ def test_damage_is_detected_and_the_older_checkpoint_used(tmp_path, model):
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(tmp_path / "whole", run)
         name = files_there[trial % 4]
-        damage_in(run / "step-000002" / name, draw.choice(["flip", "zero", "cut", "grow", "delete"]), draw)
+        damage_in(run / "step-000002" / name, draw.choice(["flip", "invert", "cut", "grow", "delete"]), draw)
         try:
             found, damage = reader.find(run)
         except UserError:
@@ -193,10 +193,10 @@ def test_disk_failure_at_any_point_keeps_the_old_checkpoint(tmp_path, model, mon
         assert names(run) == ["step-000002", "step-000003", "step-000004"] or newest.iter_num == 2
         if not failed:
             return
-    pytest.fail("a save never came to its end")
+    pytest.fail("every save failed")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="maps file descriptors to paths by /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="maps file descriptors to paths through /proc")
 def test_power_cut_leaves_the_old_or_the_new_checkpoint(tmp_path, model, monkeypatch):
     run = tmp_path / "run"
     put(run, model, 1, 2.0)
@@ -212,7 +212,7 @@ def test_power_cut_leaves_the_old_or_the_new_checkpoint(tmp_path, model, monkeyp
     assert reader.find(disk.survivors(tmp_path / "end"))[0].iter_num == 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="maps file descriptors to paths by /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="maps file descriptors to paths through /proc")
 def test_power_cut_leaves_the_old_or_the_new_text_file(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -224,7 +224,7 @@ def test_power_cut_leaves_the_old_or_the_new_text_file(tmp_path, monkeypatch):
 
 
 def test_json_is_never_written_in_place(tmp_path):
-    """A reader that already has the file open does not see the change, so a kill cannot truncate the file."""
+    """An open reader still sees the old content: the file is replaced, not overwritten."""
     path = tmp_path / "config.json"
     files.write_json(path, {"old": 1})
     with path.open(encoding="utf-8") as reader:

@@ -1,6 +1,7 @@
 """Exported folders give equal logits and text in transformers; unsupported models are rejected."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,8 @@ def test_unsupported_models_are_rejected_or_ship_custom_code(config, reason, tmp
     model = lively(config)
     theirs = exported(tmp_path / "exported", model, custom_code=True)
     assert "transformers_modules" in type(theirs).__module__
+    for path in (tmp_path / "exported").glob("*.py"):  # nothing that needs this project to be installed
+        assert not re.search(r"(?m)^\s*(from|import) nanogpt", path.read_text(encoding="utf-8")), path.name
     the_same(model, theirs)
     idx = torch.randint(0, 256, (2, 20))
     labels = idx.clone()

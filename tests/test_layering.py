@@ -86,6 +86,7 @@ def test_model_imports_only_torch():
         "torch",
         "dataclasses",
         "functools",
+        "importlib",  # of the methods for code written for nanoGPT
         "collections",
         "nanogpt.chunked_loss",
         "nanogpt.loss",

@@ -260,7 +260,7 @@ REFUSED = {
     "schedule": ({"lr_decay_iters": 2}, "lr_decay_iters=2 ends before warmup_iters=5"),
     "muon without a rate": (
         {"optimizer": "muon", "learning_rate": 0.0, "min_lr": 0.0},
-        "learning_rate=0 also turns Muon off",
+        "muon needs learning_rate > 0",
     ),
     "odd heads": ({"position": "rope", "n_embd": 30, "n_head": 2}, "a head has 15"),
     "betas": ({"beta2": 1.0}, "must be below 1"),

@@ -72,7 +72,7 @@ class Checkpoint:
             )
 
     def load_optimizer(self, tensors: "Mapping[str, Tensor | TensorShard]") -> None:
-        """Load the optimizer state by name into `tensors`, or this rank's shards of it, in place."""
+        """Load the optimizer state into `tensors` (full or this rank's shards) by name, in place."""
         path = self.path / "optimizer.safetensors"
         with safe_open(path, "pt") as saved:
             if set(saved.keys()) != tensors.keys():

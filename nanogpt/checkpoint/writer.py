@@ -1,8 +1,8 @@
-"""Asynchronous checkpointing: a thread writes a copy in host memory while training continues.
+"""Asynchronous checkpointing: a thread writes a copy to disk while training continues.
 
-Training blocks only for the copy. At most one write is in flight: the next save and the end of the run wait
-for it. Errors of the thread are raised by the next `wait` or `save`. Until a write completes, the previous
-checkpoint remains the latest valid one.
+Training blocks for the copy only, or for the write if memory is short. At most one write is in flight: the
+next save and the end of the run wait for it. Errors of the thread are raised by the next `wait` or `save`.
+Until a write completes, the previous checkpoint remains the latest valid one.
 """
 
 import math

@@ -31,7 +31,7 @@ from nanogpt.runtime import DTYPES
 from nanogpt.tokenizer import tokenizer, vocabulary
 
 LIBRARY = Path(__file__).resolve().parent.parent
-CODE = ("convert/modeling_nanogpt.py", "model.py", "loss.py")
+CODE = ("convert/modeling_nanogpt.py", "model.py", "loss.py", "chunked_loss.py")
 RMS_EPS = torch.finfo(torch.float32).eps  # eps of F.rms_norm; LayerNorm uses 1e-5
 Weights = dict[str, Tensor]
 
@@ -253,6 +253,9 @@ def _write_code(folder: Path) -> None:
     for name in CODE:
         source = LIBRARY / name
         text = re.sub(
-            r"^from nanogpt\.(\w+\.)*", "from .", source.read_text(encoding="utf-8"), flags=re.MULTILINE
+            r"^( *)from nanogpt\.(\w+\.)*",
+            r"\1from .",
+            source.read_text(encoding="utf-8"),
+            flags=re.MULTILINE,
         )
         files.write_text(folder / source.name, text)
