@@ -44,7 +44,7 @@ class Config(TrainOptions):
     always_save_checkpoint: bool = True  # False: evaluations save new bests only
     max_minutes: NonNegativeFloat = 0.0  #: save and exit after this many minutes; 0: no limit
     # learning rate schedule
-    decay_lr: bool = True  # False: constant learning rate
+    decay_lr: bool = True  # False: constant, without warmup
     lr_schedule: Schedule = "cosine"  # learning rate decay after warmup; wsd: constant, then linear
     warmup_iters: NonNegativeInt = 2000  #: iterations of linear warmup
     lr_decay_iters: NonNegativeInt = 0  # iteration at which min_lr is reached; 0: max_iters
@@ -62,7 +62,7 @@ class Config(TrainOptions):
             if self.min_lr > peak:
                 wrong.append(f"min_lr={self.min_lr} is above learning_rate={peak}; lower --min_lr")
             if 0 < end < warmup:
-                wrong.append(f"lr_decay_iters={end} ends before warmup_iters={warmup}")
+                wrong.append(f"lr_decay_iters={end} is below warmup_iters={warmup}; raise it")
         return wrong
 
 
@@ -85,6 +85,7 @@ from nanogpt.world import World
 
 if TYPE_CHECKING:
     from nanogpt.evaluation.in_training import InTrainingEvaluation
+    from nanogpt.trackers import Wandb
 
 
 gc.freeze()
@@ -134,6 +135,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.out_of_patience:
             print(f"{config.out_dir} was stopped early by --patience={config.patience}; raise it to resume")
             return
+        tracker = open_tracker(run)  # before anything is written
         if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             print(notice)
         kernels_in_use: AbstractContextManager[None] = nullcontext()
@@ -142,7 +144,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
             kernels_in_use = attention_kernels.chosen(config.attention, config.deterministic)
         try:
-            with closing(open_log(run)) as log, run.machine.memory_errors(), kernels_in_use:
+            with closing(open_log(run, tracker)) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)
         finally:
             run.writer.close()
@@ -182,10 +184,22 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
         scaler = parallelize.sharded_scaler(machine)
+    progress = Progress()
     if resumed:
+        from nanogpt.checkpoint.resume import progress_on
+
         resumed.load_optimizer(optimizer.state_shards())
         if resumed.state["scaler"]:  # empty if it was saved without loss scaling
             scaler.load_state_dict(resumed.state["scaler"])
+        progress = progress_on(resumed, setup.dataset.content, notices)
+        old = {k: v for k, v in resumed.state["options"].items() if k in vars(config)}
+        was, now = (learning_rate(c, progress.iter_num) for c in (replace(config, **old), config))
+        if not 0.99 * was <= now <= 1.01 * was:
+            end = old["lr_decay_iters"] or old["max_iters"]
+            notices.append(
+                f"note: the learning rate jumps from {was:.3g} to {now:.3g}, as the schedule has changed; "
+                f"--lr_decay_iters={end} keeps the old one"
+            )
         if moved := resumed.moved(machine.environment()):
             notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")
     in_training = None
@@ -194,7 +208,6 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
 
         options = config if world.is_main_process else InTrainingOptions()  # runs on rank 0
         in_training = InTrainingEvaluation(options, Path(config.out_dir), setup.dataset.tokenizer, machine)
-    progress = resumed.progress if resumed else Progress()
     return Run(
         **vars(setup),
         model=model,
@@ -305,9 +318,9 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Run one optimizer step with the mean gradient of `micro_batches`.
 
-    Each is (loss weight, batch), where batch is (idx, targets[, documents]); the weights sum to 1, averaged
-    over ranks. Return the loss and the gradient norm before clipping, as scalars on the device: reading one
-    synchronizes.
+    Each is (loss weight, batch), where batch is (idx, targets[, documents]); averaged over ranks, the
+    weights sum to 1. Return the loss and the gradient norm before clipping, as scalars on the device: reading
+    one synchronizes.
     """
     total: Any = 0.0
     for weight, batch in micro_batches:
@@ -345,7 +358,7 @@ def learning_rate(config: Config, iter_num: int) -> float:
     """Return the learning rate of iteration `iter_num`, counted from 0.
 
     It rises linearly over `warmup_iters` iterations (never 0: the first is peak / (warmup_iters + 1)), then
-    falls from `learning_rate` to `min_lr`, which it reaches at iteration `lr_decay_iters` and keeps:
+    falls from `learning_rate` to `min_lr` at iteration `lr_decay_iters` and stays there (except "constant"):
 
     - cosine:   half a cosine, as in GPT-3 (Brown et al. 2020, appendix B) and nanoGPT
     - linear:   a straight line
@@ -530,14 +543,19 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
     return notice
 
 
-def open_log(run: Run) -> metrics.Log:
-    config, is_main_process = run.config, run.machine.world.is_main_process
-    tracker = None
-    if config.wandb_log and is_main_process:
-        from nanogpt.trackers import Wandb
+def open_tracker(run: Run) -> "Wandb | None":
+    """Return the experiment tracker that the options ask for; None on ranks other than 0."""
+    config = run.config
+    if not (config.wandb_log and run.machine.world.is_main_process):
+        return None
+    from nanogpt.trackers import Wandb
 
-        tracker = Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
-    path = Path(config.out_dir) / metrics.NAME if is_main_process else Path(os.devnull)
+    return Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
+
+
+def open_log(run: Run, tracker: "Wandb | None") -> metrics.Log:
+    leads = run.machine.world.is_main_process
+    path = Path(run.config.out_dir) / metrics.NAME if leads else Path(os.devnull)
     peak_share = None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops
@@ -557,6 +575,7 @@ def save(run: Run) -> None:
         "scaler": run.scaler.state_dict(),
         "lora": lora_config(config),
         "tokenizer": run.dataset.fingerprint,
+        "data": run.dataset.content,
         "environment": run.machine.environment(),
     }
     world.report_phase(run.progress.iter_num, "saving")

@@ -33,6 +33,7 @@ class Config:
     skip_bad: bool = False  # skip and count unreadable rows
     # tokenizer
     tokenizer: FilePath = "auto"  # char, byte, gpt2, bpe:SIZE (trained here), PATH/tokenizer.json; auto: char
+    lossy: bool = False  # accept a tokenizer.json that loses characters of the text
     gpt2_bpe: FilePath = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
     # split
     val_fraction: float = 0.1  # fraction of the text for validation

@@ -214,7 +214,7 @@ POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "ali
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Causal attention: (B, nh, T, hs) from q of that shape and k, v (B, n_kv_head, T, hs).
 
-    `bias`, broadcastable to (B, nh, T, T), is added to the scores and includes the causal mask (None: alone).
+    `bias`, broadcastable to (B, nh, T, T), is added to the scores and masks the future; None: causal mask.
     """
     grouped, T = k.shape[1] != q.shape[1], q.shape[2]
     learning = torch.is_grad_enabled()
@@ -528,7 +528,7 @@ def init_zero(model: GPT) -> None:
 @torch.no_grad()
 def init_depth(model: GPT) -> None:
     """Initialize as GPT-2, but scale the residual projections of block i by 1/sqrt(2 (i + 1)): earlier blocks
-    start with larger outputs (T-Fixup and Megatron also scale by depth)."""
+    start with larger outputs (compare depth-scaled initialization, Zhang et al. 2019)."""
     init_gpt2(model)
     for name, parameter in model.named_parameters():
         if name.endswith("c_proj.weight"):

@@ -248,7 +248,7 @@ class AdamW:
 
 class Muon:
     """Muon (Jordan et al. 2024): momentum, then orthogonalization, which equalizes the singular values of an
-    update; those of Adam's are dominated by a few.
+    update; a few large ones dominate Adam's updates.
 
     Nesterov momentum warms up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious: it is
     applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of one shape are
@@ -338,8 +338,8 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(matrices: Tensor, ns_steps: int = len(POLAR_EXPRESS)) -> Tensor:
-    """Approximate the nearest orthogonal matrix U V^T of each matrix U S V^T in (n, r, c): singular values
-    converge to 1 with more `ns_steps`. Zero matrices stay zero."""
+    """Approximate the nearest orthogonal matrix U V^T of each matrix U S V^T in (n, r, c): more `ns_steps`
+    bring singular values closer to 1. Zero matrices stay zero."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)

@@ -39,7 +39,7 @@ class BatchOptions:
     batch_tokens: NonNegativeInt = 0  # tokens per iteration; 0: use gradient_accumulation_steps
     max_iters: PositiveInt = 600000  #: total iterations
     max_tokens: NonNegativeInt = 0  # total training tokens; 0: use max_iters
-    documents: Literal["stream", "rows", "masked"] = "stream"  # rows start at documents; masked isolates them
+    documents: Literal["stream", "rows", "masked"] = "stream"  # masked: isolate documents; rows: start at one
 
     @property
     def windows(self) -> int:
@@ -129,12 +129,12 @@ class ModelOptions:
     n_head: PositiveInt = 12  #: attention heads per block
     n_embd: PositiveInt = 768  #: embedding channels
     dropout: UnitInterval = 0.0  #: dropout probability; 0 for pretraining, try 0.1 or more for finetuning
-    bias: bool = False  # biases in linear layers and LayerNorms, as in GPT-2
+    bias: bool = False  # True: biases in linear layers and LayerNorms (GPT-2)
     n_kv_head: NonNegativeInt = 0  # key/value heads (grouped-query attention); 0: n_head
     head_dim: NonNegativeInt = 0  # channels per head; 0: n_embd / n_head
     position: Literal["learned", "rope", "alibi"] = "learned"  # position encoding
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
-    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # nanoGPT uses gelu
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # of MLPs; nanoGPT uses gelu
     qk_norm: bool = False  # normalize queries and keys
     tied: bool = True  # tie the LM head to the token embedding
     softcap: NonNegativeFloat = 0.0  # soft-cap logits: cap * tanh(logits / cap); 0: off

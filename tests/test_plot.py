@@ -142,7 +142,8 @@ def test_runs_of_the_same_name_are_labeled_by_path(write, tmp_path, monkeypatch)
 def test_incomplete_runs_are_plotted(write, rows, suffix, tmp_path, recwarn):
     out = tmp_path / f"x.{suffix}"
     plot.main(plot.Config(out=str(out)), [write("odd", *rows)])
-    assert out.stat().st_size > 5000 and not recwarn.list
+    ours = [warning for warning in recwarn if not issubclass(warning.category, ResourceWarning)]
+    assert out.stat().st_size > 5000 and not ours
 
 
 def test_no_empty_panels_without_steps(write):

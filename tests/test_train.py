@@ -257,7 +257,7 @@ def test_compile_does_not_change_training(config, compile):
 REFUSED = {
     "wide": ({"n_embd": 30, "n_head": 4}, "n_embd=30 is not divisible by n_head=4"),
     "rates": ({"min_lr": 1.0}, "min_lr=1.0 is above learning_rate=0.001"),
-    "schedule": ({"lr_decay_iters": 2}, "lr_decay_iters=2 ends before warmup_iters=5"),
+    "schedule": ({"lr_decay_iters": 2}, "lr_decay_iters=2 is below warmup_iters=5"),
     "muon without a rate": (
         {"optimizer": "muon", "learning_rate": 0.0, "min_lr": 0.0},
         "muon needs learning_rate > 0",

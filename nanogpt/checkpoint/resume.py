@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nanogpt.checkpoint import reader
+from nanogpt.checkpoint import Progress, reader
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.errors import UserError
 from nanogpt.options import RunOptions
@@ -31,7 +31,12 @@ def resume(
     resumed, damage = reader.find(out)
     if resumed is None:
         if config.init_from == "resume":
-            raise UserError(f"no checkpoint in {out}: train first, or use --init_from=auto or scratch")
+            theirs = (
+                f"; for nanoGPT's ckpt.pt there use --init_from={out}" if (out / "ckpt.pt").is_file() else ""
+            )
+            raise UserError(
+                f"no checkpoint in {out}: train first, or use --init_from=auto or scratch{theirs}"
+            )
         return config, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
     config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
@@ -42,6 +47,18 @@ def resume(
     for key, (old, new) in differing.items():
         notices.append(f"{key} = {new!r} from now on; it was {old!r} when the run was saved")
     return config, resumed
+
+
+def progress_on(resumed: Checkpoint, content: dict[str, str], notices: list[str]) -> Progress:
+    """Return the progress of the run on data with these hashes. Report changed data; losses on another
+    validation text are not comparable, so the best one is reset."""
+    progress, saved = resumed.progress, resumed.state.get("data", content)
+    if changed := [split for split in content if saved.get(split) != content[split]]:
+        notices.append(f"note: the data has changed since the run was saved ({', '.join(changed)})")
+    if "val" in changed:
+        progress.best_val_loss = progress.val_loss = None
+        progress.stale = 0
+    return progress
 
 
 def inherit(

@@ -53,7 +53,13 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
             activation=options.get("activation", "gelu"),
         )
         stored = {ours(name.removeprefix(COMPILED)): tensor for name, tensor in weights.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        sizes = {name: args[name] for name in MODEL_ARGS if name not in ("bias", "dropout")}
+        if odd := {name: value for name, value in sizes.items() if type(value) is not int or value < 1}:
+            raise TypeError(f"model_args must be whole numbers above 0, not {odd}")
+        iter_num, loss = int(saved.get("iter_num") or 0), saved.get("best_val_loss")
+        val_loss = None if loss is None else float(loss)
+        dataset = Path(str(options.get("dataset", ""))).name
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path} is not a nanoGPT checkpoint ({error!r})") from None
     require_possible(config, path)
     head = stored.pop("lm_head.weight", None)  # copy of the tied embedding
@@ -68,19 +74,17 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
     def read() -> Iterator[tuple[str, Tensor]]:
         yield from stored.items()
 
-    dataset = Path(str(options.get("dataset", ""))).name
     text = _characters([path.parent, *(folder / dataset for folder in data_folders if dataset)])
     if not text and config.vocab_size in GPT2_ROWS:
         text = vocabulary.GPT2_BY_NAME
-    loss = saved.get("best_val_loss")
     return Pretrained(
         str(path),
         with_vocabulary(config, text, str(path)),
         text,
         vocabulary.identify(text).sha256 if text else "",
         read,
-        iter_num=int(saved.get("iter_num", 0)),
-        val_loss=None if loss is None else float(loss),
+        iter_num=iter_num,
+        val_loss=val_loss,
         dataset=dataset,
     )
 

@@ -38,6 +38,11 @@ class Dataset:
     fingerprint: str  # SHA-256 of the tokenizer
     bytes_per_token: float | None  # UTF-8 bytes per token of the validation text, if known
 
+    @property
+    def content(self) -> dict[str, str]:
+        """Hashes of the tokens of both splits."""
+        return {"train": self.train.content, "val": self.val.content}
+
 
 def find(name: str, root: Path) -> Path:
     """Return the folder of dataset `name`: a path, or a folder in ./data or the repository's data/."""
@@ -85,6 +90,10 @@ def load(folder: Path) -> Dataset:
         splits[split] = Tokens(open_split(paths, dtype, listed), identity.vocab_size)
         _check_size(splits[split], folder, split, meta)
         splits[split].check()
+        hashes = "".join(file.get("sha256", "") for file in about)  # without meta.json: the beginning
+        if not hashes:
+            hashes = splits[split].read(0, min(len(splits[split]), 1 << 16)).tobytes().hex()
+        splits[split].content = vocabulary.sha256_of(f"{len(splits[split])} {hashes}")
         if mask := meta.get("splits", {}).get(split, {}).get("mask"):
             splits[split].scored = _scored(folder / mask["name"], len(splits[split]))
     about_val = meta.get("splits", {}).get("val", {})

@@ -83,6 +83,7 @@ def _joined(texts: list[Tokens], names: list[str], weights: list[Fraction]) -> T
     for text, name, weight in zip(texts, names, weights, strict=True):
         text.name, text.weight = name, weight
     joined = Tokens([part for text in texts for part in text.parts], texts[0].vocab_size, texts)
+    joined.content = " ".join(text.content for text in texts)
     masks = [text.scored for text in texts if text.scored]
     if len(masks) == len(texts):
         joined.scored = Tokens([part for mask in masks for part in mask.parts], 2)

@@ -37,6 +37,7 @@ class TokenFile:
 class Tokens:
     """Tokens of a split, stored in one or more files and read as one array."""
 
+    content = ""  # hash of the tokens, by which a resumed run recognizes its data
     name, weight = "", Fraction(1)  # in a mixture: dataset name and sampling probability
 
     def __init__(self, parts: list[TokenFile], vocab_size: int, texts: "list[Tokens] | None" = None):

@@ -288,7 +288,8 @@ def _open(path: Path) -> IO[str]:
             import zstandard
         except ImportError:
             raise UserError(f"{path} needs zstandard: pip install zstandard, or decompress it") from None
-        return zstandard.open(path, "rt", encoding="utf-8-sig")
+        long = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31
+        return zstandard.open(path, "rt", dctx=long, encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 

@@ -29,6 +29,7 @@ class Options:
     instead: str = "pass local copies of its files"  # hint if the hub cannot be reached
     text_key: str = "text"  # field or column that contains the text
     skip_bad: bool = False  # skip and count unreadable rows
+    lossy: bool = False  # accept a tokenizer that loses characters
     workers: int = 0  # worker processes; 0: one per core if the text is large
     shard_tokens: int = 0  # tokens per file; 0: one file per split
 

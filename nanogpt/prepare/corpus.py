@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from nanogpt.tokenizer.gpt2 import load_gpt2
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # train.bin is published last
 LARGE_ALPHABET = 20_000  # distinct characters from which --tokenizer=auto uses bytes
 LARGE_TEXT = 1 << 25  # bytes of input from which several processes are used
+SAMPLE = 1 << 16  # characters of each file by which a tokenizer is checked
 RECORD_S = 5.0  # seconds between records of progress
 SHOWN_BAD = 3  # number of skipped rows to report
 
@@ -156,9 +158,30 @@ def prepare(
         given = tokenizer.ByteTokenizer()
         if not by_default:
             given = tokenizer.CharTokenizer(sorted({*alphabet, *("\n" if several else "")}))
+    if given.kind == "hf" and not wanted.lossy:
+        require_lossless(texts, given, wanted)
     job = replace(job, tokenizer=tokenizer.to_text(given))
     meta, counts, in_both, resumed = _write(texts, job, given, out, wanted, workers)
     return Summary(out, texts, split, given, meta, counts, alphabet, by_default, in_both, resumed)
+
+
+def require_lossless(texts: Texts, encoder: tokenizer.Tokenizer, wanted: Options) -> None:
+    """Raise UserError if the tokenizer loses characters of the beginning of a file (unknown ones, case,
+    line ends), which its library drops silently."""
+    for source in texts.sources if not wanted.pairs else []:
+        piece = next(readers.pieces([source], readers.Reading(wanted.text_key)), None)
+        if not piece:
+            continue
+        rows = [piece.content] if source.kind == "text" else readers.rows(piece, source.kind, wanted.text_key)
+        sample = "\n".join(row for row in rows if isinstance(row, str))[:SAMPLE]
+        there = Counter(tokenizer.decode(encoder, encoder.encode(sample)))
+        lost = {c: n for c, n in (Counter(sample) - there).items() if c == "\n" or not c.isspace()}
+        if lost:
+            shown = " ".join(repr(c) for c in list(lost)[:5])
+            raise UserError(
+                f"{source.name}: the tokenizer loses {sum(lost.values()):,} of its first {len(sample):,} "
+                f"characters ({shown}); train one on this text (--tokenizer=bpe:8192) or pass --lossy"
+            )
 
 
 def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
@@ -202,6 +225,12 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
     readers.check_columns(texts.sources, wanted.text_key)
     if wanted.hub:
         texts.sources.append(readers.hub(wanted.hub, wanted.text_key, wanted.instead))
+    plain = [source for source in texts.sources if source.kind == "text"]
+    if wanted.text_key != "text" and plain and (wanted.pairs or len(plain) == len(texts.sources)):
+        raise UserError(
+            f"--text_key={wanted.text_key}: {plain[0].name} is plain text without fields; give files of rows "
+            f"only (.jsonl, .ndjson, .parquet, .arrow), or omit the option"
+        )
     if not texts.sources:
         raise UserError("; ".join([f"no text found in {', '.join(map(str, paths))}", *_skipped(texts)[:1]]))
     return texts

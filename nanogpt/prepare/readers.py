@@ -190,7 +190,7 @@ def _zstandard(raw: BinaryIO, path: Path) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise UserError(f"{path} needs a package: pip install zstandard") from None
-    decompressor = zstandard.ZstdDecompressor()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31
     frame = decompressor.decompressobj()
     whole = True
     while packed := raw.read(1 << 14):

@@ -33,9 +33,23 @@ MARKS = {  # byte order marks; UTF-32 first, as its LE mark begins with that of 
     codecs.BOM_UTF8: "utf-8",
 }
 ROWS = {  # files with one document per row, by suffix
-    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"), "jsonl"),
+    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".ndjson"), "jsonl"),
     ".parquet": "parquet",
     ".arrow": "arrow",
+}
+FORMATS = {  # first bytes of files that are not text, whatever encoding they are read in
+    b"%PDF-": "a PDF file: convert it to text first",
+    b"PK\x03\x04": "a zip archive, such as a .docx or .zip file: extract its text first",
+    b"\xd0\xcf\x11\xe0": "an old Office document: convert it to text first",
+    b"\x1f\x8b": "compressed (gzip): decompress it, or name it .jsonl.gz if each line is a JSON object",
+    b"BZh": "compressed (bzip2): decompress it first",
+    b"\xfd7zXZ": "compressed (xz): decompress it, or name it .jsonl.xz if each line is a JSON object",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd): decompress it, or name it .jsonl.zst if its lines are JSON",
+    b"\x89PNG": "an image (PNG)",
+    b"\xff\xd8\xff": "an image (JPEG)",
+    b"PAR1": "a Parquet file: name it .parquet",
+    b"\x93NUMPY": "a NumPy array: token files are trained on directly, without prepare.py",
+    b"SQLite format 3": "an SQLite database: export its text first",
 }
 _LOWER = bytes(range(256)).lower()
 _LEFT_OUT = bytes(byte for byte in range(128) if not chr(byte).isalnum())
@@ -193,9 +207,13 @@ def _inspect(path: Path, name: str, forced: str, advance: Advance, nul_share: fl
     if kind := rows_kind(path):
         if not head:
             raise _NotText("empty")
-        encoding, mark = (encodings[0], mark) if path.suffix.lower() == ".jsonl" else (forced or "utf-8", 0)
+        encoding, mark = (
+            (encodings[0], mark) if path.suffix.lower() in (".jsonl", ".ndjson") else (forced or "utf-8", 0)
+        )
         sha256 = files.sha256(path)
         return Source(path, name, kind, status.st_size, sha256, status.st_mtime_ns, encoding, mark)
+    if what := next((what for start, what in FORMATS.items() if head.startswith(start)), ""):
+        raise _NotText(what)
     problems = []
     for encoding in encodings:
         raw, digest, newlines = hashlib.sha256(head[:mark]), Digest(), set[Any]()

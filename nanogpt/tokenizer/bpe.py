@@ -104,9 +104,15 @@ def load(text: str, name: str) -> Any:
     except ImportError:
         raise UserError(f"{name} needs a package: pip install tokenizers") from None
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        found = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{name} cannot be loaded by the tokenizers library: {error}") from None
+    # Settings of the program that saved the file: they would cut, pad or vary the text without a word.
+    found.no_truncation()
+    found.no_padding()
+    if getattr(found.model, "dropout", None):
+        found.model.dropout = None
+    return found
 
 
 def bytes_of_tokens(value: dict[str, Any]) -> dict[int, bytes]:

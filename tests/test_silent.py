@@ -1,0 +1,171 @@
+"""Inputs whose result was wrong without a word: each is now handled, reported or rejected."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import train
+from nanogpt.checkpoint import reader
+from nanogpt.convert import ckpt, weights
+from nanogpt.errors import UserError
+from nanogpt.prepare import corpus
+from nanogpt.tokenizer import tokenizer
+from tests.conftest import words, write_dataset
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_dataset(tmp_path / "data", words(900))
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_iters": 20}
+    sizes |= {"gradient_accumulation_steps": 1, "warmup_iters": 0, "eval_iters": 2, "eval_interval": 10}
+    return train.Config(dataset=str(tmp_path / "data"), out_dir=str(tmp_path / "out"), device="cpu", **sizes)
+
+
+def test_truncation_padding_and_dropout_in_a_tokenizer_file_are_disabled(tmp_path, trained_bpe):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer.from_str(trained_bpe)
+    text = words(300)
+    plain = inner.encode(text, add_special_tokens=False).ids
+    inner.enable_truncation(8)
+    inner.enable_padding(length=5000)
+    value = json.loads(inner.to_str())
+    value["model"]["dropout"] = 0.9
+    own = tokenizer.from_text(json.dumps(value))
+    assert own.encode(text).tolist() == own.encode_prompt(text) == plain
+
+
+def test_zstandard_with_a_long_window_is_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    rows = "".join(json.dumps({"text": f"Row {i} of a dump."}) + "\n" for i in range(300)).encode()
+    settings = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packed = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "t.jsonl.zst").write_bytes(packed.compress(rows) + packed.flush())
+    summary = corpus.prepare([tmp_path / "t.jsonl.zst"], tmp_path / "out", kind="byte")
+    assert "300 documents" in "\n".join(summary.lines())
+
+
+def test_a_tracker_that_cannot_start_is_one_line_before_anything_is_written(config, monkeypatch):
+    class UsageError(Exception):
+        pass
+
+    def init(**given):
+        raise UsageError("No API key configured.\nmore")
+
+    stub = ModuleType("wandb")
+    stub.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    with pytest.raises(UserError, match=r"--wandb_log=True: No API key configured\.; run `wandb login`"):
+        train.main(replace(config, wandb_log=True))
+    assert not Path(config.out_dir).exists()
+
+
+def test_a_learning_rate_that_jumps_on_resume_is_reported(config, capsys):
+    train.main(config)
+    options = {"init_from": "resume", "max_iters": 40}
+    train.main(replace(config, **options), {name: "given" for name in options})
+    said = capsys.readouterr().out
+    assert "note: the learning rate jumps from 6e-05 to 0.00033" in said
+    assert "--lr_decay_iters=20 keeps the old one" in said
+    options |= {"max_iters": 60, "lr_decay_iters": 40}  # keeps the schedule of the run as it is now
+    train.main(replace(config, **options), {name: "given" for name in options})
+    assert "jumps" not in capsys.readouterr().out
+
+
+def test_data_that_has_changed_is_reported_and_losses_are_not_compared(config, tmp_path, capsys):
+    train.main(config)
+    before = reader.find(Path(config.out_dir))[0].progress.best_val_loss
+    train.main(replace(config, max_iters=30, init_from="resume"))
+    assert "data has changed" not in capsys.readouterr().out
+    write_dataset(tmp_path / "data", words(900)[::-1])
+    train.main(replace(config, max_iters=31, init_from="resume"))
+    assert "note: the data has changed since the run was saved (train, val)" in capsys.readouterr().out
+    after = reader.find(Path(config.out_dir))[0].progress
+    assert after.best_val_loss == after.val_loss != before
+
+
+def test_a_folder_of_nanogpt_is_named_for_what_it_is(tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"for nanoGPT's ckpt.pt there use --init_from={tmp_path}"):
+        weights.open_weights("resume", Path(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more"),
+    [
+        ({"vocab_size": None}, {}),
+        ({"n_layer": 1.0}, {}),
+        ({"n_head": 0}, {}),
+        ({"block_size": "16"}, {}),
+        ({}, {"iter_num": "many"}),
+        ({}, {"best_val_loss": [1]}),
+        ({}, {"config": []}),
+    ],
+)
+def test_odd_values_in_ckpt_pt_are_one_line(tmp_path, arguments, more):
+    known = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "bias": False, "vocab_size": 65}
+    torch.save({"model": {}, "model_args": known | arguments, "config": {}, **more}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"ckpt\.pt is not a nanoGPT checkpoint"):
+        ckpt.open_file(tmp_path / "ckpt.pt", [])
+
+
+UNKNOWN = "这是一个中文句子，模型应该学到它。\n"
+
+
+def test_a_tokenizer_that_loses_characters_is_rejected_unless_accepted(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.train_from_iterator([words(300)], trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "t.txt").write_text(words(3000) + UNKNOWN * 20, encoding="utf-8")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": UNKNOWN * 20}) + "\n", encoding="utf-8")
+    for name in ("t.txt", "t.jsonl"):
+        given = {"kind": str(tmp_path / "tokenizer.json")}
+        with pytest.raises(UserError, match=rf"{name}: the tokenizer loses .* or pass --lossy"):
+            corpus.prepare([tmp_path / name], tmp_path / "out", **given)
+        assert not (tmp_path / "out" / "train.bin").exists()
+    corpus.prepare([tmp_path / "t.txt"], tmp_path / "out", lossy=True, **given)
+
+
+def test_a_text_key_without_effect_is_rejected(tmp_path):
+    (tmp_path / "rows.csv").write_text("id,body\n1,some words\n" * 50, encoding="utf-8")
+    (tmp_path / "README.md").write_text("Some words about these rows.\n", encoding="utf-8")
+    rows = "".join(
+        json.dumps({"body": words(9), "prompt": "a", "response": words(9)}) + "\n" for _ in range(40)
+    )
+    (tmp_path / "rows.ndjson").write_text(rows, encoding="utf-8")
+    with pytest.raises(UserError, match=r"--text_key=body: rows\.csv is plain text without fields"):
+        corpus.prepare([tmp_path / "rows.csv"], tmp_path / "out", text_key="body")
+    with pytest.raises(UserError, match=r"--text_key=prompt\+response: README\.md is plain text"):
+        both = [tmp_path / "README.md", tmp_path / "rows.ndjson"]
+        corpus.prepare(both, tmp_path / "out", text_key="prompt+response", kind="byte")
+    summary = corpus.prepare([tmp_path / "rows.ndjson"], tmp_path / "out", text_key="body")
+    assert "40 documents" in "\n".join(summary.lines())
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"%PDF-1.5\n", "a PDF file: convert it to text first"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"\x1f\x8b\x08", "compressed .gzip.: decompress it"),
+        (b"BZh9", "compressed .bzip2."),
+        (b"\x28\xb5\x2f\xfd", "compressed .zstd."),
+        (b"\x89PNG\r\n", "an image"),
+        (b"\xd0\xcf\x11\xe0", "an old Office document"),
+        (b"SQLite format 3\0", "an SQLite database"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["", "latin-1"])
+def test_formats_are_named_by_their_content_whatever_the_encoding(tmp_path, start, said, encoding):
+    (tmp_path / "book.txt").write_bytes(start + bytes(range(1, 200)) * 20)
+    with pytest.raises(UserError, match=said) as caught:
+        corpus.prepare([tmp_path / "book.txt"], tmp_path / "out", encoding=encoding)
+    assert "--encoding" not in str(caught.value)
