@@ -44,6 +44,7 @@ from nanogpt.errors import UserError, run_program
 LEFT_OUT = {"step_s", "tokens_per_s", "elapsed_s", "mfu", "seconds", "created", "id", "commit", "command"}
 LEFT_OUT |= {"environment", "python", "torch", "numpy", "device", "instructions", "source", "machine"}
 LEFT_OUT |= {"p", "message"}  # p-values of random permutations, and texts of error messages
+NEW_STATE = {"data"}  # keys of state.json that older commits do not write
 # Renamed options: {"old": "new"}; options missing on one side are ignored.
 RENAMED: dict[str, str] = {}
 
@@ -219,6 +220,8 @@ class Side:
             return {name: file.read_bytes().hex()}
         value = self.hide(json.loads(file.read_text(encoding="utf-8")))
         options = value.pop("options", {}) if isinstance(value, dict) else {}
+        if file.name == "state.json":
+            value = {key: saved for key, saved in value.items() if key not in NEW_STATE}
         if file.name != "config.json":  # every checkpoint repeats the options
             options = {}
         return {name: value} | {f"{name} --{key}": option for key, option in options.items()}

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # Idle threads of GNU OpenMP spin on cores that other programs want; a short spin costs nothing alone.
-    # Read when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Idle threads of GNU OpenMP spin for 300,000 turns by default, on cores that other programs want. 10,000
+    # turns cost nothing alone; at 1,000 a step takes 1.5 times as long (benchmarks/busy.py). Read when torch is
+    # imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 _PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (_PACKAGE / "programs").is_dir()  # from a wheel, which holds programs, presets and the page
 ROOT = _PACKAGE / "programs" if INSTALLED else _PACKAGE.parent

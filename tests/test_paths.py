@@ -97,7 +97,7 @@ def test_a_closed_terminal_saves_unless_under_nohup(config, nohup):
 def test_threads_spin_shortly_unless_the_user_says_otherwise():
     code = "import os, nanogpt; print(os.environ.get('GOMP_SPINCOUNT'))"
     for given, expected in (
-        ({}, "1000"),
+        ({}, "10000"),
         ({"GOMP_SPINCOUNT": "5"}, "5"),
         ({"OMP_WAIT_POLICY": "active"}, "None"),
     ):
