@@ -20,7 +20,8 @@ from nanogpt import ROOT
 from nanogpt.config import PositiveInt, load
 from nanogpt.errors import UserError, run_program
 
-RUN = "config/train_shakespeare_char_cpu.py --max_iters=60 --eval_interval=1000 --eval_iters=1 --log_interval=10"
+RUN = "config/train_shakespeare_char_cpu.py --max_iters=60 --eval_interval=1000 --eval_iters=1"
+RUN += " --log_interval=10"
 BUSY = (0, 1, 4)  # processes
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if "OMP_WAIT_POLICY" not in os.environ:
     # Idle threads of GNU OpenMP spin for 300,000 turns by default, on cores that other programs want. 10,000
-    # turns cost nothing alone; at 1,000 a step takes 1.5 times as long (benchmarks/busy.py). Read when torch is
-    # imported.
+    # turns cost nothing alone; at 1,000 a step takes 1.5 times as long (benchmarks/busy.py). torch reads this
+    # when it is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 _PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (_PACKAGE / "programs").is_dir()  # from a wheel, which holds programs, presets and the page
