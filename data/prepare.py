@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python adds only the folder of this file
 
+from nanogpt import command
 from nanogpt.config import FilePath, NonNegativeInt, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import corpus
-from nanogpt.usage import command
 
 
 @dataclass

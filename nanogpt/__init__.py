@@ -27,3 +27,13 @@ def __getattr__(name: str) -> Any:
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def command(name: str) -> str:
+    """Return what starts a program here: "train" is `python train.py`, "prepare shakespeare_char" is
+    `python data/shakespeare_char/prepare.py`; of an installed package `nanogpt train` and so on."""
+    if INSTALLED:
+        return f"nanogpt {name}"
+    program, _, dataset = name.partition(" ")
+    folder = Path("data", dataset) if program == "prepare" else Path()
+    return f"python {(folder / program).as_posix()}.py"

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from nanogpt import INSTALLED
+from nanogpt import command
+from nanogpt.errors import UserError
 
 RENAMED = {  # option names of earlier versions, which still work in flags, presets and saved runs
     "recompute": "activation_checkpointing",
@@ -84,11 +85,25 @@ def unknown_option(key: str, origin: str, known: Iterable[str]) -> list[str]:
     return [f"{origin}: unknown option {key!r}; {hint}"]
 
 
-def command(name: str) -> str:
-    """Return what starts a program here: "train" is `python train.py`, "prepare shakespeare_char" is
-    `python data/shakespeare_char/prepare.py`; of an installed package `nanogpt train` and so on."""
-    if INSTALLED:
-        return f"nanogpt {name}"
-    program, _, dataset = name.partition(" ")
-    folder = Path("data", dataset) if program == "prepare" else Path()
-    return f"python {(folder / program).as_posix()}.py"
+def non_defaults(config: Any, origins: dict[str, str]) -> list[str]:
+    """Return one line per option that differs from its default, with its source: from `origins`, else the
+    saved run that is resumed."""
+    rows = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            rows.append(f"  {field.name} = {value!r}  ({origins.get(field.name, 'saved run')})")
+    return rows
+
+
+def missing_dataset(name: str, root: Path) -> UserError:
+    """Return the error for a dataset `name` that is neither a folder with data nor in the `root`'s data/."""
+    for folder in (Path(name), Path("data") / name, root / "data" / name):
+        if (folder / "prepare.py").is_file():
+            return UserError(f"dataset {name!r} is not prepared: {command(f'prepare {folder.name}')}")
+    ready = sorted({p.parent.name for p in (root / "data").glob("*/train*") if p.suffix in (".bin", ".npy")})
+    known = f"prepared here: {', '.join(ready)}; " if ready else ""
+    return UserError(
+        f"no dataset at {name!r}: {known}to use your own text: {command('prepare')} PATH --out=data/mine; "
+        f"without a download: {command('prepare python_stdlib')}"
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import train
-from nanogpt import torchrun
+from nanogpt import exits
 from nanogpt.errors import run_program
 from tests.conftest import words, write_dataset
 
@@ -127,14 +127,14 @@ def test_permanent_errors_are_not_retried(tmp_path):
     def file(attempt, rank):
         return str(tmp_path / f"attempt_{attempt}" / str(rank) / "error.json")
 
-    assert torchrun.final_code_of_last_attempt({}) == 0
-    assert torchrun.final_code_of_last_attempt(about | {torchrun.ENV_ERROR_FILE: file(0, 0)}) == 0
-    second = {"TORCHELASTIC_RESTART_COUNT": "1", torchrun.ENV_ERROR_FILE: file(1, 0)}
-    assert torchrun.final_code_of_last_attempt(second) == 0  # killed: no error file
+    assert exits.final_code_of_last_attempt({}) == 0
+    assert exits.final_code_of_last_attempt(about | {exits.ENV_ERROR_FILE: file(0, 0)}) == 0
+    second = {"TORCHELASTIC_RESTART_COUNT": "1", exits.ENV_ERROR_FILE: file(1, 0)}
+    assert exits.final_code_of_last_attempt(second) == 0  # killed: no error file
     for code, expected in ((76, 0), (74, 0), (1, 0), (2, 2), (70, 70), (75, 75)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(torchrun.ENV_ERROR_FILE, file(0, 1))
-            torchrun.report(code, "why")
-        assert torchrun.final_code_of_last_attempt(second) == expected
+            patch.setenv(exits.ENV_ERROR_FILE, file(0, 1))
+            exits.report(code, "why")
+        assert exits.final_code_of_last_attempt(second) == expected
     about = json.loads(Path(file(0, 1)).read_text())["message"]
     assert about["message"] == about["extraInfo"]["py_callstack"] == "why" and about["errorCode"] == 75

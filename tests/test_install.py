@@ -80,7 +80,7 @@ def test_an_editable_install_uses_the_checkout():
         [
             sys.executable,
             "-c",
-            "import nanogpt; from nanogpt.usage import command; print(nanogpt.ROOT, command('prepare x'))",
+            "import nanogpt; from nanogpt import command; print(nanogpt.ROOT, command('prepare x'))",
         ],
         cwd=ROOT,
         capture_output=True,

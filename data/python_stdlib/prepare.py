@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
+from nanogpt import command
 from nanogpt.config import FilePath, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import corpus
-from nanogpt.usage import command
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])  # of the base installation, even in a virtual environment
 LEFT_OUT = {

@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
+from nanogpt import command
 from nanogpt.config import FilePath, load
 from nanogpt.errors import run_program
 from nanogpt.prepare.corpus import own_folder
 from nanogpt.prepare.shakespeare import ShakespeareOptions, prepare
-from nanogpt.usage import command
 
 
 @dataclass

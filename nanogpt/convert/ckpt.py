@@ -24,7 +24,7 @@ from nanogpt.convert.layout import (
     with_vocabulary,
 )
 from nanogpt.convert.pretrained import Pretrained
-from nanogpt.data import meta_pkl
+from nanogpt.data import foreign
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import vocabulary
@@ -112,7 +112,7 @@ def _characters(folders: list[Path]) -> str:
     """Return the tokenizer of the first folder with nanoGPT's meta.pkl or our tokenizer.json, else ""."""
     for folder in folders:
         if (folder / "meta.pkl").is_file():
-            return meta_pkl.tokenizer_of(folder / "meta.pkl")
+            return foreign.tokenizer_of(folder / "meta.pkl")
         if (folder / "tokenizer.json").is_file():
             text = (folder / "tokenizer.json").read_text(encoding="utf-8")
             vocabulary.identify(text, str(folder / "tokenizer.json"))

@@ -49,17 +49,9 @@ def find(name: str, root: Path) -> Path:
     for folder in (Path(name), Path("data") / name, root / "data" / name):
         if folder.is_dir() and split_files(folder, "train"):
             return folder
-    from nanogpt.usage import command
+    from nanogpt import usage
 
-    for folder in (Path(name), Path("data") / name, root / "data" / name):
-        if (folder / "prepare.py").is_file():
-            raise UserError(f"dataset {name!r} is not prepared: {command(f'prepare {folder.name}')}")
-    ready = sorted({p.parent.name for p in (root / "data").glob("*/train*") if p.suffix in (".bin", ".npy")})
-    known = f"prepared here: {', '.join(ready)}; " if ready else ""
-    raise UserError(
-        f"no dataset at {name!r}: {known}to use your own text: {command('prepare')} PATH --out=data/mine; "
-        f"without a download: {command('prepare python_stdlib')}"
-    )
+    raise usage.missing_dataset(name, root)
 
 
 def load(folder: Path) -> Dataset:
@@ -75,7 +67,7 @@ def load(folder: Path) -> Dataset:
             raise UserError(f"{folder / 'meta.json'} does not have format {FORMAT}; prepare the data again")
         text = _own_tokenizer(folder, meta)
     elif (folder / "meta.pkl").is_file():
-        from nanogpt.data.meta_pkl import tokenizer_of
+        from nanogpt.data.foreign import tokenizer_of
 
         text = tokenizer_of(folder / "meta.pkl")
     identity = vocabulary.identify(text)
@@ -203,10 +195,10 @@ class TrainBatches:
         self.sampler = sampler or sampler_of(tokens, lambda text: EpochSampler(len(text), block_size, seed))
         self.separator = separator
         self.tokens, self.block_size, self.device = tokens, block_size, device
-        self.batch_size, self.full, self.ramp = batch_size, batch_size * micro_steps, ramp
+        self.batch_size, self.full = batch_size, batch_size * micro_steps
+        self.set_ramp(list(ramp))  # self.read: sequences before each batch of the ramp
         self.share = share  # returns (first, number) of this rank's sequences of a batch
         self.total = total  # sums an integer over all ranks
-        self.read = [0, *itertools.accumulate(ramp)]  # sequences before each batch of the ramp
 
     def step(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """Yield this rank's micro-batches of iteration `step`, on the device.
@@ -235,6 +227,10 @@ class TrainBatches:
     def windows(self, step: int) -> int:
         """Return the batch size of iteration `step`, in sequences over all ranks."""
         return self.ramp[step] if step < len(self.ramp) else self.full
+
+    def set_ramp(self, ramp: list[int]) -> None:
+        """Replace the sizes of the first batches, in sequences."""
+        self.ramp, self.read = ramp, [0, *itertools.accumulate(ramp)]
 
     def windows_before(self, step: int) -> int:
         return self.read[min(step, len(self.ramp))] + max(0, step - len(self.ramp)) * self.full

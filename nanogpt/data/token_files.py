@@ -22,7 +22,7 @@ CHECKED_AT_START = 1 << 30  # bytes: all ids of splits up to this size are check
 CHUNK = 1 << 22  # tokens checked at a time
 LOOKED_AT = 256  # with at most this many shards, all are checked at start; else on first use
 KEPT_OPEN = 128  # maximum number of open files; the usual limit per process is 1,024
-LLMC = (20240520, 1)  # magic number and version of the llm.c header
+LLMC = np.array([20240520, 1], "<i4").tobytes()  # start of an llm.c file: magic number, version
 
 
 @dataclass(slots=True)
@@ -149,21 +149,13 @@ def open_split(paths: list[Path], dtype: np.dtype, listed: dict[str, int] | None
 
 def token_file(path: Path, dtype: np.dtype) -> TokenFile:
     """Describe a file by its header, else as raw `dtype`; UserError if truncated or not token ids."""
-    size = path.stat().st_size
-    offset, expected = 0, None
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise UserError(f"{path} is not an array of tokens ({error}); prepare it again") from None
-        dtype, offset, expected = array.dtype, array.offset, array.size
-        if dtype.kind not in "iu":
-            raise UserError(f"{path} holds {dtype}, not token ids; prepare it again")
-    else:
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
-        if (header[0], header[1]) == LLMC:
-            offset, dtype, expected = 1024, np.dtype("<u2"), int(header[2])
+    size, offset, expected = path.stat().st_size, 0, None
+    with path.open("rb") as file:
+        begin = file.read(8)
+    if path.suffix == ".npy" or begin == LLMC:
+        from nanogpt.data import foreign
+
+        dtype, offset, expected = foreign.header(path)
     tokens, rest = divmod(size - offset, dtype.itemsize)
     if rest or (expected is not None and tokens != expected):
         raise _truncated(path)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.torchrun import leave_at_once
+from nanogpt.exits import leave_at_once
 
 PHASES = ("starting", "reading data", "computing", "updating", "evaluating", "saving", "waiting")  # of a step
 BEATS = 6  # a rank without a new heartbeat in this many intervals counts as silent

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanogpt import command
 from nanogpt.config import NonNegativeInt
 from nanogpt.prepare import corpus
-from nanogpt.usage import command
 
 
 @dataclass

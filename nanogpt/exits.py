@@ -1,4 +1,4 @@
-"""Report failures to torchrun, and avoid pointless restarts.
+"""Exit with one line and a code, after an error; report it to torchrun, and avoid pointless restarts.
 
 torchrun restarts the ranks after any nonzero exit code (--max_restarts). After a code that a restart cannot
 fix (FINAL), the restarted ranks exit at once, silently.
@@ -10,9 +10,34 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
 
 FINAL = (2, 70, 75)  # exit codes that a restart cannot fix
 ENV_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # path of the file that torchrun reads the error from
+
+
+def leave(code: int, message: str, silent: bool) -> NoReturn:
+    """Print `message` to stderr and exit with `code`; `silent`: another rank prints it."""
+    sys.stdout.flush()
+    report(code, "see the error of another rank" if silent else message)
+    if silent:
+        time.sleep(2)  # torchrun kills the others when the first rank exits: let that be the one that prints
+    else:
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Excepthook that prints one line, without a traceback, for Ctrl-C and missing packages."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("nanogpt"):
+        name = error.name.partition(".")[0]
+        print(f"error: the package {name} is not installed: pip install {name}", file=sys.stderr, flush=True)
+        os._exit(2)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def leave_as_before() -> None:
@@ -28,7 +53,7 @@ def leave_at_once(message: str) -> None:
     if message:
         print(f"lost: {message}", file=sys.stderr, flush=True)
     else:
-        time.sleep(2)  # as in errors.leave
+        time.sleep(2)  # as in leave
     os._exit(76)
 
 
