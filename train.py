@@ -17,13 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+STARTED = time.perf_counter()  # of the process, for --minutes
+
 from nanogpt import ROOT
-from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval, load, non_defaults
+from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval, load
 from nanogpt.errors import Diverged, Stopped, run_program
 from nanogpt.options import InTrainingOptions, Origins, TrainOptions
 
@@ -42,7 +44,8 @@ class Config(TrainOptions):
     save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides new bests; 0: eval_interval
     save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
     always_save_checkpoint: bool = True  # False: evaluations save new bests only
-    max_minutes: NonNegativeFloat = 0.0  #: save and exit after this many minutes; 0: no limit
+    verbose: bool = False  # print all options that differ from their defaults
+    max_minutes: NonNegativeFloat = 0.0  # save and exit after this many minutes; 0: no limit
     # learning rate schedule
     decay_lr: bool = True  # False: constant, without warmup
     lr_schedule: Schedule = "cosine"  # learning rate decay after warmup; wsd: constant, then linear
@@ -81,6 +84,7 @@ from nanogpt.checkpoint import Progress, writer
 from nanogpt.loss import default_loss_chunk_size
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, Optimizer, clip_gradients
+from nanogpt.pace import Pace
 from nanogpt.world import World
 
 if TYPE_CHECKING:
@@ -103,6 +107,11 @@ class Run(resolve.Setup[Config]):
     in_training: "InTrainingEvaluation | None"  # None: no tasks or samples during training
     writer: writer.AsyncCheckpointer  # writes checkpoints, on rank 0
     lock: FileLock | None = None  # lock on out_dir, on rank 0
+    started: float = field(default_factory=time.perf_counter)  # start of this session
+
+    def clock_s(self) -> float:
+        """Return the seconds since the start of the run, over all its sessions, start-up included."""
+        return self.progress.clock_s + time.perf_counter() - self.started
 
     @property
     def out_of_patience(self) -> bool:
@@ -115,27 +124,34 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
     Raise UserError, Diverged, OSError or Stopped, which errors.run_program maps to exit codes.
     """
+    started = STARTED if PARSED else time.perf_counter()
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
     with runtime.StopRequest() as stop, resolve.join(config, Path(config.out_dir)) as world:
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
         run = world.raise_on_all_ranks(lambda: build(config, origins, world))
-        config = run.config
-        print(
-            *run.notices, "options that differ from the defaults:", *non_defaults(config, origins), sep="\n"
-        )
+        config, run.started = run.config, started
+        given = dict.fromkeys(o for o in origins.values() if o.startswith("--") or o.endswith(".py"))
+        print(*run.notices, f"options: {' '.join(given) or 'defaults'}", sep="\n")
+        if config.verbose:
+            from nanogpt.usage import non_defaults
+
+            print(*non_defaults(config, origins), sep="\n")
         print(run.describe(run.model.n_params()))
         if config.eval_only:
             evaluate(run, stop)
             return
-        if run.resumed and run.progress.iter_num >= config.max_iters:
-            print(f"{config.out_dir} has completed all {config.max_iters} iterations; raise --max_iters")
+        if run.resumed and run.progress.position(config) >= config.max_iters:
+            length = f"{config.minutes:g} minutes" if config.minutes else f"{config.max_iters} iterations"
+            raised = "--minutes" if config.minutes else "--max_iters"
+            print(f"{config.out_dir} has completed all {length}; raise {raised}")
             return
         if run.out_of_patience:
             print(f"{config.out_dir} was stopped early by --patience={config.patience}; raise it to resume")
             return
         tracker = open_tracker(run)  # before anything is written
+        print(writer.require_space(Path(config.out_dir), run.model.n_params()))
         if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             print(notice)
         kernels_in_use: AbstractContextManager[None] = nullcontext()
@@ -186,22 +202,13 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         scaler = parallelize.sharded_scaler(machine)
     progress = Progress()
     if resumed:
-        from nanogpt.checkpoint.resume import progress_on
+        from nanogpt.checkpoint.resume import restore_progress
 
         resumed.load_optimizer(optimizer.state_shards())
         if resumed.state["scaler"]:  # empty if it was saved without loss scaling
             scaler.load_state_dict(resumed.state["scaler"])
-        progress = progress_on(resumed, setup.dataset.content, notices)
-        old = {k: v for k, v in resumed.state["options"].items() if k in vars(config)}
-        was, now = (learning_rate(c, progress.iter_num) for c in (replace(config, **old), config))
-        if not 0.99 * was <= now <= 1.01 * was:
-            end = old["lr_decay_iters"] or old["max_iters"]
-            notices.append(
-                f"note: the learning rate jumps from {was:.3g} to {now:.3g}, as the schedule has changed; "
-                f"--lr_decay_iters={end} keeps the old one"
-            )
-        if moved := resumed.moved(machine.environment()):
-            notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")
+        environment, content = machine.environment(), setup.dataset.content
+        progress = restore_progress(resumed, config, content, environment, learning_rate, notices)
     in_training = None
     if config.eval_tasks or config.sample_prompt:
         from nanogpt.evaluation.in_training import InTrainingEvaluation
@@ -354,7 +361,7 @@ def check_finite(loss: Tensor, grad_norm: Tensor, iter_num: int, lr: float, scal
         )
 
 
-def learning_rate(config: Config, iter_num: int) -> float:
+def learning_rate(config: Config, iter_num: float) -> float:
     """Return the learning rate of iteration `iter_num`, counted from 0.
 
     It rises linearly over `warmup_iters` iterations (never 0: the first is peak / (warmup_iters + 1)), then
@@ -388,27 +395,32 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Train until max_iters; evaluate, log and save checkpoints along the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
     model, micro_batches, take_step = prepare_step(run)
-    hidden = None if world.is_main_process else True  # None: disabled if stderr is not a terminal
-    bar = tqdm(total=config.max_iters, initial=progress.iter_num, disable=hidden, unit="it")
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at, saved_s = progress.iter_num if progress.iter_num else -1, time.perf_counter()
     unlogged_s, unlogged, pending_check = 0.0, 0, None
+    pace = open_pace(run)
+    hidden = None if world.is_main_process else True  # None: disabled if stderr is not a terminal
+    how = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}" if config.minutes else None
+    bar = tqdm(total=config.max_iters, initial=pace.now, disable=hidden, unit="it", bar_format=how)
     logged_at = run.batches.tokens_before(progress.iter_num)  # tokens seen
     while True:
         # between iterations: evaluate, save, check whether to stop
         improved = False
-        last = progress.iter_num >= config.max_iters
-        if (progress.iter_num % config.eval_interval == 0 or last) and progress.val_loss is None:
+        last, due = pace.over, pace.evaluation_due(config.eval_interval)
+        if due and progress.val_loss is None:
+            began = time.perf_counter()
             improved = evaluate(run, stop, log)
             last = last or run.out_of_patience
+            world.raise_on_all_ranks(partial(pace.evaluated, time.perf_counter() - began))
         write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
-        for line in run_tasks(run, last, write, stop):
+        for line in run_tasks(run, due or last, write, stop):
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
         leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or last  # on all ranks at once
         late = 0 < config.save_minutes <= (time.perf_counter() - saved_s) / 60
-        due = is_time_to_save(run, improved) or (config.save_minutes > 0 and world.any_rank(late))
+        planned = is_time_to_save(run, improved, pace.passed(config.save_interval))
+        due = planned or (config.save_minutes > 0 and world.any_rank(late))
         if saved_at != progress.iter_num and (leaving or due):
             if pending_check:
                 pending_check()
@@ -422,10 +434,11 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
 
         # one iteration
         started = time.perf_counter()
+        pace.begin_iteration()
         # Batch ramp-up: gradients of smaller batches are noisier, so scale lr by the square root of the
         # batch size relative to the full one (Malladi et al. 2022).
         smaller = math.sqrt(run.batches.windows(progress.iter_num) / run.batches.full)
-        lr = smaller * learning_rate(config, progress.iter_num)
+        lr = smaller * learning_rate(config, pace.now)
         seed_dropout(machine, config.seed, progress.iter_num)
         batch = micro_batches(progress.iter_num)
         loss, grad_norm = take_step(model, run.optimizer, run.scaler, batch, lr, config.grad_clip)
@@ -438,31 +451,45 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
         progress.elapsed_s += took_s
         unlogged_s, unlogged = unlogged_s + took_s, unlogged + 1
         if is_logged:
-            read = run.batches.tokens_before(progress.iter_num + 1)
+            read, step_s = run.batches.tokens_before(progress.iter_num + 1), unlogged_s / unlogged
             log.step(
                 progress.iter_num,
-                step_s=unlogged_s / unlogged,
-                step_tokens=(read - logged_at) / unlogged,
                 tokens=read,
+                step_s=step_s,
+                speed=(read - logged_at) / unlogged_s,
                 lr=lr,
                 elapsed_s=progress.elapsed_s,
+                share=progress.share,
+                left_s=pace.left_s(step_s, config.eval_interval),
                 loss=float(loss),
                 grad_norm=float(grad_norm),
                 clipped=0 < config.grad_clip < float(grad_norm),
             )
             unlogged_s, unlogged, logged_at = 0.0, 0, read
-        progress.iter_num += 1
         progress.val_loss = None
-        bar.update()
+        pace.end_iteration(took_s, run.writer.took_s)
+        bar.update(pace.now - bar.n)
+        bar.set_postfix(log.state, refresh=False)
 
 
-def run_tasks(run: Run, last: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
+def open_pace(run: Run) -> Pace:
+    """Return the pace of the run: by iterations, or by time with --minutes."""
+    if run.config.minutes:
+        from nanogpt.pace.time_budget import TimeBudget
+
+        return TimeBudget(run.config, run.progress, run.batches, run.clock_s, run.machine.world)
+    if run.progress.ramp:  # resumed, and started with --minutes
+        run.batches.set_ramp(run.progress.ramp)
+    return Pace(run.config, run.progress)
+
+
+def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
     """Run eval tasks and sampling on rank 0 if due (in_training.py); yield the lines to print.
 
     Collective: call on all ranks, because sharded weights are gathered.
     """
     iter_num = run.progress.iter_num
-    if not run.in_training or not (last or iter_num % run.config.eval_interval == 0):
+    if not run.in_training or not due:
         return
     if run.machine.world.any_rank(run.in_training.due(iter_num)) and (model := gather_model(run)):
         model = model.to(run.machine.device)  # no-op unless gathered to the CPU
@@ -479,7 +506,9 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     if both is None:  # interrupted; a resumed run repeats this evaluation
         return False
     train, val = both
-    about = f"± {val.stderr:.4f}, {val.describe(run.dataset.bytes_per_token)}"
+    about = val.describe(run.dataset.bytes_per_token)
+    if val.stderr >= 0.00005:  # else 0.0000, or NaN, for a single sequence
+        about = f"± {val.stderr:.4f}, {about}"
     tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({about})")
     if log:
         log.evaluation(
@@ -490,6 +519,8 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
             val_stderr=val.stderr,
             **({"val_losses": val.parts} if val.parts else {}),
             elapsed_s=progress.elapsed_s,
+            share=progress.share,
+            peak_memory_bytes=run.machine.peak_memory(),
         )
     progress.val_loss = val.loss
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
@@ -509,15 +540,22 @@ def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
         raise Stopped(f"stopped by {by} at {place}; checkpoint saved, resume with --init_from=resume")
     if run.out_of_patience:
         print(f"early stopping: no improvement in {run.progress.stale} evaluations (--patience)")
-    print(metrics.gap(metrics.read(Path(run.config.out_dir))))
+    config = run.config
+    longer = f"--minutes={2 * config.minutes:g}" if config.minutes else f"--max_iters={2 * config.max_iters}"
+    rows, peak = metrics.read(Path(config.out_dir)), run.machine.peak_memory()
+    print(metrics.closing(config.out_dir, run.clock_s(), rows, peak, longer))
+    if config.minutes:
+        from nanogpt.pace.time_budget import repeated
+
+        print(f"the same schedule without a clock: {repeated(config, run.progress.iter_num)}")
 
 
-def is_time_to_save(run: Run, improved: bool) -> bool:
+def is_time_to_save(run: Run, improved: bool, interval_passed: bool) -> bool:
     """Return whether to save: on a new best, every save_interval or, by default, after evaluations."""
     config, progress = run.config, run.progress
     due = config.always_save_checkpoint and progress.val_loss is not None
     if config.save_interval:
-        due = progress.iter_num % config.save_interval == 0
+        due = interval_passed
     return progress.iter_num > 0 and (improved or due)
 
 
@@ -571,6 +609,7 @@ def save(run: Run) -> None:
     model, optimizer = gather_model(run), run.optimizer.state()
     state = {
         **asdict(run.progress),
+        "clock_s": run.clock_s(),
         "options": asdict(config),
         "scaler": run.scaler.state_dict(),
         "lora": lora_config(config),

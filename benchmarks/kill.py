@@ -46,7 +46,13 @@ from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.tokenizer import tokenizer, vocabulary
 
-CLOCK = {"step_s", "tokens_per_s", "elapsed_s"}  # time-dependent keys of rows and state.json
+CLOCK = {
+    "step_s",
+    "tokens_per_s",
+    "elapsed_s",
+    "clock_s",
+    "peak_memory_bytes",
+}  # time-dependent keys of rows and state.json
 
 
 @dataclass(frozen=True)

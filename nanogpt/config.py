@@ -11,12 +11,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from nanogpt.errors import SHARED, UserError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -209,14 +206,3 @@ def require_consistent(config: object, origins: Mapping[str, str]) -> None:
         error = UserError("\n       ".join(wrong))
         error.add_note(SHARED)
         raise error
-
-
-def non_defaults(config: "DataclassInstance", origins: dict[str, str]) -> list[str]:
-    """Return one line per option that differs from its default, with its source: from `origins`, else the
-    saved run that is resumed."""
-    rows = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            rows.append(f"  {field.name} = {value!r}  ({origins.get(field.name, 'saved run')})")
-    return rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from nanogpt import files
+from nanogpt import command, files
 from nanogpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,21 +30,25 @@ class Log:
         self._file = path.open("a", encoding="utf-8", newline="\n")
         self._tracker = tracker
         self._peak_share = peak_share
+        self.state: dict[str, float] = {}  # smoothed loss, validation loss and its change: the progress bar
 
     def step(
-        self, iter_num: int, *, step_s: float, step_tokens: float, tokens: int, loss: float, **values: Any
+        self, iter_num: int, tokens: int, step_s: float, speed: float, left_s: float, **values: Any
     ) -> None:
-        """Log iteration `iter_num`: `step_tokens` in `step_s` seconds; `tokens` is the total so far."""
-        speed = step_tokens / step_s
+        """Log iteration `iter_num`, of `step_s` seconds, at `speed` tokens per second; `tokens` is the total
+        so far, `left_s` the expected time to the end of the run."""
+        loss = values["loss"]
         line = f"iter {iter_num}: loss {loss:.4f}, time {step_s * 1000:.2f}ms, {speed:,.0f} tok/s"
         if self._peak_share:
             line += f", mfu {speed * self._peak_share:.1%}"
-        tqdm.write(line)
-        row = {"loss": loss, "step_s": step_s, "tokens_per_s": speed} | values
-        self._write("step", iter_num, tokens, row)
+        tqdm.write(f"{line}, {tqdm.format_interval(left_s)} left")
+        self.state["loss"] = 0.9 * self.state.get("loss", loss) + 0.1 * loss
+        self._write("step", iter_num, tokens, {"step_s": step_s, "tokens_per_s": speed} | values)
 
     def evaluation(self, iter_num: int, tokens: int, **values: Any) -> None:
         """Log an evaluation after `iter_num` iterations and `tokens`; printed by train.py."""
+        val_loss = values["val_loss"]
+        self.state |= {"val_loss": val_loss, "change": val_loss - self.state.get("val_loss", val_loss)}
         self._write("eval", iter_num, tokens, values)
 
     def tasks(self, iter_num: int, tokens: int, **values: Any) -> None:
@@ -108,7 +112,7 @@ def gap(rows: Iterable[Mapping[str, Any]]) -> str:
     line = f"best validation loss {best['val_loss']:.4f} at iteration {best['iter']}: {_losses(best)}"
     if last is not best:
         line += f"; at the end, iteration {last['iter']}: {_losses(last)}"
-        if last["train_loss"] < best["train_loss"]:
+        if last["train_loss"] < best["train_loss"] and evaluations.index(best) < len(evaluations) - 3:
             line += " (overfitting)"
     return line
 
@@ -116,3 +120,15 @@ def gap(rows: Iterable[Mapping[str, Any]]) -> str:
 def _losses(row: Mapping[str, Any]) -> str:
     train, val = row["train_loss"], row["val_loss"]
     return f"train {train:.4f}, val {val:.4f}, gap {val - train:+.4f}"
+
+
+def closing(out: str, took_s: float, rows: Iterable[Mapping[str, Any]], peak: int | None, longer: str) -> str:
+    """Return the last lines of a complete run: losses, time, peak memory in bytes, and the commands that come
+    next; `longer` is the option for more training."""
+    memory = f", {tqdm.format_sizeof(peak)}B of memory" if peak else ""
+    shown = f'"--out_dir={out}"' if " " in out else f"--out_dir={out}"
+    return (
+        f"{gap(rows)}\ntook {tqdm.format_interval(took_s)}{memory}\n"
+        f"sample from it:  {command('sample')} {shown}\n"
+        f"train it longer: {command('train')} {shown} --init_from=resume {longer}"
+    )

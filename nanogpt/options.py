@@ -6,7 +6,7 @@ needs. Nothing here imports torch, so that invalid options are rejected immediat
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from nanogpt.config import (
     FilePath,
@@ -18,6 +18,7 @@ from nanogpt.config import (
     UnitInterval,
 )
 
+SHORTEST = 0.1  # minutes
 Origins = Mapping[str, str]  # option -> where it was given ("--seed=1", "config/x.py")
 
 
@@ -39,6 +40,7 @@ class BatchOptions:
     batch_tokens: NonNegativeInt = 0  # tokens per iteration; 0: use gradient_accumulation_steps
     max_iters: PositiveInt = 600000  #: total iterations
     max_tokens: NonNegativeInt = 0  # total training tokens; 0: use max_iters
+    minutes: NonNegativeFloat = 0.0  #: total minutes, instead of max_iters; 0: use max_iters
     documents: Literal["stream", "rows", "masked"] = "stream"  # masked: isolate documents; rows: start at one
 
     @property
@@ -56,10 +58,14 @@ class BatchOptions:
             for tokens, other in (
                 ("batch_tokens", "gradient_accumulation_steps"),
                 ("max_tokens", "max_iters"),
+                ("minutes", "max_iters"),
+                ("minutes", "max_tokens"),
             )
             if getattr(self, tokens)
             and all(origins.get(name, "").startswith("--") for name in (tokens, other))
         ]
+        if 0 < self.minutes < SHORTEST:
+            wrong.append(f"minutes={self.minutes:g} is too short for start-up; give at least {SHORTEST}")
         if self.batch_size == "auto" or overruled(self, "batch_tokens", origins):
             return wrong
         micro = self.windows * self.block_size
@@ -75,10 +81,11 @@ class BatchOptions:
 
 
 def overruled(options: BatchOptions, name: str, origins: Origins) -> bool:
-    """Return whether the token count `name` is unset or overridden: a flag for its counterpart takes
+    """Return whether the token count or time `name` is unset or overridden: a flag for its counterpart takes
     precedence over a preset, so that --max_iters=10 shortens a preset with max_tokens."""
-    other = {"batch_tokens": "gradient_accumulation_steps", "max_tokens": "max_iters"}[name]
-    return not getattr(options, name) or origins.get(other, "").startswith("--")
+    others = {"batch_tokens": ("gradient_accumulation_steps",), "max_tokens": ("max_iters",)}
+    flags = [origins.get(other, "") for other in others.get(name, ("max_iters", "max_tokens"))]
+    return not getattr(options, name) or any(flag.startswith("--") for flag in flags)
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,9 @@ class DataOptions(BatchOptions):
     def in_iterations(self, origins: dict[str, str]) -> Self:
         """Return these options with batch_tokens and max_tokens resolved to accumulation steps and
         iterations. `origins` is updated in place."""
-        counted = self
-        if overruled(self, "batch_tokens", origins):
-            counted = replace(counted, batch_tokens=0)
-        if overruled(self, "max_tokens", origins):
-            counted = replace(counted, max_tokens=0)
+        names = ("minutes", "batch_tokens", "max_tokens")
+        unset: dict[str, Any] = {name: 0 for name in names if overruled(self, name, origins)}
+        counted = replace(self, **unset)
         if counted.batch_tokens:
             steps = counted.batch_tokens // (self.windows * self.block_size)
             counted = replace(counted, gradient_accumulation_steps=steps)

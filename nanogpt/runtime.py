@@ -98,6 +98,16 @@ class Machine:
                 f"--gradient_accumulation_steps (the same batch), or a smaller --block_size or model"
             ) from None
 
+    def peak_memory(self) -> int | None:
+        """Return the peak memory in bytes, of the GPU or else of this process; None on Windows."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if sys.platform == "win32":
+            return None
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
     def name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
@@ -191,8 +201,12 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def _named(device: torch.device, world: World) -> str:
-    several = f"{world.size} processes, " if world.size > 1 else ""
-    return several + ("all CPU cores" if device.type == "cpu" else device.type if several else str(device))
+    several = world.size > 1
+    name = device.type if several else str(device)  # one process is on one GPU, such as cuda:0
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        name = f"{threads} CPU thread{'s' * (threads > 1)}"
+    return f"{world.size} processes, {name}" if several else name
 
 
 def keep_freed_memory() -> None:

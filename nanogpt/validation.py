@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nanogpt.data.loader import Dataset, eval_batches
 from nanogpt.data.token_files import Tokens
@@ -21,7 +22,7 @@ ON_CPU = 2048  # minimum tokens per forward pass: 0.6x the time of 768 with 4 la
 @dataclass(frozen=True)
 class Evaluation:
     loss: float  # mean over tokens, in nats/token
-    stderr: float  # standard error of `loss`, over sequences
+    stderr: float  # standard error of `loss`, over sequences; NaN for a single sequence
     tokens: int
     parts: dict[str, float] = field(default_factory=dict)  # loss per dataset of a mixture
 
@@ -40,10 +41,11 @@ def evaluate(
     batches: Iterable[tuple[Tensor, ...]],
     machine: Machine,
     stopped: Callable[[], bool] = lambda: False,
+    n_batches: int | None = None,
 ) -> Evaluation | None:
     """Return the mean loss over all scored tokens of `batches`, or None if `stopped()` becomes true.
 
-    Collective: call on all ranks.
+    A progress bar of `n_batches` (None: unknown) appears after a second. Collective: call on all ranks.
     """
     was_training, compute = model.training, machine.in_dtype(model)
     running: Iterable[tuple[Tensor, ...] | None] = itertools.takewhile(lambda _: not stopped(), batches)
@@ -54,7 +56,8 @@ def evaluate(
         running = parallelize.in_step(model, batches, machine.world, stopped)
     model.eval()
     sums, counts = [], []
-    for batch in running:
+    hidden = None if machine.world.is_main_process else True  # None: disabled if stderr is not a terminal
+    for batch in tqdm(running, "evaluating", n_batches, leave=False, disable=hidden, delay=1, unit="batch"):
         machine.world.report_progress()
         if batch is None:
             compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
@@ -81,7 +84,8 @@ def evaluate(
         raise UserError("no target is scored: the evaluated sequences hold only prompts; use more text")
     loss = total / tokens
     spread = max(0.0, square / tokens - loss**2)  # variance between sequences, weighted by tokens
-    return Evaluation(loss, math.sqrt(spread / max(1, windows - 1)), int(tokens))
+    stderr = math.sqrt(spread / (windows - 1)) if windows > 1 else math.nan
+    return Evaluation(loss, stderr, int(tokens))
 
 
 def evaluate_splits(
@@ -109,7 +113,7 @@ def evaluate_splits(
         for tokens, split in zip(text, found, strict=True):
             share = machine.world.share
             batches = eval_batches(tokens, block_size, at_once, windows, machine.device, separator, share)
-            evaluation = evaluate(model, batches, machine, stopped)
+            evaluation = evaluate(model, batches, machine, stopped, -(-share(windows)[1] // at_once))
             if evaluation is None:
                 return None
             split.append(evaluation)

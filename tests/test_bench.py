@@ -39,7 +39,7 @@ def quick_matmul(monkeypatch):
 def test_prints_the_results(dataset, capsys):
     bench.main(replace(TINY, dataset=str(dataset)))
     out = capsys.readouterr().out
-    assert "machine: all CPU cores, float32" in out
+    assert "machine: 1 CPU thread, float32" in out
     assert f"data: {dataset}, vocabulary 10" in out
     assert "step: 2 x 2 x 8 = 32 tokens; 3 steps timed after 1" in out
     assert re.search(r"time: [\d.]+ ms/step \(10th to 90th percentile: [\d.]+ to [\d.]+\)", out)

@@ -62,7 +62,7 @@ def test_run_output_keys_and_lines(dataset, tmp_path, capsys):
     assert len(numbered) == 2
     for number, line in enumerate(numbered):
         loss, time = r"loss \d+\.\d{4}", r"time \d+\.\d\dms"
-        assert re.fullmatch(rf"iter {number}: {loss}, {time}, [\d,]+ tok/s(, mfu .*)?", line)
+        assert re.fullmatch(rf"iter {number}: {loss}, {time}, [\d,]+ tok/s(, mfu [^,]*)?, [\d:]+ left", line)
     evaluated = r"(?m)^step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4} "
     assert len(re.findall(evaluated, "\n".join(lines))) == 3
     assert f"saved {tmp_path / 'out' / 'step-000002'}" in lines
@@ -93,8 +93,8 @@ def test_old_run_resumes_with_the_losses_of_its_version(old_run, capsys):
     train.main(*load(train.Config, options))
     steps = [row["loss"] for row in metrics.read(old_run) if row["event"] == "step"]
     expected = [2.9915590286, 2.9739325047, 2.9768261909, 2.9258227348, 2.9360842705, 2.9300408363]
-    assert steps == pytest.approx(expected, abs=1e-5)
-    assert metrics.read(old_run)[-1]["val_loss"] == pytest.approx(2.9238834828, abs=1e-5)
+    assert steps == pytest.approx(expected, abs=1e-4)  # AVX2 and AVX-512 differ by 2e-5 after two updates
+    assert metrics.read(old_run)[-1]["val_loss"] == pytest.approx(2.9238834828, abs=1e-4)
     assert (old_run / "step-000006").is_dir()
 
 

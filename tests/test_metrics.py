@@ -22,10 +22,12 @@ class Recorder:
 def test_rows_console_lines_and_tracker(tmp_path, capsys):
     recorder = Recorder()
     log = metrics.Log(tmp_path / metrics.NAME, recorder, peak_share=1e-4)
-    log.step(3, step_s=0.05, step_tokens=100, tokens=400, loss=2.5, lr=1e-3)
+    log.step(3, step_s=0.05, speed=2000.0, tokens=400, left_s=3700, loss=2.5, lr=1e-3)
     log.evaluation(4, 400, val_loss=float("nan"))
     log.close()
-    assert capsys.readouterr().out == "iter 3: loss 2.5000, time 50.00ms, 2,000 tok/s, mfu 20.0%\n"
+    assert (
+        capsys.readouterr().out == "iter 3: loss 2.5000, time 50.00ms, 2,000 tok/s, mfu 20.0%, 1:01:40 left\n"
+    )
     step, evaluation = metrics.read(tmp_path)
     assert step == {
         "event": "step",

@@ -51,12 +51,12 @@ class StopAt:
     def __init__(self, monkeypatch, iteration):
         real, calls = train.is_time_to_save, 0
 
-        def save_or_kill(run, improved):
+        def save_or_kill(run, *how):
             nonlocal calls
             calls += 1
             if run.progress.iter_num == iteration:
                 raise KeyboardInterrupt  # same files on disk as after SIGKILL
-            return real(run, improved)
+            return real(run, *how)
 
         monkeypatch.setattr(train, "is_time_to_save", save_or_kill)
 

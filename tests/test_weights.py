@@ -49,7 +49,7 @@ def opened(name: Path | str, run: Path = Path("nowhere")):
 
 
 def test_finetuning_starts_from_the_weights_and_resumes(config, gpt2, tmp_path, capsys):
-    config = replace(config, init_from=str(gpt2), dropout=0.1)
+    config = replace(config, init_from=str(gpt2), dropout=0.1, verbose=True)
     train.main(config)
     out = capsys.readouterr().out
     assert f"n_layer = 2  ({gpt2})" in out and "bias = True" in out

@@ -9,11 +9,15 @@ highest valid step, the best is the valid one with the lowest `val_loss`. Nothin
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanogpt import files
 from nanogpt.errors import UserError
+
+if TYPE_CHECKING:
+    from nanogpt.options import BatchOptions
 
 FORMAT = "nanogpt-checkpoint-1"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -28,6 +32,13 @@ class Progress:
     best_val_loss: float | None = None
     val_loss: float | None = None  # of the current weights; None if not evaluated
     stale: int = 0  # evaluations since the best
+    share: float = 0.0  # fraction of the run completed, as of its schedule
+    clock_s: float = 0.0  # wall-clock time of earlier sessions, start-up and evaluations included
+    ramp: list[int] = field(default_factory=list)  # with --minutes: batch sizes of the ramp so far
+
+    def position(self, options: "BatchOptions") -> float:
+        """Return the position in the schedule: iter_num or, with --minutes, the share of max_iters."""
+        return self.share * options.max_iters if options.minutes else self.iter_num
 
 
 def steps(run: Path) -> list[Path]:

@@ -1,12 +1,18 @@
-"""Options of a resumed run: those saved, overridden by those given now."""
+"""Resuming: saved options, overridden by those given now; what has changed; folders of earlier runs."""
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nanogpt.checkpoint import Progress, reader
+from filelock import FileLock
+
+from nanogpt import files
+from nanogpt.checkpoint import Progress, reader, steps
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.errors import UserError
-from nanogpt.options import RunOptions
+from nanogpt.options import TrainOptions
 from nanogpt.usage import RENAMED
 
 # Options that a resumed run never inherits; all others come from the saved run unless given again.
@@ -14,7 +20,7 @@ NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"
 NOT_INHERITED |= {"rdzv_timeout_s", "hang_timeout_s", "parallel", "shard_size"}
 # Options that cannot change on resume, besides the model architecture.
 FIXED = {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}
-R = TypeVar("R", bound=RunOptions)
+R = TypeVar("R", bound=TrainOptions)
 
 
 def resume(
@@ -49,18 +55,6 @@ def resume(
     return config, resumed
 
 
-def progress_on(resumed: Checkpoint, content: dict[str, str], notices: list[str]) -> Progress:
-    """Return the progress of the run on data with these hashes. Report changed data; losses on another
-    validation text are not comparable, so the best one is reset."""
-    progress, saved = resumed.progress, resumed.state.get("data", content)
-    if changed := [split for split in content if saved.get(split) != content[split]]:
-        notices.append(f"note: the data has changed since the run was saved ({', '.join(changed)})")
-    if "val" in changed:
-        progress.best_val_loss = progress.val_loss = None
-        progress.stale = 0
-    return progress
-
-
 def inherit(
     config: R, origins: dict[str, str], saved: dict[str, Any], fresh: set[str]
 ) -> tuple[R, dict[str, tuple[Any, Any]]]:
@@ -74,3 +68,67 @@ def inherit(
     now = {key: getattr(config, key) for key in origins if key in old}
     differing = {key: (old[key], value) for key, value in now.items() if value != old[key]}
     return type(config)(**{**vars(config), **old, **now}), differing
+
+
+def restore_progress(
+    resumed: Checkpoint,
+    config: R,
+    content: dict[str, str],
+    environment: dict[str, Any],
+    learning_rate: Callable[[R, float], float],
+    notices: list[str],
+) -> Progress:
+    """Return the progress of the run; append to `notices` what has changed since it was saved: the data
+    (`content`: hash of each split), the learning rate, the machine.
+
+    Losses on another validation text are not comparable, so the best one is then reset. With --minutes the
+    share completed is that of the new number of minutes.
+    """
+    progress, saved = resumed.progress, resumed.state.get("data", content)
+    if changed := [split for split in content if saved.get(split) != content[split]]:
+        notices.append(f"note: the data has changed since the run was saved ({', '.join(changed)})")
+    if "val" in changed:
+        progress.best_val_loss = progress.val_loss = None
+        progress.stale = 0
+    old = {k: v for k, v in resumed.state["options"].items() if k in vars(config)}
+    before = replace(config, **old)
+    was = learning_rate(before, progress.position(before))
+    if before.minutes and config.minutes:
+        progress.share *= before.minutes / config.minutes
+    now = learning_rate(config, progress.position(config))
+    if not 0.99 * was <= now <= 1.01 * was:
+        end = old["lr_decay_iters"] or old["max_iters"]
+        notices.append(
+            f"note: the learning rate jumps from {was:.3g} to {now:.3g}, as the schedule has changed; "
+            f"--lr_decay_iters={end} keeps the old one"
+        )
+    if moved := resumed.moved(environment):
+        notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")
+    return progress
+
+
+def set_aside_newer(run: Path, iter_num: int) -> None:
+    """Rename checkpoints after `iter_num`, found damaged on resume, to `.damaged`, so that they are not taken
+    for the newest again."""
+    for path in steps(run):
+        if int(path.name[5:]) > iter_num:
+            target = path.with_name(f"{path.name}.damaged")
+            files.remove(target)
+            files.rename(path, target)
+
+
+def set_aside(run: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock, str]:
+    """Rename the folder `run`, held by `lock`, or delete it with `overwrite`; return the lock of a new one
+    and a notice to print."""
+    number = 1
+    while (aside := run.with_name(f"{run.name}.{number}")).exists():
+        number += 1
+    if os.name == "nt":  # Windows cannot rename a folder that contains an open file
+        lock.release()
+    files.rename(run, aside)
+    fresh = files.lock(run)
+    lock.release()
+    if overwrite:
+        files.remove(aside)
+        return fresh, f"replaced the run in {run}"
+    return fresh, f"moved the existing run in {run} to {aside}"

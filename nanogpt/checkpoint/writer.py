@@ -6,9 +6,10 @@ Until a write completes, the previous checkpoint remains the latest valid one.
 """
 
 import math
-import os
+import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from nanogpt import files
 from nanogpt.checkpoint import FILES, FORMAT, steps, val_loss
-from nanogpt.errors import Diverged
+from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT
 
+OF_A_RUN = ("config.json", "metrics.jsonl", "ckpt.pt")  # the last is nanoGPT's
 KEPT = 2  # number of newest checkpoints kept, besides the best
 SPARE = 1 << 28  # bytes of host memory to leave free when copying
 
@@ -100,23 +103,6 @@ def prune(run: Path) -> None:
             files.remove(doomed)
 
 
-def set_aside_newer(run: Path, iter_num: int) -> None:
-    """Rename checkpoints after `iter_num`, found damaged on resume, to `.damaged`, so that they are not taken
-    for the newest again."""
-    for path in steps(run):
-        if int(path.name[5:]) > iter_num:
-            target = path.with_name(f"{path.name}.damaged")
-            files.remove(target)
-            files.rename(path, target)
-
-
-def holds_run(folder: Path) -> bool:
-    """Return whether `folder` holds a run of this program or of nanoGPT (ckpt.pt)."""
-    return bool(steps(folder)) or any(
-        (folder / name).exists() for name in ("config.json", "metrics.jsonl", "ckpt.pt")
-    )
-
-
 def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[FileLock, str]:
     """Lock the folder `run` for a new run, or for one resumed at iteration `resumed_at`.
 
@@ -125,23 +111,28 @@ def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[
     another process holds the lock.
     """
     lock = files.lock(run)
-    if resumed_at is not None:
-        set_aside_newer(run, resumed_at)
-        return lock, f"resuming {run} at iteration {resumed_at}"
-    if not holds_run(run):
+    if not steps(run) and not any((run / name).exists() for name in OF_A_RUN):
         return lock, ""
-    number = 1
-    while (aside := run.with_name(f"{run.name}.{number}")).exists():
-        number += 1
-    if os.name == "nt":  # Windows cannot rename a folder that contains an open file
-        lock.release()
-    files.rename(run, aside)
-    fresh = files.lock(run)
-    lock.release()
-    if overwrite:
-        files.remove(aside)
-        return fresh, f"replaced the run in {run}"
-    return fresh, f"moved the existing run in {run} to {aside}"
+    from nanogpt.checkpoint import resume
+
+    if resumed_at is None:
+        return resume.set_aside(run, lock, overwrite)
+    resume.set_aside_newer(run, resumed_at)
+    return lock, f"resuming {run} at iteration {resumed_at}"
+
+
+def require_space(run: Path, n_params: int) -> str:
+    """Return the size of the folder `run` at most, with AdamW's two values per weight. Raise UserError if
+    less space is free."""
+    needed = 12 * n_params * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
+    free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free
+    size = f"{tqdm.format_sizeof(needed)}B"
+    if needed > free:
+        raise UserError(
+            f"checkpoints in {run} take up to {size}, but only {tqdm.format_sizeof(free)}B are free there; "
+            f"give --out_dir=PATH on another disk"
+        )
+    return f"run folder: {run}, up to {size}"
 
 
 class AsyncCheckpointer:
@@ -150,6 +141,7 @@ class AsyncCheckpointer:
         self._error: BaseException | None = None
         self._complete: list[Path] = []
         self._pinned: dict[str, Tensor] = {}  # pinned host buffers, reused (slow to allocate)
+        self.took_s = 0.0  # of the last write in the background
 
     @property
     def failed(self) -> bool:
@@ -187,9 +179,11 @@ class AsyncCheckpointer:
         return found
 
     def _write(self, content: Snapshot, run: Path) -> None:
+        started = time.perf_counter()
         try:
             path = content.write(run)
             self._complete.append(path)
+            self.took_s = time.perf_counter() - started
         except BaseException as error:  # raised in the main thread by `wait`
             self._error = error
 
