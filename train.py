@@ -132,8 +132,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             world.require_visible(Path(config.out_dir))
         run = world.raise_on_all_ranks(lambda: build(config, origins, world))
         config, run.started = run.config, started
-        given = dict.fromkeys(o for o in origins.values() if o.startswith("--") or o.endswith(".py"))
-        print(*run.notices, f"options: {' '.join(given) or 'defaults'}", sep="\n")
+        presets = dict.fromkeys(o for o in origins.values() if o.endswith(".py"))
+        flags = dict.fromkeys(o for o in origins.values() if o.startswith("--"))
+        print(*run.notices, f"options: {' '.join(presets | flags) or 'defaults'}", sep="\n")
         if config.verbose:
             from nanogpt.usage import non_defaults
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python adds only
 from nanogpt import command
 from nanogpt.config import FilePath, NonNegativeInt, read
 from nanogpt.errors import UserError, run_program
-from nanogpt.prepare import corpus
+from nanogpt.prepare import corpus, own_text
 
 
 @dataclass
@@ -53,7 +53,7 @@ def main(config: Config, paths: list[str]) -> None:
         [Path(path) for path in paths], Path(options.pop("out")), kind=options.pop("tokenizer"), **options
     )
     print("\n".join(summary.lines()))
-    print(command("train"), "config/quickstart.py", summary.option)
+    print(own_text.training_command(summary))
 
 
 def program() -> None:

@@ -4,6 +4,7 @@ From Python, `from nanogpt import load` loads a trained model (docs/generation.m
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 _PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (_PACKAGE / "programs").is_dir()  # from a wheel, which holds programs, presets and the page
+_BY_COMMAND = Path(sys.argv[0]).stem == "nanogpt"  # started by the command that an install provides
 ROOT = _PACKAGE / "programs" if INSTALLED else _PACKAGE.parent
 
 if TYPE_CHECKING:
@@ -31,9 +33,14 @@ def __getattr__(name: str) -> Any:
 
 def command(name: str) -> str:
     """Return what starts a program here: "train" is `python train.py`, "prepare shakespeare_char" is
-    `python data/shakespeare_char/prepare.py`; of an installed package `nanogpt train` and so on."""
-    if INSTALLED:
+    `python data/shakespeare_char/prepare.py`; with the installed command `nanogpt train` and so on."""
+    if INSTALLED or _BY_COMMAND:
         return f"nanogpt {name}"
     program, _, dataset = name.partition(" ")
     folder = Path("data", dataset) if program == "prepare" else Path()
     return f"python {(folder / program).as_posix()}.py"
+
+
+def quoted(option: str) -> str:
+    """Return an option as it must be typed: in quotes if it has a space."""
+    return f'"{option}"' if " " in option else option

@@ -1,8 +1,11 @@
-"""The `nanogpt` command: `nanogpt train ...` runs train.py, `nanogpt prepare NAME` data/NAME/prepare.py."""
+"""The `nanogpt` command: `nanogpt train ...` runs train.py, `nanogpt prepare NAME` data/NAME/prepare.py,
+`nanogpt novel.txt` trains on a text and samples.
+"""
 
 import difflib
 import runpy
 import sys
+from pathlib import Path
 
 from nanogpt import ROOT
 
@@ -20,9 +23,11 @@ PROGRAMS = {
 
 
 def main() -> None:
-    """Run the program that the first argument names, with the others as its arguments."""
+    """Run the program that the first argument names, with the others as its arguments; of a text: prepare it,
+    train on it and sample."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
+        print("nanogpt novel.txt [--minutes=5] [--option=value ...] trains on a text and samples")
         print("nanogpt PROGRAM [PRESET] [--option=value ...]; nanogpt PROGRAM --help lists its options\n")
         print(*(f"  nanogpt {program:<8} {about}" for program, about in PROGRAMS.items()), sep="\n")
         print("  nanogpt presets  list the presets of nanogpt train")
@@ -31,17 +36,30 @@ def main() -> None:
         for path in sorted((ROOT / "config").glob("*.py")):
             print(f"{path.stem:<36} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
         return
-    if name not in PROGRAMS:
+    if name in PROGRAMS:
+        start(name, *arguments)
+    elif Path(name).exists():
+        from nanogpt.errors import run_program
+        from nanogpt.prepare import own_text
+
+        run_program(lambda: own_text.train_and_sample([name, *arguments], start))
+    else:
         near = difflib.get_close_matches(name, [*PROGRAMS, "presets"], n=1)
         hint = f"did you mean {near[0]}?" if near else "nanogpt --help lists what there is"
-        print(f"error: unknown program {name!r}; {hint}", file=sys.stderr)
+        what = "no file or program" if "." in name or "/" in name else "unknown program"
+        print(f"error: {what} {name!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def start(name: str, *arguments: str) -> None:
+    """Run a program in this process, as `python train.py ...` does."""
+    words = list(arguments)
     path = ROOT / f"{name}.py"
     if name == "prepare":
         path = ROOT / "data" / "prepare.py"
-        if arguments and (ROOT / "data" / arguments[0] / "prepare.py").is_file():
-            path = ROOT / "data" / arguments.pop(0) / "prepare.py"
-    sys.argv = [str(path), *arguments]
+        if words and (ROOT / "data" / words[0] / "prepare.py").is_file():
+            path = ROOT / "data" / words.pop(0) / "prepare.py"
+    sys.argv = [str(path), *words]
     sys.path.insert(0, str(ROOT))  # bench.py imports train.py
     runpy.run_path(str(path), run_name="__main__")
 

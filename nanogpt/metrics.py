@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from nanogpt import command, files
+from nanogpt import command, files, quoted
 from nanogpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def closing(out: str, took_s: float, rows: Iterable[Mapping[str, Any]], peak: in
     """Return the last lines of a complete run: losses, time, peak memory in bytes, and the commands that come
     next; `longer` is the option for more training."""
     memory = f", {tqdm.format_sizeof(peak)}B of memory" if peak else ""
-    shown = f'"--out_dir={out}"' if " " in out else f"--out_dir={out}"
+    shown = quoted(f"--out_dir={out}")
     return (
         f"{gap(rows)}\ntook {tqdm.format_interval(took_s)}{memory}\n"
         f"sample from it:  {command('sample')} {shown}\n"

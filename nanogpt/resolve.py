@@ -94,6 +94,12 @@ def decide(
     require_consistent(config, origins)
     machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
     machine = replace(machine, casting=config.casting)
+    if Path(config.dataset).is_file():
+        from nanogpt.prepare import own_text
+
+        text = Path(config.dataset)
+        config = replace(config, dataset=str(own_text.folder_of([text])))
+        world.rank_zero_only(lambda: own_text.prepare([text]))
     dataset = open_data(config)
     shape = pick_fields(GPTConfig, config, vocab_size=dataset.vocab_size)
     division = None

@@ -130,14 +130,16 @@ def test_chinese_novel_becomes_character_tokens(name, real, tmp_path):
     lines = run.stdout.splitlines()
     assert f"tokenizer: char, vocab size: {len(set(text)):,}" in lines
     assert "newlines normalized to \\n" in lines
-    assert lines[-1] == f'python train.py config/quickstart.py "--dataset={out}"'
+    assert lines[-1] == f'python train.py config/quickstart.py "--dataset={out}" "--out_dir=out-{out.name}"'
     assert text_of(out) == text
 
 
 def test_paths_are_relative_to_the_working_directory(tmp_path):
     (tmp_path / "my.txt").write_text("some text " * 20, encoding="utf-8")
     run = prepare("prepare.py", "my.txt", "--out=data/mine", "--tokenizer=byte", cwd=tmp_path)
-    assert run.stdout.splitlines()[-1] == "python train.py config/quickstart.py --dataset=data/mine"
+    assert run.stdout.endswith(
+        "python train.py config/quickstart.py --dataset=data/mine --out_dir=out-mine\n"
+    )
     assert text_of(tmp_path / "data" / "mine") == "some text " * 20
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
-from nanogpt import command
 from nanogpt.config import FilePath, load
 from nanogpt.errors import UserError, run_program
-from nanogpt.prepare import corpus
+from nanogpt.prepare import corpus, own_text
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])  # of the base installation, even in a virtual environment
 LEFT_OUT = {
@@ -48,9 +47,8 @@ def main(config: Config) -> None:
         [STDLIB], Path(config.out or corpus.own_folder(__file__)), kind="char", keep=wanted
     )
     print("\n".join(summary.lines()))
-    print(
-        command("train"), "config/quickstart.py", summary.option if config.out else "--dataset=python_stdlib"
-    )
+    dataset = "" if config.out else "python_stdlib"
+    print(own_text.training_command(summary, on_gpu="quickstart.py", dataset=dataset))
 
 
 if __name__ == "__main__":

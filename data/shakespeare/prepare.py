@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
-from nanogpt import command
 from nanogpt.config import FilePath, load
 from nanogpt.errors import run_program
 from nanogpt.prepare.corpus import own_folder
@@ -25,8 +24,7 @@ class Config(ShakespeareOptions):
 
 
 def main(config: Config) -> None:
-    line = f"{command('train')} config/quickstart.py --out_dir=out-shakespeare"
-    prepare(config, own_folder(__file__), line, "gpt2", config.gpt2_bpe)
+    prepare(config, own_folder(__file__), "gpt2", {}, config.gpt2_bpe)
 
 
 if __name__ == "__main__":

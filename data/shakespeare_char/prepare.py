@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
-from nanogpt import command
 from nanogpt.config import load
 from nanogpt.errors import run_program
 from nanogpt.prepare.corpus import own_folder
@@ -25,8 +24,8 @@ class Config(ShakespeareOptions):
 
 
 def main(config: Config) -> None:
-    line = f"{command('train')} config/train_shakespeare_char.py"
-    prepare(config, own_folder(__file__), line, "char")
+    presets = {"on_cpu": "train_shakespeare_char_cpu.py", "on_gpu": "train_shakespeare_char.py"}
+    prepare(config, own_folder(__file__), "char", presets)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt import INSTALLED, files
+from nanogpt import INSTALLED, files, quoted
 from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import Stopped, UserError
 from nanogpt.prepare import analyze, encode, pool, readers, shards
@@ -75,8 +75,7 @@ class Summary:
     @property
     def option(self) -> str:
         """The --dataset option for train.py."""
-        quote = '"' if " " in str(self.out) else ""
-        return f"{quote}--dataset={self.out}{quote}"
+        return quoted(f"--dataset={self.out}")
 
     def lines(self) -> list[str]:
         train, val = self.meta["splits"]["train"], self.meta["splits"]["val"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt.prepare import corpus
+from nanogpt.prepare import corpus, own_text
 from nanogpt.tokenizer import download
 
 
@@ -14,9 +14,11 @@ class ShakespeareOptions:
     url: str = download.SHAKESPEARE_URL  # download URL
 
 
-def prepare(options: ShakespeareOptions, folder: Path, command: str, kind: str, gpt2_bpe: str = "") -> None:
+def prepare(
+    options: ShakespeareOptions, folder: Path, kind: str, presets: dict[str, str], gpt2_bpe: str = ""
+) -> None:
     """Write the dataset with a tokenizer of `kind` to `options.out` or `folder`; print a summary and the
-    training `command`.
+    command that trains on it, with one of `presets` (see own_text.training_command).
     """
     text = Path(options.input) if options.input else download.tiny_shakespeare(options.url)
     summary = corpus.prepare([text], Path(options.out or folder), kind=kind, gpt2_bpe=gpt2_bpe)
@@ -25,4 +27,5 @@ def prepare(options: ShakespeareOptions, folder: Path, command: str, kind: str, 
     print("\n".join(summary.lines()))
     if summary.texts.sources[0].sha256 != download.SHAKESPEARE_SHA256:
         print(f"note: {text} is not the usual tinyshakespeare.txt")
-    print(command, summary.option if options.out else f"--dataset={folder.name}")
+    dataset = "" if options.out else folder.name
+    print(own_text.training_command(summary, dataset=dataset, **presets))
