@@ -1,50 +1,69 @@
-"""Estimate parameters, memory, FLOPs, hours and cost of a run, without building a model or reading data.
+"""Estimate parameters, memory, disk space, time and cost of a run before it starts.
 
+    python plan.py config/train_shakespeare_char.py                       # on this machine
     python plan.py config/train_gpt2.py --gpu=A100 --gpus=8 --dollars_per_gpu_hour=1.3
-    python plan.py config/train_gpt2_xl.py --gpu=H100 --batch_size=4
-    python plan.py --n_layer=6 --n_embd=384 --n_head=6 --max_tokens=1e9
+    python plan.py config/finetune_shakespeare.py --gpu=RTX4090 --gpus=1 --lora_rank=8
     python plan.py config/train_gpt2_xl.py --gpu=H100 --scaling=True      # on 1 to 1,024 GPUs
 
 Accepts presets of train.py. Parameters and optimizer state are exact, activations within a few percent of
-torch's; hours are as accurate as --mfu, the fraction of data sheet FLOP/s that a run reaches: measure it
-with bench.py.
+torch's. Without --gpu the speed of this machine is measured, on some steps of the model or, if it is large,
+of two of its layers; with --gpu the hours are as accurate as --mfu, the fraction of data sheet FLOP/s that a
+run reaches: measure it with bench.py.
 """
 
+import io
+import math
+import statistics
 import sys
-from dataclasses import dataclass
-from typing import Annotated
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, cast
+
+import torch
 
 import train
+from nanogpt import ROOT, runtime
+from nanogpt.checkpoint import writer
 from nanogpt.config import (
+    FilePath,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     Range,
     UnitInterval,
+    load,
     pick_fields,
     read,
     require_consistent,
 )
+from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import chips
-from nanogpt.model import GPTConfig
-from nanogpt.options import BatchOptions, ModelOptions, OptimizerOptions
+from nanogpt.loss import default_loss_chunk_size
+from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
+from nanogpt.options import BatchOptions, FinetuneOptions, ModelOptions, OptimizerOptions, overruled
 from nanogpt.planning import comm_volume, estimate, scaling
 
 RECOMPUTED = "; activation checkpointing costs up to 25 % of the speed: --mfu must account for it"
+MEASURED = 2e12  # FLOPs of a step on a CPU; a larger model is measured on two layers and fewer sequences
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, BatchOptions):
+class Config(ModelOptions, OptimizerOptions, FinetuneOptions, BatchOptions):
     # the run
-    vocab_size: PositiveInt = 50257  # vocabulary size in tokens
+    init_from: FilePath = "scratch"  # gpt2 .. gpt2-xl or a path: the model has the shape of these weights
+    dataset: FilePath = "openwebtext"  # dataset whose vocabulary the model has, if it is prepared
+    out_dir: FilePath = "out"  # run folder: free disk space is checked there
+    vocab_size: NonNegativeInt = 0  # vocabulary size in tokens; 0: that of the weights or of the dataset
     batch_size: PositiveInt = 12  # sequences per micro-batch
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more FLOPs
-    loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: all
+    loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: all, automatic on a CPU
     # hardware
-    gpu: str = "A100"  # GPU model, a name in gpu/chips.py
-    gpus: PositiveInt = 8  # number of data-parallel GPUs, each with the whole model
-    gpu_memory: NonNegativeFloat = 0.0  # memory per GPU in GB (1e9 bytes); 0: do not check the fit
+    gpu: str = ""  # GPU model, a name in gpu/chips.py; empty: this machine
+    gpus: PositiveInt = 8  # number of data-parallel GPUs, each with the whole model; ignored without --gpu
+    gpu_memory: NonNegativeFloat = 0.0  # memory per GPU in GB (1e9 bytes); 0: as in gpu/chips.py
     mfu: Annotated[float, Range(0.001, 1)] = 0.4  # model FLOPs utilization, fraction of the peak
     dollars_per_gpu_hour: NonNegativeFloat = 0.0  # price in dollars; 0: do not print the cost
     # scaling (docs/scaling-arithmetic.md)
@@ -57,58 +76,191 @@ class Config(ModelOptions, OptimizerOptions, BatchOptions):
     shard_optimizer: bool = True  # ddp: shard the optimizer state over GPUs (ZeRO-1)
 
 
-def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Print the plan. Raise UserError for an invalid model shape or an unknown GPU."""
+def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] | None = None) -> None:
+    """Print the plan. `argv`: the command line, by which a measurement on this machine is configured.
+
+    Raise UserError for an invalid model shape, an unknown GPU or a full disk.
+    """
     origins = origins or {}
     require_consistent(config, origins)
-    shape = pick_fields(GPTConfig, config)
-    peak = chips.peak_flops(config.gpu)
-    if peak is None:
-        raise UserError(f"--gpu={config.gpu} is not known; expected one of {', '.join(chips.PEAK_FLOPS)}")
-    batch = config.batch_tokens or (
-        config.batch_size * config.gradient_accumulation_steps * config.block_size
-    )
-    tokens = batch * config.max_iters
-    if config.max_tokens and not origins.get("max_iters", "").startswith("--"):
-        tokens = config.max_tokens
-    found = estimate.parameters(shape)
-    need = estimate.memory(
-        shape,
-        config,
-        config.batch_size,
-        recompute=config.activation_checkpointing,
-        loss_chunk_size=config.loss_chunk_size,
-    )
-    cost = estimate.flops_per_token(shape)
-    hours = estimate.hours(tokens, cost, config.gpus, peak, config.mfu)
+    shape, notices = shape_of(config, origins)
+    found, model = estimate.parameters(shape), meta_model(config, shape)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cost = estimate.flops_per_token(shape) * (2 / 3 if config.lora_rank else 1)  # no gradients of weights
+    machine, used = None if config.gpu else runtime.setup("auto", "auto", shape.n_embd), None
+    if machine:
+        rate, used = measure(shape, argv or [])
+        gigabytes = memory_of(machine) / 1e9
+        how = f"here ({machine.reason})"
+    else:
+        chip = chips.find(config.gpu)
+        if chip is None:
+            raise UserError(f"--gpu={config.gpu} is not known; expected one of {', '.join(chips.CHIPS)}")
+        peak, gigabytes = chips.CHIPS[chip]
+        rate = config.gpus * peak * config.mfu / cost
+        how = f"on {config.gpus} {config.gpu} at {config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s"
+    need = memory(config, shape, trained, machine)
+    if used:
+        need = replace(need, buffers=max(0, used + need.weights + need.optimizer - need.total + need.buffers))
+    try:
+        room = writer.require_space(Path(config.out_dir), model)
+    except UserError as error:  # the run may be meant for another machine
+        room = f"note: {error}"
+    batch = config.batch_tokens or config.windows_per_update * shape.block_size
+    tokens = length(config, origins, batch, rate)
+    hours, total = tokens / rate / 3600, found.total - found.padding
+    long = f"{hours / 24:,.1f} days" if hours >= 1 else f"{hours * 60:,.1f} minutes"
     lines = [
-        f"parameters: {found.total - found.padding:,} ({found.embeddings + found.head:,} in padded token "
-        f"embeddings, {found.positions:,} in positions, {found.matrices + found.vectors:,} in blocks)",
-        f"memory per GPU: {need.total / 1e9:.2f} GB = weights {need.weights / 1e9:.2f} + gradients "
-        f"{need.gradients / 1e9:.2f} + optimizer {need.optimizer / 1e9:.2f} + bfloat16 copies "
-        f"{need.copies / 1e9:.2f} + activations of {config.batch_size} x {config.block_size:,} tokens about "
-        f"{need.activations / 1e9:.2f}" + RECOMPUTED * config.activation_checkpointing,
+        *notices,
+        f"parameters: {total:,} ({found.embeddings + found.head:,} in padded token "
+        f"embeddings, {found.positions:,} in positions, {found.matrices + found.vectors:,} in blocks)"
+        + f"; {trained:,} trained"
+        * (trained != found.total),
+        f"memory{' per GPU' * bool(config.gpu)}: {need.total / 1e9:.2f} GB = weights "
+        f"{need.weights / 1e9:.2f} + gradients {need.gradients / 1e9:.2f} + optimizer "
+        f"{need.optimizer / 1e9:.2f} + bfloat16 copies {need.copies / 1e9:.2f} + activations of "
+        f"{config.batch_size} x {shape.block_size:,} tokens about {need.activations / 1e9:.2f}"
+        + f" + program and checkpoint {need.buffers / 1e9:.2f}" * bool(need.buffers)
+        + RECOMPUTED * config.activation_checkpointing,
+        fit(config, shape, trained, machine, config.gpu_memory or gigabytes),
+        room,
         f"tokens: {tokens:,} in {-(-tokens // batch):,} iterations of {batch:,}; "
-        f"{tokens / max(1, found.total - found.padding):.1f} per parameter",
+        f"{tokens / max(1, total):.1f} per parameter",
         f"compute: {cost / 1e9:.3f} GFLOPs/token, {tokens * cost:.3g} FLOPs in total",
-        f"time: {hours:,.1f} hours ({hours / 24:,.1f} days) on {config.gpus} {config.gpu} at "
-        f"{config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s: {tokens / hours / 3600:,.0f} tokens/s",
+        f"time: {hours:,.1f} hours ({long}) {how}: {rate:,.0f} tokens/s",
     ]
     if config.dollars_per_gpu_hour:
-        dollars = hours * config.gpus * config.dollars_per_gpu_hour
+        dollars = hours * (config.gpus if config.gpu else 1) * config.dollars_per_gpu_hour
         lines.append(f"cost: ${dollars:,.0f} at ${config.dollars_per_gpu_hour:g} per GPU-hour")
-    if config.gpu_memory and need.total > config.gpu_memory * 1e9:
-        helps = need.total - need.activations < config.gpu_memory * 1e9
-        advice = "try a smaller --batch_size" if helps else "even with a smaller --batch_size"
-        lines.append(f"does not fit in {config.gpu_memory:g} GB: {advice}")
     if config.scaling:
-        lines += table(shape, config, setting_of(config, batch // config.block_size, peak))
+        lines += table(shape, config, setting_of(config, batch // shape.block_size))
     print("\n".join(lines))
 
 
-def setting_of(config: Config, windows: int, peak: float) -> scaling.Setting:
+def shape_of(config: Config, origins: dict[str, str]) -> tuple[GPTConfig, list[str]]:
+    """Return the shape of the model, from pretrained weights or from the options, and notes to print."""
+    if config.init_from not in ("scratch", "auto"):
+        from nanogpt.convert import weights
+
+        shape = GPT2_SIZES.get(config.init_from)  # needs no download
+        if not shape:
+            shape = weights.open_weights(config.init_from, ROOT, Path(config.out_dir)).config
+        block_size = config.block_size if "block_size" in origins else shape.block_size
+        return replace(shape, block_size=block_size, vocab_multiple=config.vocab_multiple), []
+    vocab_size, notices = config.vocab_size, []
+    if not vocab_size:
+        try:
+            folder = loader.find(config.dataset.partition(":")[0].partition(",")[0], ROOT)
+            vocab_size = loader.load(folder).vocab_size
+        except UserError as error:
+            vocab_size = GPTConfig.vocab_size
+            if config.dataset != Config.dataset:  # that has GPT-2's vocabulary
+                notices.append(f"note: GPT-2's vocabulary of {vocab_size:,} assumed, because {error}")
+    return pick_fields(GPTConfig, config, vocab_size=vocab_size), notices
+
+
+def meta_model(config: Config, shape: GPTConfig) -> GPT:
+    """Return the model without storage, with LoRA adapters and frozen parameters."""
+    from nanogpt.finetune import freeze, lora
+
+    with torch.device("meta"):
+        model = GPT(shape)
+        if config.lora_rank:
+            lora.adapt(model, lora.Adapters(config.lora_rank, config.lora_alpha, config.lora_targets))
+    if config.lora_rank or config.freeze or config.train_only:
+        freeze.choose_trained(model, config)
+    return model
+
+
+def memory(
+    config: Config, shape: GPTConfig, trained: int, machine: runtime.Machine | None, batch_size: int = 0
+) -> estimate.Memory:
+    """Estimate the memory on a GPU, or on this `machine`, with micro-batches of `batch_size` sequences."""
+    rows, chunk = batch_size or config.batch_size, config.loss_chunk_size
+    cpu = machine is not None and machine.device.type == "cpu"
+    if machine and cpu:
+        chunk = chunk or default_loss_chunk_size(
+            torch.device("cpu"), rows * shape.block_size, shape.vocab_size
+        )
+    need = estimate.memory(
+        shape,
+        config,
+        rows,
+        number_bytes=4 if machine and machine.dtype == "float32" else 2,
+        recompute=config.activation_checkpointing,
+        on_cpu=cpu,
+        loss_chunk_size=chunk,
+    )
+    total = estimate.parameters(shape).total
+    if trained != total:
+        adapters = trained if config.lora_rank else 0
+        need = replace(need, weights=4 * (total + adapters), gradients=4 * trained, optimizer=8 * trained)
+    if (
+        machine and cpu
+    ):  # the program itself, which has now loaded what training loads, and a copy for the checkpoint
+        need = replace(need, buffers=cast(int, machine.peak_memory()) + need.weights + need.optimizer)
+    return need
+
+
+def memory_of(machine: runtime.Machine) -> float:
+    """Return the memory of the device in bytes; of a CPU what is available."""
+    if machine.device.type == "cuda":
+        return torch.cuda.get_device_properties(machine.device).total_memory
+    return writer.free_memory() or math.inf
+
+
+def fit(
+    config: Config, shape: GPTConfig, trained: int, machine: runtime.Machine | None, gigabytes: float
+) -> str:
+    """Say whether the run fits in memory, and if not, the largest --batch_size that does."""
+    for rows in range(config.batch_size, 0, -1):
+        if memory(config, shape, trained, machine, rows).total <= gigabytes * 1e9:
+            how = "" if rows == config.batch_size else f", with --batch_size={rows}"
+            return f"fits in {gigabytes:.4g} GB: yes{how}"
+    return f"fits in {gigabytes:.4g} GB: no, not even with --batch_size=1"
+
+
+def length(config: Config, origins: dict[str, str], batch: int, rate: float) -> int:
+    """Return the tokens of the run; with --minutes, those that `rate` tokens per second allow."""
+    if not overruled(config, "minutes", origins):
+        return int(rate * config.minutes * 60)
+    return batch * config.max_iters if overruled(config, "max_tokens", origins) else config.max_tokens
+
+
+def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
+    """Return the tokens per second of train.py's step on this machine, and the peak memory in bytes.
+
+    A model of more than MEASURED FLOPs per step is measured with two layers, the rate is scaled by its FLOPs,
+    and the memory is None.
+    """
+    import bench
+
+    known = bench.Config.__dataclass_fields__
+    words = [w for w in argv if not w.startswith("--") or w[2:].partition("=")[0] in known]
+    config, _ = load(bench.Config, [*words, "--init_from=scratch"])
+    changed = {name: value for name, value in vars(shape).items() if name in known and name != "dropout"}
+    changed |= {"gradient_accumulation_steps": 1, "batch_tokens": 0, "batch_ramp_tokens": 0}
+    changed |= {"real_data": False, "compile": False}
+    config = replace(config, **changed)
+    flops, small = estimate.flops_per_token(shape), shape
+    if not torch.cuda.is_available() and flops * config.windows * config.block_size > MEASURED:
+        small = replace(shape, n_layer=min(2, shape.n_layer))
+        most = MEASURED / estimate.flops_per_token(small) / config.block_size
+        config = replace(config, n_layer=small.n_layer, batch_size=max(1, min(config.windows, int(most))))
+    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
+        timed = bench.Bench(config, Path(scratch))
+        timed.step()
+        seconds = statistics.median(timed.step()[0] for _ in range(3))
+    peak = timed.run.machine.peak_memory() if small is shape else None
+    return timed.tokens_per_step / seconds * estimate.flops_per_token(small) / flops, peak
+
+
+def setting_of(config: Config, windows: int) -> scaling.Setting:
     """Convert the options to a scaling.Setting, for batches of `windows` sequences."""
-    chip = next(chip for name, chip in scaling.CHIPS.items() if name in config.gpu)
+    name = chips.find(config.gpu) if config.gpu else None
+    if name not in scaling.CHIPS:
+        raise UserError(f"--scaling needs a --gpu with known links: {', '.join(scaling.CHIPS)}")
+    chip = scaling.CHIPS[name]
     if not config.network_gbits:
         raise UserError("--network_gbits=0 connects no nodes; give Gbit/s per GPU, such as 400 or 12.5")
     network = scaling.Network(
@@ -118,7 +270,7 @@ def setting_of(config: Config, windows: int, peak: float) -> scaling.Setting:
     return scaling.Setting(
         batch=windows,
         batch_size=config.batch_size,
-        peak=peak,
+        peak=chips.CHIPS[name][0],
         memory_bandwidth=chip.memory,
         network=network,
         gpus_per_node=config.gpus_per_node,
@@ -163,7 +315,7 @@ def table(shape: GPTConfig, rules: OptimizerOptions, setting: scaling.Setting) -
 
 def program() -> None:
     options = read(Config, sys.argv[1:], other_keys=frozenset(train.Config.__dataclass_fields__))
-    main(Config(**options.values), options.origins)
+    main(Config(**options.values), options.origins, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             print(f"{config.out_dir} was stopped early by --patience={config.patience}; raise it to resume")
             return
         tracker = open_tracker(run)  # before anything is written
-        print(writer.require_space(Path(config.out_dir), run.model.n_params()))
+        print(writer.require_space(Path(config.out_dir), run.model))
         if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             print(notice)
         kernels_in_use: AbstractContextManager[None] = nullcontext()

@@ -1,6 +1,9 @@
 """plan.py's estimates match real models and optimizers; presets have the sizes in their names."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,10 @@ import torch
 
 import plan
 import train
-from nanogpt import optim
+from nanogpt import metrics, optim
 from nanogpt.config import pick_fields, read
 from nanogpt.errors import UserError
+from nanogpt.gpu import chips
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.options import OptimizerOptions
 from nanogpt.planning import estimate
@@ -80,29 +84,35 @@ def test_presets_have_the_named_size_batch_and_length(name, millions):
 
 
 def test_plan_matches_train_py(capsys):
-    options = read(plan.Config, ["config/train_gpt2.py"], other_keys=OPTIONS)
+    options = read(plan.Config, ["config/train_gpt2.py", "--gpu=A100"], other_keys=OPTIONS)
     plan.main(plan.Config(**options.values), options.origins)
     said = capsys.readouterr().out
     assert "parameters: 124,337,664 " in said and "294,912,000,000 in 600,000 iterations of 491,520" in said
-    assert "cost" not in said and "does not fit" not in said
+    assert "cost" not in said and "fits in 80 GB: yes\n" in said
     per_token = 6 * (124_337_664 - 1024 * 768) + 12 * 12 * 768 * 1024
     hours = 294_912_000_000 * per_token / (8 * 312e12 * 0.4) / 3600
     assert f"time: {hours:,.1f} hours" in said
 
 
 def test_max_iters_flag_is_respected(capsys):
-    words = ["config/train_gpt2_xl.py", "--max_iters=10", "--dollars_per_gpu_hour=2", "--gpu_memory=24"]
+    words = [
+        "config/train_gpt2_xl.py",
+        "--gpu=A100",
+        "--max_iters=10",
+        "--dollars_per_gpu_hour=2",
+        "--gpu_memory=24",
+    ]
     options = read(plan.Config, words, other_keys=OPTIONS)
     plan.main(plan.Config(**options.values), options.origins)
     said = capsys.readouterr().out
     assert "5,242,880 in 10 iterations of 524,288" in said and "cost: $" in said
-    assert "does not fit in 24 GB: even with a smaller --batch_size" in said
-    plan.main(plan.Config(gpu_memory=11))
-    assert "try a smaller --batch_size" in capsys.readouterr().out
+    assert "fits in 24 GB: no, not even with --batch_size=1" in said
+    plan.main(plan.Config(gpu="A100", gpu_memory=11))
+    assert "fits in 11 GB: yes, with --batch_size=9" in capsys.readouterr().out
 
 
 def test_chunked_logits_are_estimated_per_chunk(capsys):
-    config = plan.Config(loss_chunk_size=2048, bias=True, batch_size=64, scaling=True)
+    config = plan.Config(gpu="A100", loss_chunk_size=2048, bias=True, batch_size=64, scaling=True)
     plan.main(config)
     said = capsys.readouterr().out
     need = estimate.memory(GPT2_SIZES["gpt2"], OptimizerOptions(), batch_size=64, loss_chunk_size=2048)
@@ -120,7 +130,7 @@ def test_activation_checkpointing_estimate_counts_block_inputs(capsys):
         found[activation_checkpointing] = estimate.memory(
             shape, rules, batch_size=12, recompute=activation_checkpointing
         )
-        plan.main(plan.Config(activation_checkpointing=activation_checkpointing, bias=True))
+        plan.main(plan.Config(gpu="A100", activation_checkpointing=activation_checkpointing, bias=True))
         said = capsys.readouterr().out
         assert f"about {found[activation_checkpointing].activations / 1e9:.2f}" in said
         assert ("activation checkpointing costs" in said) == activation_checkpointing
@@ -130,10 +140,10 @@ def test_activation_checkpointing_estimate_counts_block_inputs(capsys):
 
 
 def test_invalid_plans_are_rejected():
-    with pytest.raises(UserError, match="--gpu=Z80 is not known; expected one of A100, H100"):
+    with pytest.raises(UserError, match="--gpu=Z80 is not known; expected one of B200, H200"):
         plan.main(plan.Config(gpu="Z80"))
     with pytest.raises(UserError, match="n_embd=100 is not divisible by n_head=12"):
-        plan.main(plan.Config(n_embd=100))
+        plan.main(plan.Config(gpu="A100", n_embd=100))
 
 
 def test_documented_figures_match_plan_py(capsys):
@@ -148,3 +158,78 @@ def test_documented_figures_match_plan_py(capsys):
         said = capsys.readouterr().out
         assert f"memory per GPU: {gigabytes} GB" in said, preset
         assert f"time: {hours} hours" in said and f"cost: ${dollars} " in said, preset
+
+
+# ----------------------------------------------------------------------------- the preset as it is
+
+
+def said(capsys, *words: str) -> str:
+    options = read(plan.Config, list(words), other_keys=OPTIONS)
+    plan.main(plan.Config(**options.values), options.origins, list(words))
+    return capsys.readouterr().out
+
+
+def test_pretrained_weights_give_the_shape(capsys):
+    words = [str(ROOT / "config" / "finetune_shakespeare.py"), "--gpu=RTX4090", "--gpus=1"]
+    out = said(capsys, *words)
+    assert "parameters: 1,557,611,200 " in out and "fits in 24 GB: no" in out
+    with torch.device("meta"):
+        model = GPT(GPT2_SIZES["gpt2-xl"])
+    linear = [m for n, m in model.named_modules() if n.rpartition(".")[2] in ("c_attn", "c_proj")]
+    adapters = sum(8 * sum(module.weight.shape) for module in linear)
+    out = said(capsys, *words, "--lora_rank=8")
+    assert f"; {adapters:,} trained" in out and "fits in 24 GB: yes\n" in out
+    assert float(re.search(r"gradients ([\d.]+)", out)[1]) == pytest.approx(4 * adapters / 1e9, abs=0.01)
+
+
+def test_vocabulary_of_the_dataset_counts(capsys, dataset, tmp_path):
+    preset = str(ROOT / "config" / "train_shakespeare_char.py")
+    out = said(capsys, preset, f"--dataset={dataset}", "--gpu=A100")
+    assert "parameters: 10,6" in out and "note" not in out
+    out = said(capsys, preset, f"--dataset={tmp_path / 'none'}", "--gpu=A100")
+    assert out.startswith("note: GPT-2's vocabulary of 50,257 assumed, because no dataset at")
+
+
+@pytest.mark.parametrize("name", ["RTX4090", "NVIDIA GeForce RTX 4090", "rtx 4090", "RTX-4090"])
+def test_chips_are_found_by_their_usual_names(name):
+    assert chips.find(name) == "RTX 4090" and chips.peak_flops(name) == 165e12
+
+
+def test_similar_chip_names_are_told_apart():
+    names = ["A100-SXM4-40GB", "A100-SXM4-80GB", "NVIDIA A10", "A10G", "L4", "L40S", "RTX 4070 Ti", "RTX4060"]
+    expected = ["A100 40GB", "A100", "A10", "A10G", "L4", "L40S", "RTX 4070 Ti", "RTX 4060"]
+    assert [chips.find(name) for name in names] == expected
+    assert chips.find("Radeon") is None and len(chips.CHIPS) >= 20
+
+
+def test_plan_of_this_machine_predicts_peak_memory_and_tokens(dataset, tmp_path):
+    """Both programs run on their own, because their peak memory is that of a whole process."""
+    shape = (
+        "--n_layer=4 --n_head=4 --n_embd=256 --block_size=128 --batch_size=16 --gradient_accumulation_steps=1"
+    )
+    given = [*shape.split(), f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--max_iters=6"]
+
+    def output(program, *words):
+        command = [sys.executable, str(ROOT / program), *given, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    planned = output("plan.py")
+    assert "here (" in planned and "fits in" in planned and "run folder: " in planned
+    output("train.py", "--eval_interval=2", "--eval_iters=1", "--device=cpu")
+    used = max(row.get("peak_memory_bytes", 0) for row in metrics.read(tmp_path / "out"))
+    assert float(re.search(r"memory: ([\d.]+) GB", planned)[1]) == pytest.approx(used / 1e9, rel=0.1)
+
+
+def test_minutes_give_the_tokens(capsys, dataset):
+    shape = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2"]
+    out = said(capsys, *shape, f"--dataset={dataset}", "--minutes=2")
+    tokens = int(re.search(r"tokens: ([\d,]+)", out)[1].replace(",", ""))
+    rate = int(re.search(r"([\d,]+) tokens/s", out)[1].replace(",", ""))
+    assert tokens == pytest.approx(120 * rate, rel=0.01) and "(2.0 minutes) here" in out
+
+
+def test_too_little_disk_space_is_noted(capsys, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    out = said(capsys, "--gpu=A100")
+    assert "note: checkpoints in out take up to 5.97GB, but only 1.00GB are free there" in out

@@ -188,7 +188,7 @@ def test_required_network_bandwidth_of_a_model():
 
 
 def test_link_data_of_every_gpu_is_complete():
-    assert set(scaling.CHIPS) == set(chips.PEAK_FLOPS)
+    assert set(scaling.CHIPS) < set(chips.CHIPS)
 
 
 # ----------------------------------------------------------------------------- plan.py
@@ -207,7 +207,7 @@ def test_plan_prints_a_table_and_its_assumptions(capsys):
     assert rows[3].count(" / ") == 5 * 2 and "fewer than one sequence per GPU" in rows[-1]
     assert "360 GB/s within its node of 8 and 11.2 GB/s between nodes" in said and "ZeRO-1" in said
     with pytest.raises(UserError, match="--network_gbits=0 connects no nodes"):
-        plan.main(plan.Config(scaling=True, network_gbits=0))
+        plan.main(plan.Config(gpu="H100", scaling=True, network_gbits=0))
 
 
 def test_documented_figures_match_plan_py(capsys):

@@ -121,10 +121,11 @@ def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[
     return lock, f"resuming {run} at iteration {resumed_at}"
 
 
-def require_space(run: Path, n_params: int) -> str:
+def require_space(run: Path, model: GPT) -> str:
     """Return the size of the folder `run` at most, with AdamW's two values per weight. Raise UserError if
     less space is free."""
-    needed = 12 * n_params * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
+    each = sum((12 if weight.requires_grad else 4) * weight.numel() for weight in model.parameters())
+    needed = each * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
     free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free
     size = f"{tqdm.format_sizeof(needed)}B"
     if needed > free:
