@@ -3,6 +3,7 @@ parallelism.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -94,6 +95,10 @@ def decide(
     require_consistent(config, origins)
     machine = runtime.setup(config.device, config.dtype, config.n_embd, world)
     machine = replace(machine, casting=config.casting)
+    if machine.device.type == "cuda" or config.dtype == "bfloat16" or shutil.which("nvidia-smi"):
+        from nanogpt.gpu import availability
+
+        notices += availability.notes(machine, config.device)
     if Path(config.dataset).is_file():
         from nanogpt.prepare import own_text
 

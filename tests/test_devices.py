@@ -1,5 +1,6 @@
 """Devices that this machine does not have: what would run on them, by tensors without values."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from nanogpt import optim, runtime, validation
+from nanogpt.errors import UserError
+from nanogpt.gpu import availability
 from nanogpt.inference import sampling
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
@@ -73,3 +76,86 @@ def test_auto_takes_the_cpu_of_a_mac_and_says_how_to_get_its_gpu(monkeypatch):
     machine = runtime.setup("auto", "auto", 16)
     assert machine.device.type == "cpu" and "--device=mps" in machine.reason
     assert runtime.find_device("mps").type == "mps"
+
+
+# ----------------------------------------------------------------------------- GPUs that stay unused
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Pretend that two GPUs are there; return a function that sets what torch says of them."""
+
+    def claim(capability=(8, 0), architectures=("sm_80", "sm_90", "compute_120"), count=2):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+        return Machine(torch.device("cuda"), "float32", "")
+
+    return claim
+
+
+@pytest.mark.parametrize(
+    ("capability", "supported"),
+    [((7, 0), False), ((7, 5), False), ((8, 0), True), ((8, 6), True), ((9, 0), True), ((10, 0), False)],
+)
+def test_gpu_without_kernels_in_this_build_is_an_error_that_names_one(cuda, capability, supported):
+    machine = cuda(capability, ("sm_80", "sm_90a"))
+    if supported:
+        assert availability.notes(machine, "cuda") == []
+        return
+    with pytest.raises(UserError, match=r"Tesla V100 \(compute capability .* install one for an older CUDA"):
+        availability.notes(machine, "cuda")
+
+
+def test_ptx_runs_on_later_gpus(cuda):
+    cuda((12, 0))
+    assert availability.supports(0) and not availability.supports(0, ["sm_90", "compute_121"])
+
+
+def test_idle_gpus_are_mentioned(cuda):
+    (note,) = availability.notes(cuda(), "auto")
+    assert "1 of 2 GPUs is used; for all: torchrun --standalone --nproc_per_node=2" in note
+    assert not availability.notes(cuda(), "cuda:1") and not availability.notes(cuda(), "auto", several=False)
+    assert not availability.notes(cuda(count=1), "auto")
+
+
+def test_gpu_that_torch_cannot_use_is_explained(monkeypatch):
+    monkeypatch.setattr(availability.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    cpu = Machine(torch.device("cpu"), "float32", "")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "this build of PyTorch is for CPUs only" in availability.notes(cpu, "auto")[0]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "driver is probably too old for CUDA 13.0" in availability.notes(cpu, "auto")[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES hides it" in availability.notes(cpu, "auto")[0]
+    assert availability.notes(cpu, "cpu") == []
+
+
+def test_emulated_bfloat16_is_reported_with_a_measured_factor(monkeypatch):
+    monkeypatch.setattr(availability, "has_bfloat16", lambda device: False)
+    (note,) = availability.notes(Machine(torch.device("cpu"), "bfloat16", ""), "auto")
+    assert re.search(r"emulates bfloat16: a matmul takes \d+\.\d times as long", note)
+
+
+@pytest.mark.parametrize(("visible", "chosen"), [("3", "cuda:0"), (None, "cuda:1")])
+def test_one_visible_gpu_per_process_is_cuda_0(monkeypatch, visible, chosen):
+    """As Slurm does with --gpus-per-task=1."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    real = runtime.find_device
+    monkeypatch.setattr(runtime, "find_device", lambda name: asked.append(name) or real(name))
+    world = SimpleNamespace(size=2, local_rank=1)
+    if chosen == "cuda:1":
+        with pytest.raises(UserError, match="only 1 GPUs"):
+            runtime.setup("auto", "float32", 64, world)
+    else:
+        assert runtime.setup("auto", "float32", 64, world).device == torch.device("cuda:0")
+    assert asked == ["auto", chosen]

@@ -10,6 +10,7 @@ model.score("To be, or not to be").perplexity
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,6 +193,11 @@ def load(
         notice(line)
     tokens = found.open_tokenizer()
     machine = runtime.setup(device, "bfloat16" if dtype == "int8" else dtype, found.config.n_embd)
+    if machine.device.type == "cuda" or dtype == "bfloat16" or shutil.which("nvidia-smi"):
+        from nanogpt.gpu import availability
+
+        for line in availability.notes(machine, str(device), several=False):
+            notice(line)
     if dtype == "int8":
         if machine.device.type != "cpu":
             raise UserError(
