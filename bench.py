@@ -39,7 +39,7 @@ from nanogpt.world import World
 @dataclass(frozen=True)
 class Config(train.Config):
     # timing
-    steps: PositiveInt = 20  #: number of timed steps
+    steps: PositiveInt = 20  #: number of timed steps; by default fewer on a CPU, in a minute
     warmup_steps: NonNegativeInt = 10  #: number of untimed steps before them
     profile: bool = False  #: afterwards, profile 3 steps with torch.profiler
     trace: FilePath = "bench_trace.json"  #: Chrome trace file of --profile, for chrome://tracing or Perfetto
@@ -55,6 +55,7 @@ class Config(train.Config):
 
 
 PROFILED_STEPS = 3
+CPU_S = 45.0  # seconds after which a CPU takes no more steps, unless --steps is given
 MEASURED_STEPS = 3  # timed steps of --comm
 
 
@@ -68,13 +69,22 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
                 communicate(config, world)
             return
         runtime.require_one_process()
+        on_cpu = runtime.find_device(config.device).type == "cpu"
+        if on_cpu and origins is not None and "batch_size" not in origins:
+            print("on a CPU: --batch_size=1")
+            config = replace(config, batch_size=1)
         bench = Bench(config, Path(scratch), origins)
         how = attention_kernels.chosen(config.attention, config.deterministic)
         with bench.run.machine.memory_errors(), how:
             print(bench.describe())
-            count = config.warmup_steps + config.steps
-            timings = np.array([bench.step() for _ in trange(count, disable=None, leave=False)])
-            report(bench, *timings[config.warmup_steps :].T)
+            timings, began = [], time.perf_counter()
+            for _ in trange(config.warmup_steps + config.steps, disable=None, leave=False):
+                timings.append(bench.step())
+                late = on_cpu and "steps" not in (origins or {}) and time.perf_counter() - began > CPU_S
+                if late and len(timings) > 1:
+                    break
+            untimed = min(config.warmup_steps, len(timings) // 3) if late else config.warmup_steps
+            report(bench, *np.array(timings[untimed:]).T)
             if config.profile:
                 profile(bench, Path(config.trace))
 
@@ -120,7 +130,7 @@ class Bench:
         return self.run.batches.full * self.config.block_size
 
     def describe(self) -> str:
-        config, chosen, data = self.config, self.run.config, self.run.dataset
+        chosen, data = self.run.config, self.run.dataset
         return "\n".join(
             [
                 f"machine: {self.run.machine.reason}",
@@ -128,7 +138,7 @@ class Bench:
                 f"model: {self.run.model.n_params():,} parameters",
                 *self.run.notices,
                 f"step: {chosen.gradient_accumulation_steps} x {chosen.batch_size} x {chosen.block_size} "
-                f"= {self.tokens_per_step:,} tokens; {config.steps} steps timed after {config.warmup_steps}",
+                f"= {self.tokens_per_step:,} tokens",
             ]
         )
 
@@ -277,7 +287,8 @@ def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
     cost = bench.run.model.flops_per_token()
     achieved = cost * bench.tokens_per_step / median
     side, possible = matmul_speed(machine)
-    print(f"time: {median * 1e3:.2f} ms/step (10th to 90th percentile: {low * 1e3:.2f} to {high * 1e3:.2f})")
+    spread = f"10th to 90th percentile: {low * 1e3:.2f} to {high * 1e3:.2f}"
+    print(f"time: {median * 1e3:.2f} ms/step ({len(step_s)} steps, {spread})")
     print(f"speed: {bench.tokens_per_step / median:,.0f} tokens/s")
     print(f"waiting for data: {wait_s.sum() / step_s.sum():.2%} of the time")
     print(

@@ -41,8 +41,8 @@ def test_prints_the_results(dataset, capsys):
     out = capsys.readouterr().out
     assert "machine: 1 CPU thread, float32" in out
     assert f"data: {dataset}, vocabulary 10" in out
-    assert "step: 2 x 2 x 8 = 32 tokens; 3 steps timed after 1" in out
-    assert re.search(r"time: [\d.]+ ms/step \(10th to 90th percentile: [\d.]+ to [\d.]+\)", out)
+    assert "step: 2 x 2 x 8 = 32 tokens" in out
+    assert re.search(r"time: [\d.]+ ms/step \(3 steps, 10th to 90th percentile: [\d.]+ to [\d.]+\)", out)
     assert re.search(r"speed: [\d,]+ tokens/s\nwaiting for data: [\d.]+% of the time", out)
     assert re.search(r"TFLOP/s, [\d.]+% of a 2048 x 2048 matmul in float32 here \(0.1 TFLOP/s\)", out)
     assert "MFU" not in out  # CPUs are not in the data sheet table
@@ -187,3 +187,14 @@ def test_missing_infiniband_is_reported(tmp_path, monkeypatch):
     assert "adapters here: mlx5_0" in comm_bench.advice("nccl", 2)[0]
     monkeypatch.setenv("NCCL_IB_DISABLE", "1")
     assert "plain sockets" in comm_bench.advice("nccl", 2)[0]
+
+
+def test_default_on_a_cpu_ends_in_a_minute(monkeypatch, capsys):
+    """Single sequences, and no more steps once the time is over."""
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "device": "cpu", "real_data": False}
+    monkeypatch.setattr(bench, "CPU_S", 0.0)
+    bench.main(bench.Config(**small, vocab_size=100), {})
+    out = capsys.readouterr().out
+    assert "on a CPU: --batch_size=1" in out and "step: 1 x 1 x 16" in out and "ms/step (2 steps" in out
+    bench.main(bench.Config(**small, vocab_size=100, steps=3, batch_size=2), {"steps": "", "batch_size": ""})
+    assert "ms/step (3 steps" in capsys.readouterr().out
