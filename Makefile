@@ -8,14 +8,13 @@ help:  ## show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: .venv/installed data/python_stdlib/train.bin  ## train a small GPT on Python's sources, sample, plot
-	@echo "--- Training a small GPT on Python source code (about 1 minute on 2 cores)."
+	@echo "--- Training a small GPT on Python source code for one minute."
 	@$(BIN)/python train.py config/quickstart.py --overwrite
 	@echo "--- Generating 3 samples:"
 	@$(BIN)/python sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=400
 	@echo "--- Plotting the loss curves."
 	@$(BIN)/python plot.py $(OUT)
-	@echo "--- Done. To train on your own text: $(BIN)/python data/prepare.py PATH --out=data/mine, then"
-	@echo "    $(BIN)/python train.py config/quickstart.py --dataset=data/mine --out_dir=out-mine"
+	@echo "--- Done. To train on your own text, in five minutes: $(BIN)/nanogpt novel.txt"
 
 data/python_stdlib/train.bin: | .venv/installed
 	@echo "--- Preparing the dataset: the source code of Python's standard library."

@@ -11,7 +11,7 @@ out_dir = "out-quickstart"
 dataset = "python_stdlib"
 
 eval_interval = 50
-eval_iters = 30
+eval_iters = 15
 log_interval = 10
 
 gradient_accumulation_steps = 1

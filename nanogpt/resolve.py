@@ -71,7 +71,7 @@ class Setup(Generic[C]):
             )
         length = f"{iters:,} iterations, {times}"
         if self.config.minutes:
-            length = f"{self.config.minutes:g} minutes"
+            length = f"minutes: {self.config.minutes:g}"
         divided = f"parallel: {self.division.why}\n" if self.division else ""
         return (
             f"machine: {self.machine.reason}\n{divided}"

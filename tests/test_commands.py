@@ -36,6 +36,7 @@ TINY = {
     "train.py": f"{SMALL} --max_iters=2 --eval_iters=1 --warmup_iters=1 --lr_decay_iters=2 --device=cpu",
     "sample.py": "--num_samples=2 --max_new_tokens=5 --device=cpu",
     "eval.py": "--device=cpu --limit=5",
+    "plan.py": SMALL,
     "bench.py": "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --device=cpu --steps=3 --warmup_steps=1",
     "data/shakespeare_char/prepare.py": "--input=input.txt",
     "data/shakespeare/prepare.py": "--input=input.txt",
@@ -114,13 +115,20 @@ def clone(tmp_path_factory):
 def needs_merges(command: str) -> bool:
     """Return whether the command encodes or decodes GPT-2 tokens; training on token ids does not."""
     return bool(
-        re.search(r"(shakespeare|openwebtext)/prepare|sample\.py( --start=FILE|$)|xl --start", command)
+        re.search(
+            r"(shakespeare|openwebtext)/prepare|sample\.py( --start=FILE|$)|gpt2(-xl)? --start|"
+            r"out-shakespeare --num",
+            command,
+        )
     )
 
 
 def run(command: str, folder: Path) -> str:
-    program = next(word for word in shlex.split(command) if word.endswith(".py"))
+    command = re.sub(r" --minutes=\S+", "", command)  # --max_iters is appended
+    program = next((word for word in shlex.split(command) if word.endswith(".py")), "train.py")
     launcher, *words_given = shlex.split(command) + shlex.split(TINY.get(program, ""))
+    if launcher == "nanogpt":
+        words_given = ["-m", "nanogpt", *words_given]
     if launcher == "torchrun":  # one sequence per rank for 8 ranks
         words_given = ["-m", "torch.distributed.run", *words_given, "--gradient_accumulation_steps=4"]
     done = subprocess.run(
@@ -164,7 +172,7 @@ def commands_in(document: str) -> list[str]:
     text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(r"(python|torchrun) ", line)]
+    return [line for line in lines if re.match(r"(python|torchrun|nanogpt) ", line)]
 
 
 PAGES = [
@@ -185,6 +193,9 @@ PARSERS = {
 def test_documented_commands_have_valid_options(page, command):
     """Programs, options and presets exist; the commands of README are run below."""
     given = shlex.split(command)
+    if given[0] == "nanogpt":
+        read(train.Config, given[2:])
+        return
     program = next(word for word in given if word.endswith(".py"))
     given = given[given.index(program) + 1 :]
     assert (ROOT / program).is_file()

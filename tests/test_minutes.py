@@ -53,7 +53,7 @@ def test_run_ends_on_time_at_the_floor_of_the_rate_evaluated_and_saved(config, c
     assert saved["iter_num"] == len(steps) and saved["share"] == 1
     assert saved["clock_s"] == pytest.approx(300, abs=15)
     said = capsys.readouterr().out
-    assert "5 minutes" in said and f"--max_iters={len(steps)} --warmup_iters=" in said
+    assert "; minutes: 5\n" in said and f"--max_iters={len(steps)} --warmup_iters=" in said
     assert (
         f"train it longer: python train.py --out_dir={config.out_dir} --init_from=resume --minutes=10" in said
     )

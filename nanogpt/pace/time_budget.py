@@ -86,6 +86,6 @@ def repeated(options: object, iterations: int) -> str:
     known = vars(options)
     flags = [f"--max_iters={iterations}"]
     for name in ("warmup_iters", "lr_decay_iters", "batch_ramp_tokens"):
-        if known[name]:
+        if known[name] and (known["decay_lr"] or name == "batch_ramp_tokens"):
             flags.append(f"--{name}={round(known[name] * iterations / known['max_iters'])}")
     return " ".join(flags)
