@@ -13,6 +13,7 @@ While train.py is training the run, the page plots its loss curves. See docs/ser
 import gc
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -46,6 +47,7 @@ class Config:
     # network
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all interfaces (clients need a token)
     port: Annotated[int, Range(0, 65535)] = 8000  # 0: any free port
+    public_address: str = ""  # address of a proxy or tunnel in front: https://gpt.example; empty: none
     token: str = ""  # bearer token; visible in process lists, so prefer NANOGPT_TOKEN
     # limits
     slots: PositiveInt = 16  # completions generated concurrently
@@ -71,12 +73,14 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     token = config.token or os.environ.get(TOKEN, "") or ("" if local else secrets.token_urlsafe(24))
     if not token.isascii() or any(character.isspace() for character in token):
         raise UserError(f"the token (--token or {TOKEN}) must be ASCII without whitespace")
+    if config.public_address and not re.fullmatch(r"https?://[^/\s]+/?", config.public_address):
+        raise UserError(f"--public_address={config.public_address}: write it like https://gpt.example")
     with bind(config.host, config.port) as listener:
         port = listener.getsockname()[1]
         served = open_model(config)
         cpu_kernels.release_threads()  # computation moves to the scheduler's thread
         served.scheduler.start()
-        app = build(served, port=port, local=local, token=token)
+        app = build(served, port=port, local=local, token=token, address=config.public_address)
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # no access log
         settings = uvicorn.Config(
             app,

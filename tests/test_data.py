@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import sample
+import train
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from tests.conftest import write_dataset
+from tests.conftest import small_run, write_dataset
 
 CPU = torch.device("cpu")
 
@@ -128,11 +130,48 @@ def test_pickle_with_code_is_rejected_and_not_executed(bare_tokens, tmp_path, wr
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("itos", [{0: 1, 1: 2}, {0: "ab", 1: "c"}, {0: "a", 1: "a"}, {0: b"a", 1: "b"}])
+@pytest.mark.parametrize("itos", [{0: 1, 1: 2}, {0: "ab", 2: "c"}, {0: "a", 1: "a"}, {0: b"a", 1: "b"}])
 def test_pickle_without_a_character_table_is_reported(bare_tokens, itos):
     (bare_tokens / "meta.pkl").write_bytes(pickle.dumps({"itos": itos}))
     with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table of characters: "):
         loader.load(bare_tokens)
+
+
+@pytest.mark.parametrize("size", [0, -3, 1 << 40, 2.5, "300", None, [300]])
+def test_vocabulary_sizes_that_cannot_be_are_reported(bare_tokens, size):
+    (bare_tokens / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": size}))
+    with pytest.raises(UserError, match=r"meta\.pkl is not nanoGPT's table of characters: "):
+        loader.load(bare_tokens)
+
+
+NOTES = [f"note{i}" for i in range(300)]
+TABLES = {
+    "size": {"vocab_size": 300},
+    "words": {"vocab_size": 300, "itos": dict(enumerate(NOTES)), "stoi": {n: i for i, n in enumerate(NOTES)}},
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_own_token_ids_train_and_sample(tmp_path, table, capsys):
+    """nanoGPT's way for a vocabulary that is not text: MIDI, chess moves, word lists."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "meta.pkl").write_bytes(pickle.dumps(TABLES[table]))
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 3000), ("val", 500)):
+        draw.integers(0, 300, count).astype("<u2").tofile(folder / f"{split}.bin")
+    train.main(small_run(folder, tmp_path / "out", max_iters=2, eval_iters=1, batch_size=4))
+    names = ["note3", "note17"] if table == "words" else ["3", "17"]
+    capsys.readouterr()
+    given = {"out_dir": str(tmp_path / "out"), "num_samples": 1, "max_new_tokens": 5, "device": "cpu"}
+    sample.main(sample.Config(**given, start=" ".join(names)))
+    shown = capsys.readouterr().out.split("---")[0].split()
+    known = set(NOTES) if table == "words" else {str(i) for i in range(300)}
+    assert shown[:2] == names and len(shown) == 7 and set(shown) <= known
+    sample.main(sample.Config(**given))  # the default prompt is a newline
+    assert set(capsys.readouterr().out.split("---")[0].split()) <= known
+    with pytest.raises(UserError, match="'x' is not a token; there are 300: "):
+        sample.main(sample.Config(**given, start="x"))
 
 
 @pytest.mark.parametrize("name", ["eval", "getattr", "print", "__import__", "bytearray"])

@@ -180,9 +180,27 @@ def test_public_address_requires_a_token(out):
         assert public.ask("/v1/completions", {"prompt": "a"}, allowed)[0] == 200
         assert public.ask("/v1/models", headers=allowed | {"Host": "my-machine:8000"})[0] == 200
         assert public.ask("/v1/models", headers=allowed | {"Origin": "http://evil.example"})[0] == 403
+        behind = {"Host": "gpt.example", "Origin": "https://gpt.example", "Sec-Fetch-Site": "same-origin"}
+        asked = {"prompt": "a", "max_tokens": 1}
+        assert public.ask("/v1/completions", asked, allowed | behind)[0] == 200  # a proxy adds TLS
+        status, content = public.ask("/v1/completions", asked, allowed | behind | {"Host": "inner:8000"})
+        assert status == 403 and "--public_address=https://gpt.example" in str(content)
         assert public.ask("/health")[0] == public.ask("/")[0] == 200
     with serving(out, "--host=0.0.0.0") as public:  # a token is generated if none is given
         assert len(public.line.split()[2].partition("#token=")[2]) >= 32
+
+
+def test_address_of_a_tunnel_is_accepted_in_addition(out):
+    asked, page = {"prompt": "a", "max_tokens": 1}, {"Sec-Fetch-Site": "same-origin"}
+    with serving(out, "--public_address=https://gpt.example/") as server:
+        own = f"127.0.0.1:{server.port}"
+        for host in (own, "gpt.example"):
+            headers = page | {"Host": host, "Origin": "https://gpt.example"}
+            assert server.ask("/v1/completions", asked, headers)[0] == 200
+        assert server.ask("/v1/completions", asked, page | {"Host": own, "Origin": f"http://{own}"})[0] == 200
+        for other in ("https://gpt.example.evil", "http://gpt.example", "https://evil.example", "null"):
+            assert server.ask("/v1/completions", asked, page | {"Host": own, "Origin": other})[0] == 403
+        assert server.ask("/v1/completions", asked, {"Host": "evil.example"})[0] == 403
 
 
 def streamed(server, **fields) -> socket.socket:

@@ -1,5 +1,6 @@
 """Files of other programs: nanoGPT's meta.pkl, read without executing code; llm.c's tokens; NumPy arrays."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
+
+MOST_TOKENS = 1 << 24  # of a vocabulary of which only the size is known
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -18,18 +21,26 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def tokenizer_of(path: Path) -> str:
-    """Convert nanoGPT's meta.pkl to tokenizer.json text. Raise UserError if it is not a character table."""
+    """Convert nanoGPT's meta.pkl to tokenizer.json text: a table of characters, of longer tokens, or only the
+    size of the vocabulary. Raise UserError if it is none of these."""
     try:
         with path.open("rb") as file:
-            itos = _PlainUnpickler(file).load()["itos"]
-        characters = [itos[i] for i in range(len(itos))]
-        if len(set(characters)) != len(itos) or any(
-            not isinstance(c, str) or len(c) != 1 for c in characters
-        ):
-            raise ValueError("its entries are not distinct single characters")
-        return vocabulary.of_characters(characters)
+            meta = _PlainUnpickler(file).load()
+        named = "itos" in meta
+        if not named and not 0 < meta["vocab_size"] <= MOST_TOKENS:
+            raise ValueError(f"vocab_size = {meta['vocab_size']}")
+        itos = meta["itos"] if named else {i: str(i) for i in range(meta["vocab_size"])}
+        tokens = [itos[i] for i in range(len(itos))]
+        if len(set(tokens)) != len(tokens) or not all(isinstance(token, str) and token for token in tokens):
+            raise ValueError("its entries are not distinct texts")
+        if named and all(len(token) == 1 for token in tokens):
+            return vocabulary.of_characters(tokens)
+        names = [token if not token.isspace() else repr(token) for token in tokens]
+        return json.dumps({"format": vocabulary.FORMAT, "type": "ids", "tokens": names}) + "\n"
     except (pickle.UnpicklingError, ValueError, KeyError, TypeError, EOFError, IndexError) as error:
         raise UserError(f"{path} is not nanoGPT's table of characters: {error}") from None
+    except (AttributeError, MemoryError, OverflowError) as error:
+        raise UserError(f"{path} is not nanoGPT's table of characters: {error!r}") from None
 
 
 def header(path: Path) -> tuple[np.dtype, int, int]:

@@ -91,6 +91,8 @@ def _row(line: bytes, number: int, text_key: str) -> str | BadRow:
     prompt, plus, response = text_key.partition("+")
     if plus and body is None:
         body = text_files.pair(row, prompt, response)
+    if plus and body is None and isinstance(row, dict) and row.get(response) == "":
+        return BadRow(number, f"has an empty `{response}`; remove the row, or skip all such with --skip_bad")
     if not isinstance(body, str):
         keys = f'"{prompt}": "...", "{response}": "..."' if plus else f'"{text_key}": "..."'
         return BadRow(number, f"has no string `{text_key}`; each line must be like {{{keys}}}{_others(row)}")

@@ -37,13 +37,19 @@ SECURITY_HEADERS = [
 class Guard:
     """Wraps an app: rejects forbidden requests, limits body sizes and adds security headers."""
 
-    def __init__(self, app: App, *, port: int, local: bool, token: str, public: frozenset[str]):
+    def __init__(
+        self, app: App, *, port: int, local: bool, token: str, public: frozenset[str], address: str = ""
+    ):
         """`local`: accept only loopback names as Host, else any. `token`: bearer token; "": not required.
-        `public`: paths that need no token."""
+        `public`: paths that need no token. `address`: that of a proxy or tunnel, such as https://gpt.example,
+        whose page and host are accepted too."""
         self._app = app
         self._hosts = {f"{name}:{port}" for name in LOOPBACK} if local else set()
         if local and port == 80:
             self._hosts |= set(LOOPBACK)
+        self._address = address.lower().rstrip("/")
+        if self._hosts and address:
+            self._hosts.add(self._address.partition("://")[2])
         self._token = token
         self._public = public
 
@@ -80,9 +86,17 @@ class Guard:
         if not host or (self._hosts and host not in self._hosts):
             expected = " or ".join(sorted(self._hosts)) or "a value"
             raise Refusal(403, f"Host is {host[:80]!r}, expected {expected}", code="forbidden_host")
-        origin = headers.get(b"origin")
-        if origin is not None and origin.decode("latin-1").lower() != f"{scope['scheme']}://{host}":
-            raise Refusal(403, "cross-origin requests are not allowed", code="forbidden_origin")
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        pages = {f"{scope['scheme']}://{host}", self._address}
+        if not self._hosts:  # reachable from elsewhere, perhaps through a proxy with TLS
+            pages.add(f"https://{host}")
+        if b"origin" in headers and origin not in pages:
+            raise Refusal(
+                403,
+                f"the page is at {origin[:80]!r}, the server at {host[:80]!r}: cross-origin requests are not "
+                f"allowed; behind a proxy or tunnel, start with --public_address={origin[:80]}",
+                code="forbidden_origin",
+            )
         if headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
             raise Refusal(403, "cross-origin requests are not allowed", code="forbidden_origin")
         if scope["method"] not in ("GET", "HEAD", "POST"):

@@ -34,8 +34,10 @@ SHORT = 1 << 14  # bytes; shorter requests are parsed in the event loop
 PUBLIC = frozenset([*PAGE, "/health"])  # reveal nothing about the model
 
 
-def build(served: Served, *, port: int, local: bool, token: str) -> Callable[..., Awaitable[None]]:
-    """Return the ASGI app. `port`, `local`, `token`: see Guard. Closes the running scheduler on shutdown."""
+def build(
+    served: Served, *, port: int, local: bool, token: str, address: str = ""
+) -> Callable[..., Awaitable[None]]:
+    """Return the ASGI app. Closes the running scheduler on shutdown. For the options see Guard."""
     routes = _Routes(served)
 
     @asynccontextmanager
@@ -74,7 +76,7 @@ def build(served: Served, *, port: int, local: bool, token: str) -> Callable[...
         with suppress(ClientDisconnect):
             await guarded(scope, receive, send_counted)
 
-    guarded = Guard(app, port=port, local=local, token=token, public=PUBLIC)
+    guarded = Guard(app, port=port, local=local, token=token, public=PUBLIC, address=address)
     return counted
 
 

@@ -15,6 +15,7 @@ from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 Encode = Callable[[str], Any]  # -> ids, a list or an array
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+LONGEST = 1000  # characters of a word that a BPE learns from; longer ones are cut
 TRIAL = 1 << 18  # characters for which the fast encoder is checked against the slow one
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -152,7 +153,10 @@ def train(texts: Iterable[str], size: int) -> str:
     except ImportError:
         raise UserError("--tokenizer=bpe:SIZE needs a package: pip install tokenizers") from None
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Learning takes time quadratic in the length of a word: DNA and the like are cut.
+    cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(rf"\S{{{LONGEST}}}"), "isolated")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([cut, words])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
@@ -161,4 +165,5 @@ def train(texts: Iterable[str], size: int) -> str:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return tokenizer.to_str()

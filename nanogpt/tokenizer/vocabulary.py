@@ -38,6 +38,10 @@ def identify(text: str, name: str = "tokenizer.json") -> Identity:
         elif kind == "gpt2":  # without "merges": loaded by load_gpt2 when needed
             if "merges" in value and sha256_of(value["merges"]) != GPT2_SHA256:
                 raise ValueError("its merges are not GPT-2's")
+        elif kind == "ids":  # of data prepared elsewhere: a size, or names of several characters
+            content = value["tokens"]
+            if not all(isinstance(name, str) and name and not name.isspace() for name in content):
+                raise ValueError("its tokens are not all texts")
         elif kind != "byte":
             raise ValueError(f"type {kind!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
