@@ -30,13 +30,15 @@ class Config:
     hub: str = ""  # NAME[:CONFIG[:SPLIT]][@REVISION] of a Hugging Face dataset, streamed
     text_key: str = "text"  # text field of JSONL or column; prompt+response: loss on the response only
     encoding: str = ""  # encoding of text files, if not UTF-8, UTF-16 or GB18030
+    split_at: str = ""  # mark between documents of a text: '<|endoftext|>', line, blank_line; empty: none
     skip_bad: bool = False  # skip and count unreadable rows
     # tokenizer
     tokenizer: FilePath = "auto"  # char, byte, gpt2, bpe:SIZE (trained here), PATH/tokenizer.json; auto: char
     lossy: bool = False  # accept a tokenizer.json that loses characters of the text
     gpt2_bpe: FilePath = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
     # split
-    val_fraction: float = 0.1  # fraction of the text for validation
+    val: FilePath = ""  # validation texts: a file, folder or pattern; empty: a fraction of the texts
+    val_fraction: float = 0.1  # fraction of the text for validation, without --val
     seed: NonNegativeInt = 0  # seed of the choice of validation documents
     # execution and file layout
     workers: NonNegativeInt = 0  # encoding processes; 0: one per core if the text is large

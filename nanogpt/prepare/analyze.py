@@ -23,6 +23,8 @@ class Options:
     kind: str = "auto"  # char, byte, gpt2, bpe:SIZE, a tokenizer.json, or auto: char for small alphabets
     val_fraction: float = 0.1  # fraction of the documents, or of each if there are few, for validation
     seed: int = 0  # seed of the choice of validation documents
+    val: str = ""  # text files for validation, instead of a fraction
+    split_at: str = ""  # mark between the documents of a text file; line, blank_line
     encoding: str = ""  # encoding of text files; empty: detect
     gpt2_bpe: str = ""  # path of GPT-2's vocab.bpe
     hub: str = ""  # NAME[:CONFIG[:SPLIT]][@REVISION] of a Hugging Face dataset
@@ -39,8 +41,10 @@ class Options:
         return "+" in self.text_key
 
 
-def look(texts: Texts, wanted: Options) -> tuple[Split, bool]:
+def look(texts: Texts, wanted: Options, val_from: int = -1) -> tuple[Split, bool]:
     """Return the split, and whether there are several documents. Raise UserError if a split would be empty.
+
+    `val_from`: index of the first source of val, if the splits are given.
 
     Rows are read only until it is known whether there are few documents.
     """
@@ -55,6 +59,8 @@ def look(texts: Texts, wanted: Options) -> tuple[Split, bool]:
             refuse_bad(result, rows, wanted)
             if len(found) >= FEW:
                 break
+    if val_from >= 0:
+        return Split(wanted.val_fraction, wanted.seed, val_from=val_from), len(found) > 2  # one in each
     split = Split(wanted.val_fraction, wanted.seed, few=len(found) < FEW and not wanted.pairs)
     if split.few:
         characters = sum(document.characters for document in found)
@@ -118,7 +124,7 @@ def learnt(size: int, texts: Texts, job: Job, wanted: Options) -> tokenizer.Toke
 
 def reading(wanted: Options) -> readers.Reading:
     words = wanted.kind not in ("auto", "char", "byte")
-    return readers.Reading(wanted.text_key, lambda chunks: encode.parts(chunks, words))
+    return readers.Reading(wanted.text_key, lambda chunks: encode.parts(chunks, words), wanted.split_at)
 
 
 # ----------------------------------------------------------------------------- progress and messages

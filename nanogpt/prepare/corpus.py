@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,13 +21,14 @@ from typing import Any
 from nanogpt import INSTALLED, files, quoted
 from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import Stopped, UserError
-from nanogpt.prepare import analyze, encode, pool, readers, shards
+from nanogpt.prepare import analyze, encode, pool, readers, shards, text_files
 from nanogpt.prepare.analyze import Options, counted
 from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.shards import SPLITS
-from nanogpt.prepare.text_files import Texts, find
+from nanogpt.prepare.text_files import Source, Texts, find
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.gpt2 import load_gpt2
+from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # train.bin is published last
 LARGE_ALPHABET = 20_000  # distinct characters from which --tokenizer=auto uses bytes
@@ -71,6 +73,7 @@ class Summary:
     bytes_by_default: bool  # --tokenizer=auto chose bytes because the alphabet is large
     in_both: int  # val documents that are also in train
     resumed: bool
+    notes: list[str]
 
     @property
     def option(self) -> str:
@@ -105,9 +108,12 @@ class Summary:
         if self.counts.bad_rows:
             shown = "; ".join(self.counts.bad_shown)
             lines.append(f"skipped {counted(self.counts.bad_rows, 'broken row')}: {shown}")
-        return lines + _skipped(self.texts)
+        return lines + self.notes + _skipped(self.texts)
 
     def _split(self) -> str:
+        if self.split.val_from >= 0:
+            sources, first = self.texts.sources, self.split.val_from
+            return f"train is {_names(sources[:first])}, val is {_names(sources[first:])}"
         if self.split.few:
             text = f"the first {1 - self.split.val_fraction:.4g} of each document is train, the rest val"
             return text + (f"; {counted(self.in_both, 'duplicate document')}" if self.in_both else "")
@@ -136,8 +142,8 @@ def prepare(
     """
     wanted = Options(**options)
     given = _given_tokenizer(wanted, out)
-    texts = _find(paths, out, keep, wanted)
-    split, several = analyze.look(texts, wanted)
+    texts, val_from, notes = _splits(_find(paths, out, keep, wanted), wanted, out)
+    split, several = analyze.look(texts, wanted, val_from)
     large = wanted.hub or sum(source.bytes for source in texts.sources) >= LARGE_TEXT
     workers = wanted.workers or (pool.cores() if large else 0)
     job = Job(
@@ -161,14 +167,67 @@ def prepare(
         require_lossless(texts, given, wanted)
     job = replace(job, tokenizer=tokenizer.to_text(given))
     meta, counts, in_both, resumed = _write(texts, job, given, out, wanted, workers)
-    return Summary(out, texts, split, given, meta, counts, alphabet, by_default, in_both, resumed)
+    return Summary(out, texts, split, given, meta, counts, alphabet, by_default, in_both, resumed, notes)
+
+
+def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[str]]:
+    """Return the sources, those of val last, the index of the first of val, and notes; -1: no splits given.
+
+    With --val its files are val. Otherwise files named train, valid or val, and test, are the splits of that
+    name, if all are named so; test is left out. With --split_at, text files hold several documents.
+    """
+    notes, val_from = [], -1
+    if wanted.val:
+        val_from = len(texts.sources)
+        val = _find([Path(wanted.val)], out, lambda file: True, wanted)
+        known = {source.sha256 for source in texts.sources}
+        if both := [source.name for source in val.sources if source.sha256 in known]:
+            raise UserError(f"--val={wanted.val}: {both[0]} is also a training text; give another")
+        texts = Texts(texts.sources + val.sources, texts.skipped + val.skipped)
+    else:
+        roles = [_role(source.path.stem) for source in texts.sources]
+        if "train" in roles and len(set(roles)) > 1 and None not in roles:
+            parts: dict[str | None, list[Source]] = {}
+            for role, source in zip(roles, texts.sources, strict=True):
+                parts.setdefault(role, []).append(source)
+            val_from = len(parts["train"]) if "val" in parts else -1
+            texts = Texts(parts["train"] + parts.get("val", []), texts.skipped)
+            if "test" in parts:
+                notes.append(f"not used, because named as test data: {_names(parts['test'])}")
+    plain = [source for source in texts.sources if source.kind == "text"]
+    if wanted.split_at:
+        if not plain:
+            raise UserError(f"--split_at={wanted.split_at} is for text files, and there are none; omit it")
+        marked = [replace(s, kind="marked", document=None) if s in plain else s for s in texts.sources]
+        texts = Texts(marked, texts.skipped)
+    for source in [] if wanted.split_at else plain:
+        chunks = text_files.decoded(source.path, source.encoding, source.mark, lambda count: None)
+        if END_OF_TEXT in next(chunks, ""):
+            notes.append(
+                f"note: {source.name} contains {END_OF_TEXT}, which is read as ordinary text; "
+                f"--split_at='{END_OF_TEXT}' makes it the end of a document"
+            )
+    return texts, val_from, notes
+
+
+def _role(stem: str) -> str | None:
+    """Return the split that a file name stands for: train, val, test or None."""
+    word = re.split(r"[^a-z]", stem.lower())[0]
+    return {"training": "train", "valid": "val", "validation": "val", "dev": "val"}.get(
+        word, word if word in ("train", "val", "test") else None
+    )
+
+
+def _names(sources: list[Source]) -> str:
+    shown = ", ".join(source.name for source in sources[:3])
+    return shown + (f" and {len(sources) - 3:,} more" if len(sources) > 3 else "")
 
 
 def require_lossless(texts: Texts, encoder: tokenizer.Tokenizer, wanted: Options) -> None:
     """Raise UserError if the tokenizer loses characters of the beginning of a file (unknown ones, case,
     line ends), which its library drops silently."""
     for source in texts.sources if not wanted.pairs else []:
-        piece = next(readers.pieces([source], readers.Reading(wanted.text_key)), None)
+        piece = next(readers.pieces([source], analyze.reading(wanted)), None)
         if not piece:
             continue
         rows = [piece.content] if source.kind == "text" else readers.rows(piece, source.kind, wanted.text_key)
@@ -316,6 +375,7 @@ def _sameness(texts: Texts, encoder: tokenizer.Tokenizer, job: Job, wanted: Opti
         "split": asdict(job.split),
         "shard_tokens": wanted.shard_tokens,
         "text_key": wanted.text_key,
+        "split_at": wanted.split_at,
         "cuts": [encode.PIECE, readers.text_files.BLOCK],
         "sources": [[s.name, s.kind, s.encoding, s.bytes, s.sha256] for s in texts.sources],
     }

@@ -36,9 +36,12 @@ class Split:
     val_fraction: float
     seed: int = 0
     few: bool = False  # too few documents to choose from: cut each in two
+    val_from: int = -1  # index of the first source of val, if the splits were given; -1: they were not
 
-    def train_length(self, document: Document) -> int:
-        """Return how many characters of the document, from its start, go to train."""
+    def train_length(self, document: Document, source: int = 0) -> int:
+        """Return how many characters of a document of `source`, from its start, go to train."""
+        if self.val_from >= 0:
+            return 0 if source >= self.val_from else sys.maxsize
         if self.few:
             return int(document.characters * (1 - self.val_fraction))
         key = int.from_bytes(document.exact[:8], "big")
@@ -102,7 +105,7 @@ def encode(piece: Piece) -> Encoded:
     folded = []
     for body, offset, document in bodies(piece, result):
         result.characters += len(body)
-        train_length = _job.split.train_length(document)
+        train_length = _job.split.train_length(document, piece.source)
         cut = min(max(train_length - offset, 0), len(body))
         ends = offset + len(body) >= document.characters
         if isinstance(body, Pair):
@@ -214,7 +217,7 @@ def count(piece: Piece) -> Counted:
 def train_bodies(piece: Piece, found: Encoded) -> Iterator[str]:
     """Yield the train part of each text in a piece; unreadable rows are recorded in `found`."""
     for body, offset, document in bodies(piece, found):
-        yield body[: max(_job.split.train_length(document) - offset, 0)]
+        yield body[: max(_job.split.train_length(document, piece.source) - offset, 0)]
 
 
 def start_counting(job: Job) -> None:

@@ -7,6 +7,7 @@ so an interrupted preparation need not start over.
 
 import contextlib
 import copy
+import itertools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from nanogpt.errors import UserError
 from nanogpt.prepare import text_files
 from nanogpt.prepare.text_files import Advance, Source
 
+MARKS = {"line": "\n", "blank_line": "\n\n"}  # names of --split_at
 LONGEST_ROW = 1 << 24  # maximum bytes per line of JSONL, which is parsed whole
 ROWS = 256  # table rows read at a time
 
@@ -31,6 +33,7 @@ class Reading:
     text_key: str = "text"  # field or column that contains the text
     # Splits a long text where this does not change the ids.
     parts: Callable[[Iterable[str]], Iterator[str]] = iter
+    split_at: str = ""  # mark between the documents of a text, or a name in MARKS
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def pieces(
             status = source.path.stat()
             if (status.st_size, status.st_mtime_ns) != (source.bytes, source.modified_ns):
                 raise UserError(f"{source.path} changed while it was being read; run this again")
-        reader = {"text": _text, "jsonl": _jsonl, "hub": _hub}.get(source.kind, _table)
+        reader = {"text": _text, "marked": _marked, "jsonl": _jsonl, "hub": _hub}.get(source.kind, _table)
         yield from reader(index, source, reading, start[1] if index == start[0] else None, advance)
 
 
@@ -119,6 +122,25 @@ def _text(index: int, source: Source, reading: Reading, place: Any, advance: Adv
         if part and offset >= (place or 0):
             yield Piece(index, after, part, offset=offset)
         offset = after
+
+
+def _marked(index: int, source: Source, reading: Reading, place: Any, advance: Advance) -> Iterator[Piece]:
+    """Yield the documents between the marks of a text, without the line breaks around them."""
+    mark, number, rest = MARKS.get(reading.split_at, reading.split_at), 1, ""
+    chunks = text_files.with_newlines(text_files.decoded(source.path, source.encoding, source.mark, advance))
+    for chunk in itertools.chain(chunks, [None]):  # None: the end
+        rest += chunk or ""
+        if chunk is not None and len(rest) < text_files.BLOCK:
+            continue
+        *whole, rest = [*rest.split(mark), ""] if chunk is None else rest.split(mark)
+        if len(rest) > LONGEST_ROW:
+            raise UserError(
+                f"{source.path}: document {number + len(whole)} has more than {LONGEST_ROW:,} characters "
+                f"before the next {mark!r}; put such a text in a file of its own"
+            )
+        if whole and number > (place or 0):
+            yield Piece(index, number + len(whole) - 1, [document.strip("\n") for document in whole], number)
+        number += len(whole)
 
 
 # ----------------------------------------------------------------------------- JSONL

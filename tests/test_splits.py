@@ -1,0 +1,150 @@
+"""Splits and documents that the user names: --val, files named train, valid and test, --split_at."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt.data import loader
+from nanogpt.errors import UserError
+from nanogpt.prepare import corpus, readers
+from nanogpt.tokenizer import tokenizer
+from tests.conftest import words
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, seed in (("train", 1), ("valid", 2), ("test", 3)):
+        (tmp_path / f"{name}.txt").write_text(words(400, seed), encoding="utf-8")
+    return tmp_path
+
+
+def texts_of(out: Path) -> list[str]:
+    """Return the decoded splits of a dataset."""
+    dataset = loader.load(out)
+    encoder = tokenizer.from_text(dataset.tokenizer)
+    return [tokenizer.decode(encoder, split.read(0, len(split))) for split in (dataset.train, dataset.val)]
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def test_validation_text_of_ones_own(folder, tmp_path):
+    summary = corpus.prepare([folder / "train.txt"], tmp_path / "out", val=str(folder / "valid.txt"))
+    assert texts_of(tmp_path / "out") == [text(folder / "train.txt"), text(folder / "valid.txt")]
+    assert "split: train is train.txt, val is valid.txt" in summary.lines()
+
+
+def test_validation_folder_with_several_training_files(folder, tmp_path):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "a.txt").write_text("held out\n", encoding="utf-8")
+    given = [folder / "train.txt", folder / "test.txt"]
+    corpus.prepare(given, tmp_path / "out", val=str(tmp_path / "held"))
+    train, val = texts_of(tmp_path / "out")
+    assert train == text(folder / "train.txt") + text(folder / "test.txt") and val == "held out\n"
+
+
+def test_rows_of_a_validation_file(folder, tmp_path):
+    for name, count in (("a", 300), ("b", 20)):
+        rows = [json.dumps({"text": f"{name} {number}"}) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    summary = corpus.prepare([tmp_path / "a.jsonl"], tmp_path / "out", val=str(tmp_path / "b.jsonl"))
+    assert summary.counts.documents == {"train": 300, "val": 20}
+    train, val = texts_of(tmp_path / "out")
+    assert "b" not in train and val.splitlines() == [f"b {number}" for number in range(20)]
+
+
+def test_bpe_is_not_learnt_from_the_validation_text(folder, tmp_path):
+    (folder / "valid.txt").write_text("zzzzzzzz " * 300, encoding="utf-8")
+    corpus.prepare([folder / "train.txt"], tmp_path / "out", val=str(folder / "valid.txt"), kind="bpe:300")
+    assert "zz" not in json.loads(text(tmp_path / "out" / "tokenizer.json"))["model"]["vocab"]
+
+
+@pytest.mark.parametrize("given", ["folder", "files"])
+def test_files_named_as_splits_are_the_splits_and_test_is_not_used(folder, tmp_path, given):
+    paths = [folder] if given == "folder" else sorted(folder.glob("*.txt"))
+    summary = corpus.prepare(paths, tmp_path / "out", keep=lambda file: file.suffix == ".txt")
+    assert texts_of(tmp_path / "out") == [text(folder / "train.txt"), text(folder / "valid.txt")]
+    lines = "\n".join(summary.lines())
+    assert "train is" in lines and "not used, because named as test data: " in lines and "test.txt" in lines
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (["train-00000-of-2.txt", "train-00001-of-2.txt", "validation-00000-of-1.txt"], True),
+        (["training.txt", "dev.txt"], True),
+        (["train.txt", "chapter.txt"], False),
+        (["train.txt", "trains.txt"], False),
+        (["val.txt", "test.txt"], False),
+        (["train_1.txt", "train_2.txt"], False),
+    ],
+)
+def test_only_if_all_names_are_those_of_splits(tmp_path, names, split):
+    for number, name in enumerate(names):
+        (tmp_path / name).write_text(words(300, number), encoding="utf-8")
+    summary = corpus.prepare([tmp_path], tmp_path / "out", keep=lambda file: file.suffix == ".txt")
+    assert (summary.split.val_from >= 0) == split
+
+
+def test_train_and_test_alone_leave_the_test_file_out(folder, tmp_path):
+    (folder / "valid.txt").unlink()
+    summary = corpus.prepare([folder], tmp_path / "out", keep=lambda file: file.suffix == ".txt")
+    assert "".join(texts_of(tmp_path / "out")) == text(folder / "train.txt")
+    assert any("named as test data" in line for line in summary.lines())
+
+
+def test_the_same_text_in_both_splits_is_an_error(folder, tmp_path):
+    with pytest.raises(UserError, match=r"train\.txt is also a training text"):
+        corpus.prepare([folder / "train.txt"], tmp_path / "out", val=str(folder / "train.txt"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        corpus.prepare([folder / "train.txt"], tmp_path / "out", val=str(folder / "none.txt"))
+    assert not (tmp_path / "out").exists()
+
+
+STORIES = [f"Story {number}: there were {number % 31} cats.\nThe end." for number in range(400)]
+
+
+@pytest.mark.parametrize(
+    ("mark", "between", "documents"),
+    [
+        ("<|endoftext|>", "\n<|endoftext|>\n", STORIES),
+        ("blank_line", "\n\n\n", STORIES),
+        ("line", "\n", "\n".join(STORIES).split("\n")),
+        ("%%", "%%", STORIES),
+    ],
+)
+def test_marks_separate_the_documents_of_a_text(tmp_path, monkeypatch, mark, between, documents):
+    (tmp_path / "stories.txt").write_text(between.join(STORIES) + "\n", encoding="utf-8", newline="\r\n")
+    monkeypatch.setattr(readers.text_files, "BLOCK", 1000)  # several pieces
+    summary = corpus.prepare([tmp_path / "stories.txt"], tmp_path / "out", kind="bpe:400", split_at=mark)
+    assert sum(summary.counts.documents.values()) == len(documents)
+    dataset = loader.load(tmp_path / "out")
+    encoder = tokenizer.from_text(dataset.tokenizer)
+    found = []
+    for split in (dataset.train, dataset.val):
+        ids = split.read(0, len(split))
+        ends = np.flatnonzero(ids == encoder.end_of_text)
+        found += [
+            tokenizer.decode(encoder, part[part != encoder.end_of_text]) for part in np.split(ids, ends)
+        ]
+    assert sorted(filter(None, found)) == sorted(documents)
+
+
+def test_a_known_mark_is_hinted_at(tmp_path):
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(STORIES), encoding="utf-8")
+    summary = corpus.prepare([tmp_path / "stories.txt"], tmp_path / "out")
+    assert any(
+        "--split_at='<|endoftext|>' makes it the end of a document" in line for line in summary.lines()
+    )
+    (tmp_path / "plain.txt").write_text(STORIES[0], encoding="utf-8")
+    summary = corpus.prepare([tmp_path / "plain.txt"], tmp_path / "plain")
+    assert not any("split_at" in line for line in summary.lines())
+
+
+def test_marks_are_for_text_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b c"}), encoding="utf-8")
+    with pytest.raises(UserError, match="--split_at=line is for text files, and there are none"):
+        corpus.prepare([tmp_path / "a.jsonl"], tmp_path / "out", split_at="line")
