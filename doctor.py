@@ -1,10 +1,10 @@
-"""Describe this machine and check run and dataset folders, for a report of a problem.
+"""Describe this machine and check run and dataset folders, for a bug report.
 
     python doctor.py                             # versions, processor, threads, compiler, devices
     python doctor.py out-novel data/novel        # also check these folders
 
-Prints no names of users or hosts, and of paths only the last part, so that the output can be published. The
-exit code is 2 if a folder has a problem.
+Leaves out names of users and hosts, and of paths all but the last part, so that the output can be published.
+The exit code is 2 if a folder has a problem.
 """
 
 import os
@@ -27,7 +27,7 @@ from nanogpt.gpu import availability
 from nanogpt.inference import cpu_kernels
 from nanogpt.tokenizer import vocabulary
 
-PACKAGES = ("numpy", "safetensors", "tokenizers", "tiktoken", "transformers", "matplotlib", "fastapi")
+PACKAGES = ("numpy", "safetensors", "tokenizers", "tiktoken", "transformers", "matplotlib", "starlette")
 VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "CUDA_", "NCCL_", "TORCH", "PYTORCH_")
 
 
@@ -87,9 +87,10 @@ def machine() -> Iterator[str]:
         else (f"free: {disk / 1e9:.1f} GB of disk space here")
     )
     variables = sorted(name for name in os.environ if name.startswith(VARIABLES))
-    yield "environment: " + " ".join(f"{name}={os.environ[name]}" for name in variables)
+    hidden = {name: "..." for name in variables if {"/", "\\", "@"} & set(os.environ[name])}  # paths, hosts
+    yield "environment: " + " ".join(f"{n}={hidden.get(n, os.environ[n])}" for n in variables)
     why = cpu_kernels.why_not()
-    yield f"kernels for generation on a CPU: {f'torch, because {why}' if why else 'compiled'}"
+    yield f"kernels for generation on a CPU: {f'torch, because {public(why, Path())}' if why else 'compiled'}"
     yield from devices()
 
 

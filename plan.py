@@ -6,9 +6,9 @@
     python plan.py config/train_gpt2_xl.py --gpu=H100 --scaling=True      # on 1 to 1,024 GPUs
 
 Accepts presets of train.py. Parameters and optimizer state are exact, activations within a few percent of
-torch's. Without --gpu the speed of this machine is measured, on some steps of the model or, if it is large,
-of two of its layers; with --gpu the hours are as accurate as --mfu, the fraction of data sheet FLOP/s that a
-run reaches: measure it with bench.py.
+torch's. Without --gpu the speed of this machine is measured over a few steps, of a large model with two of
+its layers and scaled by FLOPs; with --gpu the hours are as accurate as --mfu, the fraction of data sheet
+FLOP/s that a run reaches: measure it with bench.py.
 """
 
 import io
@@ -19,7 +19,7 @@ import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 
@@ -61,9 +61,9 @@ class Config(ModelOptions, OptimizerOptions, FinetuneOptions, BatchOptions):
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more FLOPs
     loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: all, automatic on a CPU
     # hardware
-    gpu: str = ""  # GPU model, a name in gpu/chips.py; empty: this machine
+    gpu: str = ""  # GPU model, such as A100, H100 or RTX4090; empty: this machine
     gpus: PositiveInt = 8  # number of data-parallel GPUs, each with the whole model; ignored without --gpu
-    gpu_memory: NonNegativeFloat = 0.0  # memory per GPU in GB (1e9 bytes); 0: as in gpu/chips.py
+    gpu_memory: NonNegativeFloat = 0.0  # memory per GPU in GB (1e9 bytes); 0: that of the model
     mfu: Annotated[float, Range(0.001, 1)] = 0.4  # model FLOPs utilization, fraction of the peak
     dollars_per_gpu_hour: NonNegativeFloat = 0.0  # price in dollars; 0: do not print the cost
     # scaling (docs/scaling-arithmetic.md)
@@ -195,10 +195,9 @@ def memory(
     if trained != total:
         adapters = trained if config.lora_rank else 0
         need = replace(need, weights=4 * (total + adapters), gradients=4 * trained, optimizer=8 * trained)
-    if (
-        machine and cpu
-    ):  # the program itself, which has now loaded what training loads, and a copy for the checkpoint
-        need = replace(need, buffers=cast(int, machine.peak_memory()) + need.weights + need.optimizer)
+    if machine and cpu:  # this program, which has loaded what train.py loads, and the copy that is saved
+        base = writer.peak_memory(machine.device) or 0
+        need = replace(need, buffers=base + need.weights + need.optimizer)
     return need
 
 
@@ -215,8 +214,8 @@ def fit(
     """Say whether the run fits in memory, and if not, the largest --batch_size that does."""
     for rows in range(config.batch_size, 0, -1):
         if memory(config, shape, trained, machine, rows).total <= gigabytes * 1e9:
-            how = "" if rows == config.batch_size else f", with --batch_size={rows}"
-            return f"fits in {gigabytes:.4g} GB: yes{how}"
+            how = "yes" if rows == config.batch_size else f"with --batch_size={rows}, not {config.batch_size}"
+            return f"fits in {gigabytes:.4g} GB: {how}"
     return f"fits in {gigabytes:.4g} GB: no, not even with --batch_size=1"
 
 
@@ -251,7 +250,7 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
         timed = bench.Bench(config, Path(scratch))
         timed.step()
         seconds = statistics.median(timed.step()[0] for _ in range(3))
-    peak = timed.run.machine.peak_memory() if small is shape else None
+    peak = writer.peak_memory(timed.run.machine.device) if small is shape else None
     return timed.tokens_per_step / seconds * estimate.flops_per_token(small) / flops, peak
 
 

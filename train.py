@@ -2,7 +2,7 @@
 
     python train.py config/train_shakespeare_char.py              # a preset
     python train.py config/train_shakespeare_char.py --batch_size=32
-    python train.py --dataset=data/mine --out_dir=out-mine        # your own text (data/prepare.py)
+    python train.py config/quickstart.py --dataset=novel.txt --out_dir=out-mine --minutes=5    # your own text
     python train.py --out_dir=out-mine --init_from=resume         # continue a stopped run
     python train.py config/finetune_shakespeare.py                # from GPT-2's weights
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 STARTED = time.perf_counter()  # of the process, for --minutes
 
-from nanogpt import ROOT
+from nanogpt import ROOT, command, quoted
 from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval, load
 from nanogpt.errors import Diverged, Stopped, run_program
 from nanogpt.options import InTrainingOptions, Origins, TrainOptions
@@ -521,7 +521,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
             **({"val_losses": val.parts} if val.parts else {}),
             elapsed_s=progress.elapsed_s,
             share=progress.share,
-            peak_memory_bytes=run.machine.peak_memory(),
+            peak_memory_bytes=writer.peak_memory(run.machine.device),
         )
     progress.val_loss = val.loss
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
@@ -536,19 +536,19 @@ def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
     run.machine.world.rank_zero_only(run.writer.wait)
     print_saved(run)
     if not last:
-        by = stop.reason or "another rank"
-        place = f"iteration {run.progress.iter_num}"
-        raise Stopped(f"stopped by {by} at {place}; checkpoint saved, resume with --init_from=resume")
-    if run.out_of_patience:
-        print(f"early stopping: no improvement in {run.progress.stale} evaluations (--patience)")
+        by, place = stop.reason or "another rank", f"iteration {run.progress.iter_num}"
+        resume = f"{command('train')} {quoted(f'--out_dir={run.config.out_dir}')} --init_from=resume"
+        raise Stopped(f"stopped by {by} at {place}; checkpoint saved, resume with {resume}")
     config = run.config
     longer = f"--minutes={2 * config.minutes:g}" if config.minutes else f"--max_iters={2 * config.max_iters}"
-    rows, peak = metrics.read(Path(config.out_dir)), run.machine.peak_memory()
-    print(metrics.closing(config.out_dir, run.clock_s(), rows, peak, longer))
+    if run.out_of_patience:
+        print(f"early stopping: no improvement in {run.progress.stale} evaluations (--patience)")
+        longer = f"--patience={2 * config.patience}"
+    print(metrics.closing(config.out_dir, run.clock_s(), writer.peak_memory(run.machine.device), longer))
     if config.minutes:
         from nanogpt.pace.time_budget import repeated
 
-        print(f"the same schedule without a clock: {repeated(config, run.progress.iter_num)}")
+        print(f"to repeat this schedule, replace --minutes by: {repeated(config, run.progress.iter_num)}")
 
 
 def is_time_to_save(run: Run, improved: bool, interval_passed: bool) -> bool:

@@ -19,7 +19,7 @@ PROGRAMS = {
     "plot": "plot the loss curves of runs",
     "bench": "time the training step",
     "plan": "memory, hours and cost of a run before it starts",
-    "doctor": "describe this machine and check folders, for a report of a problem",
+    "doctor": "describe this machine and check folders, for a bug report",
 }
 
 

@@ -122,13 +122,13 @@ def _losses(row: Mapping[str, Any]) -> str:
     return f"train {train:.4f}, val {val:.4f}, gap {val - train:+.4f}"
 
 
-def closing(out: str, took_s: float, rows: Iterable[Mapping[str, Any]], peak: int | None, longer: str) -> str:
+def closing(out: str, took_s: float, peak: int | None, longer: str) -> str:
     """Return the last lines of a complete run: losses, time, peak memory in bytes, and the commands that come
     next; `longer` is the option for more training."""
     memory = f", {tqdm.format_sizeof(peak)}B of memory" if peak else ""
     shown = quoted(f"--out_dir={out}")
     return (
-        f"{gap(rows)}\ntook {tqdm.format_interval(took_s)}{memory}\n"
+        f"{gap(read(Path(out)))}\ntook {tqdm.format_interval(took_s)}{memory}\n"
         f"sample from it:  {command('sample')} {shown}\n"
         f"train it longer: {command('train')} {shown} --init_from=resume {longer}"
     )

@@ -91,7 +91,7 @@ def overruled(options: BatchOptions, name: str, origins: Origins) -> bool:
 @dataclass(frozen=True)
 class DataOptions(BatchOptions):
     # data
-    dataset: FilePath = "openwebtext"  #: folder from data/prepare.py or name in data/; mixture: a:0.7,b:0.3
+    dataset: FilePath = "openwebtext"  #: text file, prepared folder, name in data/; mixture: a:0.7,b:0.3
     batch_ramp_tokens: NonNegativeInt = 0  # linear batch size ramp-up over this many tokens; 0: none
     batch_ramp_start: UnitInterval = 0.1  # initial batch size as a fraction of the full batch
 

@@ -98,16 +98,6 @@ class Machine:
                 f"--gradient_accumulation_steps (the same batch), or a smaller --block_size or model"
             ) from None
 
-    def peak_memory(self) -> int | None:
-        """Return the peak memory in bytes, of the GPU or else of this process; None on Windows."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if sys.platform == "win32":
-            return None
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
     def name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)

@@ -125,7 +125,7 @@ def test_gpu_that_torch_cannot_use_is_explained(monkeypatch):
     monkeypatch.setattr(availability.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     cpu = Machine(torch.device("cpu"), "float32", "")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "this build of PyTorch is for CPUs only" in availability.notes(cpu, "auto")[0]
+    assert "PyTorch is a CPU-only build" in availability.notes(cpu, "auto")[0]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "driver is probably too old for CUDA 13.0" in availability.notes(cpu, "auto")[0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from nanogpt import load
 from nanogpt.convert import hf
 from nanogpt.errors import UserError
 from nanogpt.inference.engine import Engine, Text
@@ -303,3 +304,21 @@ def test_pickled_weights_are_rejected_and_conversion_works(tmp_path):
     command = str(caught.value).split("\n")[-1].replace("python -c", f'"{sys.executable}" -c')
     subprocess.run(command, shell=True, check=True)
     agree(loaded(tmp_path), theirs)
+
+
+def test_tokens_added_to_gpt2_are_kept(real, tmp_path):
+    """As after add_special_tokens and resize_token_embeddings: <|startoftext|> has an id of its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    merges = real("gpt2/vocab.bpe")
+    vocab = json.loads(real("gpt2/encoder.json").read_text(encoding="utf-8"))
+    pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").splitlines()[1:] if line]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=pairs))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>", "<|startoftext|>", "<|pad|>"])
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64, "vocab_size": 50259}
+    folder = hf_folders.write(tmp_path / "model", merges=merges, **shape)
+    made.save(str(folder / "tokenizer.json"))
+    loaded = load(str(folder))
+    assert loaded.tokenizer.vocab_size == 50259
+    assert loaded.tokenizer.encode_prompt("<|startoftext|>Hi") == [50257, 17250]

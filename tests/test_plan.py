@@ -108,7 +108,7 @@ def test_max_iters_flag_is_respected(capsys):
     assert "5,242,880 in 10 iterations of 524,288" in said and "cost: $" in said
     assert "fits in 24 GB: no, not even with --batch_size=1" in said
     plan.main(plan.Config(gpu="A100", gpu_memory=11))
-    assert "fits in 11 GB: yes, with --batch_size=9" in capsys.readouterr().out
+    assert "fits in 11 GB: with --batch_size=9, not 12" in capsys.readouterr().out
 
 
 def test_chunked_logits_are_estimated_per_chunk(capsys):

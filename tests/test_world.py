@@ -149,7 +149,7 @@ def test_signal_to_one_rank_saves_and_stops_all(dataset, tmp_path):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert "checkpoint saved, resume with --init_from=resume" in error
+    assert "checkpoint saved, resume with python train.py --out_dir=" in error
     saved, damage = reader.find(tmp_path / "run")
     assert saved and saved.iter_num >= 5 and not damage
 

@@ -8,6 +8,7 @@ Until a write completes, the previous checkpoint remains the latest valid one.
 import math
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -223,6 +224,17 @@ def free_memory() -> int | None:
     except (OSError, ValueError, KeyError):  # no limit ("max"), or cgroup v1
         pass
     return free
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak memory in bytes, of the GPU or else of this process; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def git_commit(folder: Path) -> str | None:

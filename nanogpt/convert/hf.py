@@ -243,13 +243,18 @@ def _expected(config: GPTConfig) -> dict[str, list[int]]:
 
 def find_tokenizer(folder: Path, vocab_size: int) -> str:
     """Return our tokenizer.json, as text, for the tokenizer of `folder`: the one written by export.py, else
-    GPT-2's with its merges, else "". Raise UserError if the files belong to another tokenizer.
+    GPT-2's with its merges, or with tokens added to it, else "". Raise UserError if the files belong to
+    another tokenizer.
     """
     if (folder / OWN_TOKENIZER).is_file():
         text = (folder / OWN_TOKENIZER).read_text(encoding="utf-8")
         vocabulary.identify(text, str(folder / OWN_TOKENIZER))
         return text
     present = [path for path in (folder / "merges.txt", folder / "tokenizer.json") if path.is_file()]
+    if (folder / "tokenizer.json").is_file():
+        text = _if_known((folder / "tokenizer.json").read_text(encoding="utf-8", errors="replace"))
+        if text and vocabulary.identify(text).vocab_size > vocabulary.GPT2_VOCAB_SIZE:  # added tokens
+            return text
     for path in present:
         merges = _plain_merges(path) if path.suffix == ".txt" else _json_merges(path)
         lines = "\n".join(line for line in merges if not line.startswith("#version"))

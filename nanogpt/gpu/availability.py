@@ -15,11 +15,11 @@ def why_no_cuda() -> str:
     if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         return ""
     if not torch.version.cuda:
-        return "this build of PyTorch is for CPUs only; pytorch.org has those for CUDA"
+        return "PyTorch is a CPU-only build; install a CUDA build (pytorch.org)"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides it"
     return (
-        f"its driver is probably too old for CUDA {torch.version.cuda} of this PyTorch; update the driver, "
+        f"its driver is probably too old for CUDA {torch.version.cuda}, of this PyTorch; update the driver, "
         f"or install a build for an older CUDA (pytorch.org)"
     )
 
@@ -49,7 +49,7 @@ def slowdown() -> float:
 
 
 def notes(machine: Machine, asked: str, several: bool = True) -> list[str]:
-    """Return notes on GPUs that are not used, where --device=`asked`.
+    """Return notes on GPUs that are not used, or on slow emulated bfloat16, where --device=`asked`.
 
     `several`: the program can run on several. Raise UserError for a GPU that this build does not support.
     """

@@ -7,7 +7,7 @@ from nanogpt.options import BatchOptions
 class Pace:
     """Decide when to evaluate and to stop.
 
-    `now` is the position in the schedule, `before` that of the last iteration.
+    `now` is the position in the schedule, `before` that of the previous iteration.
     """
 
     def __init__(self, options: BatchOptions, progress: Progress):

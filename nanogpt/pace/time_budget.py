@@ -14,7 +14,7 @@ class TimeBudget(Pace):
     """Pace by rank 0's clock.
 
     The share of the run completed grows in proportion to time, from its value at construction, and reaches 1
-    when the time left is that of the last evaluation and checkpoint.
+    when just enough time is left for the last evaluation and checkpoint.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TimeBudget(Pace):
 
     def evaluation_due(self, interval: int) -> bool:
         """Return whether to evaluate: every `interval` or eighth of the run, whichever is shorter, if
-        evaluations took at most a tenth of the time so far. Collective."""
+        evaluations took at most a tenth of the time so far and there is time for three more. Collective."""
         interval = max(1, min(interval, self.options.max_iters // 8))
         if self.over or not self.progress.share or not self.passed(interval):
             return super().evaluation_due(interval)

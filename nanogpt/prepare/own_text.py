@@ -88,5 +88,8 @@ def train_and_sample(words: Sequence[str], run: Callable[..., None]) -> None:
     device = [f"{name}={given[name]}" for name in ALSO_OF_SAMPLE if name in given]
     run("sample", f"--out_dir={out}", "--num_samples=3", "--max_new_tokens=400", *device)
     print(f"--- the model is in {out}, the tokens of the text in {folder}")
-    print(f"plot the loss:    {command('plot')} {out}")
-    print(f"open a web page:  {command('serve')} --out_dir={out}")
+    option = quoted(f"--out_dir={out}")
+    print(f"sample from it:   {command('sample')} {option}")
+    print(f"train it longer:  {command('train')} {option} --init_from=resume --minutes={2 * MINUTES}")
+    print(f"plot the loss:    {command('plot')} {quoted(out)}")
+    print(f"open a web page:  {command('serve')} {option}")

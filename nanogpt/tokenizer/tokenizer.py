@@ -97,40 +97,6 @@ class ByteTokenizer:
         return {}
 
 
-class IdTokenizer:
-    """Names of token ids, separated by blanks: `60 64 67`, or words of a fixed list. For data that was made
-    elsewhere."""
-
-    kind = "ids"
-    words = False
-    bytewise = True
-    end_of_text: int | None = None
-
-    def __init__(self, tokens: list[str]):
-        self.tokens = tokens
-        self.vocab_size = len(tokens)
-        self.id_of = {name: number for number, name in enumerate(tokens)}
-
-    def accelerate(self) -> None:
-        pass
-
-    def encode(self, text: str) -> np.ndarray:
-        unknown = [name for name in text.split() if name not in self.id_of]
-        if unknown:
-            shown = ", ".join(self.tokens[:10])
-            raise UserError(f"{unknown[0]!r} is not a token; there are {self.vocab_size:,}: {shown}, ...")
-        return np.array([self.id_of[name] for name in text.split()], dtype=np.int64)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self.encode(text).tolist() or [0]  # for a blank prompt, such as sample.py's default
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(f"{self.tokens[i]} " for i in ids).encode("utf-8", "surrogatepass")
-
-    def to_json(self) -> dict[str, Any]:
-        return {"tokens": self.tokens}
-
-
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """Decode `ids` to text; invalid or incomplete UTF-8 becomes U+FFFD."""
     if isinstance(tokenizer, CharTokenizer):  # exact for all code points, including lone surrogates
@@ -161,6 +127,8 @@ def from_text(text: str, name: str = "tokenizer.json") -> Tokenizer:
     if value["type"] == "byte":
         return ByteTokenizer()
     if value["type"] == "ids":
+        from nanogpt.tokenizer.ids import IdTokenizer
+
         return IdTokenizer(value["tokens"])
     from nanogpt.tokenizer.gpt2 import GPT2Tokenizer, load_gpt2
 
