@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,13 @@ def config(dataset, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that advances by half a second each time it is read."""
+    """A clock that advances by half a second each time the main thread reads it; writing takes no time."""
     count = itertools.count(1)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(count) / 2)
+
+    def now() -> float:
+        return next(count) / 2 if threading.current_thread() is threading.main_thread() else 0.0
+
+    monkeypatch.setattr(train.time, "perf_counter", now)
     return count
 
 
