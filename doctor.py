@@ -62,11 +62,7 @@ def public(text: str, folder: Path) -> str:
 def machine() -> Iterator[str]:
     """Yield lines about the software and the hardware."""
     commit = writer.git_commit(ROOT)
-    try:
-        version = metadata.version("nanogpt")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
-    yield f"nanogpt {version}" + f", commit {commit}" * bool(commit)
+    yield f"nanogpt {version_of('nanogpt') or 'not installed'}" + f", commit {commit}" * bool(commit)
     system = f"{platform.system()} {platform.release()}, {platform.machine()}"
     yield f"Python {platform.python_version()}, {system}"
     found = {name: version_of(name) for name in PACKAGES}
@@ -81,11 +77,8 @@ def machine() -> Iterator[str]:
     )
     free = writer.free_memory()
     disk = shutil.disk_usage(".").free
-    yield (
-        f"free: {free / 1e9:.1f} GB of memory, {disk / 1e9:.1f} GB of disk space here"
-        if free
-        else (f"free: {disk / 1e9:.1f} GB of disk space here")
-    )
+    memory = f"{free / 1e9:.1f} GB of memory, " if free else ""
+    yield f"free: {memory}{disk / 1e9:.1f} GB of disk space here"
     variables = sorted(name for name in os.environ if name.startswith(VARIABLES))
     hidden = {name: "..." for name in variables if {"/", "\\", "@"} & set(os.environ[name])}  # paths, hosts
     yield "environment: " + " ".join(f"{n}={hidden.get(n, os.environ[n])}" for n in variables)
