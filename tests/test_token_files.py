@@ -74,7 +74,7 @@ def test_many_shards_are_opened_lazily(tmp_path, opened, kind):
             "splits": {"train": {"tokens": len(ids), "files": listed}},
         }
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    found = token_files.open_split(loader.split_files(folder, "train"), np.dtype("<u2"))
+    found = loader.open_split(loader.split_files(folder, "train"), np.dtype("<u2"), {})
     tokens = loader.Tokens(found, 50257)
     assert len(set(opened)) == 2 and len(tokens) == len(ids)
     assert (tokens.read(10_000, 1000) == ids[10_000:11_000]).all()
@@ -99,7 +99,7 @@ def test_invalid_shard_is_reported_on_first_use(tmp_path, damage):
     folder = tmp_path / "data"
     write_shards(folder, 300)
     paths = loader.split_files(folder, "train")
-    tokens = loader.Tokens(token_files.open_split(paths, np.dtype("<u2")), 50257)
+    tokens = loader.Tokens(loader.open_split(paths, np.dtype("<u2"), {}), 50257)
     broken = folder / "tokens_train_000123.bin"
     if damage == "gone":
         broken.unlink()
@@ -116,7 +116,7 @@ def test_rank_reads_only_the_files_of_its_share(tmp_path, opened):
     paths = loader.split_files(tmp_path / "data", "train")
     starts = None
     for rank in range(4):
-        tokens = loader.Tokens(token_files.open_split(paths, np.dtype("<u2")), 50257)
+        tokens = loader.Tokens(loader.open_split(paths, np.dtype("<u2"), {}), 50257)
         batches = loader.TrainBatches(tokens, 16, 8, 1, 1, CPU, share=World(rank, 4).share)
         opened.clear()
         list(batches.step(3))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanogpt import files
 from nanogpt.data.samplers import EpochSampler, Share, whole_share
-from nanogpt.data.token_files import FORMAT, TokenFile, Tokens, open_split, split_files
+from nanogpt.data.token_files import FORMAT, LOOKED_AT, TokenFile, Tokens, split_files, token_file
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.tokenizer import vocabulary
@@ -95,6 +95,18 @@ def load(folder: Path) -> Dataset:
     return Dataset(
         folder, splits["train"], splits["val"], text, identity.vocab_size, identity.sha256, bytes_per_token
     )
+
+
+def open_split(paths: list[Path], dtype: np.dtype, listed: dict[str, int]) -> list[TokenFile]:
+    """Open the files of a split, in order; beyond LOOKED_AT most of them on first use (data/shards.py).
+
+    `listed`: number of tokens by file name, from meta.json. Raise UserError for a truncated file.
+    """
+    if len(paths) > LOOKED_AT:
+        from nanogpt.data import shards
+
+        return shards.open_most_later(paths, dtype, listed)
+    return [token_file(path, dtype) for path in paths]
 
 
 def _scored(path: Path, tokens: int) -> Tokens:

@@ -9,7 +9,7 @@ import bisect
 import io
 import itertools
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class TokenFile:
     dtype: np.dtype
     offset: int  # bytes before the first token
     tokens: int
-    seen: bool = True  # False: not opened yet; layout and size are inferred
+    seen: bool = True  # False: not opened yet; layout and size are inferred (shards.py)
 
 
 class Tokens:
@@ -98,7 +98,7 @@ class Tokens:
         part = self.parts[which]
         if not part.seen:
             found = token_file(part.path, part.dtype)
-            if (found.dtype, found.offset, found.tokens) != (part.dtype, part.offset, part.tokens):
+            if found != replace(part, seen=True):
                 raise UserError(
                     f"{part.path} holds {found.tokens} tokens, expected {part.tokens}: it is truncated "
                     f"or was replaced; prepare the data again"
@@ -126,27 +126,6 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return sorted(folder.glob(f"*{split}_*.bin")) or sorted(folder.glob(f"*{split}_*.npy"))
 
 
-def open_split(paths: list[Path], dtype: np.dtype, listed: dict[str, int] | None = None) -> list[TokenFile]:
-    """Open the files of a split, in order. `listed`: number of tokens by file name, from meta.json.
-
-    With more than LOOKED_AT files only the first and the last are opened now. The others are assumed to have
-    the layout of the first, and their length is as listed or follows from their size. Raise UserError for a
-    truncated file.
-    """
-    if len(paths) <= LOOKED_AT:
-        return [token_file(path, dtype) for path in paths]
-    first, last = (token_file(path, dtype) for path in (paths[0], paths[-1]))
-    found, listed = [first], listed or {}
-    for path in paths[1:-1]:
-        tokens = listed.get(path.name)
-        if tokens is None:
-            tokens, rest = divmod(path.stat().st_size - first.offset, first.dtype.itemsize)
-            if rest or tokens < 0:
-                raise _truncated(path)
-        found.append(TokenFile(path, first.dtype, first.offset, tokens, seen=False))
-    return [*found, last]
-
-
 def token_file(path: Path, dtype: np.dtype) -> TokenFile:
     """Describe a file by its header, else as raw `dtype`; UserError if truncated or not token ids."""
     size, offset, expected = path.stat().st_size, 0, None
@@ -158,9 +137,9 @@ def token_file(path: Path, dtype: np.dtype) -> TokenFile:
         dtype, offset, expected = foreign.header(path)
     tokens, rest = divmod(size - offset, dtype.itemsize)
     if rest or (expected is not None and tokens != expected):
-        raise _truncated(path)
+        raise truncated(path)
     return TokenFile(path, dtype, offset, tokens)
 
 
-def _truncated(path: Path) -> UserError:
+def truncated(path: Path) -> UserError:
     return UserError(f"{path} is truncated (size {path.stat().st_size} bytes); prepare it again")
