@@ -152,22 +152,14 @@ def require_one_process() -> None:
 def find_device(name: str) -> torch.device:
     """Return the device named by --device. Raise UserError if it is not available."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device={name} is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device={name}: PyTorch finds no CUDA GPU; use --device=auto or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device={name}: only {torch.cuda.device_count()} GPUs, numbered from cuda:0")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device=mps: this machine has no Apple GPU; use --device=auto or cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device={name} is not supported; use auto, cpu, cuda or mps")
-    return device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in present or not (index or "0").isdecimal():
+        raise UserError(f"--device={name} is not a device; use auto, cpu, cuda, cuda:1 or mps")
+    if int(index or 0) >= present[kind]:
+        raise UserError(f"--device={name}: PyTorch finds {present[kind]} {kind} devices; use auto or cpu")
+    return torch.device(name)
 
 
 def _dtype(device: torch.device, width: int) -> tuple[str, str]:

@@ -154,7 +154,7 @@ def test_one_visible_gpu_per_process_is_cuda_0(monkeypatch, visible, chosen):
     monkeypatch.setattr(runtime, "find_device", lambda name: asked.append(name) or real(name))
     world = SimpleNamespace(size=2, local_rank=1)
     if chosen == "cuda:1":
-        with pytest.raises(UserError, match="only 1 GPUs"):
+        with pytest.raises(UserError, match="cuda:1: PyTorch finds 1 cuda devices"):
             runtime.setup("auto", "float32", 64, world)
     else:
         assert runtime.setup("auto", "float32", 64, world).device == torch.device("cuda:0")
