@@ -554,10 +554,8 @@ def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
 def is_time_to_save(run: Run, improved: bool, interval_passed: bool) -> bool:
     """Return whether to save: on a new best, every save_interval or, by default, after evaluations."""
     config, progress = run.config, run.progress
-    due = config.always_save_checkpoint and progress.val_loss is not None
-    if config.save_interval:
-        due = interval_passed
-    return progress.iter_num > 0 and (improved or due)
+    evaluated = config.always_save_checkpoint and progress.val_loss is not None
+    return progress.iter_num > 0 and (improved or (interval_passed if config.save_interval else evaluated))
 
 
 def prepare_out_dir(run: Run, command: list[str]) -> str:
@@ -567,7 +565,9 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
     resumed_at = run.resumed.iter_num if run.resumed else None
     run.lock, notice = writer.acquire_folder(out, resumed_at, config.overwrite)
     if run.resumed:
-        metrics.rewind(out, run.resumed.iter_num, evaluated=run.progress.val_loss is not None)
+        from nanogpt.checkpoint.resume import rewind_metrics
+
+        rewind_metrics(out, run.resumed.iter_num, evaluated=run.progress.val_loss is not None)
         if run.in_training:
             run.in_training.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
@@ -623,10 +623,7 @@ def save(run: Run) -> None:
 
 
 def gather_model(run: Run) -> GPT | None:
-    """Return run.model or, if it is sharded, an unsharded copy on rank 0 and None elsewhere.
-
-    Collective: call on all ranks.
-    """
+    """Collective: return run.model or, if it is sharded, a whole copy on rank 0 and None elsewhere."""
     if not run.optimizer.layout.sharded:
         return run.model
     from nanogpt.distributed import parallelize

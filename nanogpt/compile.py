@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.model import GPT
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Optimizer
 from nanogpt.runtime import Machine
 
@@ -31,6 +31,16 @@ def pays(flops: float, peak: float | None) -> bool:
     """
     plain_s = flops / (EAGER_MFU * (peak or UNKNOWN_PEAK))
     return SAVED * plain_s > COMPILING_S
+
+
+def worth_compiling(shape: GPTConfig, tokens: int, peak: float | None, minutes: float) -> bool:
+    """Return whether --compile=auto compiles on a GPU with `peak` FLOP/s (None: unknown), for a run of
+    `tokens` or, if not 0, of `minutes`."""
+    if minutes:
+        return SAVED * minutes * 60 > COMPILING_S
+    with torch.device("meta"):
+        model = GPT(shape)
+    return pays(tokens * model.flops_per_token(), peak)
 
 
 def train_function(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from nanogpt import command, files, quoted
+from nanogpt import command, quoted
 from nanogpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,19 +80,6 @@ def read(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
-
-
-def rewind(run: Path, iter_num: int, evaluated: bool) -> None:
-    """Delete the rows that a run resumed at `iter_num` will write again.
-
-    These are all later rows, and the evaluation at `iter_num` unless the checkpoint was `evaluated`. Task
-    scores at `iter_num` belong to the checkpoint and are kept.
-    """
-    if not (run / NAME).is_file():
-        return
-    last = {"eval": iter_num if evaluated else iter_num - 1, "tasks": iter_num}
-    kept = [row for row in read(run) if row["iter"] <= last.get(row["event"], iter_num - 1)]
-    files.write_text(run / NAME, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _plain(value: Any) -> Any:

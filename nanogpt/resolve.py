@@ -16,7 +16,7 @@ from nanogpt import ROOT, runtime
 from nanogpt.config import pick_fields, require_consistent
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPTConfig
 from nanogpt.options import DataOptions, TrainOptions
 from nanogpt.runtime import Machine
 from nanogpt.world import World
@@ -55,21 +55,12 @@ class Setup(Generic[C]):
         batch = f"{batches.full * batches.block_size:,} tokens per iteration"
         if batches.ramp:
             batch += f", ramped up from {batches.ramp[0] * batches.block_size:,} in {len(batches.ramp)} iters"
-        scored = len(dataset.train) - 1
         if self.config.documents == "rows":
-            kept = batches.sampler.n_windows * batches.block_size
-            batch += (
-                f"; --documents=rows uses {kept:,} of {scored:,} training tokens and drops "
-                f"{1 - kept / scored:.1%}"
-            )
-        read, texts = batches.epochs(iters), dataset.train.texts
-        times = f"{read[0]:.2f} epochs"
-        if len(texts) > 1:
-            each = zip(texts, read, strict=True)
-            times = ", ".join(
-                f"{one.name} ({float(one.weight):.1%}) {often:.2f} epochs" for one, often in each
-            )
-        length = f"{iters:,} iterations, {times}"
+            dropped = 1 - batches.sampler.n_windows * batches.block_size / (len(dataset.train) - 1)
+            batch += f"; --documents=rows drops {dropped:.1%} of the training tokens"
+        each = zip(dataset.train.texts, batches.epochs(iters), strict=True)
+        read = [(f"{one.name} ({float(one.weight):.1%}) " if one.name else "", often) for one, often in each]
+        length = f"{iters:,} iterations, {', '.join(f'{name}{often:.2f} epochs' for name, often in read)}"
         if self.config.minutes:
             length = f"minutes: {self.config.minutes:g}"
         divided = f"parallel: {self.division.why}\n" if self.division else ""
@@ -139,8 +130,14 @@ def decide(
         found = attention_kernels.require_attention(config.attention, shape, machine, biased)
         notices.append(f"attention: {found}")
     if config.compile == "auto":  # the choice is saved; a resumed run inherits it
-        tokens = batches.tokens_before(config.max_iters)
-        config = replace(config, compile=worth_compiling(shape, tokens, machine, config.minutes))
+        worth = False  # on a CPU it saves 25 % of a step at 128 channels, but 4 % at 384 (docs/results.md)
+        if machine.device.type == "cuda":
+            from nanogpt.compile import worth_compiling
+            from nanogpt.gpu.chips import peak_flops
+
+            tokens, peak = batches.tokens_before(config.max_iters), peak_flops(machine.name())
+            worth = worth_compiling(shape, tokens, peak, config.minutes)
+        config = replace(config, compile=worth)
         origins["compile"] = "auto"
     return Setup(config, machine, dataset, batches, shape, resumed, pretrained, division, notices)
 
@@ -212,20 +209,3 @@ def open_batches(
     return loader.TrainBatches(
         dataset.train, *numbers, machine.device, ramp, separator, sampler, world.share, world.sum_int
     )
-
-
-def worth_compiling(shape: GPTConfig, tokens: int, machine: Machine, minutes: float = 0.0) -> bool:
-    """Return whether --compile=auto compiles, given the training `tokens` or, if not 0, `minutes` of the run.
-
-    Never on a CPU, where it saves 25 % of a step at 128 channels but only 4 % at 384 (docs/results.md).
-    """
-    if machine.device.type != "cuda":
-        return False
-    from nanogpt.compile import COMPILING_S, SAVED, pays
-    from nanogpt.gpu.chips import peak_flops
-
-    if minutes:
-        return SAVED * minutes * 60 > COMPILING_S
-    with torch.device("meta"):
-        model = GPT(shape)
-    return pays(tokens * model.flops_per_token(), peak_flops(machine.name()))

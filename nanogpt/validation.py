@@ -122,12 +122,10 @@ def evaluate_splits(
 
 def mean(texts: list[Tokens], found: list[Evaluation]) -> Evaluation:
     """Return the weighted mean of the evaluations `found`, one per dataset in `texts`."""
-    if len(texts) == 1:
-        return found[0]
     both = [(text.name, float(text.weight), one) for text, one in zip(texts, found, strict=True)]
     return Evaluation(
         sum(weight * one.loss for _, weight, one in both),
         math.hypot(*(weight * one.stderr for _, weight, one in both)),
         sum(one.tokens for one in found),
-        {name: one.loss for name, _, one in both},
+        {name: one.loss for name, _, one in both if name},
     )

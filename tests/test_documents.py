@@ -115,7 +115,7 @@ def test_document_training_resume_is_bit_identical(config, tmp_path, mode, capsy
     straight = replace(config, documents=mode, out_dir=str(tmp_path / "straight"))
     train.main(straight)
     said = capsys.readouterr().out
-    assert ("--documents=rows uses" in said and "and drops" in said) == (mode == "rows")
+    assert ("--documents=rows drops" in said) == (mode == "rows")
     broken = replace(config, documents=mode)
     train.main(replace(broken, max_iters=3, lr_decay_iters=6))
     origins = {"init_from": "", "out_dir": "", "max_iters": "--max_iters=6"}

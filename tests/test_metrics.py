@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nanogpt import metrics, trackers
+from nanogpt.checkpoint import resume
 from nanogpt.errors import UserError
 
 
@@ -58,7 +59,7 @@ ROWS += [{"event": "step", "iter": i} for i in range(5, 8)]
 )
 def test_rewind_removes_rows_that_will_be_rewritten(tmp_path, iter_num, evaluated, steps, evals):
     write(tmp_path, ROWS, tail='{"event": "st')  # last line truncated by a kill
-    metrics.rewind(tmp_path, iter_num, evaluated)
+    resume.rewind_metrics(tmp_path, iter_num, evaluated)
     rows = metrics.read(tmp_path)
     assert [row["iter"] for row in rows if row["event"] == "step"] == list(range(steps))
     assert [row["iter"] for row in rows if row["event"] == "eval"] == evals
@@ -66,7 +67,7 @@ def test_rewind_removes_rows_that_will_be_rewritten(tmp_path, iter_num, evaluate
 
 
 def test_rewind_of_a_folder_without_rows(tmp_path):
-    metrics.rewind(tmp_path, 3, True)
+    resume.rewind_metrics(tmp_path, 3, True)
     with pytest.raises(UserError, match=r"has no metrics\.jsonl; give the out_dir of a run"):
         metrics.read(tmp_path)
 

@@ -1,5 +1,6 @@
 """Resuming: saved options, overridden by those given now; what has changed; folders of earlier runs."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from nanogpt import files
+from nanogpt import files, metrics
 from nanogpt.checkpoint import Progress, reader, steps
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.errors import UserError
@@ -105,6 +106,19 @@ def restore_progress(
     if moved := resumed.moved(environment):
         notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")
     return progress
+
+
+def rewind_metrics(run: Path, iter_num: int, evaluated: bool) -> None:
+    """Delete the rows that a run resumed at `iter_num` will write again.
+
+    These are all later rows, and the evaluation at `iter_num` unless the checkpoint was `evaluated`. Task
+    scores at `iter_num` belong to the checkpoint and are kept.
+    """
+    if not (run / metrics.NAME).is_file():
+        return
+    last = {"eval": iter_num if evaluated else iter_num - 1, "tasks": iter_num}
+    kept = [row for row in metrics.read(run) if row["iter"] <= last.get(row["event"], iter_num - 1)]
+    files.write_text(run / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def set_aside_newer(run: Path, iter_num: int) -> None:
