@@ -6,8 +6,9 @@
     python train.py --out_dir=out-mine --init_from=resume         # continue a stopped run
     python train.py config/finetune_shakespeare.py                # from GPT-2's weights
 
-Ctrl-C, SIGTERM and --max_minutes finish the iteration, save a checkpoint and exit with code 75; the same
-command with --init_from=auto resumes. The run folder holds everything needed to sample, resume or export.
+On Ctrl-C, SIGTERM or after --max_minutes, training finishes the iteration, saves a checkpoint and exits with
+code 75; the same command with --init_from=auto resumes. The run folder holds everything needed to sample or
+export; to resume, the dataset is needed too.
 """
 
 import gc
@@ -39,11 +40,13 @@ class Config(TrainOptions):
 
     # evaluation, logging, checkpoints
     eval_interval: PositiveInt = 2000  #: iterations between evaluations of both splits
-    eval_iters: PositiveInt = 200  #: maximum batches per split, the same in every evaluation
+    eval_iters: PositiveInt = 200  #: maximum number of batches per split; every evaluation uses the same ones
     log_interval: PositiveInt = 1  # iterations between log lines
-    save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides new bests; 0: eval_interval
+    save_interval: NonNegativeInt = (
+        0  # iterations between checkpoints (new bests are saved too); 0: eval_interval
+    )
     save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
-    always_save_checkpoint: bool = True  # False: evaluations save new bests only
+    always_save_checkpoint: bool = True  # False: after an evaluation, save only if the loss improved
     verbose: bool = False  # print all options that differ from their defaults
     max_minutes: NonNegativeFloat = 0.0  # save and exit after this many minutes; 0: no limit
     # learning rate schedule
@@ -65,7 +68,7 @@ class Config(TrainOptions):
             if self.min_lr > peak:
                 wrong.append(f"min_lr={self.min_lr} is above learning_rate={peak}; lower --min_lr")
             if 0 < end < warmup:
-                wrong.append(f"lr_decay_iters={end} is below warmup_iters={warmup}; raise it")
+                wrong.append(f"lr_decay_iters={end} is below warmup_iters={warmup}; raise --lr_decay_iters")
         return wrong
 
 
@@ -120,7 +123,7 @@ class Run(resolve.Setup[Config]):
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Train as specified by `config`; `origins` maps the options that were given to where they were given.
+    """Train as specified by `config`; `origins` maps each option that was given to its source (preset, flag).
 
     Raise UserError, Diverged, OSError or Stopped, which errors.run_program maps to exit codes.
     """
@@ -176,8 +179,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
     """Build the run specified by `config`; nothing is written to disk.
 
-    `origins` maps each option given to its source; those set by weights, token counts or "auto" are added in
-    place. Raise UserError listing all invalid options.
+    `origins` maps each option given to its source; options determined by the loaded weights, by token counts
+    or by "auto" are added to it. Raise UserError listing all invalid options.
     """
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
@@ -326,9 +329,9 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Run one optimizer step with the mean gradient of `micro_batches`.
 
-    Each is (loss weight, batch), where batch is (idx, targets[, documents]); averaged over ranks, the
-    weights sum to 1. Return the loss and the gradient norm before clipping, as scalars on the device: reading
-    one synchronizes.
+    Each is (loss weight, batch), where batch is (idx, targets[, documents]). The loss weights, averaged over
+    ranks, sum to 1. Return the loss and the gradient norm before clipping, as 0-d tensors on the device;
+    reading their values synchronizes.
     """
     total: Any = 0.0
     for weight, batch in micro_batches:
@@ -474,12 +477,12 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
 
 
 def open_pace(run: Run) -> Pace:
-    """Return the pace of the run: by iterations, or by time with --minutes."""
+    """Return what tracks the position in the schedule: by iterations or, with --minutes, by time."""
     if run.config.minutes:
         from nanogpt.pace.time_budget import TimeBudget
 
         return TimeBudget(run.config, run.progress, run.batches, run.clock_s, run.machine.world)
-    if run.progress.ramp:  # resumed, and started with --minutes
+    if run.progress.ramp:  # started with --minutes, resumed without
         run.batches.set_ramp(run.progress.ramp)
     return Pace(run.config, run.progress)
 
@@ -508,7 +511,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
         return False
     train, val = both
     about = val.describe(run.dataset.bytes_per_token)
-    if val.stderr >= 0.00005:  # else 0.0000, or NaN, for a single sequence
+    if val.stderr >= 0.00005:  # omitted if it would print as 0.0000, or is NaN (a single sequence)
         about = f"± {val.stderr:.4f}, {about}"
     tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({about})")
     if log:

@@ -154,7 +154,7 @@ class Rotary(Position):
     def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int, base: float = 10000.0):
         super().__init__(block_size, n_embd, n_head, head_dim)
         if head_dim % 2:
-            raise ValueError(f"rotary positions rotate pairs of channels, but a head has {head_dim}")
+            raise ValueError(f"rotary positions need an even number of channels per head, not {head_dim}")
         speed = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
         angle = torch.arange(block_size, dtype=torch.float64, device="cpu")[:, None] * speed
         cos, sin = angle.cos().float(), angle.sin().float()
@@ -222,9 +222,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=grouped
         )
-    # SDPA's bfloat16 backward is slow on CPUs: forward and backward take 13.5 ms at (16, 4, 64, 32), this
-    # code 2.2; 27 and 15 at (4, 6, 256, 64); 41 and 24 at (2, 6, 512, 64). Forward-only, blocks of queries
-    # skip most masked keys: 3.1 ms at (1, 12, 499, 64), SDPA 5.6.
+    # SDPA's bfloat16 backward is slow on CPUs. Forward and backward, in ms, SDPA / this code: 13.5 / 2.2 at
+    # (16, 4, 64, 32); 27 / 15 at (4, 6, 256, 64); 41 / 24 at (2, 6, 512, 64). Forward only, where blocks of
+    # queries skip most masked keys: 5.6 / 3.1 at (1, 12, 499, 64).
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if bias is None:
@@ -292,7 +292,7 @@ class CausalSelfAttention(nn.Module):
 
 class Smear(nn.Module):
     """Add the previous token's embedding, scaled by a learned weight per channel (initialized to 0), so that
-    the first block already sees bigrams (the token shift of RWKV, Peng et al. 2023, is in every block)."""
+    the first block already sees bigrams (RWKV, Peng et al. 2023, shifts tokens in every block)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -377,8 +377,8 @@ class GPT(nn.Module):
         idx, targets: int64 (B, T), T at most block_size; targets equal to IGNORE are excluded. documents:
         int64 (B, T), document ids; attention is masked across documents, positions are not reset.
         Return (logits, loss): logits (B, T, V) and, given targets, their mean cross-entropy in nats. logits
-        is None if `loss_chunk_size` or `compiled_loss` computes the loss without them, and with `reduction`
-        "none", where loss is the cross-entropy of each target (B, T).
+        is None if the loss is computed without them: with `loss_chunk_size`, `compiled_loss` or reduction
+        "none", which returns the cross-entropy of each target, (B, T).
         """
         x = self.hidden(idx, documents=documents)
         if targets is None:
@@ -456,14 +456,15 @@ class GPT(nn.Module):
         """Return the number of parameters without vocabulary padding; a tied LM head counts once. With
         `positions=False`, leave out lookup tables (embeddings other than a tied one)."""
         config = self.config
-        unused = (config.padded_vocab_size - config.vocab_size) * (1 if config.tied else 2)
+        excluded = (config.padded_vocab_size - config.vocab_size) * (1 if config.tied else 2)
         if not positions:
-            unused += config.block_size * (config.position == "learned")
-            unused += 0 if config.tied else config.vocab_size  # an embedding is looked up
-        return sum(p.numel() for p in self.parameters()) - unused * config.n_embd
+            excluded += config.block_size * (config.position == "learned")
+            excluded += 0 if config.tied else config.vocab_size  # an embedding is looked up
+        return sum(p.numel() for p in self.parameters()) - excluded * config.n_embd
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Return the number of parameters, as nanoGPT counts them: by default without position embeddings."""
+        """Return the number of parameters, as nanoGPT counts them: by default without position
+        embeddings (and without an untied token embedding)."""
         return self.n_params(positions=not non_embedding)
 
     @classmethod

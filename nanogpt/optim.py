@@ -1,9 +1,9 @@
 """Optimizers over named parameters: AdamW, and Muon for matrices with AdamW for the rest.
 
-AdamW runs torch's fused kernel. The classes do not derive from torch.optim.Optimizer because it imports the
-compiler when instantiated (1 s per start), because checkpoints store state by parameter name, which survives
-a change of layout, and because Muon works on stacks of matrices of one shape. A Layout defines which rank
-updates what and communicates the results.
+AdamW runs torch's fused kernel. The classes do not derive from torch.optim.Optimizer, for three reasons:
+instantiating it imports torch.compile (1 s); checkpoints store state by parameter name, independently of how
+it is sharded; Muon works on stacks of matrices of the same shape. A Layout defines which rank
+updates what, and communicates the results.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ Span = tuple[int, int]  # [start, stop) of elements in row-major order
 
 @dataclass(frozen=True)
 class ParamShard:
-    """A parameter and the element range that each rank updates."""
+    """A parameter and, for each rank, the range of its elements that the rank updates."""
 
     name: str
     parameter: Tensor
@@ -83,7 +83,7 @@ class Layout:
         return tensor
 
     def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
-        """All-gather the ranges of `shard` after an update, if weights are replicated. Collective."""
+        """All-gather the updated ranges (assigned by `shard`) if weights are replicated. Collective."""
 
     def assign_ranks(self, costs: Sequence[float]) -> list[int]:
         """Assign each task to a rank, balancing `costs`; return the ranks."""
@@ -92,7 +92,7 @@ class Layout:
     def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
         """Return the gradients (n, height, width) of the matrices in `stack` that this rank owns.
 
-        Matrices of a stack have one shape and are sorted by owner. Collective: call on all ranks.
+        Matrices of a stack have the same shape and are sorted by owner. Collective: call on all ranks.
         """
         return torch.stack([gradient(m.parameter)[m.rows] for m in stack])
 
@@ -178,7 +178,7 @@ def build(
     """Build the optimizer of the trainable parameters.
 
     optimizer="muon": Muon trains matrices of blocks (names that start with "h."), AdamW the rest and all
-    adapters. `rows`: row counts of the parts of fused matrices, by name. `dtype`: of orthogonalization.
+    adapters. `rows`: row counts of the parts of fused matrices, by name. `dtype`: of the orthogonalization.
     `layout`: distribution over ranks; None: single process.
     """
     layout = layout or Layout()
@@ -248,10 +248,10 @@ class AdamW:
 
 class Muon:
     """Muon (Jordan et al. 2024): momentum, then orthogonalization, which equalizes the singular values of an
-    update; a few large ones dominate Adam's updates.
+    update; in Adam's updates, a few large ones dominate.
 
     Nesterov momentum warms up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious: it is
-    applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of one shape are
+    applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of the same shape are
     orthogonalized in one batch, the parts of a fused projection (`rows`) separately.
     """
 
@@ -276,7 +276,7 @@ class Muon:
         for matrix in sorted(matrices, key=lambda matrix: matrix.owner):
             alike.setdefault((matrix.height, matrix.width), []).append(matrix)
         device = named[0][1].device
-        # matrices of one shape, and the momentum of those that this rank owns
+        # matrices of the same shape, and the momentum of those that this rank owns
         self.stacks = [
             (stack, torch.zeros(sum(m.owner == self.layout.rank for m in stack), *shape, device=device))
             for shape, stack in alike.items()
@@ -296,8 +296,8 @@ class Muon:
             updates = self.layout.scatter_updates(stack, orthogonalize(update, self.config.muon_ns_steps))
             weights = [self.layout.weights(matrix) for matrix in stack]
             if self.config.muon_weight_decay:
-                inwards = [w * (w * update > 0) for w, update in zip(weights, updates, strict=True)]
-                add(weights, inwards, -lr * self.config.muon_weight_decay)
+                decayed = [w * (w * update > 0) for w, update in zip(weights, updates, strict=True)]
+                add(weights, decayed, -lr * self.config.muon_weight_decay)
             height, width = buffer.shape[1:]
             add(weights, updates, -lr * max(1.0, height / width) ** 0.5)
 
@@ -338,8 +338,8 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(matrices: Tensor, ns_steps: int = len(POLAR_EXPRESS)) -> Tensor:
-    """Approximate the nearest orthogonal matrix U V^T of each matrix U S V^T in (n, r, c): more `ns_steps`
-    bring singular values closer to 1. Zero matrices stay zero."""
+    """Approximate the nearest (semi-)orthogonal matrix U V^T of each matrix U S V^T, (n, r, c), in `ns_steps`
+    iterations (at most 5); more bring the singular values closer to 1. Zero matrices stay zero."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)
@@ -354,7 +354,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout
     """Scale all gradients in place so that their global norm, over all ranks, is at most `max_norm`; 0: no
     clipping.
 
-    Return the norm before clipping, a scalar on the device: reading it synchronizes. Collective.
+    Return the norm before clipping, a 0-d tensor on the device; reading it synchronizes. Collective.
     """
     layout = layout or Layout()
     gradients = [layout.to_local(p.grad) for p in parameters if p.grad is not None]

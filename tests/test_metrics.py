@@ -72,7 +72,7 @@ def test_rewind_of_a_folder_without_rows(tmp_path):
         metrics.read(tmp_path)
 
 
-def test_missing_wandb_is_a_one_line_error(monkeypatch):
+def test_missing_wandb_is_a_user_error(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         trackers.Wandb("p", "n", {})

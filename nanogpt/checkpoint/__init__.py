@@ -25,14 +25,14 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 @dataclass
 class Progress:
-    """Progress of a run; with the weights and the optimizer state, everything needed to resume."""
+    """Progress of a run, saved with the weights and the optimizer state."""
 
     iter_num: int = 0  # iterations completed
     elapsed_s: float = 0.0  # training time, including earlier sessions of the run
     best_val_loss: float | None = None
     val_loss: float | None = None  # of the current weights; None if not evaluated
     stale: int = 0  # evaluations since the best
-    share: float = 0.0  # fraction of the run completed, as of its schedule
+    share: float = 0.0  # fraction of the schedule completed
     clock_s: float = 0.0  # wall-clock time of earlier sessions, start-up and evaluations included
     ramp: list[int] = field(default_factory=list)  # with --minutes: batch sizes of the ramp so far
 

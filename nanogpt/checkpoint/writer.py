@@ -88,7 +88,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def prune(run: Path) -> None:
     """Delete partial checkpoints of killed runs, and all but the best and the KEPT newest.
 
-    Called once a new checkpoint is complete, so none is deleted before its successor is on disk.
+    Called after a new checkpoint is complete, so none is deleted before its successor is on disk.
     """
     for leftover in run.glob(f"step-*{files.TEMPORARY}*"):
         files.remove(leftover)
@@ -123,8 +123,8 @@ def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[
 
 
 def require_space(run: Path, model: GPT) -> str:
-    """Return the size of the folder `run` at most, with AdamW's two values per weight. Raise UserError if
-    less space is free."""
+    """Return a line with the maximum size of the folder `run`, assuming AdamW's two moments per weight. Raise
+    UserError if less space is free."""
     each = sum((12 if weight.requires_grad else 4) * weight.numel() for weight in model.parameters())
     needed = each * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
     free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free
@@ -134,7 +134,7 @@ def require_space(run: Path, model: GPT) -> str:
             f"checkpoints in {run} take up to {size}, but only {tqdm.format_sizeof(free)}B are free there; "
             f"give --out_dir=PATH on another disk"
         )
-    return f"run folder: {run}, up to {size}"
+    return f"run folder: {run} (up to {size})"
 
 
 class AsyncCheckpointer:
@@ -227,7 +227,7 @@ def free_memory() -> int | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory in bytes, of the GPU or else of this process; None on Windows."""
+    """Return the peak memory in bytes: allocated on a GPU, else used by this process (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -90,6 +90,8 @@ def train_and_sample(words: Sequence[str], run: Callable[..., None]) -> None:
     print(f"--- the model is in {out}, the tokens of the text in {folder}")
     option = quoted(f"--out_dir={out}")
     print(f"sample from it:   {command('sample')} {option}")
-    print(f"train it longer:  {command('train')} {option} --init_from=resume --minutes={2 * MINUTES}")
+    if not given.keys() & set(LENGTHS) - {"--minutes"}:
+        longer = f"--init_from=resume --minutes={2 * float(given.get('--minutes', MINUTES)):g}"
+        print(f"train it longer:  {command('train')} {option} {longer}")
     print(f"plot the loss:    {command('plot')} {quoted(out)}")
     print(f"open a web page:  {command('serve')} {option}")
