@@ -117,10 +117,13 @@ def test_library_is_compiled_once_and_cached(compiled_here, tmp_path):
 
 @compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="selects an x86-64 CPU model")
-def test_results_are_equal_without_vector_instructions(compiled_here, tmp_path):
+@pytest.mark.parametrize("architecture", ["x86-64", "haswell"])  # without vector instructions, with AVX2
+def test_results_are_equal_on_older_processors(compiled_here, tmp_path, architecture):
+    if architecture == "haswell" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor lacks AVX2")
     cache, best = compiled_here
     both = shutil.copytree(cache, tmp_path / "both")
-    plain = found_with(both, CXX="g++ -march=x86-64")
+    plain = found_with(both, CXX=f"g++ -march={architecture}")
     assert len(list((both / "native").iterdir())) == 2
     for dtype, bound in (("int8", 1e-6), ("float32", 1e-5), ("bfloat16", 2**-7)):
         torch.testing.assert_close(

@@ -11,13 +11,19 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-using floats = float __attribute__((vector_size(64)));
-using ints = int32_t __attribute__((vector_size(64)));
-using words = uint32_t __attribute__((vector_size(64)));
+// Vectors of one register: GCC compiles wider ones to code of half the speed.
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+using floats = float __attribute__((vector_size(4 * LANES)));
+using ints = int32_t __attribute__((vector_size(4 * LANES)));
+using words = uint32_t __attribute__((vector_size(4 * LANES)));
 
 template <class V> static inline V load(const void *from) {
     V v;
@@ -30,7 +36,7 @@ struct Float32 {
     static Sums add(Sums sums, words w, words x) { return sums + (floats)w * (floats)x; }
 };
 
-// Split 16 pairs of bfloat16 into float32: even-numbered (lower halves) and odd-numbered elements (upper halves).
+// Split pairs of bfloat16 into float32: even-numbered (lower halves) and odd-numbered elements (upper halves).
 static inline floats even(words pairs) { return (floats)(pairs << 16); }
 static inline floats odd(words pairs) { return (floats)(pairs & 0xffff0000u); }
 
@@ -51,6 +57,13 @@ struct Int8 {  // four per lane: weights w in -127 ... 127, activation digits x 
     static Sums add(Sums sums, words w, words x) {
 #ifdef __AVX512VNNI__
         return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)x, (__m512i)w);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+        // bytes 0 and 2 of each lane, then 1 and 3, as 16-bit numbers: maddubs, for 8 bits, saturates
+        using shorts = int16_t __attribute__((vector_size(32)));
+        using ushorts = uint16_t __attribute__((vector_size(32)));
+        ushorts low_w = (ushorts)((shorts)((ushorts)w << 8) >> 8), low_x = (ushorts)x & 255;
+        sums += (ints)_mm256_madd_epi16((__m256i)low_w, (__m256i)low_x);
+        return sums + (ints)_mm256_madd_epi16((__m256i)((shorts)w >> 8), (__m256i)((ushorts)x >> 8));
 #else
         for (int shift = 24; shift >= 0; shift -= 8)
             sums += ((ints)(w << shift) >> 24) * (ints)((x << shift) >> 24);
@@ -67,13 +80,14 @@ constexpr long GROUP = 32, DEEPEST = 8;  // tile size: rows of weights, maximum 
 // Dot products of one group of weight rows and DEEP rows of activations, each row having 4 * `steps` bytes.
 template <class Format, int DEEP, class T>
 static inline void tile(const char *w, const char *x, long steps, T sums[DEEPEST][GROUP]) {
-    typename Format::Sums lanes[DEEP][2] = {};
+    constexpr int VECTORS = GROUP / LANES;
+    typename Format::Sums lanes[DEEP][VECTORS] = {};
     for (long k = 0; k < steps; k++) {
-        words first = load<words>(w + 128 * k), second = load<words>(w + 128 * k + 64);
+        words four[VECTORS];  // 4 bytes of each row
+        for (int v = 0; v < VECTORS; v++) four[v] = load<words>(w + 128 * k + 4 * LANES * v);
         for (int j = 0; j < DEEP; j++) {
             words here = words{} + load<uint32_t>(x + 4 * (j * steps + k));
-            lanes[j][0] = Format::add(lanes[j][0], first, here);
-            lanes[j][1] = Format::add(lanes[j][1], second, here);
+            for (int v = 0; v < VECTORS; v++) lanes[j][v] = Format::add(lanes[j][v], four[v], here);
         }
     }
     std::memcpy(sums, lanes, sizeof lanes);
@@ -136,7 +150,7 @@ static float to_digits(const float *x, long m, uint8_t *digits) {
     return unit;
 }
 
-// Cache element types: split() converts 64 bytes of keys or values to ROWS vectors of 16 floats.
+// Cache element types: split() converts a vector of keys or values to ROWS vectors of floats.
 struct Single {
     using Number = float;
     enum { ROWS = 1 };
@@ -156,10 +170,10 @@ struct Half {  // bfloat16
     static uint16_t rounded(float value) { return to_bfloat16(value); }
 };
 
-static inline float total(floats v) {
+static inline float total(const float v[16]) {
     using eight = float __attribute__((vector_size(32)));
     using four = float __attribute__((vector_size(16)));
-    eight sum = load<eight>(&v) + load<eight>((char *)&v + 32);
+    eight sum = load<eight>(v) + load<eight>(v + 8);
     four rest = load<four>(&sum) + load<four>((char *)&sum + 16);
     return (rest[0] + rest[2]) + (rest[1] + rest[3]);
 }
@@ -167,27 +181,30 @@ static inline float total(floats v) {
 // Attention output y (size) of one query (size) over keys and values (length, size); `weights` (length) is scratch.
 template <class Kind, class T = typename Kind::Number>
 static void attend_one(const T *query, const T *keys, const T *values, long length, int size, float *weights, T *y) {
-    enum { MOST = 16 };  // vectors of 16 floats: head sizes up to 256
-    constexpr int ROWS = Kind::ROWS, WIDTH = 16 * ROWS;
-    floats q[MOST], sums[MOST] = {}, here[ROWS];
-    for (int i = 0; i < size; i++) q[i / WIDTH * ROWS + i % ROWS][i % WIDTH / ROWS] = Kind::number(query[i]);
+    enum { MOST = 16 };  // times 16 floats: head sizes up to 256
+    constexpr int ROWS = Kind::ROWS, WIDTH = 16 * ROWS, PARTS = 16 / LANES;
+    floats q[MOST][PARTS], sums[MOST][PARTS] = {}, here[ROWS];
+    auto place = [](floats(*of)[PARTS], int i) { return (float *)of[i / WIDTH * ROWS + i % ROWS] + i % WIDTH / ROWS; };
+    for (int i = 0; i < size; i++) *place(q, i) = Kind::number(query[i]);
     float scale = 1 / std::sqrt((float)size), largest = -INFINITY, sum = 0;
     for (long t = 0; t < length; t++) {
-        floats lanes = {};
-        for (int i = 0; i < size / WIDTH; i++) {
-            Kind::split(load<words>(keys + t * size + i * WIDTH), here);
-            for (int r = 0; r < ROWS; r++) lanes += q[i * ROWS + r] * here[r];
-        }
-        weights[t] = total(lanes) * scale;
+        floats lanes[PARTS] = {};
+        for (int i = 0; i < size / WIDTH; i++)
+            for (int p = 0; p < PARTS; p++) {
+                Kind::split(load<words>(keys + t * size + i * WIDTH + p * LANES * ROWS), here);
+                for (int r = 0; r < ROWS; r++) lanes[p] += q[i * ROWS + r][p] * here[r];
+            }
+        weights[t] = total((float *)lanes) * scale;
         largest = weights[t] > largest ? weights[t] : largest;
     }
     for (long t = 0; t < length; t++) sum += weights[t] = std::exp(weights[t] - largest);
     for (long t = 0; t < length; t++)
-        for (int i = 0; i < size / WIDTH; i++) {
-            Kind::split(load<words>(values + t * size + i * WIDTH), here);
-            for (int r = 0; r < ROWS; r++) sums[i * ROWS + r] += weights[t] * here[r];
-        }
-    for (int i = 0; i < size; i++) y[i] = Kind::rounded(sums[i / WIDTH * ROWS + i % ROWS][i % WIDTH / ROWS] / sum);
+        for (int i = 0; i < size / WIDTH; i++)
+            for (int p = 0; p < PARTS; p++) {
+                Kind::split(load<words>(values + t * size + i * WIDTH + p * LANES * ROWS), here);
+                for (int r = 0; r < ROWS; r++) sums[i * ROWS + r][p] += weights[t] * here[r];
+            }
+    for (int i = 0; i < size; i++) y[i] = Kind::rounded(*place(sums, i) / sum);
 }
 
 // Implementation of attend_float32 and attend_bfloat16 below.
