@@ -1,8 +1,9 @@
 """Bindings of cpu_kernels.cpp, compiled for the local processor on first use.
 
 Requires Linux and a C++ compiler (g++, or the one named by CXX). Compilation takes about a second; the result
-is kept in the user's cache folder under a hash of source, compiler and processor. Without it, torch's
-matrix products are used, at half the speed.
+is kept in the user's cache folder under a hash of source, compiler and processor and that of its own content,
+in a folder that only the user can write: another one is not trusted. Without the library, torch's matrix
+products are used, at half the speed.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -131,22 +133,42 @@ def _library() -> Any:
     key = hashlib.sha256(
         "\0".join([SOURCE.read_text(encoding="utf-8"), _version(command), *command, _processor()]).encode()
     )
-    name = f"products-{key.hexdigest()[:16]}.so"
-    try:
-        file = files.cache_folder() / "native" / name
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with files.staged(file) as unfinished:
-                _compile(command, unfinished)
+    name = f"products-{key.hexdigest()[:16]}"
+    folder = files.cache_folder() / "kernels"
+    with suppress(OSError):  # read-only: compile in each process
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.path.lexists(folder) and not _private(folder.lstat()):
+        raise NoCompiler(f"{folder} can be written by others (chmod 700 it, or set NANOGPT_CACHE)")
+    for file in folder.glob(f"{name}-*.so"):
+        if found := _opened(file):
+            return found
+        with suppress(OSError):
+            file.unlink()
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / "products.so"
+        _compile(command, built)
+        built.chmod(0o600)
+        file = built.with_name(f"{name}-{files.sha256(built)}.so")
+        files.rename(built, file)
+        with suppress(OSError), files.staged(folder / file.name) as draft:  # full or read-only
+            shutil.copy(file, draft)
         return _opened(file)
-    except OSError:  # cache folder full or read-only: compile in each process
-        with tempfile.TemporaryDirectory() as folder:
-            _compile(command, Path(folder) / name)
-            return _opened(Path(folder) / name)
 
 
-def _opened(file: Path) -> Any:
-    found = ctypes.CDLL(str(file))
+def _private(about: os.stat_result) -> bool:
+    """Return whether only this user can write the file or folder; False for a link."""
+    return about.st_uid == os.getuid() and not about.st_mode & 0o022 and not stat.S_ISLNK(about.st_mode)
+
+
+def _opened(file: Path) -> Any | None:
+    """Load a library whose name ends in its SHA-256; None if it is damaged or not this user's.
+
+    It is verified and loaded by one descriptor, so it cannot be replaced in between."""
+    with file.open("rb") as library:
+        digest = hashlib.file_digest(library, "sha256").hexdigest()
+        if not _private(os.fstat(library.fileno())) or not file.stem.endswith(f"-{digest}"):
+            return None
+        found = ctypes.CDLL(f"/proc/self/fd/{library.fileno()}")
     for function, arguments in _ARGUMENTS.items():
         getattr(found, function).argtypes, getattr(found, function).restype = arguments, None
     return found
