@@ -17,8 +17,9 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
     names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
-    near = difflib.get_close_matches(Path(name).stem, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    short = {name.removeprefix("train_"): name for name in names}
+    near = difflib.get_close_matches(Path(name).stem.removeprefix("train_"), short)
+    hint = f"did you mean {' or '.join(short[found] for found in near)}? " if near else ""
     raise UserError(f"no preset {name!r}: {hint}there are {', '.join(names)} (options are --key=value)")
 
 
