@@ -117,8 +117,6 @@ def decide(
 
         cuda_graphs.require_recordable(config, machine, dataset.train.scored is not None)
     batches = open_batches(config, config.seed, dataset, machine)
-    if resumed:
-        resumed.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
     if pretrained:
         from nanogpt.convert.start import require_tokenizer
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanogpt import files
-from nanogpt.checkpoint import reader, writer
+from nanogpt.checkpoint import reader, resume, writer
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Optimizer, build
@@ -59,7 +59,7 @@ def test_round_trip(tmp_path, model):
         assert torch.equal(a, b) and b.requires_grad, name
     for tensor in optimizer.state().values():
         tensor.zero_()
-    found.load_optimizer(optimizer.state())
+    resume.load_optimizer(found, optimizer.state())
     assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state().items())
 
 

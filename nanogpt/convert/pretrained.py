@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from nanogpt.checkpoint.reader import empty_model, open_tensors
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer.tokenizer import Tokenizer, from_text
@@ -66,8 +66,7 @@ class Pretrained:
 
         Rows of vocabulary padding that the file lacks are zero.
         """
-        with torch.device("meta"):
-            model = GPT(config)
+        model = empty_model(config, self.origin)
         wanted = dict(model.named_parameters())
         tensors = {}
         for name, tensor in self.read():
@@ -89,5 +88,5 @@ def stored_tensor(path: Path, name: str) -> Tensor:
     Each call maps the file anew, and the mapping ends with the tensor: mapped pages count as memory of the
     process. For GPT-2 (124M) this lowers the peak from 1.17 GB to 0.85 GB at the same speed.
     """
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         return file.get_tensor(name)
