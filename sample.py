@@ -36,7 +36,7 @@ class Config:
     # prompts and stopping
     start: str = "\n"  # prompt; FILE:prompt.txt reads it from a file
     prompts: FilePath = ""  # JSONL file of prompts instead of start: a string or {"prompt": "..."} per line
-    num_samples: PositiveInt = 10  # samples per prompt
+    num_samples: Annotated[int, Range(1, 100_000)] = 10  # samples per prompt
     max_new_tokens: NonNegativeInt = 500  # maximum number of new tokens per sample
     stop: str = ""  # stop string, excluded from the output; '["a", "b"]': any of several
     stop_at_end: bool = False  # stop at the end-of-text token, if the vocabulary has one

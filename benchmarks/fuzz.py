@@ -76,7 +76,7 @@ def note(what: str) -> None:
     os.close(descriptor)
 
 
-def child(command: Sequence[str], folder: Path) -> typing.NoReturn:
+def child(command: Sequence[str], folder: Path, watched: bool) -> typing.NoReturn:
     """Run a program in `folder` in this forked process, its output in files there."""
     code = 1
     try:
@@ -89,15 +89,14 @@ def child(command: Sequence[str], folder: Path) -> typing.NoReturn:
         tempfile.tempdir = str(folder)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
-        sys.addaudithook(watch)
+        if watched:
+            sys.addaudithook(watch)
         cases.program(command[0])(list(command[1:]))
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(bool(error.code))
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
@@ -105,24 +104,27 @@ def child(command: Sequence[str], folder: Path) -> typing.NoReturn:
         os._exit(code)
 
 
-PROGRESS = re.compile(r"^(iter \d|serving at|-{15}|step \d+: train)", re.M)
+PROGRESS = re.compile(r"^(iter \d|serving at|-{15}|step: |step \d+: train)", re.M)
 
 
-def run(command: Sequence[str], folder: Path, limit_s: float) -> tuple[str, int, str]:
+def run(command: Sequence[str], folder: Path, limit_s: float, watched: bool = True) -> tuple[str, int, str]:
     """Run a command in a forked process; return the outcome, its peak memory in bytes and the last words."""
     pid = os.fork()
     if not pid:
         os.setpgid(0, 0)
-        child(command, folder)
-    end, status, progress = time.monotonic() + limit_s, None, False
+        child(command, folder, watched)
+    started, status, progress = time.monotonic(), None, False
+    end, asked = started + limit_s, started + 0.5
     while status is None:
         found, code, usage = os.wait4(pid, os.WNOHANG)
         if found:
             status = os.waitstatus_to_exitcode(code)
             break
-        if time.monotonic() > end or (command[0] == "serve" and serving(folder)):
-            said = (folder / "stdout").read_text(errors="replace") if (folder / "stdout").exists() else ""
-            progress = bool(PROGRESS.search(said))
+        now = time.monotonic()
+        said = output(folder, "stdout") if now > asked else ""
+        asked = now + 0.5 if now > asked else asked
+        progress = bool(PROGRESS.search(said))
+        if now > end or (progress and (now > started + 3 or command[0] == "serve")):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             _, _, usage = os.wait4(pid, 0)
@@ -130,10 +132,10 @@ def run(command: Sequence[str], folder: Path, limit_s: float) -> tuple[str, int,
         time.sleep(0.005)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)  # worker processes
-    said = (folder / "stderr").read_text(errors="replace") if (folder / "stderr").exists() else ""
+    said = output(folder, "stderr")
     memory = usage.ru_maxrss * 1024
     if (folder / "EXECUTED").exists():
-        return "execution", memory, (folder / "EXECUTED").read_text()
+        return "execution", memory, output(folder, "EXECUTED")
     if status is None:
         return ("running" if progress else "hang"), memory, said[-1500:]
     if status < 0:
@@ -143,8 +145,9 @@ def run(command: Sequence[str], folder: Path, limit_s: float) -> tuple[str, int,
     return f"exit {status}", memory, said[-300:]
 
 
-def serving(folder: Path) -> bool:
-    return "serving at" in (folder / "stdout").read_text() if (folder / "stdout").exists() else False
+def output(folder: Path, name: str) -> str:
+    path = folder / name
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def try_file(
@@ -187,7 +190,7 @@ def try_options(number: int, corpus: Path, scratch: Path, config: Config) -> dic
     name, argv = cases.wrong_options(random.Random(f"{config.seed} options {number}"))
     shutil.copytree(corpus, scratch)
     before = {path.name for path in scratch.iterdir()}
-    outcome, memory, said = run([name, *argv], scratch, config.limit_s)
+    outcome, memory, said = run([name, *argv], scratch, config.limit_s, watched=False)
     left = {path.name for path in scratch.iterdir()} - before - {"stdout", "stderr", "EXECUTED"}
     if outcome == "exit 2" and left - {"native"}:
         outcome, said = "written", f"{left}: {said}"
@@ -200,7 +203,10 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     log = Path(config.log) if config.log else None
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     if log and log.is_file():
-        rows = {(row["kind"], row["n"]): row for row in map(json.loads, log.read_text().splitlines())}
+        rows = {
+            (row["kind"], row["n"]): row
+            for row in map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        }
     wanted = [("file", n) for n in range(config.files)] + [("options", n) for n in range(config.options)]
     with tempfile.TemporaryDirectory() as folder:
         corpus, usual = Path(folder) / "corpus", dict[str, int]()
@@ -216,7 +222,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
                 row = try_options(n, corpus, scratch, config)
             rows[kind, n] = {"kind": kind, "n": n, **row}
             if log:
-                with log.open("a") as file:
+                with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[kind, n]) + "\n")
             if config.show and row["outcome"] in BAD:
                 print(f"--- {kind} {n}: {row['what']}: {row['outcome']}\n{row['command']}\n{row['said']}")

@@ -6,6 +6,7 @@ Files (presets.py) and flags are applied from left to right. All errors are repo
 options also describe values in JSON files (`fitted`, used by files.read_json).
 """
 
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Range:
     high: float = 10**9
 
     def __str__(self) -> str:
-        return f"from {self.low:,} to {self.high:,}"
+        return f">= {self.low}" if self.high == math.inf else f"from {self.low:,} to {self.high:,}"
 
     def check(self, value: Any) -> Any:
         if not self.low <= value <= self.high:
@@ -66,7 +67,7 @@ PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
 Amount = Annotated[int, Range(0, 10**15)]  # of tokens or bytes
 Seed = Annotated[int, Range(0, 10**12)]
-NonNegativeFloat = Annotated[float, Range(0)]
+NonNegativeFloat = Annotated[float, Range(0, math.inf)]
 Seconds = Annotated[float, Range(1)]  # timeout
 UnitInterval = Annotated[float, Range(0, 1)]
 

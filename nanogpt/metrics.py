@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from nanogpt.trackers import Wandb
 
 NAME = "metrics.jsonl"
-LOSS = float | None
-ROW = {"event": str, "iter": Amount, "train_loss?": LOSS, "val_loss?": LOSS}
+ROW = {"event": str, "iter": Amount, "train_loss?": float | None, "val_loss?": float | None}
 
 
 class Log:

@@ -129,12 +129,12 @@ class DataOptions(BatchOptions):
 class ModelOptions:
     # model
     n_layer: Annotated[int, Range(1, 4096)] = 12  #: transformer blocks
-    n_head: PositiveInt = 12  #: attention heads per block
+    n_head: Annotated[int, Range(1, 8192)] = 12  #: attention heads per block
     n_embd: PositiveInt = 768  #: embedding channels
     dropout: UnitInterval = 0.0  #: dropout probability; 0 for pretraining, try 0.1 or more for finetuning
     bias: bool = False  # True: biases in linear layers and LayerNorms (GPT-2)
     n_kv_head: NonNegativeInt = 0  # key/value heads (grouped-query attention); 0: n_head
-    head_dim: NonNegativeInt = 0  # channels per head; 0: n_embd / n_head
+    head_dim: Annotated[int, Range(0, 8192)] = 0  # channels per head; 0: n_embd / n_head
     position: Literal["learned", "rope", "alibi"] = "learned"  # position encoding
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
     activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # of MLPs; nanoGPT uses gelu
@@ -143,7 +143,7 @@ class ModelOptions:
     softcap: NonNegativeFloat = 0.0  # soft-cap logits: cap * tanh(logits / cap); 0: off
     smear: bool = False  # add the previous token's embedding, with a learned weight per channel
     init: Literal["gpt2", "zero", "depth"] = "gpt2"  # init scheme; zero: residual projections start at 0
-    vocab_multiple: PositiveInt = 64  # pad the embedding table to a multiple of this
+    vocab_multiple: Annotated[int, Range(1, 65536)] = 64  # pad the embedding table to a multiple of this
 
     def problems(self, origins: Origins) -> list[str]:
         return shape_problems(self.n_embd, self.n_head, self.n_kv_head, self.head_dim, self.position)
@@ -242,15 +242,10 @@ class InTrainingOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions(
-    RunOptions,
-    DataOptions,
-    ModelOptions,
-    OptimizerOptions,
-    FinetuneOptions,
-    MachineOptions,
-    SpeedOptions,
-    ProcessOptions,
-    InTrainingOptions,
-):
+class SystemOptions(MachineOptions, SpeedOptions, ProcessOptions, InTrainingOptions):
+    """Where and how fast a run computes, and what it does besides."""
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions, DataOptions, ModelOptions, OptimizerOptions, FinetuneOptions, SystemOptions):
     """All training options except those of train.py's loop."""

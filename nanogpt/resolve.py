@@ -111,6 +111,11 @@ def decide(
         notices.append(
             f"batch_size = {config.batch_size}: the largest that fits in the memory of {machine.name()}"
         )
+    sizes = shape.n_head * shape.head_size, shape.padded_vocab_size, config.windows * config.block_size
+    if max(sizes) * shape.n_embd * shape.n_layer > 1 << 28:
+        from nanogpt.checkpoint import memory
+
+        memory.require(config, shape, machine)
     config = config.in_iterations(origins)
     if config.cuda_graph:
         from nanogpt.gpu import cuda_graphs

@@ -70,13 +70,16 @@ class Pretrained:
         wanted = dict(model.named_parameters())
         tensors = {}
         for name, tensor in self.read():
-            rows = wanted[name].shape[0] if name in TABLES or name == POSITIONS else len(tensor)
+            padded = name in wanted and (name in TABLES or name == POSITIONS)
+            rows = wanted[name].shape[0] if padded else tensor.shape[0]
             # Always copy: the file may be replaced while the model is used, and c_* matrices are transposed.
             fresh = torch.empty((rows, *tensor.shape[1:]))
             kept = min(rows, len(tensor))
             fresh[:kept].copy_(tensor[:kept])
             fresh[kept:].zero_()
             tensors[name] = fresh
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in wanted.items()}:
+            raise UserError(f"{self.origin} has tensors of another model than it describes")
         model.load_state_dict(tensors, assign=True)
         # Position tables that are not parameters were created with the model, on the CPU.
         return model.requires_grad_().eval().to(device)

@@ -53,7 +53,7 @@ def header(path: Path) -> tuple[np.dtype, int, int]:
         return np.dtype("<u2"), 1024, int(np.fromfile(path, "<i4", 3)[2])
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:  # of NumPy's parser of the header: a dozen types
         raise UserError(f"{path} is not an array of tokens ({error}); prepare it again") from None
     if array.dtype.kind not in "iu":
         raise UserError(f"{path} holds {array.dtype}, not token ids; prepare it again")
