@@ -238,6 +238,10 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
     if not torch.cuda.is_available() and flops * config.windows * config.block_size > MEASURED:
         small = replace(shape, n_layer=min(2, shape.n_layer))
         most = MEASURED / estimate.flops_per_token(small) / config.block_size
+        if most < 0.2:
+            raise UserError(
+                f"a sequence of {config.block_size:,} tokens takes too long to time here; give --gpu"
+            )
         config = replace(config, n_layer=small.n_layer, batch_size=max(1, min(config.windows, int(most))))
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
         timed = bench.Bench(config, Path(scratch))

@@ -111,8 +111,8 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, number)
-    except OSError as error:
-        raise UserError(f"--host={host}: {error.strerror}; give an address of this host") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host={host}: {error}; give an address of this host") from None
     try:
         if os.name != "nt":  # on Windows it would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -123,8 +123,8 @@ def run(command: Sequence[str], folder: Path, limit_s: float, watched: bool = Tr
         now = time.monotonic()
         said = output(folder, "stdout") if now > asked else ""
         asked = now + 0.5 if now > asked else asked
-        progress = bool(PROGRESS.search(said))
-        if now > end or (progress and (now > started + 3 or command[0] == "serve")):
+        progress |= bool(PROGRESS.search(said))
+        if now > end or (progress and not watched and (now > started + 3 or command[0] == "serve")):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             _, _, usage = os.wait4(pid, 0)
@@ -171,7 +171,7 @@ def try_file(
     path = scratch / kind.folder / name
     path.write_bytes(cases.damaged(name, path.read_bytes(), chance))
     if "{step}" in pattern and "manifest" not in pattern and chance.random() < 0.7:
-        cases.sign(step)
+        cases.sign(scratch / kind.folder / step.name)
     outcome, memory, said = run(words, scratch, config.limit_s)
     if outcome.startswith("exit") and memory > usual[f"{words}"] + SPARE + 8 * path.stat().st_size:
         outcome = "memory"
@@ -200,6 +200,7 @@ def try_options(number: int, corpus: Path, scratch: Path, config: Config) -> dic
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Run the trials that the log lacks, and print a table of the outcomes."""
     torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no trial waits for the network
     log = Path(config.log) if config.log else None
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     if log and log.is_file():

@@ -81,6 +81,7 @@ KINDS = [
     Kind("arrays", ("x_train_000.npy", "x_val_000.bin"), (f"{TRAIN} --dataset=arrays",)),
     Kind("run", ("{step}/state.json", "{step}/manifest.json", "{step}/model.safetensors"), RUN),
     Kind("run", ("{step}/optimizer.safetensors", "tokenizer.json", "config.json"), RUN),
+    Kind("lora", ("{step}/state.json", "{step}/model.safetensors"), ("sample --out_dir=lora",)),
     Kind("run", ("metrics.jsonl",), ("plot run", "doctor run", *RUN[:1])),
     Kind("hf", ("config.json", "model.safetensors", "tokenizer.json", "tokenizer.nanogpt.json"),
          ("sample --init_from=hf --max_new_tokens=3", "export --init_from=hf --to=out")),
@@ -125,6 +126,7 @@ def build(corpus: Path) -> None:
         program("prepare")(["texts/rows.jsonl", "--text_key=prompt+response", "--out=pairs"])
         common = [*MODEL, *SHORT, "--dataset=data", "--bias=True", "--optimizer=adamw"]
         program("train")([*common, "--out_dir=run", "--max_iters=2"])
+        program("train")([*common, "--out_dir=lora", "--max_iters=2", "--init_from=run", "--lora_rank=2"])
         program("export")(["--out_dir=run", "--to=hf"])
         program("export")(["--out_dir=run", "--to=nanogpt", "--format=nanogpt"])
     shutil.copytree(corpus / "data", corpus / "theirs", ignore=shutil.ignore_patterns("*.json"))

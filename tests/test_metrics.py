@@ -76,3 +76,14 @@ def test_missing_wandb_is_a_user_error(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         trackers.Wandb("p", "n", {})
+
+
+def test_damaged_rows_are_skipped(tmp_path):
+    text = b'{"event": "eval", "iter": 1, "train_loss": 2, "val_loss": 1.5}\n\xff\n[1]\n{"iter": 2}\n'
+    text += (
+        b'{"event": "eval", "iter": 3, "val_loss": null}\n{"event": "eval", "iter": -1}\n' + b"[" * 100_000
+    )
+    (tmp_path / metrics.NAME).write_bytes(text)
+    rows = metrics.read(tmp_path)
+    assert [row["iter"] for row in rows] == [1, 3]
+    assert metrics.gap(rows).startswith("best validation loss 1.5000 at iteration 1: train 2.0000")

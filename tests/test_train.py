@@ -361,3 +361,25 @@ def test_out_of_memory_is_a_one_line_error(config, monkeypatch):
     monkeypatch.setattr(train, "train_step", full)
     with pytest.raises(UserError, match="out of memory; try half the --batch_size"):
         train.main(config)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n_layer": 4096, "n_embd": 65536, "n_head": 1},
+        {"n_embd": 1024, "n_head": 8192, "head_dim": 8192, "n_layer": 512},
+        {"batch_size": 10**9},
+        {"vocab_multiple": 65536, "n_embd": 10**9, "n_head": 1},
+    ],
+)
+def test_run_beyond_the_memory_of_the_device_is_refused_before_anything_is_written(config, given):
+    config = replace(config, out_dir=config.out_dir + "-large", **given)
+    with pytest.raises(UserError, match=r"the run needs more than [\d,.]+ GB of memory, and cpu"):
+        train.main(config)
+    assert not Path(config.out_dir).exists()
+
+
+def test_lack_of_memory_outside_the_loop_is_one_line():
+    code = "import sys\nfrom nanogpt.errors import run_program\nrun_program(lambda: bytearray(1 << 60))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: out of memory: choose smaller numbers\n")
