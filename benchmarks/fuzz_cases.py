@@ -27,7 +27,7 @@ from nanogpt.errors import run_program
 
 MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--device=cpu"]
 SHORT = ["--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=2", "--warmup_iters=1"]
-TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 20
 
 
 # ----------------------------------------------------------------------------- programs

@@ -67,7 +67,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with staged(path) as draft:
-        draft.write_text(text, encoding="utf-8", newline="\n")
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -38,10 +38,9 @@ def resume(
     """Return the resolved options and the newest checkpoint of the run in out_dir.
 
     With --init_from=auto and no checkpoint, return `config` and None. `shape` names the options fixed by the
-    weights. Notes for the user are appended to `notices`. Raise UserError if --init_from=resume finds no
-    checkpoint or an option given now contradicts the weights.
+    weights, which keep their values, as in nanoGPT. Notes for the user are appended to `notices`. Raise
+    UserError if --init_from=resume finds no checkpoint, or if other weights were trained than are asked for.
     """
-    fixed = FIXED | shape
     out = Path(config.out_dir)
     resumed, damage = reader.find(out)
     if resumed is None:
@@ -60,13 +59,16 @@ def resume(
     saved = {RENAMED.get(key, key): value for key, value in resumed.state["options"].items()}
     fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
-    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in fixed]:
+    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
         raise UserError(
-            f"{out} holds a different model: {'; '.join(wrong)}; omit these, or choose another --out_dir"
+            f"{out} trains other weights: {'; '.join(wrong)}; omit these, or choose another --out_dir"
         )
+    kept = {key: old for key, (old, _) in differing.items() if key in shape}
     for key, (old, new) in differing.items():
-        notices.append(f"{key} = {new!r} from now on; it was {old!r} when the run was saved")
-    return config, resumed
+        ignored = f"note: {key} = {old!r} as in the checkpoint; {origins[key]} ({new!r}) has no effect"
+        changed = f"{key} = {new!r} from now on; it was {old!r} when the run was saved"
+        notices.append(ignored if key in kept else changed)
+    return replace(config, **kept), resumed
 
 
 def inherit(
