@@ -40,7 +40,7 @@ class BatchOptions:
     # batches
     gradient_accumulation_steps: PositiveInt = 40  #: micro-batches per iteration, over all ranks
     batch_size: PositiveInt | Literal["auto"] = 12  #: sequences per micro-batch; auto: most that fit on a GPU
-    block_size: Annotated[int, Range(1, 10**8)] = 1024  #: context length in tokens
+    block_size: Annotated[int, Range(1, 10**7)] = 1024  #: context length in tokens
     batch_tokens: Amount = 0  # tokens per iteration; 0: use gradient_accumulation_steps
     max_iters: PositiveInt = 600000  #: total iterations
     max_tokens: Amount = 0  # total training tokens; 0: use max_iters
