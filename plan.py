@@ -243,6 +243,7 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
                 f"a sequence of {config.block_size:,} tokens takes too long to time here; give --gpu"
             )
         config = replace(config, n_layer=small.n_layer, batch_size=max(1, min(config.windows, int(most))))
+    print("timing a few steps on this machine (not with --gpu=NAME)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
         timed = bench.Bench(config, Path(scratch))
         timed.step()

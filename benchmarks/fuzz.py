@@ -104,7 +104,7 @@ def child(command: Sequence[str], folder: Path, watched: bool) -> typing.NoRetur
         os._exit(code)
 
 
-PROGRESS = re.compile(r"^(iter \d|serving at|-{15}|step: |step \d+: train)", re.M)
+PROGRESS = re.compile(r"^(iter \d|serving at|-{15}|step: |step \d+: train|timing)", re.M)
 
 
 def run(command: Sequence[str], folder: Path, limit_s: float, watched: bool = True) -> tuple[str, int, str]:
@@ -121,7 +121,7 @@ def run(command: Sequence[str], folder: Path, limit_s: float, watched: bool = Tr
             status = os.waitstatus_to_exitcode(code)
             break
         now = time.monotonic()
-        said = output(folder, "stdout") if now > asked else ""
+        said = output(folder, "stdout") + output(folder, "stderr") if now > asked else ""
         asked = now + 0.5 if now > asked else asked
         progress |= bool(PROGRESS.search(said))
         if now > end or (progress and not watched and (now > started + 3 or command[0] == "serve")):
@@ -191,8 +191,11 @@ def try_options(number: int, corpus: Path, scratch: Path, config: Config) -> dic
     shutil.copytree(corpus, scratch)
     before = {path.name for path in scratch.iterdir()}
     outcome, memory, said = run([name, *argv], scratch, config.limit_s, watched=False)
-    left = {path.name for path in scratch.iterdir()} - before - {"stdout", "stderr", "EXECUTED"}
-    if outcome == "exit 2" and left - {"native"}:
+    left = {path.name for path in scratch.iterdir()} - before - {"stdout", "stderr"}
+    left = {
+        name for name in left if not name.startswith("torchinductor")
+    }  # of torch, in the temporary folder
+    if outcome == "exit 2" and left:
         outcome, said = "written", f"{left}: {said}"
     return {"what": name, "command": argv, "outcome": outcome, "extra": memory, "said": said}
 

@@ -130,7 +130,7 @@ class ModelOptions:
     # model
     n_layer: Annotated[int, Range(1, 4096)] = 12  #: transformer blocks
     n_head: Annotated[int, Range(1, 8192)] = 12  #: attention heads per block
-    n_embd: PositiveInt = 768  #: embedding channels
+    n_embd: Annotated[int, Range(1, 10**6)] = 768  #: embedding channels
     dropout: UnitInterval = 0.0  #: dropout probability; 0 for pretraining, try 0.1 or more for finetuning
     bias: bool = False  # True: biases in linear layers and LayerNorms (GPT-2)
     n_kv_head: NonNegativeInt = 0  # key/value heads (grouped-query attention); 0: n_head

@@ -141,7 +141,7 @@ def shape(about: Any, path: Path) -> GPTConfig:
         raise UserError(f"{path}: model_type is {kind!r}; only 'gpt2' is supported")
     wrong = [f"{k}={about[k]!r} (GPT-2: {v!r})" for k, v in FLAGS.items() if k in about and about[k] != v]
     activation = about.get("activation_function", "gelu_new")
-    if activation not in ACTIVATION_OF:
+    if activation not in list(ACTIVATION_OF):
         wrong.append(f"activation_function={activation!r} (known: {', '.join(ACTIVATION_OF)})")
     sizes = {key: about.get(key, getattr(GPTConfig, key)) for key in ("n_layer", "n_head", "n_embd")}
     sizes |= {"vocab_size": about.get("vocab_size", 50257), "block_size": about.get("n_positions", 1024)}

@@ -128,7 +128,7 @@ def _label(row: Row, endings: list[str]) -> int:
         return choices["label"].index(value)
     try:
         label = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         label = -1
     if isinstance(value, bool | float) or not 0 <= label < len(endings):
         raise _Misfit(f"the label is {value!r:.40}, expected an ending's index, 0 to {len(endings) - 1}")
