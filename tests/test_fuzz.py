@@ -12,7 +12,7 @@ from benchmarks import fuzz, fuzz_cases
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads the memory of children")
 
 
-FILES, OPTIONS = 50, 15
+FILES, OPTIONS = 100, 20
 
 
 @pytest.fixture(scope="module")
