@@ -45,7 +45,7 @@ class Local:
 
     def check(self, text: str) -> str:
         if "://" in text or b"\0" in text.encode("utf-8"):  # ValueError if not Unicode
-            raise ValueError(f"{text!r} is not {self}")
+            raise ValueError(f"{text} is not {self}")
         return ",".join(os.path.expanduser(path) for path in text.split(","))
 
 
