@@ -112,7 +112,7 @@ def wrap(
     blocks = list(blocks)
     sharded = any(map(is_sharded, blocks))
     # torch's default cache is in the system's temporary folder, which does not persist
-    with suppress(OSError):  # read-only: torch's own default
+    with suppress(OSError, UserError):  # read-only, or others can write it: torch's own default
         kept = cache.private(cache.cache_folder() / "compiled")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     parts = blocks if compile == "blocks" or sharded else []
