@@ -24,7 +24,7 @@ from tqdm import trange
 
 import train
 from nanogpt import files, runtime
-from nanogpt.config import FilePath, NonNegativeInt, PositiveInt, UnitInterval, load, pick_fields
+from nanogpt.config import Amount, FilePath, NonNegativeInt, PositiveInt, UnitInterval, load, pick_fields
 from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError, run_program
@@ -33,6 +33,7 @@ from nanogpt.gpu.chips import peak_flops
 from nanogpt.model import GPTConfig
 from nanogpt.planning import comm_bench, comm_volume, estimate, scaling
 from nanogpt.tokenizer import vocabulary
+from nanogpt.tokenizer.tokenizer import CharTokenizer, to_text
 from nanogpt.world import World
 
 
@@ -45,7 +46,7 @@ class Config(train.Config):
     trace: FilePath = "bench_trace.json"  #: Chrome trace file of --profile, for chrome://tracing or Perfetto
     # the network, under torchrun
     comm: bool = False  #: benchmark all-reduce and all-gather instead; can they keep up with this model?
-    comm_bytes: PositiveInt = 1 << 28  #: size of the largest message in bytes
+    comm_bytes: Amount = 1 << 28  #: size of the largest message in bytes
     mfu: UnitInterval = 0.0  #: MFU assumed for the compute time of --comm; 0: measure a step
     overlap: UnitInterval = 0.9  #: fraction of the backward pass that can overlap with communication
     # data
@@ -106,7 +107,7 @@ def with_data(config: Config, scratch: Path) -> Config:
     for split in ("train", "val"):
         ids.astype(dtype).tofile(scratch / f"{split}.bin")
     known = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    text = vocabulary.of_characters(list(itertools.islice(known, config.vocab_size)))
+    text = to_text(CharTokenizer(list(itertools.islice(known, config.vocab_size))))
     files.write_text(scratch / "tokenizer.json", text)
     about = {"format": FORMAT, "dtype": dtype, "tokenizer": {"sha256": vocabulary.identify(text).sha256}}
     files.write_json(scratch / "meta.json", about)

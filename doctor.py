@@ -22,6 +22,7 @@ from nanogpt import ROOT, checkpoint, files, metrics, runtime
 from nanogpt.checkpoint import reader, writer
 from nanogpt.config import read
 from nanogpt.data import loader
+from nanogpt.data.token_files import META
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import availability
 from nanogpt.inference import cpu_kernels
@@ -130,13 +131,13 @@ def check(folder: Path) -> Iterator[str]:
         yield f"{len(rows):,} rows of metrics; {metrics.gap(rows) or 'not evaluated'}"
     for step in reversed(steps):
         found = reader.verify(step)
-        torch_then = found.state["environment"]["torch"]
+        torch_then = found.state.get("environment", {}).get("torch", "unknown")
         yield f"{step.name}: intact, {found.model_config.n_layer} layers, torch {torch_then}"
     if data:
         dataset = loader.load(folder)
-        meta = files.read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
+        meta = files.read_json(folder / "meta.json", META) if (folder / "meta.json").is_file() else {}
         for about in [file for split in meta.get("splits", {}).values() for file in split["files"]]:
-            if files.sha256(folder / about["name"]) != about["sha256"]:
+            if files.sha256(folder / about["name"]) != about.get("sha256"):
                 raise UserError(f"{folder / about['name']} is damaged: its SHA-256 differs from meta.json's")
         yield f"{len(dataset.train):,} training and {len(dataset.val):,} validation tokens, intact"
         kind = vocabulary.identify(dataset.tokenizer).kind

@@ -11,8 +11,8 @@ its layers and scaled by FLOPs; with --gpu the hours are as accurate as --mfu, t
 FLOP/s that a run reaches: measure it with bench.py.
 """
 
+import bisect
 import io
-import math
 import statistics
 import sys
 import tempfile
@@ -25,6 +25,7 @@ import torch
 
 import train
 from nanogpt import ROOT, runtime
+from nanogpt.checkpoint import memory as device_memory
 from nanogpt.checkpoint import writer
 from nanogpt.config import (
     FilePath,
@@ -90,7 +91,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
     machine, used = None if config.gpu else runtime.setup("auto", "auto", shape.n_embd), None
     if machine:
         rate, used = measure(shape, argv or [])
-        gigabytes = memory_of(machine) / 1e9
+        gigabytes = device_memory.memory_of(machine) / 1e9
         how = f"here ({machine.reason})"
     else:
         chip = chips.find(config.gpu)
@@ -201,22 +202,14 @@ def memory(
     return need
 
 
-def memory_of(machine: runtime.Machine) -> float:
-    """Return the memory of the device in bytes; of a CPU what is available."""
-    if machine.device.type == "cuda":
-        return torch.cuda.get_device_properties(machine.device).total_memory
-    return writer.free_memory() or math.inf
-
-
 def fit(
     config: Config, shape: GPTConfig, trained: int, machine: runtime.Machine | None, gigabytes: float
 ) -> str:
     """Say whether the run fits in memory, and if not, the largest --batch_size that does."""
-    for rows in range(config.batch_size, 0, -1):
-        if memory(config, shape, trained, machine, rows).total <= gigabytes * 1e9:
-            how = "yes" if rows == config.batch_size else f"with --batch_size={rows}, not {config.batch_size}"
-            return f"fits in {gigabytes:.4g} GB: {how}"
-    return f"fits in {gigabytes:.4g} GB: no, not even with --batch_size=1"
+    most, totals = config.batch_size, lambda rows: memory(config, shape, trained, machine, rows).total
+    rows = bisect.bisect(range(1, most + 1), gigabytes * 1e9, key=totals)
+    how = f"with --batch_size={rows}, not {most}" if rows else "no, not even with --batch_size=1"
+    return f"fits in {gigabytes:.4g} GB: {'yes' if rows == most else how}"
 
 
 def length(config: Config, origins: dict[str, str], batch: int, rate: float) -> int:
@@ -245,7 +238,12 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
     if not torch.cuda.is_available() and flops * config.windows * config.block_size > MEASURED:
         small = replace(shape, n_layer=min(2, shape.n_layer))
         most = MEASURED / estimate.flops_per_token(small) / config.block_size
+        if most < 0.2:
+            raise UserError(
+                f"a sequence of {config.block_size:,} tokens takes too long to time here; give --gpu"
+            )
         config = replace(config, n_layer=small.n_layer, batch_size=max(1, min(config.windows, int(most))))
+    print("timing a few steps on this machine (not with --gpu=NAME)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
         timed = bench.Bench(config, Path(scratch))
         timed.step()

@@ -115,7 +115,7 @@ def load_run(folder: Path, name: str, x: str) -> Run:
 
     try:
         return Run(name, columns("step", "loss", *PANELS), columns("eval", "iter", "val_loss"))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / metrics.NAME} was not written by train.py: {error!r}") from None
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nanogpt.config import FilePath, NonNegativeInt, PositiveInt, Range, UnitInterval, load, pick_fields
+from nanogpt import files
+from nanogpt.config import FilePath, NonNegativeInt, PositiveInt, Range, Seed, UnitInterval, load, pick_fields
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api
 from nanogpt.inference.engine import Completion, Token
@@ -35,7 +36,7 @@ class Config:
     # prompts and stopping
     start: str = "\n"  # prompt; FILE:prompt.txt reads it from a file
     prompts: FilePath = ""  # JSONL file of prompts instead of start: a string or {"prompt": "..."} per line
-    num_samples: PositiveInt = 10  # samples per prompt
+    num_samples: Annotated[int, Range(1, 100_000)] = 10  # samples per prompt
     max_new_tokens: NonNegativeInt = 500  # maximum number of new tokens per sample
     stop: str = ""  # stop string, excluded from the output; '["a", "b"]': any of several
     stop_at_end: bool = False  # stop at the end-of-text token, if the vocabulary has one
@@ -45,7 +46,7 @@ class Config:
     top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: all
     top_p: UnitInterval = 1.0  # nucleus sampling: smallest set of tokens with this total probability; 1: all
     min_p: UnitInterval = 0.0  # minimum token probability, relative to the most likely token; 0: all
-    seed: NonNegativeInt = 1337  # random seed; sample i of a prompt uses seed + i
+    seed: Seed = 1337  # random seed; sample i of a prompt uses seed + i
     # output
     stream: bool = False  # print text as it is generated, one sample at a time
     interactive: bool = False  # read prompts from the terminal; Ctrl-C stops a sample, Ctrl-D exits
@@ -182,14 +183,9 @@ def stop_strings(stop: str) -> list[str]:
     """Parse --stop: one string, or a JSON list of strings. Raise UserError for an invalid list."""
     if not stop.startswith("["):
         return [stop] if stop else []
-    try:
-        found = json.loads(stop)
-        if not all(isinstance(one, str) and one for one in found):
-            raise ValueError("all items must be non-empty strings")
-    except ValueError as error:
-        raise UserError(
-            f'--stop={stop} is not a JSON list of strings: {error}; write --stop=\'["a", "b"]\''
-        ) from None
+    found = files.parse_json(stop, f"--stop={stop}", [str])
+    if not all(found):
+        raise UserError(f'--stop={stop} holds an empty string; write it like --stop=\'["a", "b"]\'')
     return found
 
 

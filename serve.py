@@ -50,8 +50,8 @@ class Config:
     public_address: str = ""  # address of a proxy or tunnel in front: https://gpt.example; empty: none
     token: str = ""  # bearer token; visible in process lists, so prefer NANOGPT_TOKEN
     # limits
-    slots: PositiveInt = 16  # completions generated concurrently
-    queue: PositiveInt = 128  # completions waiting for a slot; above that clients get HTTP 429
+    slots: Annotated[int, Range(1, 10_000)] = 16  # completions generated concurrently
+    queue: Annotated[int, Range(1, 10**6)] = 128  # completions waiting for a slot; beyond: HTTP 429
     max_tokens: PositiveInt = 4096  # maximum completion length in tokens
     # device
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: best available
@@ -111,8 +111,8 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, number)
-    except OSError as error:
-        raise UserError(f"--host={host}: {error.strerror}; give an address of this host") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host={host}: {error}; give an address of this host") from None
     try:
         if os.name != "nt":  # on Windows it would let two servers share the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -146,7 +146,9 @@ def open_model(config: Config) -> "Served":
             "waiting": ("Completions waiting for a slot.", lambda: scheduler.waiting),
         }
     )
-    scheduler = Scheduler(Engine(loaded.model, config.slots), loaded.tokenizer, config.queue, meters)
+    with loaded.machine.memory_errors("fewer --slots"):
+        engine = Engine(loaded.model, config.slots)
+    scheduler = Scheduler(engine, loaded.tokenizer, config.queue, meters)
     run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
     return Served(
         name=name_of(config),

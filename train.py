@@ -42,9 +42,7 @@ class Config(TrainOptions):
     eval_interval: PositiveInt = 2000  #: iterations between evaluations of both splits
     eval_iters: PositiveInt = 200  #: maximum number of batches per split; every evaluation uses the same ones
     log_interval: PositiveInt = 1  # iterations between log lines
-    save_interval: NonNegativeInt = (
-        0  # iterations between checkpoints (new bests are saved too); 0: eval_interval
-    )
+    save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides new bests; 0: eval_interval
     save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
     always_save_checkpoint: bool = True  # False: after an evaluation, save only if the loss improved
     verbose: bool = False  # print all options that differ from their defaults
@@ -206,13 +204,12 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         scaler = parallelize.sharded_scaler(machine)
     progress = Progress()
     if resumed:
-        from nanogpt.checkpoint.resume import restore_progress
+        from nanogpt.checkpoint.resume import load_optimizer, restore_progress
 
-        resumed.load_optimizer(optimizer.state_shards())
+        progress = restore_progress(resumed, config, setup.dataset, machine, learning_rate, notices)
+        load_optimizer(resumed, optimizer.state_shards())
         if resumed.state["scaler"]:  # empty if it was saved without loss scaling
             scaler.load_state_dict(resumed.state["scaler"])
-        environment, content = machine.environment(), setup.dataset.content
-        progress = restore_progress(resumed, config, content, environment, learning_rate, notices)
     in_training = None
     if config.eval_tasks or config.sample_prompt:
         from nanogpt.evaluation.in_training import InTrainingEvaluation
@@ -565,14 +562,10 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
     """Lock out_dir and write the tokenizer and the options to it; return a notice about a previous run in
     it, or ""."""
     config, out = run.config, Path(run.config.out_dir)
-    resumed_at = run.resumed.iter_num if run.resumed else None
-    run.lock, notice = writer.acquire_folder(out, resumed_at, config.overwrite)
-    if run.resumed:
-        from nanogpt.checkpoint.resume import rewind_metrics
-
-        rewind_metrics(out, run.resumed.iter_num, evaluated=run.progress.val_loss is not None)
-        if run.in_training:
-            run.in_training.resume()
+    resumed = run.progress if run.resumed else None
+    run.lock, notice = writer.acquire_folder(out, resumed, config.overwrite)
+    if run.resumed and run.in_training:
+        run.in_training.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
     about = {
         "options": asdict(config),

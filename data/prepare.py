@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python adds only the folder of this file
 
 from nanogpt import command
-from nanogpt.config import FilePath, NonNegativeInt, read
+from nanogpt.config import Amount, FilePath, NonNegativeInt, Seed, read
 from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import corpus, own_text
 
@@ -39,10 +39,10 @@ class Config:
     # split
     val: FilePath = ""  # validation texts: a file, folder or pattern; empty: a fraction of the texts
     val_fraction: float = 0.1  # fraction of the text for validation, without --val
-    seed: NonNegativeInt = 0  # seed of the choice of validation documents
+    seed: Seed = 0  # seed of the choice of validation documents
     # execution and file layout
     workers: NonNegativeInt = 0  # encoding processes; 0: one per core if the text is large
-    shard_tokens: NonNegativeInt = 0  # tokens per shard, as in llm.c; 0: one file per split
+    shard_tokens: Amount = 0  # tokens per shard, as in llm.c; 0: one file per split
 
 
 def main(config: Config, paths: list[str]) -> None:

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt import files
+from nanogpt import cache
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Optimizer
@@ -111,7 +112,9 @@ def wrap(
     blocks = list(blocks)
     sharded = any(map(is_sharded, blocks))
     # torch's default cache is in the system's temporary folder, which does not persist
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache_folder() / "compiled"))
+    with suppress(OSError, UserError):  # read-only, or others can write it: torch's own default
+        kept = cache.private(cache.cache_folder() / "compiled")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     parts = blocks if compile == "blocks" or sharded else []
     before = [vars(block).get("forward") for block in parts]
     for block in parts:

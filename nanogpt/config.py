@@ -2,13 +2,15 @@
 
     python train.py config/train_shakespeare_char.py --batch_size=32
 
-Files (presets.py) and flags are applied from left to right. All errors are reported together.
+Files (presets.py) and flags are applied from left to right. All errors are reported together. The types of
+options also describe values in JSON files (`fitted`, used by files.read_json).
 """
 
 import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -20,13 +22,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """Valid range of a numeric option, inclusive."""
+    """Valid range of a number, inclusive."""
 
     low: float
-    high: float = math.inf
+    high: float = 10**9
 
     def __str__(self) -> str:
-        return f">= {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
+        return f">= {self.low}" if self.high == math.inf else f"from {self.low:,} to {self.high:,}"
 
     def check(self, value: Any) -> Any:
         if not self.low <= value <= self.high:
@@ -42,15 +44,30 @@ class Local:
         return "naming a path of this file system; mount remote storage and give its folder"
 
     def check(self, text: str) -> str:
-        if "://" in text:
+        if "://" in text or b"\0" in text.encode("utf-8"):  # ValueError if not Unicode
             raise ValueError(f"{text} is not {self}")
         return ",".join(os.path.expanduser(path) for path in text.split(","))
 
 
+class Beside:
+    """The name of a file in the folder of the file that holds it, so that no path leads out of it."""
+
+    def __str__(self) -> str:
+        return "naming a file in the same folder"
+
+    def check(self, text: str) -> str:
+        if text in ("", "..") or set(text) & set("/\\:\0"):
+            raise ValueError(self)
+        return text
+
+
 FilePath = Annotated[str, Local()]
+FileName = Annotated[str, Beside()]
 PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
-NonNegativeFloat = Annotated[float, Range(0)]
+Amount = Annotated[int, Range(0, 10**15)]  # of tokens or bytes
+Seed = Annotated[int, Range(0, 10**12)]
+NonNegativeFloat = Annotated[float, Range(0, math.inf)]
 Seconds = Annotated[float, Range(1)]  # timeout
 UnitInterval = Annotated[float, Range(0, 1)]
 
@@ -62,7 +79,6 @@ class Options:
     values: dict[str, Any]
     origins: dict[str, str]
     arguments: list[str]  # positional arguments, if the program takes its own
-    ignored: dict[str, str]  # key in `other_keys`: the preset file that sets it
 
 
 def load(cls: type[T], argv: Sequence[str]) -> tuple[T, dict[str, str]]:
@@ -90,29 +106,24 @@ def read(
         print(help_text(cls, everything="--help=all" in asked))
         raise SystemExit(0)
     types = typing.get_type_hints(cls, include_extras=True)
-    found = Options({}, {}, [], {})
+    found = Options({}, {}, [])
     problems: list[str] = []
 
     def give(key: str, value: Any, origin: str, is_text: bool) -> None:
         if key not in types:
-            from nanogpt.usage import RENAMED
+            from nanogpt import usage
 
-            key = RENAMED.get(key, key)
-        if key not in types:
-            if key in other_keys and not is_text:
-                found.ignored[key] = origin
+            key = usage.RENAMED.get(key, key)
+            if key not in types:
+                known = key in other_keys and not is_text
+                problems.extend([] if known else usage.unknown_option(key, origin, types))
                 return
-            from nanogpt.usage import unknown_option
-
-            problems.extend(unknown_option(key, origin, types))
-            return
         try:
-            found.values[key] = _from_text(types[key], value) if is_text else _check(types[key], value)
+            given = _from_text(types[key], value) if is_text else value
+            found.values[key] = fitted(types[key], given, f"{origin}: {key}")
             found.origins[key] = origin
-        except ValueError:
-            from nanogpt.usage import describe
-
-            problems.append(f"{origin}: {key} = {value!r} is not {describe(types[key])}")
+        except UserError as error:
+            problems.append(str(error))
 
     for word in argv:
         if word.startswith("--"):
@@ -147,47 +158,61 @@ def read(
 
 
 def _from_text(kind: Any, text: str) -> Any:
-    """Parse `text` from the command line as type `kind`. Raise ValueError if it is not one."""
-    candidates: list[Any] = [text]
-    if text.lower() in ("true", "false"):
-        candidates.append(text.lower() == "true")
-    if text == "None":
-        candidates.append(None)
+    """Parse `text` from the command line as type `kind`; return `text` itself if it is not one."""
+    words = {"true": True, "false": False, "None": None}
+    candidates: list[Any] = [text, *(words[word] for word in {text, text.lower()} & words.keys())]
     for number in (int, float):
-        try:
+        with suppress(ValueError):
             candidates.append(number(text))
-        except ValueError:
-            continue
     for candidate in candidates:
-        try:
-            return _check(kind, candidate)
-        except ValueError:
-            continue
-    raise ValueError(kind)
+        with suppress(ValueError):
+            return check(kind, candidate)
+    return text
 
 
-def _check(kind: Any, value: Any) -> Any:
+def check(kind: Any, value: Any) -> Any:
     """Return `value` converted to type `kind`. Raise ValueError if it is not one."""
+    if kind is Any or (type(value) is kind and kind is not float):
+        return value
     if get_origin(kind) in (Union, UnionType):
         for choice in get_args(kind):
-            try:
-                return _check(choice, value)
-            except ValueError:
-                continue
-        raise ValueError(kind)
+            with suppress(ValueError):
+                return check(choice, value)
     if get_origin(kind) is Annotated:
         base, limits = get_args(kind)
-        return limits.check(_check(base, value))
+        return limits.check(check(base, value))
     if get_origin(kind) is Literal:
         if any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
             return value
-    elif kind is float and type(value) in (int, float) and math.isfinite(value):
+    elif kind is float and type(value) in (int, float) and abs(value) <= 1e300:  # False for NaN
         return float(value)
     elif kind is int and type(value) is float and value.is_integer():
         return int(value)  # 1e6
-    elif kind in (bool, int, str) and type(value) is kind:
-        return value
     raise ValueError(kind)
+
+
+def fitted(shape: Any, value: Any, where: str) -> Any:
+    """Return a value read from JSON, checked against `shape`: a type as of an option, [shape], {str: shape}
+    or {"key": shape, "key?": shape}, where ? marks a key that may be absent; other keys are not checked.
+
+    Raise UserError naming `where` and the place in it.
+    """
+    if isinstance(shape, list) and isinstance(value, list):
+        return [fitted(shape[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
+    if isinstance(shape, dict) and isinstance(value, dict):
+        found = {}
+        for key, kind in (dict.fromkeys(value, shape[str]) if str in shape else shape).items():
+            name = key.removesuffix("?")
+            if name in value or name == key:
+                found[name] = fitted(kind, value.get(name), f"{where}: {name}")
+        return value | found
+    kind = type(shape) if isinstance(shape, list | dict) else shape
+    try:
+        return check(kind, value)
+    except ValueError:
+        from nanogpt.usage import describe
+
+        raise UserError(f"{where} is {value!r:.60}, not {describe(kind)}") from None
 
 
 # ----------------------------------------------------------------------------- whole configurations

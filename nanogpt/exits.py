@@ -29,12 +29,16 @@ def leave(code: int, message: str, silent: bool) -> NoReturn:
 
 
 def in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Excepthook that prints one line, without a traceback, for Ctrl-C and missing packages."""
+    """Excepthook that prints one line, without a traceback, for Ctrl-C, lack of memory and of packages."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("nanogpt"):
         name = error.name.partition(".")[0]
         print(f"error: the package {name} is not installed: pip install {name}", file=sys.stderr, flush=True)
+        os._exit(2)
+    elif isinstance(error, MemoryError) or (kind is RuntimeError and "can't allocate memory" in str(error)):
+        said = str(error).splitlines()[0] if str(error) else "choose smaller numbers"
+        print(f"error: out of memory: {said.partition('DefaultCPUAllocator: ')[2] or said}", file=sys.stderr)
         os._exit(2)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -16,8 +16,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from nanogpt.config import fitted
 from nanogpt.errors import UserError
 
+LARGEST = 1 << 26  # characters; tokenizers of 256,000 tokens have half of that
 TEMPORARY = ".tmp-"  # part of the name of every incomplete file
 
 
@@ -65,21 +67,36 @@ def staged(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with staged(path) as draft:
-        draft.write_text(text, encoding="utf-8", newline="\n")
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raise UserError naming the file if it is missing or invalid."""
+def text_of(path: Path) -> str:
+    """Read a UTF-8 file, at most LARGEST characters. Raise UserError if it is missing or not UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            return file.read(LARGEST)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: not UTF-8 text ({error.reason}, byte {error.start})") from None
+
+
+def read_json(path: Path, shape: Any = Any) -> Any:
+    """Parse a JSON file. Raise UserError naming the file if it is missing, invalid or not of `shape`."""
+    return parse_json(text_of(path), str(path), shape)
+
+
+def parse_json(text: str | bytes, where: str, shape: Any = Any) -> Any:
+    """Parse JSON and check it with config.fitted. Raise UserError naming `where` it is from."""
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
+        raise UserError(f"{where} is not valid JSON ({error})") from None
+    return fitted(shape, value, where)
 
 
 def sha256(path: Path) -> str:
@@ -106,10 +123,3 @@ def lock(folder: Path) -> FileLock:
             f"another process is writing to {folder}; wait for it, or choose another folder"
         ) from None
     return held
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloads: NANOGPT_CACHE, or the user's cache folder."""
-    import pooch
-
-    return Path(os.environ.get("NANOGPT_CACHE") or pooch.os_cache("nanogpt"))

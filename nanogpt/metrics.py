@@ -3,18 +3,21 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from nanogpt import command, quoted
+from nanogpt import command, files, quoted
+from nanogpt.config import Amount
 from nanogpt.errors import UserError
 
 if TYPE_CHECKING:
     from nanogpt.trackers import Wandb
 
 NAME = "metrics.jsonl"
+ROW = {"event": str, "iter": Amount, "train_loss?": float | None, "val_loss?": float | None}
 
 
 class Log:
@@ -69,16 +72,14 @@ class Log:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Return all rows of a run in order, skipping truncated lines. Raise UserError if the file is missing."""
-    path = run / NAME
+    """Return all rows of a run in order, skipping damaged lines. Raise UserError if the file is missing."""
+    path, rows = run / NAME, []
     if not path.is_file():
         raise UserError(f"{run} has no {NAME}; give the out_dir of a run")
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+    with path.open("rb") as lines:
+        for line in lines:
+            with suppress(UserError):
+                rows.append(files.parse_json(line, NAME, ROW))
     return rows
 
 
@@ -92,7 +93,7 @@ def gap(rows: Iterable[Mapping[str, Any]]) -> str:
 
     Empty if `rows` holds no evaluation.
     """
-    evaluations = [row for row in rows if row["event"] == "eval"]
+    evaluations = [row for row in rows if None not in (row.get("train_loss"), row.get("val_loss"))]
     if not evaluations:
         return ""
     best, last = min(evaluations, key=lambda row: row["val_loss"]), evaluations[-1]

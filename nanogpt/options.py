@@ -9,16 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self, cast
 
 from nanogpt.config import (
+    Amount,
     FilePath,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     Range,
     Seconds,
+    Seed,
     UnitInterval,
 )
 
 SHORTEST = 0.1  # minutes
+COUNTERPARTS = {"batch_tokens": ["gradient_accumulation_steps"], "max_tokens": ["max_iters"]}
+COUNTERPARTS["minutes"] = ["max_iters", "max_tokens"]  # options for the same quantity
 Origins = Mapping[str, str]  # option -> where it was given ("--seed=1", "config/x.py")
 
 
@@ -36,10 +40,10 @@ class BatchOptions:
     # batches
     gradient_accumulation_steps: PositiveInt = 40  #: micro-batches per iteration, over all ranks
     batch_size: PositiveInt | Literal["auto"] = 12  #: sequences per micro-batch; auto: most that fit on a GPU
-    block_size: PositiveInt = 1024  #: context length in tokens
-    batch_tokens: NonNegativeInt = 0  # tokens per iteration; 0: use gradient_accumulation_steps
+    block_size: Annotated[int, Range(1, 10**7)] = 1024  #: context length in tokens
+    batch_tokens: Amount = 0  # tokens per iteration; 0: use gradient_accumulation_steps
     max_iters: PositiveInt = 600000  #: total iterations
-    max_tokens: NonNegativeInt = 0  # total training tokens; 0: use max_iters
+    max_tokens: Amount = 0  # total training tokens; 0: use max_iters
     minutes: NonNegativeFloat = 0.0  #: total minutes, instead of max_iters; 0: use max_iters
     documents: Literal["stream", "rows", "masked"] = "stream"  # masked: isolate documents; rows: start at one
 
@@ -54,15 +58,10 @@ class BatchOptions:
 
     def problems(self, origins: Origins) -> list[str]:
         wrong = [
-            f"{origins[tokens]} and {origins[other]} set the same quantity; give one of them"
-            for tokens, other in (
-                ("batch_tokens", "gradient_accumulation_steps"),
-                ("max_tokens", "max_iters"),
-                ("minutes", "max_iters"),
-                ("minutes", "max_tokens"),
-            )
-            if getattr(self, tokens)
-            and all(origins.get(name, "").startswith("--") for name in (tokens, other))
+            f"{origins[name]} and {origins[other]} set the same quantity; give one of them"
+            for name, others in COUNTERPARTS.items()
+            for other in others
+            if getattr(self, name) and all(origins.get(each, "").startswith("--") for each in (name, other))
         ]
         if 0 < self.minutes < SHORTEST:
             wrong.append(f"minutes={self.minutes:g} is too short for start-up; give at least {SHORTEST}")
@@ -83,8 +82,7 @@ class BatchOptions:
 def overruled(options: BatchOptions, name: str, origins: Origins) -> bool:
     """Return whether the token count or time `name` is unset or overridden: a flag for its counterpart takes
     precedence over a preset, so that --max_iters=10 shortens a preset with max_tokens."""
-    others = {"batch_tokens": ("gradient_accumulation_steps",), "max_tokens": ("max_iters",)}
-    flags = [origins.get(other, "") for other in others.get(name, ("max_iters", "max_tokens"))]
+    flags = [origins.get(other, "") for other in COUNTERPARTS[name]]
     return not getattr(options, name) or any(flag.startswith("--") for flag in flags)
 
 
@@ -92,7 +90,7 @@ def overruled(options: BatchOptions, name: str, origins: Origins) -> bool:
 class DataOptions(BatchOptions):
     # data
     dataset: FilePath = "openwebtext"  #: text file, prepared folder, name in data/; mixture: a:0.7,b:0.3
-    batch_ramp_tokens: NonNegativeInt = 0  # linear batch size ramp-up over this many tokens; 0: none
+    batch_ramp_tokens: Amount = 0  # linear batch size ramp-up over this many tokens; 0: none
     batch_ramp_start: UnitInterval = 0.1  # initial batch size as a fraction of the full batch
 
     def ramp(self) -> list[int]:
@@ -130,13 +128,13 @@ class DataOptions(BatchOptions):
 @dataclass(frozen=True)
 class ModelOptions:
     # model
-    n_layer: PositiveInt = 12  #: transformer blocks
-    n_head: PositiveInt = 12  #: attention heads per block
-    n_embd: PositiveInt = 768  #: embedding channels
+    n_layer: Annotated[int, Range(1, 4096)] = 12  #: transformer blocks
+    n_head: Annotated[int, Range(1, 8192)] = 12  #: attention heads per block
+    n_embd: Annotated[int, Range(1, 10**6)] = 768  #: embedding channels
     dropout: UnitInterval = 0.0  #: dropout probability; 0 for pretraining, try 0.1 or more for finetuning
     bias: bool = False  # True: biases in linear layers and LayerNorms (GPT-2)
     n_kv_head: NonNegativeInt = 0  # key/value heads (grouped-query attention); 0: n_head
-    head_dim: NonNegativeInt = 0  # channels per head; 0: n_embd / n_head
+    head_dim: Annotated[int, Range(0, 8192)] = 0  # channels per head; 0: n_embd / n_head
     position: Literal["learned", "rope", "alibi"] = "learned"  # position encoding
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
     activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # of MLPs; nanoGPT uses gelu
@@ -145,7 +143,7 @@ class ModelOptions:
     softcap: NonNegativeFloat = 0.0  # soft-cap logits: cap * tanh(logits / cap); 0: off
     smear: bool = False  # add the previous token's embedding, with a learned weight per channel
     init: Literal["gpt2", "zero", "depth"] = "gpt2"  # init scheme; zero: residual projections start at 0
-    vocab_multiple: PositiveInt = 64  # pad the embedding table to a multiple of this
+    vocab_multiple: Annotated[int, Range(1, 65536)] = 64  # pad the embedding table to a multiple of this
 
     def problems(self, origins: Origins) -> list[str]:
         return shape_problems(self.n_embd, self.n_head, self.n_kv_head, self.head_dim, self.position)
@@ -211,7 +209,7 @@ class MachineOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  #: compute dtype; weights stay float32
     compile: Literal["auto", True, False, "blocks"] = "auto"  #: torch.compile; auto: on CUDA, if it pays off
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more FLOPs
-    seed: NonNegativeInt = 1337  #: seed of initial weights, data order and dropout
+    seed: Seed = 1337  #: seed of initial weights, data order and dropout
 
 
 @dataclass(frozen=True)
@@ -244,15 +242,10 @@ class InTrainingOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions(
-    RunOptions,
-    DataOptions,
-    ModelOptions,
-    OptimizerOptions,
-    FinetuneOptions,
-    MachineOptions,
-    SpeedOptions,
-    ProcessOptions,
-    InTrainingOptions,
-):
+class SystemOptions(MachineOptions, SpeedOptions, ProcessOptions, InTrainingOptions):
+    """Where and how fast a run computes, and what it does besides."""
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions, DataOptions, ModelOptions, OptimizerOptions, FinetuneOptions, SystemOptions):
     """All training options except those of train.py's loop."""

@@ -1,9 +1,9 @@
 """Preset files: Python assignments that are parsed, never executed, so untrusted presets are safe to load."""
 
 import ast
-import difflib
 import operator
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ def find(name: str) -> Path:
     for path in (Path(name), Path("config") / f"{name}.py", ROOT / name, ROOT / "config" / f"{name}.py"):
         if path.is_file():
             return path
-    names = sorted(path.stem for path in (ROOT / "config").glob("*.py"))
-    near = difflib.get_close_matches(Path(name).stem, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"no preset {name!r}: {hint}there are {', '.join(names)} (options are --key=value)")
+    from nanogpt import usage
+
+    raise usage.missing_preset(name, ROOT)
 
 
 def assignments(path: Path) -> dict[str, Any]:
@@ -31,7 +30,8 @@ def assignments(path: Path) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for node in tree.body:
         try:
-            if _is_docstring(node) or ast.unparse(node) == "import time":
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if docstring or ast.unparse(node) == "import time":
                 continue
             if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
                 raise ValueError(f"{ast.unparse(node).splitlines()[0]!r} is not an assignment `name = value`")
@@ -41,15 +41,9 @@ def assignments(path: Path) -> dict[str, Any]:
     return {name: value for name, value in names.items() if not name.startswith("_")}
 
 
-_ARITHMETIC = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]]
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: operator.pow}
+_ARITHMETIC |= {ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:
@@ -84,10 +78,6 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is not a number")
     return value
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def shown(path: Path) -> str:

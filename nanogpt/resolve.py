@@ -111,14 +111,17 @@ def decide(
         notices.append(
             f"batch_size = {config.batch_size}: the largest that fits in the memory of {machine.name()}"
         )
+    sizes = shape.n_head * shape.head_size, shape.padded_vocab_size, config.windows * config.block_size
+    if max(sizes) * shape.n_embd * shape.n_layer > 1 << 28:
+        from nanogpt.checkpoint import memory
+
+        memory.require(config, shape, machine)
     config = config.in_iterations(origins)
     if config.cuda_graph:
         from nanogpt.gpu import cuda_graphs
 
         cuda_graphs.require_recordable(config, machine, dataset.train.scored is not None)
     batches = open_batches(config, config.seed, dataset, machine)
-    if resumed:
-        resumed.require_tokenizer(dataset.fingerprint, dataset.vocab_size, dataset.folder)
     if pretrained:
         from nanogpt.convert.start import require_tokenizer
 

@@ -20,6 +20,8 @@ from nanogpt.errors import UserError
 from nanogpt.world import World
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # in torch.cpu, if present
+REMEDY = "half the --batch_size and twice the --gradient_accumulation_steps (the same batch), or a smaller "
+REMEDY += "--block_size or model"  # if a training step runs out of memory
 REPEATED_S = 1.0  # seconds in which repeated signals count as one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,17 +88,15 @@ class Machine:
         return torch.bfloat16 if has_bfloat16(self.device) else torch.float32
 
     @contextmanager
-    def memory_errors(self) -> Iterator[None]:
-        """Convert out-of-memory errors to a UserError that suggests what to change."""
+    def memory_errors(self, remedy: str = REMEDY) -> Iterator[None]:
+        """Convert out-of-memory errors to a UserError that suggests the `remedy`, by default in training."""
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            signs = ("out of memory", "can't allocate memory", "calculation overflowed")
+            if not any(sign in str(error) for sign in signs):
                 raise
-            raise UserError(
-                f"{self.name()}: out of memory; try half the --batch_size and twice the "
-                f"--gradient_accumulation_steps (the same batch), or a smaller --block_size or model"
-            ) from None
+            raise UserError(f"{self.name()}: out of memory; try {remedy}") from None
 
     def name(self) -> str:
         if self.device.type == "cuda":

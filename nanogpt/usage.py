@@ -72,7 +72,8 @@ def describe(kind: Any) -> str:
         return " or ".join(describe(choice).removeprefix("one of ") for choice in get_args(kind))
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(kind))
-    return {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}[kind]
+    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
+    return (names | {list: "a list", dict: "an object", type(None): "null"}).get(kind, kind.__name__)
 
 
 def unknown_option(key: str, origin: str, known: Iterable[str]) -> list[str]:
@@ -94,6 +95,15 @@ def non_defaults(config: Any, origins: dict[str, str]) -> list[str]:
         if value != field.default:
             rows.append(f"  {field.name} = {value!r}  ({origins.get(field.name, 'saved run')})")
     return rows
+
+
+def missing_preset(name: str, root: Path) -> UserError:
+    """Return the error for a preset `name` that is neither a file nor in the `root`'s config/."""
+    names = sorted(path.stem for path in (root / "config").glob("*.py"))
+    short = {name.removeprefix("train_"): name for name in names}
+    near = difflib.get_close_matches(Path(name).stem.removeprefix("train_"), short)
+    hint = f"did you mean {' or '.join(short[found] for found in near)}? " if near else ""
+    return UserError(f"no preset {name!r}: {hint}there are {', '.join(names)} (options are --key=value)")
 
 
 def missing_dataset(name: str, root: Path) -> UserError:

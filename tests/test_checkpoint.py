@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import fuzz_cases
 from nanogpt import files
-from nanogpt.checkpoint import reader, writer
+from nanogpt.checkpoint import reader, resume, writer
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Optimizer, build
@@ -59,7 +60,7 @@ def test_round_trip(tmp_path, model):
         assert torch.equal(a, b) and b.requires_grad, name
     for tensor in optimizer.state().values():
         tensor.zero_()
-    found.load_optimizer(optimizer.state())
+    resume.load_optimizer(found, optimizer.state())
     assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state().items())
 
 
@@ -294,3 +295,36 @@ def test_saved_tensors_load_with_safetensors_alone(tmp_path, model):
     path = put(tmp_path, model, 1)
     tensors = load_file(path / "model.safetensors")
     assert set(tensors) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"n_layer": "1"}}, "state.json: model: n_layer is '1', not a whole number"),
+        ({"model": {"n_layer": 10**9}}, "describes a model that is not possible"),
+        ({"model": {"norm": "batch"}}, "describes a model that is not possible"),
+        ({"model": {"unknown": 1}}, "was written by a newer version: unknown {'unknown'}"),
+        ({"val_loss": "low"}, "state.json: val_loss is 'low', not "),
+        ({"options": [1]}, r"state.json: options is \[1\], not an object"),
+        ({"lora": {"rank": 2}}, "state.json: lora: alpha is None, not a finite number"),
+    ],
+)
+def test_hostile_state_with_a_matching_manifest_is_one_line(tmp_path, model, change, message):
+    path = put(tmp_path, model, 3)
+    state = files.read_json(path / "state.json")
+    changed = state | {k: {**state[k], **v} if k == "model" else v for k, v in change.items()}
+    files.write_json(path / "state.json", changed)
+    fuzz_cases.sign(path)
+    with pytest.raises(UserError, match=message):
+        reader.verify(path).load_model()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_damaged_tensors_with_a_matching_manifest_are_one_line(tmp_path, model, name):
+    path = put(tmp_path, model, 3)
+    (path / name).write_bytes((path / name).read_bytes()[:100])
+    fuzz_cases.sign(path)
+    found = reader.verify(path)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        found.load_model()
+        resume.load_optimizer(found, adamw(model).state())

@@ -1,5 +1,6 @@
 """cpu_kernels.cpp: compilation and caching, fallback without a compiler, equal results on any CPU."""
 
+import hashlib
 import json
 import os
 import platform
@@ -108,11 +109,11 @@ def test_supported_head_sizes_and_dtypes():
 @compiler
 def test_library_is_compiled_once_and_cached(compiled_here, tmp_path):
     cache, first = compiled_here
-    (file,) = (cache / "native").iterdir()
+    (file,) = (cache / "kernels").iterdir()
     made = file.stat().st_mtime_ns
     assert found_with(cache) == first and first["why"] == ""
     assert found_with(tmp_path / "other", CXX="env g++") == first  # multi-word command, as "ccache g++"
-    assert [f.stat().st_mtime_ns for f in (cache / "native").iterdir()] == [made]
+    assert [f.stat().st_mtime_ns for f in (cache / "kernels").iterdir()] == [made]
 
 
 @compiler
@@ -124,7 +125,7 @@ def test_results_are_equal_on_older_processors(compiled_here, tmp_path, architec
     cache, best = compiled_here
     both = shutil.copytree(cache, tmp_path / "both")
     plain = found_with(both, CXX=f"g++ -march={architecture}")
-    assert len(list((both / "native").iterdir())) == 2
+    assert len(list((both / "kernels").iterdir())) == 2
     for dtype, bound in (("int8", 1e-6), ("float32", 1e-5), ("bfloat16", 2**-7)):
         torch.testing.assert_close(
             torch.tensor(best[dtype]), torch.tensor(plain[dtype]), atol=10 * bound, rtol=bound
@@ -132,17 +133,58 @@ def test_results_are_equal_on_older_processors(compiled_here, tmp_path, architec
 
 
 @compiler
-@pytest.mark.parametrize("broken", ["a file where the folder should be", "no library"])
-def test_unusable_cache_falls_back(compiled_here, tmp_path, broken):
-    good, expected = compiled_here
+def test_unusable_cache_falls_back(compiled_here, tmp_path):
     cache = tmp_path / "cache"
-    if broken == "no library":
-        shutil.copytree(good, cache)
-        (file,) = (cache / "native").iterdir()
-        file.write_text("nothing that could be loaded")
+    cache.write_text("a file where the folder should be")
+    assert found_with(cache) == compiled_here[1]
+
+
+@compiler
+@pytest.mark.parametrize("content", [b"nothing that could be loaded"])
+def test_damaged_library_is_compiled_again(compiled_here, tmp_path, content):
+    cache = shutil.copytree(compiled_here[0], tmp_path / "cache")
+    (file,) = (cache / "kernels").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(content)
+    assert found_with(cache) == compiled_here[1]
+    assert (cache / "kernels" / file.name).read_bytes() == whole
+
+
+@pytest.fixture
+def planted(compiled_here, tmp_path) -> tuple[Path, Path, Path]:
+    """A cache, a library of another origin in it that has the right name, and the file that it creates when
+    it is loaded."""
+    cache = shutil.copytree(compiled_here[0], tmp_path / "cache")
+    (file,) = (cache / "kernels").iterdir()
+    trace, source = tmp_path / "executed", tmp_path / "planted.cpp"
+    source.write_text(
+        f'#include <fstream>\nstatic bool done = [] {{ std::ofstream("{trace}"); return true; }}();\n'
+    )
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", file, source], check=True)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return cache, file.rename(file.with_stem(f"{file.stem.rpartition('-')[0]}-{digest}")), trace
+
+
+@compiler
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_library_in_a_folder_that_others_can_write_is_not_loaded(planted, mode):
+    cache, _, trace = planted
+    (cache / "kernels").chmod(mode)
+    assert "can be written by others" in found_with(cache)["why"] and not trace.exists()
+
+
+@compiler
+@pytest.mark.parametrize("way", ["linked folder", "writable file"])
+def test_library_that_others_may_have_written_is_not_loaded(planted, way, compiled_here):
+    cache, file, trace = planted
+    if way == "linked folder":
+        (cache / "kernels").rename(cache / "elsewhere").chmod(0o700)
+        (cache / "kernels").symlink_to(cache / "elsewhere")
+        assert "can be written by others" in found_with(cache)["why"]
     else:
-        cache.write_text("")
-    assert found_with(cache) == expected
+        file.chmod(0o666)
+        assert found_with(cache) == compiled_here[1]
+    assert not trace.exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled on Linux only")

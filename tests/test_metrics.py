@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanogpt import metrics, trackers
-from nanogpt.checkpoint import resume
+from nanogpt.checkpoint import Progress, resume
 from nanogpt.errors import UserError
 
 
@@ -59,7 +59,7 @@ ROWS += [{"event": "step", "iter": i} for i in range(5, 8)]
 )
 def test_rewind_removes_rows_that_will_be_rewritten(tmp_path, iter_num, evaluated, steps, evals):
     write(tmp_path, ROWS, tail='{"event": "st')  # last line truncated by a kill
-    resume.rewind_metrics(tmp_path, iter_num, evaluated)
+    resume.rewind(tmp_path, Progress(iter_num, val_loss=1.0 if evaluated else None))
     rows = metrics.read(tmp_path)
     assert [row["iter"] for row in rows if row["event"] == "step"] == list(range(steps))
     assert [row["iter"] for row in rows if row["event"] == "eval"] == evals
@@ -67,7 +67,7 @@ def test_rewind_removes_rows_that_will_be_rewritten(tmp_path, iter_num, evaluate
 
 
 def test_rewind_of_a_folder_without_rows(tmp_path):
-    resume.rewind_metrics(tmp_path, 3, True)
+    resume.rewind(tmp_path, Progress(3))
     with pytest.raises(UserError, match=r"has no metrics\.jsonl; give the out_dir of a run"):
         metrics.read(tmp_path)
 
@@ -76,3 +76,14 @@ def test_missing_wandb_is_a_user_error(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         trackers.Wandb("p", "n", {})
+
+
+def test_damaged_rows_are_skipped(tmp_path):
+    text = b'{"event": "eval", "iter": 1, "train_loss": 2, "val_loss": 1.5}\n\xff\n[1]\n{"iter": 2}\n'
+    text += (
+        b'{"event": "eval", "iter": 3, "val_loss": null}\n{"event": "eval", "iter": -1}\n' + b"[" * 100_000
+    )
+    (tmp_path / metrics.NAME).write_bytes(text)
+    rows = metrics.read(tmp_path)
+    assert [row["iter"] for row in rows] == [1, 3]
+    assert metrics.gap(rows).startswith("best validation loss 1.5000 at iteration 1: train 2.0000")

@@ -127,7 +127,7 @@ def test_new_options_are_validated_and_documented(tmp_path):
         ([text, "--tokenizer=bpe:257"], "the size must be a number above 257"),
         ([text, "--tokenizer=no/tokenizer.json"], "or the path of a tokenizer.json"),
         ([text, f"--tokenizer={text}"], "is not a tokenizer"),
-        ([text, "--workers=-1"], "a whole number >= 0"),
+        ([text, "--workers=-1"], "a whole number from 0 to"),
         ([tmp_path / "x.parquet"], "existing columns: content (string), n (int64)"),
         ([tmp_path / "x.parquet", "--text_key=n"], "'n' is of type int64"),
         ([tmp_path / "*.zst"], "no such file"),

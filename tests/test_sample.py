@@ -98,7 +98,7 @@ def test_prompts_from_a_file(config, capsys, tmp_path):
     assert found == alone[0] + alone[1]
     assert texts(replace(together, batch_size=1), capsys) == found
     for wrong, message in [
-        ("{", "line 1 is not JSON"),
+        ("{", "line 1 is not valid JSON"),
         ('{"text": "a"}', 'line 1: expected {"prompt"'),
         ("3", "line 1: expected"),
         ("\n", "contains no prompts"),

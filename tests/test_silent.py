@@ -98,7 +98,7 @@ def test_a_folder_of_nanogpt_is_named_for_what_it_is(tmp_path):
     ("arguments", "more"),
     [
         ({"vocab_size": None}, {}),
-        ({"n_layer": 1.0}, {}),
+        ({"n_layer": 1.5}, {}),
         ({"n_head": 0}, {}),
         ({"block_size": "16"}, {}),
         ({}, {"iter_num": "many"}),

@@ -161,7 +161,7 @@ def test_invalid_rows_are_rejected(write, kind, row, message):
 def test_invalid_jsonl_files_are_rejected(write, tmp_path):
     with pytest.raises(UserError, match=r"t\.jsonl, line 2 is not valid JSON"):
         tasks.load("lambada:" + write("t.jsonl", {"text": "a b"}, '{"text": "a'))
-    with pytest.raises(UserError, match=r"t\.jsonl, line 1 is not a JSON object"):
+    with pytest.raises(UserError, match=r"t\.jsonl, line 1 is \[1, 2\], not an object"):
         tasks.load("lambada:" + write("t.jsonl", "[1, 2]"))
     with pytest.raises(UserError, match=r"line 1 is nested too deeply|line 1 is not"):
         tasks.load("lambada:" + write("t.jsonl", "[" * 100_000))

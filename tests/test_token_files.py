@@ -160,3 +160,16 @@ def test_sample_order_of_five_trillion_tokens():
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
     again = order.starts(order.n_windows - 1, 2)  # crosses into the next epoch
     assert again[0] == starts[-1] and again[1] == order.starts(order.n_windows, 1)[0]
+
+
+def test_published_files_are_never_outside_the_dataset_folder(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in (tmp_path / "precious.bin", out / "train.bin"):
+        path.write_bytes(b"12")
+    part = {"tokens": 1, "files": [{"name": "../precious.bin", "tokens": 1}]}
+    about = {"format": token_files.FORMAT, "dtype": "uint16", "tokenizer": {"sha256": ""}}
+    (out / "meta.json").write_text(json.dumps({**about, "splits": {"train": part, "val": part}}))
+    assert shards.token_files(out) == [out / "train.bin"]
+    with pytest.raises(UserError, match=r"name is '\.\./precious\.bin', not text naming a file in the same"):
+        loader.load(out)

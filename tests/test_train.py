@@ -200,12 +200,24 @@ def test_dropout_may_change_on_resume(config, capsys):
     assert reader.find(Path(config.out_dir))[0].model_config.dropout == 0.0
 
 
+def test_shape_of_the_checkpoint_is_kept_on_resume_with_a_line_for_each_option(config, capsys):
+    train.main(replace(config, max_iters=5))
+    train.main(replace(config, max_iters=8, init_from="resume", n_layer=3, block_size=config.block_size // 2))
+    said = capsys.readouterr().out.splitlines()
+    assert f"note: n_layer = {config.n_layer} as in the checkpoint; given (3) has no effect" in said
+    assert any(
+        line.startswith(f"note: block_size = {config.block_size} as in the checkpoint") for line in said
+    )
+    found = reader.find(Path(config.out_dir))[0]
+    assert (found.iter_num, found.model_config.n_layer) == (8, config.n_layer)
+    with pytest.raises(UserError, match="trains other weights: lora_rank=2 given, lora_rank=0 saved"):
+        train.main(replace(config, max_iters=9, init_from="resume", lora_rank=2))
+
+
 def test_damaged_newest_checkpoint_is_skipped(config, capsys):
     train.main(replace(config, max_iters=20))
     weights = Path(config.out_dir) / "step-000020" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(UserError, match="different model"):
-        train.main(replace(config, max_iters=20, init_from="resume", n_layer=3))
     train.main(replace(config, max_iters=21, init_from="resume"))
     assert "skipped a damaged checkpoint" in capsys.readouterr().out
     assert (Path(config.out_dir) / "step-000020.damaged").exists()
@@ -361,3 +373,25 @@ def test_out_of_memory_is_a_one_line_error(config, monkeypatch):
     monkeypatch.setattr(train, "train_step", full)
     with pytest.raises(UserError, match="out of memory; try half the --batch_size"):
         train.main(config)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"n_layer": 4096, "n_embd": 65536, "n_head": 1},
+        {"n_embd": 1024, "n_head": 8192, "head_dim": 8192, "n_layer": 512},
+        {"batch_size": 10**9},
+        {"vocab_multiple": 65536, "n_embd": 10**9, "n_head": 1},
+    ],
+)
+def test_run_beyond_the_memory_of_the_device_is_refused_before_anything_is_written(config, given):
+    config = replace(config, out_dir=config.out_dir + "-large", **given)
+    with pytest.raises(UserError, match=r"the run needs more than [\d,.]+ GB of memory, and cpu"):
+        train.main(config)
+    assert not Path(config.out_dir).exists()
+
+
+def test_lack_of_memory_outside_the_loop_is_one_line():
+    code = "import sys\nfrom nanogpt.errors import run_program\nrun_program(lambda: bytearray(1 << 60))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: out of memory: choose smaller numbers\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
-from nanogpt.config import NonNegativeInt, load
+from nanogpt.config import Amount, Seed, load
 from nanogpt.errors import run_program
 from nanogpt.prepare import web
 from nanogpt.prepare.corpus import own_folder
@@ -28,8 +28,8 @@ HERE = own_folder(__file__)
 class Config(WebOptions):
     hub: str = HUB  # NAME[:CONFIG[:SPLIT]][@REVISION] of the dataset
     val_fraction: float = 0.01  # fraction of the pages for validation
-    seed: NonNegativeInt = 1337  # seed of the choice of validation pages
-    shard_tokens: NonNegativeInt = 100_000_000  # tokens per shard, as in llm.c; 0: one file per split
+    seed: Seed = 1337  # seed of the choice of validation pages
+    shard_tokens: Amount = 100_000_000  # tokens per shard, as in llm.c; 0: one file per split
 
 
 def main(config: Config) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # Python adds only the folder of this file
 
-from nanogpt.config import NonNegativeInt, load
+from nanogpt.config import Seed, load
 from nanogpt.errors import run_program
 from nanogpt.prepare import web
 from nanogpt.prepare.corpus import own_folder
@@ -27,7 +27,7 @@ HERE = own_folder(__file__)
 @dataclass
 class Config(WebOptions):
     hub: str = HUB  # NAME[:CONFIG[:SPLIT]][@REVISION] of the dataset
-    seed: NonNegativeInt = 2357  # seed of the choice of validation pages
+    seed: Seed = 2357  # seed of the choice of validation pages
 
 
 def main(config: Config) -> None:

@@ -9,6 +9,7 @@ highest valid step, the best is the valid one with the lowest `val_loss`. Nothin
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,8 +50,6 @@ def steps(run: Path) -> list[Path]:
 
 def val_loss(path: Path) -> float:
     """Return the validation loss of a checkpoint; infinity if it was not evaluated or is unreadable."""
-    try:
-        loss = files.read_json(path / "state.json")["val_loss"]
-    except (UserError, OSError, KeyError, TypeError):
-        return math.inf
-    return math.inf if loss is None else loss
+    with suppress(UserError, OSError):
+        return files.read_json(path / "state.json", {"val_loss": float})["val_loss"]
+    return math.inf

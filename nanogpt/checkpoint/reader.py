@@ -1,22 +1,29 @@
 """Find, verify and load checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from nanogpt import files
 from nanogpt.checkpoint import FILES, FORMAT, Progress, steps, val_loss
+from nanogpt.config import Amount, fitted
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 
 if TYPE_CHECKING:
-    from nanogpt.optim import TensorShard
+    pass
+
+MANIFEST = {"format": str, "files": {name: {"bytes": Amount, "sha256": str} for name in FILES}}
+STATE = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()}
+STATE |= {"ramp?": [Amount], "options?": dict, "scaler?": dict, "environment?": dict, "tokenizer?": str}
+STATE |= {"model": {f"{name}?": kind for name, kind in get_type_hints(GPTConfig).items()}}
+LORA = {"rank": Amount, "alpha": float, "targets": str}
+DEEPEST = 4096  # layers: a larger number in a file is refused before that many are built
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,14 @@ class Checkpoint:
     def load_model(self, device: torch.device | str = "cpu", dropout: float = 0.0) -> GPT:
         """Load the model, including any LoRA adapters, in evaluation mode; `dropout` applies if it is trained
         further. Raise UserError if the tensors do not match the saved config."""
-        with torch.device("meta"):
-            model = GPT(replace(self.model_config, dropout=dropout))
-            if self.state.get("lora"):
-                from nanogpt.finetune import lora
+        model = empty_model(replace(self.model_config, dropout=dropout), self.path)
+        if self.state.get("lora"):
+            from nanogpt.finetune import lora
 
+            with torch.device("meta"):
                 lora.adapt(model, lora.Adapters(**self.state["lora"]))
-        tensors = load_file(self.path / "model.safetensors", device=str(device))
+        with open_tensors(self.path / "model.safetensors", str(device)) as saved:
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118 (not a dict)
         expected = {name: list(p.shape) for name, p in model.named_parameters()}
         found = {name: list(t.shape) for name, t in tensors.items()}
         if expected != found:
@@ -58,47 +66,45 @@ class Checkpoint:
         model.load_state_dict(tensors, assign=True)
         return model.requires_grad_().eval().to(device)  # weights are on `device`; moves the buffers
 
-    def moved(self, environment: dict[str, Any]) -> str:
-        """Describe how `environment` (see Machine.environment) differs from the one saved; "" if equal."""
-        before = self.state["environment"]
-        return "; ".join(f"{k} {before.get(k)} -> {v}" for k, v in environment.items() if before.get(k) != v)
 
-    def require_tokenizer(self, sha256: str, vocab_size: int, folder: Path) -> None:
-        """Raise UserError unless the data in `folder` uses the tokenizer the model was trained with."""
-        if self.state["tokenizer"] != sha256:
-            raise UserError(
-                f"{self.path} was trained with a different tokenizer ({self.model_config.vocab_size} ids) "
-                f"from that of {folder} ({vocab_size} ids); use the --dataset it was trained on"
-            )
+def empty_model(config: GPTConfig, origin: object) -> GPT:
+    """Return a model without storage. Raise UserError naming `origin` if such a model is not possible."""
+    try:
+        if config.n_layer > DEEPEST:
+            raise ValueError(f"{config.n_layer} layers")
+        with torch.device("meta"):
+            return GPT(config)
+    except (KeyError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{origin} describes a model that is not possible ({error!r:.200})") from None
 
-    def load_optimizer(self, tensors: "Mapping[str, Tensor | TensorShard]") -> None:
-        """Load the optimizer state into `tensors` (full or this rank's shards) by name, in place."""
-        path = self.path / "optimizer.safetensors"
-        with safe_open(path, "pt") as saved:
-            if set(saved.keys()) != tensors.keys():
-                raise UserError(f"{path} belongs to a different optimizer or model")
-            for name, tensor in tensors.items():
-                tensor.copy_(saved.get_tensor(name))
+
+@contextmanager
+def open_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """Open a safetensors file. Raise UserError if it is damaged."""
+    try:
+        with safe_open(path, "pt", device=device) as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error!s:.200})") from None
 
 
 def verify(path: Path) -> Checkpoint:
     """Check every file of a checkpoint against its manifest. Raise UserError if one is damaged or missing."""
-    manifest = files.read_json(path / "manifest.json")
-    try:
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{path} has format {manifest['format']!r}, expected {FORMAT!r}")
-        for name in FILES:
-            file, listed = path / name, manifest["files"][name]
-            if not file.is_file() or file.stat().st_size != listed["bytes"]:
-                raise UserError(f"{file} is missing or truncated")
-            if files.sha256(file) != listed["sha256"]:
-                raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's")
-        state = files.read_json(path / "state.json")
-        if unknown := set(state["model"]) - {field.name for field in fields(GPTConfig)}:
-            raise UserError(f"{path / 'state.json'} was written by a newer version: unknown {unknown}")
-        return Checkpoint(path, state)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / 'manifest.json'} is not a valid manifest ({error!r})") from None
+    manifest = files.read_json(path / "manifest.json", MANIFEST)
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path} has format {manifest['format']!r}, expected {FORMAT!r}")
+    for name in FILES:
+        file, listed = path / name, manifest["files"][name]
+        if not file.is_file() or file.stat().st_size != listed["bytes"]:
+            raise UserError(f"{file} is missing or truncated")
+        if files.sha256(file) != listed["sha256"]:
+            raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's")
+    state = files.read_json(path / "state.json", STATE)
+    if state.get("lora"):
+        fitted(LORA, state["lora"], f"{path / 'state.json'}: lora")
+    if unknown := set(state["model"]) - {field.name for field in fields(GPTConfig)}:
+        raise UserError(f"{path / 'state.json'} was written by a newer version: unknown {unknown}")
+    return Checkpoint(path, state)
 
 
 def find(run: Path, which: str = "last") -> tuple[Checkpoint | None, list[str]]:

@@ -2,19 +2,27 @@
 
 import json
 import os
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
+from torch import Tensor
 
 from nanogpt import files, metrics
 from nanogpt.checkpoint import Progress, reader, steps
 from nanogpt.checkpoint.reader import Checkpoint
+from nanogpt.config import fitted
+from nanogpt.data.loader import Dataset
 from nanogpt.errors import UserError
 from nanogpt.options import TrainOptions
+from nanogpt.runtime import Machine
 from nanogpt.usage import RENAMED
+
+if TYPE_CHECKING:
+    from nanogpt.optim import TensorShard
 
 # Options that a resumed run never inherits; all others come from the saved run unless given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
@@ -30,10 +38,9 @@ def resume(
     """Return the resolved options and the newest checkpoint of the run in out_dir.
 
     With --init_from=auto and no checkpoint, return `config` and None. `shape` names the options fixed by the
-    weights. Notes for the user are appended to `notices`. Raise UserError if --init_from=resume finds no
-    checkpoint or an option given now contradicts the weights.
+    weights, which keep their values, as in nanoGPT. Notes for the user are appended to `notices`. Raise
+    UserError if --init_from=resume finds no checkpoint, or if other weights were trained than are asked for.
     """
-    fixed = FIXED | shape
     out = Path(config.out_dir)
     resumed, damage = reader.find(out)
     if resumed is None:
@@ -46,14 +53,22 @@ def resume(
             )
         return config, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
-    config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
-    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in fixed]:
+    kinds = typing.get_type_hints(type(config), include_extras=True)
+    where = f"{resumed.path / 'state.json'}"
+    fitted(dict.fromkeys(("options", "scaler", "environment"), dict), resumed.state, where)
+    saved = {RENAMED.get(key, key): value for key, value in resumed.state["options"].items()}
+    fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
+    config, differing = inherit(config, origins, saved, NOT_INHERITED)
+    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
         raise UserError(
-            f"{out} holds a different model: {'; '.join(wrong)}; omit these, or choose another --out_dir"
+            f"{out} trains other weights: {'; '.join(wrong)}; omit these, or choose another --out_dir"
         )
+    kept = {key: old for key, (old, _) in differing.items() if key in shape}
     for key, (old, new) in differing.items():
-        notices.append(f"{key} = {new!r} from now on; it was {old!r} when the run was saved")
-    return config, resumed
+        ignored = f"note: {key} = {old!r} as in the checkpoint; {origins[key]} ({new!r}) has no effect"
+        changed = f"{key} = {new!r} from now on; it was {old!r} when the run was saved"
+        notices.append(ignored if key in kept else changed)
+    return replace(config, **kept), resumed
 
 
 def inherit(
@@ -64,28 +79,43 @@ def inherit(
     Options in `fresh` always come from `config`. Also return (saved, given) for each option given with a
     value that differs from the saved one.
     """
-    saved = {RENAMED.get(key, key): value for key, value in saved.items()}
     old = {key: value for key, value in saved.items() if key in set(vars(config)) - fresh}
     now = {key: getattr(config, key) for key in origins if key in old}
     differing = {key: (old[key], value) for key, value in now.items() if value != old[key]}
     return type(config)(**{**vars(config), **old, **now}), differing
 
 
+def load_optimizer(resumed: Checkpoint, tensors: "Mapping[str, Tensor | TensorShard]") -> None:
+    """Load the optimizer state into `tensors` (full or this rank's shards) by name, in place."""
+    path = resumed.path / "optimizer.safetensors"
+    with reader.open_tensors(path) as saved:
+        if set(saved.keys()) != tensors.keys():
+            raise UserError(f"{path} belongs to a different optimizer or model")
+        for name, tensor in tensors.items():
+            tensor.copy_(saved.get_tensor(name))
+
+
 def restore_progress(
     resumed: Checkpoint,
     config: R,
-    content: dict[str, str],
-    environment: dict[str, Any],
+    dataset: Dataset,
+    machine: Machine,
     learning_rate: Callable[[R, float], float],
     notices: list[str],
 ) -> Progress:
     """Return the progress of the run; append to `notices` what has changed since it was saved: the data
-    (`content`: hash of each split), the learning rate, the machine.
+    (by the hash of each split), the learning rate, the machine.
 
     Losses on another validation text are not comparable, so the best one is then reset. With --minutes the
-    share completed is that of the new number of minutes.
+    share completed is that of the new number of minutes. Raise UserError for data of another tokenizer.
     """
-    progress, saved = resumed.progress, resumed.state.get("data", content)
+    if resumed.state.get("tokenizer") != dataset.fingerprint:
+        raise UserError(
+            f"{resumed.path} was trained with a different tokenizer ({resumed.model_config.vocab_size} ids) "
+            f"from that of {dataset.folder} ({dataset.vocab_size} ids); use the --dataset it was trained on"
+        )
+    progress, content = resumed.progress, dataset.content
+    saved = resumed.state.get("data", content)
     if changed := [split for split in content if saved.get(split) != content[split]]:
         notices.append(f"note: the data has changed since the run was saved ({', '.join(changed)})")
     if "val" in changed:
@@ -103,32 +133,30 @@ def restore_progress(
             f"note: the learning rate jumps from {was:.3g} to {now:.3g}, as the schedule has changed; "
             f"--lr_decay_iters={end} keeps the old one"
         )
-    if moved := resumed.moved(environment):
+    then, here = resumed.state["environment"], machine.environment()
+    if moved := "; ".join(f"{k} {then.get(k)} -> {v}" for k, v in here.items() if then.get(k) != v):
         notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")
     return progress
 
 
-def rewind_metrics(run: Path, iter_num: int, evaluated: bool) -> None:
-    """Delete the rows that a run resumed at `iter_num` will write again.
+def rewind(run: Path, progress: Progress) -> None:
+    """Remove what a run resumed at `progress` will write again.
 
-    These are all later rows, and the evaluation at `iter_num` unless the checkpoint was `evaluated`. Task
-    scores at `iter_num` belong to the checkpoint and are kept.
+    Checkpoints after it, which were found damaged, are renamed to `.damaged`, so that they are not taken for
+    the newest again. Of metrics.jsonl all later rows are deleted, and the evaluation at the same iteration
+    unless the checkpoint was evaluated. Task scores at that iteration belong to the checkpoint and are kept.
     """
-    if not (run / metrics.NAME).is_file():
-        return
-    last = {"eval": iter_num if evaluated else iter_num - 1, "tasks": iter_num}
-    kept = [row for row in metrics.read(run) if row["iter"] <= last.get(row["event"], iter_num - 1)]
-    files.write_text(run / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def set_aside_newer(run: Path, iter_num: int) -> None:
-    """Rename checkpoints after `iter_num`, found damaged on resume, to `.damaged`, so that they are not taken
-    for the newest again."""
     for path in steps(run):
-        if int(path.name[5:]) > iter_num:
+        if int(path.name[5:]) > progress.iter_num:
             target = path.with_name(f"{path.name}.damaged")
             files.remove(target)
             files.rename(path, target)
+    if not (run / metrics.NAME).is_file():
+        return
+    before = progress.iter_num - 1
+    last = {"eval": before if progress.val_loss is None else progress.iter_num, "tasks": progress.iter_num}
+    kept = [row for row in metrics.read(run) if row["iter"] <= last.get(row["event"], before)]
+    files.write_text(run / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def set_aside(run: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock, str]:

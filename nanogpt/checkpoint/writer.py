@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import files
-from nanogpt.checkpoint import FILES, FORMAT, steps, val_loss
+from nanogpt.checkpoint import FILES, FORMAT, Progress, steps, val_loss
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT
 
@@ -104,8 +104,8 @@ def prune(run: Path) -> None:
             files.remove(doomed)
 
 
-def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[FileLock, str]:
-    """Lock the folder `run` for a new run, or for one resumed at iteration `resumed_at`.
+def acquire_folder(run: Path, resumed: Progress | None, overwrite: bool) -> tuple[FileLock, str]:
+    """Lock the folder `run` for a new run, or for one `resumed` at this progress.
 
     An existing run that is not resumed is renamed to the first free of run.1, run.2, ..., or deleted with
     `overwrite`. Return the lock, to be held during the run, and a notice to print. Raise UserError if
@@ -116,10 +116,10 @@ def acquire_folder(run: Path, resumed_at: int | None, overwrite: bool) -> tuple[
         return lock, ""
     from nanogpt.checkpoint import resume
 
-    if resumed_at is None:
+    if resumed is None:
         return resume.set_aside(run, lock, overwrite)
-    resume.set_aside_newer(run, resumed_at)
-    return lock, f"resuming {run} at iteration {resumed_at}"
+    resume.rewind(run, resumed)
+    return lock, f"resuming {run} at iteration {resumed.iter_num}"
 
 
 def require_space(run: Path, model: GPT) -> str:

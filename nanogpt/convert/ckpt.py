@@ -9,11 +9,13 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from nanogpt import files
+from nanogpt.config import PositiveInt, fitted
 from nanogpt.convert.layout import (
     mismatches,
     ours,
@@ -29,7 +31,10 @@ from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import vocabulary
 
-MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+MODEL_ARGS = (*SIZES, "bias", "dropout")
+SAVED = {"model_args": {"bias?": bool, **dict.fromkeys(SIZES, PositiveInt)}, "model": {str: Tensor}}
+SAVED |= {"config?": {"activation?": Literal["gelu", "gelu_tanh"]}}
 NEVER = 1e9  # nanoGPT's best_val_loss before the first evaluation
 COMPILED = "_orig_mod."  # name prefix added by torch.compile
 GPT2_ROWS = (50257, 50304)  # vocabulary sizes of models with GPT-2's tokenizer: plain and padded
@@ -44,23 +49,20 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
     Raise UserError if the file is truncated, contains anything but tensors and plain values, or if its
     tensors do not match its model_args.
     """
-    saved = _load(path)
+    saved = fitted(SAVED, _load(path), f"{path} is not a nanoGPT checkpoint")
+    args, options = saved["model_args"], saved.get("config", {})
+    config = GPTConfig(
+        **{name: args[name] for name in SIZES},
+        bias=args.get("bias", True),
+        activation=options.get("activation", "gelu"),
+    )
+    stored = {ours(name.removeprefix(COMPILED)): tensor for name, tensor in saved["model"].items()}
     try:
-        args, weights, options = saved["model_args"], saved["model"], saved.get("config", {})
-        config = GPTConfig(
-            **{name: args[name] for name in MODEL_ARGS if name not in ("bias", "dropout")},
-            bias=args.get("bias", True),
-            activation=options.get("activation", "gelu"),
-        )
-        stored = {ours(name.removeprefix(COMPILED)): tensor for name, tensor in weights.items()}
-        sizes = {name: args[name] for name in MODEL_ARGS if name not in ("bias", "dropout")}
-        if odd := {name: value for name, value in sizes.items() if type(value) is not int or value < 1}:
-            raise TypeError(f"model_args must be whole numbers above 0, not {odd}")
         iter_num, loss = int(saved.get("iter_num") or 0), saved.get("best_val_loss")
         val_loss = None if loss is None else float(loss)
-        dataset = Path(str(options.get("dataset", ""))).name
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path} is not a nanoGPT checkpoint ({error!r})") from None
+    dataset = Path(str(options.get("dataset", ""))).name
     require_possible(config, path)
     head = stored.pop("lm_head.weight", None)  # copy of the tied embedding
     # Causal masks saved by versions without flash attention.
@@ -89,7 +91,7 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
     )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Any:
     if not zipfile.is_zipfile(path):  # the zip directory is at the end: truncated files have none
         raise UserError(f"{path} is not a nanoGPT checkpoint, or is truncated")
     try:
@@ -114,7 +116,7 @@ def _characters(folders: list[Path]) -> str:
         if (folder / "meta.pkl").is_file():
             return foreign.tokenizer_of(folder / "meta.pkl")
         if (folder / "tokenizer.json").is_file():
-            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            text = files.text_of(folder / "tokenizer.json")
             vocabulary.identify(text, str(folder / "tokenizer.json"))
             return text
     return ""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanogpt import files
+from nanogpt.config import FileName
 from nanogpt.convert.layout import (
     OWN_TOKENIZER,
     mismatches,
@@ -140,7 +141,7 @@ def shape(about: Any, path: Path) -> GPTConfig:
         raise UserError(f"{path}: model_type is {kind!r}; only 'gpt2' is supported")
     wrong = [f"{k}={about[k]!r} (GPT-2: {v!r})" for k, v in FLAGS.items() if k in about and about[k] != v]
     activation = about.get("activation_function", "gelu_new")
-    if activation not in ACTIVATION_OF:
+    if activation not in list(ACTIVATION_OF):
         wrong.append(f"activation_function={activation!r} (known: {', '.join(ACTIVATION_OF)})")
     sizes = {key: about.get(key, getattr(GPTConfig, key)) for key in ("n_layer", "n_head", "n_embd")}
     sizes |= {"vocab_size": about.get("vocab_size", 50257), "block_size": about.get("n_positions", 1024)}
@@ -163,14 +164,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        about = files.read_json(index)
-        try:
-            names = sorted(set(about["weight_map"].values()))
-            outside = [name for name in names if Path(name).name != name]
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is not a shard index; download it again") from None
-        if outside:
-            raise UserError(f"{index} names a file outside its folder: {outside[0]}")
+        names = sorted(set(files.read_json(index, {"weight_map": {str: FileName}})["weight_map"].values()))
         if absent := [name for name in names if not (folder / name).is_file()]:
             raise UserError(
                 f"{folder} has {len(names) - len(absent)} of {len(names)} shards: {absent[0]} is missing; "
@@ -247,7 +241,7 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
     another tokenizer.
     """
     if (folder / OWN_TOKENIZER).is_file():
-        text = (folder / OWN_TOKENIZER).read_text(encoding="utf-8")
+        text = files.text_of(folder / OWN_TOKENIZER)
         vocabulary.identify(text, str(folder / OWN_TOKENIZER))
         return text
     present = [path for path in (folder / "merges.txt", folder / "tokenizer.json") if path.is_file()]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanogpt.checkpoint.reader import empty_model
 from nanogpt.convert.pretrained import POSITIONS
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
@@ -37,6 +38,7 @@ def require_possible(config: GPTConfig, path: Path) -> None:
     shape = (config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.position)
     if problems := shape_problems(*shape):
         raise UserError(f"{path}: {'; '.join(problems)}")
+    empty_model(config, path)
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, list[int]]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from nanogpt.checkpoint.reader import empty_model, open_tensors
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer.tokenizer import Tokenizer, from_text
@@ -66,18 +66,20 @@ class Pretrained:
 
         Rows of vocabulary padding that the file lacks are zero.
         """
-        with torch.device("meta"):
-            model = GPT(config)
+        model = empty_model(config, self.origin)
         wanted = dict(model.named_parameters())
         tensors = {}
         for name, tensor in self.read():
-            rows = wanted[name].shape[0] if name in TABLES or name == POSITIONS else len(tensor)
+            padded = name in wanted and (name in TABLES or name == POSITIONS)
+            rows = wanted[name].shape[0] if padded else tensor.shape[0]
             # Always copy: the file may be replaced while the model is used, and c_* matrices are transposed.
             fresh = torch.empty((rows, *tensor.shape[1:]))
             kept = min(rows, len(tensor))
             fresh[:kept].copy_(tensor[:kept])
             fresh[kept:].zero_()
             tensors[name] = fresh
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in wanted.items()}:
+            raise UserError(f"{self.origin} has tensors of another model than it describes")
         model.load_state_dict(tensors, assign=True)
         # Position tables that are not parameters were created with the model, on the CPU.
         return model.requires_grad_().eval().to(device)
@@ -89,5 +91,5 @@ def stored_tensor(path: Path, name: str) -> Tensor:
     Each call maps the file anew, and the mapping ends with the tensor: mapped pages count as memory of the
     process. For GPT-2 (124M) this lowers the peak from 1.17 GB to 0.85 GB at the same speed.
     """
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         return file.get_tensor(name)

@@ -4,10 +4,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
-from nanogpt import checkpoint
+from nanogpt import checkpoint, files
 from nanogpt.checkpoint import reader
 from nanogpt.convert.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.errors import UserError
@@ -67,13 +66,11 @@ def _open_checkpoint(found: reader.Checkpoint, run: Path, damage: list[str]) -> 
     match.
     """
     path = run / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; copy it from the original run folder or dataset")
-    text = path.read_text(encoding="utf-8")
-    if vocabulary.identify(text, str(path)).sha256 != found.state["tokenizer"]:
+    text = files.text_of(path)
+    if vocabulary.identify(text, str(path)).sha256 != found.state.get("tokenizer"):
         raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")
     file = found.path / "model.safetensors"
-    with safe_open(file, "pt") as listing:
+    with reader.open_tensors(file) as listing:
         names = list(listing.keys())
 
     def read() -> Iterable[tuple[str, Tensor]]:
@@ -93,5 +90,5 @@ def _open_checkpoint(found: reader.Checkpoint, run: Path, damage: list[str]) -> 
         notices=tuple(f"skipped a damaged checkpoint: {line}" for line in damage),
         iter_num=found.iter_num,
         val_loss=found.progress.val_loss,
-        dataset=str(found.state["options"].get("dataset", "")),
+        dataset=str(found.state.get("options", {}).get("dataset", "")),
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
+from nanogpt.tokenizer.tokenizer import CharTokenizer, to_text
 
 MOST_TOKENS = 1 << 24  # of a vocabulary of which only the size is known
 
@@ -34,7 +35,7 @@ def tokenizer_of(path: Path) -> str:
         if len(set(tokens)) != len(tokens) or not all(isinstance(token, str) and token for token in tokens):
             raise ValueError("its entries are not distinct texts")
         if named and all(len(token) == 1 for token in tokens):
-            return vocabulary.of_characters(tokens)
+            return to_text(CharTokenizer(tokens))
         names = [token if not token.isspace() else repr(token) for token in tokens]
         return json.dumps({"format": vocabulary.FORMAT, "type": "ids", "tokens": names}) + "\n"
     except (pickle.UnpicklingError, ValueError, KeyError, TypeError, EOFError, IndexError) as error:
@@ -52,7 +53,7 @@ def header(path: Path) -> tuple[np.dtype, int, int]:
         return np.dtype("<u2"), 1024, int(np.fromfile(path, "<i4", 3)[2])
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:  # of NumPy's parser of the header: a dozen types
         raise UserError(f"{path} is not an array of tokens ({error}); prepare it again") from None
     if array.dtype.kind not in "iu":
         raise UserError(f"{path} holds {array.dtype}, not token ids; prepare it again")

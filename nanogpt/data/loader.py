@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanogpt import files
 from nanogpt.data.samplers import EpochSampler, Share, whole_share
-from nanogpt.data.token_files import FORMAT, LOOKED_AT, TokenFile, Tokens, split_files, token_file
+from nanogpt.data.token_files import FORMAT, LOOKED_AT, META, TokenFile, Tokens, split_files, token_file
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.tokenizer import vocabulary
@@ -62,8 +62,8 @@ def load(folder: Path) -> Dataset:
     meta: dict[str, Any] = {}
     text = vocabulary.GPT2_BY_NAME
     if (folder / "meta.json").is_file():
-        meta = files.read_json(folder / "meta.json")
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        meta = files.read_json(folder / "meta.json", META)
+        if meta["format"] != FORMAT:
             raise UserError(f"{folder / 'meta.json'} does not have format {FORMAT}; prepare the data again")
         text = _own_tokenizer(folder, meta)
     elif (folder / "meta.pkl").is_file():
@@ -76,22 +76,20 @@ def load(folder: Path) -> Dataset:
         paths = split_files(folder, split)
         if not paths:
             raise UserError(f"{folder} has no {split}.bin; prepare the data again")
-        about = meta.get("splits", {}).get(split, {}).get("files", [])
-        listed = {file["name"]: int(file["tokens"]) for file in about}
+        about = meta.get("splits", {}).get(split, {"files": []})
+        listed = {file["name"]: file["tokens"] for file in about["files"]}
         dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
         splits[split] = Tokens(open_split(paths, dtype, listed), identity.vocab_size)
-        _check_size(splits[split], folder, split, meta)
+        _check_size(splits[split], folder, split, about)
         splits[split].check()
-        hashes = "".join(file.get("sha256", "") for file in about)  # without meta.json: the beginning
+        hashes = "".join(file.get("sha256", "") for file in about["files"])  # none without meta.json
         if not hashes:
             hashes = splits[split].read(0, min(len(splits[split]), 1 << 16)).tobytes().hex()
         splits[split].content = vocabulary.sha256_of(f"{len(splits[split])} {hashes}")
-        if mask := meta.get("splits", {}).get(split, {}).get("mask"):
-            splits[split].scored = _scored(folder / mask["name"], len(splits[split]))
-    about_val = meta.get("splits", {}).get("val", {})
-    if splits["val"].scored:  # text_bytes includes unscored tokens
-        about_val = {}
-    bytes_per_token = about_val["text_bytes"] / about_val["tokens"] if about_val.get("text_bytes") else None
+        if "mask" in about:
+            splits[split].scored = _scored(folder / about["mask"]["name"], len(splits[split]))
+    text_bytes = 0 if splits["val"].scored else about.get("text_bytes", 0)  # includes unscored tokens
+    bytes_per_token = text_bytes / len(splits["val"]) if text_bytes else None
     return Dataset(
         folder, splits["train"], splits["val"], text, identity.vocab_size, identity.sha256, bytes_per_token
     )
@@ -116,8 +114,8 @@ def _scored(path: Path, tokens: int) -> Tokens:
     return Tokens([TokenFile(path, np.dtype("u1"), 0, tokens)], 2)
 
 
-def _check_size(tokens: Tokens, folder: Path, split: str, meta: dict[str, Any]) -> None:
-    expected = meta.get("splits", {}).get(split, {}).get("tokens", len(tokens))
+def _check_size(tokens: Tokens, folder: Path, split: str, about: dict[str, Any]) -> None:
+    expected = about.get("tokens", len(tokens))
     if len(tokens) != expected:
         raise UserError(
             f"{folder}: {split} holds {len(tokens)} tokens, meta.json lists {expected}: "
@@ -129,9 +127,7 @@ def _check_size(tokens: Tokens, folder: Path, split: str, meta: dict[str, Any]) 
 
 def _own_tokenizer(folder: Path, meta: dict[str, Any]) -> str:
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; prepare the data again")
-    text = path.read_text(encoding="utf-8")
+    text = files.text_of(path)
     found = vocabulary.identify(text, str(path)).sha256
     if found != meta["tokenizer"]["sha256"]:
         raise UserError(

@@ -11,7 +11,6 @@ markup of its WikiHow half is removed, and LAMBADA's target is the last word.
 """
 
 import difflib
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from nanogpt import files
+from nanogpt import cache, files
 from nanogpt.errors import UserError
 
 Row = dict[str, Any]
@@ -129,7 +128,7 @@ def _label(row: Row, endings: list[str]) -> int:
         return choices["label"].index(value)
     try:
         label = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         label = -1
     if isinstance(value, bool | float) or not 0 <= label < len(endings):
         raise _Misfit(f"the label is {value!r:.40}, expected an ending's index, 0 to {len(endings) - 1}")
@@ -235,7 +234,7 @@ def _place(name: str) -> str:
 
 
 def _cached(file: str) -> Path:
-    return files.cache_folder() / "tasks" / file
+    return cache.cache_folder() / "tasks" / file
 
 
 # ----------------------------------------------------------------------------- sources of rows
@@ -255,15 +254,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 if not line.strip():
                     continue
                 where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except RecursionError:
-                    raise UserError(f"{where} is nested too deeply") from None
-                except ValueError as error:
-                    raise UserError(f"{where} is not valid JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise UserError(f'{where} is not a JSON object; expected a line such as {{"...": "..."}}')
-                yield where, row
+                yield where, files.parse_json(line, where, dict)
     except UserError:
         raise
     except Exception as error:  # decompressors raise a dozen exception types

@@ -107,7 +107,9 @@ class LanguageModel:
         """Generate, `batch_size` sequences at a time; yield each new token with the text to emit."""
         longest = max((len(c.text.ids) + c.max_new_tokens for c in completions), default=1)
         slots = max(1, min(batch_size, len(completions)))
-        yield from complete(self.decoder(self.model, slots, longest), completions)
+        with self.machine.memory_errors("a smaller --batch_size"):
+            decoder = self.decoder(self.model, slots, longest)
+        yield from complete(decoder, completions)
 
     def generate(
         self,

@@ -1,8 +1,8 @@
-"""Bindings of cpu_kernels.cpp, compiled for the local processor on first use.
+"""Bindings of cpu_kernels.cpp, compiled for the local processor on first use (cpu_compile.py).
 
-Requires Linux and a C++ compiler (g++, or the one named by CXX). Compilation takes about a second; the result
-is kept in the user's cache folder under a hash of source, compiler and processor. Without it, torch's
-matrix products are used, at half the speed.
+The library is kept in the user's cache folder, under a hash of the source and the processor and one of its
+own content, in a folder that only the user can write: another one is not trusted. Without it, torch's matrix
+products are used, at half the speed.
 """
 
 import ctypes
@@ -10,11 +10,7 @@ import functools
 import hashlib
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import files
+from nanogpt import cache
+from nanogpt.errors import UserError
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fopenmp", "-shared", "-fPIC"]
 GROUP = 32  # rows packed together, as in cpu_kernels.cpp
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _PRODUCT = [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT]
@@ -90,10 +85,6 @@ def attend(q: Tensor, kv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor)
     return y
 
 
-class NoCompiler(Exception):
-    """Raised if cpu_kernels.cpp cannot be compiled; the message gives the cause and the remedy."""
-
-
 def packed(weight: Tensor) -> Tensor:
     """Pack a matrix (n, m) into the layout of cpu_kernels.cpp, zero-padded to a multiple of GROUP rows.
 
@@ -122,64 +113,38 @@ def _tried() -> tuple[Any | None, str]:
         return None, ""
     try:
         return _library(), ""
-    except (NoCompiler, OSError) as error:
+    except (UserError, OSError) as error:
         return None, str(error)
 
 
 def _library() -> Any:
-    command = _command()
-    key = hashlib.sha256(
-        "\0".join([SOURCE.read_text(encoding="utf-8"), _version(command), *command, _processor()]).encode()
-    )
-    name = f"products-{key.hexdigest()[:16]}.so"
-    try:
-        file = files.cache_folder() / "native" / name
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with files.staged(file) as unfinished:
-                _compile(command, unfinished)
+    about = [SOURCE.read_text(encoding="utf-8"), os.environ.get("CXX", ""), torch.__file__, torch.__version__]
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:  # model and features of the processor
+        about += sorted({n for n in lines if n.startswith(("flags", "Features", "model name", "CPU part"))})
+    name = f"products-{hashlib.sha256(platform.machine().join(about).encode()).hexdigest()[:16]}"
+    folder = cache.cache_folder() / "kernels"
+    with suppress(OSError):
+        for file in cache.private(folder).glob(f"{name}-*.so"):
+            if found := _opened(file):
+                return found
+    from nanogpt.inference import cpu_compile
+
+    with cpu_compile.compiled(SOURCE, folder, name) as file:
         return _opened(file)
-    except OSError:  # cache folder full or read-only: compile in each process
-        with tempfile.TemporaryDirectory() as folder:
-            _compile(command, Path(folder) / name)
-            return _opened(Path(folder) / name)
 
 
-def _opened(file: Path) -> Any:
-    found = ctypes.CDLL(str(file))
+def _opened(file: Path) -> Any | None:
+    """Load a library whose name ends in its SHA-256; None if it is damaged or not this user's.
+
+    It is verified and loaded by one descriptor, so it cannot be replaced in between."""
+    with file.open("rb") as library:
+        digest = hashlib.file_digest(library, "sha256").hexdigest()
+        if not cache.is_private(os.fstat(library.fileno())) or not file.stem.endswith(f"-{digest}"):
+            return None
+        found = ctypes.CDLL(f"/proc/self/fd/{library.fileno()}")
     for function, arguments in _ARGUMENTS.items():
         getattr(found, function).argtypes, getattr(found, function).restype = arguments, None
     return found
-
-
-def _command() -> list[str]:
-    asked = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    compiler = [word for word in asked if not word.startswith("-")]  # such as "ccache g++"
-    options = [word for word in asked if word.startswith("-")]
-    if missing := [word for word in compiler if shutil.which(word) is None]:
-        raise NoCompiler(f"C++ compiler {missing[0]} not found (apt install g++, or set CXX)")
-    # link torch's bundled OpenMP, if any: two thread pools would compete for the cores
-    theirs = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    return [*compiler, *FLAGS, *options, str(SOURCE), *map(str, theirs[:1])]
-
-
-def _version(command: list[str]) -> str:
-    compiler = command[: command.index(FLAGS[0])]
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-
-
-def _processor() -> str:
-    """Return the processor's model and feature flags from /proc/cpuinfo."""
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        known = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
-    return platform.machine() + "".join(sorted(known))
-
-
-def _compile(command: list[str], target: Path) -> None:
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
-    if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-        raise NoCompiler(f"{command[0]} could not compile {SOURCE.name}: {said.strip()}")
 
 
 def release_threads() -> None:

@@ -1,9 +1,9 @@
 """Prompts from files."""
 
-import json
 import os
 from pathlib import Path
 
+from nanogpt import files
 from nanogpt.errors import UserError
 
 
@@ -28,10 +28,7 @@ def read_file(prompts_file: str, start: str) -> list[str]:
 
 
 def _prompt(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+    value = files.parse_json(line, where)
     value = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(value, str):
         raise UserError(f'{where}: expected {{"prompt": "..."}} or a string, found {line.strip()[:60]}')

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nanogpt import files
+from nanogpt.data.token_files import META
 from nanogpt.errors import UserError
 
 FORMAT = "nanogpt-unfinished-1"
@@ -59,7 +60,7 @@ class Writer:
             raise InUse(str(error)) from None
         state = {}
         if (self.folder / "state.json").is_file():
-            state = files.read_json(self.folder / "state.json")
+            state = files.read_json(self.folder / "state.json", dict)
         if state.get("options") != options:
             for path in self.folder.iterdir():
                 if path.name != ".lock":
@@ -205,9 +206,9 @@ def publish(out: Path, drafts: dict[str, Path]) -> None:
 def token_files(out: Path) -> list[Path]:
     """Return the token files in `out` that an earlier run published."""
     names = [f"{split}{kind}.bin" for split in SPLITS for kind in ("", ".mask")]
-    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
-        splits = files.read_json(out / "meta.json")["splits"]
-        names += [file["name"] for split in SPLITS for file in splits[split]["files"]]
+    with contextlib.suppress(UserError):
+        splits = files.read_json(out / "meta.json", META).get("splits", {})
+        names += [file["name"] for split in splits.values() for file in split["files"]]
     return [out / name for name in dict.fromkeys(names) if (out / name).is_file()]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt import command
-from nanogpt.config import NonNegativeInt
+from nanogpt.config import Amount, NonNegativeInt, Seed
 from nanogpt.prepare import corpus
 
 
@@ -16,9 +16,9 @@ class WebOptions:
     text_key: str = "text"  # column that contains the text
     gpt2_bpe: str = ""  # OpenAI's vocab.bpe, or its folder, to use instead of the download
     val_fraction: float = 0.0005  # fraction of the pages for validation
-    seed: NonNegativeInt = 0  # seed of the choice of validation pages
+    seed: Seed = 0  # seed of the choice of validation pages
     workers: NonNegativeInt = 0  # encoding processes; 0: one per core
-    shard_tokens: NonNegativeInt = 0  # tokens per shard, as in llm.c; 0: one file per split
+    shard_tokens: Amount = 0  # tokens per shard, as in llm.c; 0: one file per split
 
 
 def prepare(config: WebOptions, own: Path) -> list[str]:

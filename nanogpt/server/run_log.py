@@ -1,11 +1,12 @@
 """Incremental reading of a run folder while train.py writes to it."""
 
-import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nanogpt import metrics
+from nanogpt import files, metrics
+from nanogpt.errors import UserError
 from nanogpt.evaluation.in_training import SEPARATOR
 
 KEYS = ("event", "iter", "tokens", "elapsed_s", "loss", "train_loss", "val_loss", "lr", "tokens_per_s")
@@ -46,12 +47,10 @@ def _identity(descriptor: int) -> tuple[str, int]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-        if isinstance(row, dict) and row.get("event") in ("step", "eval"):
+    with suppress(UserError):
+        row = files.parse_json(line, metrics.NAME, metrics.ROW)
+        if row["event"] in ("step", "eval"):
             return {key: row[key] for key in KEYS if isinstance(row.get(key), int | float | str)}
-    except (ValueError, RecursionError):
-        pass
     return None
 
 

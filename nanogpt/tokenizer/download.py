@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from nanogpt import command
+from nanogpt.cache import cache_folder
 from nanogpt.errors import UserError
-from nanogpt.files import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

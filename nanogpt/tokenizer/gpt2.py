@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import files
+from nanogpt import cache
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import bpe, download, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
@@ -73,7 +73,7 @@ def load_gpt2(path: str = "") -> GPT2Tokenizer:
     if path and not file.is_file():
         raise UserError(f"no GPT-2 merges at {file}; expected vocab.bpe of OpenAI's release")
     if not path:
-        file = files.cache_folder() / "gpt2" / "vocab.bpe"
+        file = cache.cache_folder() / "gpt2" / "vocab.bpe"
         instead = f"put that file at {file}, or use --tokenizer=char or byte, which do not need a download"
         download.fetch(GPT2_URL, vocabulary.GPT2_SHA256, file, instead)
     content = _known(file, vocabulary.GPT2_SHA256)

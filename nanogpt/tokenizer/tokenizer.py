@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
 
@@ -147,7 +148,4 @@ def from_file(path: Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}; give a tokenizer.json or the folder that contains it")
-    try:
-        return from_text(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not a tokenizer: not UTF-8 text") from None
+    return from_text(files.text_of(file), str(file))

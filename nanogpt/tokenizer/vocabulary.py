@@ -63,8 +63,3 @@ def hugging_face_size(value: dict[str, Any]) -> int:
 
 def sha256_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def of_characters(characters: list[str]) -> str:
-    """Return the tokenizer.json of a character tokenizer."""
-    return json.dumps({"format": FORMAT, "type": "char", "characters": characters}) + "\n"

@@ -1,0 +1,363 @@
+"""Cases of benchmarks/fuzz.py: files of every kind, ways to damage them, and wrong options."""
+
+import contextlib
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import torch
+
+from nanogpt import checkpoint, files
+from nanogpt.config import load, read
+from nanogpt.errors import run_program
+
+MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--device=cpu"]
+SHORT = ["--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=2", "--warmup_iters=1"]
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 20
+
+
+# ----------------------------------------------------------------------------- programs
+
+
+def program(name: str) -> Callable[[list[str]], None]:
+    """Return a function that runs the program `name` with a command line, as from the shell."""
+    path = "data.prepare" if name == "prepare" else name
+    module = importlib.import_module(path)
+
+    def run(argv: list[str]) -> None:
+        sys.argv = [f"{name}.py", *argv]
+        if name in ("eval", "doctor"):
+            run_program(module.program)
+        elif name == "plot":
+            run_program(lambda: module.main(*module.command_line(argv)))
+        elif name == "prepare":
+            run_program(lambda: prepare(module, argv))
+        elif name == "plan":
+            run_program(lambda: module.main(*load(module.Config, argv), argv))
+        else:
+            run_program(lambda: module.main(*load(module.Config, argv)))
+
+    return run
+
+
+def prepare(module: Any, argv: list[str]) -> None:
+    options = read(module.Config, argv, arguments=True)
+    module.main(module.Config(**options.values), options.arguments)
+
+
+# ----------------------------------------------------------------------------- intact files
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files of one kind: `folder` in the corpus, the `names` in it to damage, and commands that read them."""
+
+    folder: str
+    names: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+RUN = ("train --out_dir=run --init_from=resume --max_iters=3", "sample --out_dir=run --max_new_tokens=3")
+TRAIN = " ".join(["train", *MODEL, *SHORT, "--max_iters=1"])
+KINDS = [
+    Kind("data", ("meta.json", "tokenizer.json", "train.bin", "val.bin"), (TRAIN, "doctor data")),
+    Kind("bpe", ("tokenizer.json", "meta.json"), (f"{TRAIN} --sample_prompt=Speak --dataset=bpe",)),
+    Kind("pairs", ("meta.json", "train.mask.bin"), (f"{TRAIN} --dataset=pairs",)),
+    Kind("theirs", ("meta.pkl", "train.bin"), (f"{TRAIN} --dataset=theirs --sample_prompt=A",)),
+    Kind("arrays", ("x_train_000.npy", "x_val_000.bin"), (f"{TRAIN} --dataset=arrays",)),
+    Kind("run", ("{step}/state.json", "{step}/manifest.json", "{step}/model.safetensors"), RUN),
+    Kind("run", ("{step}/optimizer.safetensors", "tokenizer.json", "config.json"), RUN),
+    Kind("lora", ("{step}/state.json", "{step}/model.safetensors"), ("sample --out_dir=lora",)),
+    Kind("run", ("metrics.jsonl",), ("plot run", "doctor run", *RUN[:1])),
+    Kind("hf", ("config.json", "model.safetensors", "tokenizer.json", "tokenizer.nanogpt.json"),
+         ("sample --init_from=hf --max_new_tokens=3", "export --init_from=hf --to=out")),
+    Kind("shards", ("model.safetensors.index.json", "config.json"), ("sample --init_from=shards",)),
+    Kind("nanogpt", ("ckpt.pt", "meta.pkl"),
+         ("sample --init_from=nanogpt --max_new_tokens=3", f"{TRAIN} --init_from=nanogpt/ckpt.pt")),
+    Kind("presets", ("preset.py",), (f"{TRAIN} presets/preset.py",)),
+    Kind("texts", ("plain.txt", "rows.jsonl", "rows.jsonl.gz", "rows.parquet", "rows.csv"),
+         ("prepare texts/{name} --out=out", "prepare texts/{name} --out=out --tokenizer=bpe:300")),
+    Kind("texts", ("prompts.jsonl",), ("sample --prompts=texts/prompts.jsonl --out_dir=run",)),
+    Kind("texts", ("tasks.jsonl",), ("eval run --tasks=texts/{name}", "eval run --text=texts/{name}")),
+]  # fmt: skip
+
+
+def build(corpus: Path) -> None:
+    """Write intact files of all kinds to the folder `corpus`, by the programs themselves."""
+    import numpy as np
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = corpus / "texts"
+    texts.mkdir(parents=True)
+    parts = [f"{n} {part}" for n, part in enumerate(TEXT.split("\n\n") * 3)]
+    rows = [{"text": part, "prompt": part[:9], "response": part[9:] or "x"} for part in parts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (texts / "plain.txt").write_text(TEXT)
+    (texts / "rows.jsonl").write_text(lines)
+    (texts / "rows.csv").write_text("text,n\n" + "".join(f'"{row["text"]}",1\n' for row in rows))
+    (texts / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), texts / "rows.parquet")
+    (texts / "prompts.jsonl").write_text('{"prompt": "All"}\n"Speak"\n')
+    item = {"text": "All speak", "ctx": "All", "endings": ["Speak", "speak"], "label": 1}
+    (texts / "tasks.jsonl").write_text(f"{json.dumps(item)}\n" * 3)
+    (corpus / "presets").mkdir()
+    (corpus / "presets" / "preset.py").write_text(
+        '"""A preset."""\nimport time\n_n = 2**3\nbatch_size = _n // 4\nlearning_rate = 3 * 1e-3\n'
+        "wandb_run_name = 'ft-' + str(time.time())\nbias = True\ndataset = 'data'\n"
+    )
+    with contextlib.chdir(corpus), contextlib.redirect_stdout(io.StringIO()):
+        program("prepare")(["texts/plain.txt", "--out=data"])
+        program("prepare")(["texts/plain.txt", "--out=bpe", "--tokenizer=bpe:280"])
+        program("prepare")(["texts/rows.jsonl", "--text_key=prompt+response", "--out=pairs"])
+        common = [*MODEL, *SHORT, "--dataset=data", "--bias=True", "--optimizer=adamw"]
+        program("train")([*common, "--out_dir=run", "--max_iters=2"])
+        program("train")([*common, "--out_dir=lora", "--max_iters=2", "--init_from=run", "--lora_rank=2"])
+        program("export")(["--out_dir=run", "--to=hf"])
+        program("export")(["--out_dir=run", "--to=nanogpt", "--format=nanogpt"])
+    shutil.copytree(corpus / "data", corpus / "theirs", ignore=shutil.ignore_patterns("*.json"))
+    shutil.copy(corpus / "nanogpt" / "meta.pkl", corpus / "theirs")
+    (corpus / "arrays").mkdir()
+    ids = np.fromfile(corpus / "data" / "train.bin", "<u2")
+    np.save(corpus / "arrays" / "x_train_000.npy", ids)
+    head = np.zeros(256, "<i4")
+    head[:3] = 20240520, 1, len(ids)
+    (corpus / "arrays" / "x_val_000.bin").write_bytes(head.tobytes() + ids.tobytes())
+    shutil.copytree(corpus / "hf", corpus / "shards")
+    part = corpus / "shards" / "model-1.safetensors"
+    (corpus / "shards" / "model.safetensors").rename(part)
+    names = {name: part.name for name in header_of(part.read_bytes())[0] if name != "__metadata__"}
+    files.write_json(corpus / "shards" / "model.safetensors.index.json", {"weight_map": names})
+
+
+# ----------------------------------------------------------------------------- damage
+
+
+class Payload:
+    """Unpickled without care, it creates a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch EXECUTED",)
+
+
+HOSTILE: list[Any] = [
+    *(None, True, False, -1, 0, 1, 3, 255, 2**31, 2**63, 10**30, 1.5, -0.0, math.nan, math.inf, 1e308),
+    *("", "x", "0", "../../../etc/hostname", "/etc/hostname", "\ud800", "\0", "a" * 100_000, "é"),
+    *([], {}, [1], ["a"], [None], {"a": 1}, [[]] * 5, list(range(1000)), {str(i): i for i in range(1000)}),
+]  # fmt: skip
+
+
+def deep(levels: int = 100_000) -> bytes:
+    return b"[" * levels + b"]" * levels
+
+
+def header_of(data: bytes) -> tuple[Any, bytes]:
+    """Return the JSON header of a safetensors file, and its tensors."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def decoded(name: str, data: bytes) -> tuple[Any, Callable[[Any], bytes]] | None:
+    """Return the value in a file, and what writes such a value; None for a format without values."""
+    if name.endswith(".gz"):
+        if inner := decoded(name[:-3], gzip.decompress(data)):
+            return inner[0], lambda value: gzip.compress(inner[1](value))
+        return None
+    if name.endswith(".json"):
+        return json.loads(data), lambda value: json.dumps(value).encode()
+    if name.endswith(".jsonl"):
+        rows = [json.loads(line) for line in data.splitlines()]
+        return rows, lambda value: b"".join(json.dumps(row).encode() + b"\n" for row in as_list(value))
+    if name.endswith(".safetensors"):
+        header, tensors = header_of(data)
+
+        def write(value: Any) -> bytes:
+            text = json.dumps(value).encode()
+            return len(text).to_bytes(8, "little") + text + tensors
+
+        return header, write
+    if name.endswith(".pkl"):
+        return pickle.Unpickler(io.BytesIO(data)).load(), pickle.dumps
+    if name.endswith(".pt"):
+        return torch.load(io.BytesIO(data), weights_only=True), saved
+    return None
+
+
+def saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def changed(value: Any, chance: random.Random) -> Any:
+    """Return `value` with one part, at any depth, replaced, removed or renamed."""
+    if isinstance(value, dict | list) and value and chance.random() < 0.85:
+        copy: Any = dict(value) if isinstance(value, dict) else list(value)
+        key = chance.choice(list(copy)) if isinstance(copy, dict) else chance.randrange(len(copy))
+        way = chance.random()
+        if way < 0.1:
+            del copy[key]
+        elif way < 0.15 and isinstance(copy, dict):
+            copy["unknown" if chance.random() < 0.5 else chance.choice(["../x", ""])] = copy.pop(key)
+        else:
+            copy[key] = changed(copy[key], chance)
+        return copy
+    if isinstance(value, int | float) and chance.random() < 0.3:
+        return value * chance.choice([-1, 2, 0.5, 1000, 10**6, 10**12])
+    return chance.choice(HOSTILE)
+
+
+def damaged(name: str, data: bytes, chance: random.Random) -> bytes:
+    """Return the content of a file, damaged in one of many ways."""
+    if chance.random() < 0.6 and (known := decoded(name, data)):
+        value, write = known
+        if name.endswith((".pkl", ".pt")) and chance.random() < 0.15:
+            return write(chance.choice([Payload(), {**value, "itos": Payload()}]))
+        with contextlib.suppress(ValueError, TypeError):
+            return write(changed(value, chance))
+    if name.endswith(".gz") and chance.random() < 0.4:
+        return gzip.compress(damaged(name[:-3], gzip.decompress(data), chance))
+    place, length = chance.randrange(len(data) + 1), chance.choice([1, 2, 8, 100, 5000])
+    ways: list[Callable[[], bytes]] = [
+        lambda: data[:place],
+        lambda: b"",
+        lambda: data[:place] + data[place + length :],
+        lambda: data[:place] + data[place : place + length] * 3 + data[place + length :],
+        lambda: data[:place] + bytes(length) + data[place + length :],
+        lambda: data[:place] + b"\xff" * length + data[place + length :],
+        lambda: data[:place] + chance.randbytes(length) + data[place + length :],
+        lambda: data[:place] + chance.randbytes(length) + data[place:],
+        lambda: bytes(byte ^ (chance.random() < 0.01) for byte in data),
+        lambda: flipped(data, place),
+        lambda: flipped(flipped(data, place), chance.randrange(len(data) + 1)),
+        lambda: re.sub(rb"\d+", b"9" * chance.choice([3, 10, 20, 5000]), data, count=chance.choice([1, 0])),
+        lambda: deep(),
+        lambda: data[: place // 2] + deep(),
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+        lambda: b"\x89PNG\r\n\x1a\n" + data,
+        lambda: data.decode("latin-1").encode("utf-16"),
+        lambda: data.replace(b"\n", b""),
+        lambda: pickle.dumps(Payload()),
+        lambda: b"__import__('os').system('touch EXECUTED')\n" + data,
+    ]
+    return chance.choice(ways)()
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return (
+        data[:place] + bytes(byte ^ (1 << place % 8) for byte in data[place : place + 1]) + data[place + 1 :]
+    )
+
+
+def sign(step: Path) -> None:
+    """Make the manifest of a checkpoint fit its files."""
+    about = {
+        name: {
+            "bytes": (step / name).stat().st_size,
+            "sha256": hashlib.sha256((step / name).read_bytes()).hexdigest(),
+        }
+        for name in checkpoint.FILES
+    }
+    files.write_json(step / "manifest.json", {"format": checkpoint.FORMAT, "files": about})
+
+
+# ----------------------------------------------------------------------------- wrong options
+
+VALUES: dict[Any, list[str]] = {  # by type: none of these is right
+    int: [
+        "-1",
+        "1.5",
+        "x",
+        "",
+        "nan",
+        "inf",
+        "1e999",
+        "1_000_000_001",
+        "1e12",
+        str(2**63),
+        "9" * 400,
+        "None",
+    ],
+    float: ["-1", "x", "", "nan", "inf", "1e999", "1e12", "9" * 400, "None", "0x10", "True"],
+    bool: ["x", "", "2", "-1", "None", "0"],
+    str: ["/proc/no/such/folder", "\0", "x" * 5000, "\udcff", "s3://bucket/x", "no/such\nline"],
+}
+LARGE = ["1000000", "100000000", "1e9"]  # within bounds, but too large for what needs memory
+NEEDS_MEMORY = {
+    *("n_layer", "n_head", "n_embd", "head_dim", "block_size", "batch_size", "vocab_multiple", "vocab_size"),
+    *("lora_rank", "slots", "num_samples", "batch_tokens", "comm_bytes"),
+}
+BASE = {
+    "train": [*MODEL, *SHORT, "--dataset=data", "--max_iters=1"],
+    "sample": ["--out_dir=run", "--max_new_tokens=3", "--num_samples=1"],
+    "eval": ["--out_dir=run"],
+    "serve": ["--out_dir=run", "--port=0"],
+    "export": ["--out_dir=run", "--to=out"],
+    "plan": [*MODEL[:-1], "--dataset=data"],
+    "bench": [*MODEL, "--steps=1"],
+    "plot": ["run"],
+    "prepare": ["texts/plain.txt", "--out=out"],
+}
+
+
+def values(kind: Any) -> list[str]:
+    """Return wrong values for an option of type `kind`."""
+    if get_origin(kind) is Annotated:
+        return values(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return ["x", "", "None", "0.5", "-1"]
+    if get_args(kind):  # a union
+        return values(get_args(kind)[0])
+    return VALUES[kind]
+
+
+def wrong_options(chance: random.Random) -> tuple[str, list[str]]:
+    """Return a program and a command line with one wrong value, or several options at random."""
+    name = chance.choice(list(BASE))
+    config = importlib.import_module("data.prepare" if name == "prepare" else name).Config
+    types = typing.get_type_hints(config, include_extras=True)
+    option = chance.choice(list(types))
+    way = chance.random()
+    if way < 0.45:
+        return name, [*BASE[name], f"--{option}={chance.choice(values(types[option]))}"]
+    if way < 0.6 and (large := sorted(NEEDS_MEMORY & set(types))):
+        return name, [*BASE[name], f"--{chance.choice(large)}={chance.choice(LARGE)}"]
+    if way < 0.7:
+        typo = "".join(chance.sample(option, len(option)))
+        return name, [*BASE[name], f"--{typo}=1", option, f"--{option}"][: chance.choice([-1, -2, None])]
+    several = []
+    for one in chance.sample(list(types), min(len(types), chance.choice([2, 3, 5]))):
+        default = {field.name: field.default for field in fields(config)}[one]
+        several.append(f"--{one}={chance.choice(right(types[one], default))}")
+    return name, [*BASE[name], *several]
+
+
+def right(kind: Any, default: Any) -> list[Any]:
+    """Return values that an option of type `kind` accepts by itself."""
+    if get_origin(kind) is Annotated:
+        return right(get_args(kind)[0], default)
+    if get_origin(kind) is Literal:
+        return [value for value in get_args(kind) if value is not True]  # torch.compile takes a minute
+    if kind is bool:
+        return [True, False]
+    if kind is int or get_args(kind):
+        return [0, 1, 2, 3, 7, 100]
+    return [0, 0.1, 1, 5.5] if kind is float else [default, "run", "data", "x", "run,data", "a:1"]
