@@ -14,6 +14,7 @@ each goes to one of them whole. If interrupted, run the same command again to re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python adds only the folder of this file
 
@@ -30,6 +31,7 @@ class Config:
     hub: str = ""  # NAME[:CONFIG[:SPLIT]][@REVISION] of a Hugging Face dataset, streamed
     text_key: str = "text"  # text field of JSONL or column; prompt+response: loss on the response only
     encoding: str = ""  # encoding of text files, if not UTF-8, UTF-16 or GB18030
+    on_undecodable: Literal["refuse", "replace", "drop"] = "refuse"  # bytes that the encoding does not have
     split_at: str = ""  # mark between documents of a text: '<|endoftext|>', line, blank_line; empty: none
     skip_bad: bool = False  # skip and count unreadable rows
     # tokenizer

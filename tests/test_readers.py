@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import readers, text_files
+from nanogpt.prepare import formats, readers, tables, text_files
 from nanogpt.prepare.text_files import Texts
 from tests.conftest import documents, words
 
@@ -62,7 +62,7 @@ NAMES = ["x.jsonl", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.zst", "x.parquet", "x.a
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_format_gives_the_same_documents(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 5000)
+    monkeypatch.setattr(formats, "BLOCK", 5000)
     assert documents(text_files.find([write(tmp_path / name, BODIES)])) == BODIES
 
 
@@ -73,8 +73,8 @@ def test_hub_datasets_are_streamed(hub):
 
 @pytest.mark.parametrize("name", [*NAMES, "x.txt", "hub"])
 def test_reading_resumes_at_any_position(name, tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 20_000)
-    monkeypatch.setattr(readers, "ROWS", 64)
+    monkeypatch.setattr(formats, "BLOCK", 20_000)
+    monkeypatch.setattr(tables, "ROWS", 64)
     if name == "hub":
         found = [readers.hub(str(hub), "text", "")]
     elif name == "x.txt":
@@ -88,7 +88,7 @@ def test_reading_resumes_at_any_position(name, tmp_path, hub, monkeypatch):
     def bodies(pieces):
         for piece in pieces:
             kind = found[piece.source].kind
-            yield from piece.content if kind == "text" else readers.rows(piece, kind, "text")
+            yield from piece.content if kind == "text" else readers.documents(piece, "text")
 
     pieces = list(readers.pieces(found, reading))
     whole = list(bodies(pieces))
@@ -148,7 +148,7 @@ def test_truncated_file_is_reported(name, tmp_path):
 
 
 def test_broken_line_in_a_compressed_file_is_located(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 3000)
+    monkeypatch.setattr(formats, "BLOCK", 3000)
     path = tmp_path / "x.jsonl.xz"
     path.write_bytes(lzma.compress(lines(BODIES[:200]) + b"\n{broken\n" + lines(BODIES)))
     assert "x.jsonl.xz, line 202 is not valid JSON" in refusal(path)

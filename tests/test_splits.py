@@ -8,7 +8,7 @@ import pytest
 
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from nanogpt.prepare import corpus, readers
+from nanogpt.prepare import corpus, formats
 from nanogpt.tokenizer import tokenizer
 from tests.conftest import words
 
@@ -118,7 +118,7 @@ STORIES = [f"Story {number}: there were {number % 31} cats.\nThe end." for numbe
 )
 def test_marks_separate_the_documents_of_a_text(tmp_path, monkeypatch, mark, between, documents):
     (tmp_path / "stories.txt").write_text(between.join(STORIES) + "\n", encoding="utf-8", newline="\r\n")
-    monkeypatch.setattr(readers.text_files, "BLOCK", 1000)  # several pieces
+    monkeypatch.setattr(formats, "BLOCK", 1000)  # several pieces
     summary = corpus.prepare([tmp_path / "stories.txt"], tmp_path / "out", kind="bpe:400", split_at=mark)
     assert sum(summary.counts.documents.values()) == len(documents)
     dataset = loader.load(tmp_path / "out")

@@ -21,7 +21,7 @@ from typing import Any
 from nanogpt import INSTALLED, files, quoted
 from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import Stopped, UserError
-from nanogpt.prepare import analyze, encode, pool, readers, shards, text_files
+from nanogpt.prepare import analyze, encode, formats, pool, readers, shards, text_files
 from nanogpt.prepare.analyze import Options, counted
 from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.shards import SPLITS
@@ -36,6 +36,7 @@ LARGE_TEXT = 1 << 25  # bytes of input from which several processes are used
 SAMPLE = 1 << 16  # characters of each file by which a tokenizer is checked
 RECORD_S = 5.0  # seconds between records of progress
 SHOWN_BAD = 3  # number of skipped rows to report
+SHOWN = 10  # number of files to report
 
 
 @dataclass
@@ -103,6 +104,8 @@ class Summary:
             lines.append(f"encodings besides utf-8: {', '.join(others)}")
         if self.counts.newlines_changed or any(s.newlines_changed for s in self.texts.sources):
             lines.append("newlines normalized to \\n")
+        noted = [f"{source.name}: {source.note}" for source in self.texts.sources if source.note]
+        lines += noted[:SHOWN] + ([f"and so in {len(noted) - SHOWN:,} more files"] if noted[SHOWN:] else [])
         if self.counts.empty_rows:
             lines.append(f"skipped {counted(self.counts.empty_rows, 'empty row')}")
         if self.counts.bad_rows:
@@ -146,14 +149,7 @@ def prepare(
     split, several = analyze.look(texts, wanted, val_from)
     large = wanted.hub or sum(source.bytes for source in texts.sources) >= LARGE_TEXT
     workers = wanted.workers or (pool.cores() if large else 0)
-    job = Job(
-        "",
-        tuple(source.kind for source in texts.sources),
-        tuple(source.document for source in texts.sources),
-        split,
-        several,
-        wanted.text_key,
-    )
+    job = Job("", tuple(texts.sources), split, several, wanted.text_key)
     alphabet, by_default = "", False
     if given is None and wanted.kind.startswith("bpe:"):
         given = analyze.learnt(int(wanted.kind[4:]), texts, job, wanted)
@@ -201,8 +197,8 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
         marked = [replace(s, kind="marked", document=None) if s in plain else s for s in texts.sources]
         texts = Texts(marked, texts.skipped)
     for source in [] if wanted.split_at else plain:
-        chunks = text_files.decoded(source.path, source.encoding, source.mark, lambda count: None)
-        if END_OF_TEXT in next(chunks, ""):
+        start = next(text_files.decoded(source, lambda count: None), "")
+        if END_OF_TEXT in start:
             notes.append(
                 f"note: {source.name} contains {END_OF_TEXT}, which is read as ordinary text; "
                 f"--split_at='{END_OF_TEXT}' makes it the end of a document"
@@ -230,7 +226,7 @@ def require_lossless(texts: Texts, encoder: tokenizer.Tokenizer, wanted: Options
         piece = next(readers.pieces([source], analyze.reading(wanted)), None)
         if not piece:
             continue
-        rows = [piece.content] if source.kind == "text" else readers.rows(piece, source.kind, wanted.text_key)
+        rows = [piece.content] if source.kind == "text" else readers.documents(piece, wanted.text_key)
         sample = "\n".join(row for row in rows if isinstance(row, str))[:SAMPLE]
         there = Counter(tokenizer.decode(encoder, encoder.encode(sample)))
         lost = {c: n for c, n in (Counter(sample) - there).items() if c == "\n" or not c.isspace()}
@@ -279,7 +275,7 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
         return keep(file) and not (ours and os.path.realpath(file.parent) == own)
 
     with analyze.progress("checking") as bar:
-        texts = find(paths, wanted.encoding, not_ours, bar.update)
+        texts = find(paths, wanted.encoding, not_ours, bar.update, wanted.text_key, wanted.on_undecodable)
     readers.check_columns(texts.sources, wanted.text_key)
     if wanted.hub:
         texts.sources.append(readers.hub(wanted.hub, wanted.text_key, wanted.instead))
@@ -287,7 +283,7 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
     if wanted.text_key != "text" and plain and (wanted.pairs or len(plain) == len(texts.sources)):
         raise UserError(
             f"--text_key={wanted.text_key}: {plain[0].name} is plain text without fields; give files of rows "
-            f"only (.jsonl, .ndjson, .parquet, .arrow), or omit the option"
+            "only (JSON, CSV, Parquet, Arrow), or omit the option"
         )
     if not texts.sources:
         raise UserError("; ".join([f"no text found in {', '.join(map(str, paths))}", *_skipped(texts)[:1]]))
@@ -376,8 +372,8 @@ def _sameness(texts: Texts, encoder: tokenizer.Tokenizer, job: Job, wanted: Opti
         "shard_tokens": wanted.shard_tokens,
         "text_key": wanted.text_key,
         "split_at": wanted.split_at,
-        "cuts": [encode.PIECE, readers.text_files.BLOCK],
-        "sources": [[s.name, s.kind, s.encoding, s.bytes, s.sha256] for s in texts.sources],
+        "cuts": [encode.PIECE, formats.BLOCK],
+        "sources": [[s.name, s.kind, s.encoding, s.undecodable, s.bytes, s.sha256] for s in texts.sources],
     }
 
 
@@ -420,7 +416,7 @@ def _meta(
 
 
 def _skipped(texts: Texts) -> list[str]:
-    lines = [f"skipped {name}: {reason}" for name, reason in texts.skipped[:10]]
-    if len(texts.skipped) > 10:
-        lines.append(f"skipped {counted(len(texts.skipped) - 10, 'more file')}")
+    lines = [f"skipped {name}: {reason}" for name, reason in texts.skipped[:SHOWN]]
+    if len(texts.skipped) > SHOWN:
+        lines.append(f"skipped {counted(len(texts.skipped) - SHOWN, 'more file')}")
     return lines

@@ -10,8 +10,9 @@ import numpy as np
 
 from nanogpt.errors import UserError
 from nanogpt.prepare import readers
-from nanogpt.prepare.readers import BadRow, Piece
-from nanogpt.prepare.text_files import Digest, Document, Pair, code_points, with_newlines
+from nanogpt.prepare.readers import Piece
+from nanogpt.prepare.rows import BadRow, Pair
+from nanogpt.prepare.text_files import Digest, Document, Source, code_points, with_newlines
 from nanogpt.tokenizer import tokenizer
 
 PIECE = 1 << 20  # characters encoded at a time
@@ -55,8 +56,7 @@ class Job:
     """Settings of a worker process."""
 
     tokenizer: str  # contents of tokenizer.json; "" to count characters only
-    kinds: tuple[str, ...]  # kind of each source
-    documents: tuple[Document | None, ...]  # per source; None if it has rows
+    sources: tuple[Source, ...]
     split: Split
     several: bool  # several documents: separate them in the ids
     text_key: str = "text"
@@ -134,12 +134,12 @@ def bodies(piece: Piece, result: Encoded) -> Iterator[tuple[str, int, Document]]
     recorded in `result`.
     """
     result.source = piece.source
-    document = _job.documents[piece.source]
+    document = _job.sources[piece.source].document
     if document is not None:
         assert isinstance(piece.content, str)
         yield piece.content, piece.offset, document
         return
-    for row in readers.rows(piece, _job.kinds[piece.source], _job.text_key):
+    for row in readers.documents(piece, _job.text_key):
         if isinstance(row, BadRow):
             result.bad.append(row)
         elif not row:
