@@ -83,8 +83,7 @@ def empty_split(name: str, wanted: Options, documents: int, characters: int) -> 
 def refuse_bad(result: Encoded, texts: Texts, wanted: Options) -> list[str]:
     """Return messages about the broken rows of a piece; raise UserError for the first unless skip_bad."""
     source = texts.sources[result.source]
-    what = "line" if source.kind == "jsonl" else "row"
-    named = [f"{source.path}, {what} {row.number} {row.reason}" for row in result.bad]
+    named = [f"{source.path}, {source.row_name} {row.number} {row.reason}" for row in result.bad]
     if named and not wanted.skip_bad:
         raise UserError(f"{named[0]}; --skip_bad=True skips and counts such rows")
     return named

@@ -33,9 +33,12 @@ from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # train.bin is published last
 LARGE_ALPHABET = 20_000  # distinct characters from which --tokenizer=auto uses bytes
 LARGE_TEXT = 1 << 25  # bytes of input from which several processes are used
-SAMPLE = 1 << 16  # characters of each file by which a tokenizer is checked
 RECORD_S = 5.0  # seconds between records of progress
 SHOWN_BAD = 3  # number of skipped rows to report
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
+    ("val", "valid", "validation", "dev"), "val"
+)
+OTHERS = 0.01  # share of bytes in files not named as splits, if others are, up to which they are left out
 SHOWN = 10  # number of files to report
 
 
@@ -50,11 +53,15 @@ class Counts:
     bad_rows: int = 0
     bad_shown: list[str] = field(default_factory=list)
     newlines_changed: bool = False
+    tried: int = 0  # characters by which the tokenizer was checked
+    lost: dict[str, int] = field(default_factory=dict)  # those of them that it loses
 
     def add(self, encoded: Encoded) -> None:
         self.characters += encoded.characters
         self.empty_rows += encoded.empty_rows
         self.newlines_changed |= encoded.newlines_changed
+        self.tried += encoded.tried
+        self.lost = dict(Counter(self.lost) + encoded.lost)
         for split in SPLITS:
             self.documents[split] += encoded.documents[split]
             self.text_bytes[split] += encoded.text_bytes[split]
@@ -106,6 +113,8 @@ class Summary:
             lines.append("newlines normalized to \\n")
         noted = [f"{source.name}: {source.note}" for source in self.texts.sources if source.note]
         lines += noted[:SHOWN] + ([f"and so in {len(noted) - SHOWN:,} more files"] if noted[SHOWN:] else [])
+        if self.counts.lost:
+            lines.append(f"the tokenizer loses {_lost(self.counts)}")
         if self.counts.empty_rows:
             lines.append(f"skipped {counted(self.counts.empty_rows, 'empty row')}")
         if self.counts.bad_rows:
@@ -159,8 +168,8 @@ def prepare(
         given = tokenizer.ByteTokenizer()
         if not by_default:
             given = tokenizer.CharTokenizer(sorted({*alphabet, *("\n" if several else "")}))
-    if given.kind == "hf" and not wanted.lossy:
-        require_lossless(texts, given, wanted)
+    if given.kind == "hf" and not wanted.kind.startswith("bpe:"):
+        workers = max(workers, 1)  # a fault in a foreign tokenizer must not end this process
     job = replace(job, tokenizer=tokenizer.to_text(given))
     meta, counts, in_both, resumed = _write(texts, job, given, out, wanted, workers)
     return Summary(out, texts, split, given, meta, counts, alphabet, by_default, in_both, resumed, notes)
@@ -181,15 +190,26 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
             raise UserError(f"--val={wanted.val}: {both[0]} is also a training text; give another")
         texts = Texts(texts.sources + val.sources, texts.skipped + val.skipped)
     else:
-        roles = [_role(source.path.stem) for source in texts.sources]
-        if "train" in roles and len(set(roles)) > 1 and None not in roles:
-            parts: dict[str | None, list[Source]] = {}
-            for role, source in zip(roles, texts.sources, strict=True):
-                parts.setdefault(role, []).append(source)
-            val_from = len(parts["train"]) if "val" in parts else -1
-            texts = Texts(parts["train"] + parts.get("val", []), texts.skipped)
-            if "test" in parts:
-                notes.append(f"not used, because named as test data: {_names(parts['test'])}")
+        parts: dict[str, list[Source]] = {"train": [], "val": [], "test": [], "": []}
+        for source in texts.sources:
+            parts[_role(source.name)].append(source)
+        size = sum(source.bytes for source in texts.sources)
+        if parts["train"] and (parts["val"] or parts["test"]):
+            # A README or a list of words is not a reason to train on the test data.
+            if sum(source.bytes for source in parts[""]) <= OTHERS * size:
+                val_from = len(parts["train"]) if parts["val"] else -1
+                texts = Texts(parts["train"] + parts["val"], texts.skipped)
+                for unused, why in (
+                    ("test", "named as test data"),
+                    ("", "not named as a split, as others are"),
+                ):
+                    if parts[unused]:
+                        notes.append(f"not used, because {why}: {_names(parts[unused])}")
+            else:
+                notes.append(
+                    f"note: {_names(parts['val'] + parts['test'])} is read like other texts, in spite of the "
+                    f"name, as {_names(parts[''])} has none of a split; --val=PATH names validation texts"
+                )
     plain = [source for source in texts.sources if source.kind == "text"]
     if wanted.split_at:
         if not plain:
@@ -203,39 +223,26 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
                 f"note: {source.name} contains {END_OF_TEXT}, which is read as ordinary text; "
                 f"--split_at='{END_OF_TEXT}' makes it the end of a document"
             )
+        first = start.partition("\n")[0].rstrip()
+        if first.startswith('{"') and first.endswith("}"):
+            notes.append(
+                f"note: {source.name} looks like rows of JSON without `{wanted.text_key}` and is read as "
+                "text; --text_key=NAME reads a field"
+            )
     return texts, val_from, notes
 
 
-def _role(stem: str) -> str | None:
-    """Return the split that a file name stands for: train, val, test or None."""
-    word = re.split(r"[^a-z]", stem.lower())[0]
-    return {"training": "train", "valid": "val", "validation": "val", "dev": "val"}.get(
-        word, word if word in ("train", "val", "test") else None
-    )
+def _role(name: str) -> str:
+    """Return the split that a file name stands for, or else the nearest folder below that given: train, val,
+    test or ""."""
+    parts = name.lower().split("/")
+    words = [re.split(r"[^a-z]", part)[0] for part in reversed(parts[1:] or parts)]
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
 
 
 def _names(sources: list[Source]) -> str:
     shown = ", ".join(source.name for source in sources[:3])
     return shown + (f" and {len(sources) - 3:,} more" if len(sources) > 3 else "")
-
-
-def require_lossless(texts: Texts, encoder: tokenizer.Tokenizer, wanted: Options) -> None:
-    """Raise UserError if the tokenizer loses characters of the beginning of a file (unknown ones, case,
-    line ends), which its library drops silently."""
-    for source in texts.sources if not wanted.pairs else []:
-        piece = next(readers.pieces([source], analyze.reading(wanted)), None)
-        if not piece:
-            continue
-        rows = [piece.content] if source.kind == "text" else readers.documents(piece, wanted.text_key)
-        sample = "\n".join(row for row in rows if isinstance(row, str))[:SAMPLE]
-        there = Counter(tokenizer.decode(encoder, encoder.encode(sample)))
-        lost = {c: n for c, n in (Counter(sample) - there).items() if c == "\n" or not c.isspace()}
-        if lost:
-            shown = " ".join(repr(c) for c in list(lost)[:5])
-            raise UserError(
-                f"{source.name}: the tokenizer loses {sum(lost.values()):,} of its first {len(sample):,} "
-                f"characters ({shown}); train one on this text (--tokenizer=bpe:8192) or pass --lossy"
-            )
 
 
 def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
@@ -348,6 +355,12 @@ def _encode(
         pieces = readers.pieces(texts.sources, analyze.reading(wanted), (start[0], start[1]), bar.update)
         for encoded in pool.ordered(encode.encode, pieces, workers, encode.start, (job,)):
             named = analyze.refuse_bad(encoded, texts, wanted)
+            if encoded.lost and not wanted.lossy:
+                name = texts.sources[encoded.source].path
+                raise UserError(
+                    f"{name}: the tokenizer loses {_lost(encoded)}; train one on this text "
+                    "(--tokenizer=bpe:8192) or pass --lossy"
+                )
             counts.bad_rows += len(named)
             counts.bad_shown += named[: SHOWN_BAD - len(counts.bad_shown)]
             counts.add(encoded)
@@ -413,6 +426,12 @@ def _meta(
 
 
 # ----------------------------------------------------------------------------- messages
+
+
+def _lost(counts: Counts | Encoded) -> str:
+    examples = sorted(counts.lost, key=lambda character: -counts.lost[character])[:5]
+    shown = " ".join(map(repr, examples))
+    return f"{sum(counts.lost.values()):,} of {counts.tried:,} characters that were tried ({shown})"
 
 
 def _skipped(texts: Texts) -> list[str]:

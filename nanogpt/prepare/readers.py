@@ -23,7 +23,6 @@ from nanogpt.prepare.text_files import Source
 from nanogpt.tokenizer import isolated
 
 MARKS = {"line": "\n", "blank_line": "\n\n"}  # names of --split_at
-TABLE_S = 60  # seconds of CPU time for a batch of a table
 
 
 @dataclass(frozen=True)
@@ -63,23 +62,24 @@ def pieces(
             if (status.st_size, status.st_mtime_ns) != (source.bytes, source.modified_ns):
                 raise UserError(f"{source.path} changed while it was being read; run this again")
         reader = READERS.get(source.kind, _lines)
-        yield from reader(index, source, reading, start[1] if index == start[0] else None, advance)
+        try:
+            yield from reader(index, source, reading, start[1] if index == start[0] else None, advance)
+        except UserError as error:
+            raise text_files.named(source.path, error) from None
 
 
-def documents(piece: Piece, text_key: str) -> Iterator[str | BadRow]:
-    """Yield the documents of a piece of rows: "" for empty rows, BadRow for unreadable ones."""
-    if isinstance(piece.content, bytes):
-        for number, line in enumerate(piece.content.split(b"\n"), piece.first):
-            if line and not line.isspace():
-                yield rows.document(line, number, text_key)
-        return
-    for number, value in enumerate(piece.content, piece.first):
+def documents(piece: Piece, text_key: str) -> Iterator[tuple[int, str | BadRow]]:
+    """Yield (number, document) for a piece of rows: "" for empty rows, BadRow for unreadable ones."""
+    content = piece.content.split(b"\n") if isinstance(piece.content, bytes) else piece.content
+    for number, value in enumerate(content, piece.first):
         if isinstance(value, BadRow):
-            yield replace(value, number=number)
+            yield number, replace(value, number=number)
         elif isinstance(value, list):
-            yield rows.checked(value, number, rows.keys_of(text_key, ()))
-        else:
-            yield rows.checked([value or ""], number, [text_key])
+            yield number, rows.checked(value, number, rows.keys_of(text_key, ()))
+        elif not isinstance(value, bytes):
+            yield number, rows.checked([value or ""], number, [text_key])
+        elif value and not value.isspace():
+            yield number, rows.document(value, number, text_key)
 
 
 # ----------------------------------------------------------------------------- files
@@ -105,7 +105,7 @@ def _marked(index: int, source: Source, reading: Reading, place: Any, advance: A
         *whole, rest = [*rest.split(mark), ""] if chunk is None else rest.split(mark)
         if len(rest) > rows.LONGEST:
             raise UserError(
-                f"{source.path}: document {number + len(whole)} has more than {rows.LONGEST:,} characters "
+                f"document {number + len(whole)} has more than {rows.LONGEST:,} characters "
                 f"before the next {mark!r}; put such a text in a file of its own"
             )
         if whole and number > (place or 0):
@@ -128,7 +128,7 @@ def _lines(index: int, source: Source, reading: Reading, place: Any, advance: Ad
             yield Piece(index, (done, lines), content, first)
         if len(rest) > rows.LONGEST:
             raise UserError(
-                f"{source.path}, line {lines + 1} is longer than {rows.LONGEST:,} bytes; "
+                f"line {lines + 1} is longer than {rows.LONGEST:,} bytes; "
                 "put such a text in a file of its own"
             )
     if rest:
@@ -139,13 +139,13 @@ def check_columns(sources: Iterable[Source], text_key: str) -> None:
     """Raise UserError for the first Parquet or Arrow file without text columns `text_key`."""
     for source in sources:
         if source.kind == "table":
-            isolated.call(str(source.path), TABLE_S, tables.check, source.path, text_key)
+            isolated.call(str(source.path), source.bytes, tables.check, source.path, text_key)
 
 
 def _table(index: int, source: Source, reading: Reading, place: Any, advance: Advance) -> Iterator[Piece]:
     seen, row = 0, place or 0
     name, key = str(source.path), reading.text_key
-    while found := isolated.call(name, TABLE_S, tables.batch, source.path, key, row):
+    while found := isolated.call(name, source.bytes, tables.batch, source.path, key, row):
         row, values, position = found
         row += len(values)
         yield Piece(index, row, values, row - len(values) + 1)

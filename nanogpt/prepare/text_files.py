@@ -87,6 +87,11 @@ class Source:
     note: str = ""  # what to report about its text
     instead: str = ""  # kind hub only: hint if the hub cannot be reached
 
+    @property
+    def row_name(self) -> str:
+        """What a document is called in messages."""
+        return "line" if self.kind == "jsonl" else "row"
+
 
 @dataclass
 class Texts:
@@ -277,7 +282,7 @@ def _with_rows(source: Source, text_key: str) -> Source:
     try:
         start = next(lines_of(source, text_key), b"").splitlines()[:100]
     except UserError as error:
-        raise _NotText(str(error).removeprefix(f"{source.path}: ")) from None
+        raise _NotText(str(error)) from None
     found = [rows.document(line, number, text_key) for number, line in enumerate(start, 1) if line]
     if found and all(isinstance(row, rows.BadRow) for row in found):
         raise _NotText(f"row 1 {found[0].reason}")  # type: ignore[union-attr]
@@ -289,7 +294,7 @@ def lines_of(
 ) -> Iterator[bytes]:
     """Yield the rows of a JSONL, JSON or CSV file as lines of JSON in UTF-8, after the first `skip` bytes.
 
-    Raise UserError, naming the file, if it is damaged.
+    Raise UserError if it is damaged.
     """
     if source.kind == "jsonl" and source.encoding == "utf-8":
         yield from formats.unpacked(source.path, advance, source.mark + skip)
@@ -301,16 +306,19 @@ def lines_of(
     elif source.kind == "csv":
         found = rows.of_csv(with_newlines(chunks), text_key, ".tsv" in source.path.name.lower())
     pending, size = [], 0
-    try:
-        for data in itertools.chain(found, [b""]):
-            pending.append(data[skip:])
-            skip, size = max(0, skip - len(data)), size + len(pending[-1])
-            if size >= formats.BLOCK or not data:
-                yield b"".join(pending)
-                pending, size = [], 0
-    except UserError as error:
-        where = f"{source.path}: "
-        raise UserError(where + str(error).removeprefix(where)) from None
+    for data in itertools.chain(found, [b""]):
+        pending.append(data[skip:])
+        skip, size = max(0, skip - len(data)), size + len(pending[-1])
+        if size >= formats.BLOCK or not data:
+            yield b"".join(pending)
+            pending, size = [], 0
+
+
+def named(path: Path, error: UserError) -> UserError:
+    """Return `error` with a message that begins with the path of the file."""
+    where, said = str(path), str(error)
+    between = ", " if said.startswith(("line ", "row ")) else ": "
+    return error if said.startswith(where) else UserError(f"{where}{between}{said}")
 
 
 def decoded(source: Source, advance: Advance, bad: Undecoded | None = None) -> Iterator[str]:

@@ -15,31 +15,36 @@ from nanogpt.errors import UserError
 P = ParamSpec("P")
 T = TypeVar("T")
 
+CPU_S = 20  # seconds of CPU time for a call: a batch of a table, or trying a tokenizer
+MEMORY = 1 << 30  # bytes for a call, and 16 for each byte read
 SERVE = "import sys; from nanogpt.tokenizer import isolated; isolated.serve(int(sys.argv[1]))"
 _child: "tuple[subprocess.Popen[bytes], connection.Connection] | None" = None
 
 
-def call(where: str, cpu_s: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def call(where: str, size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Return function(...), computed by a process that is kept for further calls (on Windows by this one).
 
-    `function` is at the top of a module. Raise UserError, which begins with `where`, if the process dies or
-    needs more than `cpu_s` seconds of CPU time; exceptions of `function` are raised here.
+    `function` is at the top of a module, and reads about `size` bytes. Raise UserError, which begins with
+    `where`, if the process dies, needs more than CPU_S, or more memory than so many bytes do; exceptions of
+    `function` are raised here.
     """
     if os.name == "nt":
         return function(*args, **kwargs)
     process, pipe = _running()
     try:
-        pipe.send((cpu_s, function, args, kwargs))
+        pipe.send((size, function, args, kwargs))
         result, error = pipe.recv()
     except (EOFError, OSError):
         raise UserError(
-            f"{where}: the library that reads it crashes or takes more than {cpu_s} s "
+            f"{where}: the library that reads it crashes, or takes {CPU_S} s or too much memory "
             f"(exit status {process.wait()}); the file is damaged, or made to do so"
         ) from None
     except BaseException:  # the answer to an interrupted call must not be taken for that to the next
         process.kill()
         process.wait()
         raise
+    if isinstance(error, str):
+        raise UserError(f"{where}: the library that reads it fails: {error}")
     if error is not None:
         raise error
     return result
@@ -70,22 +75,25 @@ def serve(handle: int) -> None:
     pipe = connection.Connection(handle)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            cpu_s, function, args, kwargs = pipe.recv()
-            limit_cpu(cpu_s)
-            answer: tuple[Any, BaseException | None]
+            size, function, args, kwargs = pipe.recv()
+            limit(CPU_S, MEMORY + 16 * size)
+            answer: tuple[Any, UserError | OSError | str | None]
             try:
                 answer = (function(*args, **kwargs), None)
+            except (UserError, OSError) as error:
+                answer = (None, error)
             except BaseException as error:  # panics of Rust are not of type Exception
-                known = isinstance(error, (UserError, OSError))
-                answer = (None, error if known else UserError(f"{type(error).__name__}: {error}"))
+                answer = (None, (str(error).splitlines() or [type(error).__name__])[0])
             pipe.send(answer)
 
 
-def limit_cpu(seconds: int) -> None:
-    """Let the system end this process after `seconds` more of CPU time, where it can."""
+def limit(seconds: int, memory: int) -> None:
+    """Let the system end this process after `seconds` more of CPU time, and allow it `memory` bytes, where it
+    can."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, most))
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
