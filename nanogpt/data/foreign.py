@@ -10,6 +10,8 @@ import numpy as np
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
 
+MOST_TOKENS = 1 << 24  # of a vocabulary of which only the size is known
+
 
 class _PlainUnpickler(pickle.Unpickler):
     """Unpickler for dicts, lists, strings and numbers only; rejects any class or function."""
@@ -25,7 +27,7 @@ def tokenizer_of(path: Path) -> str:
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
         named = "itos" in meta
-        if not named and not 0 < meta["vocab_size"] <= vocabulary.MOST_TOKENS:
+        if not named and not 0 < meta["vocab_size"] <= MOST_TOKENS:
             raise ValueError(f"vocab_size = {meta['vocab_size']}")
         itos = meta["itos"] if named else {i: str(i) for i in range(meta["vocab_size"])}
         tokens = [itos[i] for i in range(len(itos))]

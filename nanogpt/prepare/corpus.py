@@ -210,6 +210,8 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
                     f"note: {_names(parts['val'] + parts['test'])} is read like other texts, in spite of the "
                     f"name, as {_names(parts[''])} has none of a split; --val=PATH names validation texts"
                 )
+    if wanted.text_key != "text":
+        notes.append(f"documents are the fields --text_key={wanted.text_key} of rows")
     plain = [source for source in texts.sources if source.kind == "text"]
     if wanted.split_at:
         if not plain:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from nanogpt.errors import UserError
 from nanogpt.tokenizer import bpe, isolated, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in order of preference
+MOST_TOKENS = 1 << 24
 
 
 class HuggingFaceTokenizer:
@@ -31,6 +33,8 @@ class HuggingFaceTokenizer:
         self._plain.encode_special_tokens = True  # encode special tokens as ordinary text
         self._special = bpe.load(text, name)
         self.vocab_size = vocabulary.hugging_face_size(value)
+        if self.vocab_size > MOST_TOKENS:
+            raise UserError(f"{name} has an id above {MOST_TOKENS:,}, which is taken for a mistake")
         self.end_of_text: int | None = next(
             (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
         )
