@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import random
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -221,3 +222,18 @@ def test_rows_of_json_without_the_field_are_reported(tmp_path):
     summary = corpus.prepare([path], tmp_path / "out", kind="byte")
     assert "looks like rows of JSON without `text`" in "\n".join(summary.lines())
     assert documents(text_files.find([path], text_key="body"), "body") == BODIES
+
+
+def test_documented_refusals_are_those_of_the_program():
+    root = Path(__file__).resolve().parent.parent
+    table = (
+        (root / "docs" / "data.md").read_text(encoding="utf-8").split("## Forty formats")[1].split("\n## ")[0]
+    )
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", table, re.M)[1:]
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((root / "nanogpt").glob("*/*.py")))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    quoted = [
+        said for _, result in rows for said in re.findall(r"`([^`]+)`", result) if not said.startswith("--")
+    ]
+    assert len(rows) >= 40 and sum(result.startswith("not known") for _, result in rows) <= 5
+    assert [said for said in quoted if said not in code.replace("`", "")] == []
