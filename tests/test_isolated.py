@@ -48,8 +48,10 @@ def fail() -> None:
     raise KeyboardInterrupt("a panic\nin two lines")
 
 
-def test_results_come_from_one_process_that_is_kept():
+def test_results_come_from_one_process_that_is_kept(tmp_path, monkeypatch):
     assert isolated.call("x", 0, sorted, [3, 1, 2], reverse=True) == [3, 2, 1]
+    monkeypatch.chdir(tmp_path)
+    assert isolated.call("x", 0, os.getcwd) == os.getcwd()
     assert isolated.call("x", 0, os.getpid) == isolated.call("x", 0, os.getpid) != os.getpid()
 
 

@@ -169,3 +169,27 @@ def test_formats_are_named_by_their_content_whatever_the_encoding(tmp_path, star
     with pytest.raises(UserError, match=said) as caught:
         corpus.prepare([tmp_path / "book.txt"], tmp_path / "out", encoding=encoding)
     assert "--encoding" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("x.parquet", {"encoding": "latin-1"}),
+        ("x.parquet", {"on_undecodable": "drop"}),
+        ("x.jsonl", {"on_undecodable": "replace"}),
+        ("x.txt", {"skip_bad": True}),
+        ("x.txt", {"lossy": True, "kind": "char"}),
+        ("x.txt", {"val": "v.txt", "val_fraction": 0.2}),
+    ],
+)
+def test_an_option_without_effect_is_rejected(name, options, tmp_path, monkeypatch):
+    from tests.test_readers import write
+
+    monkeypatch.chdir(tmp_path)
+    for other in ("x.txt", "v.txt"):
+        Path(other).write_text(words(300, len(other) + (other == "v.txt")), encoding="utf-8")
+    if name != "x.txt":
+        write(tmp_path / name, ["some text"] * 9)
+    with pytest.raises(UserError, match=rf"--{list(options)[-1]}|--lossy"):
+        corpus.prepare([Path(name)], Path("out"), **{"kind": "byte", **options})
+    assert not Path("out").exists()

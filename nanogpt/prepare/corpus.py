@@ -170,9 +170,23 @@ def prepare(
             given = tokenizer.CharTokenizer(sorted({*alphabet, *("\n" if several else "")}))
     if given.kind == "hf" and not wanted.kind.startswith("bpe:"):
         workers = max(workers, 1)  # a fault in a foreign tokenizer must not end this process
+    _refuse_idle({source.kind for source in texts.sources}, given.kind, wanted)
     job = replace(job, tokenizer=tokenizer.to_text(given))
     meta, counts, in_both, resumed = _write(texts, job, given, out, wanted, workers)
     return Summary(out, texts, split, given, meta, counts, alphabet, by_default, in_both, resumed, notes)
+
+
+def _refuse_idle(kinds: set[str], tokenizer_kind: str, wanted: Options) -> None:
+    """Raise UserError for an option that has no effect on sources of these kinds."""
+    idle = {
+        "encoding": wanted.encoding and not kinds - {"table", "hub"},
+        "on_undecodable": wanted.on_undecodable != "refuse" and not kinds & {"text", "marked", "json", "csv"},
+        "skip_bad": wanted.skip_bad and not kinds - {"text", "marked"},
+        "lossy": wanted.lossy and tokenizer_kind != "hf",
+        "val_fraction": wanted.val and wanted.val_fraction != Options.val_fraction,
+    }
+    for name in filter(idle.get, idle):
+        raise UserError(f"--{name} has no effect on these texts with the other options; omit it")
 
 
 def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[str]]:

@@ -32,7 +32,7 @@ def call(where: str, size: int, function: Callable[P, T], *args: P.args, **kwarg
         return function(*args, **kwargs)
     process, pipe = _running()
     try:
-        pipe.send((size, function, args, kwargs))
+        pipe.send((os.getcwd(), size, function, args, kwargs))
         result, error = pipe.recv()
     except (EOFError, OSError):
         raise UserError(
@@ -75,7 +75,8 @@ def serve(handle: int) -> None:
     pipe = connection.Connection(handle)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            size, function, args, kwargs = pipe.recv()
+            folder, size, function, args, kwargs = pipe.recv()
+            os.chdir(folder)
             limit(CPU_S, MEMORY + 16 * size)
             answer: tuple[Any, UserError | OSError | str | None]
             try:
