@@ -11,7 +11,7 @@ from typing import Any
 from nanogpt.errors import UserError
 
 LONGEST = 1 << 24  # maximum bytes of a row, which is parsed whole
-BROKEN = b"\0"  # begins a line that holds the reason why a row cannot be read
+BROKEN = b"\0broken: "  # begins a line that holds the reason why a row cannot be read
 BETWEEN = re.compile(r"[\s,]*")  # JSON values
 
 
@@ -41,7 +41,7 @@ def keys_of(text_key: str, names: Iterable[str]) -> list[str]:
 def document(line: bytes, number: int, text_key: str) -> str | BadRow:
     """Return the document in a line of JSON, a Pair for a `text_key` such as prompt+response."""
     if line.startswith(BROKEN):
-        return BadRow(number, line[1:].decode("utf-8"))
+        return BadRow(number, line.removeprefix(BROKEN).decode("utf-8", "replace"))
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
