@@ -1,5 +1,6 @@
 """Recognize a file by its first bytes: compressed, rows, text, or a format that is not text."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,12 +12,9 @@ Advance = Callable[[int], object]  # called with the number of bytes read
 BLOCK = 1 << 20  # bytes read at a time
 HEAD = 1 << 16  # bytes by which a file is recognized
 TABLES = (b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff")  # Parquet; Arrow: file, stream
-ROWS = {  # formats with one document per row, by suffix
-    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
-    ".json": "json",
-    **dict.fromkeys((".csv", ".tsv"), "csv"),
-    **dict.fromkeys((".parquet", ".arrow", ".feather"), "table"),
-}
+ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"}  # by suffix
+ROWS |= dict.fromkeys((".parquet", ".arrow", ".feather"), "table")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 IN_ZIP = {  # what the first entries of a zip archive tell
     b"word/": "a Word document (.docx): save it as plain text first",
     b"xl/": "an Excel workbook (.xlsx): save the sheet as .csv first",
@@ -67,10 +65,8 @@ def refused(head: bytes) -> str:
 
 def rows_kind(name: str) -> str:
     """Return the format of rows that a file name promises, whatever its compression; "" for other files."""
-    name = name.lower()
-    for packed in (".gz", ".bz2", ".xz", ".zst"):
-        name = name.removesuffix(packed)
-    return ROWS.get(name[name.rfind(".") :], "") if "." in name else ""
+    suffixes = [suffix for suffix in Path(name.lower()).suffixes if suffix not in PACKED_SUFFIXES]
+    return ROWS.get(suffixes[-1], "") if suffixes else ""
 
 
 def is_binary(head: bytes) -> bool:
@@ -126,22 +122,9 @@ def _plain(file: Any) -> Iterator[bytes]:
     return iter(lambda: file.read(BLOCK), b"")
 
 
-def _gzip(raw: BinaryIO) -> Iterator[bytes]:
-    import gzip
-
-    return _plain(gzip.GzipFile(fileobj=raw))
-
-
-def _bzip2(raw: BinaryIO) -> Iterator[bytes]:
-    import bz2
-
-    return _plain(bz2.BZ2File(raw))
-
-
-def _xz(raw: BinaryIO) -> Iterator[bytes]:
-    import lzma
-
-    return _plain(lzma.LZMAFile(raw))
+def _by(library: str) -> Callable[[BinaryIO], Iterator[bytes]]:
+    """Return a reader of blocks by a module of the standard library, imported when it is needed."""
+    return lambda raw: _plain(importlib.import_module(library).open(raw))
 
 
 def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
@@ -164,10 +147,10 @@ def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
 
 
 PACKED: dict[bytes, Callable[[BinaryIO], Iterator[bytes]]] = {  # by first bytes
-    b"\x1f\x8b\x08": _gzip,
-    **{b"BZh%d1AY&SY" % size: _bzip2 for size in range(1, 10)},
-    b"\xfd7zXZ\0": _xz,
-    b"\x5d\0\0": _xz,  # .lzma
+    b"\x1f\x8b\x08": _by("gzip"),
+    **{b"BZh%d1AY&SY" % size: _by("bz2") for size in range(1, 10)},
+    b"\xfd7zXZ\0": _by("lzma"),
+    b"\x5d\0\0": _by("lzma"),  # .lzma
     b"\x28\xb5\x2f\xfd": _zstandard,
     **{bytes([0x50 + i]) + b"\x2a\x4d\x18": _zstandard for i in range(16)},  # skippable frames
 }

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import bpe, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
@@ -53,10 +54,7 @@ def _read(path: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if there is no such file."""
-    try:
-        value = json.loads(_read(path)) if path.is_file() else {}
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    value = files.read_json(path) if path.is_file() else {}
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, as a tokenizer's files do")
     return value
