@@ -5,9 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanogpt.errors import UserError
+from nanogpt.prepare import tables
 from nanogpt.tokenizer import isolated
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="calls run in this process there")
@@ -53,6 +56,15 @@ def test_results_come_from_one_process_that_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert isolated.call("x", 0, os.getcwd) == os.getcwd()
     assert isolated.call("x", 0, os.getpid) == isolated.call("x", 0, os.getpid) != os.getpid()
+
+
+def test_modules_in_the_current_folder_are_not_imported(tmp_path, monkeypatch):
+    for name in ("json", "pyarrow", "tokenizers", "nanogpt"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"text": ["a", "b"]}), "x.parquet")
+    found = isolated.call("x", 0, tables.batch, Path("x.parquet"), "text", 0)
+    assert found and found[1] == ["a", "b"] and not Path("ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,12 @@ def _running() -> "tuple[subprocess.Popen[bytes], connection.Connection]":
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(theirs.fileno())],
+            [sys.executable, "-P", "-c", SERVE, str(theirs.fileno())],  # imports nothing from this folder
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # libraries print their panics
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()
         _child = process, ours
@@ -89,12 +89,14 @@ def serve(handle: int) -> None:
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Let the system end this process after `seconds` more of CPU time, and allow it `memory` bytes, where it
-    can."""
+    """Let the system end this process after `seconds` more of CPU time, and refuse it more than `memory` more
+    bytes, where it can."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, most))
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+        memory += pages * resource.getpagesize()  # of libraries' threads, which are many on large machines
         resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
