@@ -12,9 +12,8 @@ import json
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import Stopped, UserError
 from nanogpt.prepare import analyze, encode, formats, pool, readers, shards, text_files
 from nanogpt.prepare.analyze import Options, counted
-from nanogpt.prepare.encode import Encoded, Job, Split
+from nanogpt.prepare.encode import Counts, Job, Split
 from nanogpt.prepare.shards import SPLITS
 from nanogpt.prepare.text_files import Source, Texts, find
 from nanogpt.tokenizer import tokenizer
@@ -40,31 +39,6 @@ SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"} | dict.fro
 )
 OTHERS = 0.01  # share of bytes in files not named as splits, if others are, up to which they are left out
 SHOWN = 10  # number of files to report
-
-
-@dataclass
-class Counts:
-    """Statistics of the text."""
-
-    characters: int = 0
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    empty_rows: int = 0
-    bad_rows: int = 0
-    bad_shown: list[str] = field(default_factory=list)
-    newlines_changed: bool = False
-    tried: int = 0  # characters by which the tokenizer was checked
-    lost: dict[str, int] = field(default_factory=dict)  # those of them that it loses
-
-    def add(self, encoded: Encoded) -> None:
-        self.characters += encoded.characters
-        self.empty_rows += encoded.empty_rows
-        self.newlines_changed |= encoded.newlines_changed
-        self.tried += encoded.tried
-        self.lost = dict(Counter(self.lost) + encoded.lost)
-        for split in SPLITS:
-            self.documents[split] += encoded.documents[split]
-            self.text_bytes[split] += encoded.text_bytes[split]
 
 
 @dataclass(frozen=True)
@@ -444,7 +418,7 @@ def _meta(
 # ----------------------------------------------------------------------------- messages
 
 
-def _lost(counts: Counts | Encoded) -> str:
+def _lost(counts: Counts) -> str:
     examples = sorted(counts.lost, key=lambda character: -counts.lost[character])[:5]
     shown = " ".join(map(repr, examples))
     return f"{sum(counts.lost.values()):,} of {counts.tried:,} characters that were tried ({shown})"

@@ -66,24 +66,48 @@ class Job:
     text_key: str = "text"
 
 
+def none_yet() -> dict[str, int]:
+    return {"train": 0, "val": 0}
+
+
+def nothing_yet() -> dict[str, bytes]:
+    return {"train": b"", "val": b""}
+
+
 @dataclass
-class Encoded:
+class Counts:
+    """Statistics of a piece, or of all."""
+
+    characters: int = 0
+    documents: dict[str, int] = field(default_factory=none_yet)
+    text_bytes: dict[str, int] = field(default_factory=none_yet)
+    empty_rows: int = 0
+    bad_rows: int = 0
+    bad_shown: list[str] = field(default_factory=list)
+    newlines_changed: bool = False
+    tried: int = 0  # characters encoded and decoded to find those that the tokenizer loses
+    lost: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: "Counts") -> None:
+        self.characters += other.characters
+        self.empty_rows += other.empty_rows
+        self.newlines_changed |= other.newlines_changed
+        self.tried += other.tried
+        self.lost = dict(Counter(self.lost) + Counter(other.lost))
+        for split in self.documents:
+            self.documents[split] += other.documents[split]
+            self.text_bytes[split] += other.text_bytes[split]
+
+
+@dataclass
+class Encoded(Counts):
     """Ids and statistics of a piece."""
 
     source: int = 0
     place: Any = None  # where to resume reading after it
-    ids: dict[str, bytes] = field(default_factory=lambda: {"train": b"", "val": b""})
-    scored: dict[str, bytes] = field(
-        default_factory=lambda: {"train": b"", "val": b""}
-    )  # pairs only: one byte per id, 1 if it is a target
-    text_bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
-    documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
-    characters: int = 0
-    empty_rows: int = 0
+    ids: dict[str, bytes] = field(default_factory=nothing_yet)
+    scored: dict[str, bytes] = field(default_factory=nothing_yet)  # pairs only: bytes, 1 for a target
     bad: list[BadRow] = field(default_factory=list)
-    newlines_changed: bool = False
-    tried: int = 0  # characters encoded and decoded to find those that the tokenizer loses
-    lost: Counter[str] = field(default_factory=Counter)
     row: int = 0  # number of the row that is read now
     folded: bytes = b""  # one uint64 per document: Document.folded << 1 | (in val)
 
@@ -91,7 +115,7 @@ class Encoded:
         """Count the characters of `text` that its ids do not hold: unknown ones, upper case, line ends."""
         there = Counter(tokenizer.decode(_encoder, _encoder.encode(text)))
         there[" "] += 1  # some tokenizers put a space before a text, or take one away
-        self.lost += Counter(text) - there
+        self.lost = dict(Counter(self.lost) + (Counter(text) - there))
         self.tried += len(text)
 
 
@@ -116,7 +140,7 @@ def encode(piece: Piece) -> Encoded:
     """Return the ids of a piece. Raise UserError for text that the tokenizer cannot encode."""
     if _encoder.kind == "hf" and multiprocessing.parent_process():
         isolated.limit(PIECE_S, PIECE_BYTES)
-    result = Encoded(piece.source, piece.place)
+    result = Encoded(source=piece.source, place=piece.place)
     try:
         _encode(piece, result)
     except UserError as error:

@@ -17,6 +17,12 @@ T = TypeVar("T")
 
 CPU_S = 20  # seconds of CPU time for a call: a batch of a table, or trying a tokenizer
 MEMORY = 1 << 30  # bytes for a call, and 16 for each byte read
+FRUGAL = {  # environment in which libraries do not reserve memory: Arrow's own allocator takes a gigabyte
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    **dict.fromkeys(
+        ("ARROW_IO_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
+    ),
+}
 SERVE = "import sys; from nanogpt.tokenizer import isolated; isolated.serve(int(sys.argv[1]))"
 _child: "tuple[subprocess.Popen[bytes], connection.Connection] | None" = None
 
@@ -62,7 +68,7 @@ def _running() -> "tuple[subprocess.Popen[bytes], connection.Connection]":
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # libraries print their panics
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **FRUGAL, "PYTHONPATH": path},
         )
         theirs.close()
         _child = process, ours
