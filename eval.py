@@ -188,7 +188,7 @@ def read_texts(path: str) -> list[str]:
         if source.kind == "text":
             documents.append("".join(str(piece.content) for piece in pieces))
             continue
-        for row in (row for piece in pieces for row in readers.rows(piece, source.kind, "text")):
+        for _, row in (row for piece in pieces for row in readers.documents(piece, "text")):
             if isinstance(row, readers.BadRow):
                 raise UserError(f"{source.path}, line {row.number} {row.reason}")
             documents.append(row)

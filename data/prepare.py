@@ -6,14 +6,16 @@
     python data/prepare.py questions.jsonl --text_key=prompt+response --out=data/questions --tokenizer=gpt2
     python data/prepare.py --hub=NAME:CONFIG:SPLIT --out=data/web --tokenizer=gpt2 --shard_tokens=100000000
 
-Inputs are text in any common encoding, .jsonl (also .gz, .xz, .zst), .parquet and .arrow; folders are
-searched recursively. Fewer than 100 documents (files or rows) are each cut into train and val; otherwise
-each goes to one of them whole. If interrupted, run the same command again to resume.
+Inputs are text in any common encoding, JSON (lines or arrays) and CSV, also compressed (.gz, .bz2, .xz,
+.zst), Parquet and Arrow, recognized by content; folders are searched recursively. Fewer than 100 documents
+(files or rows) are each cut into train and val; otherwise each goes to one of them whole. If interrupted, run
+the same command again to resume.
 """
 
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python adds only the folder of this file
 
@@ -30,6 +32,7 @@ class Config:
     hub: str = ""  # NAME[:CONFIG[:SPLIT]][@REVISION] of a Hugging Face dataset, streamed
     text_key: str = "text"  # text field of JSONL or column; prompt+response: loss on the response only
     encoding: str = ""  # encoding of text files, if not UTF-8, UTF-16 or GB18030
+    on_undecodable: Literal["refuse", "replace", "drop"] = "refuse"  # bytes of a text invalid in its encoding
     split_at: str = ""  # mark between documents of a text: '<|endoftext|>', line, blank_line; empty: none
     skip_bad: bool = False  # skip and count unreadable rows
     # tokenizer

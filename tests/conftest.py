@@ -188,13 +188,12 @@ def write_dataset(folder: Path, text: str, val_fraction: float = 0.1) -> Path:
     return folder
 
 
-def documents(texts: Texts) -> list[str]:
+def documents(texts: Texts, text_key: str = "text") -> list[str]:
     """Return the complete documents of `texts`. Raise UserError for an invalid row."""
     found = texts.sources
-    kinds, known = tuple(s.kind for s in found), tuple(s.document for s in found)
-    encode.start_counting(encode.Job("", kinds, known, encode.Split(0.1), several=True))
+    encode.start_counting(encode.Job("", tuple(found), encode.Split(0.1), several=True, text_key=text_key))
     whole: list[str] = []
-    for piece in readers.pieces(found, readers.Reading()):
+    for piece in readers.pieces(found, readers.Reading(text_key)):
         result = encode.Encoded()
         for body, offset, _ in encode.bodies(piece, result):
             if offset:

@@ -14,7 +14,7 @@ import pytest
 from nanogpt import files
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from nanogpt.prepare import corpus, encode, shards, text_files
+from nanogpt.prepare import corpus, encode, formats, shards
 from nanogpt.tokenizer import tokenizer
 from tests import texts
 from tests.conftest import words
@@ -70,7 +70,7 @@ def novel(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use tiny blocks and pieces, so that errors at their boundaries show."""
-    monkeypatch.setattr(text_files, "BLOCK", 61)
+    monkeypatch.setattr(formats, "BLOCK", 61)
     monkeypatch.setattr(encode, "PIECE", 37)
 
 
@@ -276,7 +276,7 @@ def test_gpt2_rows_have_the_published_ids(real, of_kind, tmp_path):
 @pytest.mark.parametrize("kind", ["bpe:400", "gpt2"])
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 50])
 def test_bpe_in_pieces_equals_bpe_of_the_whole_for_awkward_texts(piece, kind, of_kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 5)
+    monkeypatch.setattr(formats, "BLOCK", 5)
     monkeypatch.setattr(encode, "PIECE", piece)
     draw = random.Random(piece)
     characters = "  \n\n\t\x0b\x1c\x1f\x85\xa0\u2003\u2028\u3000''!?.,1234½²éßéíıľℵ中文あの，。、🦊\u0301"

@@ -16,7 +16,7 @@ import pytest
 from nanogpt import files
 from nanogpt.data import loader
 from nanogpt.errors import Stopped, UserError
-from nanogpt.prepare import corpus, encode, pool, shards, text_files
+from nanogpt.prepare import corpus, encode, formats, pool, shards, text_files
 from nanogpt.tokenizer import tokenizer
 from tests.conftest import words
 from tests.test_readers import write
@@ -43,7 +43,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "BLOCK", 10_000)
+    monkeypatch.setattr(formats, "BLOCK", 10_000)
 
 
 # ----------------------------------------------------------------------------- processes
@@ -171,10 +171,10 @@ def test_changed_options_start_over(source, tmp_path, small_pieces, monkeypatch)
 def test_killed_pipeline_resumes_to_identical_output(number, tmp_path):
     source = write(tmp_path / "x.jsonl.xz", BODIES * 4)
     code = (
-        "import sys; from pathlib import Path; from nanogpt.prepare import corpus, text_files; import time\n"
+        "import sys; from pathlib import Path; from nanogpt.prepare import corpus, formats; import time\n"
         "from nanogpt.errors import run_program\n"
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # may be ignored
-        "text_files.BLOCK, corpus.RECORD_S = 20_000, float(sys.argv[4])\n"
+        "formats.BLOCK, corpus.RECORD_S = 20_000, float(sys.argv[4])\n"
         "if __name__ == '__main__':\n"
         "    add = corpus.Counts.add\n"
         "    corpus.Counts.add = lambda *a: (time.sleep(float(sys.argv[3])), add(*a))[1]\n"

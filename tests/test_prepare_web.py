@@ -10,7 +10,7 @@ import pytest
 
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import tokenizer
+from nanogpt.tokenizer import isolated, tokenizer
 from nanogpt.tokenizer.gpt2 import load_gpt2
 from tests import texts
 from tests.conftest import found, words
@@ -143,7 +143,12 @@ def test_missing_package_is_named(package, name, tmp_path, monkeypatch):
     from nanogpt.prepare import corpus
 
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd" + b"x" * 100)
+    (tmp_path / "hidden").mkdir()  # from the process that reads tables
+    (tmp_path / "hidden" / f"{package}.py").write_text("raise ImportError", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
+    monkeypatch.setattr(isolated, "_child", None)
+    start = b"PAR1" if package == "pyarrow" else b"\x28\xb5\x2f\xfd"
+    (tmp_path / name).write_bytes(start + b"x" * 100)
     paths, hub = ([], "x") if name.startswith("--") else ([tmp_path / name], "")
     with pytest.raises(UserError, match=f"pip install {package}"):
         corpus.prepare(paths, tmp_path / "out", hub=hub)

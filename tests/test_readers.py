@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 import zstandard
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import readers, text_files
+from nanogpt.prepare import formats, readers, tables, text_files
 from nanogpt.prepare.text_files import Texts
 from tests.conftest import documents, words
 
@@ -62,7 +63,7 @@ NAMES = ["x.jsonl", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.zst", "x.parquet", "x.a
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_format_gives_the_same_documents(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 5000)
+    monkeypatch.setattr(formats, "BLOCK", 5000)
     assert documents(text_files.find([write(tmp_path / name, BODIES)])) == BODIES
 
 
@@ -73,8 +74,8 @@ def test_hub_datasets_are_streamed(hub):
 
 @pytest.mark.parametrize("name", [*NAMES, "x.txt", "hub"])
 def test_reading_resumes_at_any_position(name, tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 20_000)
-    monkeypatch.setattr(readers, "ROWS", 64)
+    monkeypatch.setattr(formats, "BLOCK", 20_000)
+    monkeypatch.setattr(tables, "ROWS", 64)
     if name == "hub":
         found = [readers.hub(str(hub), "text", "")]
     elif name == "x.txt":
@@ -88,7 +89,10 @@ def test_reading_resumes_at_any_position(name, tmp_path, hub, monkeypatch):
     def bodies(pieces):
         for piece in pieces:
             kind = found[piece.source].kind
-            yield from piece.content if kind == "text" else readers.rows(piece, kind, "text")
+            if kind == "text":
+                yield piece.content
+            else:
+                yield from (row for _, row in readers.documents(piece, "text"))
 
     pieces = list(readers.pieces(found, reading))
     whole = list(bodies(pieces))
@@ -120,6 +124,81 @@ def test_empty_and_missing_values_are_empty_documents(tmp_path):
     assert documents(text_files.find([tmp_path / "x.parquet"])) == ["one", "two"]
 
 
+TABLES = {  # name of the column: column
+    "text": pa.array(BODIES).dictionary_encode(),
+    "a": pa.array(BODIES, pa.large_string()),
+    "b.c": pa.array([{"c": body, "d": 1} for body in BODIES]),
+    "d.e.f": pa.array([{"e": {"f": body}} for body in BODIES]),
+    "g.h": pa.array(
+        [{"h": body} for body in BODIES], pa.struct({"h": pa.dictionary(pa.int32(), pa.string())})
+    ),
+    "i.j": pa.array(BODIES),  # a name with a dot
+}
+
+
+def write_table(path: Path, table: pa.Table) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=150)
+    elif path.suffix == ".arrow":
+        write_arrow(path, table)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=90)
+    return path
+
+
+@pytest.mark.parametrize("key", TABLES)
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.feather", "parquet.txt"])
+def test_categorical_and_nested_columns_are_read(key, name, tmp_path):
+    column = key if key == "i.j" else key.split(".")[0]
+    path = write_table(tmp_path / name.replace("parquet.txt", "x.parquet"), pa.table({column: TABLES[key]}))
+    path = path.rename(tmp_path / name)  # recognized by content
+    assert documents(text_files.find([path]), key) == BODIES
+
+
+def test_null_columns_and_rows_of_null_structs_are_empty(tmp_path):
+    write_table(tmp_path / "a.parquet", pa.table({"text": pa.nulls(5)}))
+    inner = pa.array([{"t": "one"}, None, {"t": None}, {"t": "two"}])
+    write_table(tmp_path / "b.arrow", pa.table({"text": inner}))
+    write_table(tmp_path / "c.parquet", pa.table({"text": BODIES}))
+    found = text_files.find([tmp_path / "a.parquet", tmp_path / "c.parquet"])
+    assert documents(found) == BODIES
+    assert documents(text_files.find([tmp_path / "b.arrow"]), "text.t") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.feather"])
+def test_prompts_and_responses_are_read_from_tables(name, tmp_path):
+    table = pa.table({"question": ["a", "b"], "answer": ["1", "2"]})
+    found = text_files.find([write_table(tmp_path / name, table)])
+    assert documents(found, "question+answer") == ["a1", "b2"]
+    with pytest.raises(UserError, match="column 'reply' does not exist; existing columns: question"):
+        readers.check_columns(found.sources, "question+reply")
+
+
+def test_a_value_that_is_not_utf_8_is_a_broken_row(tmp_path):
+    values = pa.array([b"good", b"bad \xff", b"fine"]).view(pa.string())
+    path = write_table(tmp_path / "x.parquet", pa.table({"text": values}))
+    with pytest.raises(UserError, match=r"x\.parquet, line 2 is not valid UTF-8"):
+        documents(text_files.find([path]))
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow", ".feather"])
+def test_damaged_tables_are_errors_of_one_line(kind, tmp_path):
+    path = write_table(tmp_path / f"x{kind}", pa.table({"text": BODIES[:200]}))
+    content, draw = path.read_bytes(), random.Random(kind)
+    for _ in range(12):
+        damaged = bytearray(content)
+        for _ in range(30):
+            damaged[draw.randrange(8, len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            found = text_files.find([path])
+            readers.check_columns(found.sources, "text")
+            documents(found)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
 # ----------------------------------------------------------------------------- invalid input
 
 
@@ -148,7 +227,7 @@ def test_truncated_file_is_reported(name, tmp_path):
 
 
 def test_broken_line_in_a_compressed_file_is_located(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", 3000)
+    monkeypatch.setattr(formats, "BLOCK", 3000)
     path = tmp_path / "x.jsonl.xz"
     path.write_bytes(lzma.compress(lines(BODIES[:200]) + b"\n{broken\n" + lines(BODIES)))
     assert "x.jsonl.xz, line 202 is not valid JSON" in refusal(path)

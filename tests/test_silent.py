@@ -135,14 +135,14 @@ def test_a_tokenizer_that_loses_characters_is_rejected_unless_accepted(tmp_path)
 
 
 def test_a_text_key_without_effect_is_rejected(tmp_path):
-    (tmp_path / "rows.csv").write_text("id,body\n1,some words\n" * 50, encoding="utf-8")
+    (tmp_path / "rows.txt").write_text("id,body\n1,some words\n" * 50, encoding="utf-8")
     (tmp_path / "README.md").write_text("Some words about these rows.\n", encoding="utf-8")
     rows = "".join(
         json.dumps({"body": words(9), "prompt": "a", "response": words(9)}) + "\n" for _ in range(40)
     )
     (tmp_path / "rows.ndjson").write_text(rows, encoding="utf-8")
-    with pytest.raises(UserError, match=r"--text_key=body: rows\.csv is plain text without fields"):
-        corpus.prepare([tmp_path / "rows.csv"], tmp_path / "out", text_key="body")
+    with pytest.raises(UserError, match=r"--text_key=body: rows\.txt is plain text without fields"):
+        corpus.prepare([tmp_path / "rows.txt"], tmp_path / "out", text_key="body")
     with pytest.raises(UserError, match=r"--text_key=prompt\+response: README\.md is plain text"):
         both = [tmp_path / "README.md", tmp_path / "rows.ndjson"]
         corpus.prepare(both, tmp_path / "out", text_key="prompt+response", kind="byte")
@@ -155,9 +155,9 @@ def test_a_text_key_without_effect_is_rejected(tmp_path):
     [
         (b"%PDF-1.5\n", "a PDF file: convert it to text first"),
         (b"PK\x03\x04", "a zip archive"),
-        (b"\x1f\x8b\x08", "compressed .gzip.: decompress it"),
-        (b"BZh9", "compressed .bzip2."),
-        (b"\x28\xb5\x2f\xfd", "compressed .zstd."),
+        (b"\x1f\x8b\x08", "is damaged"),
+        (b"BZh91AY&SY", "is damaged"),
+        (b"\x28\xb5\x2f\xfd", "is damaged"),
         (b"\x89PNG\r\n", "an image"),
         (b"\xd0\xcf\x11\xe0", "an old Office document"),
         (b"SQLite format 3\0", "an SQLite database"),
@@ -169,3 +169,27 @@ def test_formats_are_named_by_their_content_whatever_the_encoding(tmp_path, star
     with pytest.raises(UserError, match=said) as caught:
         corpus.prepare([tmp_path / "book.txt"], tmp_path / "out", encoding=encoding)
     assert "--encoding" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("x.parquet", {"encoding": "latin-1"}),
+        ("x.parquet", {"on_undecodable": "drop"}),
+        ("x.jsonl", {"on_undecodable": "replace"}),
+        ("x.txt", {"skip_bad": True}),
+        ("x.txt", {"lossy": True, "kind": "char"}),
+        ("x.txt", {"val": "v.txt", "val_fraction": 0.2}),
+    ],
+)
+def test_an_option_without_effect_is_rejected(name, options, tmp_path, monkeypatch):
+    from tests.test_readers import write
+
+    monkeypatch.chdir(tmp_path)
+    for other in ("x.txt", "v.txt"):
+        Path(other).write_text(words(300, len(other) + (other == "v.txt")), encoding="utf-8")
+    if name != "x.txt":
+        write(tmp_path / name, ["some text"] * 9)
+    with pytest.raises(UserError, match=rf"--{list(options)[-1]}|--lossy"):
+        corpus.prepare([Path(name)], Path("out"), **{"kind": "byte", **options})
+    assert not Path("out").exists()

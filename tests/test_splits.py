@@ -8,7 +8,7 @@ import pytest
 
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from nanogpt.prepare import corpus, readers
+from nanogpt.prepare import corpus, formats
 from nanogpt.tokenizer import tokenizer
 from tests.conftest import words
 
@@ -104,6 +104,44 @@ def test_the_same_text_in_both_splits_is_an_error(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("val", ["validation", "valid", "dev", "val", ""])
+def test_folders_named_as_splits_are_the_splits(tmp_path, val):
+    """As datasets saves a DatasetDict, and as many corpora are packed."""
+    for number, name in enumerate(filter(None, ("train", val, "test"))):
+        (tmp_path / "data" / name / "deep").mkdir(parents=True)
+        (tmp_path / "data" / name / "deep" / "a.txt").write_text(words(400, number), encoding="utf-8")
+    (tmp_path / "data" / "README").write_text("Read me.", encoding="utf-8")
+    summary = corpus.prepare([tmp_path / "data"], tmp_path / "out")
+    train, held = texts_of(tmp_path / "out")
+    expected = words(400, 0)
+    assert (train, held) == (expected, words(400, 1)) if val else train + held == expected
+    said = "\n".join(summary.lines())
+    assert "not used, because named as test data: data/test/deep/a.txt" in said
+    assert "not used, because not named as a split, as others are: data/README" in said
+
+
+def test_a_saved_dataset_dict_is_its_splits(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    rows = {name: {"text": [f"{name} {i}" for i in range(9)]} for name in ("train", "validation", "test")}
+    saved = {name: datasets.Dataset.from_dict(columns) for name, columns in rows.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "train" / "cache-0123.arrow").write_bytes(
+        (tmp_path / "saved" / "train" / "data-00000-of-00001.arrow").read_bytes()
+    )
+    corpus.prepare([tmp_path / "saved"], tmp_path / "out")
+    train, val = texts_of(tmp_path / "out")
+    assert train.splitlines() == rows["train"]["text"] and val.splitlines() == rows["validation"]["text"]
+
+
+def test_test_data_among_texts_without_splits_is_reported(tmp_path):
+    for number, name in enumerate(("train.txt", "test.txt", "chapter.txt")):
+        (tmp_path / name).write_text(words(300, number), encoding="utf-8")
+    summary = corpus.prepare([tmp_path], tmp_path / "out", keep=lambda file: file.suffix == ".txt")
+    assert len(summary.texts.sources) == 3
+    assert "test.txt is read like other texts, in spite of the name" in "\n".join(summary.lines())
+
+
 STORIES = [f"Story {number}: there were {number % 31} cats.\nThe end." for number in range(400)]
 
 
@@ -118,7 +156,7 @@ STORIES = [f"Story {number}: there were {number % 31} cats.\nThe end." for numbe
 )
 def test_marks_separate_the_documents_of_a_text(tmp_path, monkeypatch, mark, between, documents):
     (tmp_path / "stories.txt").write_text(between.join(STORIES) + "\n", encoding="utf-8", newline="\r\n")
-    monkeypatch.setattr(readers.text_files, "BLOCK", 1000)  # several pieces
+    monkeypatch.setattr(formats, "BLOCK", 1000)  # several pieces
     summary = corpus.prepare([tmp_path / "stories.txt"], tmp_path / "out", kind="bpe:400", split_at=mark)
     assert sum(summary.counts.documents.values()) == len(documents)
     dataset = loader.load(tmp_path / "out")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import readers, text_files
+from nanogpt.prepare import formats, rows, text_files
 from tests import texts as ours
 from tests.conftest import documents, found
 from tests.texts import ENGLISH, GERMAN
@@ -79,7 +79,7 @@ def novel(request) -> str:
     ],
 )
 def test_encodings_are_recognized_at_any_block_boundary(mark, encoding, block, novel, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", block)
+    monkeypatch.setattr(formats, "BLOCK", block)
     chinese = novel[:1500] + "🦊 and English.\n"  # 4 bytes in UTF-8 and GB18030, a pair in UTF-16
     path = written(tmp_path, "x.txt", mark + chinese.encode(encoding))
     assert read(path) == [chinese]
@@ -152,7 +152,7 @@ def test_text_fragments_are_never_misdetected(languages, novel, tmp_path):
 
 def test_damaged_text_is_rejected_with_its_offset(novel, tmp_path, monkeypatch):
     body = novel.encode("utf-8")
-    monkeypatch.setattr(text_files, "BLOCK", 1000)
+    monkeypatch.setattr(formats, "BLOCK", 1000)
     for at in (5000, 99_999, len(body) - 1):
         path = written(tmp_path, "x.txt", body[:at] + b"\xff" + body[at:])
         offset = int(re.search(r"at offset (\d+)", refusal(path))[1])
@@ -187,7 +187,7 @@ def test_nul_bytes_are_text_in_a_given_file_and_binary_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 2, 1000])
 def test_newlines_become_lf_and_nothing_else_changes(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BLOCK", block)
+    monkeypatch.setattr(formats, "BLOCK", block)
     body = "a\r\nb\rc\nd\r\r\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\r"
     texts = text_files.find([written(tmp_path, "x.txt", body)])
     assert documents(texts) == ["a\nb\nc\nd\n\ne\u2028f\u2029g\x85h\x0bi\x0cj\ufeffk\n"]
@@ -206,7 +206,7 @@ def test_each_row_of_jsonl_is_a_document(tmp_path, monkeypatch):
     bodies[3] = "CR\nLF\n"
     for newline in ("\n", "\r\n", "\n\n \n"):
         for block in (7, 1 << 20):
-            monkeypatch.setattr(text_files, "BLOCK", block)
+            monkeypatch.setattr(formats, "BLOCK", block)
             assert read(written(tmp_path, "x.JSONL", newline.join(rows) + newline)) == bodies
     assert read(written(tmp_path, "x.jsonl", codecs.BOM_UTF8 + rows[0].encode())) == ["one"]
 
@@ -225,8 +225,8 @@ def test_each_row_of_jsonl_is_a_document(tmp_path, monkeypatch):
     ],
 )
 def test_invalid_row_is_rejected_with_its_line(row, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST_ROW", 2000)
-    monkeypatch.setattr(text_files, "BLOCK", 500)
+    monkeypatch.setattr(rows, "LONGEST", 2000)
+    monkeypatch.setattr(formats, "BLOCK", 500)
     path = written(tmp_path, "x.jsonl", '{"text": "fine"}\n\n' + row + '\n{"text": "fine"}\n')
     assert re.search(rf"x\.jsonl, line 3,? .*{reason}", refusal(path))
 

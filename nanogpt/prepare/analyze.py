@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Options:
     instead: str = "pass local copies of its files"  # hint if the hub cannot be reached
     text_key: str = "text"  # field or column that contains the text
     skip_bad: bool = False  # skip and count unreadable rows
+    on_undecodable: str = "refuse"  # bytes of text files that are not text: refuse, replace, drop
     lossy: bool = False  # accept a tokenizer that loses characters
     workers: int = 0  # worker processes; 0: one per core if the text is large
     shard_tokens: int = 0  # tokens per file; 0: one file per split
@@ -51,8 +52,7 @@ def look(texts: Texts, wanted: Options, val_from: int = -1) -> tuple[Split, bool
     found: list[Document] = [source.document for source in texts.sources if source.document]
     rows = Texts([source for source in texts.sources if not source.document])
     if len(found) < FEW:
-        job = Job("", tuple(s.kind for s in rows.sources), (None,) * len(rows.sources), Split(0.5), False)
-        encode.start_counting(replace(job, text_key=wanted.text_key))
+        encode.start_counting(Job("", tuple(rows.sources), Split(0.5), False, wanted.text_key))
         for piece in readers.pieces(rows.sources, reading(wanted)):
             result = Encoded()
             found += (document for _, _, document in encode.bodies(piece, result))
@@ -82,8 +82,8 @@ def empty_split(name: str, wanted: Options, documents: int, characters: int) -> 
 
 def refuse_bad(result: Encoded, texts: Texts, wanted: Options) -> list[str]:
     """Return messages about the broken rows of a piece; raise UserError for the first unless skip_bad."""
-    path = texts.sources[result.source].path
-    named = [f"{path}, line {row.number} {row.reason}" for row in result.bad]
+    source = texts.sources[result.source]
+    named = [f"{source.path}, {source.row_name} {row.number} {row.reason}" for row in result.bad]
     if named and not wanted.skip_bad:
         raise UserError(f"{named[0]}; --skip_bad=True skips and counts such rows")
     return named

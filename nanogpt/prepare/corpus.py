@@ -12,18 +12,17 @@ import json
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanogpt import INSTALLED, files, quoted
 from nanogpt.data.token_files import FORMAT
 from nanogpt.errors import Stopped, UserError
-from nanogpt.prepare import analyze, encode, pool, readers, shards, text_files
+from nanogpt.prepare import analyze, encode, formats, pool, readers, shards, text_files
 from nanogpt.prepare.analyze import Options, counted
-from nanogpt.prepare.encode import Encoded, Job, Split
+from nanogpt.prepare.encode import Counts, Job, Split
 from nanogpt.prepare.shards import SPLITS
 from nanogpt.prepare.text_files import Source, Texts, find
 from nanogpt.tokenizer import tokenizer
@@ -33,30 +32,13 @@ from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # train.bin is published last
 LARGE_ALPHABET = 20_000  # distinct characters from which --tokenizer=auto uses bytes
 LARGE_TEXT = 1 << 25  # bytes of input from which several processes are used
-SAMPLE = 1 << 16  # characters of each file by which a tokenizer is checked
 RECORD_S = 5.0  # seconds between records of progress
 SHOWN_BAD = 3  # number of skipped rows to report
-
-
-@dataclass
-class Counts:
-    """Statistics of the text."""
-
-    characters: int = 0
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    empty_rows: int = 0
-    bad_rows: int = 0
-    bad_shown: list[str] = field(default_factory=list)
-    newlines_changed: bool = False
-
-    def add(self, encoded: Encoded) -> None:
-        self.characters += encoded.characters
-        self.empty_rows += encoded.empty_rows
-        self.newlines_changed |= encoded.newlines_changed
-        for split in SPLITS:
-            self.documents[split] += encoded.documents[split]
-            self.text_bytes[split] += encoded.text_bytes[split]
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
+    ("val", "valid", "validation", "dev"), "val"
+)
+OTHERS = 0.01  # share of bytes in files not named as splits, if others are, up to which they are left out
+SHOWN = 10  # number of files to report
 
 
 @dataclass(frozen=True)
@@ -103,6 +85,10 @@ class Summary:
             lines.append(f"encodings besides utf-8: {', '.join(others)}")
         if self.counts.newlines_changed or any(s.newlines_changed for s in self.texts.sources):
             lines.append("newlines normalized to \\n")
+        noted = [f"{source.name}: {source.note}" for source in self.texts.sources if source.note]
+        lines += noted[:SHOWN] + ([f"and so in {len(noted) - SHOWN:,} more files"] if noted[SHOWN:] else [])
+        if self.counts.lost:
+            lines.append(f"the tokenizer loses {_lost(self.counts)}")
         if self.counts.empty_rows:
             lines.append(f"skipped {counted(self.counts.empty_rows, 'empty row')}")
         if self.counts.bad_rows:
@@ -146,14 +132,7 @@ def prepare(
     split, several = analyze.look(texts, wanted, val_from)
     large = wanted.hub or sum(source.bytes for source in texts.sources) >= LARGE_TEXT
     workers = wanted.workers or (pool.cores() if large else 0)
-    job = Job(
-        "",
-        tuple(source.kind for source in texts.sources),
-        tuple(source.document for source in texts.sources),
-        split,
-        several,
-        wanted.text_key,
-    )
+    job = Job("", tuple(texts.sources), split, several, wanted.text_key)
     alphabet, by_default = "", False
     if given is None and wanted.kind.startswith("bpe:"):
         given = analyze.learnt(int(wanted.kind[4:]), texts, job, wanted)
@@ -163,11 +142,25 @@ def prepare(
         given = tokenizer.ByteTokenizer()
         if not by_default:
             given = tokenizer.CharTokenizer(sorted({*alphabet, *("\n" if several else "")}))
-    if given.kind == "hf" and not wanted.lossy:
-        require_lossless(texts, given, wanted)
+    if given.kind == "hf" and not wanted.kind.startswith("bpe:"):
+        workers = max(workers, 1)  # a fault in a foreign tokenizer must not end this process
+    _refuse_idle({source.kind for source in texts.sources}, given.kind, wanted)
     job = replace(job, tokenizer=tokenizer.to_text(given))
     meta, counts, in_both, resumed = _write(texts, job, given, out, wanted, workers)
     return Summary(out, texts, split, given, meta, counts, alphabet, by_default, in_both, resumed, notes)
+
+
+def _refuse_idle(kinds: set[str], tokenizer_kind: str, wanted: Options) -> None:
+    """Raise UserError for an option that has no effect on sources of these kinds."""
+    idle = {
+        "encoding": wanted.encoding and not kinds - {"table", "hub"},
+        "on_undecodable": wanted.on_undecodable != "refuse" and not kinds & {"text", "marked", "json", "csv"},
+        "skip_bad": wanted.skip_bad and not kinds - {"text", "marked"},
+        "lossy": wanted.lossy and tokenizer_kind != "hf",
+        "val_fraction": wanted.val and wanted.val_fraction != Options.val_fraction,
+    }
+    for name in filter(idle.get, idle):
+        raise UserError(f"--{name} has no effect on these texts with the other options; omit it")
 
 
 def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[str]]:
@@ -185,15 +178,28 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
             raise UserError(f"--val={wanted.val}: {both[0]} is also a training text; give another")
         texts = Texts(texts.sources + val.sources, texts.skipped + val.skipped)
     else:
-        roles = [_role(source.path.stem) for source in texts.sources]
-        if "train" in roles and len(set(roles)) > 1 and None not in roles:
-            parts: dict[str | None, list[Source]] = {}
-            for role, source in zip(roles, texts.sources, strict=True):
-                parts.setdefault(role, []).append(source)
-            val_from = len(parts["train"]) if "val" in parts else -1
-            texts = Texts(parts["train"] + parts.get("val", []), texts.skipped)
-            if "test" in parts:
-                notes.append(f"not used, because named as test data: {_names(parts['test'])}")
+        parts: dict[str, list[Source]] = {"train": [], "val": [], "test": [], "": []}
+        for source in texts.sources:
+            parts[_role(source.name)].append(source)
+        size = sum(source.bytes for source in texts.sources)
+        if parts["train"] and (parts["val"] or parts["test"]):
+            # A README or a list of words is not a reason to train on the test data.
+            if sum(source.bytes for source in parts[""]) <= OTHERS * size:
+                val_from = len(parts["train"]) if parts["val"] else -1
+                texts = Texts(parts["train"] + parts["val"], texts.skipped)
+                for unused, why in (
+                    ("test", "named as test data"),
+                    ("", "not named as a split, as others are"),
+                ):
+                    if parts[unused]:
+                        notes.append(f"not used, because {why}: {_names(parts[unused])}")
+            else:
+                notes.append(
+                    f"note: {_names(parts['val'] + parts['test'])} is read like other texts, in spite of the "
+                    f"name, as {_names(parts[''])} has none of a split; --val=PATH names validation texts"
+                )
+    if wanted.text_key != "text":
+        notes.append(f"documents are the fields --text_key={wanted.text_key} of rows")
     plain = [source for source in texts.sources if source.kind == "text"]
     if wanted.split_at:
         if not plain:
@@ -201,45 +207,32 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
         marked = [replace(s, kind="marked", document=None) if s in plain else s for s in texts.sources]
         texts = Texts(marked, texts.skipped)
     for source in [] if wanted.split_at else plain:
-        chunks = text_files.decoded(source.path, source.encoding, source.mark, lambda count: None)
-        if END_OF_TEXT in next(chunks, ""):
+        start = next(text_files.decoded(source, lambda count: None), "")
+        if END_OF_TEXT in start:
             notes.append(
                 f"note: {source.name} contains {END_OF_TEXT}, which is read as ordinary text; "
                 f"--split_at='{END_OF_TEXT}' makes it the end of a document"
             )
+        first = start.partition("\n")[0].rstrip()
+        if first.startswith('{"') and first.endswith("}"):
+            notes.append(
+                f"note: {source.name} looks like rows of JSON without `{wanted.text_key}` and is read as "
+                "text; --text_key=NAME reads a field"
+            )
     return texts, val_from, notes
 
 
-def _role(stem: str) -> str | None:
-    """Return the split that a file name stands for: train, val, test or None."""
-    word = re.split(r"[^a-z]", stem.lower())[0]
-    return {"training": "train", "valid": "val", "validation": "val", "dev": "val"}.get(
-        word, word if word in ("train", "val", "test") else None
-    )
+def _role(name: str) -> str:
+    """Return the split that a file name stands for, or else the nearest folder below that given: train, val,
+    test or ""."""
+    parts = name.lower().split("/")
+    words = [re.split(r"[^a-z]", part)[0] for part in reversed(parts[1:] or parts)]
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
 
 
 def _names(sources: list[Source]) -> str:
     shown = ", ".join(source.name for source in sources[:3])
     return shown + (f" and {len(sources) - 3:,} more" if len(sources) > 3 else "")
-
-
-def require_lossless(texts: Texts, encoder: tokenizer.Tokenizer, wanted: Options) -> None:
-    """Raise UserError if the tokenizer loses characters of the beginning of a file (unknown ones, case,
-    line ends), which its library drops silently."""
-    for source in texts.sources if not wanted.pairs else []:
-        piece = next(readers.pieces([source], analyze.reading(wanted)), None)
-        if not piece:
-            continue
-        rows = [piece.content] if source.kind == "text" else readers.rows(piece, source.kind, wanted.text_key)
-        sample = "\n".join(row for row in rows if isinstance(row, str))[:SAMPLE]
-        there = Counter(tokenizer.decode(encoder, encoder.encode(sample)))
-        lost = {c: n for c, n in (Counter(sample) - there).items() if c == "\n" or not c.isspace()}
-        if lost:
-            shown = " ".join(repr(c) for c in list(lost)[:5])
-            raise UserError(
-                f"{source.name}: the tokenizer loses {sum(lost.values()):,} of its first {len(sample):,} "
-                f"characters ({shown}); train one on this text (--tokenizer=bpe:8192) or pass --lossy"
-            )
 
 
 def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
@@ -279,7 +272,7 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
         return keep(file) and not (ours and os.path.realpath(file.parent) == own)
 
     with analyze.progress("checking") as bar:
-        texts = find(paths, wanted.encoding, not_ours, bar.update)
+        texts = find(paths, wanted.encoding, not_ours, bar.update, wanted.text_key, wanted.on_undecodable)
     readers.check_columns(texts.sources, wanted.text_key)
     if wanted.hub:
         texts.sources.append(readers.hub(wanted.hub, wanted.text_key, wanted.instead))
@@ -287,7 +280,7 @@ def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted
     if wanted.text_key != "text" and plain and (wanted.pairs or len(plain) == len(texts.sources)):
         raise UserError(
             f"--text_key={wanted.text_key}: {plain[0].name} is plain text without fields; give files of rows "
-            f"only (.jsonl, .ndjson, .parquet, .arrow), or omit the option"
+            "only (JSON, CSV, Parquet, Arrow), or omit the option"
         )
     if not texts.sources:
         raise UserError("; ".join([f"no text found in {', '.join(map(str, paths))}", *_skipped(texts)[:1]]))
@@ -352,6 +345,12 @@ def _encode(
         pieces = readers.pieces(texts.sources, analyze.reading(wanted), (start[0], start[1]), bar.update)
         for encoded in pool.ordered(encode.encode, pieces, workers, encode.start, (job,)):
             named = analyze.refuse_bad(encoded, texts, wanted)
+            if encoded.lost and not wanted.lossy:
+                name = texts.sources[encoded.source].path
+                raise UserError(
+                    f"{name}: the tokenizer loses {_lost(encoded)}; train one on this text "
+                    "(--tokenizer=bpe:8192) or pass --lossy"
+                )
             counts.bad_rows += len(named)
             counts.bad_shown += named[: SHOWN_BAD - len(counts.bad_shown)]
             counts.add(encoded)
@@ -376,8 +375,8 @@ def _sameness(texts: Texts, encoder: tokenizer.Tokenizer, job: Job, wanted: Opti
         "shard_tokens": wanted.shard_tokens,
         "text_key": wanted.text_key,
         "split_at": wanted.split_at,
-        "cuts": [encode.PIECE, readers.text_files.BLOCK],
-        "sources": [[s.name, s.kind, s.encoding, s.bytes, s.sha256] for s in texts.sources],
+        "cuts": [encode.PIECE, formats.BLOCK],
+        "sources": [[s.name, s.kind, s.encoding, s.undecodable, s.bytes, s.sha256] for s in texts.sources],
     }
 
 
@@ -419,8 +418,14 @@ def _meta(
 # ----------------------------------------------------------------------------- messages
 
 
+def _lost(counts: Counts) -> str:
+    examples = sorted(counts.lost, key=lambda character: -counts.lost[character])[:5]
+    shown = " ".join(map(repr, examples))
+    return f"{sum(counts.lost.values()):,} of {counts.tried:,} characters that were tried ({shown})"
+
+
 def _skipped(texts: Texts) -> list[str]:
-    lines = [f"skipped {name}: {reason}" for name, reason in texts.skipped[:10]]
-    if len(texts.skipped) > 10:
-        lines.append(f"skipped {counted(len(texts.skipped) - 10, 'more file')}")
+    lines = [f"skipped {name}: {reason}" for name, reason in texts.skipped[:SHOWN]]
+    if len(texts.skipped) > SHOWN:
+        lines.append(f"skipped {counted(len(texts.skipped) - SHOWN, 'more file')}")
     return lines

@@ -1,7 +1,9 @@
 """Encode one piece of the input to token ids of both splits; runs in worker processes."""
 
+import multiprocessing
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import readers
-from nanogpt.prepare.readers import BadRow, Piece
-from nanogpt.prepare.text_files import Digest, Document, Pair, code_points, with_newlines
-from nanogpt.tokenizer import tokenizer
+from nanogpt.prepare import readers, text_files
+from nanogpt.prepare.readers import Piece
+from nanogpt.prepare.rows import BadRow, Pair
+from nanogpt.prepare.text_files import Digest, Document, Source, code_points, with_newlines
+from nanogpt.tokenizer import isolated, tokenizer
 
 PIECE = 1 << 20  # characters encoded at a time
+PIECE_S, PIECE_BYTES = 600, 1 << 32  # CPU time in seconds, and memory, for a piece with a foreign tokenizer
+TRIED = 1 << 14  # characters of each piece by which a foreign tokenizer is checked
 LONGEST_WORD = 1 << 21  # characters without a position where byte pairs can be cut
 
 # Last position where a text can be cut without changing the ids of its parts. In GPT-2's pattern
@@ -55,30 +60,63 @@ class Job:
     """Settings of a worker process."""
 
     tokenizer: str  # contents of tokenizer.json; "" to count characters only
-    kinds: tuple[str, ...]  # kind of each source
-    documents: tuple[Document | None, ...]  # per source; None if it has rows
+    sources: tuple[Source, ...]
     split: Split
     several: bool  # several documents: separate them in the ids
     text_key: str = "text"
 
 
+def none_yet() -> dict[str, int]:
+    return {"train": 0, "val": 0}
+
+
+def nothing_yet() -> dict[str, bytes]:
+    return {"train": b"", "val": b""}
+
+
 @dataclass
-class Encoded:
+class Counts:
+    """Statistics of a piece, or of all."""
+
+    characters: int = 0
+    documents: dict[str, int] = field(default_factory=none_yet)
+    text_bytes: dict[str, int] = field(default_factory=none_yet)
+    empty_rows: int = 0
+    bad_rows: int = 0
+    bad_shown: list[str] = field(default_factory=list)
+    newlines_changed: bool = False
+    tried: int = 0  # characters encoded and decoded to find those that the tokenizer loses
+    lost: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: "Counts") -> None:
+        self.characters += other.characters
+        self.empty_rows += other.empty_rows
+        self.newlines_changed |= other.newlines_changed
+        self.tried += other.tried
+        self.lost = dict(Counter(self.lost) + Counter(other.lost))
+        for split in self.documents:
+            self.documents[split] += other.documents[split]
+            self.text_bytes[split] += other.text_bytes[split]
+
+
+@dataclass
+class Encoded(Counts):
     """Ids and statistics of a piece."""
 
     source: int = 0
     place: Any = None  # where to resume reading after it
-    ids: dict[str, bytes] = field(default_factory=lambda: {"train": b"", "val": b""})
-    scored: dict[str, bytes] = field(
-        default_factory=lambda: {"train": b"", "val": b""}
-    )  # pairs only: one byte per id, 1 if it is a target
-    text_bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
-    documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
-    characters: int = 0
-    empty_rows: int = 0
+    ids: dict[str, bytes] = field(default_factory=nothing_yet)
+    scored: dict[str, bytes] = field(default_factory=nothing_yet)  # pairs only: bytes, 1 for a target
     bad: list[BadRow] = field(default_factory=list)
-    newlines_changed: bool = False
+    row: int = 0  # number of the row that is read now
     folded: bytes = b""  # one uint64 per document: Document.folded << 1 | (in val)
+
+    def add_lost(self, text: str) -> None:
+        """Count the characters of `text` that its ids do not hold: unknown ones, upper case, line ends."""
+        there = Counter(tokenizer.decode(_encoder, _encoder.encode(text)))
+        there[" "] += 1  # some tokenizers put a space before a text, or take one away
+        self.lost = dict(Counter(self.lost) + (Counter(text) - there))
+        self.tried += len(text)
 
 
 _job: Job
@@ -100,10 +138,23 @@ def dtype_of(vocab_size: int) -> str:
 
 def encode(piece: Piece) -> Encoded:
     """Return the ids of a piece. Raise UserError for text that the tokenizer cannot encode."""
-    result = Encoded(piece.source, piece.place)
+    if _encoder.kind == "hf" and multiprocessing.parent_process():
+        isolated.limit(PIECE_S, PIECE_BYTES)
+    result = Encoded(source=piece.source, place=piece.place)
+    try:
+        _encode(piece, result)
+    except UserError as error:
+        row = f"{_job.sources[piece.source].row_name} {result.row}: " if result.row else ""
+        raise text_files.named(_job.sources[piece.source].path, UserError(f"{row}{error}")) from None
+    return result
+
+
+def _encode(piece: Piece, result: Encoded) -> None:
     ids: dict[str, list[bytes]] = {"train": [], "val": []}
     folded = []
     for body, offset, document in bodies(piece, result):
+        if _encoder.kind == "hf" and result.tried < TRIED:
+            result.add_lost(body[: TRIED - result.tried])
         result.characters += len(body)
         train_length = _job.split.train_length(document, piece.source)
         cut = min(max(train_length - offset, 0), len(body))
@@ -126,7 +177,6 @@ def encode(piece: Piece) -> Encoded:
             folded.append(document.folded << 1 | in_val)
     result.ids = {split: b"".join(parts) for split, parts in ids.items()}
     result.folded = np.array(folded, dtype="<u8").tobytes()
-    return result
 
 
 def bodies(piece: Piece, result: Encoded) -> Iterator[tuple[str, int, Document]]:
@@ -134,12 +184,12 @@ def bodies(piece: Piece, result: Encoded) -> Iterator[tuple[str, int, Document]]
     recorded in `result`.
     """
     result.source = piece.source
-    document = _job.documents[piece.source]
+    document = _job.sources[piece.source].document
     if document is not None:
         assert isinstance(piece.content, str)
         yield piece.content, piece.offset, document
         return
-    for row in readers.rows(piece, _job.kinds[piece.source], _job.text_key):
+    for result.row, row in readers.documents(piece, _job.text_key):
         if isinstance(row, BadRow):
             result.bad.append(row)
         elif not row:

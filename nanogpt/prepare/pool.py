@@ -50,8 +50,8 @@ def ordered(
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise OSError(
-                "a worker process was killed, possibly by lack of memory; run the same command again "
-                "with fewer --workers to resume"
+                "a worker process was killed, by lack of memory or a fault of a foreign tokenizer; "
+                "run the same command again with fewer --workers to resume"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

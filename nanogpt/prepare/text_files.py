@@ -3,17 +3,19 @@
 Files are read a megabyte at a time, so that their size does not matter. An encoding is accepted only on
 evidence, since a wrong guess silently trains on garbage: a byte order mark, UTF-8 valid to the last byte,
 UTF-16 by its NUL bytes, GB18030 by the most common Chinese characters. Anything else is refused, with the
-position and the option that sets the encoding. Files with one document per row (JSONL, Parquet, Arrow)
-are only located here; the module `readers` reads both kinds.
+position and the options that set the encoding or allow some bytes that cannot be decoded.
 """
 
 import codecs
 import glob
 import hashlib
 import io
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,9 @@ import numpy as np
 
 from nanogpt import files
 from nanogpt.errors import UserError
+from nanogpt.prepare import formats, rows
+from nanogpt.prepare.formats import Advance
 
-Advance = Callable[[int], object]  # called with the number of bytes read
-
-BLOCK = 1 << 20  # bytes read at a time
 MARKS = {  # byte order marks; UTF-32 first, as its LE mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -32,25 +33,9 @@ MARKS = {  # byte order marks; UTF-32 first, as its LE mark begins with that of 
     codecs.BOM_UTF16_BE: "utf-16-be",
     codecs.BOM_UTF8: "utf-8",
 }
-ROWS = {  # files with one document per row, by suffix
-    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".ndjson"), "jsonl"),
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-FORMATS = {  # first bytes of files that are not text, whatever encoding they are read in
-    b"%PDF-": "a PDF file: convert it to text first",
-    b"PK\x03\x04": "a zip archive, such as a .docx or .zip file: extract its text first",
-    b"\xd0\xcf\x11\xe0": "an old Office document: convert it to text first",
-    b"\x1f\x8b": "compressed (gzip): decompress it, or name it .jsonl.gz if each line is a JSON object",
-    b"BZh": "compressed (bzip2): decompress it first",
-    b"\xfd7zXZ": "compressed (xz): decompress it, or name it .jsonl.xz if each line is a JSON object",
-    b"\x28\xb5\x2f\xfd": "compressed (zstd): decompress it, or name it .jsonl.zst if its lines are JSON",
-    b"\x89PNG": "an image (PNG)",
-    b"\xff\xd8\xff": "an image (JPEG)",
-    b"PAR1": "a Parquet file: name it .parquet",
-    b"\x93NUMPY": "a NumPy array: token files are trained on directly, without prepare.py",
-    b"SQLite format 3": "an SQLite database: export its text first",
-}
+UNDECODABLE = {"refuse": None, "replace": "\ufffd", "drop": ""}  # --on_undecodable: bytes become this
+FEW = 0.01  # share of bytes of a text that may be undecodable; more are of another encoding
+C1 = re.compile("[\x80-\x84\x86-\x9f]")  # control characters, which no text has
 _LOWER = bytes(range(256)).lower()
 _LEFT_OUT = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 
@@ -90,15 +75,22 @@ class Source:
 
     path: Path
     name: str  # shown and recorded: relative to the given path
-    kind: str  # text (one document), jsonl, parquet, arrow, hub
+    kind: str  # text (one document), marked (several), jsonl, json, csv, table (Parquet, Arrow), hub
     bytes: int
     sha256: str
     modified_ns: int
     encoding: str = "utf-8"
     mark: int = 0  # length of the byte order mark in bytes
+    undecodable: str = "refuse"  # what becomes of bytes that are invalid in the encoding, as in UNDECODABLE
     document: Document | None = None  # kind text only
     newlines_changed: bool = False  # kind text only: had CRLF or CR
+    note: str = ""  # what to report about its text
     instead: str = ""  # kind hub only: hint if the hub cannot be reached
+
+    @property
+    def row_name(self) -> str:
+        """What a document is called in messages."""
+        return "line" if self.kind == "jsonl" else "row"
 
 
 @dataclass
@@ -117,18 +109,29 @@ class _Undecodable(_NotText):
     """Position where an encoding failed; another encoding may succeed."""
 
 
+@dataclass
+class Undecoded:
+    """Bytes of a file that are invalid in its encoding."""
+
+    count: int = 0
+    first: int = 0  # offset in the file, after decompression
+
+
 def find(
     paths: Iterable[Path],
     encoding: str = "",
     keep: Callable[[Path], bool] = lambda file: True,
     advance: Advance = lambda count: None,
+    text_key: str = "text",
+    on_undecodable: str = "refuse",
 ) -> Texts:
     """Read every text file once, completely, and return the readable sources; files of rows are only hashed.
 
     A path may be a glob pattern such as `data/*.parquet`. Folders are searched in order of names, without
-    hidden files and those that `keep` rejects. Files in folders that are not text are skipped and listed.
-    Raise UserError if such a file was named itself; it may contain up to 10 % NUL characters. `encoding`
-    overrides detection. `advance` is called with the number of bytes read.
+    hidden files and those that `keep` rejects; links to folders are followed, each folder once. Files in
+    folders that are not text are skipped and listed. Raise UserError if such a file was named itself; it may
+    contain up to 10 % NUL characters. `encoding` overrides detection. `advance` is called with the number of
+    bytes read.
     """
     _check_name(encoding)
     found = Texts()
@@ -138,7 +141,9 @@ def find(
         if not matches:
             raise UserError(f"{path}: no such file or folder")
         for match in matches:
-            _search(match, encoding, keep, advance, found, seen)
+            folder = match.is_dir()
+            inspect = partial(_inspect, encoding, text_key, on_undecodable, advance, 0.01 if folder else 0.1)
+            _search(match, keep, inspect, found, seen)
     return found
 
 
@@ -147,13 +152,17 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _search(
-    path: Path, encoding: str, keep: Callable[[Path], bool], advance: Advance, found: Texts, seen: set[str]
+    path: Path,
+    keep: Callable[[Path], bool],
+    inspect: Callable[[Path, str], Source],
+    found: Texts,
+    seen: set[str],
 ) -> None:
     """Add the file `path`, or the files of the folder `path`, to `found` in place."""
     folder = path.is_dir()
     listed = list(filter(keep, _files(path))) if folder else [path]
     # Files beside the tables in a dataset's folder (README, lists) are not documents.
-    tables = folder and any(rows_kind(file) in ("parquet", "arrow") for file in listed)
+    tables = folder and any(formats.rows_kind(file.name) == "table" for file in listed)
     for file in listed:
         relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
         name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
@@ -162,21 +171,16 @@ def _search(
             found.skipped.append((name, "given twice"))
             continue
         seen.add(real)
-        if tables and not rows_kind(file):
+        kind = formats.rows_kind(file.name)
+        if tables and (kind in ("", "json") or (kind == "table" and file.name.startswith("cache-"))):
             found.skipped.append((name, "not a table, unlike others in its folder"))
             continue
         try:
-            found.sources.append(_inspect(file, name, encoding, advance, 0.0 if folder else 0.1))
+            found.sources.append(inspect(file, name))
         except _NotText as problem:
             if not folder:
                 raise UserError(f"{file}: {problem}") from None
             found.skipped.append((name, str(problem)))
-
-
-def rows_kind(path: Path) -> str:
-    """Return how to read a file with one document per row, or "" for any other file."""
-    name = path.name.lower()
-    return next((kind for end, kind in ROWS.items() if name.endswith(end)), "")
 
 
 def code_points(text: str) -> np.ndarray:
@@ -191,75 +195,164 @@ def _files(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:  # by default, os.walk ignores folders that it cannot open
         raise error
 
-    for here, folders, names in os.walk(folder, onerror=fail):
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _inspect(path: Path, name: str, forced: str, advance: Advance, nul_share: float) -> Source:
-    """Detect the encoding of a file by decoding all of it; raise _NotText with the reason if none fits."""
+def _inspect(
+    forced: str, text_key: str, on_undecodable: str, advance: Advance, nul_share: float, path: Path, name: str
+) -> Source:
+    """Recognize a file, and detect the encoding of a text by decoding all of it.
+
+    Raise _NotText with the reason if it cannot be read.
+    """
     if not path.is_file():
         raise _NotText("not a regular file")
-    status = path.stat()
-    with path.open("rb") as file:
-        head = file.read(1 << 16)
-    encodings, mark = _candidates(head, forced)
-    if kind := rows_kind(path):
-        if not head:
-            raise _NotText("empty")
-        encoding, mark = (
-            (encodings[0], mark) if path.suffix.lower() in (".jsonl", ".ndjson") else (forced or "utf-8", 0)
-        )
-        sha256 = files.sha256(path)
-        return Source(path, name, kind, status.st_size, sha256, status.st_mtime_ns, encoding, mark)
-    if what := next((what for start, what in FORMATS.items() if head.startswith(start)), ""):
+    status, head = path.stat(), formats.head_of(path)
+    if not head:
+        raise _NotText("empty")
+    if what := formats.refused(head):
         raise _NotText(what)
+    kind = _kind(path, head, text_key)
+    encodings, mark = _candidates(head, forced)
+    source = Source(
+        path, name, kind, status.st_size, files.sha256(path), status.st_mtime_ns, encodings[0], mark
+    )
+    if kind in ("table", "jsonl"):
+        return source
+    if forced and b"\0" not in "a".encode(forced) and formats.is_binary(head):
+        raise _NotText("binary data, not text")
     problems = []
     for encoding in encodings:
-        raw, digest, newlines = hashlib.sha256(head[:mark]), Digest(), set[Any]()
-        chunks = decoded(path, encoding, mark, advance, raw.update)
+        source = replace(source, encoding=encoding, undecodable=on_undecodable)
+        digest, newlines, bad, controls = Digest(), set[Any](), Undecoded(), 0
+        chunks = decoded(source, advance, bad)
         chunks = _chinese(chunks) if encoding == "gb18030" != forced else chunks
         try:
             for chunk in with_newlines(_checked(chunks, nul_share), newlines):
                 digest.add(chunk)
+                controls += len(C1.findall(chunk)) if forced else 0
         except _Undecodable as problem:
             problems.append(problem)
             continue
-        about = (status.st_size, raw.hexdigest(), status.st_mtime_ns, encoding, mark, digest.document())
-        return Source(path, name, "text", *about, bool(newlines - {None, "\n"}))
+        notes = []
+        if bad.count:
+            action = "dropped" if on_undecodable == "drop" else "replaced by U+FFFD"
+            notes.append(f"{bad.count:,} undecodable bytes {action}, the first at offset {bad.first:,}")
+        if controls:
+            notes.append(
+                f"{controls:,} control characters, as if its encoding were not {forced} (but cp1252?)"
+            )
+        source = replace(source, newlines_changed=bool(newlines - {None, "\n"}), note="; ".join(notes))
+        return replace(source, document=digest.document()) if kind == "text" else _with_rows(source, text_key)
+    if len(encodings) > 1 and formats.is_binary(head):
+        raise _NotText("binary data, not text")
     expected = "neither UTF-8 nor UTF-16 nor GB18030" if len(encodings) > 1 else f"not {encodings[0]}"
-    raise _NotText(f"{problems[0]} is {expected}; convert it or set its encoding, such as --encoding=latin-1")
+    raise _NotText(
+        f"{problems[0]} is {expected}; convert it or set its encoding, such as --encoding=latin-1, or, if "
+        "such bytes are few, pass --on_undecodable=replace"
+    )
 
 
-def decoded(
-    path: Path,
-    encoding: str,
-    mark: int,
-    advance: Advance,
-    see: Callable[[bytes], object] = lambda block: None,
-) -> Iterator[str]:
-    """Yield the text after the byte order mark in chunks; `see` is called with each block of bytes.
+def _kind(path: Path, head: bytes, text_key: str) -> str:
+    """Return the kind of a Source."""
+    if head.startswith(formats.TABLES):
+        if formats.packing(path):
+            raise _NotText("a compressed table: decompress it first (Parquet and Arrow compress themselves)")
+        return "table"
+    if head.startswith(tuple(formats.PACKED)):
+        raise _NotText("compressed twice: decompress it first")
+    kind, start = formats.rows_kind(path.name), head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")
+    if kind == "table":
+        raise _NotText("neither a Parquet nor an Arrow file, in spite of its name; download it again")
+    first = start.partition(b"\n")[0] if start.startswith(b"{") and b"\n" in start else b""
+    if kind in ("", "json") and isinstance(rows.document(first, 1, text_key), str):
+        return "jsonl"
+    return {"": "text", "jsonl": "json" if start.startswith(b"[") else "jsonl"}.get(kind, kind)
 
-    Raise UserError at the first byte that is invalid in the encoding.
+
+def _with_rows(source: Source, text_key: str) -> Source:
+    """Return `source`; raise _NotText if its first rows have no text."""
+    try:
+        start = next(lines_of(source, text_key), b"").splitlines()[:100]
+    except UserError as error:
+        raise _NotText(str(error)) from None
+    found = [rows.document(line, number, text_key) for number, line in enumerate(start, 1) if line]
+    if found and all(isinstance(row, rows.BadRow) for row in found):
+        raise _NotText(f"row 1 {found[0].reason}")  # type: ignore[union-attr]
+    return source
+
+
+def lines_of(
+    source: Source, text_key: str, skip: int = 0, advance: Advance = lambda count: None
+) -> Iterator[bytes]:
+    """Yield the rows of a JSONL, JSON or CSV file as lines of JSON in UTF-8, after the first `skip` bytes.
+
+    Raise UserError if it is damaged.
     """
-    decoder = codecs.getincrementaldecoder(encoding)()
-    end = mark
-    with path.open("rb") as file:
-        file.seek(mark)
-        block = b"at the start"
-        while block:
-            block = file.read(BLOCK)
-            end += len(block)
-            advance(len(block))
-            see(block)
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:  # error.object is the rest of the last block, and this block
-                offset = end - len(error.object) + error.start
-                raise _Undecodable(f"byte 0x{error.object[error.start]:02x} at offset {offset}") from None
-            except UnicodeError as error:  # no position: --encoding=utf-16 for a file without a mark
-                raise _NotText(f"not {encoding}: {error}") from None
-            yield text
+    if source.kind == "jsonl" and source.encoding == "utf-8":
+        yield from formats.unpacked(source.path, advance, source.mark + skip)
+        return
+    chunks = decoded(source, advance)
+    found: Iterable[bytes] = (chunk.encode("utf-8", "surrogatepass") for chunk in chunks)
+    if source.kind == "json":
+        found = rows.of_json(chunks)
+    elif source.kind == "csv":
+        found = rows.of_csv(with_newlines(chunks), text_key, ".tsv" in source.path.name.lower())
+    pending, size = [], 0
+    for data in itertools.chain(found, [b""]):
+        pending.append(data[skip:])
+        skip, size = max(0, skip - len(data)), size + len(pending[-1])
+        if size >= formats.BLOCK or not data:
+            yield b"".join(pending)
+            pending, size = [], 0
+
+
+def named(path: Path, error: UserError) -> UserError:
+    """Return `error` with a message that begins with the path of the file."""
+    where, said = str(path), str(error)
+    between = ", " if said.startswith(("line ", "row ")) else ": "
+    return error if said.startswith(where) else UserError(f"{where}{between}{said}")
+
+
+def decoded(source: Source, advance: Advance, bad: Undecoded | None = None) -> Iterator[str]:
+    """Yield the text after the byte order mark in chunks.
+
+    Bytes that are invalid in the encoding are counted in `bad` and become what `source.undecodable` says.
+    Raise UserError at the first such byte if that is "refuse", or if they are more than FEW.
+    """
+    instead, bad, end = UNDECODABLE[source.undecodable], bad or Undecoded(), source.mark
+
+    def handle(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeDecodeError):
+            raise error
+        # error.object is the rest of the last block, and this block
+        offset = end - len(error.object) + error.start
+        if instead is None:
+            raise _Undecodable(f"byte 0x{error.object[error.start]:02x} at offset {offset}")
+        bad.first = bad.first if bad.count else offset
+        bad.count += error.end - error.start
+        return instead, error.end
+
+    decoder = codecs.getincrementaldecoder(source.encoding)("nanogpt")
+    for block in itertools.chain(formats.unpacked(source.path, advance, source.mark), [None]):
+        end += len(block or b"")
+        codecs.register_error("nanogpt", handle)
+        try:
+            text = decoder.decode(block or b"", final=block is None)
+        except _Undecodable:
+            raise
+        except UnicodeError as error:  # no position: --encoding=utf-16 for a file without a mark
+            raise _NotText(f"not {source.encoding}: {error}") from None
+        if bad.count > max(FEW * end, 1):
+            raise _Undecodable(f"{bad.count:,} of the first {end:,} bytes")
+        yield text
 
 
 def with_newlines(chunks: Iterable[str], found: set[Any] | None = None) -> Iterator[str]:
@@ -281,21 +374,13 @@ def _checked(chunks: Iterable[str], nul_share: float) -> Iterator[str]:
     for chunk in chunks:
         length += len(chunk)
         nul += chunk.count("\0")
-        if surrogate := lone_surrogate(chunk):  # UTF-7, for example, can produce them
+        if surrogate := rows.lone_surrogate(chunk):  # UTF-7, for example, can produce them
             raise _NotText(f"contains {surrogate}, which is not text")
         yield chunk
     if not length:
         raise _NotText("empty")
     if nul > nul_share * length:
         raise _NotText(f"binary: {nul:,} of {length:,} characters are NUL")
-
-
-def lone_surrogate(text: str) -> str:
-    try:
-        text.isascii() or text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"a lone surrogate, U+{ord(text[error.start]):04X}"
-    return ""
 
 
 # ----------------------------------------------------------------------------- encodings
@@ -364,26 +449,3 @@ def _chinese(chunks: Iterable[str]) -> Iterator[str]:
         yield chunk
     if found < 0.05 * wide:
         raise _Undecodable("the text")
-
-
-# ----------------------------------------------------------------------------- prompts and responses
-
-
-class Pair(str):
-    """A prompt and a response, as one text; only the response is trained on."""
-
-    prompt: str
-    response: str
-
-    def __new__(cls, prompt: str, response: str) -> "Pair":
-        pair = super().__new__(cls, prompt + response)
-        pair.prompt, pair.response = prompt, response
-        return pair
-
-
-def pair(row: Any, prompt: str, response: str) -> Pair | None:
-    """Return the texts of a JSON `row` under these keys; None if one is missing or the response is empty."""
-    if not isinstance(row, dict):
-        return None
-    asked, answer = row.get(prompt), row.get(response)
-    return Pair(asked, answer) if isinstance(asked, str) and isinstance(answer, str) and answer else None

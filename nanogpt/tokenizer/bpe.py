@@ -116,6 +116,13 @@ def load(text: str, name: str) -> Any:
     return found
 
 
+def attempt(text: str, name: str) -> None:
+    """Load a tokenizer.json and use it once, to find out whether the library can."""
+    found = load(text, name)
+    printable = "".join(map(chr, range(32, 127)))
+    found.decode(found.encode(f"{printable} été 生存还是毁灭 👍\n" * 20, add_special_tokens=False).ids)
+
+
 def bytes_of_tokens(value: dict[str, Any]) -> dict[int, bytes]:
     """Return {id: bytes} for a byte-level vocabulary; an empty dict for other types."""
     if (value.get("decoder") or {}).get("type") != "ByteLevel" or not isinstance(
@@ -136,7 +143,8 @@ def without_special_tokens(value: dict[str, Any]) -> str:
     level, model = value.get("pre_tokenizer") or {}, value["model"]
     plain = level.get("type") == "ByteLevel" and level.get("use_regex", True)
     plain = plain and not level.get("add_prefix_space") and not value.get("normalizer")
-    plain = plain and model.get("type") == "BPE" and not model.get("dropout")
+    odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    plain = plain and model.get("type") == "BPE" and not any(map(model.get, odd))
     if not plain or not all(token["special"] for token in value.get("added_tokens") or []):
         return ""
     return json.dumps({**value, "added_tokens": [], "post_processor": None})

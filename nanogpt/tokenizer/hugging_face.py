@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.tokenizer import bpe, vocabulary
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import bpe, isolated, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in order of preference
+MOST_TOKENS = 1 << 24
 
 
 class HuggingFaceTokenizer:
@@ -20,14 +22,22 @@ class HuggingFaceTokenizer:
 
     def __init__(self, text: str, name: str = "tokenizer.json"):
         self.text = text
+        value = json.loads(text)
+        try:
+            self._bytes_of, self._alone = bpe.bytes_of_tokens(value), bpe.without_special_tokens(value)
+        except (AttributeError, KeyError, TypeError, ValueError):  # not a tokenizer, as the library will say
+            self._bytes_of, self._alone = {}, ""
+        if not (self._bytes_of and self._alone):  # needs more of the library than GPT-2's tokenizer and ours
+            isolated.call(name, len(text), bpe.attempt, text, name)
         self._plain = bpe.load(text, name)
         self._plain.encode_special_tokens = True  # encode special tokens as ordinary text
         self._special = bpe.load(text, name)
-        self.vocab_size = vocabulary.hugging_face_size(json.loads(text))
+        self.vocab_size = vocabulary.hugging_face_size(value)
+        if self.vocab_size > MOST_TOKENS:
+            raise UserError(f"{name} has an id above {MOST_TOKENS:,}, which is taken for a mistake")
         self.end_of_text: int | None = next(
             (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
         )
-        self._bytes_of = bpe.bytes_of_tokens(json.loads(text))
         self.bytewise = bool(self._bytes_of)  # a token's bytes do not depend on its neighbors
         self._ordinary: bpe.Encode = self._library
 
@@ -39,8 +49,8 @@ class HuggingFaceTokenizer:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def accelerate(self) -> None:
-        if alone := bpe.without_special_tokens(json.loads(self.text)):
-            self._ordinary = bpe.accelerated(alone, self._library)
+        if self._alone:
+            self._ordinary = bpe.accelerated(self._alone, self._library)
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._ordinary(text), dtype=np.int64)

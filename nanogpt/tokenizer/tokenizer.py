@@ -141,11 +141,18 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def from_file(path: Path) -> Tokenizer:
-    """Load a tokenizer file of this project or a Hugging Face tokenizer.json, or the folder that has one.
+    """Load a tokenizer file of this project or a Hugging Face tokenizer.json, or the folder that has one or
+    other files that `folders` reads.
 
     Raise UserError if it is missing or invalid.
     """
+    from nanogpt.tokenizer import folders
+
+    part = path.is_file() and (path.name in folders.NAMES or path.suffix in folders.ENDINGS)
     file = path / "tokenizer.json" if path.is_dir() else path
+    folder = path if path.is_dir() else path.parent
+    if (part or not file.is_file()) and folder.is_dir() and (found := folders.find(folder)):
+        return from_text(found, str(path))
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}; give a tokenizer.json or the folder that contains it")
     return from_text(files.text_of(file), str(file))

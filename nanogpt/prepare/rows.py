@@ -1,0 +1,172 @@
+"""Rows of text formats (JSON, CSV): each becomes one line of JSON, and a line becomes a document."""
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt.errors import UserError
+
+LONGEST = 1 << 24  # maximum bytes of a row, which is parsed whole
+BROKEN = b"\0broken: "  # begins a line that holds the reason why a row cannot be read
+BETWEEN = re.compile(r"[\s,]*")  # JSON values
+
+
+@dataclass(frozen=True)
+class BadRow:
+    number: int  # line or row number, from 1
+    reason: str
+
+
+class Pair(str):
+    """A prompt and a response, as one text; only the response is trained on."""
+
+    prompt: str
+    response: str
+
+    def __new__(cls, prompt: str, response: str) -> "Pair":
+        pair = super().__new__(cls, prompt + response)
+        pair.prompt, pair.response = prompt, response
+        return pair
+
+
+def keys_of(text_key: str, names: Iterable[str]) -> list[str]:
+    """Return the fields of `text_key`: one, or prompt and response."""
+    return [text_key] if text_key in names or "+" not in text_key else text_key.split("+", 1)
+
+
+def document(line: bytes, number: int, text_key: str) -> str | BadRow:
+    """Return the document in a line of JSON, a Pair for a `text_key` such as prompt+response."""
+    if line.startswith(BROKEN):
+        return BadRow(number, line.removeprefix(BROKEN).decode("utf-8", "replace"))
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return BadRow(number, f"is not valid JSON: {error}")
+    keys = keys_of(text_key, row if isinstance(row, dict) else ())
+    texts = [row] if isinstance(row, str) and text_key == "text" else [_field(row, key) for key in keys]
+    return checked(texts, number, keys, _others(row))
+
+
+def checked(texts: list[Any], number: int, keys: list[str], more: str = "") -> str | BadRow:
+    """Return the document of the texts found under `keys`: one, or a prompt and a response."""
+    if len(texts) == 2 and texts[1] == "":
+        return BadRow(number, f"has an empty `{keys[1]}`; remove the row, or skip all such with --skip_bad")
+    if not all(isinstance(text, str) for text in texts):
+        shown = ", ".join(f'"{key}": "..."' for key in keys)
+        return BadRow(number, f"has no string `{'+'.join(keys)}`; each row must be like {{{shown}}}{more}")
+    if surrogate := lone_surrogate("".join(texts)):
+        return BadRow(number, f"contains {surrogate}, which is not text")
+    return Pair(*texts) if len(texts) == 2 else texts[0]
+
+
+def _field(row: Any, key: str) -> Any:
+    """Return row[key], or for a key with dots, such as data.text, the field of an inner row."""
+    if isinstance(row, dict) and key not in row and "." in key:
+        first, _, rest = key.partition(".")
+        return _field(row.get(first), rest)
+    return row.get(key) if isinstance(row, dict) else None
+
+
+def _others(row: Any) -> str:
+    names = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+    if {"prompt", "response"} <= set(names):
+        return " (or train on responses to prompts with --text_key=prompt+response)"
+    return f" (or set --text_key to one of {', '.join(names[:20])})" if names else ""
+
+
+def lone_surrogate(text: str) -> str:
+    try:
+        text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"a lone surrogate, U+{ord(text[error.start]):04X}"
+    return ""
+
+
+# ----------------------------------------------------------------------------- formats, as lines of JSON
+
+
+def of_json(chunks: Iterable[str]) -> Iterator[bytes]:
+    """Yield the elements of a JSON array, or JSON values one after another, as lines.
+
+    Raise UserError, naming the row, if the JSON is not valid or ends within the array.
+    """
+    decoder, rest, at, number, inside = json.JSONDecoder(), "", 0, 0, False
+    for chunk in itertools.chain(chunks, [None]):  # None: the end
+        rest, at = rest[at:] + (chunk or ""), 0
+        while True:
+            at = BETWEEN.match(rest, at).end()  # type: ignore[union-attr]  # matches always
+            if at == len(rest):
+                break
+            if rest[at] == ("]" if inside else "[") and (inside or not number):
+                inside, at = not inside, at + 1
+                continue
+            try:
+                _, end = decoder.raw_decode(rest, at)
+            except (ValueError, RecursionError) as error:
+                if chunk is not None and len(rest) - at < LONGEST:  # may be incomplete
+                    break
+                reason = getattr(error, "msg", "nested too deeply")
+                raise UserError(f"row {number + 1} is not valid JSON: {reason}") from None
+            number += 1
+            yield rest[at:end].replace("\n", " ").encode("utf-8", "surrogatepass") + b"\n"
+            at = end
+    if inside:
+        raise UserError(f"ends within its JSON array, after row {number:,}; download it again")
+
+
+def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
+    """Yield the rows of a table with a first line of names, as lines of JSON with the fields of `text_key`.
+
+    Separators are `tabs`, or that of comma, semicolon, tab and bar which is most frequent in the first line.
+    Raise UserError if there is no such column, or for quotes that do not match, naming the row.
+    """
+    lines = _lines(chunks)
+    head = list(itertools.islice(lines, 1000))
+    separator = "\t" if tabs else max(",;\t|", key="".join(head[:1]).count)
+    # Many tables with tabs have no quoting: a quote at the start of a field is a character there.
+    opened, closed = (len(re.findall(quote, "".join(head), re.M)) for quote in (r'(?:^|\t)"', r'"(?:\t|$)'))
+    csv.field_size_limit(LONGEST)
+    reader = csv.reader(
+        itertools.chain(head, lines),
+        delimiter=separator,
+        quoting=csv.QUOTE_NONE if tabs and opened != closed else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    number = 0
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        keys = keys_of(text_key, names)
+        if missing := [key for key in keys if names.count(key) != 1]:
+            found = "two columns" if missing[0] in names else "no column"
+            raise UserError(
+                f"has {found} `{missing[0]}`; its first line, which must name the columns, is: "
+                f"{', '.join(names)[:200]}; choose one with --text_key=NAME"
+            )
+        places = {key: names.index(key) for key in keys}
+        for row in reader:
+            number += 1
+            if row and len(row) != len(names):
+                yield BROKEN + f"has {len(row)} fields, and the first line {len(names)} names\n".encode()
+            else:
+                fields = {key: row[place] for key, place in places.items()} if row else None
+                yield (json.dumps(fields, ensure_ascii=False).encode("utf-8") if row else b"") + b"\n"
+    except csv.Error as error:
+        raise UserError(
+            f"row {number + 1} (line {reader.line_num}) is not valid CSV: {error}; "
+            "a quote within quotes is written twice"
+        ) from None
+
+
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split("\n")
+        yield from (line + "\n" for line in whole)
+        if len(rest) > LONGEST:
+            raise UserError(f"has a line longer than {LONGEST:,} characters; it is not a table of rows")
+    if rest:
+        yield rest

@@ -1,0 +1,118 @@
+"""Tokenizers in the files of other programs: GPT-2's vocab.json and merges.txt, BERT's vocab.txt."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nanogpt import files
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import bpe, vocabulary
+from nanogpt.tokenizer.vocabulary import END_OF_TEXT
+
+NAMES = ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt", "tokenizer_config.json")
+ENDINGS = (".model", ".tiktoken")  # of formats that are not read
+SPECIAL = (
+    END_OF_TEXT,
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<unk>",
+    "<mask>",
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+)
+
+
+def find(folder: Path) -> str:
+    """Return a tokenizer.json for the other tokenizer files of `folder`; "" if there are none.
+
+    Raise UserError if they are of a kind that is not read; it says how to convert them.
+    """
+    for names, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (folder / names).is_file() and (folder / merges).is_file():
+            return _byte_level(folder, folder / names, _read(folder / merges))
+    if (folder / "vocab.txt").is_file():
+        return _word_piece(folder, folder / "vocab.txt")
+    if others := sorted(path for path in folder.iterdir() if path.suffix in ENDINGS):
+        code = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        raise UserError(
+            f"{others[0]} is a SentencePiece or tiktoken file, which is not read; make a tokenizer.json: "
+            f'python -c "from transformers import AutoTokenizer; {code}"'
+        )
+    return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text, as a tokenizer's files are") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if there is no such file."""
+    value = files.read_json(path) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, as a tokenizer's files do")
+    return value
+
+
+def _assembled(folder: Path, vocab: dict[str, Any], parts: dict[str, Any]) -> str:
+    """Return the tokenizer.json with `parts` and the added tokens of `folder`."""
+    added = dict(_json(folder / "added_tokens.json"))
+    special = set(SPECIAL)
+    for number, token in _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
+        added[token["content"]] = int(number)
+        special |= {token["content"]} if token.get("special") else set()
+    added |= {token: vocab[token] for token in SPECIAL if token in vocab}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = [
+        {"id": number, "content": token, **plain, "special": token in special}
+        for token, number in sorted(added.items(), key=lambda item: item[1])
+    ]
+    return json.dumps({"version": "1.0", "added_tokens": tokens, **parts}) + "\n"
+
+
+def _byte_level(folder: Path, path: Path, merges: str) -> str:
+    vocab = _json(path)
+    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+    if missing := set(bpe.BYTE_OF) - set(vocab):
+        raise UserError(
+            f"{path} lacks {len(missing)} of the 256 bytes, so it is not a byte-level BPE such as GPT-2's; "
+            "give its tokenizer.json"
+        )
+    known = {"format": vocabulary.FORMAT, "type": "gpt2", "merges": "\n".join(["#version: 0.2", *lines, ""])}
+    is_gpt2 = vocabulary.sha256_of(known["merges"]) == vocabulary.GPT2_SHA256
+    if is_gpt2 and len(vocab) == vocabulary.GPT2_VOCAB_SIZE and not _json(folder / "added_tokens.json"):
+        return json.dumps(known) + "\n"
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    prefix = bool(_json(folder / "tokenizer_config.json").get("add_prefix_space"))
+    model = {"type": "BPE", "vocab": vocab, "merges": lines}
+    parts = {"pre_tokenizer": {**level, "add_prefix_space": prefix}, "decoder": level, "model": model}
+    return _assembled(folder, vocab, parts)
+
+
+def _word_piece(folder: Path, path: Path) -> str:
+    tokens = _read(path).removesuffix("\n").split("\n")
+    vocab = {token.removesuffix("\r"): number for number, token in enumerate(tokens)}
+    if "[UNK]" not in vocab or len(vocab) != len(tokens):
+        raise UserError(f"{path} is not BERT's vocabulary: it must hold distinct tokens, with [UNK]")
+    settings = _json(folder / "tokenizer_config.json")
+    normalizer = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
+        "strip_accents": settings.get("strip_accents"),
+        "lowercase": settings.get("do_lower_case", True),
+    }
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    parts = {
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+        "model": {**model, "max_input_chars_per_word": 100, "vocab": vocab},
+    }
+    return _assembled(folder, vocab, parts)

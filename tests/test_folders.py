@@ -1,0 +1,209 @@
+"""Tokenizers of other programs: their files are read as by those programs, or named for what they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanogpt.data import loader
+from nanogpt.errors import UserError
+from nanogpt.prepare import corpus
+from nanogpt.tokenizer import bpe, tokenizer, vocabulary
+from tests.conftest import words
+from tests.texts import chinese_novel
+
+tokenizers = pytest.importorskip("tokenizers")
+TEXT = words(400)
+
+
+@pytest.fixture
+def gpt2_style(tmp_path, trained_bpe) -> Path:
+    """A folder with vocab.json and merges.txt, as transformers' slow tokenizers are saved."""
+    model = json.loads(trained_bpe)["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("given", ["", "vocab.json", "merges.txt"])
+def test_vocab_and_merges_give_the_ids_of_the_tokenizer_json(given, gpt2_style, trained_bpe):
+    own, expected = tokenizer.from_file(gpt2_style / given), tokenizer.from_text(trained_bpe)
+    for text in (TEXT, chinese_novel(300), "a<|endoftext|>b"):
+        assert own.encode(text).tolist() == expected.encode(text).tolist()
+        assert tokenizer.decode(own, own.encode(text)) == text
+    assert own.end_of_text == expected.end_of_text and own.vocab_size == expected.vocab_size
+
+
+def test_openais_names_and_gpt2s_own_merges_are_recognized(real, tmp_path):
+    for names in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        (folder / names[0]).write_bytes(real("gpt2/encoder.json").read_bytes())
+        (folder / names[1]).write_bytes(real("gpt2/vocab.bpe").read_bytes())
+        assert tokenizer.from_file(folder).kind == "gpt2"
+    (folder / "added_tokens.json").write_text('{"<|user|>": 50257}', encoding="utf-8")
+    own = tokenizer.from_file(folder)
+    assert (own.kind, own.vocab_size) == ("hf", 50258) and own.encode_prompt("<|user|>") == [50257]
+
+
+def test_added_tokens_are_read_from_both_files(gpt2_style, trained_bpe):
+    size = vocabulary.identify(trained_bpe).vocab_size
+    (gpt2_style / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}), encoding="utf-8")
+    added = {str(size + 1): {"content": "<|im_end|>", "special": True}}
+    (gpt2_style / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": added}), encoding="utf-8"
+    )
+    own = tokenizer.from_file(gpt2_style)
+    assert own.vocab_size == size + 2
+    assert own.encode_prompt("<|im_start|><|im_end|>") == [size, size + 1]
+
+
+@pytest.fixture
+def chinese(tmp_path) -> Path:
+    """A folder with the vocabulary of a Chinese GPT-2, one token per line."""
+    characters = sorted(set(chinese_novel()) - set("\n\u3000"))
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+    (tmp_path / "vocab.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_vocabulary_of_chinese_gpt2_equals_transformers(chinese):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertTokenizer(str(chinese / "vocab.txt"))
+    text = chinese_novel(2000) + "ABC"
+    own = tokenizer.from_file(chinese)
+    assert own.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_what_a_word_piece_tokenizer_loses_is_refused_or_reported(chinese, tmp_path):
+    (tmp_path / "novel.txt").write_text(chinese_novel(4000), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"novel\.txt: the tokenizer loses [\d,]+ of 4,000 .*'\\n'.* or pass --lossy"
+    ):
+        corpus.prepare([tmp_path / "novel.txt"], tmp_path / "out", kind=str(chinese))
+    summary = corpus.prepare([tmp_path / "novel.txt"], tmp_path / "out", kind=str(chinese), lossy=True)
+    assert any(line.startswith("the tokenizer loses ") for line in summary.lines())
+    assert loader.load(tmp_path / "out").vocab_size == summary.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"tokenizer.model": "\n\x0e"},
+            "tokenizer.model is a SentencePiece or tiktoken file, which is not read",
+        ),
+        ({"spiece.model": "\n\x0e"}, "spiece.model is a SentencePiece"),
+        ({"qwen.tiktoken": "IQ== 0\n"}, "qwen.tiktoken is a SentencePiece or tiktoken file"),
+        ({"vocab.json": '{"a</w>": 0}', "merges.txt": "#version\n"}, "lacks 256 of the 256 bytes"),
+        ({"vocab.json": "[1]", "merges.txt": ""}, "must hold a JSON object"),
+        ({"vocab.json": '{"a": 1,', "merges.txt": ""}, "vocab.json is not valid JSON"),
+        ({"vocab.txt": "a\nb\n"}, "vocab.txt is not BERT's vocabulary"),
+        ({"vocab.txt": "[UNK]\na\na\n"}, "must hold distinct tokens, with .UNK."),
+        ({"vocab.json": "{}"}, "no tokenizer at "),
+        ({}, "no tokenizer at "),
+    ],
+)
+def test_other_files_are_named_in_one_line(files, said, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    for path in [tmp_path, *[tmp_path / name for name in files if name.endswith((".model", ".tiktoken"))]]:
+        with pytest.raises(UserError, match=said) as caught:
+            tokenizer.from_file(path)
+        assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------- settings of a tokenizer.json
+
+
+def plain() -> "tokenizers.Tokenizer":
+    return tokenizers.Tokenizer.from_str(bpe.train([TEXT * 3], 300))
+
+
+def lower(inner: "tokenizers.Tokenizer") -> None:
+    inner.normalizer = tokenizers.normalizers.Lowercase()
+
+
+def accents(inner: "tokenizers.Tokenizer") -> None:
+    steps = [tokenizers.normalizers.NFD(), tokenizers.normalizers.StripAccents()]
+    inner.normalizer = tokenizers.normalizers.Sequence(steps)
+
+
+def compatibility(inner: "tokenizers.Tokenizer") -> None:
+    inner.normalizer = tokenizers.normalizers.NFKC()
+
+
+def no_lines(inner: "tokenizers.Tokenizer") -> None:
+    inner.normalizer = tokenizers.normalizers.Replace("\n", " ")
+
+
+def one_blank(inner: "tokenizers.Tokenizer") -> None:
+    inner.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(" +"), " ")
+
+
+LATE = words(300) + "x"  # so that the loss is not at the beginning of a file
+
+
+@pytest.mark.parametrize(
+    ("change", "lost", "name"),
+    [
+        (lower, "ABC", "x.txt"),
+        (accents, "é", "x.csv"),
+        (compatibility, "ﬁ①", "x.json"),
+        (no_lines, "\n", "x.txt"),
+        (one_blank, "   ", "x.csv"),
+    ],
+)
+def test_every_kind_of_loss_is_found_in_rows_and_texts(change, lost, name, tmp_path):
+    inner = plain()
+    change(inner)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    text = LATE.replace("\n", " ") + lost + "y"
+    content = {
+        "x.txt": text,
+        "x.csv": f'text\nabc\n"{text}"\n',
+        "x.json": json.dumps([{"q": "abc", "a": text}]),
+    }
+    (tmp_path / name).write_text(content[name], encoding="utf-8")
+    given = {"kind": str(tmp_path), "text_key": "q+a" if name == "x.json" else "text"}
+    with pytest.raises(UserError, match=rf"{name}: the tokenizer loses [\d,]+ of .* characters"):
+        corpus.prepare([tmp_path / name], tmp_path / "out", **given)
+
+
+HOSTILE = {
+    "a regular expression without end": {
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": "(a+)+$|([^x]+)+x{50}y"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+    },
+    "exhausted memory": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 12}] * 12,
+        }
+    },
+    "an aborting library": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+    "a panic": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "no model": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
+    "ids beyond reason": {"added_tokens": [{"id": 1 << 40, "content": "x", "special": True}]},
+    "other types": {"added_tokens": [7], "decoder": "ByteLevel", "pre_tokenizer": []},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_tokenizers_are_errors_of_one_line(what):
+    value = json.loads(plain().to_str()) | HOSTILE[what]
+    with pytest.raises(UserError, match=r"^some/tokenizer\.json") as caught:
+        tokenizer.from_text(json.dumps(value), "some/tokenizer.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prefix_of_subwords_that_panics_is_tried_in_another_process():
+    value = json.loads(plain().to_str())
+    value["model"]["continuing_subword_prefix"] = "x" * 100
+    with pytest.raises(UserError, match="the library that reads it fails"):
+        tokenizer.from_text(json.dumps(value), "t.json")

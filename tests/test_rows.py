@@ -1,0 +1,182 @@
+"""Rows of CSV and JSON: each field exactly as written, or an error with the row."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nanogpt.errors import UserError
+from nanogpt.prepare import corpus, encode, formats, rows, text_files
+from tests.conftest import documents
+from tests.test_readers import BODIES
+from tests.texts import chinese_novel
+
+TRICKY = [
+    'say "hello", friend',
+    "two\nlines",
+    "",
+    "a;b\tc|d",
+    " blanks ",
+    "é 🦊 三国",
+    "'",
+    "1,5",
+    '"',
+    "x" * 3000,
+]
+
+
+def table(bodies: list[str], separator: str = ",", names: tuple[str, ...] = ("id", "text"), **options) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=separator, lineterminator="\n", **options)
+    writer.writerows([names, *([number, body] for number, body in enumerate(bodies))])
+    return file.getvalue()
+
+
+def read(path: Path, content: str | bytes, text_key: str = "text") -> list[str]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return documents(text_files.find([path], text_key=text_key), text_key)
+
+
+def refusal(path: Path, content: str | bytes, text_key: str = "text") -> str:
+    with pytest.raises(UserError) as error:
+        read(path, content, text_key)
+    assert "\n" not in str(error.value) and path.name in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("block", [7, 1000, 1 << 20])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_fields_of_csv_are_exact(block, separator, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "BLOCK", block)
+    name = "x.tsv" if separator == "\t" else "x.csv"
+    expected = [body for body in TRICKY if body]
+    assert read(tmp_path / name, table(TRICKY, separator)) == expected
+    quoted = table(TRICKY, separator, quoting=csv.QUOTE_ALL).replace("\n", "\r\n")
+    assert read(tmp_path / name, quoted) == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "gb18030"])
+def test_csv_of_spreadsheets_is_read_in_their_encodings(encoding, tmp_path):
+    bodies = [chinese_novel(400)[i * 40 :][:40] for i in range(10)]
+    expected = [body for body in bodies if body]
+    assert read(tmp_path / "x.csv", table(bodies).encode(encoding)) == expected
+
+
+def test_tables_with_tabs_and_without_quoting_keep_their_quotes(tmp_path):
+    lines = [f'{i}\t"He said {i}' for i in range(50)]
+    assert read(tmp_path / "x.tsv", "id\ttext\n" + "\n".join(lines)) == [f'"He said {i}' for i in range(50)]
+
+
+def test_prompts_and_responses_are_read_from_csv(tmp_path):
+    content = table(["answer", "yes"], names=("question", "answer"))
+    found = read(tmp_path / "x.csv", content, "question+answer")
+    assert found == ["0answer", "1yes"] and isinstance(found[0], rows.Pair)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            "id,body\n1,a\n",
+            "has no column `text`; its first line, .* is: id, body; choose one with --text_key",
+        ),
+        ("1,some words\n2,more\n", "has no column `text`"),
+        ("text,text\na,b\n", "has two columns `text`"),
+        (
+            table(BODIES) + '9,"never closed\n9,more\n',
+            r"row 701 \(line \d+\) is not valid CSV: unexpected end",
+        ),
+        ('text\n"a" b\n', r"row 1 \(line 2\) is not valid CSV"),
+        ("id,text\n1,a,b\n", "row 1 has 3 fields, and the first line 2 names"),
+        ("", "empty"),
+    ],
+)
+def test_invalid_csv_is_rejected_with_its_row(content, reason, tmp_path):
+    assert re.search(reason, refusal(tmp_path / "x.csv", content))
+
+
+def test_rows_with_other_numbers_of_fields_are_skipped_and_counted(tmp_path):
+    (tmp_path / "x.csv").write_text(table(BODIES) + "1,a,b\n\n2\n3,last\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.csv, row 701 has 3 fields.*--skip_bad"):
+        corpus.prepare([tmp_path / "x.csv"], tmp_path / "out", kind="byte")
+    summary = corpus.prepare([tmp_path / "x.csv"], tmp_path / "out", kind="byte", skip_bad=True)
+    assert sum(summary.counts.documents.values()) == 701 and "skipped 2 broken rows" in "\n".join(
+        summary.lines()
+    )
+
+
+def test_errors_in_encoding_name_the_file_and_the_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "PIECE", 50)
+    monkeypatch.setattr(encode, "LONGEST_WORD", 100)
+    (tmp_path / "x.csv").write_text(f"text\nfine words\n\n{'ACGT' * 100}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.csv, row 3: 100 characters without a space are too long"):
+        corpus.prepare([tmp_path / "x.csv"], tmp_path / "out", kind="bpe:300")
+    (tmp_path / "x.txt").write_text("fine words " * 30 + "ACGT" * 100, encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.txt: 100 characters without a space are too long"):
+        corpus.prepare([tmp_path / "x.txt"], tmp_path / "out", kind="bpe:300")
+
+
+OBJECTS = [
+    {"id": i, "text": body, "of": {"text": f"inner {i}"}} for i, body in enumerate([*BODIES, '"[{],}\\'])
+]
+ARRAYS = {
+    "array": json.dumps(OBJECTS),
+    "in utf-8": json.dumps(OBJECTS, ensure_ascii=False),
+    "pretty": json.dumps(OBJECTS, indent=2),
+    "lines": "\n".join(map(json.dumps, OBJECTS)),
+    "pretty objects": "\n".join(json.dumps(row, indent=1) for row in OBJECTS),
+    "texts": json.dumps([row["text"] for row in OBJECTS]),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("block", [97, 1 << 20])
+def test_json_arrays_and_objects_are_rows(kind, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "BLOCK", block)
+    expected = [row["text"] for row in OBJECTS]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        assert read(tmp_path / "x.json", ARRAYS[kind].encode(encoding)) == expected
+    if kind == "array":
+        assert read(tmp_path / "x.jsonl", ARRAYS[kind]) == expected
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_fields_of_inner_objects_have_names_with_dots(name, tmp_path):
+    content = ARRAYS["lines" if name == "x.jsonl" else "pretty"]
+    assert read(tmp_path / name, content, "of.text") == [f"inner {i}" for i in range(len(OBJECTS))]
+    assert read(tmp_path / name, '{"of.text": "with a dot", "of": {"text": "inner"}}\n', "of.text") == [
+        "with a dot"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (ARRAYS["array"][:-30], "row 701 is not valid JSON"),
+        (ARRAYS["array"][: ARRAYS["array"].rindex(", {")], "ends within its JSON array, after row 700"),
+        (json.dumps({"data": OBJECTS}), "row 1 has no string `text`"),
+        (
+            json.dumps([{"body": "a"}] * 3),
+            r"row 1 has no string `text`.*\(or set --text_key to one of body\)",
+        ),
+        ('[{"text": "a"} {"text": oops}]', "row 2 is not valid JSON: Expecting value"),
+        ("[" * 100_000, "row 1 is not valid JSON"),
+        ('["\\ud800"]', "row 1 contains a lone surrogate"),
+        ("[1, 2]", "row 1 has no string `text`"),
+    ],
+)
+def test_invalid_json_is_rejected_with_its_row(content, reason, tmp_path):
+    assert re.search(reason, refusal(tmp_path / "x.json", content))
+
+
+def test_tables_without_text_are_skipped_in_folders_and_reported(tmp_path):
+    (tmp_path / "good.txt").write_text("some text " * 20, encoding="utf-8")
+    (tmp_path / "package.json").write_text('{"name": "x",\n "version": "1"}', encoding="utf-8")
+    (tmp_path / "numbers.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    found = text_files.find([tmp_path])
+    assert documents(found) == ["some text " * 20]
+    reasons = {Path(name).name: reason for name, reason in found.skipped}
+    assert "no column `text`" in reasons["numbers.csv"] and "no string `text`" in reasons["package.json"]
