@@ -257,9 +257,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 where = f"{path}, line {number}"
                 try:
                     row = json.loads(line)
-                except RecursionError:
-                    raise UserError(f"{where} is nested too deeply") from None
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{where} is not valid JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise UserError(f'{where} is not a JSON object; expected a line such as {{"...": "..."}}')
