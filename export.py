@@ -52,6 +52,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         draft.mkdir(parents=True)
         if config.format == "hf":
             said = hf_export.write_folder(draft, model, found.tokenizer, config.dtype, config.custom_code)
+            hf_export.write_card(draft, target.name, found, said[0].split(",")[0], config.custom_code)
         else:
             said = ckpt.write_folder(draft, model, found)
         if target.is_dir():

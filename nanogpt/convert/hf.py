@@ -72,22 +72,20 @@ def find(name: str) -> Path:
             f"--init_from={name} needs a package: pip install huggingface_hub; or pass the path of a folder "
             f"with {_what_to_put(repo)}"
         ) from None
-    for known in dict.fromkeys([repo, name]):  # old caches store gpt2 under its short name
+    problem: Exception | None = None
+    wanted = WANTED + TOKENIZER_FILES
+    for known, cached in ((repo, True), (name, True), (repo, False)):  # old caches store gpt2 under that name
         try:
-            folder = Path(huggingface_hub.snapshot_download(known, local_files_only=True))
-            weight_files(folder)
-            return folder
-        except Exception:  # not cached, or incomplete
-            continue
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=WANTED + TOKENIZER_FILES))
-    except Exception as error:  # network, proxy and hub errors share no base class
-        reason = _reason(error)
-        raise UserError(
-            f"{name} is not complete in the cache ({constants.HF_HUB_CACHE}) and could not be downloaded "
-            f"({reason}); put {_what_to_put(repo)} in a folder, "
-            f"and pass --init_from=FOLDER"
-        ) from None
+            found = huggingface_hub.snapshot_download(known, allow_patterns=wanted, local_files_only=cached)
+            weight_files(Path(found))
+            return Path(found)
+        except Exception as error:  # network, proxy and hub errors share no base class
+            problem = error
+    assert problem
+    raise UserError(
+        f"{name} is not complete in the cache ({constants.HF_HUB_CACHE}) and could not be downloaded "
+        f"({_reason(problem)}); put {_what_to_put(repo)} in a folder, and pass --init_from=FOLDER"
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -111,10 +109,10 @@ def open_folder(folder: Path) -> Pretrained:
     truncated files, and for pickled weights.
     """
     if (folder / "adapter_config.json").is_file():
+        merged = f"peft.AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload()"
         raise UserError(
-            f"{folder} has a PEFT adapter, which is not applied here; merge it into its model: python -c "
-            f"\"import peft; peft.AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload()"
-            f".save_pretrained('{folder}-merged')\""
+            f"{folder} has a PEFT adapter, which is not applied here; merge it into its model: "
+            f"python -c \"import peft; {merged}.save_pretrained('{folder}-merged')\""
         )
     about = files.read_json(folder / "config.json")
     stored = _headers(weight_files(folder))
@@ -291,21 +289,19 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
         text = (folder / OWN_TOKENIZER).read_text(encoding="utf-8")
         vocabulary.identify(text, str(folder / OWN_TOKENIZER))
         return text
-    present = [path for path in (folder / "merges.txt", folder / "tokenizer.json") if path.is_file()]
-    if (folder / "tokenizer.json").is_file():
-        text = _if_known((folder / "tokenizer.json").read_text(encoding="utf-8", errors="replace"))
-        if text and vocabulary.identify(text).vocab_size > vocabulary.GPT2_VOCAB_SIZE:  # added tokens
-            return text
-    for path in present:
-        merges = _plain_merges(path) if path.suffix == ".txt" else _json_merges(path)
-        lines = "\n".join(line for line in merges if not line.startswith("#version"))
-        value = {"format": vocabulary.FORMAT, "type": "gpt2", "merges": f"#version: 0.2\n{lines}\n"}
-        if text := _if_known(json.dumps(value)):
+    plain, fast = folder / "merges.txt", folder / "tokenizer.json"
+    whole = _if_known(fast.read_text(encoding="utf-8", errors="replace")) if fast.is_file() else ""
+    if whole and vocabulary.identify(whole).vocab_size > vocabulary.GPT2_VOCAB_SIZE:  # added tokens
+        return whole
+    for path, read in ((plain, _plain_merges), (fast, _json_merges)):
+        lines = [line for line in read(path) if not line.startswith("#version")] if path.is_file() else []
+        merges = "\n".join(["#version: 0.2", *lines, ""])
+        if text := _if_known(json.dumps({"format": vocabulary.FORMAT, "type": "gpt2", "merges": merges})):
             return text + "\n"
-    if present and (text := _if_known(present[-1].read_text(encoding="utf-8", errors="replace"))):
-        return text
-    if present:
-        raise UserError(f"{present[-1]}: unsupported tokenizer (not GPT-2's)")
+    if whole:
+        return whole
+    if plain.is_file() or fast.is_file():
+        raise UserError(f"{plain if plain.is_file() else fast}: unsupported tokenizer (not GPT-2's)")
     is_other = any((folder / name).is_file() for name in UNREAD)
     return vocabulary.GPT2_BY_NAME if vocab_size in (50257, 50304) and not is_other else ""
 

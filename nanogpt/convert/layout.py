@@ -60,7 +60,7 @@ def mismatches(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequen
     )
 
 
-def unlike(config: GPTConfig, known: Mapping[str, tuple[Any, ...] | None]) -> list[str]:
+def unlike(config: GPTConfig, known: Mapping[str, Any]) -> list[str]:
     """Return the architecture options of `config` with a value that is not in `known` (None: any value).
     Options missing from `known` must have their defaults, so that a new option is never dropped silently.
     """

@@ -254,13 +254,8 @@ def answer(
     request: CompletionRequest, model: str, choices: list[dict[str, Any]], usage: int | None = None
 ) -> bytes:
     """Serialize a complete response or a stream chunk. `usage`: completion tokens; None: not reported."""
-    value: dict[str, Any] = {
-        "id": request.id,
-        "object": "text_completion",
-        "created": request.created,
-        "model": model,
-        "choices": choices,
-    }
+    value: dict[str, Any] = {"id": request.id, "object": "text_completion", "created": request.created}
+    value |= {"model": model, "choices": choices}
     if usage is not None:
         read = request.prompt_tokens()
         value["usage"] = {"prompt_tokens": read, "completion_tokens": usage, "total_tokens": read + usage}
