@@ -244,16 +244,13 @@ def count_words(text: str) -> int:
 def compare(a: Report, b: Report) -> dict[str, Difference]:
     """Return a minus b for each common metric. Raise UserError if the numbers of items differ."""
     found = {}
-    for name, (values, sizes) in a.totals.items():
-        others, other_sizes = b.totals.get(name, (None, None))
-        if others is None:
-            continue
+    for name in [name for name in a.totals if name in b.totals]:
+        (values, sizes), (others, other_sizes) = a.totals[name], b.totals[name]
         if len(values) != len(others):
             counts = f"{len(values)} and {len(others)}"
             raise UserError(f"{a.name}: the models were not scored on the same items ({counts} items)")
-        if (
-            sizes is not None and other_sizes is not None and not np.array_equal(sizes, other_sizes)
-        ):  # different tokenizers
+        equal = sizes is None or other_sizes is None or np.array_equal(sizes, other_sizes)
+        if not equal:  # different tokenizers
             if name != "bits_per_byte":
                 continue  # per-token metrics are not comparable
             values, others, sizes = values / sizes, others / other_sizes, None
