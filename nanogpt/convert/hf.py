@@ -72,7 +72,7 @@ def find(name: str) -> Path:
             f"--init_from={name} needs a package: pip install huggingface_hub; or pass the path of a folder "
             f"with {_what_to_put(repo)}"
         ) from None
-    problem: Exception | None = None
+    problem = Exception()
     wanted = WANTED + TOKENIZER_FILES
     for known, cached in ((repo, True), (name, True), (repo, False)):  # old caches store gpt2 under that name
         try:
@@ -81,7 +81,6 @@ def find(name: str) -> Path:
             return Path(found)
         except Exception as error:  # network, proxy and hub errors share no base class
             problem = error
-    assert problem
     raise UserError(
         f"{name} is not complete in the cache ({constants.HF_HUB_CACHE}) and could not be downloaded "
         f"({_reason(problem)}); put {_what_to_put(repo)} in a folder, and pass --init_from=FOLDER"
@@ -159,11 +158,8 @@ def shape(about: Any, path: Path, tensors: int) -> GPTConfig:
     kind = about.get("model_type", "gpt2" if is_old else None)
     if kind != "gpt2":
         raise UserError(f"{path}: model_type is {kind!r}; only 'gpt2' is supported")
-    wrong = [
-        f"{key}={repr(about[key])[:80]} (GPT-2: {value!r})"
-        for key, value in FLAGS.items()
-        if key in about and about[key] != value
-    ]
+    unlike = [key for key, value in FLAGS.items() if about.get(key, value) != value]
+    wrong = [f"{key}={repr(about[key])[:80]} (GPT-2: {FLAGS[key]!r})" for key in unlike]
     activation = str(about.get("activation_function", "gelu_new"))
     if activation not in ACTIVATION_OF:
         wrong.append(f"activation_function={activation!r} (known: {', '.join(ACTIVATION_OF)})")
