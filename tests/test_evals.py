@@ -250,8 +250,9 @@ def test_a_standard_error_needs_two_items(letters, count):
     assert (found.to_json()["loss_stderr"] is None) == (count == 1)
     difference = evals.compare(found, found)["loss"]  # of one item, too
     assert difference.value == 0 and difference.p == 1
-    task = tasks.Task("t", "choice", [tasks.Item("ab", ("c", "d"))] * count)
-    assert ("±" in evals.run_task(task, letters).describe()) == (count == 2)
+    for labels in ([0], [0, 1], [1, 1, 1]):  # all right or all wrong: a spread of 0 says nothing
+        task = tasks.Task("t", "choice", [tasks.Item("ab", ("c", "d"), label) for label in labels])
+        assert ("±" in evals.run_task(task, letters).describe()) == (labels == [0, 1])
 
 
 def test_multiple_choice_metrics_match_their_definitions(letters, monkeypatch):

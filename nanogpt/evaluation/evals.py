@@ -53,7 +53,7 @@ class Report:
 
 def _shown(metric: Metric) -> str:
     digits = 4 if abs(metric.value) < 100 else 2
-    error = f" ± {metric.stderr:.{digits}f}" if math.isfinite(metric.stderr) else ""
+    error = f" ± {metric.stderr:.{digits}f}" if 0 < metric.stderr < math.inf else ""  # 0: all items are equal
     return f"{metric.value:.{digits}f}{error}"
 
 
