@@ -212,9 +212,9 @@ def test_loaded_weights_are_not_views_of_the_file(tmp_path):
 
 
 def test_tokenizer_is_loaded_with_the_model(tmp_path, merges):
-    from nanogpt.tokenizer import tokenizer
+    from nanogpt.tokenizer import tokenizer, vocabulary
 
-    folder = hf_folders.write(tmp_path / "a", merges=merges)
+    folder = hf_folders.write(tmp_path / "a", merges=merges, vocab_size=vocabulary.GPT2_VOCAB_SIZE)
     text = hf.open_folder(folder).tokenizer
     assert json.loads(text)["merges"] == merges.read_text(encoding="utf-8")
     ids = tokenizer.from_text(text).encode("Hello world!").tolist()
@@ -248,6 +248,14 @@ def test_another_kind_of_tokenizer_is_not_taken_for_gpt2s(name, tmp_path):
     (folder / name).write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"the tokenizer of .* is unknown"):
         load(folder, device="cpu").generate("x")
+
+
+@pytest.mark.parametrize("rows", [50259, 50261, 50263, 50275, 50300])
+def test_rows_of_added_tokens_are_not_dropped(rows, tmp_path, real):
+    """After resize_token_embeddings, without the file that names the new tokens."""
+    folder = hf_folders.write(tmp_path, merges=real("gpt2/vocab.bpe"), vocab_size=rows)
+    with pytest.raises(UserError, match=rf"has {rows} rows, the tokenizer 50257 ids; give the"):
+        hf.open_folder(folder)
 
 
 def test_different_tokenizer_is_rejected(tmp_path):

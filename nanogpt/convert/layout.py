@@ -77,7 +77,7 @@ def with_vocabulary(config: GPTConfig, text: str, origin: str) -> GPTConfig:
     """Return `config` with the vocabulary of tokenizer `text` (contents of tokenizer.json; empty: unknown).
 
     Embedding rows beyond its ids become vocabulary padding, which is neither scored nor sampled. Raise
-    UserError if the tokenizer has more ids than the embedding has rows.
+    UserError if the tokenizer has more ids than the embedding has rows, or fewer than padding explains.
     """
     if not text:
         return config
@@ -88,4 +88,7 @@ def with_vocabulary(config: GPTConfig, text: str, origin: str) -> GPTConfig:
             f"use the tokenizer that the model was trained with"
         )
     fitting = [m for m in PADDING if -(-ids // m) * m == config.vocab_size]
-    return replace(config, vocab_size=ids, vocab_multiple=min(fitting, default=1))
+    if not fitting:
+        more = f"the embedding has {config.vocab_size} rows, the tokenizer {ids} ids"
+        raise UserError(f"{origin}: {more}; give the tokenizer.json that includes the added tokens")
+    return replace(config, vocab_size=ids, vocab_multiple=min(fitting))
