@@ -1,7 +1,8 @@
 """Export a model to the format of another program: Hugging Face transformers or nanoGPT.
 
-    python export.py --out_dir=out-shakespeare-char --to=exported
-    python export.py --out_dir=out-shakespeare-char --to=exported --format=nanogpt
+    python export.py --out_dir=out --to=exported                                        # GPT-2's architecture
+    python export.py --out_dir=out-shakespeare-char --to=exported --custom_code=True    # the fast recipe
+    python export.py --out_dir=out-shakespeare-char-nanogpt --to=exported --format=nanogpt
     python export.py --init_from=gpt2 --to=gpt2-half --dtype=bfloat16
 
 A folder written with --format=hf loads with AutoModelForCausalLM and AutoTokenizer. A model that no
@@ -52,6 +53,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         draft.mkdir(parents=True)
         if config.format == "hf":
             said = hf_export.write_folder(draft, model, found.tokenizer, config.dtype, config.custom_code)
+            hf_export.write_card(draft, target.name, found, said[0].split(",")[0], config.custom_code)
         else:
             said = ckpt.write_folder(draft, model, found)
         if target.is_dir():

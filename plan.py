@@ -108,7 +108,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
     except UserError as error:  # the run may be meant for another machine
         room = f"note: {error}"
     batch = config.batch_tokens or config.windows_per_update * shape.block_size
-    tokens = length(config, origins, batch, rate)
+    tokens = -(-length(config, origins, batch, rate) // batch) * batch  # in whole iterations
     hours, total = tokens / rate / 3600, found.total - found.padding
     long = f"{hours / 24:,.1f} days" if hours >= 1 else f"{hours * 60:,.1f} minutes"
     lines = [
@@ -125,7 +125,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
         + RECOMPUTED * config.activation_checkpointing,
         fit(config, shape, trained, machine, config.gpu_memory or gigabytes),
         room,
-        f"tokens: {tokens:,} in {-(-tokens // batch):,} iterations of {batch:,}; "
+        f"tokens: {tokens:,} in {tokens // batch:,} iterations of {batch:,}; "
         f"{tokens / max(1, total):.1f} per parameter",
         f"compute: {cost / 1e9:.3f} GFLOPs/token, {tokens * cost:.3g} FLOPs in total",
         f"time: {hours:,.1f} hours ({long}) {how}: {rate:,.0f} tokens/s",

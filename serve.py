@@ -106,23 +106,16 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket listening on host:port. Raise UserError if that fails."""
+    ipv6 = ":" in host
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
     try:
-        family, kind, number, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, number)
+        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=ipv6)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--host={host}: {error}; give an address of this host") from None
-    try:
-        if os.name != "nt":  # on Windows it would let two servers share the port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        reason = error.strerror or error
-        raise UserError(f"--host={host} --port={port}: {reason}; give another --port, or 0 for any") from None
-    return listener
+        reason = str(getattr(error, "strerror", None) or error).partition(" (")[0]
+        raise UserError(
+            f"--host={host} --port={port}: {reason}; give an address of this host and a port that is free, "
+            f"or --port=0 for any"
+        ) from None
 
 
 def open_model(config: Config) -> "Served":

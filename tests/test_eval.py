@@ -4,13 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import eval as program
+import train
 from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evals
-from tests.conftest import train_until_it_knows
+from nanogpt.prepare import corpus
+from tests.conftest import train_until_it_knows, words
 
 QUESTIONS = [{"context": "", "choices": ["abc", "fgh"], "label": i % 2} for i in range(6)]
 
@@ -52,9 +55,31 @@ def test_default_is_the_validation_split(config, trained, capsys):
     assert result(replace(config, split="train"))["results"]["dataset/train"]["tokens"] > scores["tokens"]
 
 
-def test_text_file_and_prepared_data_have_equal_scores(config, trained, tmp_path):
-    from tests.conftest import words
+@pytest.mark.parametrize("limit", [0, 3])
+def test_prompts_and_responses_are_scored_together_and_apart(limit, tmp_path, capsys):
+    rows = [{"prompt": words(9, seed=i), "response": words(5, seed=i + 500)} for i in range(200)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    how = {"kind": "byte", "text_key": "prompt+response", "val_fraction": 0.3}
+    corpus.prepare([tmp_path / "rows.jsonl"], tmp_path / "data", **how)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "eval_iters": 99}
+    shape |= {"gradient_accumulation_steps": 1, "warmup_iters": 0, "max_iters": 3}
+    run = str(tmp_path / "out")
+    train.main(train.Config(dataset=str(tmp_path / "data"), out_dir=run, device="cpu", **shape))
+    found = result(program.Config(out_dir=run, device="cpu", limit=limit, out=str(tmp_path / "out.json")))
+    scores = found["results"]["data/val"]
+    mask = np.fromfile(tmp_path / "data" / "val.mask.bin", "u1")
+    assert f"response_loss {scores['response_loss']:.4f} ± " in capsys.readouterr().out
+    if limit:
+        assert 0 < scores["response tokens"] < scores["tokens"] <= limit * 32
+        return
+    assert (scores["tokens"], scores["response tokens"]) == (len(mask) - 1, mask[1:].sum())
+    state = files.read_json(Path(found["model"]) / "state.json")
+    assert scores["response_loss"] == pytest.approx(state["val_loss"], abs=1e-5)  # which train.py minimizes
+    assert abs(scores["loss"] - scores["response_loss"]) > 1e-3
 
+
+def test_text_file_and_prepared_data_have_equal_scores(config, trained, tmp_path):
     text = words(1800)
     (tmp_path / "val.txt").write_text(text[int(len(text) * 0.9) :], encoding="utf-8")
     found = result(replace(config, text=str(tmp_path / "val.txt"), dataset=str(trained / "dataset")))[

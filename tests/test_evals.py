@@ -199,6 +199,62 @@ def test_byte_count_equals_that_of_the_text(pairs):
 # ----------------------------------------------------------------------------- tasks
 
 
+def by_hand(subject: Subject, ids: list[int], start: int = 1) -> float:
+    """Return the loss in bits of ids[start:], from the logits of one row."""
+    with torch.no_grad():
+        chances = subject.model(torch.tensor([ids[:-1]]))[0][0].double().softmax(-1)
+    return -sum(math.log2(chances[i - 1, ids[i]]) for i in range(start, len(ids)))
+
+
+def test_bits_per_byte_equals_a_count_by_hand(letters, pairs):
+    """Two bytes per é, three per 世, four per emoji; a text begins with end-of-text if there is one."""
+    text = "naïve café 世界 🙂\n"
+    found = evals.run_text("x", Windows([log_likelihood.encode_text(text, pairs.tokenizer)], 96, 96), pairs)
+    ids = [pairs.tokenizer.end_of_text, *pairs.tokenizer.encode(text).tolist()]
+    assert len(text.encode()) == 25 == found.counts["bytes"]
+    assert found.metrics["bits_per_byte"].value == pytest.approx(by_hand(pairs, ids) / 25, rel=1e-5)
+    ids = letters.tokenizer.encode("abc d").tolist()  # no end-of-text: the first letter is not scored
+    found = evals.run_text(
+        "x", Windows([log_likelihood.encode_text("abc d", letters.tokenizer)], 24, 24), letters
+    )
+    assert found.counts["bytes"] == 4
+    assert found.metrics["bits_per_byte"].value == pytest.approx(by_hand(letters, ids) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Metaspace", "WordPiece", "ByteLevel"])
+def test_bytes_of_tokens_that_lose_their_space_alone(kind):
+    """`▁the` decodes to "the" alone and to " the" after another token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    text = "the cat and the dog and the bird ran and ran"
+    is_pieces = kind == "WordPiece"
+    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]") if is_pieces else models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Whitespace() if is_pieces else getattr(pre_tokenizers, kind)()
+    made.decoder = getattr(decoders, kind)()
+    trainer = trainers.WordPieceTrainer if is_pieces else trainers.BpeTrainer
+    made.train_from_iterator([text], trainer(vocab_size=60, special_tokens=["[UNK]"], show_progress=False))
+    own = tokenizer.from_text(made.to_str())
+    ids = own.encode(text)
+    found = evals.lengths_of(ids, len(ids) - 1, own, evals.token_bytes(own)).sum()
+    assert found == len(own.decode_bytes(ids.tolist())) - len(own.decode_bytes(ids[:1].tolist()))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_standard_error_needs_two_items(letters, count):
+    """One window of less than 32 bytes is one item; two texts of that length are two."""
+    texts = [log_likelihood.encode_text("abc d", letters.tokenizer)] * count * 12
+    found = evals.run_text("x", Windows(texts if count == 2 else texts[:1], 24, 24), letters)
+    said = found.describe()
+    assert ("±" in said) == (count == 2) and "nan" not in said
+    assert (found.to_json()["loss_stderr"] is None) == (count == 1)
+    difference = evals.compare(found, found)["loss"]  # of one item, too
+    assert difference.value == 0 and difference.p == 1
+    for labels in ([0], [0, 1], [1, 1, 1]):  # all right or all wrong: a spread of 0 says nothing
+        task = tasks.Task("t", "choice", [tasks.Item("ab", ("c", "d"), label) for label in labels])
+        assert ("±" in evals.run_task(task, letters).describe()) == (labels == [0, 1])
+
+
 def test_multiple_choice_metrics_match_their_definitions(letters, monkeypatch):
     """Compute every metric from its definition, with fixed likelihoods."""
     given = [[-4.0, -3.0], [-2.0, -9.0], [-6.0, -5.0]]

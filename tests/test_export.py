@@ -1,6 +1,7 @@
 """Exported folders give equal logits and text in transformers; unsupported models are rejected."""
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -9,13 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import export
 import train
+from nanogpt import runtime
 from nanogpt.checkpoint import reader
-from nanogpt.convert import hf, hf_export, hf_tokenizer
+from nanogpt.config import pick_fields, read
+from nanogpt.convert import ckpt, hf, hf_export, hf_tokenizer
 from nanogpt.errors import UserError
+from nanogpt.evaluation import evals, tasks
+from nanogpt.evaluation.log_likelihood import Subject
 from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
@@ -24,6 +29,7 @@ from nanogpt.tokenizer.gpt2 import load_gpt2
 from tests import hf_folders, texts
 from tests.conftest import found, words, write_dataset
 
+ROOT = Path(__file__).resolve().parent.parent
 GPT2 = GPTConfig(256, 96, 3, 4, 32, vocab_multiple=100)
 FAST = replace(GPT2, bias=False, position="rope", activation="relu2", tied=False, softcap=15.0)
 BYTES = tokenizer.to_text(tokenizer.ByteTokenizer())
@@ -100,6 +106,15 @@ def test_fast_recipe_exports_as_vaultgemma(config, tmp_path):
     the_same(model, theirs)
 
 
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """The folder to which transformers copies custom model code."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -109,10 +124,7 @@ def test_fast_recipe_exports_as_vaultgemma(config, tmp_path):
         (replace(GPT2, softcap=30.0), "GPT2LMHeadModel does not support softcap=30.0"),
     ],
 )
-def test_unsupported_models_are_rejected_or_ship_custom_code(config, reason, tmp_path, monkeypatch):
-    # folder to which transformers copies custom model code
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
+def test_unsupported_models_are_rejected_or_ship_custom_code(config, reason, tmp_path, modules):
     with pytest.raises(UserError, match="no transformers class computes this model") as caught:
         hf_export.choose(config, custom_code=False)
     assert reason in str(caught.value) and "--custom_code=True" in str(caught.value)
@@ -127,8 +139,119 @@ def test_unsupported_models_are_rejected_or_ship_custom_code(config, reason, tmp
     labels[:, :5] = -100
     expected = torch.nn.functional.cross_entropy(model(idx)[0][:, 4:-1].flatten(0, 1), idx[:, 5:].flatten())
     torch.testing.assert_close(theirs(idx, labels=labels).loss, expected)
-    with pytest.raises(ValueError, match="pad on the right"):
-        theirs(idx, attention_mask=(torch.arange(20) > 3).expand(2, 20))
+
+
+PROMPTS = ["def f", "import os, sys and more than that", "x"]
+
+
+@pytest.fixture(params=[True, False], ids=["custom code", "GPT-2"])
+def folder_and_model(request, tmp_path, modules, trained_bpe):
+    """An exported model with a trained BPE, and the model itself."""
+    config = replace(FAST, smear=True, qk_norm=True) if request.param else GPT2
+    model = lively(replace(config, vocab_size=1000, block_size=64, vocab_multiple=1))
+    (tmp_path / "model").mkdir()
+    hf_export.write_folder(tmp_path / "model", model, trained_bpe, "float32", request.param)
+    return tmp_path / "model", model, {"trust_remote_code": request.param}
+
+
+def continuations(model: GPT, tokens, count: int) -> list[list[int]]:
+    return [greedy(model, tokens(prompt)["input_ids"], count) for prompt in PROMPTS]
+
+
+def test_usual_calls_give_the_text_of_our_engine(folder_and_model):
+    folder, model, trust = folder_and_model
+    theirs = AutoModelForCausalLM.from_pretrained(folder, **trust).eval()
+    tokens = AutoTokenizer.from_pretrained(folder, **trust)
+    expected = continuations(model, tokens, 20)
+    for prompt, new in zip(PROMPTS, expected, strict=True):
+        inputs = tokens(prompt, return_tensors="pt")
+        assert set(inputs) == {
+            "input_ids",
+            "attention_mask",
+        }  # GPT-2 embeds token_type_ids
+        written = theirs.generate(**inputs, max_new_tokens=20, do_sample=False)
+        assert written[0, inputs["input_ids"].shape[1] :].tolist() == new
+    batch = tokens(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    written = theirs.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert written.tolist() == expected
+    told = pipeline("text-generation", model=str(folder), **trust)
+    found = told(PROMPTS, batch_size=3, max_new_tokens=20, do_sample=False, return_full_text=False)
+    assert [one[0]["generated_text"] for one in found] == [tokens.decode(new) for new in expected]
+    several = theirs.generate(**inputs, max_new_tokens=5, num_beams=2, num_return_sequences=2)
+    assert len(several) == 2
+
+
+def test_half_precision_generates_and_is_close(folder_and_model):
+    folder, model, trust = folder_and_model
+    idx = torch.arange(60)[None]
+    for dtype in (torch.bfloat16, torch.float16):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **trust).eval()
+        assert theirs.dtype == dtype
+        assert theirs.generate(idx[:, :9], max_new_tokens=5, do_sample=False).shape == (1, 14)
+        with torch.no_grad():
+            exact = model(idx)[0]
+            assert (theirs(idx).logits.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "between"])
+def test_masked_tokens_have_no_influence(padding, tmp_path, modules):
+    model = lively(replace(FAST, smear=True, vocab_multiple=1))
+    theirs = exported(tmp_path / "model", model, custom_code=True)
+    idx = torch.randint(0, 256, (2, 20))
+    kept = {"left": torch.arange(20) > 6, "right": torch.arange(20) < 13, "between": torch.arange(20) % 3 > 0}
+    mask = kept[padding].expand(2, 20).long()
+    ids = torch.where(mask.bool(), idx, 999)  # an id beyond the vocabulary, as of a pad token added later
+    labels = torch.where(mask.bool(), idx, -100)
+    with torch.no_grad():
+        expected, _ = model(idx[:, kept[padding]])
+        found = theirs(ids, attention_mask=mask, labels=labels)
+        torch.testing.assert_close(found.logits[:, kept[padding]], expected, rtol=0, atol=1e-5)
+        if padding != "between":
+            alone = theirs(idx[:, kept[padding]], labels=idx[:, kept[padding]])
+            torch.testing.assert_close(found.loss, alone.loss)
+        assert torch.equal(theirs(ids, mask, return_dict=False)[0], found.logits)
+
+
+def test_generation_beyond_the_context_sees_the_last_tokens(tmp_path, modules):
+    model = lively(replace(FAST, smear=True, vocab_multiple=1))
+    theirs = exported(tmp_path / "model", model, custom_code=True)
+    ids = torch.randint(0, 256, (1, 90))
+    padded = torch.cat([torch.zeros(1, 20, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(110) >= 20).long()[None]
+    written = theirs.generate(padded, attention_mask=mask, max_new_tokens=20, do_sample=False)[0, 110:]
+    with torch.no_grad():
+        for _ in range(20):
+            ids = torch.cat([ids, model(ids[:, -96:])[0][:, -1:].argmax(-1)], dim=1)
+    assert written.tolist() == ids[0, 90:].tolist()
+
+
+def test_scores_of_lm_evals_hf_model_equal_ours(folder_and_model, tmp_path):
+    pytest.importorskip("accelerate", reason="lm-eval's hf model needs accelerate")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    folder, model, trust = folder_and_model
+    rows = [{"q": words(20, seed=i), "c": [words(5, seed=i), words(9, seed=9 * i)]} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    about = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+    about |= {"test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": 0, "doc_to_choice": "{{c}}"}
+    about |= {"output_type": "multiple_choice", "task": "own", "metric_list": [{"metric": "acc"}]}
+    task = tmp_path / "own.yaml"
+    task.write_text(json.dumps(about), encoding="utf-8")
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "device": "cpu", "batch_size": 4, **trust},
+        tasks=[str(task)],
+        task_manager=TaskManager(include_defaults=False),
+    )
+    theirs = [[one[0] for one in row["filtered_resps"]] for row in found["samples"]["own"]]
+    own = tokenizer.from_file(folder / hf_export.OWN_TOKENIZER)
+    subject = Subject(model, own, runtime.setup("cpu", "float32", 32))
+    items = [tasks.Item(row["q"], tuple(row["c"])) for row in rows]
+    ours = evals.run_task(tasks.Task("own", "choice", items), subject).rows
+    assert len(theirs) == 12
+    for one, other in zip(theirs, ours, strict=True):
+        assert one == pytest.approx(other["loglikelihoods"], abs=1e-3)
 
 
 def test_export_drops_padding_and_writes_half_precision(tmp_path):
@@ -137,6 +260,16 @@ def test_export_drops_padding_and_writes_half_precision(tmp_path):
     theirs = exported(tmp_path, model, dtype="bfloat16")
     assert theirs.config.vocab_size == 256 and theirs.lm_head.weight.shape[0] == 256
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_weights_beyond_float16_are_rejected(tmp_path):
+    model = lively(GPT2)
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.weight[3, 3] = 1e5
+    with pytest.raises(UserError, match=r"h\.1\.mlp\.c_fc\.weight has values beyond the range of float16"):
+        hf_export.write_folder(tmp_path, model, BYTES, "float16", False)
+    assert not any(tmp_path.iterdir())
+    hf_export.write_folder(tmp_path, model, BYTES, "bfloat16", False)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -273,6 +406,54 @@ def test_exports_a_trained_run(name, run, tmp_path, capsys):
     written = theirs.generate(**prompt, max_new_tokens=64, do_sample=False)[0, 5:].tolist()
     assert written == greedy(model, prompt["input_ids"][0].tolist(), 64)
     assert (target / "generation_config.json").is_file()
+    about = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    assert name != "plain" or about["n_ctx"] == about["n_positions"] == 80  # read by llama.cpp's converter
+
+
+@pytest.mark.parametrize("custom_code", [True, False])
+def test_model_card_has_the_numbers_of_the_run(custom_code, run, tmp_path, modules, monkeypatch, capsys):
+    target = tmp_path / "exported"
+    export.main(export.Config(to=str(target), out_dir=str(run / "plain"), custom_code=custom_code))
+    found, _ = reader.find(run / "plain", "best")
+    card = (target / "README.md").read_text(encoding="utf-8")
+    loss, tokens = found.progress.val_loss, found.iter_num * 12 * 80
+    for line in (
+        f"| parameters | {found.load_model().n_params():,} |",
+        "| layers, heads, channels | 2, 2, 32 |",
+        "| context | 80 tokens |",
+        "| trained on | `mine` |",
+        f"| iterations | {found.iter_num} |",
+        f"| tokens read | {tokens:,} |",
+        f"| validation loss | {loss:.4f} nats/token, perplexity {math.exp(loss):.2f} |",
+    ):
+        assert line in card
+    assert ("trust_remote_code=True" in card) == custom_code == ("NanoGPTForCausalLM" in card)
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})
+    assert len(capsys.readouterr().out) > 50
+
+
+def examples() -> list[str]:
+    guide = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    return re.findall(r"python export\.py (--out_dir\S+ .*?)(?: +#.*)?\n", export.__doc__ + guide)
+
+
+@pytest.mark.parametrize("example", examples())
+def test_examples_fit_the_presets_that_write_these_folders(example):
+    given = export.Config(**read(export.Config, example.split()).values)
+    shapes = []
+    for path in sorted((ROOT / "config").glob("*.py")):
+        options = train.Config(**read(train.Config, [str(path)]).values)
+        if options.out_dir == given.out_dir and not path.name.startswith("eval"):
+            shapes.append(pick_fields(GPTConfig, options, vocab_size=65))
+    assert shapes
+    for shape in shapes:
+        if given.format == "hf":
+            hf_export.choose(shape, given.custom_code)
+        else:
+            ckpt.require(shape, tokenizer.to_text(tokenizer.CharTokenizer("ab")))
 
 
 def test_exports_nanogpt_format(run, tmp_path, capsys):

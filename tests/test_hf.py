@@ -127,8 +127,37 @@ def test_file_layouts_load_equally(make, tmp_path):
     agree(loaded(tmp_path), theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_files_load_as_float32(dtype, tmp_path):
+def rewritten(folder: Path, drop: str, add: dict) -> None:
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in about.items() if key not in drop.split()}
+    (folder / "config.json").write_text(json.dumps(kept | add), encoding="utf-8")
+
+
+ALIASES = {"num_attention_heads": 4, "hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 48}
+
+
+@pytest.mark.parametrize(
+    ("drop", "add"),
+    [
+        ("n_positions", {"n_ctx": 48}),
+        ("", {"n_ctx": 24}),  # as transformers, which ignores it
+        ("model_type", {}),
+        ("model_type architectures n_positions", {"n_ctx": 48}),  # a file of 2019
+        ("n_head", {"num_attention_heads": 4}),  # 12 also divides 48
+        ("n_head n_embd n_layer n_positions", ALIASES),
+        ("", {"activation_function": "gelu_fast"}),
+        ("", {"n_inner": 192, "reorder_and_upcast_attn": True, "dtype": "float7", "id2label": None}),
+    ],
+    ids=str,
+)
+def test_old_and_unusual_configurations_load_equally(drop, add, tmp_path):
+    theirs = reference(GPT2Config(**SHRUNK["gpt2"].to_dict() | {"n_head": 4}), tmp_path)
+    rewritten(tmp_path, drop, add)
+    agree(loaded(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_load_as_float32(dtype, tmp_path):
     torch.manual_seed(0)
     GPT2LMHeadModel(SHRUNK["gpt2"]).to(dtype).save_pretrained(tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -183,9 +212,9 @@ def test_loaded_weights_are_not_views_of_the_file(tmp_path):
 
 
 def test_tokenizer_is_loaded_with_the_model(tmp_path, merges):
-    from nanogpt.tokenizer import tokenizer
+    from nanogpt.tokenizer import tokenizer, vocabulary
 
-    folder = hf_folders.write(tmp_path / "a", merges=merges)
+    folder = hf_folders.write(tmp_path / "a", merges=merges, vocab_size=vocabulary.GPT2_VOCAB_SIZE)
     text = hf.open_folder(folder).tokenizer
     assert json.loads(text)["merges"] == merges.read_text(encoding="utf-8")
     ids = tokenizer.from_text(text).encode("Hello world!").tolist()
@@ -197,6 +226,36 @@ def test_tokenizer_is_loaded_with_the_model(tmp_path, merges):
         about = {"model": {"type": "BPE", "merges": form}}
         (folder / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
         assert hf.open_folder(folder).tokenizer == text
+
+
+def test_weights_without_tokenizer_files_load_without_a_network(tmp_path, monkeypatch):
+    """GPT-2's vocabulary is looked for when there is text to encode."""
+    folder = hf_folders.write(tmp_path / "model")
+    monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    model = load(folder, device="cpu", dtype="float32")
+    assert model.model(torch.arange(5)[None])[0].shape == (1, 5, 50257)
+    for needs_text in (lambda: model.generate("x"), lambda: model.score("x"), lambda: model.decode([1])):
+        with pytest.raises(UserError, match=r"^https://\S*vocab\.bpe could not be downloaded"):
+            needs_text()
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "tokenizer.model", "vocab.json"])
+def test_another_kind_of_tokenizer_is_not_taken_for_gpt2s(name, tmp_path):
+    """Many GPT-2s for other languages kept GPT-2's number of ids."""
+    folder = hf_folders.write(tmp_path)
+    assert hf.open_folder(folder).tokenizer
+    (folder / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"the tokenizer of .* is unknown"):
+        load(folder, device="cpu").generate("x")
+
+
+@pytest.mark.parametrize("rows", [50259, 50261, 50263, 50275, 50300])
+def test_rows_of_added_tokens_are_not_dropped(rows, tmp_path, real):
+    """After resize_token_embeddings, without the file that names the new tokens."""
+    folder = hf_folders.write(tmp_path, merges=real("gpt2/vocab.bpe"), vocab_size=rows)
+    with pytest.raises(UserError, match=rf"has {rows} rows, the tokenizer 50257 ids; give the"):
+        hf.open_folder(folder)
 
 
 def test_different_tokenizer_is_rejected(tmp_path):
@@ -230,11 +289,32 @@ def edited(folder: Path, edit) -> Path:
             lambda w: w.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(64, 16)}),
             r"h\.0\.mlp\.c_fc\.weight \[64, 16\], expected \[16, 64\]",
         ),
+        # quantized: integers without their scale
+        (lambda w: w.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(16, 64).char()}), "has .* as I8"),
+        (lambda w: w.update({"transformer.ln_f.bias": torch.ones(16).byte()}), r"ln_f\.bias as U8"),
+        (lambda w: w.update({"transformer.ln_f.bias": torch.ones(16).to(torch.float8_e5m2)}), "as F8_E5M2"),
+        (lambda w: w.update({"wte.weight": torch.ones(300, 16)}), r"has .*wte\.weight twice"),
+        (
+            lambda w: w["transformer.h.1.ln_1.bias"].fill_(torch.nan),
+            r"h\.1\.ln_1\.bias has values that are not",
+        ),
+        (lambda w: w["transformer.wpe.weight"][:1].fill_(torch.inf), r"wpe\.weight has values that are not"),
     ],
 )
 def test_mismatched_tensors_are_rejected(edit, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        hf.open_folder(edited(tmp_path, edit))
+    with pytest.raises(UserError, match=message) as caught:
+        loaded(edited(tmp_path, edit))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_is_not_ignored(beside, tmp_path):
+    """In a folder of its own, as PEFT writes it, or beside the weights it belongs to."""
+    if beside:
+        hf_folders.write(tmp_path, vocab_size=300)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"has a PEFT adapter, .*\.merge_and_unload\(\)\.save_pretrained"):
+        hf.open_folder(tmp_path)
 
 
 def test_tied_head_that_differs_from_the_embedding_is_rejected(tmp_path):
@@ -252,12 +332,33 @@ def test_tied_head_that_differs_from_the_embedding_is_rejected(tmp_path):
         ({"activation_function": "tanh"}, r"activation_function='tanh' \(known: gelu_new"),
         ({"n_inner": 99}, "n_inner=99"),
         ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
-        ({"n_layer": "two"}, r"n_layer='two' \(a positive integer\)"),
+        ({"n_layer": "two"}, r"n_layer='two' \(a positive integer, here at most 28\)"),
+        ({"n_layer": 10**9}, "n_layer=1000000000"),  # would build a billion layers
+        ({"n_embd": 10**9}, "n_embd=1000000000"),
+        ({"n_positions": 10**30}, "n_positions=1000000"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"num_attention_heads": 4}, "n_head=2 and num_attention_heads=4"),
+        ({"activation_function": ["gelu"]}, "activation_function="),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' .true or false."),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings=None .true or false."),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config={'quant_method'"),
+        ({"model_type": None, "architectures": ["GPT2LMHeadModel"]}, "model_type is None"),
     ],
 )
 def test_models_other_than_gpt2_are_rejected(changes, message, tmp_path):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         hf.open_folder(hf_folders.write(tmp_path, changes, vocab_size=300))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "about", [{}, [1], None, "gpt2", {"architectures": ["GPTNeoForCausalLM"], "n_head": 2}]
+)
+def test_a_configuration_that_names_no_gpt2_is_rejected(about, tmp_path):
+    folder = hf_folders.write(tmp_path, vocab_size=300)
+    (folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
+    with pytest.raises(UserError, match="model_type is None; only 'gpt2'"):
+        hf.open_folder(folder)
 
 
 def test_missing_or_truncated_files_are_reported(tmp_path):

@@ -42,6 +42,7 @@ def test_a_wheel_prepares_trains_and_samples_in_the_current_folder(installed, tm
     before = sorted(path.relative_to(installed).as_posix() for path in installed.rglob("*.py"))
     assert {"nanogpt/programs/train.py", "nanogpt/programs/config/quickstart.py"} <= set(before)
     assert (installed / "nanogpt" / "inference" / "cpu_kernels.cpp").is_file()
+    assert (installed / "nanogpt" / "convert" / "model_card.md").is_file()
     assert (installed / "nanogpt" / "programs" / "web" / "index.html").is_file()
     (tmp_path / "novel.txt").write_text(words(900), encoding="utf-8")
     done = nanogpt(installed, tmp_path, "prepare", "novel.txt", "--out=data/novel")

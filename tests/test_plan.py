@@ -10,14 +10,17 @@ import pytest
 import torch
 
 import plan
+import plot
 import train
 from nanogpt import metrics, optim
+from nanogpt.checkpoint import reader
 from nanogpt.config import pick_fields, read
 from nanogpt.errors import UserError
 from nanogpt.gpu import chips
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.options import OptimizerOptions
 from nanogpt.planning import estimate
+from tests.conftest import words, write_dataset
 
 OPTIONS = frozenset(train.Config.__dataclass_fields__)
 
@@ -46,6 +49,39 @@ def test_estimated_parameters_and_optimizer_state_match_real_models(shape, optim
     held = sum(t.numel() * t.element_size() for name, t in state.items() if not name.endswith("steps"))
     assert need.optimizer == held
     assert need.activations == 2 * estimate.memory(shape, rules, batch_size=2).activations
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_iters": 7},
+        {"max_tokens": 1500},  # 5.9 iterations
+        {"max_tokens": 1500, "batch_tokens": 512},
+        {"max_iters": 7, "batch_ramp_tokens": 700},
+    ],
+    ids=str,
+)
+def test_plan_log_state_and_plot_agree_on_iterations_and_tokens(given, tmp_path, capsys):
+    write_dataset(tmp_path / "data", words(900))
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8}
+    shape |= {"dataset": str(tmp_path / "data"), **given}
+    if "batch_tokens" not in given:
+        shape |= {"gradient_accumulation_steps": 2}
+    rest = {"device": "cpu", "log_interval": 1, "eval_iters": 1, "warmup_iters": 0}
+    options = {"out_dir": str(tmp_path / "out"), **shape, **rest}
+    train.main(train.Config(**options), dict.fromkeys(options, "given"))
+    printed = capsys.readouterr().out
+    rows = metrics.read(tmp_path / "out")
+    state = reader.find(tmp_path / "out", "last")[0].state
+    done, read = state["iter_num"], rows[-1]["tokens"]
+    assert len(re.findall(r"(?m)^iter \d+:", printed)) == done == rows[-1]["iter"] == rows[-2]["iter"] + 1
+    assert rows[-2]["tokens"] == read  # of the last step, and of the evaluation after it
+    assert f"; {done} iterations, " in printed
+    drawn = [plot.load_run(tmp_path / "out", "x", x).evals["x"][-1] for x in ("iter", "tokens")]
+    assert drawn == [done, read]
+    if "batch_ramp_tokens" not in given:
+        plan.main(plan.Config(gpu="H100", **shape), dict.fromkeys(shape, "given"))
+        assert f"tokens: {read:,} in {done} iterations of {read // done:,};" in capsys.readouterr().out
 
 
 PUBLISHED = {  # millions of parameters: OpenAI's release, and Brown et al. 2020, table 2.1

@@ -14,6 +14,7 @@ from nanogpt.tokenizer import isolated, tokenizer
 from nanogpt.tokenizer.gpt2 import load_gpt2
 from tests import texts
 from tests.conftest import found, words
+from tests.hub_server import dataset_hub
 from tests.test_prepare import assert_refused, prepare
 
 
@@ -74,6 +75,56 @@ def test_web_pages_become_gpt2_tokens(repository, pages, tmp_path, real):
         assert np.array_equal(train, splits[0][0]) and np.array_equal(val, splits[0][1])
     assert len(list(out.glob("tokens_train_*.bin"))) > 5
     tokens = load_gpt2(str(merges))
+    assert documents_of(out) == sorted(tokens.encode(page).tolist() for page in pages)
+
+
+def branch(folder: Path, pages: list[str], names: list[str]) -> Path:
+    """Write `pages` to the Parquet files `names` of a branch, about equally many in each."""
+    bounds = np.linspace(0, len(pages), len(names) + 1).astype(int)
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": pages[bounds[i] : bounds[i + 1]]}), path)
+    (folder / "README.md").write_text("# OpenWebText\n", encoding="utf-8")
+    return folder
+
+
+MAIN = [f"plain_text/train-{i:05}-of-00080.parquet" for i in range(80)]
+CONVERTED = [f"plain_text/train/{i:04}.parquet" for i in range(3)]
+PARTIAL = [f"plain_text/partial-train/{i:04}.parquet" for i in range(2)]
+OLD = ["openwebtext.py.parquet"]  # a main branch without plain_text/
+
+
+@pytest.mark.parametrize(
+    ("main", "converted", "used"),
+    [
+        (MAIN, CONVERTED, MAIN),
+        (MAIN, PARTIAL, MAIN),
+        (OLD, CONVERTED, CONVERTED),
+        (MAIN[:79], CONVERTED, CONVERTED),  # an upload in progress
+        (OLD, PARTIAL, []),
+        (MAIN[:79], PARTIAL, []),
+        (OLD, [], []),
+    ],
+    ids=["both", "main", "converted", "incomplete", "partial", "no complete one", "neither"],
+)
+def test_openwebtext_is_found_in_either_branch_of_the_hub(main, converted, used, tmp_path, real):
+    """The default of --hub against a local server; a part of the pages is never taken for all of them."""
+    pages = texts.web_pages(160)
+    branches = {"main": branch(tmp_path / "main", pages, main)}
+    if converted:
+        branches["refs/convert/parquet"] = branch(tmp_path / "converted", pages, converted)
+    out, bpe = tmp_path / "out", f"--gpt2_bpe={real('gpt2/vocab.bpe')}"
+    with dataset_hub("Skylion007/openwebtext", branches) as (url, sent):
+        home = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        run = prepare("openwebtext/prepare.py", f"--out={out}", bpe, "--val_fraction=0.05", **home)
+    if not used:
+        assert_refused(run, "pass --source=FOLDER", out)
+        return
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "160 documents" in run.stdout
+    assert set(sent) - {Path(main[0]).name} == {Path(name).name for name in used} - {Path(main[0]).name}
+    tokens = load_gpt2(str(real("gpt2/vocab.bpe")))
     assert documents_of(out) == sorted(tokens.encode(page).tolist() for page in pages)
 
 

@@ -189,7 +189,7 @@ def test_unknown_characters_are_reported(config):
 def test_prompt_bytes_that_are_not_utf8_are_reported(config, tmp_path):
     """Lone surrogates from the command line or JSON; a byte tokenizer has no unknown characters."""
     for tokens in (CharTokenizer("a\n"), ByteTokenizer()):
-        model = replace(nanogpt.load(config.out_dir, device="cpu"), tokenizer=tokens)
+        model = replace(nanogpt.load(config.out_dir, device="cpu"), open_tokenizer=lambda made=tokens: made)
         with pytest.raises(UserError, match="udcff"):
             model.generate("a\udcff")
 

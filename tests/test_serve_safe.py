@@ -1,10 +1,18 @@
 """Server security and robustness: hostile requests are rejected, and closed connections free resources."""
 
+import http.client
 import json
+import os
 import random
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -148,6 +156,18 @@ def test_path_traversal_and_unknown_paths_are_rejected(server):
         assert status == 404 and b"error" in content, path
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions", "/v1", "/completions", "/models", "/v1/embeddings", "/docs", "/favicon.ico"],
+)
+def test_unknown_path_is_answered_with_the_known_ones(server, path):
+    status, content = server.ask(path)
+    message = json.loads(content)["error"]["message"]
+    assert status == 404 and message.startswith(f"{path} not found; there are ")
+    for known in ("GET /v1/models", "POST /v1/completions", "GET /health", "GET /metrics", "GET /"):
+        assert known in message
+
+
 def test_bodies_headers_and_urls_have_size_limits(server):
     big = b'{"prompt": "' + b"a" * (1 << 20) + b'"}'
     assert server.ask("/v1/completions", big)[0] == 413
@@ -201,6 +221,104 @@ def test_address_of_a_tunnel_is_accepted_in_addition(out):
         for other in ("https://gpt.example.evil", "http://gpt.example", "https://evil.example", "null"):
             assert server.ask("/v1/completions", asked, page | {"Host": own, "Origin": other})[0] == 403
         assert server.ask("/v1/completions", asked, {"Host": "evil.example"})[0] == 403
+
+
+NGINX = """
+daemon off; pid {folder}/pid; error_log stderr; worker_processes 1; events {{}}
+http {{
+  access_log off; client_body_temp_path {folder}/a; proxy_temp_path {folder}/b;
+  fastcgi_temp_path {folder}/c; uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
+  server {{
+    listen 127.0.0.1:{port} ssl; ssl_certificate {folder}/cert.pem; ssl_certificate_key {folder}/key.pem;
+    location / {{ proxy_pass http://127.0.0.1:{inner}; {keep} }}
+  }}
+}}
+"""
+CADDY = """
+{{
+  admin off
+  auto_https off
+  skip_install_trust
+}}
+https://:{port} {{
+  bind 127.0.0.1
+  tls {folder}/cert.pem {folder}/key.pem
+  reverse_proxy 127.0.0.1:{inner} {keep}
+}}
+"""
+PROXIES = {  # configuration; what keeps the name that the browser asked for; what replaces it; how to start
+    "nginx": (NGINX, "proxy_set_header Host $http_host;", "", ["-e", "stderr", "-c"]),
+    "caddy": (
+        CADDY,
+        "",
+        "{{\n    header_up Host {{upstream_hostport}}\n  }}",
+        ["run", "--adapter=caddyfile", "--config"],
+    ),
+}
+
+
+@contextmanager
+def tls_proxy(name: str, folder: Path, inner: int, keeps_host: bool) -> Iterator[http.client.HTTPSConnection]:
+    """Run a proxy with TLS for https://gpt.example in front of port `inner`; yield a connection to it."""
+    program, openssl = shutil.which(name), shutil.which("openssl")
+    if not program or not openssl:
+        pytest.skip(f"needs {name} and openssl")
+    subject = ["-subj", "/CN=gpt.example", "-addext", "subjectAltName=DNS:gpt.example"]
+    pair = ["-newkey", "rsa:2048", "-nodes", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    subprocess.run([openssl, "req", "-x509", *pair, *subject], check=True, capture_output=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    text, keep, replaced, start = PROXIES[name]
+    keep = keep if keeps_host else replaced
+    settings = text.format(folder=folder, port=port, inner=inner, keep=keep.format())
+    (folder / "proxy.conf").write_text(settings, encoding="utf-8")
+    environment = {**os.environ, "HOME": str(folder)}
+    command = [program, *start, str(folder / "proxy.conf")]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
+    ) as proxy:
+        try:
+            trusted = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+            for _ in range(200):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+                    connection = http.client.HTTPSConnection("gpt.example", port, timeout=20)
+                    connection.sock = trusted.wrap_socket(raw, server_hostname="gpt.example")
+                    yield connection
+                    return
+                assert proxy.poll() is None, proxy.stderr.read()
+                time.sleep(0.05)
+            raise TimeoutError(name)
+        finally:
+            proxy.terminate()
+
+
+@pytest.mark.parametrize("keeps_host", [True, False])
+@pytest.mark.parametrize("name", PROXIES)
+def test_page_and_api_work_behind_a_proxy_with_tls(name, keeps_host, out, tmp_path):
+    """A proxy that keeps the name in Host needs no option; otherwise --public_address names it."""
+    options = ["--host=0.0.0.0"] if keeps_host else ["--public_address=https://gpt.example"]
+    with (
+        serving(out, *options, NANOGPT_TOKEN="secret") as server,
+        tls_proxy(name, tmp_path, server.port, keeps_host) as client,
+    ):
+        page = {"Host": "gpt.example", "Sec-Fetch-Site": "same-origin", "Authorization": "Bearer secret"}
+
+        def ask(method: str, path: str, body: str = "", **headers: str) -> tuple[int, str]:
+            client.request(method, path, body, {"Content-Type": "application/json", **headers})
+            answer = client.getresponse()
+            return answer.status, answer.read().decode()
+
+        status, content = ask("GET", "/", Host="gpt.example")
+        assert status == 200 and "<html" in content
+        asked = json.dumps({"prompt": "a", "max_tokens": 3})
+        own = page | {"Origin": "https://gpt.example"}
+        status, content = ask("POST", "/v1/completions", asked, **own)
+        assert status == 200 and len(json.loads(content)["choices"][0]["text"]) == 3, content
+        streamed = json.dumps({"prompt": "a", "max_tokens": 9, "stream": True})
+        status, content = ask("POST", "/v1/completions", streamed, **own)
+        assert status == 200 and content.endswith("data: [DONE]\n\n"), content
+        for other in ({"Origin": "https://evil.example"}, {"Authorization": "Bearer wrong"}):
+            assert ask("POST", "/v1/completions", asked, **own | other)[0] in (401, 403)
 
 
 def streamed(server, **fields) -> socket.socket:

@@ -20,13 +20,17 @@ from nanogpt.prepare import web
 from nanogpt.prepare.corpus import own_folder
 from nanogpt.prepare.web import WebOptions
 
-HUB = "Skylion007/openwebtext:plain_text:train@refs/convert/parquet"  # the main branch holds a script only
+# The main branch, else the hub's own conversion if it is complete (otherwise it is in partial-train).
+HUB = (
+    "Skylion007/openwebtext/plain_text/train-*-of-00080.parquet@main"
+    "|Skylion007/openwebtext/plain_text/train/*.parquet@refs/convert/parquet"
+)
 HERE = own_folder(__file__)
 
 
 @dataclass
 class Config(WebOptions):
-    hub: str = HUB  # NAME[:CONFIG[:SPLIT]][@REVISION] of the dataset
+    hub: str = HUB  # NAME[:CONFIG[:SPLIT]][@REVISION], or NAME/FILES@REVISION; "|": else
     seed: Seed = 2357  # seed of the choice of validation pages
 
 

@@ -34,13 +34,24 @@ from nanogpt.tokenizer import vocabulary
 
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["merges.txt", "vocab.json", "tokenizer.json", OWN_TOKENIZER]
-ACTIVATION_OF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
+ACTIVATION_OF = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
+ACTIVATION_OF |= {"gelu": "gelu", "relu2": "relu2"}
 FLAGS = {  # GPT2Config settings that change the computation, and GPT-2's values
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
+    "quantization_config": None,
 }
+KEYS = {  # our sizes, and their two names in config.json
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "block_size": ("n_positions", "max_position_embeddings"),
+    "vocab_size": ("vocab_size", "vocab_size"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
+UNREAD = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json")
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks saved by old versions
 CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # Conv1D weights, stored (in, out) as by OpenAI
 
@@ -62,22 +73,19 @@ def find(name: str) -> Path:
             f"--init_from={name} needs a package: pip install huggingface_hub; or pass the path of a folder "
             f"with {_what_to_put(repo)}"
         ) from None
-    for known in dict.fromkeys([repo, name]):  # old caches store gpt2 under its short name
+    problem = Exception()
+    wanted = WANTED + TOKENIZER_FILES
+    for known, cached in ((repo, True), (name, True), (repo, False)):  # old caches store gpt2 under that name
         try:
-            folder = Path(huggingface_hub.snapshot_download(known, local_files_only=True))
-            weight_files(folder)
-            return folder
-        except Exception:  # not cached, or incomplete
-            continue
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=WANTED + TOKENIZER_FILES))
-    except Exception as error:  # network, proxy and hub errors share no base class
-        reason = _reason(error)
-        raise UserError(
-            f"{name} is not complete in the cache ({constants.HF_HUB_CACHE}) and could not be downloaded "
-            f"({reason}); put {_what_to_put(repo)} in a folder, "
-            f"and pass --init_from=FOLDER"
-        ) from None
+            found = huggingface_hub.snapshot_download(known, allow_patterns=wanted, local_files_only=cached)
+            weight_files(Path(found))
+            return Path(found)
+        except Exception as error:  # network, proxy and hub errors share no base class
+            problem = error
+    raise UserError(
+        f"{name} is not complete in the cache ({constants.HF_HUB_CACHE}) and could not be downloaded "
+        f"({_reason(problem)}); put {_what_to_put(repo)} in a folder, and pass --init_from=FOLDER"
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -100,9 +108,15 @@ def open_folder(folder: Path) -> Pretrained:
     Raise UserError for other architectures, for missing, unexpected or misshapen tensors, for missing or
     truncated files, and for pickled weights.
     """
+    if (folder / "adapter_config.json").is_file():
+        merged = f"peft.AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload()"
+        raise UserError(
+            f"{folder} has a PEFT adapter, which is not applied here; merge it into its model: "
+            f"python -c \"import peft; {merged}.save_pretrained('{folder}-merged')\""
+        )
     about = files.read_json(folder / "config.json")
-    stored_config = shape(about, folder / "config.json")
     stored = _headers(weight_files(folder))
+    stored_config = shape(about, folder / "config.json", len(stored))
     tied_copy = stored_config.tied and "lm_head.weight" in stored
     expected = _expected(stored_config)
     if tied_copy:
@@ -122,6 +136,8 @@ def open_folder(folder: Path) -> Pretrained:
             if name == "lm_head.weight" and tied_copy:
                 continue
             tensor = stored_tensor(*place[:2])
+            if not tensor.sum(dtype=torch.float32).isfinite():
+                raise UserError(f"{folder}: {name} has values that are not finite; the file is damaged")
             if no_bias and name.endswith(".bias"):
                 if tensor.any():
                     raise UserError(f"{folder}: {name} is not zero, but config.json has no bias")
@@ -134,23 +150,37 @@ def open_folder(folder: Path) -> Pretrained:
     return Pretrained(str(folder), config, text, vocabulary.identify(text).sha256 if text else "", read)
 
 
-def shape(about: Any, path: Path) -> GPTConfig:
-    """Return the model shape described by Hugging Face's config.json; raise UserError unless it is GPT-2."""
-    kind = about.get("model_type") if isinstance(about, dict) else None
+def shape(about: Any, path: Path, tensors: int) -> GPTConfig:
+    """Return the model shape described by Hugging Face's config.json, for a file of `tensors` tensors; raise
+    UserError unless it is GPT-2. Files of 2019 have neither model_type nor architectures.
+    """
+    is_old = "n_head" in about and "GPT2" in str(about.get("architectures", "GPT2"))
+    kind = about.get("model_type", "gpt2" if is_old else None)
     if kind != "gpt2":
         raise UserError(f"{path}: model_type is {kind!r}; only 'gpt2' is supported")
-    wrong = [f"{k}={about[k]!r} (GPT-2: {v!r})" for k, v in FLAGS.items() if k in about and about[k] != v]
-    activation = about.get("activation_function", "gelu_new")
-    if activation not in list(ACTIVATION_OF):
+    unlike = [key for key, value in FLAGS.items() if about.get(key, value) != value]
+    wrong = [f"{key}={repr(about[key])[:80]} (GPT-2: {FLAGS[key]!r})" for key in unlike]
+    activation = str(about.get("activation_function", "gelu_new"))
+    if activation not in ACTIVATION_OF:
         wrong.append(f"activation_function={activation!r} (known: {', '.join(ACTIVATION_OF)})")
-    sizes = {key: about.get(key, getattr(GPTConfig, key)) for key in ("n_layer", "n_head", "n_embd")}
-    sizes |= {"vocab_size": about.get("vocab_size", 50257), "block_size": about.get("n_positions", 1024)}
-    wrong += [f"{k}={v!r} (a positive integer)" for k, v in sizes.items() if type(v) is not int or v < 1]
+    tied = about.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        wrong.append(f"tie_word_embeddings={tied!r} (true or false)")
+    sizes = {}
+    for name, (key, alias) in KEYS.items():
+        other = about.get(
+            alias, about.get("n_ctx", 1024) if key == "n_positions" else getattr(GPTConfig, name)
+        )
+        sizes[name] = value = about.get(key, other)
+        most = tensors if name == "n_layer" else 1 << 24
+        if type(value) is not int or not 0 < value <= most:
+            wrong.append(f"{key}={value!r} (a positive integer, here at most {most})")
+        elif alias in about and other != value:
+            wrong.append(f"{key}={value} and {alias}={other!r} (the same)")
     if not wrong and about.get("n_inner") not in (None, 4 * sizes["n_embd"]):
         wrong.append(f"n_inner={about['n_inner']!r} (GPT-2: four times n_embd)")
     if wrong:
         raise UserError(f"{path}: unsupported settings: {'; '.join(wrong)}")
-    tied = about.get("tie_word_embeddings", True)
     config = GPTConfig(**sizes, activation=ACTIVATION_OF[activation], tied=tied)
     require_possible(config, path)
     return config
@@ -207,9 +237,13 @@ def _headers(parts: list[Path]) -> dict[str, Place]:
         try:
             with safe_open(part, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    plain = name.removeprefix("transformer.")
-                    if not BUFFERS.fullmatch(plain):
-                        found[plain] = (part, name, file.get_slice(name).get_shape())
+                    plain, tensor = name.removeprefix("transformer."), file.get_slice(name)
+                    if BUFFERS.fullmatch(plain):
+                        continue
+                    if plain in found or tensor.get_dtype() not in FLOATS:
+                        how = "twice" if plain in found else f"as {tensor.get_dtype()}"
+                        raise UserError(f"{part} has {name} {how}; expected once, in a dtype of {FLOATS}")
+                    found[plain] = (part, name, tensor.get_shape())
         except SafetensorError as error:
             raise UserError(f"{part} is damaged or partially downloaded ({error}){_pointer(part)}") from None
     return found
@@ -244,22 +278,21 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
         text = files.text_of(folder / OWN_TOKENIZER)
         vocabulary.identify(text, str(folder / OWN_TOKENIZER))
         return text
-    present = [path for path in (folder / "merges.txt", folder / "tokenizer.json") if path.is_file()]
-    if (folder / "tokenizer.json").is_file():
-        text = _if_known((folder / "tokenizer.json").read_text(encoding="utf-8", errors="replace"))
-        if text and vocabulary.identify(text).vocab_size > vocabulary.GPT2_VOCAB_SIZE:  # added tokens
-            return text
-    for path in present:
-        merges = _plain_merges(path) if path.suffix == ".txt" else _json_merges(path)
-        lines = "\n".join(line for line in merges if not line.startswith("#version"))
-        value = {"format": vocabulary.FORMAT, "type": "gpt2", "merges": f"#version: 0.2\n{lines}\n"}
-        if text := _if_known(json.dumps(value)):
+    plain, fast = folder / "merges.txt", folder / "tokenizer.json"
+    whole = _if_known(fast.read_text(encoding="utf-8", errors="replace")) if fast.is_file() else ""
+    if whole and vocabulary.identify(whole).vocab_size > vocabulary.GPT2_VOCAB_SIZE:  # added tokens
+        return whole
+    for path, read in ((plain, _plain_merges), (fast, _json_merges)):
+        lines = [line for line in read(path) if not line.startswith("#version")] if path.is_file() else []
+        merges = "\n".join(["#version: 0.2", *lines, ""])
+        if text := _if_known(json.dumps({"format": vocabulary.FORMAT, "type": "gpt2", "merges": merges})):
             return text + "\n"
-    if present and (text := _if_known(present[-1].read_text(encoding="utf-8", errors="replace"))):
-        return text
-    if present:
-        raise UserError(f"{present[-1]}: unsupported tokenizer (not GPT-2's)")
-    return vocabulary.GPT2_BY_NAME if vocab_size in (50257, 50304) else ""
+    if whole:
+        return whole
+    if plain.is_file() or fast.is_file():
+        raise UserError(f"{plain if plain.is_file() else fast}: unsupported tokenizer (not GPT-2's)")
+    is_other = any((folder / name).is_file() for name in UNREAD)
+    return vocabulary.GPT2_BY_NAME if vocab_size in (50257, 50304) and not is_other else ""
 
 
 def _if_known(text: str) -> str:

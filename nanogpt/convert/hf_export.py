@@ -12,6 +12,7 @@ rotary positions and a logit softcap. The conversion is exact up to rounding:
 Any other model can be exported with its own code, a copy of model.py, beside the weights.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanogpt import files
+from nanogpt import files, metrics
 from nanogpt.convert import hf_tokenizer
 from nanogpt.convert.layout import OWN_TOKENIZER, theirs, unlike
+from nanogpt.convert.pretrained import Pretrained
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runtime import DTYPES
@@ -46,7 +48,7 @@ class Target:
     weights: Callable[[GPTConfig, Weights], Weights]
 
 
-def _unknown(config: GPTConfig, known: dict[str, tuple[Any, ...] | None]) -> list[str]:
+def _unknown(config: GPTConfig, known: dict[str, Any]) -> list[str]:
     return [f"{name}={getattr(config, name)}" for name in unlike(config, known)]
 
 
@@ -54,8 +56,7 @@ def _unknown(config: GPTConfig, known: dict[str, tuple[Any, ...] | None]) -> lis
 
 
 def _gpt2_refusals(config: GPTConfig) -> list[str]:
-    known: dict[str, tuple[Any, ...] | None]
-    known = {"activation": tuple(ACTIVATIONS), "bias": None, "tied": None}
+    known: dict[str, Any] = {"activation": tuple(ACTIVATIONS), "bias": None, "tied": None}
     known |= {"n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd // config.n_head)}
     return _unknown(config, known)
 
@@ -70,6 +71,7 @@ def _gpt2_settings(config: GPTConfig) -> dict[str, Any]:
         "n_head": config.n_head,
         "n_embd": config.n_embd,
         "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # as in OpenAI's files; llama.cpp's converter reads it
         "activation_function": ACTIVATIONS[config.activation],
         "layer_norm_epsilon": 1e-5,
         **{name: config.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
@@ -94,8 +96,7 @@ GATES = {"relu2": "relu", "swiglu": "silu"}
 
 
 def _vault_refusals(config: GPTConfig) -> list[str]:
-    known: dict[str, tuple[Any, ...] | None]
-    known = dict.fromkeys(("norm", "tied", "softcap", "n_kv_head", "head_dim"))
+    known: dict[str, Any] = dict.fromkeys(("norm", "tied", "softcap", "n_kv_head", "head_dim"))
     wrong = _unknown(config, known | {"position": ("rope",), "activation": tuple(GATES), "bias": (False,)})
     if config.n_embd % config.n_head:
         wrong.append(f"n_embd={config.n_embd} with n_head={config.n_head}")
@@ -221,6 +222,8 @@ def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: b
     tensors = target.weights(config, weights)
     # Clone: safetensors rejects tensors that share storage.
     ready = {name: tensor.to(DTYPES[dtype]).contiguous().clone() for name, tensor in tensors.items()}
+    if big := [name for name, tensor in ready.items() if tensor.isinf().any()]:
+        raise UserError(f"{big[0]} has values beyond the range of {dtype}; use --dtype=bfloat16")
     save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     said = [f"{target.architecture}, {sum(tensor.numel() for tensor in ready.values()):,} weights in {dtype}"]
@@ -235,7 +238,8 @@ def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: b
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     about = {"architectures": [target.architecture], "vocab_size": config.vocab_size, "dtype": dtype, **ends}
     files.write_json(folder / "config.json", about | target.settings(config))
-    files.write_json(folder / "generation_config.json", ends)
+    # pad_token_id not in config.json: some classes exclude that id from learning
+    files.write_json(folder / "generation_config.json", ends | {"pad_token_id": end})
     if custom_code:
         _write_code(folder)
         said.append("it includes code (modeling_nanogpt.py): load with trust_remote_code=True")
@@ -246,6 +250,33 @@ def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: b
         except UserError as error:
             said.append(f"no Hugging Face tokenizer written: {error}")
     return said
+
+
+def write_card(folder: Path, name: str, source: Pretrained, architecture: str, custom_code: bool) -> None:
+    """Write README.md, the model card: shape, and from the run in `source` what it was trained on and how
+    well it does."""
+    config, run = source.config, Path(source.origin).parent
+    with torch.device("meta"):
+        parameters = GPT(config).n_params()
+    rows = metrics.read(run) if (run / metrics.NAME).is_file() else []
+    known = {row["iter"]: row for row in rows if row.get("event") == "eval"}.get(source.iter_num, {})
+    facts = {
+        "class": f"`{architecture}`" + (", with its code in this folder" if custom_code else ""),
+        "parameters": f"{parameters:,}",
+        "layers, heads, channels": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
+        "context": f"{config.block_size:,} tokens",
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "trained on": source.dataset and f"`{Path(source.dataset).name}`",
+        "iterations": source.iter_num and f"{source.iter_num:,}",
+        "tokens read": known and f"{known['tokens']:,}",
+    }
+    for what, loss in (("training", known.get("train_loss")), ("validation", source.val_loss)):
+        if loss is not None:
+            facts[f"{what} loss"] = f"{loss:.4f} nats/token, perplexity {math.exp(min(loss, 700)):.2f}"
+    table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value)
+    trust = ", trust_remote_code=True" if custom_code else ""
+    card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    files.write_text(folder / "README.md", card.format(name=name, table=table, trust=trust))
 
 
 def _write_code(folder: Path) -> None:

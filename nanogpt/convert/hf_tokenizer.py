@@ -25,10 +25,12 @@ def write(folder: Path, tokens: Tokenizer) -> None:
         "tokenizer_class": "GPT2Tokenizer" if tokens.kind == "gpt2" else "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": UNBOUNDED,
+        # transformers 4 adds token_type_ids otherwise, which GPT2LMHeadModel embeds as tokens
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokens.end_of_text is not None:
         name = built.id_to_token(tokens.end_of_text)
-        about |= {"bos_token": name, "eos_token": name, "unk_token": name}
+        about |= dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), name)
     if isinstance(tokens, GPT2Tokenizer):
         about["add_prefix_space"] = False
         vocabulary = built.get_vocab(with_added_tokens=True)

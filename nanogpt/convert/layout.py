@@ -62,7 +62,7 @@ def mismatches(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequen
     )
 
 
-def unlike(config: GPTConfig, known: Mapping[str, tuple[Any, ...] | None]) -> list[str]:
+def unlike(config: GPTConfig, known: Mapping[str, Any]) -> list[str]:
     """Return the architecture options of `config` with a value that is not in `known` (None: any value).
     Options missing from `known` must have their defaults, so that a new option is never dropped silently.
     """
@@ -79,7 +79,7 @@ def with_vocabulary(config: GPTConfig, text: str, origin: str) -> GPTConfig:
     """Return `config` with the vocabulary of tokenizer `text` (contents of tokenizer.json; empty: unknown).
 
     Embedding rows beyond its ids become vocabulary padding, which is neither scored nor sampled. Raise
-    UserError if the tokenizer has more ids than the embedding has rows.
+    UserError if the tokenizer has more ids than the embedding has rows, or fewer than padding explains.
     """
     if not text:
         return config
@@ -90,4 +90,7 @@ def with_vocabulary(config: GPTConfig, text: str, origin: str) -> GPTConfig:
             f"use the tokenizer that the model was trained with"
         )
     fitting = [m for m in PADDING if -(-ids // m) * m == config.vocab_size]
-    return replace(config, vocab_size=ids, vocab_multiple=min(fitting, default=1))
+    if not fitting:
+        more = f"the embedding has {config.vocab_size} rows, the tokenizer {ids} ids"
+        raise UserError(f"{origin}: {more}; give the tokenizer.json that includes the added tokens")
+    return replace(config, vocab_size=ids, vocab_multiple=min(fitting))

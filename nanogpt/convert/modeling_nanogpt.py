@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+# Unused here, but transformers 4 copies only the files that this one imports.
+from nanogpt.chunked_loss import chunked_cross_entropy  # noqa: F401
+from nanogpt.loss import soft_cap  # noqa: F401
 from nanogpt.model import GPT, GPTConfig, Position
 
 
@@ -51,25 +54,37 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.gpt.wte
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **others: Any) -> dict[str, Any]:
-        return {"input_ids": input_ids[:, -self.gpt.config.block_size :]}
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the inputs of a step: the whole text, as far as it fits the context."""
+        first = max(0, input_ids.shape[1] - self.gpt.config.block_size)
+        mask = None if attention_mask is None else attention_mask[:, first:]
+        return {"input_ids": input_ids[:, first:], "attention_mask": mask}
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        **others: Any,
-    ) -> CausalLMOutput:
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput | tuple[Tensor, ...]:
         """Return the logits (B, T, V) of `input_ids` (B, T) and, with `labels` (B, T; -100 is ignored), the
         mean next-token loss in nats. There is no KV cache: generation recomputes the context for each token.
 
-        Raise ValueError for left padding.
+        Tokens where `attention_mask` (B, T) is 0 are left out, wherever they are; the others are moved to the
+        start of their row, where causal attention does not see what follows.
         """
-        if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-            raise ValueError("left padding is not supported: pad on the right")
-        logits, _ = self.gpt(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        real = mask.bool()
+        order = torch.argsort(mask.logical_not().int(), dim=1, stable=True)
+        hidden = self.gpt.hidden(input_ids.masked_fill(~real, 0).gather(1, order))
+        back = order.argsort(dim=1)[..., None].expand_as(hidden)
+        logits = self.gpt.head(hidden.gather(1, back))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutput(loss=loss, logits=logits)
+            targets = labels[:, 1:].masked_fill(~real[:, :-1], -100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+        found = CausalLMOutput(loss=loss, logits=logits)
+        return found.to_tuple() if return_dict is False else found

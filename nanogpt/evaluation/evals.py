@@ -53,7 +53,7 @@ class Report:
 
 def _shown(metric: Metric) -> str:
     digits = 4 if abs(metric.value) < 100 else 2
-    error = f" ± {metric.stderr:.{digits}f}" if math.isfinite(metric.stderr) else ""
+    error = f" ± {metric.stderr:.{digits}f}" if 0 < metric.stderr < math.inf else ""  # 0: all items are equal
     return f"{metric.value:.{digits}f}{error}"
 
 
@@ -161,7 +161,8 @@ def run_text(
     words: int = 0,
     advance: Advance = lambda count: None,
 ) -> Report:
-    """Return loss (nats/token), perplexity, bits/byte and, with `words`, perplexity per word.
+    """Return loss (nats/token), perplexity, bits/byte and, with `words`, perplexity per word. For data with
+    response masks, response_loss is the loss that training minimizes, the others are over all tokens.
 
     Bytes are the UTF-8 bytes of the scored tokens; special tokens count 0. Standard errors are computed
     over stretches of up to STRETCH bytes, because neighboring tokens are not independent. `advance` is
@@ -170,15 +171,20 @@ def run_text(
     started = time.perf_counter()
     sizes = token_bytes(subject.tokenizer)
     losses: list[np.ndarray] = [np.zeros(0)] * len(windows)
-    lengths: list[np.ndarray] = [np.zeros(0)] * len(windows)
+    lengths, masks = losses.copy(), losses.copy()
     for i, nats, _ in score(subject, windows, advance=advance):
         losses[i] = nats.astype(np.float32)
-        ids, scored = windows[i]
-        lengths[i] = sizes[ids[len(ids) - scored :]].astype(np.int32)
-    nats, text_bytes = np.concatenate(losses), np.concatenate(lengths)
+        lengths[i] = lengths_of(*windows[i], subject.tokenizer, sizes).astype(np.int32)
+        which, begin, end = windows.place(i)
+        if mask := getattr(windows.texts[which], "scored", None):
+            masks[i] = mask.read(begin, end - begin)
+    nats, text_bytes, responses = np.concatenate(losses), np.concatenate(lengths), np.concatenate(masks) > 0
     totals, rows = _stretches(nats, text_bytes)
     loss = significance.mean(*totals["loss"])
     metrics = {"loss": loss, "perplexity": _exp(loss)}
+    if responses.any():
+        totals["response_loss"] = _stretches(nats[responses], text_bytes[responses])[0]["loss"]
+        metrics["response_loss"] = significance.mean(*totals["response_loss"])
     if text_bytes.any():
         metrics["bits_per_byte"] = significance.mean(*totals["bits_per_byte"])
     else:
@@ -187,7 +193,8 @@ def run_text(
         total = float(nats.sum(dtype=np.float64))
         error = loss.stderr * len(nats) / words
         metrics["word_perplexity"] = _exp(Metric(total / words, error))
-    counts = {"tokens": len(nats), "bytes": int(text_bytes.sum()), "windows": len(windows)}
+    counts = {"tokens": len(nats), "response tokens": int(responses.sum())}
+    counts |= {"bytes": int(text_bytes.sum()), "windows": len(windows)}
     return Report(name, "text", metrics, counts, time.perf_counter() - started, totals, rows)
 
 
@@ -211,11 +218,19 @@ def _stretches(nats: np.ndarray, text_bytes: np.ndarray) -> tuple[dict[str, Any]
 
 
 def token_bytes(tokens: Tokenizer) -> np.ndarray:
-    """Return the UTF-8 byte length of each token id, int64 (V,); 0 for end-of-text."""
-    sizes = np.array([len(tokens.decode_bytes([i])) for i in range(tokens.vocab_size)], dtype=np.int64)
-    if tokens.end_of_text is not None:
-        sizes[tokens.end_of_text] = 0
-    return sizes
+    """Return the UTF-8 byte length of each token id decoded alone, int64 (V,)."""
+    return np.array([len(tokens.decode_bytes([i])) for i in range(tokens.vocab_size)], dtype=np.int64)
+
+
+def lengths_of(ids: np.ndarray, scored: int, tokens: Tokenizer, sizes: np.ndarray) -> np.ndarray:
+    """Return the UTF-8 byte lengths of the last `scored` of `ids`, int64; 0 for end-of-text. `sizes`: see
+    token_bytes. Some tokenizers drop the space of a token that is decoded alone."""
+    before, last = ids[-scored - 1 : -1], ids[-scored:]
+    found = sizes[last]
+    if not tokens.bytewise:
+        pairs = zip(before.tolist(), last.tolist(), strict=True)
+        found = np.array([len(tokens.decode_bytes(pair)) for pair in pairs]) - sizes[before]
+    return np.where(last == tokens.end_of_text, 0, found)
 
 
 def count_words(text: str) -> int:
@@ -229,16 +244,13 @@ def count_words(text: str) -> int:
 def compare(a: Report, b: Report) -> dict[str, Difference]:
     """Return a minus b for each common metric. Raise UserError if the numbers of items differ."""
     found = {}
-    for name, (values, sizes) in a.totals.items():
-        others, other_sizes = b.totals.get(name, (None, None))
-        if others is None:
-            continue
+    for name in [name for name in a.totals if name in b.totals]:
+        (values, sizes), (others, other_sizes) = a.totals[name], b.totals[name]
         if len(values) != len(others):
             counts = f"{len(values)} and {len(others)}"
             raise UserError(f"{a.name}: the models were not scored on the same items ({counts} items)")
-        if (
-            sizes is not None and other_sizes is not None and not np.array_equal(sizes, other_sizes)
-        ):  # different tokenizers
+        equal = sizes is None or other_sizes is None or np.array_equal(sizes, other_sizes)
+        if not equal:  # different tokenizers
             if name != "bits_per_byte":
                 continue  # per-token metrics are not comparable
             values, others, sizes = values / sizes, others / other_sizes, None

@@ -71,7 +71,7 @@ def describe(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, value in values.items():
             if "_stderr" not in name and name != "sample_len":
                 error = values.get(f"{name}_stderr")
-                parts.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+                parts.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if error else ""))
         lines.append(f"{task}: {', '.join(parts)} (lm-eval)")
     return lines
 

@@ -15,6 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -154,25 +155,18 @@ class Known:
     file: str = ""  # file name in the cache folder, for offline use
 
 
+OF_HELLASWAG = "`activity_label`, `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label`"
+OF_LAMBADA = ("`text`", "EleutherAI/lambada_openai/default/test", "lambada_test.jsonl")
+OF_ANY = f"a context (`{'`, `'.join(CONTEXT)}`)"
 KNOWN = {
     "hellaswag": Known(
-        "choice",
-        hellaswag,
-        "`activity_label`, `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label`",
-        "Rowan/hellaswag/validation",
-        "hellaswag_val.jsonl",
+        "choice", hellaswag, OF_HELLASWAG, "Rowan/hellaswag/validation", "hellaswag_val.jsonl"
     ),
-    "lambada": Known(
-        "cloze", lambada, "`text`", "EleutherAI/lambada_openai/default/test", "lambada_test.jsonl"
-    ),
+    "lambada": Known("cloze", lambada, *OF_LAMBADA),
     "choice": Known(
-        "choice",
-        choice,
-        f"a context (`{'`, `'.join(CONTEXT)}`), `endings` or `choices`, and `label` (from 0) or `answerKey`",
+        "choice", choice, f"{OF_ANY}, `endings` or `choices`, and `label` (from 0) or `answerKey`"
     ),
-    "cloze": Known(
-        "cloze", cloze, f"a context (`{'`, `'.join(CONTEXT)}`) and `target`, or `text` with the last word"
-    ),
+    "cloze": Known("cloze", cloze, f"{OF_ANY} and `target`, or `text` with the last word"),
 }
 
 
@@ -266,22 +260,15 @@ def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _open(path: Path) -> IO[str]:
-    if path.suffix == ".xz":
-        import lzma
-
-        return lzma.open(path, "rt", encoding="utf-8-sig")
-    if path.suffix == ".gz":
-        import gzip
-
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{path} needs zstandard: pip install zstandard, or decompress it") from None
-        long = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31
-        return zstandard.open(path, "rt", dctx=long, encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+    name = {".gz": "gzip", ".xz": "lzma", ".zst": "zstandard"}.get(path.suffix)
+    if not name:
+        return path.open(encoding="utf-8-sig")
+    try:
+        library: Any = import_module(name)
+    except ImportError:
+        raise UserError(f"{path} needs {name}: pip install {name}, or decompress it") from None
+    more = {"dctx": library.ZstdDecompressor(max_window_size=1 << 31)} if name == "zstandard" else {}
+    return library.open(path, "rt", encoding="utf-8-sig", **more)  # the window of zstd --long=31
 
 
 def hub_rows(place: str, name: str) -> Iterator[tuple[str, Row]]:

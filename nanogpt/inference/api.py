@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Unpack
 
@@ -48,24 +49,29 @@ class Score:
 @dataclass(frozen=True)
 class LanguageModel:
     model: GPT  # in evaluation mode, weights in the dtype given to `load`
-    tokenizer: Tokenizer
+    open_tokenizer: Callable[[], Tokenizer]  # called when the first text is to be encoded or decoded
     machine: runtime.Machine
     origin: str  # source of the weights, for messages
     decoder: type[Engine] = Engine  # or graph_decode.GraphEngine on a GPU
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raise UserError if it is unknown or cannot be downloaded."""
+        return self.open_tokenizer()
+
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt; an empty one becomes the end-of-text token or, without one, a
         newline. Raise UserError if a character is not in the vocabulary or the text is not valid UTF-8."""
+        tokens = self.tokenizer
         if prompt:
             try:
-                return self.tokenizer.encode_prompt(prompt)
+                return tokens.encode_prompt(prompt)
             except UserError as error:
                 raise UserError(f"the prompt cannot be encoded: {error}") from None
             except UnicodeEncodeError as error:
                 found = f"{prompt[error.start]!r} at character {error.start}"
                 raise UserError(f"the prompt is not valid UTF-8: {found}; give valid UTF-8 text") from None
-        end = self.tokenizer.end_of_text
-        return [end] if end is not None else self.encode("\n")
+        return self.encode("\n") if tokens.end_of_text is None else [tokens.end_of_text]
 
     def decode(self, ids: Sequence[int]) -> str:
         return tokenizer.decode(self.tokenizer, ids)
@@ -138,9 +144,8 @@ class LanguageModel:
         for _ in self.write(done, batch_size):
             pass
         texts = [c.string for c in done]
-        if num_samples == 1:
-            return texts[0] if isinstance(prompt, str) else texts
-        rows = [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+        groups = [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+        rows: list[str] | list[list[str]] = texts if num_samples == 1 else groups
         return rows[0] if isinstance(prompt, str) else rows
 
     def stream(
@@ -193,7 +198,6 @@ def load(
     found = weights.open_weights(str(name), ROOT, run, which)
     for line in found.notices:
         notice(line)
-    tokens = found.open_tokenizer()
     machine = runtime.setup(device, "bfloat16" if dtype == "int8" else dtype, found.config.n_embd)
     if machine.device.type == "cuda" or dtype == "bfloat16" or shutil.which("nvidia-smi"):
         from nanogpt.gpu import availability
@@ -211,4 +215,4 @@ def load(
     quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
     if machine.device.type == "cpu" and cpu_kernels.why_not():
         notice(f"generation may take up to twice as long: {cpu_kernels.why_not()}")
-    return LanguageModel(model, tokens, machine, found.origin)
+    return LanguageModel(model, found.open_tokenizer, machine, found.origin)

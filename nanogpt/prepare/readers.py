@@ -9,6 +9,7 @@ import copy
 import itertools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -159,11 +160,18 @@ def _table(index: int, source: Source, reading: Reading, place: Any, advance: Ad
 
 
 def hub(name: str, text_key: str, instead: str) -> Source:
-    """Return the hub dataset NAME[:CONFIG[:SPLIT]][@REVISION], or a folder in its format, as a source.
+    """Return the hub dataset NAME[:CONFIG[:SPLIT]][@REVISION], or a folder in its format, as a source; of
+    several, separated by "|", the first that is there. NAME/PATTERN selects files of the repository.
 
     Raise UserError if it is unusable; `instead` is the hint if the hub cannot be reached.
     """
-    dataset = _open_hub(name, text_key, instead)
+    name, _, others = name.partition("|")
+    try:
+        dataset = _open_hub(name, text_key, instead)
+    except UserError:
+        if others:
+            return hub(others, text_key, instead)
+        raise
     info = dataset.info
     split = (info.splits or {}).get(str(dataset.split))
     size = (split.num_bytes if split else 0) or 0
@@ -174,10 +182,15 @@ def _open_hub(name: str, text_key: str, instead: str) -> Any:
     datasets = _datasets()
     rest, _, revision = name.partition("@")
     path, config, split = [*rest.split(":"), "", ""][:3]
+    chosen = None
+    if path.count("/") > 1 and not Path(path).exists():
+        owner, repository, chosen = path.split("/", 2)
+        path = f"{owner}/{repository}"
+    how = {"split": split or "train", "revision": revision or None, "data_files": chosen, "streaming": True}
     try:
-        dataset = datasets.load_dataset(
-            path, config or None, split=split or "train", revision=revision or None, streaming=True
-        )
+        dataset = datasets.load_dataset(path, config or None, **how)
+        if dataset.num_shards < int((re.findall(r"-of-0*(\d+)", name) or [0])[0]):
+            raise ValueError(f"only {dataset.num_shards} of these files are there")
         columns = dataset.column_names or list(next(iter(dataset)))
     except (OSError, RuntimeError, ValueError, StopIteration) as error:
         reason = (str(error).splitlines() or [""])[0]

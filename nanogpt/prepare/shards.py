@@ -58,16 +58,13 @@ class Writer:
             self._lock = files.lock(self.folder)
         except UserError as error:
             raise InUse(str(error)) from None
-        state = {}
-        if (self.folder / "state.json").is_file():
-            state = files.read_json(self.folder / "state.json", dict)
+        self._record = {"format": FORMAT, "options": options}
+        state = files.read_json(self.folder / "state.json", dict) if self.recorded else {}
         if state.get("options") != options:
             for path in self.folder.iterdir():
                 if path.name != ".lock":
                     files.remove(path)
-            self._record = {"format": FORMAT, "options": options}
             return {}
-        self._record = {"format": FORMAT, "options": options}
         self.tokens = dict(state["tokens"])
         for split in SPLITS:
             with self._file(split):  # creates it if the next shard was not started
@@ -79,7 +76,6 @@ class Writer:
                     continue
                 tokens = self._rest(split) if number == self._number(split) else self._shard_tokens
                 os.truncate(path, self._header + tokens * self._size)
-        for split in SPLITS:
             if (path := self.scored(split)).exists():
                 os.truncate(path, self.tokens[split])
         self._folded = state["folded"]
@@ -93,10 +89,7 @@ class Writer:
             room = len(ids)
             if self._shard_tokens:
                 room = (self._shard_tokens - self._rest(split)) * self._size
-            if split not in self._open:
-                self._open[split] = self._file(split)
-                self._open[split].seek(0, os.SEEK_END)
-            self._open[split].write(ids[:room])
+            self._append(split, ids[:room])
             self.tokens[split] += min(room, len(ids)) // self._size
             ids = ids[room:]
             if self._shard_tokens and not self._rest(split):

@@ -31,7 +31,7 @@ def prepare(config: WebOptions, own: Path) -> list[str]:
         Path(config.out or own),
         kind="gpt2",
         hub="" if config.source else config.hub,
-        instead="if offline, put its parquet files into a folder and pass --source=FOLDER",
+        instead="offline or without all of it, put its parquet files into a folder and pass --source=FOLDER",
         text_key=config.text_key,
         gpt2_bpe=config.gpt2_bpe,
         val_fraction=config.val_fraction,

@@ -18,6 +18,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 1 << 20  # bytes
 MAX_HEAD = 1 << 14  # bytes of the URL; also of all headers together
+CHECKED = (b"host", b"origin", b"sec-fetch-site", b"content-type", b"authorization")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SECURITY_HEADERS = [
     (
@@ -118,13 +119,7 @@ def _single(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Return headers by name; refuse duplicates of those checked, as a proxy might use the other value."""
     found: dict[bytes, bytes] = {}
     for name, value in headers:
-        if name in found and name in (
-            b"host",
-            b"origin",
-            b"sec-fetch-site",
-            b"content-type",
-            b"authorization",
-        ):
+        if name in found and name in CHECKED:
             raise Refusal(400, f"duplicate header {name.decode('latin-1')}")
         found[name] = value
     return found
@@ -136,10 +131,8 @@ def _check_body(headers: dict[bytes, bytes]) -> None:
         raise Refusal(415, f"Content-Type is {kind[:80].decode('latin-1')!r}, expected application/json")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise Refusal(415, "compressed bodies are not supported; send it uncompressed")
-    if (
-        headers.get(b"content-length", b"0").isdigit()
-        and int(headers.get(b"content-length", b"0")[:20]) > MAX_BODY
-    ):
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length[:20]) > MAX_BODY:
         raise _too_large()
 
 

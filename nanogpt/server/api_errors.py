@@ -15,18 +15,11 @@ class Refusal(Exception):
 
     def body(self) -> bytes:
         """Return the JSON error object of OpenAI's API."""
-        kinds = {
-            401: "authentication_error",
-            429: "rate_limit_error",
-            500: "server_error",
-            503: "server_error",
-        }
-        error = {
-            "message": self.message,
-            "type": kinds.get(self.status, "invalid_request_error"),
-            "param": self.param,
-            "code": self.code,
-        }
+        kinds = {401: "authentication_error", 429: "rate_limit_error"} | dict.fromkeys(
+            (500, 503), "server_error"
+        )
+        kind = kinds.get(self.status, "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode("ascii")
 
     def headers(self) -> list[tuple[bytes, bytes]]:

@@ -157,7 +157,9 @@ def _json(value: Any, status: int = 200) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:80]
-    message = {404: f"{path} not found", 405: f"{request.method} is not allowed for {path}"}
+    there = ", ".join(f"{min(route.methods)} {route.path}" for route in request.app.routes)
+    message = {404: f"{path} not found; there are {there}"}
+    message[405] = f"{request.method} is not allowed for {path}"
     return await _refused(request, Refusal(error.status_code, message.get(error.status_code, error.detail)))
 
 

@@ -22,12 +22,7 @@ from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 IGNORED = {"user", "metadata", "store"}  # accepted, without effect on the response
-UNSUPPORTED: dict[str, Any] = {
-    "suffix": "",
-    "logit_bias": {},
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-}
+UNSUPPORTED = {"suffix": "", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0}
 
 
 @dataclass(frozen=True)
@@ -215,12 +210,8 @@ class LogProbs:
 
     def of(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
         """Return the lists for the next `tokens`. text_offset: characters from the start of the prompt."""
-        found: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        found: dict[str, list[Any]] = {name: [] for name in names}
         for token in tokens:
             found["tokens"].append(token_text(self._known, token.id))
             found["token_logprobs"].append(_finite(token.logprob))
@@ -263,13 +254,8 @@ def answer(
     request: CompletionRequest, model: str, choices: list[dict[str, Any]], usage: int | None = None
 ) -> bytes:
     """Serialize a complete response or a stream chunk. `usage`: completion tokens; None: not reported."""
-    value: dict[str, Any] = {
-        "id": request.id,
-        "object": "text_completion",
-        "created": request.created,
-        "model": model,
-        "choices": choices,
-    }
+    value: dict[str, Any] = {"id": request.id, "object": "text_completion", "created": request.created}
+    value |= {"model": model, "choices": choices}
     if usage is not None:
         read = request.prompt_tokens()
         value["usage"] = {"prompt_tokens": read, "completion_tokens": usage, "total_tokens": read + usage}

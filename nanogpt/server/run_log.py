@@ -34,11 +34,8 @@ def rows_since(run: Path, position: str) -> tuple[list[dict[str, Any]], str, boo
     end = content.rfind(b"\n") + 1
     if not end and len(content) == CHUNK:  # skip: no valid row is that long
         end = CHUNK
-    return (
-        [row for line in content[:end].splitlines() if (row := _row(line))],
-        f"{start + end}-{identity[0]}",
-        anew,
-    )
+    rows = [row for line in content[:end].splitlines() if (row := _row(line))]
+    return rows, f"{start + end}-{identity[0]}", anew
 
 
 def _identity(descriptor: int) -> tuple[str, int]:

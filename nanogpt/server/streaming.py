@@ -87,18 +87,9 @@ class Answer:
             if asked.echo and asked.logprobs is not None:
                 scores = PromptScores(prompt.ids, asked.logprobs)
             for number in range(asked.n):
-                self.choices.append(
-                    Choice(
-                        prompt.ids,
-                        asked.options,
-                        seed=(asked.seed + number) % (1 << 63),
-                        max_tokens=asked.max_tokens,
-                        logprobs=asked.logprobs,
-                        stop=asked.stop,
-                        emit=partial(mail.send, self),
-                        scores=scores,
-                    )
-                )
+                seed = (asked.seed + number) % (1 << 63)
+                rest = (asked.max_tokens, asked.logprobs, asked.stop, partial(mail.send, self), scores)
+                self.choices.append(Choice(prompt.ids, asked.options, seed, *rest))
                 offset = 0 if asked.echo else len(prompt.text)
                 self.logprobs.append(LogProbs(served.tokenizer, offset, asked.logprobs or 0))
         self.index = {choice: i for i, choice in enumerate(self.choices)}
