@@ -38,6 +38,7 @@ class KVCache:
         n_kv_head: int,
         head_size: int,
         n_embd: int,
+        context: int = 0,
         dtype: torch.dtype,
         device: torch.device,
     ):
@@ -47,12 +48,24 @@ class KVCache:
         self.both = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = self.both.unbind(1)
         self.embeddings = torch.zeros((slots, n_embd), dtype=dtype, device=device)  # last token's, for smear
+        # For n-grams: the token at position t is at `context` + t, after `context` times -1.
+        self.context = context
+        self.ids = torch.full((slots, context + length), -1, device=device)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens of slot `source` to slots `targets`."""
         for target in targets:
             self.both[:, :, target, :, :length] = self.both[:, :, source, :, :length]
+            self.ids[target, : self.context + length] = self.ids[source, : self.context + length]
             self.embeddings[target] = self.embeddings[source]
+
+    def append(self, idx: Tensor, at: Tensor) -> Tensor:
+        """Store idx (B, 1) at positions `at` (B,) of the first B slots; return it after its context, int64
+        (B, context + 1)."""
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        columns = at[:, None] + torch.arange(self.context + 1, device=at.device)
+        self.ids[rows, columns[:, -1:]] = idx
+        return self.ids[rows, columns]
 
     def clear(self, slot: int) -> None:
         """Reset `slot` to the start of a sequence."""
@@ -91,6 +104,13 @@ class Prefill:
             self.cache.embeddings[slot] = x[row, length - 1]
         return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
+    def with_context(self, idx: Tensor) -> Tensor:
+        """Store idx (B, T); return it after the tokens before it, -1 before the start: (B, context + T)."""
+        context = self.cache.context
+        for row, (slot, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
+            self.cache.ids[slot, context : context + length] = idx[row, :length]
+        return F.pad(idx, (context, 0), value=-1)
+
     def layer(self, number: int) -> LayerCache:
         return LayerCache(None, partial(self._attend, number))
 
@@ -122,6 +142,12 @@ class ChunkedPrefill:
         """Return the previous token's embedding for each token of x (1, T, C)."""
         self.cache.embeddings[self.slot] = x[0, -1]
         return torch.cat([self.last.expand(1, 1, -1).to(x.dtype), x[:, :-1]], dim=1)
+
+    def with_context(self, idx: Tensor) -> Tensor:
+        """Store idx (1, T); return it after the tokens before it: (1, context + T)."""
+        ids = self.cache.ids[self.slot, self.begin : self.end + self.cache.context]
+        ids[self.cache.context :] = idx[0]
+        return ids[None]
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self.at, partial(self._attend, number))
@@ -162,6 +188,11 @@ class Step:
         before = last.clone()
         last.copy_(x[:, 0])
         return before[:, None].to(x.dtype)
+
+    def with_context(self, idx: Tensor) -> Tensor:
+        """Store idx (B, 1); return it after the tokens before it: (B, context + 1)."""
+        assert self.at is not None
+        return self.cache.append(idx, self.at[:, 0])
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self.at, partial(self._attend, number))
