@@ -142,7 +142,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             from nanogpt.usage import non_defaults
 
             print(*non_defaults(config, origins), sep="\n")
-        print(run.describe(run.model.n_params()))
+        print(run.describe(run.model))
         if config.eval_only:
             evaluate(run, stop)
             return

@@ -363,8 +363,7 @@ class GPT(nn.Module):
         if config.ngram_orders:
             from nanogpt.ngrams.embedding import NGramEmbedding
 
-            how = (config.ngram_orders, config.ngram_rows, config.vocab_size, config.n_embd)
-            self.ngrams = NGramEmbedding(*how)
+            self.ngrams = NGramEmbedding(config)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)

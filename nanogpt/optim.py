@@ -205,7 +205,7 @@ def build(
     to_adam = [(n, p) for n, p in named if n not in taken]
     parts: list[tuple[Rule, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
     if TABLES in (tables := dict(named)):
-        from nanogpt.ngrams.optimizer import RATE, RowAdagrad
+        from nanogpt.ngrams.training import RATE, RowAdagrad
 
         parts.append((RowAdagrad(TABLES, tables[TABLES], layout), RATE))
     if to_muon:

@@ -8,7 +8,7 @@ from nanogpt.config import load
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, TABLES, GPTConfig
 from nanogpt.ngrams.embedding import NGramEmbedding
-from nanogpt.ngrams.optimizer import RATE
+from nanogpt.ngrams.training import RATE
 from nanogpt.optim import build, clip_gradients
 from nanogpt.options import OptimizerOptions
 from train import Config
@@ -33,7 +33,7 @@ def row_numbers(tables: NGramEmbedding, idx: torch.Tensor, documents=None) -> to
 
 
 def test_small_tables_have_a_row_for_each_ngram():
-    tables = NGramEmbedding("2,3", 11**3, vocab_size=11, n_embd=16)
+    tables = model_of(ngram_rows=11**3).ngrams
     assert tables.rows == [11**2, 11**3] and len(tables.weight) == 1 + 11**2 + 11**3
     every = torch.cartesian_prod(*[torch.arange(11)] * 3)
     found = row_numbers(tables, every)[:, -1]
@@ -45,7 +45,7 @@ def test_small_tables_have_a_row_for_each_ngram():
 
 @pytest.mark.parametrize("vocab_size", [65, 256, 50257, 65536])
 def test_hashed_rows_are_used_evenly_and_depend_on_every_token(vocab_size):
-    tables = NGramEmbedding("5", 1024, vocab_size, n_embd=4)
+    tables = NGramEmbedding(GPTConfig(vocab_size, n_embd=4, ngram_orders="5", ngram_rows=1024))
     draw = torch.Generator().manual_seed(2)
     idx = torch.randint(vocab_size, (20_000, 5), generator=draw)
     found = row_numbers(tables, idx)[:, -1, 0]

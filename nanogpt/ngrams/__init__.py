@@ -1,1 +1,1 @@
-"""n-gram embeddings: hashed tables beside the token embedding, and the optimizer of their rows."""
+"""n-gram embeddings: hashed tables beside the token embedding, and their training."""

@@ -4,10 +4,12 @@ embeddings of the n-grams that end with it, one table for each n. Tables are loo
 n-grams of order n fill n_embd / len(orders) channels of their own, which takes less memory than a full row
 each and loses nothing (docs/ablations.md). A table has a row for every n-gram if `ngram_rows` suffice; else
 n-grams share rows by a multiplicative hash. Tables start at zero. n-grams that would begin before the
-sequence or in another document add nothing. The gradient is sparse: see optimizer.py.
+sequence or in another document add nothing. The gradient is sparse: see training.py.
 
 Shapes: B sequences, T tokens, C channels, N the largest order.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +21,18 @@ MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio, signed (Knuth, The Art
 class NGramEmbedding(nn.Module):
     """Tables of all orders as one parameter; row 0 stays zero and stands for a missing n-gram."""
 
-    def __init__(self, ngram_orders: str, ngram_rows: int, vocab_size: int, n_embd: int):
+    def __init__(self, config: Any):  # a GPTConfig
         super().__init__()
-        self.orders = sorted(int(n) for n in ngram_orders.split(","))
+        self.orders = sorted(int(n) for n in config.ngram_orders.split(","))
         self.context = self.orders[-1] - 1  # preceding tokens that the longest n-gram needs
         # Of an even base, high powers are 0 modulo 2^64.
-        self.base = vocab_size if vocab_size ** self.orders[-1] < 1 << 63 else vocab_size | 1
-        self.rows = [min(self.base**n, ngram_rows) for n in self.orders]
-        self.spare = n_embd % len(self.orders)
+        self.base = config.vocab_size
+        if self.base ** self.orders[-1] >= 1 << 63:
+            self.base |= 1
+        self.rows = [min(self.base**n, config.ngram_rows) for n in self.orders]
+        self.spare = config.n_embd % len(self.orders)
         # GPT initializes all weights
-        self.weight = nn.Parameter(torch.empty(1 + sum(self.rows), n_embd // len(self.orders)))
+        self.weight = nn.Parameter(torch.empty(1 + sum(self.rows), config.n_embd // len(self.orders)))
 
     def forward(self, x: Tensor, idx: Tensor, documents: Tensor | None = None) -> Tensor:
         """Add the embeddings of all n-grams to x (B, T, C). idx: int64 (B, N - 1 + T), the tokens and those
