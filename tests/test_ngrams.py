@@ -1,18 +1,27 @@
 """n-gram embeddings: rows, documents, the sparse update and training runs with them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from nanogpt.config import load
+import train
+from nanogpt import load as load_run
+from nanogpt import metrics
+from nanogpt.checkpoint import reader
+from nanogpt.config import load, pick_fields, read
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, TABLES, GPTConfig
 from nanogpt.ngrams.embedding import NGramEmbedding
-from nanogpt.ngrams.training import RATE
+from nanogpt.ngrams.training import RATE, require_possible
 from nanogpt.optim import build, clip_gradients
 from nanogpt.options import OptimizerOptions
+from tests.conftest import small_run
 from train import Config
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"vocab_size": 11, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
 
 
@@ -179,3 +188,84 @@ def test_invalid_options_are_rejected_in_one_line(flag, message):
     with pytest.raises(UserError, match=message) as error:
         load(Config, [flag])
     assert "\n" not in str(error.value)
+
+
+def test_tables_larger_than_memory_are_rejected():
+    shape = GPTConfig(**SHAPE | {"vocab_size": 50257}, ngram_orders="2,3", ngram_rows=10**12)
+    with pytest.raises(UserError, match=r"take 64,161.6 GB, but 8.0 GB are free; lower --ngram_rows"):
+        require_possible(shape, 8 * 10**9, sharded=False, recorded=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sharded": True, "recorded": False}, "do not work with --parallel=fsdp"),
+        ({"sharded": False, "recorded": True}, "do not work with --cuda_graph=True"),
+    ],
+)
+def test_modes_without_sparse_gradients_are_rejected(options, message):
+    with pytest.raises(UserError, match=message):
+        require_possible(GPTConfig(**SHAPE, ngram_orders="2"), None, **options)
+
+
+def test_orders_beyond_the_context_are_rejected(dataset, tmp_path):
+    with pytest.raises(UserError, match="no 5-gram fits into --block_size=4"):
+        train.main(small_run(dataset, tmp_path / "out", block_size=4, ngram_orders="2,5"))
+
+
+def test_checkpoint_of_the_cpu_preset_with_tables_takes_at_most_40_mb():
+    options = read(Config, [str(ROOT / "config" / "train_shakespeare_char_cpu.py")]).values
+    config = Config(**options | {"ngram_orders": "2,3,4,5"})
+    with torch.device("meta"):
+        model = GPT(pick_fields(GPTConfig, config, vocab_size=65))
+        optimizer = build(config, model.named_parameters(), model.fused_rows())
+    saved = [*model.parameters(), *optimizer.state().values()]
+    assert sum(tensor.nbytes for tensor in saved) < 40e6
+
+
+TABLES_RUN = {"ngram_orders": "2,3", "ngram_rows": 300, "documents": "stream", "dropout": 0.1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_run_is_bit_identical(dataset, tmp_path, dtype):
+    how = TABLES_RUN | {"dtype": dtype, "gradient_accumulation_steps": 2, "save_interval": 4}
+    train.main(small_run(dataset, tmp_path / "whole", max_iters=8, **how))
+    train.main(small_run(dataset, tmp_path / "parts", max_iters=4, lr_decay_iters=8, **how))
+    train.main(small_run(dataset, tmp_path / "parts", max_iters=8, init_from="resume", **how))
+    whole, parts = (reader.find(tmp_path / name)[0] for name in ("whole", "parts"))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(found.path / file) for found in (whole, parts))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tables_are_saved_named_sampled_and_finetuned(dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    train.main(small_run(dataset, out, max_iters=30, **TABLES_RUN))
+    with_tables = capsys.readouterr().out
+    train.main(small_run(dataset, tmp_path / "plain", max_iters=30, dropout=0.1))
+    assert "of them in n-gram tables)" in with_tables
+    assert "n-gram" not in capsys.readouterr().out
+    assert val_loss(out) < val_loss(tmp_path / "plain")
+    model = load_run(out)
+    assert model.model.ngrams.weight.any()
+    text = model.generate("a", max_new_tokens=40, temperature=0.8)
+    assert len(text) == 40 and model.score(text).perplexity > 1
+    weights = {}
+    for name, options in {
+        "lora": {"lora_rank": 2},
+        "frozen": {"freeze": "ngrams*"},
+        "tables": {"train_only": "ngrams*"},
+    }.items():
+        more = small_run(dataset, tmp_path / name, max_iters=3, init_from=str(out), **options)
+        train.main(more)
+        weights[name] = load_file(reader.find(tmp_path / name)[0].path / "model.safetensors")
+    before = load_file(reader.find(out, "best")[0].path / "model.safetensors")
+    changed = {name: {n for n in before if not torch.equal(w[n], before[n])} for name, w in weights.items()}
+    assert changed["tables"] == {TABLES}
+    assert TABLES not in changed["frozen"] and changed["frozen"]
+    assert not changed["lora"]
+
+
+def val_loss(out: Path) -> float:
+    return metrics.read(out)[-1]["val_loss"]
