@@ -59,12 +59,12 @@ class KVCache:
             self.ids[target, : self.context + length] = self.ids[source, : self.context + length]
             self.embeddings[target] = self.embeddings[source]
 
-    def append(self, idx: Tensor, at: Tensor) -> Tensor:
-        """Store idx (B, 1) at positions `at` (B,) of the first B slots; return it after its context, int64
-        (B, context + 1)."""
-        rows = torch.arange(len(at), device=at.device)[:, None]
-        columns = at[:, None] + torch.arange(self.context + 1, device=at.device)
-        self.ids[rows, columns[:, -1:]] = idx
+    def with_context(self, idx: Tensor, slots: Sequence[int] | Tensor, begin: int | Tensor) -> Tensor:
+        """Store idx (B, T) in `slots` from position `begin`, an int or (B, 1), on; return it after the tokens
+        before it: (B, context + T)."""
+        rows = torch.as_tensor(slots, device=idx.device)[:, None]
+        columns = begin + torch.arange(self.context + idx.shape[1], device=idx.device)
+        self.ids[rows, columns[..., self.context :]] = idx
         return self.ids[rows, columns]
 
     def clear(self, slot: int) -> None:
@@ -105,11 +105,7 @@ class Prefill:
         return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
     def with_context(self, idx: Tensor) -> Tensor:
-        """Store idx (B, T); return it after the tokens before it, -1 before the start: (B, context + T)."""
-        context = self.cache.context
-        for row, (slot, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
-            self.cache.ids[slot, context : context + length] = idx[row, :length]
-        return F.pad(idx, (context, 0), value=-1)
+        return self.cache.with_context(idx, self.slots, 0)
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(None, partial(self._attend, number))
@@ -144,10 +140,7 @@ class ChunkedPrefill:
         return torch.cat([self.last.expand(1, 1, -1).to(x.dtype), x[:, :-1]], dim=1)
 
     def with_context(self, idx: Tensor) -> Tensor:
-        """Store idx (1, T); return it after the tokens before it: (1, context + T)."""
-        ids = self.cache.ids[self.slot, self.begin : self.end + self.cache.context]
-        ids[self.cache.context :] = idx[0]
-        return ids[None]
+        return self.cache.with_context(idx, [self.slot], self.begin)
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self.at, partial(self._attend, number))
@@ -190,9 +183,8 @@ class Step:
         return before[:, None].to(x.dtype)
 
     def with_context(self, idx: Tensor) -> Tensor:
-        """Store idx (B, 1); return it after the tokens before it: (B, context + 1)."""
         assert self.at is not None
-        return self.cache.append(idx, self.at[:, 0])
+        return self.cache.with_context(idx, torch.arange(self.count, device=idx.device), self.at)
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self.at, partial(self._attend, number))
