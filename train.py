@@ -487,7 +487,7 @@ def open_pace(run: Run) -> Pace:
 
 
 def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
-    """Run eval tasks and sampling on rank 0 if due; yield the lines to print. Collective."""
+    """Collective: run eval tasks and sampling on rank 0 if due; yield the lines to print."""
     iter_num = run.progress.iter_num
     if not run.in_training or not due:
         return
@@ -626,7 +626,7 @@ def save(run: Run) -> None:
 
 
 def gather_model(run: Run) -> GPT | None:
-    """Return run.model; if it is sharded, an unsharded copy on rank 0 and None elsewhere. Collective."""
+    """Collective: return run.model or, if it is sharded, a whole copy on rank 0 and None elsewhere."""
     if not run.optimizer.layout.sharded:
         return run.model
     from nanogpt.distributed import parallelize
