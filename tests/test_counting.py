@@ -185,9 +185,14 @@ def test_figure_is_kept_and_shown_where_it_is_known(dataset, tmp_path, capsys):
     assert f"counting, 7-grams: {by_order['7']:.4f}" in shown
 
 
-def test_figure_of_other_data_is_ignored(tmp_path):
+def test_figure_of_other_data_or_damaged_is_ignored(tmp_path):
     folder = write_dataset(tmp_path / "data", words(600))
     counting.measure(Sequences(loader.load(folder), 16, 5), order=2)
     assert Sequences(loader.load(folder), 16, 5).best()
+    for damage in ("{", "[]", '{"data": 1}'):
+        kept = (folder / counting.NAME).read_text(encoding="utf-8")
+        (folder / counting.NAME).write_text(damage, encoding="utf-8")
+        assert Sequences(loader.load(folder), 16, 5).best() is None
+        (folder / counting.NAME).write_text(kept, encoding="utf-8")
     write_dataset(folder, words(700, seed=5))
     assert Sequences(loader.load(folder), 16, 5).best() is None

@@ -138,14 +138,18 @@ class Sequences:
 
     @property
     def name(self) -> str:
-        return f"{self.count:,} sequences of {self.block_size}" + ", documents apart" * bool(self.separator)
+        apart = "" if self.separator is None else ", documents apart"
+        return f"{self.count:,} sequences of {self.block_size}{apart}"
 
     def figures(self) -> dict[str, Any]:
         """Return the contents of baseline.json: the hashes of the data, and losses by sequences and order."""
-        path = self.dataset.folder / NAME
-        found = files.read_json(path) if path.is_file() else {}
-        same = found.get("data") == self.dataset.content
-        return found if same else {"data": self.dataset.content, "losses": {}}
+        try:
+            found = files.read_json(self.dataset.folder / NAME)
+            if found["data"] == self.dataset.content and isinstance(found["losses"], dict):
+                return found
+        except (UserError, OSError, KeyError, TypeError):  # missing or damaged: measure again
+            pass
+        return {"data": self.dataset.content, "losses": {}}
 
     def best(self) -> tuple[float, str] | None:
         """Return the lowest loss known for these sequences and the order of its n-grams."""
@@ -168,8 +172,8 @@ def sequences_of(run: Path, dataset: str = "", block_size: int = 0) -> Sequences
     count, separator = (len(found.val) - 1) // block_size, None
     if options:
         count = min(count, max(1, options["eval_iters"] * options["batch_size"]))
-    if options.get("documents", "stream") != "stream":
-        separator = documents.separator(found, options["documents"])
+    if options.get("documents") == "masked":
+        separator = documents.separator(found, "masked")
     return Sequences(found, block_size, count, separator)
 
 
