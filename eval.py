@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     if config.against:
         result |= compare(*found)
     if config.baseline:
-        print(baseline(opened, config))
+        result["baseline"] = baseline(opened, config)
     if for_lm_eval:
         result["lm_eval"] = harness.run(for_lm_eval, opened.subject, config.limit)
         print("\n".join(harness.describe(result["lm_eval"])))
@@ -168,16 +168,17 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
     return reports
 
 
-def baseline(opened: Opened, config: Config) -> str:
-    """Score counts on the run's validation sequences; return lines about them and the run."""
+def baseline(opened: Opened, config: Config) -> dict[str, Any]:
+    """Score counts on the run's validation sequences and print lines about them and the run."""
     from nanogpt.evaluation import counting
 
     run = Path(config.out_dir)
     found = counting.sequences_of(run, config.dataset or opened.dataset, opened.subject.block_size)
-    lines = [counting.measure(found)]
+    figure, line = counting.measure(found)
+    print(line)
     if (run / metrics.NAME).is_file() and not config.dataset:
-        lines.append(f"{run}: {counting.compared(run).strip()}")
-    return "\n".join(lines)
+        print(f"{run}: {counting.compared(run)}", end="")
+    return figure
 
 
 def score_text(name: str, sources: list[Any], words: int, subject: Subject, config: Config) -> Report:

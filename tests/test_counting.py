@@ -11,11 +11,13 @@ import torch
 
 import eval as eval_program
 import plot
+import serve
 import train
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.evaluation import counting
 from nanogpt.evaluation.counting import FALLBACK, KneserNey, Sequences
+from nanogpt.inference import api
 from nanogpt.runtime import Machine
 from nanogpt.validation import evaluate_splits
 from tests.conftest import small_run, words, write_dataset
@@ -169,12 +171,15 @@ def test_figure_is_kept_and_shown_where_it_is_known(dataset, tmp_path, capsys):
     out = tmp_path / "out"
     train.main(small_run(dataset, out, max_iters=4))
     assert "counting" not in capsys.readouterr().out
-    eval_program.main(eval_program.Config(out_dir=str(out), baseline=True, device="cpu"))
+    scores = tmp_path / "scores.json"
+    eval_program.main(eval_program.Config(out_dir=str(out), baseline=True, device="cpu", out=str(scores)))
     lines = capsys.readouterr().out.splitlines()
     figures = json.loads((dataset / counting.NAME).read_text(encoding="utf-8"))["losses"]
     (by_order,) = figures.values()
     assert f"loss {by_order['7']:.4f}" in next(line for line in lines if line.startswith("counting, 7-grams"))
     assert 0.5 < by_order["7"] < math.log(10)
+    baseline = json.loads(scores.read_text(encoding="utf-8"))["baseline"]
+    assert baseline == {"loss": by_order["7"], "order": 7, "sequences": next(iter(figures))}
     assert lines[-1].startswith(f"{out}: ") and "nats/token worse than counting (7-grams: " in lines[-1]
     train.main(small_run(dataset, tmp_path / "again", max_iters=4))
     assert "nats/token worse than counting" in capsys.readouterr().out
@@ -183,6 +188,8 @@ def test_figure_is_kept_and_shown_where_it_is_known(dataset, tmp_path, capsys):
     figure = plot.draw([plot.load_run(out, "out", "iter")], plot.Config())
     shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert f"counting, 7-grams: {by_order['7']:.4f}" in shown
+    about = serve.describe(api.load(out, device="cpu"), serve.Config(out_dir=str(out)))
+    assert about["baseline"] == {"loss": by_order["7"], "order": 7}
 
 
 def test_figure_of_other_data_or_damaged_is_ignored(tmp_path):

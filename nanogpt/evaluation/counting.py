@@ -177,9 +177,9 @@ def sequences_of(run: Path, dataset: str = "", block_size: int = 0) -> Sequences
     return Sequences(found, block_size, count, separator)
 
 
-def measure(sequences: Sequences, order: int = 0) -> str:
-    """Score n-grams up to `order` (0: 7 for at most 512 ids, else 3) on `sequences`, keep the figure in the
-    dataset folder, and return a line about it."""
+def measure(sequences: Sequences, order: int = 0) -> tuple[dict[str, Any], str]:
+    """Score n-grams up to `order` (0: 7 for at most 512 ids, else 3) on `sequences` and keep the loss in the
+    dataset folder; return loss, order and sequences, and a line about them."""
     started, dataset = time.perf_counter(), sequences.dataset
     order = order or (7 if dataset.vocab_size <= 512 else 3)
     counted = min(len(dataset.train), MOST)
@@ -210,11 +210,12 @@ def measure(sequences: Sequences, order: int = 0) -> str:
     except OSError as error:
         kept = f"not kept: {error.strerror or error}"
     bits = loss / math.log(2) / dataset.bytes_per_token if dataset.bytes_per_token else math.nan
-    return (
+    line = (
         f"counting, {order}-grams of {counted:,} tokens: loss {loss:.4f}"
         + f", {bits:.4f} bits/byte" * math.isfinite(bits)
         + f"; {scored:,} tokens in {sequences.name}, {time.perf_counter() - started:.1f} s ({kept})"
     )
+    return {"loss": loss, "order": order, "sequences": sequences.name}, line
 
 
 def compared(run: Path) -> str:
