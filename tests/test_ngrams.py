@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import train
+from nanogpt import files, metrics
 from nanogpt import load as load_run
-from nanogpt import metrics
 from nanogpt.checkpoint import reader
 from nanogpt.config import load, pick_fields, read
 from nanogpt.errors import UserError
@@ -238,6 +238,23 @@ def test_resumed_run_is_bit_identical(dataset, tmp_path, dtype):
         one, other = (load_file(found.path / file) for found in (whole, parts))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tables_cannot_be_added_to_a_run_saved_before_they_existed(dataset, tmp_path):
+    out = tmp_path / "out"
+    train.main(small_run(dataset, out, max_iters=2))
+    found = reader.find(out)[0]
+    for kind in ("options", "model"):
+        del found.state[kind]["ngram_orders"], found.state[kind]["ngram_rows"]
+    files.write_json(found.path / "state.json", found.state)
+    manifest = files.read_json(found.path / "manifest.json")
+    state = {"bytes": (found.path / "state.json").stat().st_size}
+    state["sha256"] = files.sha256(found.path / "state.json")
+    manifest["files"]["state.json"] = state
+    files.write_json(found.path / "manifest.json", manifest)
+    train.main(small_run(dataset, out, max_iters=3, init_from="resume"))
+    with pytest.raises(UserError, match="ngram_orders=2 given, ngram_orders= saved"):
+        train.main(small_run(dataset, out, max_iters=4, init_from="resume", ngram_orders="2"))
 
 
 def test_tables_are_saved_named_sampled_and_finetuned(dataset, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,8 @@ def resume(
             )
         return config, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
-    config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
+    saved = asdict(resumed.model_config) | resumed.state["options"]  # the former has options added since
+    config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in fixed]:
         raise UserError(
             f"{out} holds a different model: {'; '.join(wrong)}; omit these, or choose another --out_dir"
