@@ -1,6 +1,7 @@
 """Evaluate a trained model: loss of texts, LAMBADA, HellaSwag, any multiple choice; compare two models.
 
     python eval.py out-mine                                   # validation split of its training dataset
+    python eval.py out-mine --baseline                        # and n-gram counts: is the model better?
     python eval.py out-mine --text=novel.txt                  # loss, perplexity, bits/byte of any text
     python eval.py out-mine --tasks=hellaswag,lambada         # from the Hub, or files in the cache
     python eval.py out-mine --tasks=hellaswag:hellaswag_val.jsonl,questions.jsonl
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import ROOT, checkpoint, files, runtime
+from nanogpt import ROOT, checkpoint, files, metrics, runtime
 from nanogpt.config import FilePath, NonNegativeInt, read
 from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
@@ -48,6 +49,7 @@ class Config:
     text: FilePath = ""  # text file, or JSONL with a field "text": each row is a separate text
     stride: NonNegativeInt = 0  # tokens scored per window of a text; fewer: more context; 0: block_size
     tasks: str = ""  # comma-separated: hellaswag, lambada, NAME:FILE, JSONL files, lm_eval:NAME
+    baseline: bool = False  # also score n-gram counts (Kneser-Ney) on the sequences of the run's validation
     limit: NonNegativeInt = 0  # maximum number of items per task and of windows per text; 0: all
     # output
     out: FilePath = ""  # write all results to this JSON file
@@ -90,6 +92,8 @@ def main(config: Config) -> None:
     }
     if config.against:
         result |= compare(*found)
+    if config.baseline:
+        result["baseline"] = baseline(opened, config)
     if for_lm_eval:
         result["lm_eval"] = harness.run(for_lm_eval, opened.subject, config.limit)
         print("\n".join(harness.describe(result["lm_eval"])))
@@ -162,6 +166,19 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         endings = sum(len(item.endings) for item in task.items)
         reports.append(watched(task.name, endings, partial(evals.run_task, task, subject)))
     return reports
+
+
+def baseline(opened: Opened, config: Config) -> dict[str, Any]:
+    """Score counts on the run's validation sequences and print lines about them and the run."""
+    from nanogpt.evaluation import counting
+
+    run = Path(config.out_dir)
+    found = counting.sequences_of(run, config.dataset or opened.dataset, opened.subject.block_size)
+    figure, line = counting.measure(found)
+    print(line)
+    if (run / metrics.NAME).is_file() and not config.dataset:
+        print(f"{run}: {counting.compared(run)}", end="")
+    return figure
 
 
 def score_text(name: str, sources: list[Any], words: int, subject: Subject, config: Config) -> Report:

@@ -114,9 +114,10 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
     lines = [
         *notices,
         f"parameters: {total:,} ({found.embeddings + found.head:,} in padded token "
-        f"embeddings, {found.positions:,} in positions, {found.matrices + found.vectors:,} in blocks)"
-        + f"; {trained:,} trained"
-        * (trained != found.total),
+        f"embeddings, {found.positions:,} in positions, {found.matrices + found.vectors:,} in blocks"
+        + f", {found.tables:,} in n-gram tables" * bool(found.tables)
+        + ")"
+        + f"; {trained:,} trained" * (trained != found.total),
         f"memory{' per GPU' * bool(config.gpu)}: {need.total / 1e9:.2f} GB = weights "
         f"{need.weights / 1e9:.2f} + gradients {need.gradients / 1e9:.2f} + optimizer "
         f"{need.optimizer / 1e9:.2f} + bfloat16 copies {need.copies / 1e9:.2f} + activations of "
@@ -258,6 +259,8 @@ def setting_of(config: Config, windows: int) -> scaling.Setting:
     if name not in scaling.CHIPS:
         raise UserError(f"--scaling needs a --gpu with known links: {', '.join(scaling.CHIPS)}")
     chip = scaling.CHIPS[name]
+    if config.ngram_orders:
+        raise UserError("--scaling does not model n-gram tables; remove --ngram_orders")
     if not config.network_gbits:
         raise UserError("--network_gbits=0 connects no nodes; give Gbit/s per GPU, such as 400 or 12.5")
     network = scaling.Network(

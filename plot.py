@@ -69,6 +69,7 @@ class Run:
     name: str
     steps: dict[str, np.ndarray]  # "x", "loss", and the keys of PANELS
     evals: dict[str, np.ndarray]  # "x", "iter", "val_loss"
+    baseline: dict[str, Any]  # loss of n-gram counts and their order (eval.py --baseline); {}: unknown
 
     def best(self) -> int | None:
         """Return the index of the evaluation with the lowest validation loss; None if there is none."""
@@ -114,7 +115,9 @@ def load_run(folder: Path, name: str, x: str) -> Run:
         return {key: np.array([row[key] for row in chosen], dtype=float) for key in ("x", *keys)}
 
     try:
-        return Run(name, columns("step", "loss", *PANELS), columns("eval", "iter", "val_loss"))
+        steps, evals = columns("step", "loss", *PANELS), columns("eval", "iter", "val_loss")
+        counted = folder / "baseline.json"
+        return Run(name, steps, evals, files.read_json(counted, dict) if counted.is_file() else {})
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / metrics.NAME} was not written by train.py: {error!r}") from None
 
@@ -175,6 +178,9 @@ def draw_losses(ax: "Axes", runs: Sequence[Run], y: str) -> None:
         ax.plot(run.evals["x"], val_losses, line, color=val_colour, markersize=4, label=label)
         if best is not None:
             mark_best(ax, run.evals["x"], val_losses, best, val_colour, with_value=single)
+    for loss, order in {(run.baseline["loss"], run.baseline["order"]) for run in runs if run.baseline}:
+        label, height = f"counting, {order}-grams: {loss:.4f}", loss if y == "loss" else np.exp(loss)
+        ax.axhline(height, color="#666666", linestyle=":", linewidth=1.2, label=label)
     ax.set_ylabel("loss (nats/token)" if y == "loss" else "perplexity")
     if y == "perplexity":
         ax.set_yscale("log")

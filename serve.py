@@ -167,6 +167,7 @@ def describe(loaded: api.LanguageModel, config: Config) -> dict[str, Any]:
         parameters = GPT(loaded.model.config).n_params()
     state = Path(loaded.origin) / "state.json"
     progress = files.read_json(state) if state.is_file() else {}
+    counted = Path(loaded.origin).parent / "baseline.json"  # of the run
     return {
         "name": name_of(config),
         "origin": loaded.origin,
@@ -178,6 +179,7 @@ def describe(loaded: api.LanguageModel, config: Config) -> dict[str, Any]:
         "tokenizer": loaded.tokenizer.kind,
         "iter": progress.get("iter_num", 0),
         "val_loss": progress.get("val_loss"),
+        "baseline": files.read_json(counted) if counted.is_file() else None,
         "max_tokens": config.max_tokens,
     }
 

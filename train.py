@@ -92,7 +92,6 @@ if TYPE_CHECKING:
     from nanogpt.evaluation.in_training import InTrainingEvaluation
     from nanogpt.trackers import Wandb
 
-
 gc.freeze()
 gc.enable()
 
@@ -140,7 +139,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             from nanogpt.usage import non_defaults
 
             print(*non_defaults(config, origins), sep="\n")
-        print(run.describe(run.model.n_params()))
+        print(run.describe(run.model))
         if config.eval_only:
             evaluate(run, stop)
             return
@@ -485,10 +484,7 @@ def open_pace(run: Run) -> Pace:
 
 
 def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
-    """Run eval tasks and sampling on rank 0 if due (in_training.py); yield the lines to print.
-
-    Collective: call on all ranks, because sharded weights are gathered.
-    """
+    """Collective: run eval tasks and sampling on rank 0 if due; yield the lines to print."""
     iter_num = run.progress.iter_num
     if not run.in_training or not due:
         return
@@ -544,6 +540,10 @@ def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
     if run.out_of_patience:
         print(f"early stopping: no improvement in {run.progress.stale} evaluations (--patience)")
         longer = f"--patience={2 * config.patience}"
+    if run.machine.world.is_main_process and (run.dataset.folder / "baseline.json").is_file():
+        from nanogpt.evaluation import counting
+
+        print(counting.compared(Path(config.out_dir)), end="")
     print(metrics.closing(config.out_dir, run.clock_s(), writer.peak_memory(run.machine.device), longer))
     if config.minutes:
         from nanogpt.pace.time_budget import repeated

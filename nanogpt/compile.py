@@ -54,6 +54,8 @@ def train_function(
 ) -> Function:
     """Compile `function`, which computes the loss of `model` for idx of `shape` (B, T), as specified by `how`
     (--compile); print a notice if that fails."""
+    if model.ngrams is not None:  # sparse gradients
+        model.ngrams.forward = torch.compiler.disable(model.ngrams.forward)  # type: ignore[method-assign]
     trial = partial(warm_up, optimizer=optimizer, shape=shape, machine=machine)
     head = model if machine.device.type == "cuda" else None
     compiled, notice = wrap(without_logits(function), compile=how, trial=trial, blocks=model.h, head=head)

@@ -51,6 +51,8 @@ class GPTConfig:
     tied: bool = True  # tie the LM head to the token embedding
     softcap: float = 0.0  # soft-cap logits: cap * tanh(logits / cap) (Gemma 2); 0: off
     smear: bool = False  # add the previous token's embedding, with a learned weight per channel
+    ngram_orders: str = ""  # n of the n-gram embeddings, such as "2,3,4"; empty: none
+    ngram_rows: int = 65536  # maximum rows of each n's table
     init: str = "gpt2"
 
     @property
@@ -61,6 +63,8 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+
+TABLES = "ngrams.weight"  # the parameter of all n-gram tables
 
 GPT2_SIZES = {
     "gpt2": GPTConfig(),
@@ -251,6 +255,8 @@ class Cache(Protocol):
 
     def before(self, x: Tensor) -> Tensor: ...
 
+    def with_context(self, idx: Tensor) -> Tensor: ...
+
     def layer(self, number: int) -> LayerCache: ...
 
 
@@ -353,6 +359,11 @@ class GPT(nn.Module):
         shape = (config.block_size, config.n_embd, config.n_head, config.head_size)
         self.position = POSITIONS[config.position](*shape)
         self.smear = Smear(config) if config.smear else None
+        self.ngrams = None
+        if config.ngram_orders:
+            from nanogpt.ngrams.embedding import NGramEmbedding
+
+            self.ngrams = NGramEmbedding(config)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = NORMS[config.norm](config)
@@ -431,6 +442,9 @@ class GPT(nn.Module):
         if documents is not None:
             first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
             x, mask = torch.where(first[..., None], tokens, x), document_mask(documents, x.dtype)
+        if self.ngrams is not None:
+            ids = cache.with_context(idx) if cache else F.pad(idx, (self.ngrams.context, 0), value=-1)
+            x = self.ngrams(x, ids, documents)
         x = self.drop(self.position.embed(x, cache.at if cache else None))
         for number, block in enumerate(self.h):
             x = block(x, self.position, cache.layer(number) if cache else None, mask)
@@ -460,7 +474,8 @@ class GPT(nn.Module):
         if not positions:
             excluded += config.block_size * (config.position == "learned")
             excluded += 0 if config.tied else config.vocab_size  # an embedding is looked up
-        return sum(p.numel() for p in self.parameters()) - excluded * config.n_embd
+        named = ((n, p) for n, p in self.named_parameters() if positions or n != TABLES)
+        return sum(p.numel() for _, p in named) - excluded * config.n_embd
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Return the number of parameters, as nanoGPT counts them: by default without position
@@ -502,7 +517,7 @@ def init_gpt2(model: GPT) -> None:
     """Initialize as GPT-2: N(0, 0.02²), scaled by 1/sqrt(2 n_layer) for the projections into the residual
     stream, so that its variance does not grow with depth. Biases 0, gains 1."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "smear.weight")):
+        if name.endswith(("bias", "smear.weight")) or name == TABLES:
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)

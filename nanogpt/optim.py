@@ -8,11 +8,12 @@ updates what, and communicates the results.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nanogpt.model import TABLES
 from nanogpt.options import OptimizerOptions
 
 Named = Sequence[tuple[str, Tensor]]
@@ -85,6 +86,10 @@ class Layout:
     def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
         """All-gather the updated ranges (assigned by `shard`) if weights are replicated. Collective."""
 
+    def replicated(self, tensor: Tensor) -> TensorShard:
+        """Return optimizer state that every rank holds in full."""
+        return TensorShard(tensor.shape, [(0, tensor.numel())] * self.size, self.rank, tensor)
+
     def assign_ranks(self, costs: Sequence[float]) -> list[int]:
         """Assign each task to a rank, balancing `costs`; return the ranks."""
         return [0] * len(costs)
@@ -125,9 +130,23 @@ class Layout:
         return {name: piece.tensor for name, piece in pieces.items()}
 
 
+def rows_read(parameter: Tensor) -> Tensor:
+    """Coalesce the sparse gradient of a table, in place; return its rows."""
+    parameter.grad = gradient(parameter).coalesce()
+    return parameter.grad.values()
+
+
 def gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None, "a trainable parameter has no gradient"
     return parameter.grad
+
+
+class Rule(Protocol):
+    """Update rule of some of the parameters: AdamW, Muon or RowAdagrad."""
+
+    def step(self, lr: float | Tensor) -> None: ...
+
+    def state_shards(self) -> dict[str, TensorShard]: ...
 
 
 class Optimizer:
@@ -136,9 +155,7 @@ class Optimizer:
     Not a torch.optim.Optimizer: it implements only what torch.amp.GradScaler uses.
     """
 
-    def __init__(
-        self, named: Named, parts: "Sequence[tuple[AdamW | Muon, float]]", layout: Layout | None = None
-    ):
+    def __init__(self, named: Named, parts: Sequence[tuple[Rule, float]], layout: Layout | None = None):
         self.named = named
         self.parameters = [p for _, p in named]
         self.parts, self.layout = parts, layout or Layout()
@@ -178,14 +195,19 @@ def build(
     """Build the optimizer of the trainable parameters.
 
     optimizer="muon": Muon trains matrices of blocks (names that start with "h."), AdamW the rest and all
-    adapters. `rows`: row counts of the parts of fused matrices, by name. `dtype`: of the orthogonalization.
-    `layout`: distribution over ranks; None: single process.
+    adapters, row-wise Adagrad n-gram tables. `rows`: row counts of the parts of fused matrices, by name.
+    `dtype`: of the orthogonalization. `layout`: distribution over ranks; None: single process.
     """
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
-    to_adam = [(n, p) for n, p in named if all(p is not other for _, other in to_muon)]
-    parts: list[tuple[AdamW | Muon, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
+    taken = {TABLES, *(name for name, _ in to_muon)}
+    to_adam = [(n, p) for n, p in named if n not in taken]
+    parts: list[tuple[Rule, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
+    if TABLES in (tables := dict(named)):
+        from nanogpt.ngrams.training import RATE, RowAdagrad
+
+        parts.append((RowAdagrad(TABLES, tables[TABLES], layout), RATE))
     if to_muon:
         muon = Muon(config, to_muon, rows or {}, dtype, layout)
         parts.append((muon, config.muon_lr / config.learning_rate))
@@ -237,10 +259,9 @@ class AdamW:
         self.layout.all_gather_params(self.held)
 
     def state_shards(self) -> dict[str, TensorShard]:
-        layout = self.layout
-        found = {"steps": TensorShard(self.steps.shape, [(0, 1)] * layout.size, layout.rank, self.steps)}
+        found = {"steps": self.layout.replicated(self.steps)}
         for held in self.held:
-            about = held.parameter.shape, held.spans, layout.rank
+            about = held.parameter.shape, held.spans, self.layout.rank
             found[f"{held.name}.exp_avg"] = TensorShard(*about, self.exp_avg[held.name])
             found[f"{held.name}.exp_avg_sq"] = TensorShard(*about, self.exp_avg_sq[held.name])
         return found
@@ -303,7 +324,7 @@ class Muon:
 
     def state_shards(self) -> dict[str, TensorShard]:
         rank, size = self.layout.rank, self.layout.size
-        found = {"muon.steps": TensorShard(self.steps.shape, [(0, 1)] * size, rank, self.steps)}
+        found = {"muon.steps": self.layout.replicated(self.steps)}
         for stack, buffer in self.stacks:
             mine = iter(buffer)
             for matrix in stack:
@@ -357,7 +378,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout
     Return the norm before clipping, a 0-d tensor on the device; reading it synchronizes. Collective.
     """
     layout = layout or Layout()
-    gradients = [layout.to_local(p.grad) for p in parameters if p.grad is not None]
+    trained = [p for p in parameters if p.grad is not None]
+    gradients = [rows_read(p) if gradient(p).is_sparse else layout.to_local(gradient(p)) for p in trained]
     norm = layout.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

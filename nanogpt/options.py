@@ -142,11 +142,19 @@ class ModelOptions:
     tied: bool = True  # tie the LM head to the token embedding
     softcap: NonNegativeFloat = 0.0  # soft-cap logits: cap * tanh(logits / cap); 0: off
     smear: bool = False  # add the previous token's embedding, with a learned weight per channel
+    ngram_orders: str = ""  # add embeddings of n-grams of these lengths, such as 2,3,4; empty: none
+    ngram_rows: PositiveInt = 65536  # maximum rows of the table of each length; more n-grams share rows
     init: Literal["gpt2", "zero", "depth"] = "gpt2"  # init scheme; zero: residual projections start at 0
     vocab_multiple: Annotated[int, Range(1, 65536)] = 64  # pad the embedding table to a multiple of this
 
     def problems(self, origins: Origins) -> list[str]:
-        return shape_problems(self.n_embd, self.n_head, self.n_kv_head, self.head_dim, self.position)
+        wrong = shape_problems(self.n_embd, self.n_head, self.n_kv_head, self.head_dim, self.position)
+        orders = self.ngram_orders.split(",") if self.ngram_orders else []
+        if len(set(orders)) < len(orders) or not set(orders) <= set("2345678"):
+            wrong.append(f"ngram_orders={self.ngram_orders}: give different lengths from 2 to 8, as in 2,3,4")
+        elif len(orders) > self.n_embd:
+            wrong.append(f"ngram_orders={self.ngram_orders} need {len(orders)} channels; raise --n_embd")
+        return wrong
 
 
 def shape_problems(n_embd: int, n_head: int, n_kv_head: int, head_dim: int, position: str) -> list[str]:

@@ -16,7 +16,7 @@ from nanogpt import ROOT, runtime
 from nanogpt.config import pick_fields, require_consistent
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from nanogpt.model import GPTConfig
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import DataOptions, TrainOptions
 from nanogpt.runtime import Machine
 from nanogpt.world import World
@@ -49,7 +49,7 @@ class Setup(Generic[C]):
         """Device the model is initialized on: the CPU if it is to be sharded, else the training device."""
         return self.division.init_device(self.machine.device) if self.division else self.machine.device
 
-    def describe(self, n_params: int) -> str:
+    def describe(self, model: GPT) -> str:
         """Summarize device, data, model and number of iterations in a few lines."""
         dataset, batches, iters = self.dataset, self.batches, self.config.max_iters
         batch = f"{batches.full * batches.block_size:,} tokens per iteration"
@@ -64,11 +64,12 @@ class Setup(Generic[C]):
         if self.config.minutes:
             length = f"minutes: {self.config.minutes:g}"
         divided = f"parallel: {self.division.why}\n" if self.division else ""
+        tables = f" ({model.ngrams.weight.numel():,} of them in n-gram tables)" if model.ngrams else ""
         return (
             f"machine: {self.machine.reason}\n{divided}"
             f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
             f"tokens, vocabulary {dataset.vocab_size:,}\n"
-            f"model: {n_params:,} parameters; {batch}; {length}"
+            f"model: {model.n_params():,} parameters{tables}; {batch}; {length}"
         )
 
 
@@ -103,6 +104,12 @@ def decide(
         from nanogpt.distributed import parallelize
 
         division = parallelize.divide(shape, config, config.parallel, config.shard_size, machine)
+    if shape.ngram_orders:
+        from nanogpt.checkpoint.writer import free_memory
+        from nanogpt.ngrams import training
+
+        sharded = division is not None and not division.whole
+        training.require_possible(shape, free_memory(), sharded, config.cuda_graph)
     if config.batch_size == "auto":
         from nanogpt.gpu import auto_batch_size
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nanogpt.errors import UserError
+from nanogpt.model import TABLES
 from nanogpt.world import World
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # in torch.cpu, if present
@@ -56,7 +57,8 @@ class Machine:
             return model
 
         def cast(*inputs: Tensor) -> Any:
-            weights = {name: p.to(DTYPES[self.dtype]) for name, p in model.named_parameters()}
+            named = ((n, p) for n, p in model.named_parameters() if n != TABLES)  # casts the rows read
+            weights = {name: p.to(DTYPES[self.dtype]) for name, p in named}
             return functional_call(model, weights, inputs)
 
         def autocast(*inputs: Tensor) -> Any:

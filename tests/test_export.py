@@ -120,6 +120,7 @@ def modules(tmp_path, monkeypatch):
     [
         (replace(FAST, qk_norm=True), "VaultGemmaForCausalLM does not support qk_norm=True"),
         (replace(FAST, smear=True), "VaultGemmaForCausalLM does not support smear=True"),
+        (replace(FAST, ngram_orders="2,3"), "VaultGemmaForCausalLM does not support ngram_orders=2,3"),
         (replace(GPT2, position="alibi"), "GPT2LMHeadModel does not support position=alibi"),
         (replace(GPT2, softcap=30.0), "GPT2LMHeadModel does not support softcap=30.0"),
     ],

@@ -39,6 +39,7 @@ SWITCHES = {
         "smear": True,
         "bias": False,
     },
+    "n-grams": {"position": "rope", "smear": True, "ngram_orders": "4,2", "ngram_rows": 3000},
     "alibi, grouped": {"position": "alibi", "n_kv_head": 2, "smear": True, "activation": "swiglu"},
     "rope, one head of keys": {"position": "rope", "n_kv_head": 1, "head_dim": 4},
 }

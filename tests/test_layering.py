@@ -92,6 +92,7 @@ def test_model_imports_only_torch():
         "collections",
         "nanogpt.chunked_loss",
         "nanogpt.loss",
+        "nanogpt.ngrams",
         "typing",
     }
     names = imported(ROOT / "nanogpt" / "model.py")

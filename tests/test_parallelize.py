@@ -57,10 +57,16 @@ FEW = ["--max_iters=8", "--eval_interval=8"]
 FAST = ["--loss_chunk_size=20", "--deterministic=True"]
 EVALUATE = ["--eval_only=True", "--init_from=resume", "--batch_size=4"]
 STOP, GO_ON = ["--max_iters=10"], ["--init_from=resume", "--max_iters=25"]
+TABLES = ["--ngram_orders=2,3", "--ngram_rows=500"]
 JOBS = [
     job("adamw-15", 1, "--batch_size=15", "--eval_iters=2"),
     job("muon-15", 1, "--batch_size=15", "--eval_iters=2"),
     job("muon-10", 1, "--batch_size=10", *FEW, "--eval_iters=1"),
+    job("muon-15-ngrams", 1, "--batch_size=15", "--eval_iters=2", *TABLES),
+    job("muon-15-ngrams-ddp", 2, *UNEVEN, "--parallel=ddp", *TABLES),
+    job("muon-15-ngrams-stopped", 2, *UNEVEN, *STOP, "--parallel=ddp", *TABLES),
+    job("muon-15-ngrams-on-2", 2, *UNEVEN, *GO_ON, "--parallel=ddp", resumes="muon-15-ngrams-stopped"),
+    job("muon-15-ngrams-on-1", 1, *UNEVEN, *GO_ON, resumes="muon-15-ngrams-stopped"),
     job("adamw-15-fsdp", 2, *UNEVEN, "--parallel=fsdp"),
     job("muon-15-ddp", 2, *UNEVEN, "--parallel=ddp"),
     job("muon-15-fsdp", 2, *UNEVEN, "--parallel=fsdp"),
@@ -136,6 +142,7 @@ def saved(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
     "name",
     [
         *("adamw-15-fsdp", "muon-15-ddp", "muon-15-fsdp", "muon-10-fsdp", "muon-10-hsdp"),
+        "muon-15-ngrams-ddp",
         *("responses-15-ddp", "responses-15-fsdp", "responses-10-ddp", "responses-10-fsdp"),
     ],
 )
@@ -166,13 +173,18 @@ def test_some_ranks_had_no_response_tokens(folder):
 
 
 def test_stopped_run_resumes_at_another_world_size_and_mode(folder):
-    for name in ("muon-15-on-1", "adamw-15-on-4"):
-        unbroken = losses(folder / f"{name.split('-')[0]}-15-fsdp")[:25]
+    before = {"muon-15-on-1": "muon-15-fsdp", "adamw-15-on-4": "adamw-15-fsdp"}
+    for name, begun in (before | {"muon-15-ngrams-on-1": "muon-15-ngrams-ddp"}).items():
+        unbroken = losses(folder / begun)[:25]
         assert losses(folder / name) == pytest.approx(unbroken, rel=1e-5)
 
 
-def test_resume_at_the_same_world_size_is_bit_identical(folder):
-    unbroken, resumed = folder / "muon-15-fsdp", folder / "muon-15-on-2"
+@pytest.mark.parametrize(
+    ("unbroken", "resumed"),
+    [("muon-15-fsdp", "muon-15-on-2"), ("muon-15-ngrams-ddp", "muon-15-ngrams-on-2")],
+)
+def test_resume_at_the_same_world_size_is_bit_identical(folder, unbroken, resumed):
+    unbroken, resumed = folder / unbroken, folder / resumed
     assert losses(resumed) == losses(unbroken)[:25]
     before, after = saved(unbroken, "25"), saved(resumed, "25")
     assert before.keys() == after.keys()

@@ -29,6 +29,7 @@ SHAPES = [
     *GPT2_SIZES.values(),
     GPTConfig(vocab_multiple=64, tied=False, bias=False, position="rope", norm="rms", activation="relu2"),
     GPTConfig(n_layer=3, n_embd=96, n_head=6, n_kv_head=2, head_dim=8, activation="swiglu", smear=True),
+    GPTConfig(n_layer=1, n_embd=64, n_head=4, ngram_orders="2,3,5", ngram_rows=70_000),
     GPTConfig(n_layer=2, n_embd=64, n_head=4, position="alibi", norm="rms", tied=False, vocab_multiple=128),
 ]
 

@@ -587,6 +587,7 @@ async function begin() {
       `vocabulary: ${about.vocab_size.toLocaleString("en")} ${{ char: "characters", byte: "bytes" }[about.tokenizer] ?? "tokens"}`,
       about.iter && `iteration ${about.iter.toLocaleString("en")}`,
       about.val_loss !== null && `validation loss ${about.val_loss.toFixed(3)}`,
+      about.baseline && `counting (${about.baseline.order}-grams): ${about.baseline.loss.toFixed(3)}`,
     ];
     $("about").textContent = facts.filter(Boolean).join(" · ");
     longest = about.max_tokens;

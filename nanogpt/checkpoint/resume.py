@@ -4,7 +4,7 @@ import json
 import os
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,6 +58,7 @@ def resume(
     fitted(dict.fromkeys(("options", "scaler", "environment"), dict), resumed.state, where)
     saved = {RENAMED.get(key, key): value for key, value in resumed.state["options"].items()}
     fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
+    saved = asdict(resumed.model_config) | saved  # the former has options added since
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
         raise UserError(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nanogpt import files
 from nanogpt.checkpoint import FILES, FORMAT, Progress, steps, val_loss
 from nanogpt.errors import Diverged, UserError
-from nanogpt.model import GPT
+from nanogpt.model import GPT, TABLES
 
 OF_A_RUN = ("config.json", "metrics.jsonl", "ckpt.pt")  # the last is nanoGPT's
 KEPT = 2  # number of newest checkpoints kept, besides the best
@@ -125,7 +125,9 @@ def acquire_folder(run: Path, resumed: Progress | None, overwrite: bool) -> tupl
 def require_space(run: Path, model: GPT) -> str:
     """Return a line with the maximum size of the folder `run`, assuming AdamW's two moments per weight. Raise
     UserError if less space is free."""
-    each = sum((12 if weight.requires_grad else 4) * weight.numel() for weight in model.parameters())
+    each = sum(
+        (12 if p.requires_grad and n != TABLES else 4) * p.numel() for n, p in model.named_parameters()
+    )
     needed = each * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
     free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free
     size = f"{tqdm.format_sizeof(needed)}B"

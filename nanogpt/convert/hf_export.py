@@ -33,7 +33,7 @@ from nanogpt.runtime import DTYPES
 from nanogpt.tokenizer import tokenizer, vocabulary
 
 LIBRARY = Path(__file__).resolve().parent.parent
-CODE = ("convert/modeling_nanogpt.py", "model.py", "loss.py", "chunked_loss.py")
+CODE = ("convert/modeling_nanogpt.py", "model.py", "loss.py", "chunked_loss.py", "ngrams/embedding.py")
 RMS_EPS = torch.finfo(torch.float32).eps  # eps of F.rms_norm; LayerNorm uses 1e-5
 Weights = dict[str, Tensor]
 

@@ -17,6 +17,7 @@ from nanogpt.tokenizer import vocabulary
 
 OWN_TOKENIZER = "tokenizer.nanogpt.json"  # our tokenizer.json in exported folders, beside Hugging Face's
 NO_SWITCH = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "vocab_multiple", "init"}
+NO_SWITCH |= {"ngram_rows"}  # of no effect without ngram_orders
 PADDING = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # candidate values of vocab_multiple
 
 

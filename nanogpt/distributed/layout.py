@@ -102,6 +102,18 @@ class Replicated(_Shared):
         found = [got[r][: n * shape.numel()].view(n, *shape) for r, n in enumerate(counts)]
         return [update for of_one in found for update in of_one]
 
+    def average_rows(self, table: Tensor) -> None:
+        """Average the sparse gradient of `table` over all ranks, in place, exchanging the rows read; row 0,
+        which has no gradient, pads the shorter parts."""
+        own = gradient(table).coalesce()
+        most = torch.tensor(own.values().shape[0], device=table.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
+        rows = self._all_gather(own.indices()[0], int(most)).view(1, -1)
+        values = self._all_gather(own.values().reshape(-1), int(most) * table.shape[1]).view(
+            -1, table.shape[1]
+        )
+        table.grad = torch.sparse_coo_tensor(rows, values / self.size, table.shape, check_invariants=False)
+
     def _all_gather(self, mine: Tensor, width: int) -> Tensor:
         """All-gather `mine`, zero-padded to `width` elements; return shape (size, width)."""
         sent, got = mine.new_zeros(width), mine.new_empty(self.size * width)

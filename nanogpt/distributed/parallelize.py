@@ -34,7 +34,7 @@ from nanogpt.distributed.layout import Replicated, Sharded
 from nanogpt.errors import UserError
 from nanogpt.finetune import lora
 from nanogpt.loss import IGNORE
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, TABLES, GPTConfig
 from nanogpt.optim import Layout, is_for_muon
 from nanogpt.options import OptimizerOptions
 from nanogpt.runtime import DTYPES, Machine
@@ -220,6 +220,8 @@ def micro_batches(
         world.report_phase(step, "reading data")
         batch = following
     world.report_phase(step, "updating")
+    if isinstance(function, Connected):
+        function.finish()
 
 
 def step_of_all(step: Function, world: World) -> Function:
@@ -246,10 +248,13 @@ def in_step(
 
 
 class Connected:
-    """Wraps a function whose backward pass averages gradients over ranks while its switch is on."""
+    """Wraps a function whose backward pass averages gradients over ranks while its switch is on; `finish`,
+    called after the last pass of a step, averages those that it leaves out."""
 
-    def __init__(self, function: Function, switch: Callable[[bool], None]):
-        self.function, self.switch = function, switch
+    def __init__(
+        self, function: Function, switch: Callable[[bool], None], finish: Callable[[], None] = lambda: None
+    ):
+        self.function, self.switch, self.finish = function, switch, finish
 
     def __call__(self, *inputs: Tensor) -> Any:
         return self.function(*inputs)
@@ -277,19 +282,23 @@ def connect(function: Function, model: nn.Module, machine: Machine) -> Function:
     def switch_ddp(on: bool) -> None:
         ddp.require_backward_grad_sync = on
 
-    return Connected(ddp, switch_ddp)
+    def average_tables() -> None:
+        if (tables := dict(model.named_parameters()).get(TABLES)) is not None and tables.requires_grad:
+            Replicated(machine.world).average_rows(tables)
+
+    return Connected(ddp, switch_ddp, average_tables)
 
 
 class _Calls(nn.Module):
     """Wraps a function as a module that owns its parameters, as DistributedDataParallel requires.
 
-    It has no buffers: DDP would broadcast them before each pass, but they are position tables, equal on all
-    ranks.
+    It has no n-gram tables, whose gradients are sparse, and no buffers: DDP would broadcast them before each
+    pass, but they are position tables, equal on all ranks.
     """
 
     def __init__(self, function: Function, model: nn.Module):
         super().__init__()
-        self.owned = nn.ParameterList(model.parameters())
+        self.owned = nn.ParameterList(p for name, p in model.named_parameters() if name != TABLES)
         self.call = lambda *inputs: function(*inputs)  # a module would be registered, with its buffers
 
     def forward(self, *inputs: Tensor) -> Any:

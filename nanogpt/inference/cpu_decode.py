@@ -80,6 +80,9 @@ class DecodeStep:
             before = last.to(x.dtype, copy=True)
             last.copy_(x)
             x = x + self.model.smear.weight * before
+        if self.model.ngrams is not None:
+            ids = self.cache.with_context(tokens[:, None], range(len(x)), at[:, None])
+            x = self.model.ngrams(x[:, None], ids)[:, 0]
         return x + F.embedding(at, self.position.wpe.weight) if isinstance(self.position, Learned) else x
 
     def _split(self, parts: Tensor, turn: list[Tensor] | None) -> tuple[Tensor, Tensor]:

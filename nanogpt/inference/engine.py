@@ -102,6 +102,7 @@ class Engine:
             n_kv_head=config.n_kv_head or config.n_head,
             head_size=config.head_size,
             n_embd=config.n_embd,
+            context=model.ngrams.context if model.ngrams else 0,
             dtype=kept_in(model) if table.device.type == "cpu" else table.dtype,
             device=table.device,
         )

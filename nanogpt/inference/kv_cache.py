@@ -38,6 +38,7 @@ class KVCache:
         n_kv_head: int,
         head_size: int,
         n_embd: int,
+        context: int = 0,
         dtype: torch.dtype,
         device: torch.device,
     ):
@@ -47,12 +48,24 @@ class KVCache:
         self.both = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = self.both.unbind(1)
         self.embeddings = torch.zeros((slots, n_embd), dtype=dtype, device=device)  # last token's, for smear
+        # For n-grams: the token at position t is at `context` + t, after `context` times -1.
+        self.context = context
+        self.ids = torch.full((slots, context + length), -1, device=device)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens of slot `source` to slots `targets`."""
         for target in targets:
             self.both[:, :, target, :, :length] = self.both[:, :, source, :, :length]
+            self.ids[target, : self.context + length] = self.ids[source, : self.context + length]
             self.embeddings[target] = self.embeddings[source]
+
+    def with_context(self, idx: Tensor, slots: Sequence[int] | Tensor, begin: int | Tensor) -> Tensor:
+        """Store idx (B, T) in `slots` from position `begin`, an int or (B, 1), on; return it after the tokens
+        before it: (B, context + T)."""
+        rows = torch.as_tensor(slots, device=idx.device)[:, None]
+        columns = begin + torch.arange(self.context + idx.shape[1], device=idx.device)
+        self.ids[rows, columns[..., self.context :]] = idx
+        return self.ids[rows, columns]
 
     def clear(self, slot: int) -> None:
         """Reset `slot` to the start of a sequence."""
@@ -91,6 +104,9 @@ class Prefill:
             self.cache.embeddings[slot] = x[row, length - 1]
         return F.pad(x, (0, 0, 1, 0))[:, :-1]
 
+    def with_context(self, idx: Tensor) -> Tensor:
+        return self.cache.with_context(idx, self.slots, 0)
+
     def layer(self, number: int) -> LayerCache:
         return LayerCache(None, partial(self._attend, number))
 
@@ -122,6 +138,9 @@ class ChunkedPrefill:
         """Return the previous token's embedding for each token of x (1, T, C)."""
         self.cache.embeddings[self.slot] = x[0, -1]
         return torch.cat([self.last.expand(1, 1, -1).to(x.dtype), x[:, :-1]], dim=1)
+
+    def with_context(self, idx: Tensor) -> Tensor:
+        return self.cache.with_context(idx, [self.slot], self.begin)
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self.at, partial(self._attend, number))
@@ -162,6 +181,10 @@ class Step:
         before = last.clone()
         last.copy_(x[:, 0])
         return before[:, None].to(x.dtype)
+
+    def with_context(self, idx: Tensor) -> Tensor:
+        assert self.at is not None
+        return self.cache.with_context(idx, torch.arange(self.count, device=idx.device), self.at)
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self.at, partial(self._attend, number))

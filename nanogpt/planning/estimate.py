@@ -6,9 +6,12 @@ Parameters and optimizer state are exact, activations within a few percent of to
 
 from dataclasses import dataclass
 
+import torch
+
 from nanogpt import model
 from nanogpt.loss import logits_chunk_size
 from nanogpt.model import GPTConfig
+from nanogpt.ngrams.embedding import NGramEmbedding
 from nanogpt.options import OptimizerOptions
 
 FLOAT = 4  # bytes of weights, gradients and optimizer state
@@ -25,10 +28,13 @@ class Parameters:
     vectors: int  # biases and norm gains
     head: int  # LM head; 0 if tied
     padding: int  # elements of the above in vocabulary padding rows
+    tables: int  # n-gram tables
+    table_rows: int
 
     @property
     def total(self) -> int:
-        return self.embeddings + self.positions + self.matrices + self.vectors + self.head
+        counted = self.embeddings + self.positions + self.matrices + self.vectors + self.head
+        return counted + self.tables
 
     @property
     def multiplying(self) -> int:
@@ -50,6 +56,8 @@ def parameters(shape: GPTConfig) -> Parameters:
     if shape.norm == "layer":
         vectors += (2 * L + 1) * C * (2 if shape.bias else 1)
     vectors += C if shape.smear else 0
+    with torch.device("meta"):
+        rows, width = NGramEmbedding(shape).weight.shape if shape.ngram_orders else (0, 0)
     table = shape.padded_vocab_size * C
     padding = (shape.padded_vocab_size - shape.vocab_size) * C
     return Parameters(
@@ -59,6 +67,8 @@ def parameters(shape: GPTConfig) -> Parameters:
         vectors=vectors,
         head=0 if shape.tied else table,
         padding=padding if shape.tied else 2 * padding,
+        tables=rows * width,
+        table_rows=rows,
     )
 
 
@@ -93,7 +103,8 @@ def memory(
     which needs less. `recompute`: activation checkpointing. `on_cpu`: torch's CPU kernels, in float32.
     `loss_chunk_size`: tokens per chunk of the loss; 0: all.
 
-    AdamW keeps two state elements per parameter, Muon one per element of the blocks' matrices.
+    AdamW keeps two state elements per parameter, Muon one per element of the blocks' matrices, row-wise
+    Adagrad one per row of the n-gram tables, whose sparse gradients are not counted.
     """
     found = parameters(shape)
     by_muon = found.matrices if rules.optimizer == "muon" else 0
@@ -101,8 +112,8 @@ def memory(
     tokens = batch_size * shape.block_size
     return Memory(
         weights=FLOAT * found.total,
-        gradients=FLOAT * found.total,
-        optimizer=FLOAT * (2 * (found.total - by_muon) + by_muon),
+        gradients=FLOAT * (found.total - found.tables),
+        optimizer=FLOAT * (2 * (found.total - found.tables - by_muon) + by_muon + found.table_rows),
         activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_chunk_size),
         copies=0 if number_bytes == FLOAT else number_bytes * cast,
     )

@@ -1,0 +1,1 @@
+"""n-gram embeddings: hashed tables beside the token embedding, and their training."""
