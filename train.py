@@ -42,11 +42,10 @@ class Config(TrainOptions):
     eval_interval: PositiveInt = 2000  #: iterations between evaluations of both splits
     eval_iters: PositiveInt = 200  #: maximum number of batches per split; every evaluation uses the same ones
     log_interval: PositiveInt = 1  # iterations between log lines
-    save_interval: NonNegativeInt = (
-        0  # iterations between checkpoints (new bests are saved too); 0: eval_interval
-    )
+    save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides bests; 0: eval_interval
     save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
     always_save_checkpoint: bool = True  # False: after an evaluation, save only if the loss improved
+    health_interval: NonNegativeInt = 0  # iterations between checks of gradients and activations; 0: none
     verbose: bool = False  # print all options that differ from their defaults
     max_minutes: NonNegativeFloat = 0.0  # save and exit after this many minutes; 0: no limit
     # learning rate schedule
@@ -399,6 +398,10 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Train until max_iters; evaluate, log and save checkpoints along the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
     model, micro_batches, take_step = prepare_step(run)
+    if config.health_interval and world.is_main_process:
+        from nanogpt.diagnostics import health
+
+        take_step = health.watch(take_step, run, log)
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at, saved_s = progress.iter_num if progress.iter_num else -1, time.perf_counter()
     unlogged_s, unlogged, pending_check = 0.0, 0, None
