@@ -31,6 +31,7 @@ from nanogpt.errors import Diverged, Stopped, run_program
 from nanogpt.options import InTrainingOptions, Origins, TrainOptions
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
+Trackers = Literal["", "tensorboard", "wandb", "tensorboard,wandb", "wandb,tensorboard"]
 
 
 # A field's comment is its help text: --help shows those that start with `#:`, --help=all shows all.
@@ -56,7 +57,8 @@ class Config(TrainOptions):
     min_lr: NonNegativeFloat = 6e-5  #: minimum learning rate
     lr_cooldown: UnitInterval = 0.4  # wsd: fraction of lr_decay_iters spent decaying
     # experiment tracking
-    wandb_log: bool = False  #: log to Weights & Biases
+    track: Trackers = ""  #: log to TensorBoard, Weights & Biases or both; empty: neither
+    wandb_log: bool = False  # the same as --track=wandb
     wandb_project: str = "owt"  # W&B project
     wandb_run_name: str = "gpt2"  # W&B run name
 
@@ -91,7 +93,6 @@ from nanogpt.world import World
 
 if TYPE_CHECKING:
     from nanogpt.evaluation.in_training import InTrainingEvaluation
-    from nanogpt.trackers import Wandb
 
 
 gc.freeze()
@@ -153,7 +154,6 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.out_of_patience:
             print(f"{config.out_dir} was stopped early by --patience={config.patience}; raise it to resume")
             return
-        tracker = open_tracker(run)  # before anything is written
         print(writer.require_space(Path(config.out_dir), run.model))
         if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             print(notice)
@@ -163,7 +163,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
             kernels_in_use = attention_kernels.chosen(config.attention, config.deterministic)
         try:
-            with closing(open_log(run, tracker)) as log, run.machine.memory_errors(), kernels_in_use:
+            with closing(open_log(run)) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)
         finally:
             run.writer.close()
@@ -588,19 +588,15 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
     return notice
 
 
-def open_tracker(run: Run) -> "Wandb | None":
-    """Return the experiment tracker that the options ask for; None on ranks other than 0."""
-    config = run.config
-    if not (config.wandb_log and run.machine.world.is_main_process):
-        return None
-    from nanogpt.trackers import Wandb
+def open_log(run: Run) -> metrics.Log:
+    config, leads, tracker = run.config, run.machine.world.is_main_process, None
+    if leads and (config.track or config.wandb_log):
+        from nanogpt import trackers
 
-    return Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
-
-
-def open_log(run: Run, tracker: "Wandb | None") -> metrics.Log:
-    leads = run.machine.world.is_main_process
-    path = Path(run.config.out_dir) / metrics.NAME if leads else Path(os.devnull)
+        names = config.track + ",wandb" * config.wandb_log
+        resumed_at = run.resumed.iter_num if run.resumed else None
+        tracker = trackers.Trackers(names, Path(config.out_dir), asdict(config), resumed_at)
+    path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
     peak_share = None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops

@@ -12,7 +12,7 @@ from nanogpt import command, quoted
 from nanogpt.errors import UserError
 
 if TYPE_CHECKING:
-    from nanogpt.trackers import Wandb
+    from nanogpt.trackers import Trackers
 
 NAME = "metrics.jsonl"
 
@@ -24,7 +24,7 @@ class Log:
     "step" and "health", the number of iterations completed for the others.
     """
 
-    def __init__(self, path: Path, tracker: "Wandb | None", peak_share: float | None):
+    def __init__(self, path: Path, tracker: "Trackers | None", peak_share: float | None):
         """Append to the file `path`. `peak_share`: model FLOPs utilization (MFU) at 1 token/s, or None if the
         peak FLOP/s of the device is unknown."""
         self._file = path.open("a", encoding="utf-8", newline="\n")

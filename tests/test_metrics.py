@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nanogpt import metrics, trackers
+from nanogpt import metrics
 from nanogpt.checkpoint import resume
 from nanogpt.errors import UserError
 
@@ -70,9 +70,3 @@ def test_rewind_of_a_folder_without_rows(tmp_path):
     resume.rewind_metrics(tmp_path, 3, True)
     with pytest.raises(UserError, match=r"has no metrics\.jsonl; give the out_dir of a run"):
         metrics.read(tmp_path)
-
-
-def test_missing_wandb_is_a_user_error(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        trackers.Wandb("p", "n", {})
