@@ -281,7 +281,7 @@ def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, r
     machine.synchronize()
 
 
-def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, Any]:
     """Return (function, micro_batches, step) for the training loop.
 
     `function` is the forward pass: mixed precision, then torch.compile, then gradient averaging over ranks.
@@ -312,6 +312,10 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
         from nanogpt.gpu import cuda_graphs
 
         step = cuda_graphs.StepGraph(train_step, batches.full, machine)
+    if config.health_interval and log and machine.world.is_main_process:
+        from nanogpt.diagnostics import health
+
+        step = health.watch(step, run, log)
     return function, micro_batches, step
 
 
@@ -397,11 +401,7 @@ def learning_rate(config: Config, iter_num: float) -> float:
 def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Train until max_iters; evaluate, log and save checkpoints along the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
-    model, micro_batches, take_step = prepare_step(run)
-    if config.health_interval and world.is_main_process:
-        from nanogpt.diagnostics import health
-
-        take_step = health.watch(take_step, run, log)
+    model, micro_batches, take_step = prepare_step(run, log)
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at, saved_s = progress.iter_num if progress.iter_num else -1, time.perf_counter()
     unlogged_s, unlogged, pending_check = 0.0, 0, None

@@ -6,6 +6,7 @@ are drawn against the iteration, so a resumed run continues them.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,14 @@ class Trackers:
     def __init__(self, names: str, folder: Path, options: dict[str, Any], resumed_at: int | None):
         self.open: dict[str, TensorBoard | Wandb] = {}
         for name in dict.fromkeys(filter(None, names.split(","))):
-            self._attempt(
-                name, lambda name=name: self.open.update({name: KINDS[name](folder, options, resumed_at)})
-            )
+            self._attempt(name, partial(self._start, name, folder, options, resumed_at))
+
+    def _start(self, name: str, *given: Any) -> None:
+        self.open[name] = KINDS[name](*given)
 
     def log(self, row: Mapping[str, Any]) -> None:
         for name, tracker in list(self.open.items()):
-            self._attempt(name, lambda tracker=tracker: tracker.log(row))
+            self._attempt(name, partial(tracker.log, row))
 
     def close(self) -> None:
         for name, tracker in list(self.open.items()):
