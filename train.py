@@ -94,7 +94,6 @@ from nanogpt.world import World
 if TYPE_CHECKING:
     from nanogpt.evaluation.in_training import InTrainingEvaluation
 
-
 gc.freeze()
 gc.enable()
 
@@ -419,7 +418,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             improved = evaluate(run, stop, log)
             last = last or run.out_of_patience
             world.raise_on_all_ranks(partial(pace.evaluated, time.perf_counter() - began))
-        write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
+        write = partial(log.write, "tasks", progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run_tasks(run, due or last, write, stop):
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
@@ -551,6 +550,10 @@ def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
         print(f"early stopping: no improvement in {run.progress.stale} evaluations (--patience)")
         longer = f"--patience={2 * config.patience}"
     print(metrics.closing(config.out_dir, run.clock_s(), writer.peak_memory(run.machine.device), longer))
+    if (ROOT / f"benchmarks/reference/{Path(config.dataset).name}-{config.max_iters}.json").is_file():
+        from nanogpt.diagnostics.reference import closing
+
+        print(*closing(Path(config.out_dir)), sep="\n")
     if config.minutes:
         from nanogpt.pace.time_budget import repeated
 
@@ -593,9 +596,7 @@ def open_log(run: Run) -> metrics.Log:
     if leads and (config.track or config.wandb_log):
         from nanogpt import trackers
 
-        names = config.track + ",wandb" * config.wandb_log
-        resumed_at = run.resumed.iter_num if run.resumed else None
-        tracker = trackers.Trackers(names, Path(config.out_dir), asdict(config), resumed_at)
+        tracker = trackers.Trackers(asdict(config), run.progress.iter_num)
     path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
     peak_share = None
     if run.machine.device.type == "cuda":

@@ -43,19 +43,15 @@ class Log:
             line += f", mfu {speed * self._peak_share:.1%}"
         tqdm.write(f"{line}, {tqdm.format_interval(left_s)} left")
         self.state["loss"] = 0.9 * self.state.get("loss", loss) + 0.1 * loss
-        self.write("step", iter_num, tokens, {"step_s": step_s, "tokens_per_s": speed} | values)
+        self.write("step", iter_num, tokens, step_s=step_s, tokens_per_s=speed, **values)
 
     def evaluation(self, iter_num: int, tokens: int, **values: Any) -> None:
         """Log an evaluation after `iter_num` iterations and `tokens`; printed by train.py."""
         val_loss = values["val_loss"]
         self.state |= {"val_loss": val_loss, "change": val_loss - self.state.get("val_loss", val_loss)}
-        self.write("eval", iter_num, tokens, values)
+        self.write("eval", iter_num, tokens, **values)
 
-    def tasks(self, iter_num: int, tokens: int, **values: Any) -> None:
-        """Log task scores after `iter_num` iterations and `tokens`."""
-        self.write("tasks", iter_num, tokens, values)
-
-    def write(self, event: str, iter_num: int, tokens: int, values: dict[str, Any]) -> None:
+    def write(self, event: str, iter_num: int, tokens: int, **values: Any) -> None:
         """Append a row of any `event`."""
         row = {"event": event, "iter": iter_num, "tokens": tokens, **values}
         self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")

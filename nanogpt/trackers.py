@@ -31,13 +31,13 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
 class TensorBoard:
     """Event files in the run folder: `tensorboard --logdir=OUT_DIR`."""
 
-    def __init__(self, folder: Path, options: dict[str, Any], resumed_at: int | None):
+    def __init__(self, folder: Path, options: dict[str, Any], resumed_at: int):
         from torch.utils.tensorboard import SummaryWriter
 
         # Later points are drawn again; the evaluation at `resumed_at` is not.
-        purged = None if resumed_at is None else resumed_at + 1
+        purged = resumed_at + 1 if resumed_at else None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
-        if resumed_at is None:
+        if not resumed_at:
             self.writer.add_text(
                 "options", "\n".join(f"    {key} = {value!r}" for key, value in options.items())
             )
@@ -53,11 +53,11 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases; without a key or a network, files in the run folder for `wandb sync`."""
 
-    def __init__(self, folder: Path, options: dict[str, Any], resumed_at: int | None):
+    def __init__(self, folder: Path, options: dict[str, Any], resumed_at: int):
         import wandb
 
         note = folder / "wandb_run.txt"  # the id by which a resumed run continues
-        known = note.read_text(encoding="utf-8") if resumed_at is not None and note.is_file() else None
+        known = note.read_text(encoding="utf-8") if resumed_at and note.is_file() else None
         given = {"project": options["wandb_project"], "name": options["wandb_run_name"], "config": options}
         given |= {"dir": str(folder), "id": known, "resume": "allow"}
         try:
@@ -81,12 +81,13 @@ KINDS: dict[str, Callable[..., TensorBoard | Wandb]] = {"tensorboard": TensorBoa
 
 
 class Trackers:
-    """All trackers in `names`, separated by commas, of the run in `folder`; `resumed_at`: its iteration."""
+    """The trackers that the `options` of a run ask for; `resumed_at`: the iteration it goes on from, or 0."""
 
-    def __init__(self, names: str, folder: Path, options: dict[str, Any], resumed_at: int | None):
+    def __init__(self, options: dict[str, Any], resumed_at: int):
         self.open: dict[str, TensorBoard | Wandb] = {}
-        for name in dict.fromkeys(filter(None, names.split(","))):
-            self._attempt(name, partial(self._start, name, folder, options, resumed_at))
+        names = options["track"].split(",") + ["wandb"] * options["wandb_log"]
+        for name in dict.fromkeys(filter(None, names)):
+            self._attempt(name, partial(self._start, name, Path(options["out_dir"]), options, resumed_at))
 
     def _start(self, name: str, *given: Any) -> None:
         self.open[name] = KINDS[name](*given)

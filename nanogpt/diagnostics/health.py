@@ -73,7 +73,7 @@ class Watch:
         self.first = self.first or row
         found = dict(self.warnings(iter_num, row, clip))
         row["warnings"] = list(found)
-        self.log.write("health", iter_num, run.batches.tokens_before(iter_num + 1), row)
+        self.log.write("health", iter_num, run.batches.tokens_before(iter_num + 1), **row)
         for kind in found.keys() - self.told:
             tqdm.write(f"health: iteration {iter_num}: {found[kind]}")
         self.told |= found.keys()
