@@ -110,26 +110,33 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
 
+def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Return the difference of the means and half its 95 % confidence interval (Welch's t-test), which is NaN
+    unless both have several values."""
+    gap = float(np.mean(a) - np.mean(b))
+    if min(len(a), len(b)) < 2:
+        return gap, math.nan
+    if np.ptp(a) == np.ptp(b) == 0:
+        return gap, 0.0
+    from scipy import stats
+
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    return gap, float(interval.high - interval.low) / 2
+
+
 def compare(a: Sequence[Run], b: Sequence[Run]) -> str:
     """Say whether the best validation losses of `a` and `b`, runs of several seeds each, differ by more than
-    the noise: with a 95 % confidence interval of Welch's t-test, or, of one run each, by the standard errors
-    of the evaluations alone."""
+    the noise; of one run each, the noise of the evaluations alone."""
     losses = [[run.val_loss for run in group] for group in (a, b)]
     if not all(math.isfinite(loss) for group in losses for loss in group):
         return "cannot be compared: a run has no evaluation yet"
-    difference = float(np.mean(losses[0]) - np.mean(losses[1]))
-    counts = [len(group) for group in losses]
-    if min(counts) > 1:
-        from scipy import stats
-
-        interval = stats.ttest_ind(*losses, equal_var=False).confidence_interval(0.95)
-        noise = float(interval.high - interval.low) / 2
-        how = f"95 % interval, {counts[0]} and {counts[1]} seeds"
-    else:
+    gap, noise = difference(*losses)
+    how = f"95 % interval, {len(a)} and {len(b)} seeds"
+    if math.isnan(noise):
         noise, how = 2 * math.hypot(a[0].stderr, b[0].stderr), "twice the standard error of the evaluations"
         how += "; that of the seeds is not known: train more"
-    verdict = "yes" if abs(difference) > noise else "no"
+    verdict = "yes" if abs(gap) > noise else "no"
     names = a[0].name, b[0].name
     each = ", ".join(f"{name}: {np.mean(group):.4f}" for name, group in zip(names, losses, strict=True))
-    better = f"{names[difference > 0]} is better by {abs(difference):.4f} ± {noise:.4f} ({how})"
+    better = f"{names[gap > 0]} is better by {abs(gap):.4f} ± {noise:.4f} ({how})"
     return f"{each}; {better}\ndifference larger than the noise: {verdict}"
