@@ -31,7 +31,7 @@ from nanogpt.errors import Diverged, Stopped, run_program
 from nanogpt.options import InTrainingOptions, Origins, TrainOptions
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
-Trackers = Literal["", "tensorboard", "wandb", "tensorboard,wandb", "wandb,tensorboard"]
+Trackers = Literal["none", "tensorboard", "wandb", "tensorboard,wandb", "wandb,tensorboard"]
 
 
 # A field's comment is its help text: --help shows those that start with `#:`, --help=all shows all.
@@ -57,7 +57,7 @@ class Config(TrainOptions):
     min_lr: NonNegativeFloat = 6e-5  #: minimum learning rate
     lr_cooldown: UnitInterval = 0.4  # wsd: fraction of lr_decay_iters spent decaying
     # experiment tracking
-    track: Trackers = ""  #: log to TensorBoard, Weights & Biases or both; empty: neither
+    track: Trackers = "none"  #: also log to TensorBoard, Weights & Biases or both
     wandb_log: bool = False  # the same as --track=wandb
     wandb_project: str = "owt"  # W&B project
     wandb_run_name: str = "gpt2"  # W&B run name
@@ -306,7 +306,7 @@ def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, An
     if several:
         function = parallelize.connect(function, run.model, machine)
         micro_batches = partial(parallelize.micro_batches, batches, machine.world, function)
-        step = parallelize.step_of_all(train_step, machine.world)
+        step = parallelize.step_of_all(train_step, run, log)
     elif config.cuda_graph:  # single process only (cuda_graphs.require_recordable)
         from nanogpt.gpu import cuda_graphs
 
@@ -593,7 +593,7 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
 
 def open_log(run: Run) -> metrics.Log:
     config, leads, tracker = run.config, run.machine.world.is_main_process, None
-    if leads and (config.track or config.wandb_log):
+    if leads and (config.track != "none" or config.wandb_log):
         from nanogpt import trackers
 
         tracker = trackers.Trackers(asdict(config), run.progress.iter_num)

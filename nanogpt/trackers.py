@@ -86,7 +86,7 @@ class Trackers:
     def __init__(self, options: dict[str, Any], resumed_at: int):
         self.open: dict[str, TensorBoard | Wandb] = {}
         names = options["track"].split(",") + ["wandb"] * options["wandb_log"]
-        for name in dict.fromkeys(filter(None, names)):
+        for name in dict.fromkeys(name for name in names if name != "none"):
             self._attempt(name, partial(self._start, name, Path(options["out_dir"]), options, resumed_at))
 
     def _start(self, name: str, *given: Any) -> None:
