@@ -149,7 +149,8 @@ def test_checks_change_no_weight(dataset, tmp_path):
     assert found[0] == found[1]
 
 
-def test_clipping_is_reported_after_the_warmup(dataset, tmp_path, capsys):
+def test_clipping_is_reported_once_the_run_has_settled(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(health, "SETTLED", 110)
     rows = rows_of(dataset, tmp_path / "out", grad_clip=0.01, max_iters=130, health_interval=20)
     assert [row["iter"] for row in rows if row["warnings"]] == [120]
     assert "clipped in 100 of the last 100 steps: lower --learning_rate or raise --grad_clip=0.01" in (

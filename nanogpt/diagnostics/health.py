@@ -22,14 +22,14 @@ from nanogpt.model import GPT, Block, CausalSelfAttention, Position
 from nanogpt.optim import AdamW, Optimizer
 from nanogpt.runtime import Machine
 
-TOKENS = 128  # of the batch that a check reads, at least one sequence
+TOKENS = 64  # of the batch that a check reads, at least one sequence
 SAMPLE = 1 << 16  # weights per parameter whose update is measured
 WINDOW = 100  # steps over which clipping is counted
 EARLY = 500  # iterations in which activations of healthy runs grow by a factor of at most 30 (measured)
 GROWTH, GROWTH_IF_FAST, FAST = 100.0, 40.0, 0.04  # FAST: update / weight
 DEAD = 0.9
 ENTROPY = 0.02  # mean over heads; single heads of a healthy block can look at one token
-CLIPPED = 0.9
+CLIPPED, SETTLED = 0.9, 500  # iterations after the warmup in which healthy runs may clip every gradient
 
 
 def watch(step: Callable[..., Any], run: Any, log: Log) -> Callable[..., Any]:
@@ -102,7 +102,7 @@ class Watch:
                 "decay",
                 f"weight decay ({row['gain_decay']:.2g}) shrinks the norms' gains: decay matrices only",
             )
-        clipped, after = row["clipped"], config.warmup_iters * config.decay_lr + WINDOW
+        clipped, after = row["clipped"], config.warmup_iters * config.decay_lr + SETTLED
         if len(self.norms) == WINDOW and iter_num >= after and clipped > CLIPPED * WINDOW:
             yield (
                 "clip",
