@@ -246,6 +246,12 @@ def test_compare_judges_the_difference_by_the_noise(gap, verdict, write, tmp_pat
         plot.main(config, folders[:3])
 
 
+def test_runs_of_different_datasets_are_not_compared(seeds, tmp_path, capsys):
+    describe(seeds[0], dataset="other")
+    plot.main(plot.Config(out=str(tmp_path / "x.png"), compare=True), [seeds[0], seeds[3]])
+    assert capsys.readouterr().out.startswith("cannot be compared: the datasets differ (d, other)\n")
+
+
 def test_flops_axis_needs_the_shape_of_the_model(usual, tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json, so its FLOPs are not known; use --x=tokens"):
         figure_of([usual], x="flops")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
+from benchmarks import record_reference
 from nanogpt.data import loader
 from nanogpt.diagnostics import reference, runs
 from nanogpt.errors import UserError
@@ -34,7 +35,7 @@ def three(config):
         about = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
         about["command"] = ["train.py", "config/tiny.py"]
         (run.folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
-    reference.write([str(run.folder) for run in found])
+    record_reference.write([str(run.folder) for run in found])
     return config
 
 
@@ -69,7 +70,7 @@ def test_closing_line_is_printed_only_with_a_reference(three, capsys, monkeypatc
 
 def test_reference_needs_three_seeds_of_one_run(three, tmp_path):
     with pytest.raises(UserError, match="2 runs given; expected three or more"):
-        reference.write([str(tmp_path / "reference-0"), str(tmp_path / "reference-1")])
+        record_reference.write([str(tmp_path / "reference-0"), str(tmp_path / "reference-1")])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

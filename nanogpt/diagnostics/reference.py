@@ -1,13 +1,9 @@
 """Is a run normal? Reference logs of several seeds, in benchmarks/reference/, and their band.
 
 A file DATASET-ITERATIONS.json holds the options that the runs share and, by iteration, the losses of each
-seed. `write` makes one from run folders:
-
-    python -m nanogpt.diagnostics.reference out-1 out-2 out-3
+seed; benchmarks/record_reference.py writes it.
 """
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +13,7 @@ import numpy as np
 
 from nanogpt import ROOT, files
 from nanogpt.diagnostics import runs
-from nanogpt.errors import UserError, run_program
+from nanogpt.errors import UserError
 
 FOLDER = ROOT / "benchmarks" / "reference"
 WIDTH = 4.0  # of the band on each side, in standard deviations over seeds
@@ -100,29 +96,3 @@ def closing(folder: Path) -> list[str]:
 
 def _first(reference: dict[str, Any]) -> str:
     return ", ".join(str(row[0]) for row in reference["loss"][:3]) + ", ..."
-
-
-def write(folders: Sequence[str]) -> None:
-    """Write the reference of these runs, which differ only in the seed, to FOLDER."""
-    found = [runs.load(Path(folder)) for folder in folders]
-    if len(runs.grouped(found)) != 1 or len(found) < 3:
-        raise UserError(f"{len(found)} runs given; expected three or more that differ only in the seed")
-    about = found[0].about
-    columns = {"loss": [run.steps for run in found], "val_loss": [run.evals for run in found]}
-    table = {}
-    for key, each in columns.items():
-        numbers = np.stack([column[key] for column in each], axis=1).round(4).tolist()
-        table[key] = [[int(i), *row] for i, row in zip(each[0]["iter"], numbers, strict=True)]
-    preset = next(Path(word).name for word in about["command"] if word.startswith("config"))
-    path = path_of(found[0].options)
-    seeds = [run.about["options"]["seed"] for run in found]
-    machine = {key: about[key] for key in ("torch", "numpy", "python", "device", "dtype") if key in about}
-    heading = {"preset": preset, "seeds": seeds, "machine": machine, "options": found[0].options}
-    # One iteration per line: these files are read in diffs.
-    text = json.dumps(heading | table).replace("], [", "],\n [").replace('": [[', '": [\n [')
-    files.write_text(path, text + "\n")
-    print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    run_program(lambda: write(sys.argv[1:]))

@@ -130,6 +130,8 @@ def compare(a: Sequence[Run], b: Sequence[Run]) -> str:
     losses = [[run.val_loss for run in group] for group in (a, b)]
     if not all(math.isfinite(loss) for group in losses for loss in group):
         return "cannot be compared: a run has no evaluation yet"
+    if len(data := {str(run.options.get("dataset")) for run in [*a, *b]}) > 1:
+        return f"cannot be compared: the datasets differ ({', '.join(sorted(data))})"
     gap, noise = difference(*losses)
     how = f"95 % interval, {len(a)} and {len(b)} seeds"
     if math.isnan(noise):
