@@ -178,3 +178,13 @@ def test_values_are_those_of_the_definitions():
         0.0,
         pytest.approx(0.75),
     ]
+
+
+def test_text_that_repeats_a_token_is_not_taken_for_unshifted():
+    model = architecture.GPT(architecture.GPTConfig(50, 16, 2, 2, 32))
+    idx = torch.full((2, 17), 3)
+    idx[0, 9] = 4
+    assert health.examine(model, idx[:, :-1], idx[:, 1:], CPU)["copied"] == 0.0
+    assert health.examine(model, idx[:, :-1], idx[:, :-1], CPU)["copied"] == 0.0  # nothing tells them apart
+    other = torch.arange(34).view(2, 17)
+    assert health.examine(model, other[:, :-1], other[:, :-1], CPU)["copied"] == 1.0
