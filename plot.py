@@ -1,9 +1,12 @@
-"""Plot the training curves of one or more runs.
+"""Plot and compare the training curves of runs.
 
     python plot.py out-shakespeare-char
-    python plot.py out-a out-b --x=tokens --out=compare.png
+    python plot.py out-a out-b --x=tokens --out=compare.png     # also prints a table, best first
+    python plot.py --healthy out-shakespeare-char               # is it inside the band of the reference runs?
+    python plot.py --compare out-a out-b                        # is the difference larger than the noise?
 
-Reads metrics.jsonl in the run folders; it can be used during training.
+Reads metrics.jsonl in the run folders; it can be used during training. Runs that differ only in the seed are
+drawn as one curve with a band, and --compare takes several of each kind.
 """
 
 import sys
@@ -14,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nanogpt import files, metrics
+from nanogpt import files
 from nanogpt.config import FilePath, read
+from nanogpt.diagnostics import runs as reading
+from nanogpt.diagnostics.runs import Run
 from nanogpt.errors import UserError, run_program
 
 if TYPE_CHECKING:
@@ -25,15 +30,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    x: Literal["iter", "tokens", "seconds"] = "iter"  # x axis; seconds: without evaluation, saving
+    x: Literal["iter", "tokens", "seconds", "flops"] = "iter"  # x axis; seconds: without evaluation, saving
     y: Literal["loss", "perplexity"] = "loss"  # y axis of the main panel
     out: FilePath = ""  # output file: .png, .svg or .pdf; empty: loss.png in the run (several runs: here)
+    compare: bool = False  # say whether two runs, or two groups of seeds, differ by more than the noise
+    healthy: bool = False  # say whether runs are inside the band of the reference runs of their preset
 
 
 X = {  # option: key in metrics.jsonl, axis label
     "iter": ("iter", "iteration"),
     "tokens": ("tokens", "tokens trained on"),
     "seconds": ("elapsed_s", "training time (s)"),
+    "flops": ("tokens", "training FLOPs"),
 }
 PANELS = {  # key in rows of event "step": axis label
     "lr": "learning\nrate",
@@ -62,39 +70,71 @@ STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """Metrics of a run as columns, float64; NaN where a value was not finite."""
-
-    name: str
-    steps: dict[str, np.ndarray]  # "x", "loss", and the keys of PANELS
-    evals: dict[str, np.ndarray]  # "x", "iter", "val_loss"
-    baseline: dict[str, Any]  # loss of n-gram counts and their order (eval.py --baseline); {}: unknown
-
-    def best(self) -> int | None:
-        """Return the index of the evaluation with the lowest validation loss; None if there is none."""
-        losses = self.evals["val_loss"]
-        return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
-
-
 def main(config: Config, folders: Sequence[str]) -> None:
     """Plot the runs in `folders`. Raise UserError if a run cannot be read or the plot cannot be written."""
-    if not 0 < len(folders) <= len(COLOURS):
-        raise UserError(
-            f"{len(folders)} runs given; expected 1 to {len(COLOURS)} run folders: python plot.py out"
-        )
+    if not folders:
+        raise UserError("0 runs given; expected run folders: python plot.py out")
     out = Path(config.out) if config.out else (Path(folders[0]) if len(folders) == 1 else Path()) / "loss.png"
     check_suffix(out)
     last_parts = [Path(folder).resolve().name for folder in folders]
     names = last_parts if len(set(last_parts)) == len(folders) else folders
-    runs = [load_run(Path(f), name, X[config.x][0]) for f, name in zip(folders, names, strict=True)]
-    figure = draw(runs, config)
+    runs = [load_run(Path(f), name, config.x) for f, name in zip(folders, names, strict=True)]
+    if config.healthy:
+        from nanogpt.diagnostics import reference
+
+        for run in runs:
+            print(f"{run.name} is {reference.verdict(run)}")
+    if config.compare:
+        print(compare(runs))
+    groups = sorted(reading.grouped(runs), key=rank) if len(runs) > 1 else [runs]
+    if len(runs) > 1:
+        print(*table(groups), sep="\n")
+    if len(groups) > len(COLOURS):
+        print(f"{len(groups)} different runs; the {len(COLOURS)} best are drawn")
+    figure = draw(groups[: len(COLOURS)], config)
     try:
         with files.staged(out) as draft:
             figure.savefig(draft, format=out.suffix[1:].lower(), dpi=200)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}; choose another --out") from None
     print(f"wrote {out}; {summary(runs)}")
+
+
+def rank(group: Sequence[Run]) -> float:
+    """Return the mean validation loss of `group`; infinity if there is no evaluation."""
+    loss = float(np.mean([run.val_loss for run in group]))
+    return loss if np.isfinite(loss) else float("inf")
+
+
+def compare(runs: Sequence[Run]) -> str:
+    groups = [[run] for run in runs] if len(runs) == 2 else reading.grouped(runs)
+    if len(groups) != 2:
+        raise UserError(
+            f"--compare: {len(runs)} runs of {len(groups)} kinds; give two, or seeds of two kinds"
+        )
+    return reading.compare(*groups)
+
+
+def table(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Return the lines of a table of `groups`: loss, tokens, time, and the options that differ."""
+    rows = [("", "run", "validation loss", "tokens", "time", "options that differ")]
+    different = reading.differing([group[0] for group in groups])
+    for number, (group, options) in enumerate(zip(groups, different, strict=True), start=1):
+        loss, error = reading.mean_and_error([run.val_loss for run in group])
+        if len(group) == 1:
+            error = group[0].stderr
+        shown = f"{loss:.4f}" + (f" ± {error:.4f}" if np.isfinite(error) else "")
+        seconds = float(np.mean([run.seconds for run in group]))
+        tokens, time = short(float(f"{group[0].tokens:.3g}")), f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+        shown = shown if np.isfinite(loss) else "none yet"
+        rows.append((str(number), label(group), shown, tokens, time, options))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return [*lines, "±: standard error, of the mean over seeds or of the evaluation of one run"]
+
+
+def label(group: Sequence[Run]) -> str:
+    return group[0].name + (f" ({len(group)} seeds)" if len(group) > 1 else "")
 
 
 def check_suffix(out: Path) -> None:
@@ -106,20 +146,19 @@ def check_suffix(out: Path) -> None:
 
 
 def load_run(folder: Path, name: str, x: str) -> Run:
-    rows = metrics.read(folder)
-    if not rows:
-        raise UserError(f"{folder / metrics.NAME} is empty; wait for the first logged iteration")
+    run = reading.load(folder, name, X[x][0], tuple(PANELS))
+    if x == "flops":
+        if "model" not in run.about:
+            raise UserError(f"{folder} has no config.json, so its FLOPs are not known; use --x=tokens")
+        import torch
 
-    def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
-        chosen = [row | {"x": row[x]} for row in rows if row["event"] == event]
-        return {key: np.array([row[key] for row in chosen], dtype=float) for key in ("x", *keys)}
+        from nanogpt.model import GPT, GPTConfig
 
-    try:
-        steps, evals = columns("step", "loss", *PANELS), columns("eval", "iter", "val_loss")
-        counted = folder / "baseline.json"
-        return Run(name, steps, evals, files.read_json(counted, dict) if counted.is_file() else {})
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{folder / metrics.NAME} was not written by train.py: {error!r}") from None
+        with torch.device("meta"):
+            flops = GPT(GPTConfig(**run.about["model"])).flops_per_token()
+        for columns in (run.steps, run.evals):
+            columns["x"] *= flops
+    return run
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -135,18 +174,19 @@ def summary(runs: Sequence[Run]) -> str:
 # ----------------------------------------------------------------------------- the figure
 
 
-def draw(runs: Sequence[Run], config: Config) -> "Figure":
-    """Plot the loss, and below it one panel per entry of PANELS if any step was logged; shared x axis."""
+def draw(groups: Sequence[Sequence[Run]], config: Config) -> "Figure":
+    """Plot the loss of each group of seeds, and below it one panel per entry of PANELS if it has steps."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    runs = [group[0] for group in groups]
     panels = PANELS if any(run.steps["x"].size for run in runs) else {}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.5 + len(panels)), layout="constrained")
         heights = [4.5] + [1] * len(panels)
         axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        draw_losses(axes[0], runs, config.y)
+        draw_losses(axes[0], groups, config.y)
         for ax, (key, label) in zip(axes[1:], panels.items(), strict=True):
             for run, colour in zip(runs, COLOURS, strict=False):
                 draw_noisy(ax, run.steps["x"], run.steps[key], colour, exact=key == "lr")
@@ -155,39 +195,64 @@ def draw(runs: Sequence[Run], config: Config) -> "Figure":
             ax.yaxis.set_major_locator(MaxNLocator(3))
             ax.yaxis.set_major_formatter(FuncFormatter(short if key == "tokens_per_s" else plain))
         axes[-1].set_xlabel(X[config.x][1])
-        axes[-1].xaxis.set_major_formatter(FuncFormatter(short if config.x == "tokens" else plain))
+        axes[-1].xaxis.set_major_formatter(FuncFormatter(short if config.x in ("tokens", "flops") else plain))
         axes[0].margins(x=0.01)
         figure.align_ylabels()
     return figure
 
 
-def draw_losses(ax: "Axes", runs: Sequence[Run], y: str) -> None:
-    """Plot training loss as a line, validation loss as dots; with several runs, one color per run."""
+def draw_losses(ax: "Axes", groups: Sequence[Sequence[Run]], y: str) -> None:
+    """Plot training loss as a line, validation loss as dots; with several groups, one color per group. The
+    seeds of a group are drawn as their mean, in a band from the lowest to the highest."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    single = len(runs) == 1
-    for run, colour in zip(runs, COLOURS, strict=False):
-        losses, val_losses, best = run.steps["loss"], run.evals["val_loss"], run.best()
+    single = len(groups) == 1 and len(groups[0]) == 1
+    for group, colour in zip(groups, COLOURS, strict=False):
+        x, losses, ends = band(group, "steps", "loss")
+        at, val_losses, val_ends = band(group, "evals", "val_loss")
+        best = int(np.nanargmin(val_losses)) if np.isfinite(val_losses).any() else None
         if y == "perplexity":
-            losses, val_losses = np.exp(losses), np.exp(val_losses)
-        draw_noisy(ax, run.steps["x"], losses, colour, label="training" if single and losses.size else None)
-        label = ("validation" if val_losses.size else None) if single else run.name
+            losses, ends, val_losses, val_ends = map(np.exp, (losses, ends, val_losses, val_ends))
+        if len(group) > 1:
+            low, high = smooth(ends[0]), smooth(ends[1])
+            ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            ax.fill_between(at, val_ends[0], val_ends[1], color=colour, alpha=0.35, linewidth=0)
+        training = "training" if single and losses.size else None
+        draw_noisy(ax, x, losses, colour, label=training, raw=len(group) == 1)
+        title = ("validation" if val_losses.size else None) if single else label(group)
         if best is not None and not single:
-            label = f"{run.name}, best {val_losses[best]:.4f}"
+            title = f"{label(group)}, best {val_losses[best]:.4f}"
         val_colour, line = (COLOURS[1], "o-") if single else (colour, "o--")
-        ax.plot(run.evals["x"], val_losses, line, color=val_colour, markersize=4, label=label)
+        ax.plot(at, val_losses, line, color=val_colour, markersize=4, label=title)
         if best is not None:
-            mark_best(ax, run.evals["x"], val_losses, best, val_colour, with_value=single)
-    for loss, order in {(run.baseline["loss"], run.baseline["order"]) for run in runs if run.baseline}:
-        label, height = f"counting, {order}-grams: {loss:.4f}", loss if y == "loss" else np.exp(loss)
-        ax.axhline(height, color="#666666", linestyle=":", linewidth=1.2, label=label)
+            mark_best(ax, at, val_losses, best, val_colour, with_value=single)
+    counted = [run.baseline for group in groups for run in group if run.baseline]
+    for loss, order in {(found["loss"], found["order"]) for found in counted}:
+        title, height = f"counting, {order}-grams: {loss:.4f}", loss if y == "loss" else np.exp(loss)
+        ax.axhline(height, color="#666666", linestyle=":", linewidth=1.2, label=title)
     ax.set_ylabel("loss (nats/token)" if y == "loss" else "perplexity")
     if y == "perplexity":
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(plain))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.legend(loc="upper right", title=None if single else "lines: training, dots: validation")
+    seeds = ", bands: seeds" * any(len(group) > 1 for group in groups)
+    ax.legend(loc="upper right", title=None if single else f"lines: training, dots: validation{seeds}")
+
+
+def band(group: Sequence[Run], event: str, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return x, and the mean and the (lowest, highest) of `key` there over the runs of `group`.
+
+    x are the points of the longest run that all reach.
+    """
+    columns = [getattr(run, event) for run in group]
+    first = max(columns, key=lambda column: len(column["x"]))
+    if len(group) == 1:
+        return first["x"], first[key], np.stack([first[key], first[key]])
+    columns = [column for column in columns if len(column["x"])]
+    x = first["x"][[all(value <= column["x"][-1] for column in columns) for value in first["x"]]]
+    values = np.stack([np.interp(x, column["x"], column[key]) for column in columns or [first]])
+    return x, values.mean(axis=0), np.stack([values.min(axis=0), values.max(axis=0)])
 
 
 def mark_best(ax: "Axes", x: np.ndarray, y: np.ndarray, best: int, colour: str, *, with_value: bool) -> None:
@@ -211,11 +276,18 @@ def mark_best(ax: "Axes", x: np.ndarray, y: np.ndarray, best: int, colour: str, 
 
 
 def draw_noisy(
-    ax: "Axes", x: np.ndarray, y: np.ndarray, colour: str, *, label: str | None = None, exact: bool = False
+    ax: "Axes",
+    x: np.ndarray,
+    y: np.ndarray,
+    colour: str,
+    *,
+    label: str | None = None,
+    exact: bool = False,
+    raw: bool = True,
 ) -> None:
-    """Plot the raw values as a pale line below a smoothed one; `exact`: the raw values only."""
+    """Plot the values smoothed, or not if `exact`, above a pale line of the `raw` ones."""
     there = np.isfinite(y)
-    if not exact:
+    if raw and not exact:
         ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.7)
     line = y[there] if exact else smooth(y[there])
     marker = "o" if there.sum() == 1 else ""  # a line with a single point is invisible

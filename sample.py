@@ -4,6 +4,7 @@
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
     python sample.py --out_dir=out-shakespeare-char --interactive
+    python sample.py --out_dir=out-shakespeare-char --overlap     # is it copying?
     python sample.py --init_from=gpt2-xl --start="The meaning of life is" --dtype=int8 --stream
     python sample.py --init_from=gpt2 --prompts=FILE.jsonl --json > samples.jsonl
 
@@ -52,6 +53,7 @@ class Config:
     interactive: bool = False  # read prompts from the terminal; Ctrl-C stops a sample, Ctrl-D exits
     json: bool = False  # print one JSON object per sample, with log-probabilities
     logprobs: NonNegativeInt = 0  # with --json: number of top alternatives per token
+    overlap: bool = False  # report the longest passage of each sample that is in the training text
     # device
     batch_size: PositiveInt = 16  # maximum number of samples generated in parallel
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best available
@@ -100,11 +102,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         converse(model, completions)
         return
     asked = completions(prompts)
-    if config.stream:
-        for completion in asked:
-            show(model, [completion])
-        return
-    for number, completion in enumerate(in_order(model, asked, config.batch_size)):
+    for completion in asked if config.stream else []:
+        show(model, [completion])
+    for number, completion in enumerate([] if config.stream else in_order(model, asked, config.batch_size)):
         prompt = prompts[number // config.num_samples]
         if config.json:
             print(
@@ -113,6 +113,11 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         else:
             print(model.decode(completion.text.ids[: completion.text.prompt_length]) + completion.string)
             print("-" * 15)
+    if config.overlap:
+        from nanogpt.diagnostics import overlap
+
+        ids = [[token.id for token in completion.tokens] for completion in asked]
+        print(*overlap.report(Path(model.origin).parent, ids, model.decode), sep="\n", file=sys.stderr)
 
 
 def in_order(model: api.LanguageModel, asked: list[Completion], batch_size: int) -> Iterator[Completion]:

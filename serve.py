@@ -17,6 +17,7 @@ import re
 import secrets
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
-from nanogpt import ROOT, files
+from nanogpt import ROOT, files, metrics
+from nanogpt.checkpoint import reader
 from nanogpt.config import FilePath, PositiveInt, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api, cpu_kernels
 from nanogpt.inference.engine import Engine
 from nanogpt.model import GPT
+from nanogpt.tokenizer import tokenizer
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from nanogpt.server.streaming import Served
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -77,31 +82,47 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         raise UserError(f"--public_address={config.public_address}: write it like https://gpt.example")
     with bind(config.host, config.port) as listener:
         port = listener.getsockname()[1]
-        served = open_model(config)
-        cpu_kernels.release_threads()  # computation moves to the scheduler's thread
-        served.scheduler.start()
-        app = build(served, port=port, local=local, token=token, address=config.public_address)
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)  # no access log
-        settings = uvicorn.Config(
-            app,
-            http=DeadlineProtocol,
-            ws="none",
-            loop="asyncio",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=800,
-            h11_max_incomplete_event_size=1 << 14,
-            timeout_graceful_shutdown=2,
-        )
-        gc.collect()
-        gc.freeze()  # exclude loaded objects from collections, which would pause all requests for 90 ms
-        print(f"{served.about['origin']}; {served.about['machine']}", file=sys.stderr)
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"http://{socket.gethostname() if config.host in ('0.0.0.0', '[::]') else host}:{port}"
-        print(f"serving at {address}/{f'#token={token}' if token else ''}  (Ctrl-C to stop)")
-        uvicorn.Server(settings).run(sockets=[listener])
+        began = f"serving at {address}/{f'#token={token}' if token else ''}  (Ctrl-C to stop)"
+        while True:
+            served = open_model(config)
+            if served.scheduler:
+                cpu_kernels.release_threads()  # computation moves to the scheduler's thread
+                served.scheduler.start()
+            app = build(served, port=port, local=local, token=token, address=config.public_address)
+            settings = uvicorn.Config(
+                app,
+                http=DeadlineProtocol,
+                ws="none",
+                loop="asyncio",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=800,
+                h11_max_incomplete_event_size=1 << 14,
+                timeout_graceful_shutdown=2,
+            )
+            gc.collect()
+            gc.freeze()  # exclude loaded objects from collections, which would pause all requests for 90 ms
+            print(f"{served.about['origin']}; {served.about['machine']}", file=sys.stderr)
+            if began:
+                print(began)
+            server, began = uvicorn.Server(settings), ""
+            if not served.scheduler:
+                threading.Thread(target=stop_at_checkpoint, args=(server, config), daemon=True).start()
+            server.run(sockets=[listener.dup()])  # which it closes
+            if served.scheduler or not reader.steps(Path(config.out_dir)):
+                return
+
+
+def stop_at_checkpoint(server: "uvicorn.Server", config: Config) -> None:
+    """Stop `server`, which shows the log of a run, as soon as the run has a checkpoint to serve."""
+    while not reader.steps(Path(config.out_dir)):
+        time.sleep(1)
+    server.should_exit = True
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -125,6 +146,12 @@ def open_model(config: Config) -> "Served":
     from nanogpt.server.scheduler import Scheduler
     from nanogpt.server.streaming import Served
 
+    run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    if config.init_from == "resume" and not reader.steps(run) and (run / metrics.NAME).is_file():
+        about = {"name": name_of(config), "origin": f"{run} has no checkpoint yet", "waiting": True}
+        about |= {"machine": "showing its training log until it has one", "created": int(time.time())}
+        limits, tokens = Limits(0, config.max_tokens, 1), tokenizer.CharTokenizer("")
+        return Served(name_of(config), tokens, None, Meters({}), limits, about, run, ROOT / "web")
     loaded = api.load(
         config.init_from,
         run=Path(config.out_dir),
@@ -166,7 +193,7 @@ def describe(loaded: api.LanguageModel, config: Config) -> dict[str, Any]:
     with torch.device("meta"):  # int8 weights are not parameters
         parameters = GPT(loaded.model.config).n_params()
     state = Path(loaded.origin) / "state.json"
-    progress = files.read_json(state) if state.is_file() else {}
+    progress = files.read_json(state, dict) if state.is_file() else {}
     counted = Path(loaded.origin).parent / "baseline.json"  # of the run
     return {
         "name": name_of(config),
@@ -179,7 +206,7 @@ def describe(loaded: api.LanguageModel, config: Config) -> dict[str, Any]:
         "tokenizer": loaded.tokenizer.kind,
         "iter": progress.get("iter_num", 0),
         "val_loss": progress.get("val_loss"),
-        "baseline": files.read_json(counted) if counted.is_file() else None,
+        "baseline": files.read_json(counted, dict) if counted.is_file() else None,
         "max_tokens": config.max_tokens,
     }
 

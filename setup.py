@@ -10,7 +10,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-PROGRAMS = ("*.py", "config/*.py", "data/prepare.py", "data/*/prepare.py", "web/*")
+PROGRAMS = ("*.py", "config/*.py", "data/prepare.py", "data/*/prepare.py", "web/*", "benchmarks/reference/*")
 
 
 class BuildWithPrograms(build_py):

@@ -31,6 +31,7 @@ from nanogpt.errors import Diverged, Stopped, run_program
 from nanogpt.options import InTrainingOptions, Origins, TrainOptions
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
+Trackers = Literal["none", "tensorboard", "wandb", "tensorboard,wandb", "wandb,tensorboard"]
 
 
 # A field's comment is its help text: --help shows those that start with `#:`, --help=all shows all.
@@ -45,6 +46,7 @@ class Config(TrainOptions):
     save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides new bests; 0: eval_interval
     save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
     always_save_checkpoint: bool = True  # False: after an evaluation, save only if the loss improved
+    health_interval: NonNegativeInt = 0  # iterations between checks of gradients and activations; 0: none
     verbose: bool = False  # print all options that differ from their defaults
     max_minutes: NonNegativeFloat = 0.0  # save and exit after this many minutes; 0: no limit
     # learning rate schedule
@@ -55,7 +57,8 @@ class Config(TrainOptions):
     min_lr: NonNegativeFloat = 6e-5  #: minimum learning rate
     lr_cooldown: UnitInterval = 0.4  # wsd: fraction of lr_decay_iters spent decaying
     # experiment tracking
-    wandb_log: bool = False  #: log to Weights & Biases
+    track: Trackers = "none"  #: also log to TensorBoard, Weights & Biases or both
+    wandb_log: bool = False  # the same as --track=wandb
     wandb_project: str = "owt"  # W&B project
     wandb_run_name: str = "gpt2"  # W&B run name
 
@@ -90,7 +93,6 @@ from nanogpt.world import World
 
 if TYPE_CHECKING:
     from nanogpt.evaluation.in_training import InTrainingEvaluation
-    from nanogpt.trackers import Wandb
 
 gc.freeze()
 gc.enable()
@@ -151,7 +153,6 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if run.out_of_patience:
             print(f"{config.out_dir} was stopped early by --patience={config.patience}; raise it to resume")
             return
-        tracker = open_tracker(run)  # before anything is written
         print(writer.require_space(Path(config.out_dir), run.model))
         if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             print(notice)
@@ -161,7 +162,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
             kernels_in_use = attention_kernels.chosen(config.attention, config.deterministic)
         try:
-            with closing(open_log(run, tracker)) as log, run.machine.memory_errors(), kernels_in_use:
+            with closing(open_log(run)) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)
         finally:
             run.writer.close()
@@ -278,7 +279,7 @@ def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, r
     machine.synchronize()
 
 
-def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, Any]:
     """Return (function, micro_batches, step) for the training loop.
 
     `function` is the forward pass: mixed precision, then torch.compile, then gradient averaging over ranks.
@@ -304,11 +305,15 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
     if several:
         function = parallelize.connect(function, run.model, machine)
         micro_batches = partial(parallelize.micro_batches, batches, machine.world, function)
-        step = parallelize.step_of_all(train_step, machine.world)
+        step = parallelize.step_of_all(train_step, run, log)
     elif config.cuda_graph:  # single process only (cuda_graphs.require_recordable)
         from nanogpt.gpu import cuda_graphs
 
         step = cuda_graphs.StepGraph(train_step, batches.full, machine)
+    if config.health_interval and log and machine.world.is_main_process:
+        from nanogpt.diagnostics import health
+
+        step = health.watch(step, run, log)
     return function, micro_batches, step
 
 
@@ -394,7 +399,7 @@ def learning_rate(config: Config, iter_num: float) -> float:
 def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
     """Train until max_iters; evaluate, log and save checkpoints along the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
-    model, micro_batches, take_step = prepare_step(run)
+    model, micro_batches, take_step = prepare_step(run, log)
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     saved_at, saved_s = progress.iter_num if progress.iter_num else -1, time.perf_counter()
     unlogged_s, unlogged, pending_check = 0.0, 0, None
@@ -412,7 +417,7 @@ def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
             improved = evaluate(run, stop, log)
             last = last or run.out_of_patience
             world.raise_on_all_ranks(partial(pace.evaluated, time.perf_counter() - began))
-        write = partial(log.tasks, progress.iter_num, run.batches.tokens_before(progress.iter_num))
+        write = partial(log.write, "tasks", progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run_tasks(run, due or last, write, stop):
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
@@ -545,6 +550,10 @@ def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
 
         print(counting.compared(Path(config.out_dir)), end="")
     print(metrics.closing(config.out_dir, run.clock_s(), writer.peak_memory(run.machine.device), longer))
+    if (ROOT / f"benchmarks/reference/{Path(config.dataset).name}-{config.max_iters}.json").is_file():
+        from nanogpt.diagnostics.reference import closing
+
+        print(*closing(Path(config.out_dir)), sep="\n")
     if config.minutes:
         from nanogpt.pace.time_budget import repeated
 
@@ -578,19 +587,13 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
     return notice
 
 
-def open_tracker(run: Run) -> "Wandb | None":
-    """Return the experiment tracker that the options ask for; None on ranks other than 0."""
-    config = run.config
-    if not (config.wandb_log and run.machine.world.is_main_process):
-        return None
-    from nanogpt.trackers import Wandb
+def open_log(run: Run) -> metrics.Log:
+    config, leads, tracker = run.config, run.machine.world.is_main_process, None
+    if leads and (config.track != "none" or config.wandb_log):
+        from nanogpt import trackers
 
-    return Wandb(config.wandb_project, config.wandb_run_name, asdict(config))
-
-
-def open_log(run: Run, tracker: "Wandb | None") -> metrics.Log:
-    leads = run.machine.world.is_main_process
-    path = Path(run.config.out_dir) / metrics.NAME if leads else Path(os.devnull)
+        tracker = trackers.Trackers(asdict(config), run.progress.iter_num)
+    path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
     peak_share = None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops

@@ -17,6 +17,7 @@ PROGRAMS = {
     "serve": "a web page and an OpenAI-compatible server for a model",
     "export": "write a model for transformers or nanoGPT",
     "plot": "plot the loss curves of runs",
+    "race": "train presets or options in turn for the same time, and rank them",
     "bench": "time the training step",
     "plan": "memory, hours and cost of a run before it starts",
     "doctor": "describe this machine and check folders, for a bug report",

@@ -14,7 +14,7 @@ from nanogpt.config import Amount
 from nanogpt.errors import UserError
 
 if TYPE_CHECKING:
-    from nanogpt.trackers import Wandb
+    from nanogpt.trackers import Trackers
 
 NAME = "metrics.jsonl"
 ROW = {"event": str, "iter": Amount, "train_loss?": float | None, "val_loss?": float | None}
@@ -23,11 +23,11 @@ ROW = {"event": str, "iter": Amount, "train_loss?": float | None, "val_loss?": f
 class Log:
     """Log metrics to the console, metrics.jsonl (one JSON object per line, flushed) and a tracker.
 
-    Each row has "event" ("step", "eval" or "tasks") and "iter": the index of the iteration for "step", the
-    number of iterations completed for the others.
+    Each row has "event" ("step", "health", "eval" or "tasks") and "iter": the index of the iteration for
+    "step" and "health", the number of iterations completed for the others.
     """
 
-    def __init__(self, path: Path, tracker: "Wandb | None", peak_share: float | None):
+    def __init__(self, path: Path, tracker: "Trackers | None", peak_share: float | None):
         """Append to the file `path`. `peak_share`: model FLOPs utilization (MFU) at 1 token/s, or None if the
         peak FLOP/s of the device is unknown."""
         self._file = path.open("a", encoding="utf-8", newline="\n")
@@ -46,19 +46,16 @@ class Log:
             line += f", mfu {speed * self._peak_share:.1%}"
         tqdm.write(f"{line}, {tqdm.format_interval(left_s)} left")
         self.state["loss"] = 0.9 * self.state.get("loss", loss) + 0.1 * loss
-        self._write("step", iter_num, tokens, {"step_s": step_s, "tokens_per_s": speed} | values)
+        self.write("step", iter_num, tokens, step_s=step_s, tokens_per_s=speed, **values)
 
     def evaluation(self, iter_num: int, tokens: int, **values: Any) -> None:
         """Log an evaluation after `iter_num` iterations and `tokens`; printed by train.py."""
         val_loss = values["val_loss"]
         self.state |= {"val_loss": val_loss, "change": val_loss - self.state.get("val_loss", val_loss)}
-        self._write("eval", iter_num, tokens, values)
+        self.write("eval", iter_num, tokens, **values)
 
-    def tasks(self, iter_num: int, tokens: int, **values: Any) -> None:
-        """Log task scores after `iter_num` iterations and `tokens`."""
-        self._write("tasks", iter_num, tokens, values)
-
-    def _write(self, event: str, iter_num: int, tokens: int, values: dict[str, Any]) -> None:
+    def write(self, event: str, iter_num: int, tokens: int, **values: Any) -> None:
+        """Append a row of any `event`."""
         row = {"event": event, "iter": iter_num, "tokens": tokens, **values}
         self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         self._file.flush()

@@ -1,26 +1,114 @@
-"""Optional experiment trackers, imported only when enabled."""
+"""Experiment trackers (--track), each through its own library and imported only when enabled.
 
+A tracker never stops a run: an error of its library is printed once, and the run goes on without it. Curves
+are drawn against the iteration, so a resumed run continues them.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from nanogpt.errors import UserError
+from tqdm import tqdm
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row of metrics.jsonl by name: "step/loss", "health/grad_norm/3" (block 3)."""
+    flat = dict(row)
+    for key, value in row.items():
+        parts = (
+            value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+        )
+        flat |= {f"{key}/{part}": flat_value for part, flat_value in parts.items()}
+    return {
+        f"{row['event']}/{key}": float(value)
+        for key, value in flat.items()
+        if key != "iter" and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+class TensorBoard:
+    """Event files in the run folder: `tensorboard --logdir=OUT_DIR`."""
+
+    def __init__(self, folder: Path, options: dict[str, Any], resumed_at: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Later points are drawn again; the evaluation at `resumed_at` is not.
+        purged = resumed_at + 1 if resumed_at else None
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
+        if not resumed_at:
+            self.writer.add_text(
+                "options", "\n".join(f"    {key} = {value!r}" for key, value in options.items())
+            )
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        for name, value in scalars(row).items():
+            self.writer.add_scalar(name, value, row["iter"])
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 class Wandb:
-    def __init__(self, project: str, name: str, config: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb_log=True needs Weights & Biases: pip install wandb") from None
-        try:
-            self._run = wandb.init(project=project, name=name, config=config)
-        except Exception as error:  # login, network and settings, of several types
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"--wandb_log=True: {what}; run `wandb login`, or set WANDB_MODE=offline to log to files"
-            ) from None
+    """Weights & Biases; without a key or a network, files in the run folder for `wandb sync`."""
 
-    def log(self, row: dict[str, Any]) -> None:
-        self._run.log({key: value for key, value in row.items() if key != "event"}, step=row["iter"])
+    def __init__(self, folder: Path, options: dict[str, Any], resumed_at: int):
+        import wandb
+
+        note = folder / "wandb_run.txt"  # the id by which a resumed run continues
+        known = note.read_text(encoding="utf-8") if resumed_at and note.is_file() else None
+        given = {"project": options["wandb_project"], "name": options["wandb_run_name"], "config": options}
+        given |= {"dir": str(folder), "id": known, "resume": "allow"}
+        try:
+            self.run = wandb.init(**given)
+        except Exception as error:  # login, network and settings, of several types
+            tqdm.write(
+                f"wandb: {first_line(error)}; logging to {folder / 'wandb'}, upload it with wandb sync"
+            )
+            self.run = wandb.init(**given, mode="offline")
+        note.write_text(self.run.id, encoding="utf-8")
+        self.run.define_metric("*", step_metric="iter")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self.run.log({"iter": row["iter"]} | scalars(row))
 
     def close(self) -> None:
-        self._run.finish()
+        self.run.finish()
+
+
+KINDS: dict[str, Callable[..., TensorBoard | Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+class Trackers:
+    """The trackers that the `options` of a run ask for; `resumed_at`: the iteration it goes on from, or 0."""
+
+    def __init__(self, options: dict[str, Any], resumed_at: int):
+        self.open: dict[str, TensorBoard | Wandb] = {}
+        names = options["track"].split(",") + ["wandb"] * options["wandb_log"]
+        for name in dict.fromkeys(name for name in names if name != "none"):
+            self._attempt(name, partial(self._start, name, Path(options["out_dir"]), options, resumed_at))
+
+    def _start(self, name: str, *given: Any) -> None:
+        self.open[name] = KINDS[name](*given)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        for name, tracker in list(self.open.items()):
+            self._attempt(name, partial(tracker.log, row))
+
+    def close(self) -> None:
+        for name, tracker in list(self.open.items()):
+            self._attempt(name, tracker.close)
+
+    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except ImportError:
+            tqdm.write(f"--track={name} needs a package: pip install {name}; the run goes on without it")
+        except Exception as error:
+            self.open.pop(name, None)
+            tqdm.write(f"--track={name}: {first_line(error)}; the run goes on without it")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

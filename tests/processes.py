@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ class Job:
     processes: int
     options: list[str]  # options of train.py except --out_dir
     resumes: str = ""  # name of the job whose folder is copied first
+    slow: int = -1  # rank whose forward passes take 20 ms longer
 
 
 def run(folder: Path, jobs: list[Job], timeout_s: float = 170) -> None:
@@ -58,6 +60,7 @@ def one(rank: int, job: Job, port: int, folder: Path) -> None:
     from nanogpt import runtime
     from nanogpt.config import load
     from nanogpt.distributed import layout
+    from nanogpt.model import GPT
 
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "LOCAL_WORLD_SIZE": job.processes}
     os.environ.update({name: str(value) for name, value in names.items()})
@@ -65,6 +68,9 @@ def one(rank: int, job: Job, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     runtime.NATIVE_BFLOAT16 = ()  # keeps float32 runs in float32 on any machine
     layout.TURN = 1000  # makes an exchange take several rounds
+    if rank == job.slow:
+        forward = GPT.forward
+        GPT.forward = lambda *inputs: time.sleep(0.02) or forward(*inputs)
     log = open(folder / (f"{job.name}.log" + f".{rank}" * bool(rank)), "w", encoding="utf-8")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)

@@ -24,7 +24,7 @@ PYTHON = [
     *(p for d in ("tests", "benchmarks", "config") for p in (ROOT / d).glob("*.py")),
 ]
 PLAIN = {  # modules that do not import torch
-    *("exits", "errors", "files", "presets", "usage", "trackers", "config", "metrics", "options"),
+    *("exits", "errors", "files", "presets", "usage", "config", "metrics", "options"),
     *("data/ramp", "data/samplers", "data/mixture_sampler", "data/token_files", "evaluation/tasks"),
     *(name for name in LIBRARY if name.startswith(("tokenizer/", "prepare/"))),
 }

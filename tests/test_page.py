@@ -320,3 +320,98 @@ def test_token_in_the_link_is_used_and_hidden(browser, out):
         browser.get("about:blank")
         browser.get(guarded.url)
         eventually(lambda: browser.execute_script("return document.getElementById('ask-token').open"), 10)
+
+
+def test_prompt_longer_than_the_context_slides(browser, server):
+    from selenium.webdriver.common.by import By
+
+    show(browser, server)
+    slide(browser, "length", 5)
+    type_prompt(browser, CHINESE.replace("\n", "") * 3)  # 144 characters, the context is 64
+    browser.find_element(By.ID, "go").click()
+    eventually(lambda: finished(browser), 20)
+    assert count(browser, ".t") == 32
+
+
+def test_curve_has_titles_and_is_linked_to_the_samples(browser, server, screenshots):
+    show(browser, server)
+    browser.execute_script("document.getElementById('tab-run').click()")
+    eventually(
+        lambda: count(browser, "#run-samples article") > 1 and count(browser, "circle.sampled") > 1, 10
+    )
+    titles = "return [...document.querySelectorAll('#chart .title')].map(e => e.textContent)"
+    assert browser.execute_script(titles) == ["iterations", "loss (nats/token)"]
+    pick = "const axis = document.getElementById('x-axis'); axis.value = 'tokens';"
+    browser.execute_script(f"{pick} axis.dispatchEvent(new Event('change'))")
+    assert browser.execute_script(titles)[0] == "tokens trained on"
+    browser.execute_script("document.querySelector('#run-samples article:last-child .place').click()")
+    assert count(browser, "#run-samples article.marked") == 1
+    assert (
+        browser.execute_script(
+            "return [...document.querySelectorAll('circle')].map(c => c.getAttribute('r'))"
+        ).count("6")
+        == 1
+    )
+    browser.execute_script(
+        "document.querySelector('circle.sampled:last-of-type').dispatchEvent(new Event('click'))"
+    )
+    marked = "return document.querySelector('#run-samples article.marked').dataset.iter"
+    newest = browser.execute_script("return document.querySelector('#run-samples article').dataset.iter")
+    assert browser.execute_script(marked) == newest
+    assert browser.save_screenshot(str(screenshots / "run-marked.png"))
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(WIDE, "dark"), (NARROW, "light")])
+def test_page_is_chinese_where_the_browser_is(browser, server, screenshots, size, scheme):
+    from selenium.webdriver.common.by import By
+
+    source = "Object.defineProperty(navigator, 'language', {get: () => 'zh-CN'})"
+    script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    try:
+        width, height = size
+        shape = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size is NARROW}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", shape)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        browser.get(server.url)
+        eventually(lambda: "个参数" in text(browser, "#about"), 10)
+        assert [text(browser, f"#{name}").split()[0] for name in ("tab-play", "tab-run", "go")] == [
+            "试用",
+            "训练",
+            "生成",
+        ]
+        type_prompt(browser, "春")
+        browser.find_element(By.ID, "go").click()
+        eventually(lambda: finished(browser), 20)
+        assert "个词元 · 困惑度" in text(browser, ".sample header")
+        assert browser.save_screenshot(str(screenshots / f"chinese-play-{scheme}.png"))
+        browser.execute_script("document.getElementById('tab-run').click()")
+        eventually(lambda: count(browser, "#chart .title") == 2, 10)
+        assert text(browser, "#chart .title") == "迭代次数" and "验证" in text(browser, ".keys")
+        left = browser.execute_script("return document.body.innerText")
+        for english in ("Temperature", "training", "Samples", "loss", "Copy", "tokens"):
+            assert english not in left, english
+        assert browser.save_screenshot(str(screenshots / f"chinese-run-{scheme}.png"))
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_run_without_a_checkpoint_shows_its_curve_and_then_the_model(browser, out, tmp_path, screenshots):
+    waiting = tmp_path / "waiting"
+    checkpoints = sorted(out.glob("step-*"))
+    shutil.copytree(out, waiting, ignore=shutil.ignore_patterns("step-*"))
+    with serving(waiting) as early:
+        browser.get(early.url)
+        eventually(lambda: count(browser, "svg path.train") == 1, 10)
+        assert text(browser, "#about").startswith("no checkpoint yet")
+        assert browser.execute_script("return document.getElementById('tab-play').disabled")
+        status, answer = early.ask("/v1/completions", {"prompt": "a"})
+        assert status == 503 and b"no checkpoint yet" in answer
+        assert early.ask("/health") == (503, b'{"status":"waiting"}')
+        assert browser.save_screenshot(str(screenshots / "run-waiting.png"))
+        shutil.copytree(checkpoints[-1], waiting / ".tmp-copy")
+        os.replace(waiting / ".tmp-copy", waiting / checkpoints[-1].name)
+        eventually(lambda: "parameters" in text(browser, "#about"), 30)
+        assert not browser.execute_script("return document.getElementById('tab-play').disabled")
+        status, answer = early.ask("/v1/completions", {"prompt": "春", "max_tokens": 4})
+        assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] == 4

@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,7 +302,7 @@ def test_gradients_sync_only_in_the_last_micro_batch(windows, batch_size, switch
     optimizer = build(OptimizerOptions(), model.named_parameters())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     micro_batches = parallelize.micro_batches(Batches(), machine.world, connected, 0)
-    step = parallelize.step_of_all(train.train_step, machine.world)
+    step = parallelize.step_of_all(train.train_step, SimpleNamespace(machine=machine, progress=None))
     loss, _ = step(connected, optimizer, scaler, micro_batches, 0.0, 0.0)
     assert order == [thing for switch in switches for thing in (switch, "forward")]
     idx = torch.cat([part for part, _ in mine])

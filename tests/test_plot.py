@@ -8,6 +8,7 @@ import pytest
 
 import plot
 from nanogpt.errors import UserError
+from nanogpt.model import GPT, GPTConfig
 
 PANELS = ["learning\nrate", "gradient\nnorm", "tokens/s"]
 
@@ -56,8 +57,8 @@ def usual(write):
 
 def figure_of(folders, **options):
     config = plot.Config(**options)
-    runs = [plot.load_run(Path(folder), Path(folder).name, plot.X[config.x][0]) for folder in folders]
-    return plot.draw(runs, config)
+    runs = [plot.load_run(Path(folder), Path(folder).name, config.x) for folder in folders]
+    return plot.draw([[run] for run in runs], config)
 
 
 def curves(axes) -> list[tuple[list[float], list[float]]]:
@@ -123,9 +124,9 @@ def test_each_run_has_a_color_and_a_legend_entry(usual, write):
 def test_runs_of_the_same_name_are_labeled_by_path(write, tmp_path, monkeypatch):
     folders = [write("a/out", evaluation(0, 3.0)), write("b/out", evaluation(0, 2.0))]
     drawn, real = [], plot.draw
-    monkeypatch.setattr(plot, "draw", lambda runs, config: drawn.extend(runs) or real(runs, config))
+    monkeypatch.setattr(plot, "draw", lambda groups, config: drawn.extend(groups) or real(groups, config))
     plot.main(plot.Config(out=str(tmp_path / "x.png")), folders)
-    assert [run.name for run in drawn] == folders
+    assert [run.name for (run,) in drawn] == folders[::-1]  # best first
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,6 @@ def test_bad_input_is_a_one_line_error(usual, write, tmp_path):
     empty, foreign = write("empty"), write("foreign", {"event": "step", "iter": 1})
     for folders, out, reason in (
         ([], "", "0 runs given"),
-        ([usual] * 8, "", "8 runs given"),
         ([str(tmp_path / "none")], "", "has no metrics.jsonl"),
         ([empty], "", "is empty; wait"),
         ([foreign], "", "was not written by train.py"),
@@ -184,6 +184,92 @@ def test_bad_input_is_a_one_line_error(usual, write, tmp_path):
         with pytest.raises(UserError, match=reason) as caught:
             plot.main(plot.Config(out=out), folders)
         assert "\n" not in str(caught.value)
+
+
+def describe(folder: str, **options) -> None:
+    about = {"options": {"dataset": "d", "max_iters": 30, "learning_rate": 0.1, "out_dir": folder} | options}
+    (Path(folder) / "config.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+@pytest.fixture
+def seeds(write):
+    """Three seeds each of two recipes, in order: worse, better."""
+    folders = []
+    for rate, base in ((0.1, 3.0), (0.2, 2.0)):
+        for seed in range(3):
+            losses = [step(i, base + seed / 100 - i / 50) for i in range(10)]
+            folders.append(write(f"r{rate}-{seed}", *losses, evaluation(10, base + seed / 100)))
+            describe(folders[-1], learning_rate=rate, seed=seed)
+    return folders
+
+
+def test_table_ranks_groups_of_seeds_and_lists_what_differs(seeds, usual, tmp_path, capsys):
+    plot.main(plot.Config(out=str(tmp_path / "x.png")), [*seeds, usual])
+    heading, first, second, third, note, _ = capsys.readouterr().out.splitlines()
+    assert heading.split("  ")[-1] == "options that differ" and note.startswith("±: standard error")
+    options = ["dataset=d", "learning_rate=0.2", "max_iters=30"]
+    assert first.split() == ["1", "r0.2-0", "(3", "seeds)", "2.0100", "±", "0.0058", "100", "0:01", *options]
+    assert second.split() == ["2", "out", "2.9000", "±", "0.1000", "300", "0:03"]
+    assert "learning_rate=0.1" in third
+
+
+def test_seeds_are_drawn_as_their_mean_in_a_band(seeds):
+    runs = [plot.load_run(Path(folder), Path(folder).name, "iter") for folder in seeds]
+    axes = plot.draw(plot.reading.grouped(runs), plot.Config()).axes[0]
+    training, validation = curves(axes)[:2]
+    assert training[1] == pytest.approx([3.01 - i / 50 for i in range(10)])
+    assert validation == ([10.0], [pytest.approx(3.01)])
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((3.0 - 9 / 50, 3.02))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "r0.1-0 (3 seeds), best 3.0100",
+        "r0.2-0 (3 seeds), best 2.0100",
+    ]
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(1.0, "yes"), (0.005, "no")])
+def test_compare_judges_the_difference_by_the_noise(gap, verdict, write, tmp_path, capsys):
+    folders = []
+    for rate in (0, 1):
+        for seed in range(3):
+            loss = 2.0 + rate * gap + seed / 100
+            folders.append(write(f"{rate}-{seed}", step(0, 3.0), evaluation(10, loss)))
+            describe(folders[-1], learning_rate=rate, seed=seed)
+    config = plot.Config(out=str(tmp_path / "x.png"), compare=True)
+    plot.main(config, folders)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"0-0 is better by {gap:.4f} ± 0.02" in lines[0] and "(95 % interval, 3 and 3 seeds)" in lines[0]
+    assert lines[1] == f"difference larger than the noise: {verdict}"
+    plot.main(config, [folders[0], folders[3]])
+    assert "± 0.2828 (twice the standard error of the evaluations; that of" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--compare: 3 runs of 1 kinds; give two"):
+        plot.main(config, folders[:3])
+
+
+def test_runs_of_different_datasets_are_not_compared(seeds, tmp_path, capsys):
+    describe(seeds[0], dataset="other")
+    plot.main(plot.Config(out=str(tmp_path / "x.png"), compare=True), [seeds[0], seeds[3]])
+    assert capsys.readouterr().out.startswith("cannot be compared: the datasets differ (d, other)\n")
+
+
+def test_flops_axis_needs_the_shape_of_the_model(usual, tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json, so its FLOPs are not known; use --x=tokens"):
+        figure_of([usual], x="flops")
+    model = {"vocab_size": 10, "block_size": 4, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    (Path(usual) / "config.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+    figure = figure_of([usual], x="flops")
+    per_token = GPT(GPTConfig(**model)).flops_per_token()
+    assert curves(figure.axes[0])[2][0] == pytest.approx([0, 100 * per_token, 200 * per_token])
+    assert figure.axes[-1].get_xlabel() == "training FLOPs"
+
+
+def test_rows_of_another_version_or_cut_in_mid_line_are_left_out(write, tmp_path, capsys):
+    old = {"event": "step", "iter": 1, "loss": 2.0}
+    folder = write("old", old, {"iter": 3}, {"event": "new", "iter": 4, "x": {}}, evaluation(5, 1.5))
+    with (Path(folder) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('7\n{"event": "ev')
+    plot.main(plot.Config(), [folder])
+    assert capsys.readouterr().out.endswith("best validation loss 1.5000 at iteration 5\n")
 
 
 def test_command_line_arguments():

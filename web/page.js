@@ -8,6 +8,55 @@ const make = (tag, className = "", text = "") => {
   return element;
 };
 
+// ------------------------------------------------------------------ language
+//
+// English is the key. Strings with {0}, {1} have values filled in.
+
+const CHINESE = {
+  Play: "试用", Run: "训练", Views: "视图", Prompt: "提示", Generate: "生成", Stop: "停止", Sampling: "采样",
+  Temperature: "温度", "Top-p": "Top-p", "Top-k": "Top-k", Length: "长度", Samples: "样本数", Seed: "种子", random: "随机",
+  Loss: "损失", training: "训练", validation: "验证", by: "横轴", iterations: "迭代次数", tokens: "词元数", time: "时间",
+  "Samples during training": "训练中的样本", Copy: "复制", Copied: "已复制", all: "全部", "0 · greedy": "0 · 贪心",
+  "Paler tokens were more probable. Hover over a token, or use the arrow keys, to see its top 10 alternatives.":
+    "颜色越浅,概率越高。把鼠标移到词元上,或用方向键,可查看前 10 个候选。",
+  "Enter a prompt and press Generate.": "输入提示,然后点击“生成”。",
+  "No training log (metrics.jsonl) was found for this model, so there are no curves to show.":
+    "没有找到该模型的训练日志 (metrics.jsonl),因此没有曲线。",
+  'No samples yet. train.py --sample_prompt="…" generates samples at each evaluation.':
+    '还没有样本。train.py --sample_prompt="…" 会在每次评估时生成样本。',
+  "This server requires a token. It was printed when the server started.": "该服务器需要令牌,启动服务器时已打印。",
+  Continue: "继续", "waiting for the first token …": "正在等待第一个词元…", " · stopped": " · 已停止", " · end of text": " · 文本结束",
+  "{0} tokens": "{0} 个词元", ", {0} tokens/s": ",每秒 {0} 个", ", first token after {0} ms": ",首个词元用时 {0} 毫秒",
+  "{0} tokens · perplexity {1}": "{0} 个词元 · 困惑度 {1}", "{0}: probability {1}, {2}": "{0}:概率 {1},{2}",
+  "not in the top 10": "不在前 10 个中", "rank {0}": "第 {0} 名", "iteration {0}": "第 {0} 次迭代",
+  "{0}: training {1}": "{0}:训练 {1}", "validation {0}": "验证 {0}", "loss (nats/token)": "损失(奈特/词元)",
+  "training and validation loss": "训练损失和验证损失", "tokens trained on": "训练词元数", "training time": "训练时间",
+  iteration: "迭代", "training loss": "训练损失", "best validation loss": "最佳验证损失", "tokens/s": "词元/秒", "time left": "剩余时间",
+  "{0} parameters": "{0} 个参数", "counting ({0}-grams): {1}": "计数（{0}-gram）：{1}", "context length: {0}": "上下文长度:{0}", "vocabulary: {0} {1}": "词表:{0} {1}",
+  characters: "个字符", bytes: "个字节", "tokens ": "个词元", "validation loss {0}": "验证损失 {0}",
+  "no checkpoint yet: the run is shown, and can be tried out as soon as it has saved one":
+    "还没有检查点:先显示训练过程,保存第一个检查点后即可试用",
+  "the server returned HTTP {0}": "服务器返回 HTTP {0}", "show in the curve": "在曲线中显示",
+};
+const chinese = navigator.language.toLowerCase().startsWith("zh");
+function t(english, ...values) {
+  const pattern = (chinese && CHINESE[english]) || english;
+  return pattern.replace(/\{(\d)\}/g, (_, i) => values[i]);
+}
+
+if (chinese) {
+  document.documentElement.lang = "zh";
+  for (const element of document.querySelectorAll("h2, label, button, summary, option, p, .key, [placeholder], [aria-label]")) {
+    for (const name of ["placeholder", "aria-label"]) if (element.hasAttribute(name)) element.setAttribute(name, t(element.getAttribute(name)));
+    const whole = CHINESE[element.textContent.trim().replace(/\s+/g, " ")];
+    if (whole && !element.querySelector("output, select, span[id]")) element.textContent = whole;
+    for (const node of element.childNodes) {
+      const key = node.nodeType === Node.TEXT_NODE ? node.textContent.trim() : "";
+      if (CHINESE[key]) node.textContent = node.textContent.replace(key, CHINESE[key]);
+    }
+  }
+}
+
 // ------------------------------------------------------------------ server
 
 let token = sessionStorage.getItem("nanogpt-token") ?? "";
@@ -28,7 +77,7 @@ async function ask(path, options = {}) {
   }
   if (!response.ok) {
     const body = await response.json().catch(() => null);
-    throw new Error(body?.error?.message ?? `the server returned HTTP ${response.status}`);
+    throw new Error(body?.error?.message ?? t("the server returned HTTP {0}", response.status));
   }
   return response;
 }
@@ -80,10 +129,10 @@ async function* chunks(stream) {
 const TOP_K = [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
 let longest = 4096;
 const meaning = {
-  temperature: (v) => [Number(v), v == 0 ? "0 · greedy" : Number(v).toFixed(2)],
-  top_p: (v) => [Number(v), v == 1 ? "all" : Number(v).toFixed(2)],
-  top_k: (v) => [TOP_K[v], TOP_K[v] || "all"],
-  length: (v) => [Math.min(2 ** v, longest), `${Math.min(2 ** v, longest)} tokens`],
+  temperature: (v) => [Number(v), v == 0 ? t("0 · greedy") : Number(v).toFixed(2)],
+  top_p: (v) => [Number(v), v == 1 ? t("all") : Number(v).toFixed(2)],
+  top_k: (v) => [TOP_K[v], TOP_K[v] || t("all")],
+  length: (v) => [Math.min(2 ** v, longest), t("{0} tokens", Math.min(2 ** v, longest))],
   samples: (v) => [Number(v), v],
 };
 for (const id of Object.keys(meaning)) {
@@ -118,7 +167,7 @@ async function write() {
   $("error").hidden = $("empty").hidden = true;
   $("legend").hidden = false;
   $("stop").disabled = false;
-  $("status").textContent = "waiting for the first token …";
+  $("status").textContent = t("waiting for the first token …");
   const results = Array.from({ length: samples }, () => new Sample(prompt));
   $("results").replaceChildren(...results.map((sample) => sample.card));
   const started = performance.now();
@@ -126,9 +175,9 @@ async function write() {
   let count = 0;
   const report = (end) => {
     const seconds = (performance.now() - started - first) / 1000;
-    const speed = count > 1 ? `, ${((count - 1) / Math.max(seconds, 1e-3)).toFixed(0)} tokens/s` : "";
-    const wait = first ? `, first token after ${first.toFixed(0)} ms` : "";
-    $("status").textContent = `${count} tokens${speed}${wait}${end}`;
+    const speed = count > 1 ? t(", {0} tokens/s", ((count - 1) / Math.max(seconds, 1e-3)).toFixed(0)) : "";
+    const wait = first ? t(", first token after {0} ms", first.toFixed(0)) : "";
+    $("status").textContent = `${t("{0} tokens", count)}${speed}${wait}${end}`;
   };
   try {
     const body = {
@@ -139,6 +188,7 @@ async function write() {
       top_p: setting("top_p"),
       top_k: setting("top_k"),
       logprobs: 10,
+      slide: true, // a prompt longer than the context is cut at its beginning, as in sample.py
       stream: true,
       ...(seed ? { seed: Number(seed) } : {}),
     };
@@ -160,7 +210,7 @@ async function write() {
     report("");
   } catch (error) {
     if (error.name === "AbortError") {
-      report(" · stopped");
+      report(t(" · stopped"));
     } else {
       $("error").textContent = error.message;
       $("error").hidden = false;
@@ -189,7 +239,7 @@ class Sample {
     this.card = make("article", "sample writing");
     const head = make("header");
     this.note = make("span", "", "…");
-    const copy = make("button", "", "Copy");
+    const copy = make("button", "", t("Copy"));
     copy.type = "button";
     copy.addEventListener("click", () => copyText(this.content, copy));
     head.append(this.note, copy);
@@ -231,8 +281,8 @@ class Sample {
 
   describe() {
     const count = this.tokens.length;
-    const ended = { stop: " · end of text" }[this.finish] ?? "";
-    this.note.textContent = `${count} tokens · perplexity ${Math.exp(this.surprise / Math.max(count, 1)).toFixed(2)}${ended}`;
+    const ended = { stop: t(" · end of text") }[this.finish] ?? "";
+    this.note.textContent = t("{0} tokens · perplexity {1}", count, Math.exp(this.surprise / Math.max(count, 1)).toFixed(2)) + ended;
   }
 
   end() {
@@ -271,8 +321,8 @@ async function copyText(text, button) {
     document.execCommand("copy");
     area.remove();
   }
-  button.textContent = "Copied";
-  setTimeout(() => (button.textContent = "Copy"), 1200);
+  button.textContent = t("Copied");
+  setTimeout(() => (button.textContent = t("Copy")), 1200);
 }
 
 // ------------------------------------------------------------------ alternatives
@@ -308,8 +358,8 @@ function alternativesTable(token) {
     table.append(row);
   }
   const rank = ranked.findIndex(([content]) => content === token.content) + 1;
-  const place = rank > 10 || !rank ? "not in the top 10" : `rank ${rank}`;
-  return [make("p", "", `${visible(token.content)}: probability ${percent(Math.exp(token.logprob))}, ${place}`), table];
+  const place = rank > 10 || !rank ? t("not in the top 10") : t("rank {0}", rank);
+  return [make("p", "", t("{0}: probability {1}, {2}", visible(token.content), percent(Math.exp(token.logprob)), place)), table];
 }
 
 function hideAlternatives() {
@@ -372,7 +422,7 @@ for (const name of ["play", "run"]) $(`tab-${name}`).addEventListener("click", (
 
 // ------------------------------------------------------------------ training run
 
-const run = { steps: [], evals: [], position: "", sample: -1, changed: 0, moved: false };
+const run = { steps: [], evals: [], position: "", sample: -1, changed: 0, moved: false, marked: null };
 
 async function follow() {
   for (;;) {
@@ -419,12 +469,20 @@ async function lookAtSamples(anew) {
         if (iter <= run.sample) continue;
         run.sample = iter;
         const article = make("article");
-        article.append(make("h3", "", `iteration ${iter.toLocaleString("en")}`));
+        article.dataset.iter = iter;
+        const place = make("button", "place", t("iteration {0}", iter.toLocaleString("en")));
+        place.type = "button";
+        place.title = t("show in the curve");
+        place.addEventListener("click", () => mark(iter, true));
+        const heading = make("h3");
+        heading.append(place);
+        article.append(heading);
         article.append(...texts.map((text) => make("pre", "", text)));
         for (const pre of article.querySelectorAll("pre")) pre.dir = "auto";
         $("run-samples").prepend(article);
       }
       $("no-samples").hidden = run.sample >= 0;
+      if (samples.length && !$("run").hidden) draw(); // marks the evaluations that have samples
     }, wait);
   }
 }
@@ -460,7 +518,7 @@ function draw() {
   $("chart").hidden = train.length + val.length === 0;
   numbers();
   if ($("chart").hidden) return;
-  const box = { left: 46, right: width - 14, top: 12, bottom: height - 30 };
+  const box = { left: 62, right: width - 14, top: 12, bottom: height - 48 };
   const high = [...train, ...val].reduce((most, p) => Math.max(most, p.x), 0) || 1;
   // Clip the top 2 % of losses: those of the first iterations would flatten the rest of the curve.
   const losses = [...train, ...val].map((p) => p.y).sort((a, b) => a - b);
@@ -469,9 +527,9 @@ function draw() {
   const margin = (most - least) * 0.06;
   const x = (value) => box.left + (value / high) * (box.right - box.left);
   const y = (value) => box.bottom - ((value - least + margin) / (most - least + 2 * margin)) * (box.bottom - box.top);
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "training and validation loss" });
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": t("training and validation loss") });
   const clip = shape("clipPath", { id: "inside" });
-  clip.append(shape("rect", { x: box.left, y: box.top - 6, width: box.right - box.left + 8, height: box.bottom - box.top + 6 }));
+  clip.append(shape("rect", { x: box.left - 8, y: box.top - 6, width: box.right - box.left + 16, height: box.bottom - box.top + 6 }));
   svg.append(clip);
   for (const tick of ticks(least, most, 5)) {
     svg.append(shape("line", { class: "grid", x1: box.left, x2: box.right, y1: y(tick), y2: y(tick) }));
@@ -479,22 +537,43 @@ function draw() {
   }
   const label = axis === "elapsed_s" ? time : short;
   for (const tick of ticks(0, high, width < 500 ? 3 : 6)) {
-    svg.append(shape("text", { x: x(tick), y: height - 8, "text-anchor": tick > high * 0.97 ? "end" : "middle" }, label(tick)));
+    svg.append(shape("text", { x: x(tick), y: height - 28, "text-anchor": tick > high * 0.97 ? "end" : "middle" }, label(tick)));
   }
+  const title = { iter: t("iterations"), tokens: t("tokens trained on"), elapsed_s: t("training time") }[axis];
+  svg.append(shape("text", { class: "title", x: (box.left + box.right) / 2, y: height - 8, "text-anchor": "middle" }, title));
+  const turned = `rotate(-90 14 ${(box.top + box.bottom) / 2})`;
+  svg.append(shape("text", { class: "title", x: 14, y: (box.top + box.bottom) / 2, "text-anchor": "middle", transform: turned }, t("loss (nats/token)")));
   const lines = shape("g", { "clip-path": "url(#inside)" });
   const thin = thinned(train, x, box.right - box.left);
   const path = (list) => list.map((p, i) => `${i ? "L" : "M"}${x(p.x).toFixed(1)} ${y(p.y).toFixed(1)}`).join("");
   if (thin.length > 40) lines.append(shape("path", { class: "raw", d: path(thin) }));
   lines.append(shape("path", { class: "train", d: path(thin.length > 40 ? smoothed(thin) : thin) }));
   lines.append(shape("path", { class: "val", d: path(val) }));
-  if (val.length <= 60) for (const p of val) lines.append(shape("circle", { cx: x(p.x), cy: y(p.y), r: 3 }));
+  for (const p of val) {
+    const sampled = document.querySelector(`#run-samples article[data-iter="${p.iter}"]`);
+    if (val.length > 60 && !sampled && p.iter !== run.marked) continue;
+    const dot = shape("circle", { cx: x(p.x), cy: y(p.y), r: p.iter === run.marked ? 6 : sampled ? 4.5 : 3, class: sampled ? "sampled" : "" });
+    if (sampled) dot.addEventListener("click", () => mark(p.iter));
+    lines.append(dot);
+  }
   svg.append(lines);
   pointAt(svg, { train, val, x, y, box, label });
   $("chart").replaceChildren(svg);
 }
 
 const points = (rows, axis, key) =>
-  rows.filter((row) => Number.isFinite(row[key]) && Number.isFinite(row[axis])).map((row) => ({ x: row[axis], y: row[key] }));
+  rows.filter((row) => Number.isFinite(row[key]) && Number.isFinite(row[axis])).map((row) => ({ x: row[axis], y: row[key], iter: row.iter }));
+
+// Show the samples of an iteration, and where they are on the curve.
+function mark(iter, fromSample = false) {
+  run.marked = iter;
+  draw();
+  for (const article of document.querySelectorAll("#run-samples article")) {
+    article.classList.toggle("marked", article.dataset.iter === String(iter));
+  }
+  const target = fromSample ? $("chart") : document.querySelector("#run-samples article.marked");
+  target.scrollIntoView({ block: "nearest", behavior: "smooth" });
+}
 
 // One point per pixel: the mean of the points in it.
 function thinned(list, x, pixels) {
@@ -536,8 +615,8 @@ function pointAt(svg, { train, val, x, y, box, label }) {
     const { left, width } = svg.getBoundingClientRect();
     const at = ((event.clientX - left) / width) * svg.viewBox.baseVal.width;
     const nearest = (list) => list.reduce((best, p) => (!best || Math.abs(x(p.x) - at) < Math.abs(x(best.x) - at) ? p : best), null);
-    const [t, v] = [nearest(train), nearest(val)];
-    const parts = [t && `${label(t.x)}: training ${t.y.toFixed(3)}`, v && `validation ${v.y.toFixed(3)}`];
+    const [near, v] = [nearest(train), nearest(val)];
+    const parts = [near && t("{0}: training {1}", label(near.x), near.y.toFixed(3)), v && t("validation {0}", v.y.toFixed(3))];
     const middle = (box.left + box.right) / 2;
     line.setAttribute("x1", at);
     line.setAttribute("x2", at);
@@ -555,12 +634,13 @@ function numbers() {
   const step = run.steps.at(-1);
   const losses = run.evals.map((row) => row.val_loss).filter(Number.isFinite);
   const rows = [
-    ["iteration", step && step.iter.toLocaleString("en")],
-    ["training loss", Number.isFinite(step?.loss) && step.loss.toFixed(4)],
-    ["best validation loss", losses.length > 0 && Math.min(...losses).toFixed(4)],
-    ["tokens", step?.tokens && short(step.tokens)],
-    ["tokens/s", step?.tokens_per_s && short(step.tokens_per_s)],
-    ["time", step?.elapsed_s && time(step.elapsed_s)],
+    [t("iteration"), step && step.iter.toLocaleString("en")],
+    [t("training loss"), Number.isFinite(step?.loss) && step.loss.toFixed(4)],
+    [t("best validation loss"), losses.length > 0 && Math.min(...losses).toFixed(4)],
+    [t("tokens"), step?.tokens && short(step.tokens)],
+    [t("tokens/s"), step?.tokens_per_s && short(step.tokens_per_s)],
+    [t("time"), step?.elapsed_s && time(step.elapsed_s)],
+    [t("time left"), step?.share > 0 && step.share < 1 && !$("live").hidden && time((step.elapsed_s * (1 - step.share)) / step.share)],
   ];
   $("numbers").replaceChildren(
     ...rows.filter(([, value]) => value).map(([name, value]) => {
@@ -576,18 +656,25 @@ new ResizeObserver(() => !$("run").hidden && draw()).observe($("chart"));
 
 // ------------------------------------------------------------------ start
 
-async function begin() {
+// Show the model; return whether there is one, rather than a run without a checkpoint.
+async function introduce() {
   try {
     const about = await (await ask("about")).json();
     document.title = `${about.name} · nanogpt`;
     $("name").textContent = about.name;
+    $("tab-play").disabled = Boolean(about.waiting);
+    if (about.waiting) {
+      $("about").textContent = t("no checkpoint yet: the run is shown, and can be tried out as soon as it has saved one");
+      select("run");
+      return false;
+    }
     const facts = [
-      `${short(about.parameters)} parameters`,
-      `context length: ${about.block_size.toLocaleString("en")}`,
-      `vocabulary: ${about.vocab_size.toLocaleString("en")} ${{ char: "characters", byte: "bytes" }[about.tokenizer] ?? "tokens"}`,
-      about.iter && `iteration ${about.iter.toLocaleString("en")}`,
-      about.val_loss !== null && `validation loss ${about.val_loss.toFixed(3)}`,
-      about.baseline && `counting (${about.baseline.order}-grams): ${about.baseline.loss.toFixed(3)}`,
+      t("{0} parameters", short(about.parameters)),
+      t("context length: {0}", about.block_size.toLocaleString("en")),
+      t("vocabulary: {0} {1}", about.vocab_size.toLocaleString("en"), t({ char: "characters", byte: "bytes" }[about.tokenizer] ?? "tokens ")),
+      about.iter && t("iteration {0}", about.iter.toLocaleString("en")),
+      about.val_loss !== null && t("validation loss {0}", about.val_loss.toFixed(3)),
+      about.baseline && t("counting ({0}-grams): {1}", about.baseline.order, about.baseline.loss.toFixed(3)),
     ];
     $("about").textContent = facts.filter(Boolean).join(" · ");
     longest = about.max_tokens;
@@ -596,6 +683,15 @@ async function begin() {
   } catch (error) {
     $("error").textContent = error.message;
     $("error").hidden = false;
+  }
+  return true;
+}
+
+async function begin() {
+  if (!(await introduce())) {
+    const retry = setInterval(async () => {
+      if (await introduce()) clearInterval(retry);
+    }, 2000);
   }
   follow();
 }

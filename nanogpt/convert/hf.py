@@ -114,7 +114,7 @@ def open_folder(folder: Path) -> Pretrained:
             f"{folder} has a PEFT adapter, which is not applied here; merge it into its model: "
             f"python -c \"import peft; {merged}.save_pretrained('{folder}-merged')\""
         )
-    about = files.read_json(folder / "config.json")
+    about = files.read_json(folder / "config.json", dict)
     stored = _headers(weight_files(folder))
     stored_config = shape(about, folder / "config.json", len(stored))
     tied_copy = stored_config.tied and "lm_head.weight" in stored
@@ -309,7 +309,7 @@ def _plain_merges(path: Path) -> list[str]:
 
 def _json_merges(path: Path) -> list[str]:
     """Return the merges in a file of the tokenizers library; empty for other kinds of tokenizer."""
-    about = files.read_json(path)
+    about = files.read_json(path, dict)
     try:
         return [merge if isinstance(merge, str) else " ".join(merge) for merge in about["model"]["merges"]]
     except (KeyError, TypeError):

@@ -31,6 +31,7 @@ from nanogpt.compile import Function, is_sharded
 from nanogpt.data import responses
 from nanogpt.data.loader import TrainBatches
 from nanogpt.distributed.layout import Replicated, Sharded
+from nanogpt.distributed.step_times import StepTimes
 from nanogpt.errors import UserError
 from nanogpt.finetune import lora
 from nanogpt.loss import IGNORE
@@ -224,11 +225,19 @@ def micro_batches(
         function.finish()
 
 
-def step_of_all(step: Function, world: World) -> Function:
-    """Wrap train.py's step so that it returns the loss averaged over all ranks."""
+def step_of_all(step: Function, run: Any, log: Any = None) -> Function:
+    """Wrap the step of `run` so that it returns the loss averaged over all ranks. On rank 0, `log` receives a
+    row of event "ranks" with the time of each rank now and then (StepTimes)."""
+    world, progress = run.machine.world, run.progress
 
-    def step_together(*given: Any) -> tuple[Tensor, Tensor]:
-        loss, grad_norm = step(*given)
+    def write(**values: Any) -> None:
+        log.write("ranks", progress.iter_num, run.batches.tokens_before(progress.iter_num + 1), **values)
+
+    times = StepTimes(world, run.machine.device, write if log and world.is_main_process else None)
+
+    def step_together(function: Function, *given: Any) -> tuple[Tensor, Tensor]:
+        loss, grad_norm = step(times.timed(function), *given)
+        times.end_step()
         return world.sum(loss) / world.size, grad_norm
 
     return step_together

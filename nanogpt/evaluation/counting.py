@@ -144,7 +144,7 @@ class Sequences:
     def figures(self) -> dict[str, Any]:
         """Return the contents of baseline.json: the hashes of the data, and losses by sequences and order."""
         try:
-            found = files.read_json(self.dataset.folder / NAME)
+            found = files.read_json(self.dataset.folder / NAME, dict)
             if found["data"] == self.dataset.content and isinstance(found["losses"], dict):
                 return found
         except (UserError, OSError, KeyError, TypeError):  # missing or damaged: measure again
@@ -162,7 +162,7 @@ def sequences_of(run: Path, dataset: str = "", block_size: int = 0) -> Sequences
     the run's; if `run` is no run, the whole split in sequences of `block_size`. Raise UserError for mixtures.
     """
     place = run if (run / "config.json").is_file() else run.parent  # of one of its checkpoints
-    about = files.read_json(place / "config.json") if (place / "config.json").is_file() else {}
+    about = files.read_json(place / "config.json", dict) if (place / "config.json").is_file() else {}
     options = about.get("options", {})
     name = dataset or options.get("dataset", "")
     if not name or "," in name:

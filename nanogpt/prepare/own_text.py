@@ -86,7 +86,7 @@ def train_and_sample(words: Sequence[str], run: Callable[..., None]) -> None:
     run("train", f"config/{preset}", f"--dataset={folder}", f"--out_dir={out}", *length, *options)
     print("--- samples:", flush=True)
     device = [f"{name}={given[name]}" for name in ALSO_OF_SAMPLE if name in given]
-    run("sample", f"--out_dir={out}", "--num_samples=3", "--max_new_tokens=400", *device)
+    run("sample", f"--out_dir={out}", "--num_samples=3", "--max_new_tokens=400", "--overlap", *device)
     print(f"--- the model is in {out}, the tokens of the text in {folder}")
     option = quoted(f"--out_dir={out}")
     print(f"sample from it:   {command('sample')} {option}")

@@ -43,7 +43,8 @@ def build(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(served.scheduler.close)
+        if served.scheduler:
+            await asyncio.to_thread(served.scheduler.close)
 
     methods = {"/v1/completions": ["POST"]}
     paths: dict[str, Callable[[Request], Awaitable[Response]]] = {
@@ -91,8 +92,9 @@ class _Routes:
         return Response(content, media_type=kind)
 
     async def health(self, request: Request) -> Response:
-        alive = self.served.scheduler.alive
-        return _json({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+        scheduler = self.served.scheduler
+        status = "waiting" if not scheduler else "ok" if scheduler.alive else "failed"
+        return _json({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
         return Response(self.served.meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -130,6 +132,8 @@ class _Routes:
 
     async def complete(self, request: Request) -> Response:
         served = self.served
+        if not served.scheduler:
+            raise Refusal(503, "the run has no checkpoint yet; train.py writes one at its first evaluation")
         body = await request.body()
         known = (body, served.tokenizer, served.name, served.limits)
         if len(body) > SHORT:  # encoding a long text would block the event loop

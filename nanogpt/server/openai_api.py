@@ -7,9 +7,10 @@ import codecs
 import json
 import math
 import secrets
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -86,6 +87,7 @@ class _Body(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field([], max_length=16)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
+    slide: bool = False  # not OpenAI's: of a prompt longer than the context, use the end, as sample.py does
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -114,7 +116,8 @@ def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> Completi
             raise Refusal(400, f"{name}={_shown(values[name])}: expected at most {most}", name)
     if given.prompt is None:
         raise Refusal(400, "prompt is missing: give a string, a list of strings, or token ids", "prompt")
-    prompts = _prompts(given.prompt, known, limits)
+    most_tokens = sys.maxsize if given.slide else limits.context
+    prompts = _prompts(given.prompt, known, replace(limits, context=most_tokens))
     if len(prompts) * given.n > limits.batch:
         raise Refusal(
             400, f"{len(prompts)} prompts times n={given.n}: at most {limits.batch} per request", "prompt"

@@ -9,7 +9,7 @@ from nanogpt import files, metrics
 from nanogpt.errors import UserError
 from nanogpt.evaluation.in_training import SEPARATOR
 
-KEYS = ("event", "iter", "tokens", "elapsed_s", "loss", "train_loss", "val_loss", "lr", "tokens_per_s")
+KEYS = ("event", "iter", "tokens", "elapsed_s", "share", "loss", "train_loss", "val_loss", "tokens_per_s")
 CHUNK = 1 << 20  # bytes of metrics.jsonl per call
 SAMPLES = 60  # newest sample files per call
 SAMPLE_BYTES = 1 << 16

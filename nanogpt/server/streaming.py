@@ -33,7 +33,7 @@ class Served:
 
     name: str  # model name
     tokenizer: Tokenizer
-    scheduler: Scheduler
+    scheduler: Scheduler | None  # None: the run has no checkpoint yet, and only its log is served
     meters: Meters
     limits: Limits
     about: dict[str, Any]  # facts about the model, for the page
@@ -197,6 +197,7 @@ class Answer:
         if self.ended < len(self.choices) and not self.left:
             self.left = True
             self.arrived.set()
+            assert self.served.scheduler
             self.served.scheduler.cancel(self.choices)
             self.served.meters.cancelled()
 

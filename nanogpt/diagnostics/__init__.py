@@ -1,0 +1,1 @@
+"""Diagnostics: network health, reference runs, races, overlap of samples with the training text."""

@@ -1,0 +1,147 @@
+"""Read finished and unfinished runs, group those that differ only in the seed, and compare groups."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt import files, metrics
+from nanogpt.errors import UserError
+
+# Options that do not change what is learned, beyond rounding.
+NAMES = (
+    "seed out_dir overwrite init_from track wandb_log wandb_project wandb_run_name verbose log_interval "
+    "eval_interval save_interval save_minutes always_save_checkpoint max_minutes health_interval "
+    "sample_prompt eval_tasks cuda_graph compile attention loss_chunk_size activation_checkpointing "
+    "deterministic device dtype"
+)
+IGNORED = set(NAMES.split())
+
+
+@dataclass(frozen=True)
+class Run:
+    """Metrics of a run as columns, float64; NaN where a value is missing or was not finite."""
+
+    name: str
+    folder: Path
+    steps: dict[str, np.ndarray]  # "x", "iter", "loss", and other keys of rows of event "step"
+    evals: dict[str, np.ndarray]  # "x", "iter", "val_loss", "val_stderr"
+    about: dict[str, Any]  # config.json, {} if there is none
+    tokens: float  # at the end, so far
+    seconds: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        given: dict[str, Any] = self.about.get("options", {})
+        return {key: value for key, value in given.items() if key not in IGNORED}
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        """Loss and order of n-gram counts (eval.py --baseline), {} if they are not known."""
+        path = self.folder / "baseline.json"
+        return files.read_json(path, {"loss": float, "order": int}) if path.is_file() else {}
+
+    def best(self) -> int | None:
+        """Return the index of the evaluation with the lowest validation loss; None if there is none."""
+        losses = self.evals["val_loss"]
+        return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
+
+    @property
+    def val_loss(self) -> float:
+        best = self.best()
+        return math.nan if best is None else float(self.evals["val_loss"][best])
+
+    @property
+    def stderr(self) -> float:
+        best = self.best()
+        return math.nan if best is None else float(self.evals["val_stderr"][best])
+
+
+def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()) -> Run:
+    """Read the run in `folder`, with `x` as its x axis; it may still be going. Raise UserError if it has no
+    rows, or none that this version knows."""
+    rows = [row for row in metrics.read(folder) if isinstance(row, dict)]
+    if not rows:
+        raise UserError(f"{folder / metrics.NAME} is empty; wait for the first logged iteration")
+    path = folder / "config.json"
+    about = files.read_json(path, dict) if path.is_file() else {}
+
+    def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
+        chosen = [row for row in rows if row.get("event") == event and _number(row.get(x)) is not None]
+        return {key: np.array([_number(row.get(key)) for row in chosen], dtype=float) for key in keys} | {
+            "x": np.array([row[x] for row in chosen], dtype=float)
+        }
+
+    steps = columns("step", "iter", "loss", "tokens", "elapsed_s", *keys)
+    evals = columns("eval", "iter", "val_loss", "val_stderr")
+    if not (np.isfinite(steps["loss"]).any() or np.isfinite(evals["val_loss"]).any()):
+        raise UserError(f"{folder / metrics.NAME} was not written by train.py: no loss against {x!r}")
+    last = [float(np.nan_to_num(steps[key]).max(initial=0.0)) for key in ("tokens", "elapsed_s")]
+    about = about if isinstance(about, dict) else {}
+    return Run(name or folder.name, folder, steps, evals, about, *last)
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
+
+
+def grouped(runs: Iterable[Run]) -> list[list[Run]]:
+    """Group runs that differ only in the seed, in the order of their first."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        same = [group for group in groups if group[0].options == run.options and run.options]
+        if same:
+            same[0].append(run)
+        else:
+            groups.append([run])
+    return groups
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Return for each run the options that are not the same in all `runs`, as one line."""
+    names = sorted({name for run in runs for name in run.options})
+    varying = [name for name in names if len({repr(run.options.get(name)) for run in runs}) > 1]
+    return [" ".join(f"{name}={run.options.get(name)}" for name in varying if run.options) for run in runs]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, NaN for a single value."""
+    n = len(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Return the difference of the means and half its 95 % confidence interval (Welch's t-test), which is NaN
+    unless both have several values."""
+    gap = float(np.mean(a) - np.mean(b))
+    if min(len(a), len(b)) < 2:
+        return gap, math.nan
+    if np.ptp(a) == np.ptp(b) == 0:
+        return gap, 0.0
+    from scipy import stats
+
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    return gap, float(interval.high - interval.low) / 2
+
+
+def compare(a: Sequence[Run], b: Sequence[Run]) -> str:
+    """Say whether the best validation losses of `a` and `b`, runs of several seeds each, differ by more than
+    the noise; of one run each, the noise of the evaluations alone."""
+    losses = [[run.val_loss for run in group] for group in (a, b)]
+    if not all(math.isfinite(loss) for group in losses for loss in group):
+        return "cannot be compared: a run has no evaluation yet"
+    if len(data := {str(run.options.get("dataset")) for run in [*a, *b]}) > 1:
+        return f"cannot be compared: the datasets differ ({', '.join(sorted(data))})"
+    gap, noise = difference(*losses)
+    how = f"95 % interval, {len(a)} and {len(b)} seeds"
+    if math.isnan(noise):
+        noise, how = 2 * math.hypot(a[0].stderr, b[0].stderr), "twice the standard error of the evaluations"
+        how += "; that of the seeds is not known: train more"
+    verdict = "yes" if abs(gap) > noise else "no"
+    names = a[0].name, b[0].name
+    each = ", ".join(f"{name}: {np.mean(group):.4f}" for name, group in zip(names, losses, strict=True))
+    better = f"{names[gap > 0]} is better by {abs(gap):.4f} ± {noise:.4f} ({how})"
+    return f"{each}; {better}\ndifference larger than the noise: {verdict}"
