@@ -162,7 +162,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if config.attention != "auto" or config.deterministic or run.machine.device.type == "cuda":
             from nanogpt.gpu import attention_kernels
 
-            kernels_in_use = attention_kernels.chosen(config.attention, config.deterministic)
+            kernels_in_use = attention_kernels.of_a_run(config)
         try:
             with closing(open_log(run, tracker)) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)

@@ -211,6 +211,13 @@ POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "ali
 # ----------------------------------------------------------------------------- attention
 
 
+def repeats_keys(kind: str, dtype: torch.dtype, bias: Tensor | None) -> bool:
+    """Return whether grouped keys are repeated for each query head: on GPUs only the flash kernel takes them
+    as they are. It has neither a bias nor float32, and GPUs that compute in float16 lack it; the kernel that
+    torch would select instead writes all scores to memory."""
+    return kind == "cuda" and (bias is not None or dtype != torch.bfloat16)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Causal attention: (B, nh, T, hs) from q of that shape and k, v (B, n_kv_head, T, hs).
 
@@ -218,15 +225,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
     """
     grouped, T = k.shape[1] != q.shape[1], q.shape[2]
     learning = torch.is_grad_enabled()
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or (T > 512 and learning):
+    fused = q.dtype != torch.bfloat16 or q.device.type != "cpu" or (T > 512 and learning)
+    if grouped and (not fused or repeats_keys(q.device.type, q.dtype, bias)):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    if fused:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=grouped
         )
-    # SDPA's bfloat16 backward is slow on CPUs. Forward and backward, in ms, SDPA / this code: 13.5 / 2.2 at
-    # (16, 4, 64, 32); 27 / 15 at (4, 6, 256, 64); 41 / 24 at (2, 6, 512, 64). Forward only, where blocks of
-    # queries skip most masked keys: 5.6 / 3.1 at (1, 12, 499, 64).
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    # SDPA's bfloat16 backward is slow on CPUs: forward and backward take 13.5 ms at (16, 4, 64, 32), this
+    # code 2.2; 27 and 15 at (4, 6, 256, 64); 41 and 24 at (2, 6, 512, 64). Forward-only, blocks of queries
+    # skip most masked keys: 3.1 ms at (1, 12, 499, 64), SDPA 5.6.
     if bias is None:
         bias = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     q, found, step = q * q.shape[3] ** -0.5, [], T if learning else 128

@@ -126,8 +126,7 @@ def decide(
     if config.attention != "auto" or machine.device.type == "cuda":
         from nanogpt.gpu import attention_kernels
 
-        biased = config.documents == "masked" or shape.position == "alibi"
-        found = attention_kernels.require_attention(config.attention, shape, machine, biased)
+        found = attention_kernels.require_attention(config.attention, shape, machine, config.documents)
         notices.append(f"attention: {found}")
     if config.compile == "auto":  # the choice is saved; a resumed run inherits it
         worth = False  # on a CPU it saves 25 % of a step at 128 channels, but 4 % at 384 (docs/results.md)
@@ -209,3 +208,20 @@ def open_batches(
     return loader.TrainBatches(
         dataset.train, *numbers, machine.device, ramp, separator, sampler, world.share, world.sum_int
     )
+
+
+def worth_compiling(shape: GPTConfig, tokens: int, machine: Machine, minutes: float = 0.0) -> bool:
+    """Return whether --compile=auto compiles, given the training `tokens` or, if not 0, `minutes` of the run.
+
+    Never on a CPU, where it saves 25 % of a step at 128 channels but only 4 % at 384 (docs/results.md).
+    """
+    if machine.device.type != "cuda":
+        return False
+    from nanogpt.compile import COMPILING_S, SAVED, pays
+    from nanogpt.gpu.chips import peak_flops
+
+    if minutes:
+        return SAVED * minutes * 60 > COMPILING_S
+    with torch.device("meta"):
+        model = GPT(shape)
+    return pays(tokens * model.flops_per_token() / machine.world.size, peak_flops(machine.name()))

@@ -62,9 +62,8 @@ class InTrainingEvaluation:
         # Blocks compiled for the training shape would be recompiled for every new sequence length.
         compiled = [(block, block.__dict__.pop("forward", None)) for block in model.h]
         try:
-            with (
-                attention_kernels.chosen()
-            ):  # deterministic mode off: it refuses CUDA's cumsum, which sampling uses
+            # deterministic mode off: it refuses CUDA's cumsum, which sampling uses
+            with attention_kernels.chosen(without_cudnn=True):
                 if self._scores(iter_num):
                     yield from self._score(model, iter_num, write, stopped)
                 if self.options.sample_prompt:
