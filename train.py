@@ -299,14 +299,12 @@ def prepare_step(run: Run) -> tuple[Callable[..., Any], Callable[..., Any], Call
     if several:
         from nanogpt.distributed import parallelize
 
-        function = parallelize.in_dtype(run.model, machine)
+        function = parallelize.connect(run.model, machine)
     if config.compile:
         from nanogpt import compile
 
-        shape = (config.windows, config.block_size)
-        function = compile.train_function(function, config.compile, run.model, run.optimizer, shape, machine)
+        function = compile.train_function(function, config.compile, run.model, run.optimizer, batches)
     if several:
-        function = parallelize.connect(function, run.model, machine)
         micro_batches = partial(parallelize.micro_batches, batches, machine.world, function)
         step = parallelize.step_of_all(train_step, machine.world)
     elif config.cuda_graph:  # single process only (cuda_graphs.require_recordable)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -367,7 +367,8 @@ class GPT(nn.Module):
         self.ln_f = NORMS[config.norm](config)
         self.packed_head: nn.Module | None = None  # quantized LM head (quantize.py)
         self.loss_chunk_size = 0  # tokens per chunk of chunked_cross_entropy; 0: not chunked
-        self.compiled_loss: Callable[[Tensor, Tensor], Tensor] | None = None  # set by compile.wrap
+        self.compiled_loss: Callable[..., Any] | None = None  # `loss`, set by compile.wrap
+        self.compiled_scores: Callable[..., Any] | None = None  # forward with reduction="none"; compile.py
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)

@@ -4,6 +4,7 @@ Processes are forked after torch is imported, which saves seconds per start. The
 under torchrun, run train.main, and write their outcome to files next to the job list.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ class Job:
     processes: int
     options: list[str]  # options of train.py except --out_dir
     resumes: str = ""  # name of the job whose folder is copied first
+    prepare: str = ""  # MODULE:FUNCTION to call first in each process
 
 
 def run(folder: Path, jobs: list[Job], timeout_s: float = 170) -> None:
@@ -65,6 +67,9 @@ def one(rank: int, job: Job, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     runtime.NATIVE_BFLOAT16 = ()  # keeps float32 runs in float32 on any machine
     layout.TURN = 1000  # makes an exchange take several rounds
+    if job.prepare:
+        module, _, name = job.prepare.partition(":")
+        getattr(importlib.import_module(module), name)()
     log = open(folder / (f"{job.name}.log" + f".{rank}" * bool(rank)), "w", encoding="utf-8")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)

@@ -4,13 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 
-from nanogpt import compile, runtime
+import train
+from nanogpt import compile, resolve, runtime
 from nanogpt.checkpoint import writer
 from nanogpt.errors import UserError
+from nanogpt.model import GPTConfig
+from nanogpt.world import World
+from tests.conftest import small_run
 
 
 def test_device_and_dtype_choice_is_explained():
@@ -113,9 +118,30 @@ def test_compile_auto_is_for_long_gpu_runs():
     shakespeare, gpt2 = 5000 * 16384 * 71e6, 600_000 * 491_520 * 860e6  # FLOPs of nanoGPT's two presets
     assert not compile.pays(shakespeare, 989e12)
     assert compile.pays(gpt2, 989e12) and compile.pays(gpt2, None)
-    assert compile.worth_compiling(None, 0, None, minutes=30)
-    assert not compile.worth_compiling(None, 0, None, minutes=1)
-    assert run_wrap(torch.nn.Identity(), None, compile=False)[1] == ""
+    cpu = runtime.setup("cpu", "float32", 16)
+    assert not resolve.worth_compiling(None, None, cpu)  # for any run length
+
+
+def test_compile_auto_counts_the_share_of_each_gpu(monkeypatch):
+    """A run that repays compilation on one GPU may be too short on eight."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    found = []
+    for size in (1, 8):
+        machine = runtime.Machine(torch.device("cuda"), "bfloat16", "test", World(0, size))
+        found.append(resolve.worth_compiling(GPTConfig(), 200_000_000, machine))
+    assert found == [True, False]
+
+
+def test_mfu_is_that_of_each_gpu(dataset, tmp_path, monkeypatch):
+    """The speed printed is that of all ranks together."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    run = train.build(small_run(dataset, tmp_path / "out"), {}, World())
+    shares = []
+    for size in (1, 2):
+        run.machine = runtime.Machine(torch.device("cuda"), "bfloat16", "test", World(1, size))
+        with closing(train.open_log(run, None)) as log:
+            shares.append(log._peak_share)
+    assert shares[0] == 2 * shares[1] > 0
 
 
 def test_missing_compiler_falls_back_to_eager(monkeypatch):
