@@ -21,13 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt.loss import (
-    IGNORE,
-    compute_logits,
-    logits_chunk_size,
-    multiplies_padding,
-    soft_cap,
-)
+from nanogpt.loss import IGNORE, compute_logits, logits_chunk_size, multiplies_padding, soft_cap
 
 
 @dataclass(frozen=True)
@@ -223,15 +217,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
 
     `bias`, broadcastable to (B, nh, T, T), is added to the scores and masks the future; None: causal mask.
     """
-    grouped, T = k.shape[1] != q.shape[1], q.shape[2]
+    groups, T = q.shape[1] // k.shape[1], q.shape[2]
     learning = torch.is_grad_enabled()
     fused = q.dtype != torch.bfloat16 or q.device.type != "cpu" or (T > 512 and learning)
-    if grouped and (not fused or repeats_keys(q.device.type, q.dtype, bias)):
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        grouped = False
+    if groups > 1 and (not fused or repeats_keys(q.device.type, q.dtype, bias)):
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     if fused:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=grouped
+            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=groups > 1
         )
     # SDPA's bfloat16 backward is slow on CPUs: forward and backward take 13.5 ms at (16, 4, 64, 32), this
     # code 2.2; 27 and 15 at (4, 6, 256, 64); 41 and 24 at (2, 6, 512, 64). Forward-only, blocks of queries

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from nanogpt import optim, runtime, validation
-from nanogpt.errors import UserError
+from nanogpt.distributed import world
+from nanogpt.errors import TOLD, UserError
 from nanogpt.gpu import availability
 from nanogpt.inference import sampling
 from nanogpt.inference.sampling import SamplingOptions
@@ -139,23 +140,29 @@ def test_emulated_bfloat16_is_reported_with_a_measured_factor(monkeypatch):
     assert re.search(r"emulates bfloat16: a matmul takes \d+\.\d times as long", note)
 
 
-@pytest.mark.parametrize(("visible", "chosen"), [("3", "cuda:0"), (None, "cuda:1")])
-def test_one_visible_gpu_per_process_is_cuda_0(monkeypatch, visible, chosen):
-    """As Slurm does with --gpus-per-task=1."""
-    asked = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+@pytest.mark.parametrize(
+    ("visible", "count", "local", "asked", "chosen"),
+    [
+        (None, 4, 1, "cuda", 1),
+        ("3", 1, 1, "cuda", 0),  # as Slurm does with --gpus-per-task=1
+        (None, 4, 1, "cuda:0", 0),
+        (None, 1, 1, "cuda", None),
+        (None, 1, 2, "cuda", None),
+    ],
+)
+def test_each_rank_uses_its_own_gpu(monkeypatch, visible, count, local, asked, chosen):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    else:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    real = runtime.find_device
-    monkeypatch.setattr(runtime, "find_device", lambda name: asked.append(name) or real(name))
-    world = SimpleNamespace(size=2, local_rank=1)
-    if chosen == "cuda:1":
-        with pytest.raises(UserError, match="cuda:1: PyTorch finds 1 cuda devices"):
-            runtime.setup("auto", "float32", 64, world)
-    else:
-        assert runtime.setup("auto", "float32", 64, world).device == torch.device("cuda:0")
-    assert asked == ["auto", chosen]
+    if chosen is None:
+        with pytest.raises(UserError, match=r"3 processes on .*, which has 1 GPUs; start one per") as caught:
+            world.use_own_gpu(torch.device(asked))
+        assert (TOLD in getattr(caught.value, "__notes__", ())) is (local > count)  # only one rank prints it
+        return
+    assert world.use_own_gpu(torch.device(asked)) == torch.device("cuda", chosen)
+    assert current == [chosen]
