@@ -273,12 +273,17 @@ def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, r
         from nanogpt.compile import checkpoint_activations
 
         checkpoint_activations(model, alone)
+    function = alone.in_dtype(model)
+    if config.compile:
+        from nanogpt.compile import any_size
+
+        function = any_size(function, config.compile, model.h)
     optimizer = make_optimizer(config, model, alone, Layout())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-    tokens = torch.zeros(rows, config.block_size, dtype=torch.int64, device=machine.device)
+    tokens = torch.zeros(2, rows, config.block_size, dtype=torch.int64, device=machine.device)
     for _ in range(2):
-        batch = (1.0, (tokens, tokens))
-        train_step(alone.in_dtype(model), optimizer, scaler, [batch], 0.0, config.grad_clip)
+        batch = (1.0, tuple(tokens))
+        train_step(function, optimizer, scaler, [batch], 0.0, config.grad_clip)
     machine.synchronize()
 
 

@@ -89,7 +89,7 @@ def decide(
     if machine.device.type == "cuda" or config.dtype == "bfloat16" or shutil.which("nvidia-smi"):
         from nanogpt.gpu import availability
 
-        notices += availability.notes(machine, config.device)
+        notices += availability.prepare(machine, config.device)
     if Path(config.dataset).is_file():
         from nanogpt.prepare import own_text
 
@@ -103,6 +103,13 @@ def decide(
         from nanogpt.distributed import parallelize
 
         division = parallelize.divide(shape, config, config.parallel, config.shard_size, machine)
+    if config.compile == "auto":  # the choice is saved; a resumed run inherits it
+        origins["compile"], worth = "auto", False
+        if machine.device.type == "cuda":
+            from nanogpt.compile import pays
+
+            worth = pays(config, origins, shape, machine)
+        config = replace(config, compile=worth)
     if config.batch_size == "auto":
         from nanogpt.gpu import auto_batch_size
 
@@ -128,16 +135,6 @@ def decide(
 
         found = attention_kernels.require_attention(config.attention, shape, machine, config.documents)
         notices.append(f"attention: {found}")
-    if config.compile == "auto":  # the choice is saved; a resumed run inherits it
-        worth = False  # on a CPU it saves 25 % of a step at 128 channels, but 4 % at 384 (docs/results.md)
-        if machine.device.type == "cuda":
-            from nanogpt.compile import worth_compiling
-            from nanogpt.gpu.chips import peak_flops
-
-            tokens, peak = batches.tokens_before(config.max_iters), peak_flops(machine.name())
-            worth = worth_compiling(shape, tokens, peak, config.minutes)
-        config = replace(config, compile=worth)
-        origins["compile"] = "auto"
     return Setup(config, machine, dataset, batches, shape, resumed, pretrained, division, notices)
 
 
@@ -208,20 +205,3 @@ def open_batches(
     return loader.TrainBatches(
         dataset.train, *numbers, machine.device, ramp, separator, sampler, world.share, world.sum_int
     )
-
-
-def worth_compiling(shape: GPTConfig, tokens: int, machine: Machine, minutes: float = 0.0) -> bool:
-    """Return whether --compile=auto compiles, given the training `tokens` or, if not 0, `minutes` of the run.
-
-    Never on a CPU, where it saves 25 % of a step at 128 channels but only 4 % at 384 (docs/results.md).
-    """
-    if machine.device.type != "cuda":
-        return False
-    from nanogpt.compile import COMPILING_S, SAVED, pays
-    from nanogpt.gpu.chips import peak_flops
-
-    if minutes:
-        return SAVED * minutes * 60 > COMPILING_S
-    with torch.device("meta"):
-        model = GPT(shape)
-    return pays(tokens * model.flops_per_token() / machine.world.size, peak_flops(machine.name()))

@@ -91,6 +91,7 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", lambda setting: None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
         return Machine(torch.device("cuda"), "float32", "")
 
@@ -104,10 +105,22 @@ def cuda(monkeypatch):
 def test_gpu_without_kernels_in_this_build_is_an_error_that_names_one(cuda, capability, supported):
     machine = cuda(capability, ("sm_80", "sm_90a"))
     if supported:
-        assert availability.notes(machine, "cuda") == []
+        assert availability.prepare(machine, "cuda") == []
         return
     with pytest.raises(UserError, match=r"Tesla V100 \(compute capability .* install one for an older CUDA"):
-        availability.notes(machine, "cuda")
+        availability.prepare(machine, "cuda")
+
+
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_segments_grow_unless_the_user_has_configured_them(cuda, given, monkeypatch):
+    machine, settings = cuda(), []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", settings.append)
+    for name in availability.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:64")
+    availability.prepare(machine, "cuda")
+    assert settings == ["expandable_segments:True"] * (given is None)
 
 
 def test_ptx_runs_on_later_gpus(cuda):
@@ -116,27 +129,29 @@ def test_ptx_runs_on_later_gpus(cuda):
 
 
 def test_idle_gpus_are_mentioned(cuda):
-    (note,) = availability.notes(cuda(), "auto")
+    (note,) = availability.prepare(cuda(), "auto")
     assert "1 of 2 GPUs is used; for all: torchrun --standalone --nproc_per_node=2" in note
-    assert not availability.notes(cuda(), "cuda:1") and not availability.notes(cuda(), "auto", several=False)
-    assert not availability.notes(cuda(count=1), "auto")
+    assert not availability.prepare(cuda(), "cuda:1") and not availability.prepare(
+        cuda(), "auto", several=False
+    )
+    assert not availability.prepare(cuda(count=1), "auto")
 
 
 def test_gpu_that_torch_cannot_use_is_explained(monkeypatch):
     monkeypatch.setattr(availability.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     cpu = Machine(torch.device("cpu"), "float32", "")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "PyTorch is a CPU-only build" in availability.notes(cpu, "auto")[0]
+    assert "PyTorch is a CPU-only build" in availability.prepare(cpu, "auto")[0]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "driver is probably too old for CUDA 13.0" in availability.notes(cpu, "auto")[0]
+    assert "driver is probably too old for CUDA 13.0" in availability.prepare(cpu, "auto")[0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES hides it" in availability.notes(cpu, "auto")[0]
-    assert availability.notes(cpu, "cpu") == []
+    assert "CUDA_VISIBLE_DEVICES hides it" in availability.prepare(cpu, "auto")[0]
+    assert availability.prepare(cpu, "cpu") == []
 
 
 def test_emulated_bfloat16_is_reported_with_a_measured_factor(monkeypatch):
     monkeypatch.setattr(availability, "has_bfloat16", lambda device: False)
-    (note,) = availability.notes(Machine(torch.device("cpu"), "bfloat16", ""), "auto")
+    (note,) = availability.prepare(Machine(torch.device("cpu"), "bfloat16", ""), "auto")
     assert re.search(r"emulates bfloat16: a matmul takes \d+\.\d times as long", note)
 
 

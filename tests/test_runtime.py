@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from nanogpt import compile, resolve, runtime
+from nanogpt import compile, runtime
 from nanogpt.checkpoint import writer
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
@@ -114,22 +114,25 @@ def run_wrap(function, trial, **changes):
     return compile.wrap(function, trial=trial, **{"compile": True, **changes})
 
 
-def test_compile_auto_is_for_long_gpu_runs():
-    shakespeare, gpt2 = 5000 * 16384 * 71e6, 600_000 * 491_520 * 860e6  # FLOPs of nanoGPT's two presets
-    assert not compile.pays(shakespeare, 989e12)
-    assert compile.pays(gpt2, 989e12) and compile.pays(gpt2, None)
-    cpu = runtime.setup("cpu", "float32", 16)
-    assert not resolve.worth_compiling(None, None, cpu)  # for any run length
-
-
-def test_compile_auto_counts_the_share_of_each_gpu(monkeypatch):
-    """A run that repays compilation on one GPU may be too short on eight."""
+def test_compile_auto_is_for_long_gpu_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    found = []
-    for size in (1, 8):
+
+    def pays(size=1, origins=None, **options):
         machine = runtime.Machine(torch.device("cuda"), "bfloat16", "test", World(0, size))
-        found.append(resolve.worth_compiling(GPTConfig(), 200_000_000, machine))
-    assert found == [True, False]
+        return compile.pays(train.Config(**options), origins or {}, GPTConfig(), machine)
+
+    assert pays() and not pays(max_iters=40)
+    assert pays(max_tokens=10**9) and not pays(max_tokens=10**7)
+    assert not pays(max_tokens=10**9, max_iters=40, origins={"max_iters": "--max_iters=40"})
+    assert pays(batch_size="auto", batch_tokens=480 * 1024)
+    assert pays(minutes=10) and not pays(minutes=1)
+    # on eight GPUs a run takes an eighth of the time, and compilation as long as on one
+    assert pays(max_iters=400) and not pays(8, max_iters=400)
+
+
+def test_a_cpu_never_compiles_by_default(dataset, tmp_path):
+    run = train.build(small_run(dataset, tmp_path / "out"), origins := {}, World())
+    assert run.config.compile is False and origins["compile"] == "auto"
 
 
 def test_mfu_is_that_of_each_gpu(dataset, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from nanogpt import checkpoint, files, metrics, runtime
-from nanogpt.checkpoint import reader
+from nanogpt.checkpoint import reader, resume
 from nanogpt.errors import Diverged, Stopped, UserError
 from tests.conftest import small_run, words, write_dataset
 
@@ -239,6 +239,32 @@ def test_full_disk_keeps_the_previous_checkpoint(config, monkeypatch):
         train.main(replace(config, max_iters=10, init_from="resume"))
     monkeypatch.undo()
     assert reader.find(Path(config.out_dir))[0].iter_num == 5
+
+
+@pytest.mark.parametrize(
+    ("machine", "saved", "now"),
+    [("cpu, 2 threads", False, "auto"), ("cpu, 2 threads", True, True), ("NVIDIA T4", False, False)],
+)
+def test_run_moved_from_a_cpu_to_a_gpu_decides_again_whether_to_compile(config, machine, saved, now):
+    train.main(replace(config, max_iters=1, eval_interval=1))
+    path = Path(config.out_dir, "step-000001", "state.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["options"]["compile"], state["environment"]["device"] = saved, machine
+    path.write_text(json.dumps(state), encoding="utf-8")
+    manifest = path.with_name("manifest.json")
+    listing = json.loads(manifest.read_text(encoding="utf-8"))
+    listing["files"]["state.json"] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    manifest.write_text(json.dumps(listing), encoding="utf-8")
+    assert resume.resume(replace(config, init_from="resume"), {}, set(), [])[0].compile == now
+
+
+@pytest.mark.parametrize(("before", "now"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_run_resumes_in_the_other_half_precision(config, before, now):
+    """As on a T4 after an A100; only float16 has the state of a gradient scaler."""
+    train.main(replace(config, max_iters=5, eval_interval=5, dtype=before))
+    again = {"init_from": "resume", "out_dir": config.out_dir, "dtype": now, "max_iters": 10}
+    train.main(replace(config, **again), dict.fromkeys(again, "--given"))
+    assert set(logged(config.out_dir)) == set(range(10))
 
 
 @pytest.mark.parametrize("compile", [True, "blocks"])

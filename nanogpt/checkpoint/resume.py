@@ -46,7 +46,10 @@ def resume(
             )
         return config, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
-    config, differing = inherit(config, origins, resumed.state["options"], NOT_INHERITED)
+    saved, device = resumed.state["options"], resumed.state["environment"]["device"]
+    if device.startswith("cpu") and not saved.get("compile"):  # the default there; on a GPU decide again
+        saved = saved | {"compile": "auto"}
+    config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in fixed]:
         raise UserError(
             f"{out} holds a different model: {'; '.join(wrong)}; omit these, or choose another --out_dir"
