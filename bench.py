@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         raise UserError(f"--trace={config.trace}: its folder does not exist; create it first")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         if config.comm:
-            with train.resolve.join(config, Path(scratch)) as world:
+            with train.resolve.join(asdict(config), Path(scratch)) as world:
                 communicate(config, world)
             return
         runtime.require_one_process()

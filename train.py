@@ -28,7 +28,7 @@ STARTED = time.perf_counter()  # of the process, for --minutes
 from nanogpt import ROOT, command, quoted
 from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval, load
 from nanogpt.errors import Diverged, Stopped, run_program
-from nanogpt.options import InTrainingOptions, Origins, TrainOptions
+from nanogpt.options import Origins, TrainOptions
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -130,7 +130,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     started = STARTED if PARSED else time.perf_counter()
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, resolve.join(config, Path(config.out_dir)) as world:
+    with runtime.StopRequest() as stop, resolve.join(asdict(config), Path(config.out_dir)) as world:
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
         run = world.raise_on_all_ranks(lambda: build(config, origins, world))
@@ -217,8 +217,8 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     if config.eval_tasks or config.sample_prompt:
         from nanogpt.evaluation.in_training import InTrainingEvaluation
 
-        options = config if world.is_main_process else InTrainingOptions()  # runs on rank 0
-        in_training = InTrainingEvaluation(options, Path(config.out_dir), setup.dataset.tokenizer, machine)
+        what = (config, Path(config.out_dir), setup.dataset.tokenizer, machine, layout.sharded)
+        in_training = InTrainingEvaluation(*what)
     return Run(
         **vars(setup),
         model=model,
@@ -266,24 +266,19 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
 def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, rows: int) -> None:
     """Run two iterations of a new model with micro-batches of `rows` sequences, for --batch_size=auto: two,
     because the second runs with the memory fragmented by the first."""
+    from nanogpt import compile
+
     config = replace(config, batch_size=rows)
     alone = replace(machine, world=World())  # single process: no collectives
     model = make_model(config, alone, shape)
     if config.activation_checkpointing:
-        from nanogpt.compile import checkpoint_activations
-
-        checkpoint_activations(model, alone)
-    function = alone.in_dtype(model)
-    if config.compile:
-        from nanogpt.compile import any_size
-
-        function = any_size(function, config.compile, model.h)
+        compile.checkpoint_activations(model, alone)
+    function = compile.any_size(alone.in_dtype(model), config.compile, model.h)
     optimizer = make_optimizer(config, model, alone, Layout())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     tokens = torch.zeros(2, rows, config.block_size, dtype=torch.int64, device=machine.device)
     for _ in range(2):
-        batch = (1.0, tuple(tokens))
-        train_step(function, optimizer, scaler, [batch], 0.0, config.grad_clip)
+        train_step(function, optimizer, scaler, [(1.0, tuple(tokens))], 0.0, config.grad_clip)
     machine.synchronize()
 
 
@@ -491,7 +486,7 @@ def open_pace(run: Run) -> Pace:
 
 
 def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
-    """Run eval tasks and sampling on rank 0 if due (in_training.py); yield the lines to print.
+    """Run eval tasks and sampling if due (in_training.py); yield the lines to print.
 
     Collective: call on all ranks, because sharded weights are gathered.
     """

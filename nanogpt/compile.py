@@ -140,8 +140,7 @@ def any_size(function: Function, how: bool | str, blocks: Iterable[nn.Module]) -
     if how == "blocks":
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=True)
-        return function
-    return torch.compile(without_logits(function), dynamic=True)
+    return torch.compile(without_logits(function), dynamic=True) if how is True else function
 
 
 def wrap(

@@ -5,10 +5,10 @@ parallelism.
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -138,7 +138,7 @@ def decide(
     return Setup(config, machine, dataset, batches, shape, resumed, pretrained, division, notices)
 
 
-def join(options: TrainOptions, run: Path) -> World:
+def join(options: dict[str, Any], run: Path) -> World:
     """Join the process group started by torchrun, if any. Diagnostics of a hung rank are written to `run`.
 
     Raise UserError if the device does not exist, rendezvous fails, or the ranks' options or versions differ.
@@ -147,7 +147,7 @@ def join(options: TrainOptions, run: Path) -> World:
         return World()
     from nanogpt.distributed.world import init_processes
 
-    return init_processes(runtime.find_device(options.device).type, asdict(options), run)
+    return init_processes(runtime.find_device(options["device"]).type, options, run)
 
 
 def resolve_init_from(

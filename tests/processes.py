@@ -25,6 +25,7 @@ class Job:
     options: list[str]  # options of train.py except --out_dir
     resumes: str = ""  # name of the job whose folder is copied first
     prepare: str = ""  # MODULE:FUNCTION to call first in each process
+    program: str = "train"  # or eval, of the folder of `resumes`
 
 
 def run(folder: Path, jobs: list[Job], timeout_s: float = 170) -> None:
@@ -74,7 +75,11 @@ def one(rank: int, job: Job, port: int, folder: Path) -> None:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:
-        train.main(*load(train.Config, [*job.options, f"--out_dir={folder / job.name}"]))
+        if job.program == "eval":
+            sys.argv = ["eval.py", *job.options, f"--out_dir={folder / job.name}"]
+            importlib.import_module("eval").program()
+        else:
+            train.main(*load(train.Config, [*job.options, f"--out_dir={folder / job.name}"]))
     finally:
         sys.stdout.flush()
     status = Path("/proc/self/status")

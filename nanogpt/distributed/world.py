@@ -54,12 +54,15 @@ class Processes(World):
             dist.all_reduce(counted, group=self.control)
         return int(counted)
 
-    def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
-        result, error = _attempt(work)
-        errors: list[Exception | None] = [None] * self.size
+    def gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
         with self._waiting():
-            dist.all_gather_object(errors, error, group=self.control)
-        for rank, error in enumerate(errors):
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
+        result, own = _attempt(work)
+        for rank, error in enumerate(self.gather(own)):
             if error:
                 raise _shared(error, rank)
         assert result
