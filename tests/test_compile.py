@@ -1,16 +1,22 @@
 """Compilation counted, with a compiler that only traces (no kernels), on a CPU."""
 
 import collections
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import bench
 import train
+from nanogpt import ROOT, validation
+from nanogpt.config import load
 from nanogpt.data import documents
 from nanogpt.distributed import parallelize
+from nanogpt.options import ModelOptions
 from tests import processes
 from tests.conftest import small_run
 from tests.processes import Job
@@ -153,3 +159,33 @@ def test_ddp_sends_gradients_during_the_compiled_backward_pass(dataset, tmp_path
         losses = logged(tmp_path / name)
         assert losses.keys() == expected.keys()
         assert all(losses[i] == pytest.approx(expected[i], rel=1e-4) for i in expected)
+
+
+# ----------------------------------------------------------------------------- presets
+
+
+SMALL = "--n_layer=2 --n_embd=64 --n_head=2 --block_size=32 --batch_size=2 --device=cpu --dtype=bfloat16 "
+SMALL += "--gradient_accumulation_steps=2 --compile=True --real_data=False --vocab_size=50"
+
+
+def alike() -> dict[str, Path]:
+    """Return the presets of training, shrunk, by the names of those that compute the same."""
+    names: dict[Any, list[Path]] = {}
+    for path in sorted((ROOT / "config").glob("[!e]*.py")):
+        config, _ = load(bench.Config, [str(path), *SMALL.split()])
+        key = [getattr(config, field.name) for field in fields(ModelOptions)]
+        key += [config.activation_checkpointing, config.casting, config.documents, config.loss_chunk_size]
+        names.setdefault(tuple(key), []).append(path)
+    return {" ".join(path.stem for path in paths): paths[0] for paths in names.values()}
+
+
+@pytest.mark.parametrize("preset", alike().values(), ids=alike())
+def test_every_preset_compiles_once_without_graph_breaks(preset, counts, tmp_path):
+    """With 2 layers of 64 channels; the second graph is that of evaluations."""
+    config, origins = load(bench.Config, [str(preset), *SMALL.split()])
+    steps = bench.Bench(config, tmp_path, origins)
+    for _ in range(2):
+        steps.step()
+    run = steps.run
+    validation.evaluate_splits(run.model, run.dataset, (2, 32), 3, run.machine, lambda: False)
+    assert counts["compilations"] == 2 and not breaks()

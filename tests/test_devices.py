@@ -1,14 +1,17 @@
 """Devices that this machine does not have: what would run on them, by tensors without values."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchgen
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train
 from nanogpt import optim, runtime, validation
 from nanogpt.distributed import world
 from nanogpt.errors import TOLD, UserError
@@ -18,25 +21,54 @@ from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import OptimizerOptions
 from nanogpt.runtime import Machine
+from tests.conftest import update
 
 GPU = torch.device("meta")  # computes nothing, and stands for Apple's
 
 
-class NoFloat64(TorchDispatchMode):
-    """Raise where float64 reaches the GPU: Apple's have none."""
+class AppleGpu(TorchDispatchMode):
+    """Raise where float64 or an operator without a kernel for Apple GPUs reaches the GPU."""
+
+    def __init__(self, missing: set[str]):
+        super().__init__()
+        self.missing, self.called = missing, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, result)):
+        for leaf in tree_leaves((args, kwargs, result)):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == GPU.type:
                 assert leaf.dtype != torch.float64, f"{func} uses float64 on the device"
+                name = str(func).removeprefix("aten.").removesuffix(".default")
+                self.called.add(name)
+                assert name not in self.missing, f"{func} has no kernel for Apple GPUs"
         return result
 
 
+@pytest.fixture(scope="module")
+def missing() -> set[str]:
+    """The operators without a kernel for Apple GPUs, by torch's own list."""
+    listing = Path(torchgen.__file__).with_name("packaged") / "ATen" / "native" / "native_functions.yaml"
+    operators = yaml.load(listing.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    kernels = {op["func"].partition("(")[0]: op for op in operators}
+
+    def runs(op):
+        op = kernels[op["structured_delegate"]] if "structured_delegate" in op else op
+        keys = ",".join(op.get("dispatch", {"CompositeImplicitAutograd": ""}))
+        return "MPS" in keys or "Composite" in keys
+
+    return {name for name, op in kernels.items() if not runs(op)}
+
+
 @pytest.fixture
-def gpu():
-    with NoFloat64():
-        yield Machine(GPU, "float32", "fake")
+def gpu(missing):
+    with AppleGpu(missing) as mode:
+        yield Machine(GPU, "float32", "fake", casting="weights")
+    assert len(mode.called) > 1
+
+
+def test_the_check_knows_torchs_operators(missing):
+    assert {"_linalg_eigh", "_linalg_svd", "geqrf"} <= missing
+    assert not missing & {"mm", "bmm", "add.Tensor", "_softmax", "_fused_adamw_", "native_layer_norm"}
 
 
 def test_the_check_finds_float64(gpu):
@@ -44,14 +76,34 @@ def test_the_check_finds_float64(gpu):
         torch.zeros(3, device=GPU).double()
 
 
-@pytest.mark.parametrize("rules", ["adamw", "muon"])
-def test_an_update_uses_no_float64(gpu, rules):
-    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=32, position="rope"))
-    model, idx = model.to(GPU), torch.zeros(2, 16, dtype=torch.long, device=GPU)
-    optimizer = optim.build(OptimizerOptions(rules), model.named_parameters(), model.fused_rows())
+def test_the_check_finds_operators_without_a_kernel(gpu):
+    torch.zeros(3, 3, device=GPU) + 1
+    with pytest.raises(AssertionError, match=r"_linalg_eigh.* has no kernel for Apple GPUs"):
+        torch.linalg.eigh(torch.zeros(3, 3, device=GPU))
+
+
+FAST = {"position": "rope", "activation": "relu2", "tied": False, "softcap": 15.0, "smear": True}
+SHAPES = {
+    "gpt2": {"bias": True},
+    "fast": {**FAST, "norm": "rms", "qk_norm": True, "dropout": 0.1},
+    "alibi": {"position": "alibi", "activation": "swiglu", "n_kv_head": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("rules", "dtype"), [("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16")]
+)
+def test_a_step_runs_on_apple_gpus(gpu, shape, rules, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *lists, **rates: None)  # has none for this device
+    machine = replace(gpu, dtype=dtype)
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32, **shape)).to(GPU)
+    config = OptimizerOptions(rules, muon_weight_decay=0.1)
+    optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), machine.half)
+    idx = torch.zeros(2, 16, dtype=torch.long, device=GPU)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss, norm = train.train_step(model, optimizer, scaler, [(1.0, (idx, idx))], 1e-3, 1.0)
-    assert loss.device.type == norm.device.type == GPU.type
+    loss, norm = update(model, optimizer, machine, scaler, [(idx, idx)] * 2)
+    assert loss.device == norm.device == GPU
 
 
 def test_an_evaluation_uses_no_float64(gpu):
