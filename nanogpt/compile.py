@@ -27,8 +27,9 @@ EAGER_MFU = 0.3  # MFU of an uncompiled step
 UNKNOWN_PEAK = 100e12  # FLOP/s assumed for GPUs not in gpu/chips.py
 
 
-def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, machine: Machine) -> bool:
-    """Return whether --compile=auto compiles: if that saves more time on this GPU than it takes.
+def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, gpu: str, gpus: int) -> bool:
+    """Return whether --compile=auto compiles: if that saves more time on `gpus` GPUs of this name than it
+    takes.
 
     Computed rather than measured, so that the processes of a run make the same choice. Never on a CPU, where
     it saves 25 % of a step at 128 channels but only 4 % at 384 (docs/results.md).
@@ -40,8 +41,8 @@ def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, machine: Mac
     counted = not overruled(options, "max_tokens", origins)
     tokens = options.max_tokens if counted else batch * options.max_iters
     with torch.device("meta"):
-        flops = tokens * GPT(shape).flops_per_token() / machine.world.size
-    return SAVED * flops / (EAGER_MFU * (peak_flops(machine.name()) or UNKNOWN_PEAK)) > COMPILING_S
+        flops = tokens * GPT(shape).flops_per_token() / gpus
+    return SAVED * flops / (EAGER_MFU * (peak_flops(gpu) or UNKNOWN_PEAK)) > COMPILING_S
 
 
 def worth_compiling(shape: GPTConfig, tokens: int, peak: float | None, minutes: float) -> bool:

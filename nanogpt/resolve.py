@@ -108,7 +108,7 @@ def decide(
         if machine.device.type == "cuda":
             from nanogpt.compile import pays
 
-            worth = pays(config, origins, shape, machine)
+            worth = pays(config, origins, shape, machine.name(), world.size)
         config = replace(config, compile=worth)
     if config.batch_size == "auto":
         from nanogpt.gpu import auto_batch_size

@@ -114,12 +114,11 @@ def run_wrap(function, trial, **changes):
     return compile.wrap(function, trial=trial, **{"compile": True, **changes})
 
 
-def test_compile_auto_is_for_long_gpu_runs(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-
-    def pays(size=1, origins=None, **options):
-        machine = runtime.Machine(torch.device("cuda"), "bfloat16", "test", World(0, size))
-        return compile.pays(train.Config(**options), origins or {}, GPTConfig(), machine)
+def test_compile_auto_is_for_long_gpu_runs():
+    def pays(gpus=1, origins=None, **options):
+        return compile.pays(
+            train.Config(**options), origins or {}, GPTConfig(), "NVIDIA H100 80GB HBM3", gpus
+        )
 
     assert pays() and not pays(max_iters=40)
     assert pays(max_tokens=10**9) and not pays(max_tokens=10**7)
