@@ -138,7 +138,7 @@ def test_activation_checkpointing_estimate_counts_block_inputs(capsys):
         assert f"about {found[activation_checkpointing].activations / 1e9:.2f}" in said
         assert ("activation checkpointing costs" in said) == activation_checkpointing
     kept, least = found[False].activations, 12 * 1024 * (4 * 12 * 768 + 2 * 50257)
-    assert least < found[True].activations < 1.1 * least < kept / 1.3
+    assert least < found[True].activations < 1.15 * least < kept / 1.3
     assert found[True].copies == 2 * 768 * 50257 < found[False].copies / 3
 
 

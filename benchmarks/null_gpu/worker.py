@@ -15,7 +15,7 @@ from nanogpt.config import load
 from nanogpt.errors import run_program
 
 RUNTIME, DRIVER = (ctypes.CDLL(os.environ[name]) for name in ("NULLGPU_RUNTIME", "NULLGPU_DRIVER"))
-STEP = 3  # counted from 1; the first ones allocate and compile
+STEP = int(os.environ["NULLGPU_STEP"])  # counted from 1; the first ones allocate and compile
 
 
 def main() -> None:
