@@ -45,16 +45,6 @@ def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, gpu: str, gp
     return SAVED * flops / (EAGER_MFU * (peak_flops(gpu) or UNKNOWN_PEAK)) > COMPILING_S
 
 
-def worth_compiling(shape: GPTConfig, tokens: int, peak: float | None, minutes: float) -> bool:
-    """Return whether --compile=auto compiles on a GPU with `peak` FLOP/s (None: unknown), for a run of
-    `tokens` or, if not 0, of `minutes`."""
-    if minutes:
-        return SAVED * minutes * 60 > COMPILING_S
-    with torch.device("meta"):
-        model = GPT(shape)
-    return pays(tokens * model.flops_per_token(), peak)
-
-
 def train_function(
     function: Function, how: bool | str, model: GPT, optimizer: Optimizer, batches: TrainBatches
 ) -> Function:
