@@ -9,8 +9,10 @@ values and times are not. Each line of the table is a run of a few iterations; i
 error, waits for the GPU in a step, or exceeds a ceiling. docs/gpu.md records the last result.
 """
 
+import collections
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -190,17 +192,13 @@ def one(
     if "torch.compile failed" in said:
         wrong.append("torch.compile failed")
     if gpus > 1:
-        calls = [line.split("nccl ")[1] for line in said.splitlines() if "nccl " in line]
         counts["communicators"] = said.count("communicator of")
-        counts["nccl"] = {kind: sum(call.startswith(kind) for call in calls) for kind in NCCL}
+        counts["nccl"] = collections.Counter(re.findall(r"nullcuda\[0\]: (\w+) \d+ type", said))
         if counts["communicators"] > gpus:
             wrong.append(f"{counts['communicators']} communicators")
     if wrong:
         (out / f"{name.replace(' ', '-').replace(':', '').replace(',', '')}.txt").write_text(said)
     return {"name": name, **counts, "seconds": time.monotonic() - started, "result": "; ".join(wrong) or "ok"}
-
-
-NCCL = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
