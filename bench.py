@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         raise UserError(f"--trace={config.trace}: its folder does not exist; create it first")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         if config.comm:
-            with train.resolve.join(config, Path(scratch)) as world:
+            with train.resolve.join(asdict(config), Path(scratch)) as world:
                 communicate(config, world)
             return
         runtime.require_one_process()
@@ -75,7 +75,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             print("on a CPU: --batch_size=1")
             config = replace(config, batch_size=1)
         bench = Bench(config, Path(scratch), origins)
-        how = attention_kernels.chosen(config.attention, config.deterministic)
+        how = attention_kernels.of_a_run(config)
         with bench.run.machine.memory_errors(), how:
             print(bench.describe())
             timings, began = [], time.perf_counter()
@@ -270,7 +270,7 @@ def pass_time(
         return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
     small = replace(config, real_data=False, batch_tokens=0, gradient_accumulation_steps=1)
     small = replace(small, device=str(machine.device), max_tokens=0)
-    how = attention_kernels.chosen(config.attention, config.deterministic)
+    how = attention_kernels.of_a_run(config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, machine.memory_errors(), how:
         bench = Bench(small, Path(scratch))
         took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]

@@ -9,12 +9,15 @@
     python eval.py out-a --against=out-b --tasks=hellaswag    # paired test: is a better than b?
     python eval.py out-a --against=out-a/step-001000          # did it improve since that checkpoint?
     python eval.py gpt2 --tasks=hellaswag                     # OpenAI's weights
+    torchrun --standalone --nproc_per_node=8 eval.py out-mine --tasks=hellaswag    # rows shared by 8 GPUs
 
 docs/evaluation.md documents the fields of task files and the metrics.
 """
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +27,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanogpt import ROOT, checkpoint, files, metrics, runtime
+from nanogpt import ROOT, checkpoint, files, metrics, resolve, runtime
 from nanogpt.config import FilePath, NonNegativeInt, read
 from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
@@ -33,8 +36,10 @@ from nanogpt.errors import UserError, run_program
 from nanogpt.evaluation import evals, harness, tasks
 from nanogpt.evaluation.evals import Report
 from nanogpt.evaluation.log_likelihood import Advance, Subject, Windows, encode_text
+from nanogpt.options import ProcessOptions
 from nanogpt.prepare import readers, text_files
 from nanogpt.tokenizer import tokenizer
+from nanogpt.world import World
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,22 @@ class Opened:
 def main(config: Config) -> None:
     """Print scores and, with --against, a comparison; write them to --out and --items.
 
-    Raise UserError for unreadable inputs and inconsistent options, before anything is written.
+    Under torchrun all ranks share the rows. Raise UserError for unreadable inputs and inconsistent options,
+    before anything is written.
     """
+    options = asdict(config) | asdict(ProcessOptions())
+    with resolve.join(options, Path(tempfile.gettempdir(), "nanogpt-eval")) as world:
+        world.raise_on_all_ranks(lambda: run(config, world))
+
+
+def run(config: Config, world: World) -> None:
     own, for_lm_eval = split_tasks(config.tasks)
     check(config, bool(for_lm_eval))
     loaded = [tasks.load(spec, config.limit) for spec in own]
     names = [config.out_dir] + ([config.against] if config.against else [])
     found = []
     for name in names:
-        opened = open_model(name, config)
+        opened = open_model(name, config, world)
         print(opened.description)
         with opened.subject.machine.memory_errors():
             found.append((opened, evaluate(opened, loaded, dataset_of(opened, config), config)))
@@ -97,7 +109,8 @@ def main(config: Config) -> None:
     if for_lm_eval:
         result["lm_eval"] = harness.run(for_lm_eval, opened.subject, config.limit)
         print("\n".join(harness.describe(result["lm_eval"])))
-    write(config, result | {"options": asdict(config), **opened.subject.machine.environment()}, found)
+    if world.is_main_process:
+        write(config, result | {"options": asdict(config), **opened.subject.machine.environment()}, found)
 
 
 def split_tasks(given: str) -> tuple[list[str], list[str]]:
@@ -116,15 +129,15 @@ def check(config: Config, has_lm_eval: bool) -> None:
             raise UserError(f"--{option}={path} is not a writable file path; create its folder first")
 
 
-def open_model(name: str, config: Config) -> Opened:
+def open_model(name: str, config: Config, world: World) -> Opened:
     """Load model `name`: a run folder (its checkpoint --which), one of its checkpoints, gpt2 to gpt2-xl, a
     Hugging Face folder or nanoGPT's ckpt.pt. Raise UserError if it does not exist or is incomplete."""
-    run = Path(name)
-    is_run = bool(checkpoint.steps(run)) or not (run.exists() or name in NAMES)
-    found = weights.open_weights("resume" if is_run else name, ROOT, run, config.which)
+    folder = Path(name)
+    is_run = bool(checkpoint.steps(folder)) or not (folder.exists() or name in NAMES)
+    found = weights.open_weights("resume" if is_run else name, ROOT, folder, config.which)
     print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
     tokens = found.open_tokenizer()
-    machine = runtime.setup(config.device, config.dtype, found.config.n_embd)
+    machine = runtime.setup(config.device, config.dtype, found.config.n_embd, world)
     model = found.load(found.fitted(), machine.device)
     subject = Subject(model, tokens, machine, config.batch_size)
     size = f"{model.n_params():,} parameters, context {subject.block_size:,}"
@@ -191,7 +204,8 @@ def score_text(name: str, sources: list[Any], words: int, subject: Subject, conf
 
 def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:
     """Run `work` with a progress bar, and print its summary line."""
-    with tqdm(total=total, desc=name, disable=None, leave=False, unit="row") as bar:
+    hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: disabled if not a terminal
+    with tqdm(total=total, desc=name, disable=hidden, leave=False, unit="row") as bar:
         report = work(bar.update)
     print(report.describe())
     return report

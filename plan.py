@@ -16,8 +16,10 @@ import io
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,7 @@ import train
 from nanogpt import ROOT, runtime
 from nanogpt.checkpoint import memory as device_memory
 from nanogpt.checkpoint import writer
+from nanogpt.compile import pays
 from nanogpt.config import (
     FilePath,
     NonNegativeFloat,
@@ -100,7 +103,11 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
         peak, gigabytes = chips.CHIPS[chip]
         rate = config.gpus * peak * config.mfu / cost
         how = f"on {config.gpus} {config.gpu} at {config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s"
-    need = memory(config, shape, trained, machine)
+    gpu, gpus = (machine.name(), 1) if machine else (config.gpu, config.gpus)
+    on_gpu = not machine or machine.device.type == "cuda"
+    compiled = on_gpu and pays(config, origins, shape, gpu, gpus)
+    memory_for = partial(memory, config, shape, trained, machine, compiled)
+    need = memory_for(config.batch_size)
     if used:
         need = replace(need, buffers=max(0, used + need.weights + need.optimizer - need.total + need.buffers))
     try:
@@ -124,7 +131,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
         f"{config.batch_size} x {shape.block_size:,} tokens about {need.activations / 1e9:.2f}"
         + f" + program and checkpoint {need.buffers / 1e9:.2f}" * bool(need.buffers)
         + RECOMPUTED * config.activation_checkpointing,
-        fit(config, shape, trained, machine, config.gpu_memory or gigabytes),
+        fit(config, shape.block_size, memory_for, config.gpu_memory or gigabytes),
         room,
         f"tokens: {tokens:,} in {tokens // batch:,} iterations of {batch:,}; "
         f"{tokens / max(1, total):.1f} per parameter",
@@ -175,10 +182,10 @@ def meta_model(config: Config, shape: GPTConfig) -> GPT:
 
 
 def memory(
-    config: Config, shape: GPTConfig, trained: int, machine: runtime.Machine | None, batch_size: int = 0
+    config: Config, shape: GPTConfig, trained: int, machine: runtime.Machine | None, compiled: bool, rows: int
 ) -> estimate.Memory:
-    """Estimate the memory on a GPU, or on this `machine`, with micro-batches of `batch_size` sequences."""
-    rows, chunk = batch_size or config.batch_size, config.loss_chunk_size
+    """Estimate the memory on a GPU, or on this `machine`, with micro-batches of `rows` sequences."""
+    chunk, sharing = config.loss_chunk_size, 1 if machine or not config.shard_optimizer else config.gpus
     cpu = machine is not None and machine.device.type == "cpu"
     if machine and cpu:
         chunk = chunk or default_loss_chunk_size(
@@ -192,11 +199,13 @@ def memory(
         recompute=config.activation_checkpointing,
         on_cpu=cpu,
         loss_chunk_size=chunk,
+        compiled=compiled,
     )
     total = estimate.parameters(shape).total
     if trained != total:
         adapters = trained if config.lora_rank else 0
         need = replace(need, weights=4 * (total + adapters), gradients=4 * trained, optimizer=8 * trained)
+    need = replace(need, optimizer=need.optimizer // sharing)
     if machine and cpu:  # this program, which has loaded what train.py loads, and the copy that is saved
         base = writer.peak_memory(machine.device) or 0
         need = replace(need, buffers=base + need.weights + need.optimizer)
@@ -204,11 +213,17 @@ def memory(
 
 
 def fit(
-    config: Config, shape: GPTConfig, trained: int, machine: runtime.Machine | None, gigabytes: float
+    config: Config, block_size: int, memory_for: Callable[[int], estimate.Memory], gigabytes: float
 ) -> str:
-    """Say whether the run fits in memory, and if not, the largest --batch_size that does."""
-    most, totals = config.batch_size, lambda rows: memory(config, shape, trained, machine, rows).total
-    rows = bisect.bisect(range(1, most + 1), gigabytes * 1e9, key=totals)
+    """Say whether the run fits in memory; if not, or if larger micro-batches of the same batch do too on a
+    GPU, the largest --batch_size that does."""
+    limit, most = gigabytes * 1e9, config.batch_size
+    batch = config.batch_tokens // block_size or config.windows_per_update
+    share = min(max(most, batch // config.gpus), 1 << 16) if config.gpu else most
+    for rows in range(share, most, -1):
+        if batch % rows == 0 and memory_for(rows).total <= limit:
+            return f"fits in {gigabytes:.4g} GB: yes, and with --batch_size={rows}, the largest"
+    rows = bisect.bisect(range(1, most + 1), limit, key=lambda rows: memory_for(rows).total)
     how = f"with --batch_size={rows}, not {most}" if rows else "no, not even with --batch_size=1"
     return f"fits in {gigabytes:.4g} GB: {'yes' if rows == most else how}"
 

@@ -28,7 +28,7 @@ STARTED = time.perf_counter()  # of the process, for --minutes
 from nanogpt import ROOT, command, quoted
 from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval, load
 from nanogpt.errors import Diverged, Stopped, run_program
-from nanogpt.options import InTrainingOptions, Origins, TrainOptions
+from nanogpt.options import Origins, TrainOptions
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Trackers = Literal["none", "tensorboard", "wandb", "tensorboard,wandb", "wandb,tensorboard"]
@@ -129,7 +129,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     started = STARTED if PARSED else time.perf_counter()
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, resolve.join(config, Path(config.out_dir)) as world:
+    with runtime.StopRequest() as stop, resolve.join(asdict(config), Path(config.out_dir)) as world:
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
         run = world.raise_on_all_ranks(lambda: build(config, origins, world))
@@ -160,7 +160,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         if config.attention != "auto" or config.deterministic or run.machine.device.type == "cuda":
             from nanogpt.gpu import attention_kernels
 
-            kernels_in_use = attention_kernels.chosen(config.attention, config.deterministic)
+            kernels_in_use = attention_kernels.of_a_run(config)
         try:
             with closing(open_log(run)) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)
@@ -214,8 +214,8 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     if config.eval_tasks or config.sample_prompt:
         from nanogpt.evaluation.in_training import InTrainingEvaluation
 
-        options = config if world.is_main_process else InTrainingOptions()  # runs on rank 0
-        in_training = InTrainingEvaluation(options, Path(config.out_dir), setup.dataset.tokenizer, machine)
+        what = (config, Path(config.out_dir), setup.dataset.tokenizer, machine, layout.sharded)
+        in_training = InTrainingEvaluation(*what)
     return Run(
         **vars(setup),
         model=model,
@@ -263,19 +263,19 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
 def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, rows: int) -> None:
     """Run two iterations of a new model with micro-batches of `rows` sequences, for --batch_size=auto: two,
     because the second runs with the memory fragmented by the first."""
+    from nanogpt import compile
+
     config = replace(config, batch_size=rows)
     alone = replace(machine, world=World())  # single process: no collectives
     model = make_model(config, alone, shape)
     if config.activation_checkpointing:
-        from nanogpt.compile import checkpoint_activations
-
-        checkpoint_activations(model, alone)
+        compile.checkpoint_activations(model, alone)
+    function = compile.any_size(alone.in_dtype(model), config.compile, model.h)
     optimizer = make_optimizer(config, model, alone, Layout())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-    tokens = torch.zeros(rows, config.block_size, dtype=torch.int64, device=machine.device)
+    tokens = torch.zeros(2, rows, config.block_size, dtype=torch.int64, device=machine.device)
     for _ in range(2):
-        batch = (1.0, (tokens, tokens))
-        train_step(alone.in_dtype(model), optimizer, scaler, [batch], 0.0, config.grad_clip)
+        train_step(function, optimizer, scaler, [(1.0, tuple(tokens))], 0.0, config.grad_clip)
     machine.synchronize()
 
 
@@ -296,14 +296,12 @@ def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, An
     if several:
         from nanogpt.distributed import parallelize
 
-        function = parallelize.in_dtype(run.model, machine)
+        function = parallelize.connect(run.model, machine)
     if config.compile:
         from nanogpt import compile
 
-        shape = (config.windows, config.block_size)
-        function = compile.train_function(function, config.compile, run.model, run.optimizer, shape, machine)
+        function = compile.train_function(function, config.compile, run.model, run.optimizer, batches)
     if several:
-        function = parallelize.connect(function, run.model, machine)
         micro_batches = partial(parallelize.micro_batches, batches, machine.world, function)
         step = parallelize.step_of_all(train_step, run, log)
     elif config.cuda_graph:  # single process only (cuda_graphs.require_recordable)
@@ -489,7 +487,7 @@ def open_pace(run: Run) -> Pace:
 
 
 def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
-    """Collective: run eval tasks and sampling on rank 0 if due; yield the lines to print."""
+    """Collective: run eval tasks and sampling if due (in_training.py); yield the lines to print."""
     iter_num = run.progress.iter_num
     if not run.in_training or not due:
         return

@@ -1,18 +1,22 @@
 """torch.compile and activation checkpointing; imported only if one of them is enabled."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nanogpt import cache
+from nanogpt.data.loader import TrainBatches
 from nanogpt.errors import UserError
+from nanogpt.gpu.chips import peak_flops
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Optimizer
+from nanogpt.options import BatchOptions, Origins, overruled
 from nanogpt.runtime import Machine
 
 Function = Callable[..., Any]
@@ -24,44 +28,60 @@ EAGER_MFU = 0.3  # MFU of an uncompiled step
 UNKNOWN_PEAK = 100e12  # FLOP/s assumed for GPUs not in gpu/chips.py
 
 
-def pays(flops: float, peak: float | None) -> bool:
-    """Return whether compiling saves more time than it takes, in a run of `flops` FLOPs on a GPU with `peak`
-    FLOP/s (None: unknown).
+def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, gpu: str, gpus: int) -> bool:
+    """Return whether --compile=auto compiles: if that saves more time on `gpus` GPUs of this name than it
+    takes.
 
-    Computed rather than measured, so that resuming a run makes the same choice.
+    Computed rather than measured, so that the processes of a run make the same choice. Never on a CPU, where
+    it saves 25 % of a step at 128 channels but only 4 % at 384 (docs/results.md).
     """
-    plain_s = flops / (EAGER_MFU * (peak or UNKNOWN_PEAK))
-    return SAVED * plain_s > COMPILING_S
-
-
-def worth_compiling(shape: GPTConfig, tokens: int, peak: float | None, minutes: float) -> bool:
-    """Return whether --compile=auto compiles on a GPU with `peak` FLOP/s (None: unknown), for a run of
-    `tokens` or, if not 0, of `minutes`."""
-    if minutes:
-        return SAVED * minutes * 60 > COMPILING_S
+    if options.minutes:
+        return SAVED * options.minutes * 60 > COMPILING_S
+    given = not overruled(options, "batch_tokens", origins)
+    batch = options.batch_tokens if given else options.windows_per_update * options.block_size
+    counted = not overruled(options, "max_tokens", origins)
+    tokens = options.max_tokens if counted else batch * options.max_iters
     with torch.device("meta"):
-        model = GPT(shape)
-    return pays(tokens * model.flops_per_token(), peak)
+        flops = tokens * GPT(shape).flops_per_token() / gpus
+    return SAVED * flops / (EAGER_MFU * (peak_flops(gpu) or UNKNOWN_PEAK)) > COMPILING_S
 
 
 def train_function(
-    function: Function,
-    how: bool | str,
-    model: GPT,
-    optimizer: Optimizer,
-    shape: tuple[int, int],
-    machine: Machine,
+    function: Function, how: bool | str, model: GPT, optimizer: Optimizer, batches: TrainBatches
 ) -> Function:
-    """Compile `function`, which computes the loss of `model` for idx of `shape` (B, T), as specified by `how`
-    (--compile); print a notice if that fails."""
+    """Compile `function`, which computes the loss of `model`, as specified by `how` (--compile), and the
+    scores of evaluations (`model.compiled_scores`), for full micro-batches of `batches`; print a notice if
+    that fails.
+
+    A `function` that averages gradients over ranks (parallelize.Connected) is compiled inside, at the first
+    call: DDP splits a graph that is compiled in its forward pass, so that gradients are sent while the
+    backward pass continues.
+    """
     if model.ngrams is not None:  # sparse gradients
         model.ngrams.forward = torch.compiler.disable(model.ngrams.forward)  # type: ignore[method-assign]
-    trial = partial(warm_up, optimizer=optimizer, shape=shape, machine=machine)
-    head = model if machine.device.type == "cuda" else None
-    compiled, notice = wrap(without_logits(function), compile=how, trial=trial, blocks=model.h, head=head)
+    print("compiling the training step; this takes up to a minute")
+    inside = getattr(function, "inside", None)
+    compute = inside.function if inside else function
+
+    def trial(compiled: Function) -> None:
+        if inside:
+            inside.function = compiled
+        warm_up(function if inside else compiled, model, optimizer, batches)
+
+    def scores(*inputs: Tensor) -> Tensor:
+        return compute(*inputs, "none")[1]
+
+    rows, head = batches.batch_size, model if batches.device.type == "cuda" else None
+    score = scores if is_sharded(model) or how == "blocks" else at_rows(scores, rows)
+    model.compiled_scores = partial(padded, score, rows)
+    plain, blocks = without_logits(compute), list(model.h)
+    compiled, notice = wrap(plain, compile=how, trial=trial, blocks=blocks, head=head, rows=rows)
     if notice:
+        model.compiled_scores = None
         print(notice)
-    return compiled
+    if inside:
+        inside.function = compiled
+    return function if inside else compiled
 
 
 def without_logits(function: Function) -> Function:
@@ -74,18 +94,47 @@ def without_logits(function: Function) -> Function:
     return loss_alone
 
 
-def warm_up(
-    model: Callable[..., tuple[Tensor, Tensor]],
-    optimizer: Optimizer,
-    shape: tuple[int, int],
-    machine: Machine,
-) -> None:
-    """Trigger compilation by one forward and backward pass on idx of `shape` (B, T); clear the gradients."""
-    zeros = torch.zeros(shape, dtype=torch.long, device=machine.device)
-    # Two tensors: passing one twice would compile a graph specialized to aliased inputs.
-    _, loss = model(zeros, zeros.clone())
-    loss.backward()
-    optimizer.zero_grad()
+def padded(score: Function, rows: int, idx: Tensor, targets: Tensor, documents: Tensor | None = None) -> Any:
+    """Return (None, losses) of `score` for a batch of at most `rows` sequences, padded to `rows`, so that the
+    last batch of an evaluation needs no compilation of its own."""
+    batch = [part for part in (idx, targets, documents) if part is not None]
+    losses = score(*(F.pad(part, (0, 0, 0, rows - len(part))) for part in batch), *[None] * (3 - len(batch)))
+    return None, losses[: len(idx)]
+
+
+def warm_up(function: Function, model: GPT, optimizer: Optimizer, batches: TrainBatches) -> None:
+    """Trigger compilation by one forward and backward pass of `function` and one evaluation of `model`, on
+    inputs like those of `batches`; clear the gradients."""
+    count = 2 if batches.separator is None else 3  # with document ids
+    # Separate tensors: passing one twice would compile a graph specialized to aliased inputs.
+    shape = (batches.batch_size, batches.block_size)
+    inputs = [torch.zeros(shape, dtype=torch.long, device=batches.device) for _ in range(count)]
+    assert model.compiled_scores
+    try:
+        function(*inputs)[1].backward()
+        model.eval()
+        with torch.no_grad():
+            model.compiled_scores(*inputs)
+    finally:
+        model.train()
+        optimizer.zero_grad()
+
+
+def at_rows(function: Function, rows: int) -> Function:
+    """Compile `function` once for inputs of `rows` rows, and once for all other sizes (--batch_ramp_tokens,
+    shares of several ranks): one graph per size would soon reach torch's limit, and one graph for all sizes
+    would be slower for most batches. A single row would need a third graph, so it is computed without."""
+    usual, other = torch.compile(function, dynamic=False), torch.compile(function, dynamic=True)
+    return lambda x, *rest: (usual if len(x) == rows else other if len(x) > 1 else function)(x, *rest)
+
+
+def any_size(function: Function, how: bool | str, blocks: Iterable[nn.Module]) -> Function:
+    """Compile `function` as specified by `how` (--compile), whose memory is to be measured for several batch
+    sizes: once for all of them."""
+    if how == "blocks":
+        for block in blocks:
+            block.forward = torch.compile(block.forward, dynamic=True)
+    return torch.compile(without_logits(function), dynamic=True) if how is True else function
 
 
 def wrap(
@@ -93,25 +142,22 @@ def wrap(
     *,
     compile: bool | str,
     trial: Callable[[Function], None],
-    blocks: Iterable[nn.Module] = (),
-    dynamic: bool = False,
+    blocks: Sequence[nn.Module] = (),
     head: Any = None,
+    rows: int = 0,
 ) -> tuple[Function, str]:
-    """Compile a model (or one of its methods). `compile`: False, not at all; True, as one graph; "blocks",
-    each of `blocks` separately: they are alike, so that one is traced for all (docs/results.md: a quarter of
-    the compile time for half of the gain).
+    """Compile a model (or one of its methods) for batches of `rows` sequences (see `at_rows`). `compile`:
+    True, as one graph; "blocks", each of `blocks` separately: they are alike, so that one is traced for all
+    (docs/results.md: a quarter of the compile time for half of the gain).
 
     With "blocks", the LM head and loss of the model `head`, if given, are one more graph: eager code writes
     and reads the logits several times on a GPU. Those of a sharded model are not compiled.
 
-    Compilation happens at the first call, so `trial` must call the function once. `dynamic`: for shapes that
-    change from call to call. Return the function to call and a notice, "" on success. If compilation fails,
-    return `function` itself and a one-line notice, or raise UserError if blocks are sharded, because the
-    failed trial leaves them partly gathered. Checkpoints save the original model, not the compiled one.
+    Compilation happens at the first call, so `trial` must call the function once. Return the function to call
+    and a notice, "" on success. If compilation fails, return `function` itself and a one-line notice, or
+    raise UserError if blocks are sharded, because the failed trial leaves them partly gathered. Checkpoints
+    save the original model, not the compiled one.
     """
-    if not compile:
-        return function, ""
-    blocks = list(blocks)
     sharded = any(map(is_sharded, blocks))
     # torch's default cache is in the system's temporary folder, which does not persist
     with suppress(OSError, UserError):  # read-only, or others can write it: torch's own default
@@ -120,10 +166,10 @@ def wrap(
     parts = blocks if compile == "blocks" or sharded else []
     before = [vars(block).get("forward") for block in parts]
     for block in parts:
-        block.forward = torch.compile(block.forward, dynamic=dynamic)
+        block.forward = at_rows(block.forward, rows)
     if parts and head is not None and not sharded:
-        head.compiled_loss = torch.compile(head.loss, dynamic=dynamic)
-    compiled = function if parts else torch.compile(function, dynamic=dynamic)
+        head.compiled_loss = at_rows(head.loss, rows)
+    compiled = function if parts else at_rows(function, rows)
     try:
         trial(compiled)
     except Exception as error:  # backends may raise anything

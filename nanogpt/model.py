@@ -15,19 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt.loss import (
-    IGNORE,
-    compute_logits,
-    logits_chunk_size,
-    multiplies_padding,
-    soft_cap,
-)
+from nanogpt.loss import IGNORE, compute_logits, logits_chunk_size, multiplies_padding, soft_cap
 
 
 @dataclass(frozen=True)
@@ -215,22 +209,30 @@ POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "ali
 # ----------------------------------------------------------------------------- attention
 
 
+def repeats_keys(kind: str, dtype: torch.dtype, bias: Tensor | None) -> bool:
+    """Return whether grouped keys are repeated for each query head: on GPUs only the flash kernel takes them
+    as they are. It has neither a bias nor float32, and GPUs that compute in float16 lack it; the kernel that
+    torch would select instead writes all scores to memory."""
+    return kind == "cuda" and (bias is not None or dtype != torch.bfloat16)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Causal attention: (B, nh, T, hs) from q of that shape and k, v (B, n_kv_head, T, hs).
 
     `bias`, broadcastable to (B, nh, T, T), is added to the scores and masks the future; None: causal mask.
     """
-    grouped, T = k.shape[1] != q.shape[1], q.shape[2]
+    groups, T = q.shape[1] // k.shape[1], q.shape[2]
     learning = torch.is_grad_enabled()
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or (T > 512 and learning):
+    fused = q.dtype != torch.bfloat16 or q.device.type != "cpu" or (T > 512 and learning)
+    if groups > 1 and (not fused or repeats_keys(q.device.type, q.dtype, bias)):
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    if fused:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=grouped
+            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=groups > 1
         )
     # SDPA's bfloat16 backward is slow on CPUs. Forward and backward, in ms, SDPA / this code: 13.5 / 2.2 at
     # (16, 4, 64, 32); 27 / 15 at (4, 6, 256, 64); 41 / 24 at (2, 6, 512, 64). Forward only, where blocks of
     # queries skip most masked keys: 5.6 / 3.1 at (1, 12, 499, 64).
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if bias is None:
         bias = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     q, found, step = q * q.shape[3] ** -0.5, [], T if learning else 128
@@ -369,7 +371,8 @@ class GPT(nn.Module):
         self.ln_f = NORMS[config.norm](config)
         self.packed_head: nn.Module | None = None  # quantized LM head (quantize.py)
         self.loss_chunk_size = 0  # tokens per chunk of chunked_cross_entropy; 0: not chunked
-        self.compiled_loss: Callable[[Tensor, Tensor], Tensor] | None = None  # set by compile.wrap
+        self.compiled_loss: Callable[..., Any] | None = None  # `loss`, set by compile.wrap
+        self.compiled_scores: Callable[..., Any] | None = None  # forward with reduction="none"; compile.py
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)

@@ -5,10 +5,10 @@ parallelism.
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -90,7 +90,7 @@ def decide(
     if machine.device.type == "cuda" or config.dtype == "bfloat16" or shutil.which("nvidia-smi"):
         from nanogpt.gpu import availability
 
-        notices += availability.notes(machine, config.device)
+        notices += availability.prepare(machine, config.device)
     if Path(config.dataset).is_file():
         from nanogpt.prepare import own_text
 
@@ -110,6 +110,13 @@ def decide(
 
         sharded = division is not None and not division.whole
         training.require_possible(shape, free_memory(), sharded, config.cuda_graph)
+    if config.compile == "auto":  # the choice is saved; a resumed run inherits it
+        origins["compile"], worth = "auto", False
+        if machine.device.type == "cuda":
+            from nanogpt.compile import pays
+
+            worth = pays(config, origins, shape, machine.name(), world.size)
+        config = replace(config, compile=worth)
     if config.batch_size == "auto":
         from nanogpt.gpu import auto_batch_size
 
@@ -136,23 +143,12 @@ def decide(
     if config.attention != "auto" or machine.device.type == "cuda":
         from nanogpt.gpu import attention_kernels
 
-        biased = config.documents == "masked" or shape.position == "alibi"
-        found = attention_kernels.require_attention(config.attention, shape, machine, biased)
+        found = attention_kernels.require_attention(config.attention, shape, machine, config.documents)
         notices.append(f"attention: {found}")
-    if config.compile == "auto":  # the choice is saved; a resumed run inherits it
-        worth = False  # on a CPU it saves 25 % of a step at 128 channels, but 4 % at 384 (docs/results.md)
-        if machine.device.type == "cuda":
-            from nanogpt.compile import worth_compiling
-            from nanogpt.gpu.chips import peak_flops
-
-            tokens, peak = batches.tokens_before(config.max_iters), peak_flops(machine.name())
-            worth = worth_compiling(shape, tokens, peak, config.minutes)
-        config = replace(config, compile=worth)
-        origins["compile"] = "auto"
     return Setup(config, machine, dataset, batches, shape, resumed, pretrained, division, notices)
 
 
-def join(options: TrainOptions, run: Path) -> World:
+def join(options: dict[str, Any], run: Path) -> World:
     """Join the process group started by torchrun, if any. Diagnostics of a hung rank are written to `run`.
 
     Raise UserError if the device does not exist, rendezvous fails, or the ranks' options or versions differ.
@@ -161,7 +157,7 @@ def join(options: TrainOptions, run: Path) -> World:
         return World()
     from nanogpt.distributed.world import init_processes
 
-    return init_processes(runtime.find_device(options.device).type, asdict(options), run)
+    return init_processes(runtime.find_device(options["device"]).type, options, run)
 
 
 def resolve_init_from(

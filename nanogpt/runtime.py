@@ -127,10 +127,6 @@ def setup(device: str, dtype: str, width: int, world: World | None = None) -> Ma
         require_one_process()
         world = World()
     chosen = find_device(device)
-    if chosen.type == "cuda" and chosen.index is None and world.size > 1:
-        # Slurm can show each process only its own GPU, as cuda:0.
-        alone = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-        chosen = find_device(f"cuda:{0 if alone else world.local_rank}")
     if chosen.type == "cpu":
         keep_freed_memory()
     if chosen.type == "cuda":

@@ -63,7 +63,10 @@ def evaluate(
             compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
             continue
         idx, targets, *documents = batch
-        _, losses = compute(idx, targets, documents[0] if documents else None, "none")
+        if model.compiled_scores:
+            _, losses = model.compiled_scores(idx, targets, *documents)
+        else:
+            _, losses = compute(idx, targets, documents[0] if documents else None, "none")
         sums.append(losses.sum(dim=1))
         counts.append((targets != IGNORE).sum(dim=1))
     model.train(was_training)
@@ -106,7 +109,9 @@ def evaluate_splits(
     batch_size, block_size = shape
     texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
     most = max(1, max_batches * batch_size // len(texts))
-    at_once = max(batch_size, ON_CPU // block_size) if machine.device.type == "cpu" else batch_size
+    at_once = batch_size  # compiled for it, or limited by GPU memory
+    if machine.device.type == "cpu" and not model.compiled_scores:
+        at_once = max(batch_size, ON_CPU // block_size)
     found: list[list[Evaluation]] = [[], []]
     for text in texts:
         windows = min(most, (len(text[1]) - 1) // block_size)

@@ -4,6 +4,7 @@ Processes are forked after torch is imported, which saves seconds per start. The
 under torchrun, run train.main, and write their outcome to files next to the job list.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -25,6 +26,8 @@ class Job:
     options: list[str]  # options of train.py except --out_dir
     resumes: str = ""  # name of the job whose folder is copied first
     slow: int = -1  # rank whose forward passes take 20 ms longer
+    prepare: str = ""  # MODULE:FUNCTION to call first in each process
+    program: str = "train"  # or eval, of the folder of `resumes`
 
 
 def run(folder: Path, jobs: list[Job], timeout_s: float = 170) -> None:
@@ -71,11 +74,18 @@ def one(rank: int, job: Job, port: int, folder: Path) -> None:
     if rank == job.slow:
         forward = GPT.forward
         GPT.forward = lambda *inputs: time.sleep(0.02) or forward(*inputs)
+    if job.prepare:
+        module, _, name = job.prepare.partition(":")
+        getattr(importlib.import_module(module), name)()
     log = open(folder / (f"{job.name}.log" + f".{rank}" * bool(rank)), "w", encoding="utf-8")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:
-        train.main(*load(train.Config, [*job.options, f"--out_dir={folder / job.name}"]))
+        if job.program == "eval":
+            sys.argv = ["eval.py", *job.options, f"--out_dir={folder / job.name}"]
+            importlib.import_module("eval").program()
+        else:
+            train.main(*load(train.Config, [*job.options, f"--out_dir={folder / job.name}"]))
     finally:
         sys.stdout.flush()
     status = Path("/proc/self/status")

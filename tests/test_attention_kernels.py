@@ -5,13 +5,16 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import train
 from nanogpt import compile, optim, runtime
 from nanogpt.errors import UserError
+from nanogpt.evaluation import log_likelihood
 from nanogpt.gpu import attention_kernels
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.inference import engine, graph_decode
+from nanogpt.model import GPT, GPTConfig, attention
 from nanogpt.options import OptimizerOptions
 from tests.conftest import update
 
@@ -26,15 +29,13 @@ def test_attention_kernel_is_pinned_and_reported():
         assert name() == "math"
     with attention_kernels.chosen("flash"):
         assert name() == "flash"
-    assert attention_kernels.require_attention("math", SHAPE, CPU, biased=False) == "math"
+    assert attention_kernels.require_attention("math", SHAPE, CPU) == "math"
     with pytest.raises(
         UserError, match=r"--attention=cudnn: torch .* does not support heads of 16 .*float32"
     ):
-        attention_kernels.require_attention("cudnn", SHAPE, CPU, biased=False)
+        attention_kernels.require_attention("cudnn", SHAPE, CPU)
     grouped = replace(SHAPE, n_kv_head=1)
-    assert (
-        attention_kernels.require_attention("auto", grouped, CPU, biased=True) in attention_kernels.ATTENTION
-    )
+    assert attention_kernels.require_attention("auto", grouped, CPU, "masked") in attention_kernels.ATTENTION
 
 
 @pytest.mark.cpu
@@ -55,6 +56,80 @@ def test_kernel_choice_is_reset_after_the_run():
         raise KeyboardInterrupt
     assert not torch.are_deterministic_algorithms_enabled()
     assert attention_kernels.attention_name(SHAPE, CPU, 32) != "math"
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"documents": "masked"}, {"position": "alibi"}, {"n_kv_head": 1}], ids=str
+)
+def test_training_leaves_cudnn_out_where_it_is_wrong(changes):
+    config = train.Config(n_head=2, **changes)
+    with attention_kernels.of_a_run(config):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not bool(changes)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+SWITCHES = [{}, {"position": "rope", "n_kv_head": 1}, {"position": "alibi"}]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("kind", ["engine", "graph", "score", "task"])
+@pytest.mark.parametrize("changes", SWITCHES, ids=str)
+def test_inference_never_plans_attention_with_cudnn(changes, kind, monkeypatch):
+    """cuDNN takes 0.4 s to plan for each new key length, and each token adds one."""
+    seen, real = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), k.shape[2]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    torch.manual_seed(0)
+    model = GPT(replace(SHAPE, block_size=256, **changes)).eval()
+    ids = [i % 50 for i in range(200)]
+    with attention_kernels.chosen():  # restores the switch
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        if kind == "score":
+            engine.score(model, ids)
+        elif kind == "task":
+            subject = log_likelihood.Subject(model, None, CPU)
+            list(log_likelihood.score(subject, log_likelihood.Requests([(ids[:9], ids[9:])], 256)))
+        else:
+            record = lambda work: (work(), work)  # noqa: E731
+            of_kind = {"engine": engine.Engine, "graph": partial(graph_decode.GraphEngine, record=record)}
+            decoder = of_kind[kind](model, 2)
+            decoder.flat = None  # the path of GPUs
+            decoder.add([engine.Text(ids[:40]), engine.Text(ids[:39] + [7] * 9)])  # the second one in chunks
+            for _ in range(200):
+                decoder.step()
+            assert len({length for _, length in seen}) > (1 if kind == "graph" else 100)
+    assert seen and not any(enabled for enabled, _ in seen)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("dtype", "biased", "repeated"),
+    [(torch.bfloat16, False, False), (torch.bfloat16, True, True), (torch.float16, False, True)],
+)
+def test_gpus_repeat_grouped_keys_unless_the_flash_kernel_takes_them(dtype, biased, repeated, monkeypatch):
+    seen = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, **how: seen.append((qkv, how)))
+    with FakeTensorMode():
+        q, k, bias = (
+            torch.empty(s, dtype=dtype, device="cuda") for s in ((1, 4, 8, 16), (1, 2, 8, 16), (8, 8))
+        )
+        attention(q, k, k, bias if biased else None, 0.0)
+    (((_, keys, _), how),) = seen
+    assert (keys.shape[1] == 4) is repeated and how["enable_gqa"] is not repeated
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_repeated_keys_give_the_same_attention(dtype, monkeypatch):
+    q, k, v = torch.randn(2, 4, 8, 16, dtype=dtype), *torch.randn(2, 2, 2, 8, 16, dtype=dtype)
+    bias = torch.randn(8, 8, dtype=dtype)
+    grouped = attention(q, k, v, bias, 0.0)
+    monkeypatch.setattr("nanogpt.model.repeats_keys", lambda *unused: True)
+    torch.testing.assert_close(attention(q, k, v, bias, 0.0), grouped)
 
 
 @pytest.mark.parametrize("casting", ["autocast", "weights"])
@@ -84,9 +159,9 @@ def test_head_and_loss_are_compiled_separately_from_blocks(broken, monkeypatch):
         if broken:
             raise RuntimeError("no compiler")
 
-    function, _ = compile.wrap(model, compile="blocks", trial=trial, blocks=model.h, head=model)
+    function, _ = compile.wrap(model, compile="blocks", trial=trial, blocks=model.h, head=model, rows=2)
     found = function(idx, idx)
-    assert len(pieces) == 3 and torch.equal(found[1], expected)
+    assert len(pieces) == 2 * 3 and torch.equal(found[1], expected)
     assert (found[0] is None) is not broken and (model.compiled_loss is None) is broken
     assert torch.equal(model(idx)[0], logits)
 

@@ -1,6 +1,7 @@
 """Background checkpoints equal blocking ones, and their errors are reported."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from nanogpt.checkpoint import reader
 from nanogpt.checkpoint import writer as writer_module
 from nanogpt.checkpoint.writer import AsyncCheckpointer, Snapshot
 from nanogpt.errors import Diverged
+from nanogpt.gpu import host_copies
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import build
 from nanogpt.options import OptimizerOptions
@@ -135,3 +137,32 @@ def test_writes_synchronously_if_memory_is_short(tmp_path, model, optimizer, mon
 def test_free_memory_is_at_most_that_of_the_machine():
     free = writer_module.free_memory()
     assert free is None or 1 << 20 < free < 1 << 46
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_pinned_memory_is_as_large_as_the_checkpoint(model, optimizer, fails, monkeypatch):
+    """torch's pinned allocator would round each tensor up to a power of two."""
+    calls = []
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda *given: calls.append(given) or (2 if fails else 0),
+        cudaHostUnregister=lambda *given: calls.append(given) or 0,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def zeros(*size, device):
+        calls.append(device)
+        raise RuntimeError("an error of the call before, which torch reports with the next kernel")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    tensors = [*model.parameters(), *optimizer.values(), torch.randn(3, 5).bfloat16().T]
+    copies, size = host_copies.HostCopies(), sum(tensor.nbytes for tensor in tensors)
+    for _ in range(2):
+        for copied, tensor in zip(copies.copy(tensors), tensors, strict=True):
+            assert torch.equal(copied, tensor) and copied.data_ptr() != tensor.data_ptr()
+            tensor.data.add_(1)  # as training continues
+    (start, pinned, _), *cleared = calls
+    assert cleared == ["cuda"] * fails
+    assert size <= pinned <= size + host_copies.ALIGNED * len(tensors) and start == copies.buffer.data_ptr()
+    del copies
+    assert calls[1:] == (["cuda"] if fails else [(start,)])

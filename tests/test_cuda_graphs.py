@@ -199,8 +199,11 @@ class Recomputing(Config):
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_batch_size_trial_runs_real_steps(activation_checkpointing, monkeypatch):
-    taken, real = [], train.train_step
+@pytest.mark.parametrize(("how", "pieces"), [(False, 0), (True, 1), ("blocks", 1)])
+def test_batch_size_trial_runs_real_steps(activation_checkpointing, how, pieces, monkeypatch):
+    """Compiled if the run is, which takes a third of the memory; in one graph for all sizes tried."""
+    taken, real, compiled = [], train.train_step, []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiled.append(dynamic) or f)
 
     def step(model, optimizer, scaler, micro_batches, *rates):
         taken.extend(len(batch[0]) for _, batch in micro_batches)
@@ -215,9 +218,10 @@ def test_batch_size_trial_runs_real_steps(activation_checkpointing, monkeypatch)
         "optimizer": "muon",
         "loss_chunk_size": 8,
     }
-    config = train.Config(**sizes, activation_checkpointing=activation_checkpointing)
+    config = train.Config(**sizes, compile=how, activation_checkpointing=activation_checkpointing)
     trial = partial(train.try_batch_size, config, CPU, pick_fields(GPTConfig, config, vocab_size=10))
     assert auto_batch_size.fits(4, trial, CPU) and taken == [4, 4]
+    assert compiled == [True] * pieces
 
 
 def test_no_fitting_batch_size_is_reported(monkeypatch):

@@ -131,7 +131,7 @@ def test_attention_kernels_match_float32(device, name):
     machine = runtime.Machine(device, "bfloat16", "test")
     try:
         attention_kernels.require_attention(
-            name, replace(SHAPE, n_head=4, n_embd=256, block_size=128), machine, biased=False
+            name, replace(SHAPE, n_head=4, n_embd=256, block_size=128), machine
         )
     except UserError as error:
         pytest.skip(str(error))

@@ -16,6 +16,7 @@ from benchmarks import gpu, gpu_chip
 from benchmarks.gpu_sides import Setup
 from nanogpt import ROOT, config
 from nanogpt.errors import UserError
+from nanogpt.inference import quantize
 from nanogpt.inference.graph_decode import GraphEngine
 from tests.test_cuda_graphs import Recorder
 
@@ -164,11 +165,19 @@ def test_decoding_with_cuda_graphs_is_timed(tmp_path, monkeypatch):
         def generate(self, idx, count, temperature, top_k):
             time.sleep(0.001 * count)
 
+    def cast(model, dtype):
+        moved.append(next(model.parameters()).device)
+        return quantize.cast(model, dtype)
+
+    moved = []
+    monkeypatch.setattr(gpu_chip, "cast", cast)
+    monkeypatch.setattr(gpu_chip.GPT, "to", lambda model, device: moved.append(f"to {device}") or model)
     monkeypatch.setattr(gpu_chip, "GraphEngine", Recorded)
     monkeypatch.setattr(gpu_chip, "nanogpt_model", lambda checkout, shape: Theirs())
     about = {"device": "cpu", "tiny": True, "checkout": "", "budget_s": 60.0}
     found = gpu_chip.decode(Setup(about, tmp_path / "answer.json", time.monotonic()))
     assert not found["errors"]
+    assert moved[:2] == ["to cpu", torch.device("cpu")]  # on a GPU before it is cast
     *batches, job = found["figures"]
     assert [one["what"] for one in batches] == [f"decode 124M, batch {n}, tokens/s" for n in (1, 10, 64)]
     for one in [*batches, job]:

@@ -3,6 +3,8 @@ once for all runs (tests/processes.py)."""
 
 import itertools
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from nanogpt.data.token_files import Tokens
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.layout import Replicated
 from nanogpt.errors import UserError
+from nanogpt.evaluation import log_likelihood
 from nanogpt.gpu import auto_batch_size
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.optim import build
@@ -46,6 +49,8 @@ SHORT = [
     "--eval_interval=4",
     "--eval_iters=1",
 ]
+TASKS = ["--eval_tasks=questions.jsonl", "--sample_prompt=abc", "--sample_tokens=8"]
+COUNT = "tests.test_parallelize:print_rows"
 LOOKING = ["--sample_prompt=abc", "--sample_tokens=8"]
 
 
@@ -99,9 +104,22 @@ JOBS = [
     Job("responses-10", 1, ["--batch_size=10", *FEW, "--eval_iters=1"]),
     Job("responses-10-ddp", 4, [*RAGGED, *FEW, "--parallel=ddp", "--eval_iters=5"]),
     Job("responses-10-fsdp", 4, [*RAGGED, *FEW, "--parallel=fsdp", "--eval_iters=5"]),
+    *[Job(f"tasks-{n}", n, [*SHORT, *TASKS, "--parallel=ddp"], prepare=COUNT) for n in (1, 2, 4)],
+    Job("tasks-fsdp", 2, [*SHORT, *TASKS, "--parallel=fsdp"], prepare=COUNT),
     Job("eval-1", 1, EVALUATE, resumes="adamw-15-fsdp"),
     Job("eval-4", 4, [*EVALUATE, "--parallel=fsdp"], resumes="adamw-15-fsdp"),
 ]
+
+
+def print_rows() -> None:
+    """Print the number of rows of each batch that a rank scores, and make batches small."""
+    real, log_likelihood.BATCH_TOKENS = log_likelihood._losses, 256
+
+    def losses(subject, ids, *given):
+        print(f"scored {len(ids)} rows", file=sys.stderr)
+        return real(subject, ids, *given)
+
+    log_likelihood._losses = losses
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +128,20 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     datasets = {False: write_dataset(folder / "words", words(3000)), True: write_responses(folder)}
     jobs = []
+    questions = [
+        {"context": "abc"[: i % 4], "choices": [words(1 + i % 5, i), words(2, i)], "label": i % 2}
+        for i in range(60)
+    ]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     for job in JOBS:
         dataset = datasets[job.name.startswith("responses")]
-        jobs.append(replace(job, options=[*SHAPE.split(), f"--dataset={dataset}", *job.options]))
+        options = [option.replace("questions.jsonl", str(folder / "tasks.jsonl")) for option in job.options]
+        jobs.append(replace(job, options=[*SHAPE.split(), f"--dataset={dataset}", *options]))
+    for number in (1, 2, 4):
+        given = [f"--dataset={datasets[False]}", f"--tasks={folder / 'tasks.jsonl'}", "--device=cpu"]
+        given += [f"--{kind}={folder / f'score-{number}'}.{kind}" for kind in ("out", "items")]
+        name = f"score-{number}"
+        jobs.append(Job(name, number, [*given, "--batch_size=4"], resumes="tasks-1", program="eval"))
     processes.run(folder, jobs)
     return folder
 
@@ -229,6 +258,37 @@ def test_eval_only_under_fsdp(folder):
         for name in ("eval-1", "eval-4")
     ]
     assert lines[0] == lines[1] and len(lines[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["tasks-2", "tasks-4", "tasks-fsdp"])
+def test_tasks_during_training_have_the_scores_of_one_process(folder, name):
+    """Bit for bit before the first update; afterwards the weights differ by rounding."""
+    found, expected = (
+        [r for r in metrics.read(folder / n) if r["event"] == "tasks"] for n in (name, "tasks-1")
+    )
+    assert [row["iter"] for row in found] == [row["iter"] for row in expected] == [0, 4]
+    assert found[0] == expected[0] and len(found[0]) > 4
+    assert processes.said(folder, name).count("step 0: tasks: acc") == 1
+    assert len(list((folder / name / "samples").iterdir())) == 2
+
+
+def test_ranks_share_the_rows_of_tasks(folder):
+    """Each rank scores a part of the rows; only a sharded model is scored by rank 0 alone."""
+    for name, alone in (("tasks-2", False), ("tasks-fsdp", True)):
+        logs = [(folder / f"{name}.log{end}").read_text(encoding="utf-8") for end in ("", ".1")]
+        rows = [sum(map(int, re.findall(r"scored (\d+) rows", log))) for log in logs]
+        assert sum(rows) == 2 * 120 and (rows[1] == 0) is alone and rows[0] >= rows[1]
+
+
+def test_eval_py_gives_equal_results_on_any_number_of_ranks(folder):
+    def read(number, kind):
+        text = (folder / f"score-{number}.{kind}").read_text(encoding="utf-8")
+        return re.sub(r'"seconds": [\d.]+|score-\d', "", text)
+
+    for number in (2, 4):
+        assert read(number, "items") == read(1, "items") and len(read(1, "items")) > 1000
+        assert read(number, "out") == read(1, "out")
+        assert processes.said(folder, f"score-{number}").count("tasks: acc ") == 1
 
 
 # ----------------------------------------------------------------------------- without processes

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_plan_matches_train_py(capsys):
     plan.main(plan.Config(**options.values), options.origins)
     said = capsys.readouterr().out
     assert "parameters: 124,337,664 " in said and "294,912,000,000 in 600,000 iterations of 491,520" in said
-    assert "cost" not in said and "fits in 80 GB: yes\n" in said
+    assert "cost" not in said and "fits in 80 GB: yes, and with --batch_size=" in said
     per_token = 6 * (124_337_664 - 1024 * 768) + 12 * 12 * 768 * 1024
     hours = 294_912_000_000 * per_token / (8 * 312e12 * 0.4) / 3600
     assert f"time: {hours:,.1f} hours" in said
@@ -137,15 +138,17 @@ def test_max_iters_flag_is_respected(capsys):
         "--gpu=A100",
         "--max_iters=10",
         "--dollars_per_gpu_hour=2",
-        "--gpu_memory=24",
+        "--gpu_memory=20",
     ]
     options = read(plan.Config, words, other_keys=OPTIONS)
     plan.main(plan.Config(**options.values), options.origins)
     said = capsys.readouterr().out
     assert "5,242,880 in 10 iterations of 524,288" in said and "cost: $" in said
-    assert "fits in 24 GB: no, not even with --batch_size=1" in said
-    plan.main(plan.Config(gpu="A100", gpu_memory=11))
-    assert "fits in 11 GB: with --batch_size=9, not 12" in capsys.readouterr().out
+    assert "fits in 20 GB: no, not even with --batch_size=1" in said
+    plan.main(plan.Config(gpu="A100", gpu_memory=6))
+    assert "fits in 6 GB: with --batch_size=10, not 12" in capsys.readouterr().out
+    plan.main(plan.Config(gpu="A100", gpu_memory=9))
+    assert "fits in 9 GB: yes, and with --batch_size=16, the largest" in capsys.readouterr().out
 
 
 def test_chunked_logits_are_estimated_per_chunk(capsys):
@@ -162,17 +165,17 @@ def test_chunked_logits_are_estimated_per_chunk(capsys):
 
 def test_activation_checkpointing_estimate_counts_block_inputs(capsys):
     """Then a micro-batch is mostly logits, and blocks keep no bfloat16 weight copies."""
-    shape, rules, found = GPT2_SIZES["gpt2"], OptimizerOptions(), {}
+    shape, rules, found = replace(GPT2_SIZES["gpt2"], vocab_multiple=64), OptimizerOptions(), {}
     for activation_checkpointing in (False, True):
         found[activation_checkpointing] = estimate.memory(
-            shape, rules, batch_size=12, recompute=activation_checkpointing
+            shape, rules, batch_size=12, recompute=activation_checkpointing, compiled=True
         )
         plan.main(plan.Config(gpu="A100", activation_checkpointing=activation_checkpointing, bias=True))
         said = capsys.readouterr().out
         assert f"about {found[activation_checkpointing].activations / 1e9:.2f}" in said
         assert ("activation checkpointing costs" in said) == activation_checkpointing
-    kept, least = found[False].activations, 12 * 1024 * 4 * (12 * 768 + 3 * 50257)
-    assert least < found[True].activations < 1.01 * least < kept / 1.3
+    kept, least = found[False].activations, 12 * 1024 * (4 * 12 * 768 + 2 * 50257)
+    assert least < found[True].activations < 1.15 * least < kept / 1.3
     assert found[True].copies == 2 * 768 * 50257 < found[False].copies / 3
 
 
@@ -215,7 +218,7 @@ def test_pretrained_weights_give_the_shape(capsys):
     linear = [m for n, m in model.named_modules() if n.rpartition(".")[2] in ("c_attn", "c_proj")]
     adapters = sum(8 * sum(module.weight.shape) for module in linear)
     out = said(capsys, *words, "--lora_rank=8")
-    assert f"; {adapters:,} trained" in out and "fits in 24 GB: yes\n" in out
+    assert f"; {adapters:,} trained" in out and "fits in 24 GB: yes" in out
     assert float(re.search(r"gradients ([\d.]+)", out)[1]) == pytest.approx(4 * adapters / 1e9, abs=0.01)
 
 

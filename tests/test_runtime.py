@@ -4,13 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 
+import train
 from nanogpt import compile, runtime
 from nanogpt.checkpoint import writer
 from nanogpt.errors import UserError
+from nanogpt.model import GPTConfig
+from nanogpt.world import World
+from tests.conftest import small_run
 
 
 def test_device_and_dtype_choice_is_explained():
@@ -110,12 +115,35 @@ def run_wrap(function, trial, **changes):
 
 
 def test_compile_auto_is_for_long_gpu_runs():
-    shakespeare, gpt2 = 5000 * 16384 * 71e6, 600_000 * 491_520 * 860e6  # FLOPs of nanoGPT's two presets
-    assert not compile.pays(shakespeare, 989e12)
-    assert compile.pays(gpt2, 989e12) and compile.pays(gpt2, None)
-    assert compile.worth_compiling(None, 0, None, minutes=30)
-    assert not compile.worth_compiling(None, 0, None, minutes=1)
-    assert run_wrap(torch.nn.Identity(), None, compile=False)[1] == ""
+    def pays(gpus=1, origins=None, **options):
+        return compile.pays(
+            train.Config(**options), origins or {}, GPTConfig(), "NVIDIA H100 80GB HBM3", gpus
+        )
+
+    assert pays() and not pays(max_iters=40)
+    assert pays(max_tokens=10**9) and not pays(max_tokens=10**7)
+    assert not pays(max_tokens=10**9, max_iters=40, origins={"max_iters": "--max_iters=40"})
+    assert pays(batch_size="auto", batch_tokens=480 * 1024)
+    assert pays(minutes=10) and not pays(minutes=1)
+    # on eight GPUs a run takes an eighth of the time, and compilation as long as on one
+    assert pays(max_iters=400) and not pays(8, max_iters=400)
+
+
+def test_a_cpu_never_compiles_by_default(dataset, tmp_path):
+    run = train.build(small_run(dataset, tmp_path / "out"), origins := {}, World())
+    assert run.config.compile is False and origins["compile"] == "auto"
+
+
+def test_mfu_is_that_of_each_gpu(dataset, tmp_path, monkeypatch):
+    """The speed printed is that of all ranks together."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    run = train.build(small_run(dataset, tmp_path / "out"), {}, World())
+    shares = []
+    for size in (1, 2):
+        run.machine = runtime.Machine(torch.device("cuda"), "bfloat16", "test", World(1, size))
+        with closing(train.open_log(run, None)) as log:
+            shares.append(log._peak_share)
+    assert shares[0] == 2 * shares[1] > 0
 
 
 def test_missing_compiler_falls_back_to_eager(monkeypatch):

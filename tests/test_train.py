@@ -1,6 +1,8 @@
 """Tests of train.py: resuming, stopping, input validation and checkpoint retention."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from nanogpt import checkpoint, files, metrics, runtime
-from nanogpt.checkpoint import reader
-from nanogpt.errors import Diverged, Stopped, UserError
+from nanogpt.checkpoint import reader, resume
+from nanogpt.errors import CODES, Diverged, Stopped, UserError
 from tests.conftest import small_run, words, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,6 +254,75 @@ def test_full_disk_keeps_the_previous_checkpoint(config, monkeypatch):
         train.main(replace(config, max_iters=10, init_from="resume"))
     monkeypatch.undo()
     assert reader.find(Path(config.out_dir))[0].iter_num == 5
+
+
+@pytest.mark.parametrize(
+    ("machine", "saved", "now"),
+    [("cpu, 2 threads", False, "auto"), ("cpu, 2 threads", True, True), ("NVIDIA T4", False, False)],
+)
+def test_run_moved_from_a_cpu_to_a_gpu_decides_again_whether_to_compile(config, machine, saved, now):
+    train.main(replace(config, max_iters=1, eval_interval=1))
+    path = Path(config.out_dir, "step-000001", "state.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["options"]["compile"], state["environment"]["device"] = saved, machine
+    path.write_text(json.dumps(state), encoding="utf-8")
+    manifest = path.with_name("manifest.json")
+    listing = json.loads(manifest.read_text(encoding="utf-8"))
+    listing["files"]["state.json"] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    manifest.write_text(json.dumps(listing), encoding="utf-8")
+    assert resume.resume(replace(config, init_from="resume"), {}, set(), [])[0].compile == now
+
+
+@pytest.mark.parametrize(("before", "now"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_run_resumes_in_the_other_half_precision(config, before, now):
+    """As on a T4 after an A100; only float16 has the state of a gradient scaler."""
+    train.main(replace(config, max_iters=5, eval_interval=5, dtype=before))
+    again = {"init_from": "resume", "out_dir": config.out_dir, "dtype": now, "max_iters": 10}
+    train.main(replace(config, **again), dict.fromkeys(again, "--given"))
+    assert set(logged(config.out_dir)) == set(range(10))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("rules", ["adamw", "muon"])
+def test_the_host_reads_no_value_between_log_lines(config, rules, monkeypatch):
+    """Reading one would wait for a GPU, which then waits for the host."""
+    reads, at_start, seed = [], [], train.seed_dropout
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero"):
+                reads.append(func)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(train, "seed_dropout", lambda *given: at_start.append(len(reads)) or seed(*given))
+    config = replace(config, optimizer=rules, max_iters=12, eval_interval=12, log_interval=4)
+    with Reads():
+        train.main(config)
+    found = [after - before for before, after in itertools.pairwise(at_start)]
+    assert len(found) == 11 and [i for i, count in enumerate(found) if count] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("often", [{"log_interval": 6}, {"log_interval": 1000, "save_interval": 6}], ids=str)
+def test_divergence_between_log_lines_ends_the_run_before_a_save(config, what, often, monkeypatch):
+    """Nothing is read before the next log line or checkpoint, which is not written."""
+    real, calls = train.train_step, []
+
+    def step(model, optimizer, scaler, micro_batches, *rates):
+        calls.append(None)
+        if len(calls) == 4:
+            poison = optimizer.parameters[-1].register_hook(lambda gradient: gradient * math.nan)
+            if what == "loss":
+                micro_batches = [(math.inf * weight, batch) for weight, batch in micro_batches]
+        found = real(model, optimizer, scaler, micro_batches, *rates)
+        if len(calls) == 4:
+            poison.remove()
+        return found
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(Diverged, match=r"at iteration [56] with learning rate"):
+        train.main(replace(config, eval_interval=1000, **often))
+    assert CODES[Diverged][0] == 70 and checkpoint.steps(Path(config.out_dir)) == []
 
 
 @pytest.mark.parametrize("compile", [True, "blocks"])

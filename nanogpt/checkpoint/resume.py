@@ -59,6 +59,9 @@ def resume(
     saved = {RENAMED.get(key, key): value for key, value in resumed.state["options"].items()}
     fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
     saved = asdict(resumed.model_config) | saved  # the former has options added since
+    on_cpu = str(resumed.state["environment"].get("device")).startswith("cpu")
+    if on_cpu and not saved.get("compile"):  # the default there; on a GPU decide again
+        saved["compile"] = "auto"
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
         raise UserError(

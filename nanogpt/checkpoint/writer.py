@@ -144,7 +144,7 @@ class AsyncCheckpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._complete: list[Path] = []
-        self._pinned: dict[str, Tensor] = {}  # pinned host buffers, reused (slow to allocate)
+        self._pinned: Any = None  # gpu.host_copies.HostCopies, reused: slow to allocate
         self.took_s = 0.0  # of the last write in the background
 
     @property
@@ -196,19 +196,16 @@ class AsyncCheckpointer:
         return free is None or content.nbytes + SPARE < free or bool(self._pinned)
 
     def _copy(self, content: Snapshot) -> Snapshot:
-        weights = {name: self._host(f"w {name}", tensor) for name, tensor in content.weights.items()}
-        state = {name: self._host(f"o {name}", tensor) for name, tensor in content.optimizer.items()}
-        if self._pinned:
-            torch.cuda.synchronize()
-        return Snapshot(weights, state, content.state)
+        tensors = [*content.weights.values(), *content.optimizer.values()]
+        if tensors[0].device.type == "cuda":
+            from nanogpt.gpu.host_copies import HostCopies
 
-    def _host(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.device.type != "cuda":
-            return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        if name not in self._pinned:
-            place = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-            self._pinned[name] = place
-        return self._pinned[name].copy_(tensor.detach(), non_blocking=True)
+            self._pinned = self._pinned or HostCopies()
+            copies = iter(self._pinned.copy(tensors))
+        else:
+            copies = (t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in tensors)
+        weights = dict(zip(content.weights, copies, strict=False))
+        return Snapshot(weights, dict(zip(content.optimizer, copies, strict=True)), content.state)
 
 
 def free_memory() -> int | None:

@@ -29,7 +29,7 @@ class _Shared(Layout):
 
     def __init__(self, world: World, group: Any = None, size: int = 0):
         """`group`: `size` consecutive ranks that together hold one copy of the model; None: all ranks."""
-        self.group, self.size = group, size or world.size
+        self.group, self.size, self.control = group, size or world.size, getattr(world, "control", None)
         self.rank = world.rank % self.size
         self.with_first = world.rank < self.size
 
@@ -49,12 +49,11 @@ class _Shared(Layout):
             for rank, (start, stop) in list(enumerate(piece.spans))[1:]:
                 if start >= stop or stop <= done:
                     continue
+                # From CPU to CPU: NCCL would open a connection for each pair of ranks and use GPU memory.
                 if self.rank == rank:
-                    dist.send(piece.tensor.contiguous(), group=self.group, group_dst=0)
+                    dist.send(piece.tensor.cpu().contiguous(), dst=0, group=self.control)
                 elif self.rank == 0:
-                    part = torch.empty(stop - start, dtype=whole.dtype, device=piece.tensor.device)
-                    dist.recv(part, group=self.group, group_src=rank)
-                    whole.view(-1)[start:stop] = part
+                    dist.recv(whole.view(-1)[start:stop], src=rank, group=self.control)
             if self.rank == 0:
                 found[name] = whole
         return found

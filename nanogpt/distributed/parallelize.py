@@ -7,12 +7,13 @@ The steps, in this order:
    device is never materialized on one. ddp leaves the model as it is.
 2. `in_dtype`: mixed precision. Under fsdp and hsdp it is the units' policy, so weights are gathered in the
    narrow dtype.
-3. `compile.recompute`: activation checkpointing per block, inside the hooks of its FSDP unit, which gathers
+3. `compile.checkpoint_activations`: per block, inside the hooks of its FSDP unit, which gathers
    the weights again for the backward pass.
-4. `compile.wrap`: torch.compile of the whole function or of each block, outside the checkpointing, so that
-   the compiler sees it, and inside the FSDP hooks: weights are gathered outside of compiled code.
-5. `connect`: DDP around the compiled function, so that its parameter hooks see complete gradients. A switch
-   enables gradient synchronization for the last micro-batch of a step only.
+4. `compile.train_function`: torch.compile of the whole function or of each block, outside the checkpointing,
+   so that the compiler sees it, and inside the FSDP hooks: weights are gathered outside of compiled code.
+5. `connect`: DDP around the compiled function, so that its parameter hooks see complete gradients. It wraps
+   the function before the first call compiles it. A switch enables gradient synchronization for the last
+   micro-batch of a step only.
 
 Only this module and layout.py depend on the kind of parallelism.
 """
@@ -258,21 +259,29 @@ def in_step(
 
 class Connected:
     """Wraps a function whose backward pass averages gradients over ranks while its switch is on; `finish`,
-    called after the last pass of a step, averages those that it leaves out."""
+    called after the last pass of a step, averages those that it leaves out.
+
+    `inside.function` is the function without averaging; compile.py replaces it.
+    """
 
     def __init__(
-        self, function: Function, switch: Callable[[bool], None], finish: Callable[[], None] = lambda: None
+        self,
+        function: Function,
+        switch: Callable[[bool], None],
+        inside: "_Calls | None" = None,
+        finish: Callable[[], None] = lambda: None,
     ):
         self.function, self.switch, self.finish = function, switch, finish
+        self.inside = inside or self
 
     def __call__(self, *inputs: Tensor) -> Any:
         return self.function(*inputs)
 
 
-def connect(function: Function, model: nn.Module, machine: Machine) -> Function:
-    """Wrap `function`, which runs `model`, so that its backward pass averages gradients over all ranks."""
-    if machine.world.size == 1:
-        return function
+def connect(model: nn.Module, machine: Machine) -> Connected:
+    """Return the forward function of `model` in its dtype, whose backward pass averages gradients over all
+    ranks."""
+    function = in_dtype(model, machine)
     if is_sharded(model):
         units: Any = model
 
@@ -282,8 +291,9 @@ def connect(function: Function, model: nn.Module, machine: Machine) -> Function:
 
         return Connected(function, switch_units)
     on_device = [machine.device] if machine.device.type == "cuda" else None
+    calls = _Calls(function, model)
     ddp = DistributedDataParallel(
-        _Calls(function, model),
+        calls,
         device_ids=on_device,
         gradient_as_bucket_view=True,  # avoids a second copy of the gradients
     )
@@ -295,7 +305,8 @@ def connect(function: Function, model: nn.Module, machine: Machine) -> Function:
         if (tables := dict(model.named_parameters()).get(TABLES)) is not None and tables.requires_grad:
             Replicated(machine.world).average_rows(tables)
 
-    return Connected(ddp, switch_ddp, average_tables)
+    switch_ddp(False)  # no collectives while compiling, which may fail on one rank only
+    return Connected(ddp, switch_ddp, calls, average_tables)
 
 
 class _Calls(nn.Module):
@@ -308,10 +319,10 @@ class _Calls(nn.Module):
     def __init__(self, function: Function, model: nn.Module):
         super().__init__()
         self.owned = nn.ParameterList(p for name, p in model.named_parameters() if name != TABLES)
-        self.call = lambda *inputs: function(*inputs)  # a module would be registered, with its buffers
+        self.function = lambda *inputs: function(*inputs)  # a module would be registered, with its buffers
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.call(*inputs)
+        return self.function(*inputs)
 
 
 def average_next(function: Function, wanted: bool) -> None:

@@ -54,12 +54,15 @@ class Processes(World):
             dist.all_reduce(counted, group=self.control)
         return int(counted)
 
-    def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
-        result, error = _attempt(work)
-        errors: list[Exception | None] = [None] * self.size
+    def gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
         with self._waiting():
-            dist.all_gather_object(errors, error, group=self.control)
-        for rank, error in enumerate(errors):
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
+        result, own = _attempt(work)
+        for rank, error in enumerate(self.gather(own)):
             if error:
                 raise _shared(error, rank)
         assert result
@@ -172,7 +175,9 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
     size = int(os.environ["WORLD_SIZE"])
     rank = int(os.environ.get("RANK", "0"))
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    gpu = None
     if device_type == "cuda":
+        gpu = use_own_gpu(torch.device(options["device"] if options["device"] != "auto" else "cuda"))
         _set_up_recorder(run)
     wait = timedelta(seconds=rdzv_timeout_s)
     try:
@@ -183,7 +188,9 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
         # PyTorch's timeouts are a fallback: longer than ours, which report more.
         late = timedelta(seconds=3 * hang_timeout_s)
         name = "gloo" if device_type == "cpu" else backend
-        dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=late)
+        # With a device NCCL connects all ranks now, not at the first collective.
+        own = None if name == "gloo" else gpu
+        dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=late, device_id=own)
         control = dist.new_group(backend="gloo", timeout=late)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -202,6 +209,25 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
         int(os.environ.get(name, of)) for name, of in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
     )
     return Processes(rank, size, local, on_node, control, heart)
+
+
+def use_own_gpu(asked: torch.device) -> torch.device:
+    """Make the GPU of this rank, or the one `asked` for, the current device, which the name "cuda" means, and
+    return it. Raise UserError on the ranks of this node that have none; one of them prints it."""
+    count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # Slurm can show each rank only its own GPU
+        local = 0
+    index = local if asked.index is None else asked.index
+    if index >= count:
+        error = UserError(
+            f"{os.environ.get('LOCAL_WORLD_SIZE', index + 1)} processes on {socket.gethostname()}, which has "
+            f"{count} GPUs; start one per GPU"
+        )
+        if index > count:
+            error.add_note(TOLD)
+        raise error
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _own_client(word: str) -> dist.Store:

@@ -19,6 +19,7 @@ from nanogpt.model import GPT
 from nanogpt.options import InTrainingOptions
 from nanogpt.runtime import Machine
 from nanogpt.tokenizer import tokenizer
+from nanogpt.world import World
 
 SEPARATOR = "-" * 15
 SAMPLES = 4
@@ -31,8 +32,21 @@ class _Stopped(Exception):
 class InTrainingEvaluation:
     """Runs eval tasks and sampling. Loads its data on construction, so errors surface before training."""
 
-    def __init__(self, options: InTrainingOptions, run: Path, tokenizer_json: str, machine: Machine):
+    def __init__(
+        self,
+        options: InTrainingOptions,
+        run: Path,
+        tokenizer_json: str,
+        machine: Machine,
+        sharded: bool = False,
+    ):
+        """`sharded`: rank 0 alone scores, with a copy of the model; else all ranks share the rows."""
+        main = machine.world.is_main_process
+        if not main:
+            tasks_too = "" if sharded else options.eval_tasks
+            options = InTrainingOptions(tasks_too, options.eval_tasks_items)
         self.options, self.run, self.machine = options, run, machine
+        self.scoring = replace(machine, world=World()) if sharded else machine
         self.tasks: list[tasks.Task] = []
         self.scored: set[int] = set()  # iterations whose scores are in metrics.jsonl
         if not options.eval_tasks and not options.sample_prompt:
@@ -54,18 +68,16 @@ class InTrainingEvaluation:
         self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
     ) -> Iterator[str]:
         """Score and sample if due; yield lines to print. `write` is called with the scores as keyword
-        arguments. If `stopped` returns True, scoring is abandoned and repeated after resuming."""
-        if not self.due(iter_num):
-            return
+        arguments. If `stopped` returns True on a rank, scoring is abandoned and repeated after resuming.
+        Collective, unless the model is sharded."""
         was_training = model.training
         model.eval()
         # Blocks compiled for the training shape would be recompiled for every new sequence length.
         compiled = [(block, block.__dict__.pop("forward", None)) for block in model.h]
         try:
-            with (
-                attention_kernels.chosen()
-            ):  # deterministic mode off: it refuses CUDA's cumsum, which sampling uses
-                if self._scores(iter_num):
+            # deterministic mode off: it refuses CUDA's cumsum, which sampling uses
+            with attention_kernels.chosen(without_cudnn=True):
+                if self.scoring.world.any_rank(self._scores(iter_num)):
                     yield from self._score(model, iter_num, write, stopped)
                 if self.options.sample_prompt:
                     yield from self._sample(model, iter_num)
@@ -76,11 +88,11 @@ class InTrainingEvaluation:
             model.train(was_training)
 
     def due(self, iter_num: int) -> bool:
-        """Return whether `maybe_run` would do anything at this iteration."""
+        """Return whether `maybe_run` would do anything at this iteration; rank 0 knows."""
         return self._scores(iter_num) or bool(self.options.sample_prompt)
 
     def _scores(self, iter_num: int) -> bool:
-        return bool(self.tasks) and iter_num not in self.scored
+        return bool(self.tasks) and iter_num not in self.scored and self.machine.world.is_main_process
 
     def _score(
         self, model: GPT, iter_num: int, write: Callable[..., None], stopped: Callable[[], bool]
@@ -90,7 +102,7 @@ class InTrainingEvaluation:
             if stopped():
                 raise _Stopped
 
-        subject = Subject(model, self.tokenizer, self.machine)
+        subject = Subject(model, self.tokenizer, self.scoring)
         values = {}
         try:
             for task in self.tasks:

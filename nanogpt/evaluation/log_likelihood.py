@@ -7,6 +7,7 @@ cost more time than the rest of a small model, and more memory than a large one.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,7 @@ from nanogpt.tokenizer.tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192  # default tokens per batch
 Advance = Callable[[int], object]
+Scored = tuple[int, np.ndarray, bool]  # a row's index, losses and whether all ids are the argmax
 Pair = tuple[np.ndarray, np.ndarray]  # ids of a context and of its continuation
 
 
@@ -146,10 +148,10 @@ def beginning(tokens: Tokenizer) -> int:
 # ----------------------------------------------------------------------------- scores
 
 
-def batches(lengths: np.ndarray, budget: int, rank: int = 0, world_size: int = 1) -> Iterator[np.ndarray]:
+def batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
     """Yield the row indices of each batch, longest rows first, at most `budget` tokens including padding
-    (but at least one row). Each rank takes every world_size-th row, so the work is balanced."""
-    order = np.argsort(-lengths, kind="stable")[rank::world_size]
+    (but at least one row)."""
+    order = np.argsort(-lengths, kind="stable")
     first = 0
     while first < len(order):
         count = max(1, budget // int(lengths[order[first]]))
@@ -164,16 +166,30 @@ def score(
     *,
     greedy: bool = False,
     advance: Advance = lambda count: None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[tuple[int, np.ndarray, bool]]:
+) -> Iterator[Scored]:
     """Yield for each row its index, the loss of each scored id in nats, float64 (scored,), and, with
-    `greedy`, whether every scored id is the argmax. Rows come in the order of `batches`.
+    `greedy`, whether every scored id is the argmax.
 
-    `advance` is called with the number of rows in each finished batch.
+    The batches are shared among the ranks of the subject's machine, and every rank yields all rows, with
+    equal results for any number of ranks. `advance` is called with the number of rows in each finished batch
+    of this rank; an error that it raises is raised on all ranks. Collective.
     """
-    subject = _lowered(subject)
-    for numbers in batches(rows.lengths, subject.budget, rank, world_size):
+    world = subject.machine.world
+    own = _score_share(subject, rows, greedy, advance)
+    if world.size == 1:
+        yield from own
+    else:
+        found = world.raise_on_all_ranks(lambda: list(own))
+        yield from itertools.chain.from_iterable(world.gather(found))
+
+
+def _score_share(
+    subject: Subject, rows: Requests | Windows, greedy: bool, advance: Advance
+) -> Iterator[Scored]:
+    """Yield as `score`, for the batches of this rank, in the order of `batches`."""
+    subject, world = _lowered(subject), subject.machine.world
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it takes 0.4 s to plan for each new length
+    for numbers in itertools.islice(batches(rows.lengths, subject.budget), world.rank, None, world.size):
         batch_rows = [rows[int(i)] for i in numbers]
         ids = np.zeros((len(batch_rows), max(len(row) for row, _ in batch_rows)), dtype=np.int64)
         scored = np.zeros(ids.shape, dtype=bool)

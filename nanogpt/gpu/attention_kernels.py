@@ -2,16 +2,17 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 from nanogpt.errors import UserError
-from nanogpt.model import GPTConfig
+from nanogpt.model import GPTConfig, repeats_keys
+from nanogpt.options import TrainOptions
 from nanogpt.runtime import DTYPES, Machine
 
-# Names of torch.nn.attention.SDPBackend, in torch's default order of preference.
+# Names of torch.nn.attention.SDPBackend, in torch's default order before sm_90, where cuDNN comes first.
 ATTENTION = {
     "flash": "FLASH_ATTENTION",
     "efficient": "EFFICIENT_ATTENTION",
@@ -20,19 +21,35 @@ ATTENTION = {
 }
 
 
+def of_a_run(options: TrainOptions) -> AbstractContextManager[None]:
+    """Return the context for training with these options."""
+    return chosen(options.attention, options.deterministic, avoids_cudnn(options.documents, options))
+
+
+def avoids_cudnn(documents: str, shape: GPTConfig | TrainOptions) -> bool:
+    """Return whether cuDNN's attention is to be left out of training: with a mask (torch issue 196678: NaN
+    gradients) or grouped queries (193893: wrong results)."""
+    return documents == "masked" or shape.position == "alibi" or bool(shape.n_kv_head)
+
+
 @contextmanager
-def chosen(attention: str = "auto", deterministic: bool = False) -> Iterator[None]:
+def chosen(
+    attention: str = "auto", deterministic: bool = False, without_cudnn: bool = False
+) -> Iterator[None]:
     """Context in which torch prefers the attention kernel `attention` and falls back to others for shapes
-    that it does not support; `deterministic`: kernels are bitwise reproducible or raise."""
+    that it does not support; `deterministic`: kernels are bitwise reproducible or raise. `without_cudnn`:
+    "auto" never selects cuDNN, which takes a fraction of a second to plan for each new shape."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     before = torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matmul
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
     try:
         if attention == "auto":
+            torch.backends.cuda.enable_cudnn_sdp(cudnn and not without_cudnn)
             yield
         else:
             others = [] if attention == "math" else [name for name in ATTENTION if name != attention]
@@ -41,6 +58,7 @@ def chosen(attention: str = "auto", deterministic: bool = False) -> Iterator[Non
                 yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def attention_name(shape: GPTConfig, machine: Machine, length: int, biased: bool = False) -> str:
@@ -49,9 +67,11 @@ def attention_name(shape: GPTConfig, machine: Machine, length: int, biased: bool
     from torch.nn.attention import SDPBackend
 
     dtype, device = DTYPES[machine.dtype], machine.device
-    heads = (shape.n_head, shape.n_kv_head or shape.n_head)
+    heads = [shape.n_head, shape.n_kv_head or shape.n_head]
+    bias = torch.zeros(1, 1, length, length, dtype=dtype, device=device) if biased else None
+    if repeats_keys(device.type, dtype, bias):
+        heads[1] = heads[0]
     q, k = (_heads(n, length, shape.head_size, dtype, device) for n in heads)
-    bias = torch.zeros(1, 1, length, length, dtype=q.dtype, device=q.device) if biased else None
     found = torch._fused_sdp_choice(
         q, k, k, bias, shape.dropout, bias is None, enable_gqa=len(set(heads)) > 1
     )
@@ -63,11 +83,12 @@ def _heads(count: int, length: int, size: int, dtype: torch.dtype, device: torch
     return torch.empty(1, count, length, size, dtype=dtype, device=device, requires_grad=True)
 
 
-def require_attention(asked: str, shape: GPTConfig, machine: Machine, biased: bool) -> str:
+def require_attention(asked: str, shape: GPTConfig, machine: Machine, documents: str = "stream") -> str:
     """Return the name of the kernel; raise UserError if torch does not select the kernel `asked` for."""
     if machine.device.type == "mps":
         raise UserError(f"--attention={asked} is not available on Apple GPUs; remove the option")
-    with chosen(asked):
+    biased = documents == "masked" or shape.position == "alibi"
+    with chosen(asked, without_cudnn=avoids_cudnn(documents, shape)):
         found = attention_name(shape, machine, shape.block_size, biased)
     if asked not in ("auto", found):
         raise UserError(

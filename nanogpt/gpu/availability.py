@@ -1,4 +1,4 @@
-"""Hardware that torch cannot use or that stays idle: messages that say what to do."""
+"""Preparation of torch for a GPU; messages about hardware that it cannot use or that stays idle."""
 
 import os
 import shutil
@@ -8,6 +8,8 @@ import torch
 
 from nanogpt.errors import UserError
 from nanogpt.runtime import Machine, has_bfloat16
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # environment variables that configure it
 
 
 def why_no_cuda() -> str:
@@ -48,12 +50,16 @@ def slowdown() -> float:
     return seconds[1] / seconds[0]
 
 
-def notes(machine: Machine, asked: str, several: bool = True) -> list[str]:
-    """Return notes on GPUs that are not used, or on slow emulated bfloat16, where --device=`asked`.
+def prepare(machine: Machine, asked: str, several: bool = True) -> list[str]:
+    """Configure the allocator of GPU memory; return notes on GPUs that are not used, or on slow emulated
+    bfloat16, where --device=`asked`.
 
     `several`: the program can run on several. Raise UserError for a GPU that this build does not support.
     """
     if machine.device.type == "cuda":
+        if not any(name in os.environ for name in ALLOCATOR):
+            # Segments of fixed size lose a quarter of the memory to fragments when batches differ in size.
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         index = torch.cuda.current_device()
         if not supports(index):
             major, minor = torch.cuda.get_device_capability(index)

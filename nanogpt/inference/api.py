@@ -202,7 +202,7 @@ def load(
     if machine.device.type == "cuda" or dtype == "bfloat16" or shutil.which("nvidia-smi"):
         from nanogpt.gpu import availability
 
-        for line in availability.notes(machine, str(device), several=False):
+        for line in availability.prepare(machine, str(device), several=False):
             notice(line)
     if dtype == "int8":
         if machine.device.type != "cpu":

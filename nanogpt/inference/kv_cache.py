@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.model import LayerCache
+from nanogpt.model import LayerCache, attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -151,10 +151,8 @@ class ChunkedPrefill:
         )
         keys[:, :, self.begin : self.end], values[:, :, self.begin : self.end] = k, v
         keys, values = keys[:, :, : self.end], values[:, :, : self.end]
-        grouped = keys.shape[1] != q.shape[1]
         rows, keys, values = (part.to(self.bias.dtype) for part in (q, keys, values))
-        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=self.bias, enable_gqa=grouped)
-        return y.to(q.dtype)
+        return attention(rows, keys, values, self.bias, 0.0).to(q.dtype)
 
 
 class Step:

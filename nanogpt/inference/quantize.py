@@ -34,7 +34,9 @@ class Packed(nn.Module):
         self.tensors = [self.weight, self.bias]
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.dtype == self.takes, f"expected an input of {self.takes}, got {x.dtype}"
+        assert x.is_cpu and x.dtype == self.takes, (
+            f"expected {self.takes} on a CPU, got {x.dtype}, {x.device}"
+        )
         rows = x.reshape(-1, self.in_features)
         y = cpu_kernels.product(self.kind, self.tensors, self.out_features, rows)
         return y.view(*x.shape[:-1], self.out_features)

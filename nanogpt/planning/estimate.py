@@ -96,12 +96,13 @@ def memory(
     recompute: bool = False,
     on_cpu: bool = False,
     loss_chunk_size: int = 0,
+    compiled: bool = False,
 ) -> Memory:
     """Estimate the memory of a GPU that holds the whole model, for micro-batches of `batch_size` sequences.
 
-    `number_bytes`: bytes per element of the compute dtype (2: bfloat16 autocast). Assumes no torch.compile,
-    which needs less. `recompute`: activation checkpointing. `on_cpu`: torch's CPU kernels, in float32.
-    `loss_chunk_size`: tokens per chunk of the loss; 0: all.
+    `number_bytes`: bytes per element of the compute dtype (2: bfloat16 autocast). `recompute`: activation
+    checkpointing. `on_cpu`: torch's CPU kernels, in float32. `loss_chunk_size`: tokens per chunk of the
+    loss; 0: all. `compiled`: by torch.compile.
 
     AdamW keeps two state elements per parameter, Muon one per element of the blocks' matrices, row-wise
     Adagrad one per row of the n-gram tables, whose sparse gradients are not counted.
@@ -114,7 +115,7 @@ def memory(
         weights=FLOAT * found.total,
         gradients=FLOAT * (found.total - found.tables),
         optimizer=FLOAT * (2 * (found.total - found.tables - by_muon) + by_muon + found.table_rows),
-        activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_chunk_size),
+        activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_chunk_size, compiled),
         copies=0 if number_bytes == FLOAT else number_bytes * cast,
     )
 
@@ -126,6 +127,7 @@ def activations(
     recompute: bool = False,
     on_cpu: bool = False,
     loss_chunk_size: int = 0,
+    compiled: bool = False,
 ) -> int:
     """Return the peak activation bytes of a micro-batch: at the loss, or in the last block's backward pass.
 
@@ -133,6 +135,8 @@ def activations(
     float32 the log-softmax and two logit gradients, three with soft-capping. With `loss_chunk_size`: the
     gradients of the norm's output and of the LM head and, for one chunk, the logit gradient plus either part
     of the logits or the chunk's contribution to the LM head's gradient.
+    `compiled`: the logits once in the compute dtype and, with soft-capping, once in float32, and the gradient
+    of tied embeddings in the compute dtype.
     In the last block: the saved tensors of all blocks, the gradient of its output, the gradients at its
     midpoint (of the activation, or of the attention scores if saved) and, with tied embeddings, the
     embedding's gradient.
@@ -140,6 +144,8 @@ def activations(
     C, V, mask = shape.n_embd, shape.vocab_size, FLOAT if on_cpu else 1
     attention, mlp = kept_by_block(shape, number_bytes, on_cpu)
     entry = FLOAT * C if recompute else attention + mlp
+    if compiled and shape.position == "rope":  # kept by Inductor, measured
+        entry += 3 * C
     below = shape.n_layer * entry + 2 * 8 + mask * C * bool(shape.dropout)
     loss = tokens * (FLOAT * C + number_bytes * C)
     if loss_chunk_size:
@@ -148,6 +154,9 @@ def activations(
         part = min(rows, logits_chunk_size("cpu" if on_cpu else "cuda", V)) * V * FLOAT
         loss += tokens * number_bytes * C + FLOAT * V * C + number_bytes * rows * V
         loss += max(2 * part, number_bytes * V * C) if narrow else part
+    elif compiled:
+        loss += tokens * (number_bytes + FLOAT * bool(shape.softcap)) * shape.padded_vocab_size
+        loss += number_bytes * V * C * shape.tied * 3 // 2
     else:
         loss += tokens * (3 + bool(shape.softcap)) * FLOAT * V
     gradients = 3 if shape.activation == "relu2" else 1  # the square's backward has two temporaries
