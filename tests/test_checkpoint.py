@@ -305,6 +305,7 @@ def test_saved_tensors_load_with_safetensors_alone(tmp_path, model):
         ({"model": {"norm": "batch"}}, "describes a model that is not possible"),
         ({"model": {"unknown": 1}}, "was written by a newer version: unknown {'unknown'}"),
         ({"val_loss": "low"}, "state.json: val_loss is 'low', not "),
+        ({"iter_num": -1}, "state.json: iter_num is -1, not a whole number"),
         ({"options": [1]}, r"state.json: options is \[1\], not an object"),
         ({"lora": {"rank": 2}}, "state.json: lora: alpha is None, not a finite number"),
     ],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MANIFEST = {"format": str, "files": {name: {"bytes": Amount, "sha256": str} for name in FILES}}
 STATE = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()}
 STATE |= {"ramp?": [Amount], "options?": dict, "scaler?": dict, "environment?": dict, "tokenizer?": str}
-STATE |= {"model": {f"{name}?": kind for name, kind in get_type_hints(GPTConfig).items()}}
+STATE |= {"iter_num": Amount, "model": {f"{name}?": kind for name, kind in get_type_hints(GPTConfig).items()}}
 LORA = {"rank": Amount, "alpha": float, "targets": str}
 DEEPEST = 4096  # layers: a larger number in a file is refused before that many are built
 
