@@ -107,9 +107,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     for number, completion in enumerate([] if config.stream else in_order(model, asked, config.batch_size)):
         prompt = prompts[number // config.num_samples]
         if config.json:
-            print(
-                json.dumps(as_json(model, prompt, number, config.num_samples, completion), ensure_ascii=False)
-            )
+            row = as_json(model, prompt, number, config.num_samples, completion)
+            print(json.dumps(row, ensure_ascii=False))
         else:
             print(model.decode(completion.text.ids[: completion.text.prompt_length]) + completion.string)
             print("-" * 15)
@@ -124,8 +123,7 @@ def in_order(model: api.LanguageModel, asked: list[Completion], batch_size: int)
     """Yield finished completions in the order of `asked`; show a progress bar on a terminal."""
     from tqdm import tqdm
 
-    total = sum(c.max_new_tokens for c in asked)
-    given = 0
+    total, given = sum(c.max_new_tokens for c in asked), 0
     # disable=None disables the bar if stderr is not a TTY
     with tqdm(total=total, unit=" tokens", delay=5, disable=None, leave=False, file=sys.stderr) as bar:
         for completion, _, _ in model.write(asked, batch_size):

@@ -89,6 +89,7 @@ from nanogpt.loss import default_loss_chunk_size
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, Optimizer, clip_gradients
 from nanogpt.pace import Pace
+from nanogpt.pace.stop import StopRequest
 from nanogpt.world import World
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     started = STARTED if PARSED else time.perf_counter()
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
-    with runtime.StopRequest() as stop, resolve.join(asdict(config), Path(config.out_dir)) as world:
+    with StopRequest() as stop, resolve.join(asdict(config), Path(config.out_dir)) as world:
         if not config.eval_only:
             world.require_visible(Path(config.out_dir))
         run = world.raise_on_all_ranks(lambda: build(config, origins, world))
@@ -394,7 +395,7 @@ def learning_rate(config: Config, iter_num: float) -> float:
 # ----------------------------------------------------------------------------- training loop
 
 
-def loop(run: Run, log: metrics.Log, stop: runtime.StopRequest) -> None:
+def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
     """Train until max_iters; evaluate, log and save checkpoints along the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
     model, micro_batches, take_step = prepare_step(run, log)
@@ -486,7 +487,7 @@ def open_pace(run: Run) -> Pace:
     return Pace(run.config, run.progress)
 
 
-def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: runtime.StopRequest) -> Iterator[str]:
+def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: StopRequest) -> Iterator[str]:
     """Collective: run eval tasks and sampling if due (in_training.py); yield the lines to print."""
     iter_num = run.progress.iter_num
     if not run.in_training or not due:
@@ -496,7 +497,7 @@ def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: runtime.Sto
         yield from run.in_training.maybe_run(model, iter_num, write, stop.asked)
 
 
-def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None) -> bool:
+def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> bool:
     """Evaluate both splits, print and log; return whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     run.machine.world.report_phase(progress.iter_num, "evaluating")
@@ -530,7 +531,7 @@ def evaluate(run: Run, stop: runtime.StopRequest, log: metrics.Log | None = None
     return improved
 
 
-def finish(run: Run, stop: runtime.StopRequest, last: bool) -> None:
+def finish(run: Run, stop: StopRequest, last: bool) -> None:
     """Wait for the pending checkpoint and report the outcome; raise Stopped if the run is incomplete."""
     run.machine.world.rank_zero_only(run.writer.wait)
     print_saved(run)
@@ -588,7 +589,7 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
 def open_log(run: Run) -> metrics.Log:
     config, leads, tracker = run.config, run.machine.world.is_main_process, None
     if leads and (config.track != "none" or config.wandb_log):
-        from nanogpt import trackers
+        from nanogpt.diagnostics import trackers
 
         tracker = trackers.Trackers(asdict(config), run.progress.iter_num)
     path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,21 +13,18 @@ from nanogpt import command, files, quoted
 from nanogpt.config import Amount
 from nanogpt.errors import UserError
 
-if TYPE_CHECKING:
-    from nanogpt.trackers import Trackers
-
 NAME = "metrics.jsonl"
 ROW = {"event": str, "iter": Amount, "train_loss?": float | None, "val_loss?": float | None}
 
 
 class Log:
-    """Log metrics to the console, metrics.jsonl (one JSON object per line, flushed) and a tracker.
+    """Log metrics to the console, metrics.jsonl (one JSON object per line, flushed) and trackers.
 
     Each row has "event" ("step", "health", "eval" or "tasks") and "iter": the index of the iteration for
     "step" and "health", the number of iterations completed for the others.
     """
 
-    def __init__(self, path: Path, tracker: "Trackers | None", peak_share: float | None):
+    def __init__(self, path: Path, tracker: Any, peak_share: float | None):
         """Append to the file `path`. `peak_share`: model FLOPs utilization (MFU) at 1 token/s, or None if the
         peak FLOP/s of the device is unknown."""
         self._file = path.open("a", encoding="utf-8", newline="\n")

@@ -185,7 +185,7 @@ def test_figure_is_kept_and_shown_where_it_is_known(dataset, tmp_path, capsys):
     assert "nats/token worse than counting" in capsys.readouterr().out
     train.main(small_run(dataset, tmp_path / "other", max_iters=4, block_size=8))  # other sequences
     assert "counting" not in capsys.readouterr().out
-    figure = plot.draw([plot.load_run(out, "out", "iter")], plot.Config())
+    figure = plot.draw([[plot.load_run(out, "out", "iter")]], plot.Config())
     shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert f"counting, 7-grams: {by_order['7']:.4f}" in shown
     about = serve.describe(api.load(out, device="cpu"), serve.Config(out_dir=str(out)))

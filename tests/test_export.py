@@ -101,8 +101,7 @@ def test_gpt2_shapes_export_as_gpt2(config, tmp_path):
 )
 def test_fast_recipe_exports_as_vaultgemma(config, tmp_path):
     model = lively(config)
-    theirs = exported(tmp_path, model)
-    assert type(theirs).__name__ == "VaultGemmaForCausalLM"
+    assert type(theirs := exported(tmp_path, model)).__name__ == "VaultGemmaForCausalLM"
     the_same(model, theirs)
 
 

@@ -11,6 +11,7 @@ from nanogpt import metrics, runtime
 from nanogpt.errors import Stopped, UserError
 from nanogpt.evaluation import in_training
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.pace.stop import StopRequest
 from tests.conftest import small_run
 from tests.test_train import bits, logged
 
@@ -75,10 +76,8 @@ def test_resume_neither_repeats_nor_skips_evaluations(watched, tmp_path, monkeyp
     train.main(whole)
     parts = replace(whole, out_dir=str(tmp_path / "parts"), save_interval=1)
     seed, stop = train.seed_dropout, {}
-    enter = runtime.StopRequest.__enter__
-    monkeypatch.setattr(
-        runtime.StopRequest, "__enter__", lambda self: stop.setdefault("request", enter(self))
-    )
+    enter = StopRequest.__enter__
+    monkeypatch.setattr(StopRequest, "__enter__", lambda self: stop.setdefault("request", enter(self)))
 
     def at_eight(machine, number, iter_num):
         if iter_num == 7:  # stop request before the scores after update 8 are computed

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nanogpt import metrics, trackers
+from nanogpt import metrics
 from nanogpt.checkpoint import Progress, resume
 from nanogpt.errors import UserError
 
@@ -70,12 +70,6 @@ def test_rewind_of_a_folder_without_rows(tmp_path):
     resume.rewind(tmp_path, Progress(3))
     with pytest.raises(UserError, match=r"has no metrics\.jsonl; give the out_dir of a run"):
         metrics.read(tmp_path)
-
-
-def test_missing_wandb_is_a_user_error(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        trackers.Wandb("p", "n", {})
 
 
 def test_damaged_rows_are_skipped(tmp_path):

@@ -14,6 +14,7 @@ from nanogpt import compile, runtime
 from nanogpt.checkpoint import writer
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
+from nanogpt.pace import stop as stop_module
 from nanogpt.world import World
 from tests.conftest import small_run
 
@@ -80,7 +81,7 @@ def test_first_signal_requests_a_stop_and_the_second_interrupts(number, capsys):
 
     before = signal.signal(number, interrupted)
     try:
-        with runtime.StopRequest() as stop:
+        with stop_module.StopRequest() as stop:
             assert stop.reason == ""
             os.kill(os.getpid(), number)
             assert stop.reason == number.name
@@ -98,11 +99,11 @@ def test_signal_received_twice_under_torchrun_counts_once(monkeypatch, capsys):
     acted = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: acted.append(number))
     try:
-        with runtime.StopRequest() as stop:
+        with stop_module.StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.reason == "SIGTERM" and acted == []
-            monkeypatch.setattr(runtime, "REPEATED_S", 0.0)
+            monkeypatch.setattr(stop_module, "REPEATED_S", 0.0)
             os.kill(os.getpid(), signal.SIGTERM)
             assert acted == [signal.SIGTERM]
     finally:

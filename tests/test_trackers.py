@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 
 import train
-from nanogpt import metrics, trackers
+from nanogpt import metrics
+from nanogpt.diagnostics import trackers
 from tests.conftest import small_run
 
 
