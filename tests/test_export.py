@@ -100,8 +100,8 @@ def test_gpt2_shapes_export_as_gpt2(config, tmp_path):
     ids=str,
 )
 def test_fast_recipe_exports_as_vaultgemma(config, tmp_path):
-    model = lively(config)
-    assert type(theirs := exported(tmp_path, model)).__name__ == "VaultGemmaForCausalLM"
+    theirs = exported(tmp_path, model := lively(config))
+    assert type(theirs).__name__ == "VaultGemmaForCausalLM"
     the_same(model, theirs)
 
 
