@@ -240,7 +240,16 @@ def test_weights_without_tokenizer_files_load_without_a_network(tmp_path, monkey
             needs_text()
 
 
-@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "tokenizer.model", "vocab.json"])
+def test_chinese_gpt2_generates_with_its_vocab_txt(tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"第一章我们的，。ab"]
+    folder = hf_folders.write(tmp_path, vocab_size=len(tokens))
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    model = load(folder, device="cpu")
+    assert model.encode("第一章") == [5, 6, 7]
+    assert model.generate("第一章", max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model", "vocab.json"])
 def test_another_kind_of_tokenizer_is_not_taken_for_gpt2s(name, tmp_path):
     """Many GPT-2s for other languages kept GPT-2's number of ids."""
     folder = hf_folders.write(tmp_path)

@@ -30,7 +30,7 @@ from nanogpt.convert.layout import (
 from nanogpt.convert.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
-from nanogpt.tokenizer import vocabulary
+from nanogpt.tokenizer import folders, vocabulary
 
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["merges.txt", "vocab.json", "tokenizer.json", OWN_TOKENIZER]
@@ -51,7 +51,7 @@ KEYS = {  # our sizes, and their two names in config.json
     "vocab_size": ("vocab_size", "vocab_size"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
-UNREAD = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json")
+UNREAD = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json")
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks saved by old versions
 CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # Conv1D weights, stored (in, out) as by OpenAI
 
@@ -271,8 +271,8 @@ def _expected(config: GPTConfig) -> dict[str, list[int]]:
 
 def find_tokenizer(folder: Path, vocab_size: int) -> str:
     """Return our tokenizer.json, as text, for the tokenizer of `folder`: the one written by export.py, else
-    GPT-2's with its merges, or with tokens added to it, else "". Raise UserError if the files belong to
-    another tokenizer.
+    GPT-2's with its merges, or with tokens added to it, or BERT's, else "". Raise UserError if the files
+    belong to another tokenizer.
     """
     if (folder / OWN_TOKENIZER).is_file():
         text = files.text_of(folder / OWN_TOKENIZER)
@@ -291,6 +291,8 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
         return whole
     if plain.is_file() or fast.is_file():
         raise UserError(f"{plain if plain.is_file() else fast}: unsupported tokenizer (not GPT-2's)")
+    if (folder / "vocab.txt").is_file():  # BERT's tokenizer, as of most Chinese GPT-2s
+        return folders.find(folder)
     is_other = any((folder / name).is_file() for name in UNREAD)
     return vocabulary.GPT2_BY_NAME if vocab_size in (50257, 50304) and not is_other else ""
 
