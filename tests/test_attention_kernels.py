@@ -63,6 +63,7 @@ def test_kernel_choice_is_reset_after_the_run():
 )
 def test_training_leaves_cudnn_out_where_it_is_wrong(changes):
     config = train.Config(n_head=2, **changes)
+    torch.backends.cuda.enable_cudnn_sdp(True)  # off after an Engine was built in this process
     with attention_kernels.of_a_run(config):
         assert torch.backends.cuda.cudnn_sdp_enabled() is not bool(changes)
     assert torch.backends.cuda.cudnn_sdp_enabled()
