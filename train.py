@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-STARTED = time.perf_counter()  # of the process, for --minutes
+STARTED = time.perf_counter()  # start of the process, for --minutes
 
 from nanogpt import ROOT, command, quoted
 from nanogpt.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitInterval, load
@@ -113,7 +113,7 @@ class Run(resolve.Setup[Config]):
     started: float = field(default_factory=time.perf_counter)  # start of this session
 
     def clock_s(self) -> float:
-        """Return the seconds since the start of the run, over all its sessions, start-up included."""
+        """Return the wall-clock seconds of all sessions of the run so far, start-up included."""
         return self.progress.clock_s + time.perf_counter() - self.started
 
     @property
@@ -123,7 +123,7 @@ class Run(resolve.Setup[Config]):
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Train as specified by `config`; `origins` maps each option that was given to its source (preset, flag).
+    """Train as specified by `config`; `origins` maps the name of each option set to where it is set.
 
     Raise UserError, Diverged, OSError or Stopped, which errors.run_program maps to exit codes.
     """
@@ -178,8 +178,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
     """Build the run specified by `config`; nothing is written to disk.
 
-    `origins` maps each option given to its source; options determined by the loaded weights, by token counts
-    or by "auto" are added to it. Raise UserError listing all invalid options.
+    `origins` maps the name of each option that is set to where it is set; options determined by the loaded
+    weights, by token counts or by "auto" are added to it. Raise UserError listing all invalid options.
     """
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
@@ -199,7 +199,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         checkpoint_activations(model, machine)
     optimizer = make_optimizer(config, model, machine, layout)
     if config.optimizer == "muon" and not any(optim.is_for_muon(name, p) for name, p in optimizer.named):
-        notices.append("no trainable matrices for Muon: AdamW trains all parameters, at --learning_rate")
+        notices.append("no trainable matrices for Muon, which is not used; --learning_rate applies")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
         scaler = parallelize.sharded_scaler(machine)
@@ -253,7 +253,7 @@ def make_model(
 
 
 def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout: Layout) -> Optimizer:
-    """Build the optimizer of the trainable parameters; with --eval_only on the meta device (no memory)."""
+    """Build the optimizer of the trainable parameters, with --eval_only on the meta device."""
     named: Iterable[tuple[str, Tensor]] = model.named_parameters()
     if config.eval_only:
         named = ((n, torch.empty(p.shape, device="meta", requires_grad=p.requires_grad)) for n, p in named)
@@ -283,7 +283,7 @@ def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, r
 def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, Any]:
     """Return (function, micro_batches, step) for the training loop.
 
-    `function` is the forward pass: mixed precision, then torch.compile, then gradient averaging over ranks.
+    `function` is the forward pass in mixed precision, averaging gradients over ranks if several, compiled.
     micro_batches(iter_num) yields (loss weight, batch) pairs. `step` is train_step or a wrapper of it.
     """
     config, machine, batches = run.config, run.machine, run.batches
@@ -396,7 +396,7 @@ def learning_rate(config: Config, iter_num: float) -> float:
 
 
 def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
-    """Train until max_iters; evaluate, log and save checkpoints along the way."""
+    """Train until the schedule ends or the run is stopped; evaluate, log and save along the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
     model, micro_batches, take_step = prepare_step(run, log)
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf

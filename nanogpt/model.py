@@ -4,8 +4,8 @@ GPTConfig's defaults are exactly GPT-2 (Radford et al. 2019): learned positions,
 GELU, an LM head tied to the token embedding. Parameter names are those of Hugging Face's GPT2Model,
 except `position.wpe` for `wpe`. Modern options (docs/results.md measures most): rotary positions or ALiBi,
 RMSNorm, QK-norm, ReLU² or SwiGLU, grouped-query attention, zero-initialized projections, an untied LM head,
-logit soft-capping. This file depends on torch and the loss only; devices, optimizers, files and text are
-handled by other modules.
+logit soft-capping. When imported, this file needs torch and loss.py only; n-gram embeddings, the chunked loss
+and nanoGPT's methods are imported on use. Devices, optimizers, files and text are handled by other modules.
 
 Shapes: B batch, T tokens, C channels (n_embd), nh heads, hs channels per head, V vocabulary.
 """
@@ -69,7 +69,7 @@ GPT2_SIZES = {
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019) without a gain, which the next linear layer can absorb."""
+    """RMSNorm (Zhang and Sennrich 2019) without a gain: the linear layer after it can absorb one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],))
@@ -211,8 +211,8 @@ POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "ali
 
 def repeats_keys(kind: str, dtype: torch.dtype, bias: Tensor | None) -> bool:
     """Return whether grouped keys are repeated for each query head: on GPUs only the flash kernel takes them
-    as they are. It has neither a bias nor float32, and GPUs that compute in float16 lack it; the kernel that
-    torch would select instead writes all scores to memory."""
+    as they are. It supports neither a bias nor float32, and is missing on GPUs without bfloat16; the kernel
+    that torch would select instead writes all scores to memory."""
     return kind == "cuda" and (bias is not None or dtype != torch.bfloat16)
 
 
@@ -503,7 +503,7 @@ class GPT(nn.Module):
 
 def flops_per_token(n_params: int, config: GPTConfig) -> int:
     """Return the FLOPs of forward and backward pass per token: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM,
-    appendix B).
+    appendix B; exact if nh hs = C).
 
     `n_params` counts the weights used in matmuls: the (tied) LM head included, position embeddings
     excluded. Attention is counted in full although half of it is masked, for comparison with published

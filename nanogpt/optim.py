@@ -1,4 +1,5 @@
-"""Optimizers over named parameters: AdamW, and Muon for matrices with AdamW for the rest.
+"""Optimizers over named parameters: AdamW, or Muon for matrices with AdamW for the rest; n-gram tables have
+row-wise Adagrad.
 
 AdamW runs torch's fused kernel. The classes do not derive from torch.optim.Optimizer, for three reasons:
 instantiating it imports torch.compile (1 s); checkpoints store state by parameter name, independently of how
@@ -194,9 +195,9 @@ def build(
 ) -> Optimizer:
     """Build the optimizer of the trainable parameters.
 
-    optimizer="muon": Muon trains matrices of blocks (names that start with "h."), AdamW the rest and all
-    adapters, row-wise Adagrad n-gram tables. `rows`: row counts of the parts of fused matrices, by name.
-    `dtype`: of the orthogonalization. `layout`: distribution over ranks; None: single process.
+    With optimizer="muon", Muon trains the matrices of blocks (names that start with "h.") except adapters.
+    Row-wise Adagrad trains n-gram tables, AdamW the rest. `rows`: row counts of the parts of fused matrices, by
+    name. `dtype`: of the orthogonalization. `layout`: distribution over ranks; None: one process.
     """
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]

@@ -39,7 +39,7 @@ class RunOptions:
 class BatchOptions:
     # batches
     gradient_accumulation_steps: PositiveInt = 40  #: micro-batches per iteration, over all ranks
-    batch_size: PositiveInt | Literal["auto"] = 12  #: sequences per micro-batch; auto: most that fit on a GPU
+    batch_size: PositiveInt | Literal["auto"] = 12  #: sequences per micro-batch; auto: all that fit on a GPU
     block_size: Annotated[int, Range(1, 10**7)] = 1024  #: context length in tokens
     batch_tokens: Amount = 0  # tokens per iteration; 0: use gradient_accumulation_steps
     max_iters: PositiveInt = 600000  #: total iterations

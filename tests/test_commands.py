@@ -77,7 +77,12 @@ NOW = [  # in the order in which a reader uses them
 
 def checkout(folder: Path) -> Path:
     """Copy the tracked files of the project to `folder`, as in a clone."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("nanogpt/**/*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("config/*.py"),
+        *ROOT.glob("nanogpt/**/*.py"),
+        *ROOT.glob("nanogpt/**/*.md"),
+    ]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)

@@ -97,7 +97,7 @@ def test_what_a_word_piece_tokenizer_loses_is_refused_or_reported(chinese, tmp_p
         ({"spiece.model": "\n\x0e"}, "spiece.model is a SentencePiece"),
         ({"qwen.tiktoken": "IQ== 0\n"}, "qwen.tiktoken is a SentencePiece or tiktoken file"),
         ({"vocab.json": '{"a</w>": 0}', "merges.txt": "#version\n"}, "lacks 256 of the 256 bytes"),
-        ({"vocab.json": "[1]", "merges.txt": ""}, "must hold a JSON object"),
+        ({"vocab.json": "[1]", "merges.txt": ""}, "not an object"),
         ({"vocab.json": '{"a": 1,', "merges.txt": ""}, "vocab.json is not valid JSON"),
         ({"vocab.txt": "a\nb\n"}, "vocab.txt is not BERT's vocabulary"),
         ({"vocab.txt": "[UNK]\na\na\n"}, "must hold distinct tokens, with .UNK."),

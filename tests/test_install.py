@@ -71,7 +71,7 @@ def test_the_command_lists_programs_and_presets_and_names_near_ones(installed, t
     done = nanogpt(installed, tmp_path, "trian")
     assert done.returncode == 2 and done.stderr == "error: unknown program 'trian'; did you mean train?\n"
     done = nanogpt(installed, tmp_path, "train", "shakespear_char")
-    assert done.returncode == 2 and "did you mean train_shakespeare_char?" in done.stderr
+    assert done.returncode == 2 and "did you mean train_shakespeare_char" in done.stderr
     done = nanogpt(installed, tmp_path, "train", "--dataset=shakespeare_char")
     assert done.returncode == 2 and "nanogpt prepare shakespeare_char" in done.stderr
 

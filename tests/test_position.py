@@ -53,7 +53,7 @@ def test_unused_hooks_of_each_scheme_are_identities():
 
 
 def test_rotary_requires_an_even_head_size():
-    with pytest.raises(ValueError, match="a head has 3"):
+    with pytest.raises(ValueError, match="an even number of channels per head, not 3"):
         Rotary(16, 6, 2, 3)
 
 

@@ -96,7 +96,7 @@ def test_bad_input_is_reported_before_anything_runs(entrants, tmp_path):
         ([], "no entrants given"),
         (["--activation=swiglu"], "must begin with a preset"),
         (["no-such-preset"], "no preset 'no-such-preset'"),
-        ([f"{entrants[0]} --n_layer=x"], "n_layer = 'x' is not"),
+        ([f"{entrants[0]} --n_layer=x"], "n_layer is 'x', not"),
     ):
         with pytest.raises(UserError, match=reason):
             race.main(race.Config(out=out), given)

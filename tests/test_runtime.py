@@ -142,7 +142,7 @@ def test_mfu_is_that_of_each_gpu(dataset, tmp_path, monkeypatch):
     shares = []
     for size in (1, 2):
         run.machine = runtime.Machine(torch.device("cuda"), "bfloat16", "test", World(1, size))
-        with closing(train.open_log(run, None)) as log:
+        with closing(train.open_log(run)) as log:
             shares.append(log._peak_share)
     assert shares[0] == 2 * shares[1] > 0
 

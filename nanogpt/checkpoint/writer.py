@@ -133,7 +133,7 @@ def require_space(run: Path, model: GPT) -> str:
     size = f"{tqdm.format_sizeof(needed)}B"
     if needed > free:
         raise UserError(
-            f"checkpoints in {run} take up to {size}, but only {tqdm.format_sizeof(free)}B are free there; "
+            f"checkpoints in {run} take up to {size}, but only {tqdm.format_sizeof(free)}B is free there; "
             f"give --out_dir=PATH on another disk"
         )
     return f"run folder: {run} (up to {size})"

@@ -22,7 +22,7 @@ from nanogpt.errors import UserError
 FORMAT = "nanogpt-data-1"  # format of meta.json
 SPLIT: dict[str, Any] = {"tokens": Amount, "text_bytes?": Amount, "mask?": {"name": FileName}}
 SPLIT |= {"files": [{"name": FileName, "tokens": Amount, "sha256?": str}]}
-META: dict[str, Any] = {"format": str, "dtype": Literal["uint16", "uint32"], "tokenizer": {"sha256": str}}
+META: dict[str, Any] = {"format": str, "dtype?": Literal["uint16", "uint32"], "tokenizer": {"sha256": str}}
 META |= {"splits?": {"train?": SPLIT, "val?": SPLIT}}  # keys of meta.json
 CHECKED_AT_START = 1 << 30  # bytes: all ids of splits up to this size are checked at start
 CHUNK = 1 << 22  # tokens checked at a time

@@ -1,8 +1,8 @@
-"""n-gram embeddings (Huang et al. 2025, "Over-Tokenized Transformer"): to the embedding of a token are added
-embeddings of the n-grams that end with it, one table for each n. Tables are looked up, not multiplied.
+"""n-gram embeddings (Huang et al. 2025, "Over-Tokenized Transformer"): embeddings of the n-grams that end
+with a token are added to that of the token. Each n has its own table, which is looked up, not multiplied.
 
-n-grams of order n fill n_embd / len(orders) channels of their own, which takes less memory than a full row
-each and loses nothing (docs/ablations.md). A table has a row for every n-gram if `ngram_rows` suffice; else
+Each n has its own n_embd / len(orders) channels, which takes less memory than rows of n_embd channels and
+loses nothing (docs/ablations.md). A table has a row for every n-gram if `ngram_rows` suffice; else
 n-grams share rows by a multiplicative hash. Tables start at zero. n-grams that would begin before the
 sequence or in another document add nothing. The gradient is sparse: see training.py.
 
@@ -25,7 +25,8 @@ class NGramEmbedding(nn.Module):
         super().__init__()
         self.orders = sorted(int(n) for n in config.ngram_orders.split(","))
         self.context = self.orders[-1] - 1  # preceding tokens that the longest n-gram needs
-        # Of an even base, high powers are 0 modulo 2^64.
+        # High powers of an even base are 0 modulo 2^64, which would drop the oldest tokens from a key: the
+        # base is odd if keys can overflow.
         self.base = config.vocab_size
         if self.base ** self.orders[-1] >= 1 << 63:
             self.base |= 1

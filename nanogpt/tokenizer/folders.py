@@ -54,10 +54,7 @@ def _read(path: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if there is no such file."""
-    value = files.read_json(path, dict) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, as a tokenizer's files do")
-    return value
+    return files.read_json(path, dict) if path.is_file() else {}
 
 
 def _assembled(folder: Path, vocab: dict[str, Any], parts: dict[str, Any]) -> str:
