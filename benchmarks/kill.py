@@ -238,7 +238,9 @@ def differences(unbroken: Path, killed: Path) -> list[str]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    return [{key: row[key] for key in row.keys() - CLOCK} for row in metrics.read(run)]
+    """Return the rows of a run without times; rows of event "ranks" hold nothing else."""
+    found = (row for row in metrics.read(run) if row["event"] != "ranks")
+    return [{key: row[key] for key in row.keys() - CLOCK} for row in found]
 
 
 def progress(step: Path) -> dict[str, Any]:

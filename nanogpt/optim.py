@@ -196,8 +196,8 @@ def build(
     """Build the optimizer of the trainable parameters.
 
     With optimizer="muon", Muon trains the matrices of blocks (names that start with "h.") except adapters.
-    Row-wise Adagrad trains n-gram tables, AdamW the rest. `rows`: row counts of the parts of fused matrices, by
-    name. `dtype`: of the orthogonalization. `layout`: distribution over ranks; None: one process.
+    Row-wise Adagrad trains n-gram tables, AdamW the rest. `rows`: row counts of the parts of fused matrices,
+    by name. `dtype`: of the orthogonalization. `layout`: distribution over ranks; None: one process.
     """
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
