@@ -404,28 +404,28 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
     unlogged_s, unlogged, pending_check = 0.0, 0, None
     pace = open_pace(run)
     hidden = None if world.is_main_process else True  # None: disabled if stderr is not a terminal
-    how = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}" if config.minutes else None
-    bar = tqdm(total=config.max_iters, initial=pace.now, disable=hidden, unit="it", bar_format=how)
-    logged_at = run.batches.tokens_before(progress.iter_num)  # tokens seen
+    style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}" if config.minutes else None
+    bar = tqdm(total=config.max_iters, initial=pace.position, disable=hidden, unit="it", bar_format=style)
+    logged_tokens = run.batches.tokens_before(progress.iter_num)  # tokens seen
     while True:
         # between iterations: evaluate, save, check whether to stop
         improved = False
-        last, due = pace.over, pace.evaluation_due(config.eval_interval)
+        completed, due = pace.over, pace.evaluation_due(config.eval_interval)
         if due and progress.val_loss is None:
             began = time.perf_counter()
             improved = evaluate(run, stop, log)
-            last = last or run.out_of_patience
+            completed = completed or run.out_of_patience
             world.raise_on_all_ranks(partial(pace.evaluated, time.perf_counter() - began))
         write = partial(log.write, "tasks", progress.iter_num, run.batches.tokens_before(progress.iter_num))
-        for line in run_tasks(run, due or last, write, stop):
+        for line in run_tasks(run, due or completed, write, stop):
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
-        leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or last  # on all ranks at once
+        leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or completed  # on all ranks at once
         late = 0 < config.save_minutes <= (time.perf_counter() - saved_s) / 60
         planned = is_time_to_save(run, improved, pace.passed(config.save_interval))
-        due = planned or (config.save_minutes > 0 and world.any_rank(late))
-        if saved_at != progress.iter_num and (leaving or due):
+        save_due = planned or (config.save_minutes > 0 and world.any_rank(late))
+        if saved_at != progress.iter_num and (leaving or save_due):
             if pending_check:
                 pending_check()
             save(run)
@@ -433,7 +433,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
         print_saved(run)
         if leaving:
             bar.close()
-            finish(run, stop, last)
+            finish(run, stop, completed)
             return
 
         # one iteration
@@ -441,8 +441,8 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
         pace.begin_iteration()
         # Batch ramp-up: gradients of smaller batches are noisier, so scale lr by the square root of the
         # batch size relative to the full one (Malladi et al. 2022).
-        smaller = math.sqrt(run.batches.windows(progress.iter_num) / run.batches.full)
-        lr = smaller * learning_rate(config, pace.now)
+        lr_scale = math.sqrt(run.batches.windows(progress.iter_num) / run.batches.full)
+        lr = lr_scale * learning_rate(config, pace.position)
         seed_dropout(machine, config.seed, progress.iter_num)
         batch = micro_batches(progress.iter_num)
         loss, grad_norm = take_step(model, run.optimizer, run.scaler, batch, lr, config.grad_clip)
@@ -460,7 +460,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
                 progress.iter_num,
                 tokens=read,
                 step_s=step_s,
-                speed=(read - logged_at) / unlogged_s,
+                speed=(read - logged_tokens) / unlogged_s,
                 lr=lr,
                 elapsed_s=progress.elapsed_s,
                 share=progress.share,
@@ -469,10 +469,10 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
                 grad_norm=float(grad_norm),
                 clipped=0 < config.grad_clip < float(grad_norm),
             )
-            unlogged_s, unlogged, logged_at = 0.0, 0, read
+            unlogged_s, unlogged, logged_tokens = 0.0, 0, read
         progress.val_loss = None
         pace.end_iteration(took_s, run.writer.took_s)
-        bar.update(pace.now - bar.n)
+        bar.update(pace.position - bar.n)
         bar.set_postfix(log.state, refresh=False)
 
 
@@ -531,11 +531,11 @@ def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> boo
     return improved
 
 
-def finish(run: Run, stop: StopRequest, last: bool) -> None:
+def finish(run: Run, stop: StopRequest, completed: bool) -> None:
     """Wait for the pending checkpoint and report the outcome; raise Stopped if the run is incomplete."""
     run.machine.world.rank_zero_only(run.writer.wait)
     print_saved(run)
-    if not last:
+    if not completed:
         by, place = stop.reason or "another rank", f"iteration {run.progress.iter_num}"
         resume = f"{command('train')} {quoted(f'--out_dir={run.config.out_dir}')} --init_from=resume"
         raise Stopped(f"stopped by {by} at {place}; checkpoint saved, resume with {resume}")
@@ -593,13 +593,13 @@ def open_log(run: Run) -> metrics.Log:
 
         tracker = trackers.Trackers(asdict(config), run.progress.iter_num)
     path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
-    peak_share = None
+    mfu_per_token_s = None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops
 
         if peak := peak_flops(run.machine.name()):
-            peak_share = run.model.flops_per_token() / (peak * run.machine.world.size)
-    return metrics.Log(path, tracker, peak_share)
+            mfu_per_token_s = run.model.flops_per_token() / (peak * run.machine.world.size)
+    return metrics.Log(path, tracker, mfu_per_token_s)
 
 
 def save(run: Run) -> None:

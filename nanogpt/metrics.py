@@ -24,12 +24,12 @@ class Log:
     "step" and "health", the number of iterations completed for the others.
     """
 
-    def __init__(self, path: Path, tracker: Any, peak_share: float | None):
-        """Append to the file `path`. `peak_share`: model FLOPs utilization (MFU) at 1 token/s, or None if the
-        peak FLOP/s of the device is unknown."""
+    def __init__(self, path: Path, tracker: Any, mfu_per_token_s: float | None):
+        """Append to the file `path`. `mfu_per_token_s`: model FLOPs utilization (MFU) at 1 token/s, None if
+        the peak FLOP/s of the device is unknown."""
         self._file = path.open("a", encoding="utf-8", newline="\n")
         self._tracker = tracker
-        self._peak_share = peak_share
+        self._mfu_per_token_s = mfu_per_token_s
         self.state: dict[str, float] = {}  # smoothed loss, validation loss and its change: the progress bar
 
     def step(
@@ -39,8 +39,8 @@ class Log:
         so far, `left_s` the expected time to the end of the run."""
         loss = values["loss"]
         line = f"iter {iter_num}: loss {loss:.4f}, time {step_s * 1000:.2f}ms, {speed:,.0f} tok/s"
-        if self._peak_share:
-            line += f", mfu {speed * self._peak_share:.1%}"
+        if self._mfu_per_token_s:
+            line += f", mfu {speed * self._mfu_per_token_s:.1%}"
         tqdm.write(f"{line}, {tqdm.format_interval(left_s)} left")
         self.state["loss"] = 0.9 * self.state.get("loss", loss) + 0.1 * loss
         self.write("step", iter_num, tokens, step_s=step_s, tokens_per_s=speed, **values)

@@ -255,7 +255,7 @@ class Cache(Protocol):
 
     at: Tensor | None  # see LayerCache.at
 
-    def before(self, x: Tensor) -> Tensor: ...
+    def previous_embeddings(self, x: Tensor) -> Tensor: ...
 
     def with_context(self, idx: Tensor) -> Tensor: ...
 
@@ -307,7 +307,7 @@ class Smear(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_embd))
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.before(x)
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.previous_embeddings(x)
         return x + self.weight * before
 
 

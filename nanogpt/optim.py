@@ -119,7 +119,7 @@ class Layout:
         """Return this rank's shard of a weight or gradient, as a view."""
         return tensor
 
-    def local_grads(self, parameters: list[Tensor]) -> list[Tensor]:
+    def local_params(self, parameters: list[Tensor]) -> list[Tensor]:
         """Return plain tensors whose `grad` is this rank's shard of each parameter's gradient."""
         return parameters
 
@@ -165,7 +165,7 @@ class Optimizer:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Minimal `param_groups` for torch.amp.GradScaler, without options."""
-        return [{"params": self.layout.local_grads(self.parameters)}]
+        return [{"params": self.layout.local_params(self.parameters)}]
 
     @torch.no_grad()
     def step(self) -> None:

@@ -143,7 +143,7 @@ def test_mfu_is_that_of_each_gpu(dataset, tmp_path, monkeypatch):
     for size in (1, 2):
         run.machine = runtime.Machine(torch.device("cuda"), "bfloat16", "test", World(1, size))
         with closing(train.open_log(run)) as log:
-            shares.append(log._peak_share)
+            shares.append(log._mfu_per_token_s)
     assert shares[0] == 2 * shares[1] > 0
 
 

@@ -28,7 +28,7 @@ from nanogpt.checkpoint import FILES, FORMAT, Progress, steps, val_loss
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, TABLES
 
-OF_A_RUN = ("config.json", "metrics.jsonl", "ckpt.pt")  # the last is nanoGPT's
+RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt")  # the last is nanoGPT's
 KEPT = 2  # number of newest checkpoints kept, besides the best
 SPARE = 1 << 28  # bytes of host memory to leave free when copying
 
@@ -112,7 +112,7 @@ def acquire_folder(run: Path, resumed: Progress | None, overwrite: bool) -> tupl
     another process holds the lock.
     """
     lock = files.lock(run)
-    if not steps(run) and not any((run / name).exists() for name in OF_A_RUN):
+    if not steps(run) and not any((run / name).exists() for name in RUN_FILES):
         return lock, ""
     from nanogpt.checkpoint import resume
 

@@ -168,7 +168,7 @@ class Sharded(_Shared):
         with torch.no_grad():
             return cast(Any, tensor).to_local()
 
-    def local_grads(self, parameters: list[Tensor]) -> list[Tensor]:
+    def local_params(self, parameters: list[Tensor]) -> list[Tensor]:
         found = []
         for parameter in parameters:
             if parameter.grad is not None:

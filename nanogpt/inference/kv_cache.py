@@ -98,7 +98,7 @@ class Prefill:
     def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]):
         self.cache, self.slots, self.lengths = cache, slots, lengths
 
-    def before(self, x: Tensor) -> Tensor:
+    def previous_embeddings(self, x: Tensor) -> Tensor:
         """Return the previous token's embedding for each token of x (B, T, C), zeros for the first."""
         for row, (slot, length) in enumerate(zip(self.slots, self.lengths, strict=True)):
             self.cache.embeddings[slot] = x[row, length - 1]
@@ -134,7 +134,7 @@ class ChunkedPrefill:
         self.at: Tensor | None = at[None]
         self.bias = masked_after(at, self.end, dtype) if bias is None else bias.to(dtype)
 
-    def before(self, x: Tensor) -> Tensor:
+    def previous_embeddings(self, x: Tensor) -> Tensor:
         """Return the previous token's embedding for each token of x (1, T, C)."""
         self.cache.embeddings[self.slot] = x[0, -1]
         return torch.cat([self.last.expand(1, 1, -1).to(x.dtype), x[:, :-1]], dim=1)
@@ -173,7 +173,7 @@ class Step:
         self.bias = bias if bias is None else bias.to(cache.keys.dtype)
         self.index = (rows, slice(None), positions_)
 
-    def before(self, x: Tensor) -> Tensor:
+    def previous_embeddings(self, x: Tensor) -> Tensor:
         """Return the previous tokens' embeddings (B, 1, C), and store x in their place."""
         last = self.cache.embeddings[: self.count]
         before = last.clone()

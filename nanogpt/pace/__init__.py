@@ -7,22 +7,22 @@ from nanogpt.options import BatchOptions
 class Pace:
     """Decide when to evaluate and to stop.
 
-    `now` is the position in the schedule, `before` that of the previous iteration.
+    `position` is the current place in the schedule, `before` that of the previous iteration.
     """
 
     def __init__(self, options: BatchOptions, progress: Progress):
         self.options, self.progress = options, progress
-        self.now = progress.position(options)
-        self.before = self.now - 1
+        self.position = progress.position(options)
+        self.before = self.position - 1
         self.evaluation_s = 0.0  # of the longest evaluation
 
     @property
     def over(self) -> bool:
-        return self.now >= self.options.max_iters
+        return self.position >= self.options.max_iters
 
     def passed(self, interval: int) -> bool:
         """Return whether a multiple of `interval` was passed since the last iteration; never if it is 0."""
-        return interval > 0 and self.now // interval > self.before // interval
+        return interval > 0 and self.position // interval > self.before // interval
 
     def evaluation_due(self, interval: int) -> bool:
         return self.over or self.passed(interval)
@@ -33,7 +33,7 @@ class Pace:
 
     def left_s(self, step_s: float, interval: int) -> float:
         """Return the expected time to the end: `step_s` per iteration, and an evaluation every `interval`."""
-        return (self.options.max_iters - self.now) * (step_s + self.evaluation_s / interval)
+        return (self.options.max_iters - self.position) * (step_s + self.evaluation_s / interval)
 
     def begin_iteration(self) -> None:
         """Set the batch size of the next iteration, if it depends on time."""
@@ -42,7 +42,7 @@ class Pace:
         """Count an iteration of `step_s`, where a checkpoint takes `save_s`. Collective."""
         self.progress.iter_num += 1
         self.progress.share = self.share(step_s, save_s)
-        self.before, self.now = self.now, self.progress.position(self.options)
+        self.before, self.position = self.position, self.progress.position(self.options)
 
     def share(self, step_s: float, save_s: float) -> float:
         return self.progress.iter_num / self.options.max_iters

@@ -36,8 +36,8 @@ class TimeBudget(Pace):
 
     def begin_iteration(self) -> None:
         ramp = self.progress.ramp
-        if len(ramp) == self.progress.iter_num and self.now < len(self.planned_ramp):
-            ramp.append(self.planned_ramp[int(self.now)])
+        if len(ramp) == self.progress.iter_num and self.position < len(self.planned_ramp):
+            ramp.append(self.planned_ramp[int(self.position)])
             self.batches.set_ramp(ramp)
 
     def share(self, step_s: float, save_s: float) -> float:
