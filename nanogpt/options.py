@@ -31,7 +31,7 @@ class RunOptions:
     # run folder
     out_dir: FilePath = "out"  #: run folder: checkpoints, options, metrics
     init_from: FilePath = "scratch"  #: scratch, resume, auto (resume if possible), gpt2 .. gpt2-xl, a path
-    overwrite: bool = False  # delete a run in out_dir that is not resumed, instead of renaming it
+    overwrite: bool = False  # delete a run in out_dir that is not resumed, once this run has saved
     eval_only: bool = False  # evaluate once and exit; nothing is written
 
 

@@ -259,9 +259,14 @@ def test_previous_run_is_moved_aside(tmp_path, model):
     lock.release()
     assert names(tmp_path) == ["out", "out.1", "out.2"]
     put(run, model, 7)
-    lock, notice = writer.acquire_folder(run, None, overwrite=True)
-    lock.release()
-    assert names(tmp_path) == ["out", "out.1", "out.2"] and reader.find(run)[0] is None
+    for _ in range(2):  # the second replaces a run that has not saved yet
+        lock, notice = writer.acquire_folder(run, None, overwrite=True)
+        (run / "config.json").write_text("{}", encoding="utf-8")
+        lock.release()
+        assert names(tmp_path) == ["out", "out.1", "out.2", "out.replaced"] and reader.find(run)[0] is None
+        assert reader.find(tmp_path / "out.replaced")[0].iter_num == 7 and "until the first" in notice
+    put(run, model, 8)
+    assert names(tmp_path) == ["out", "out.1", "out.2"]
 
 
 def test_previous_nanogpt_run_is_moved_aside(tmp_path):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nanogpt.options import BatchOptions
 
 FORMAT = "nanogpt-checkpoint-1"
+REPLACED = ".replaced"  # suffix of the folder of a run that --overwrite replaces
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 

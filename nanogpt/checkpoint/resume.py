@@ -12,7 +12,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from nanogpt import files, metrics
-from nanogpt.checkpoint import Progress, reader, steps
+from nanogpt.checkpoint import REPLACED, Progress, reader, steps
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.config import fitted
 from nanogpt.data.loader import Dataset
@@ -164,17 +164,22 @@ def rewind(run: Path, progress: Progress) -> None:
 
 
 def set_aside(run: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock, str]:
-    """Rename the folder `run`, held by `lock`, or delete it with `overwrite`; return the lock of a new one
-    and a notice to print."""
-    number = 1
-    while (aside := run.with_name(f"{run.name}.{number}")).exists():
+    """Rename the folder `run`, held by `lock`; return the lock of a new one and a notice to print. With
+    `overwrite` the first checkpoint of the new run deletes the renamed folder (writer.prune)."""
+    aside, number = run.with_name(run.name + REPLACED), 0
+    if overwrite and aside.exists() and not steps(run):  # replaced before, by a run without a checkpoint
+        aside = files.temporary(run)
+    elif overwrite:
+        files.remove(aside)
+    while not overwrite and (aside := run.with_name(f"{run.name}.{number + 1}")).exists():
         number += 1
     if os.name == "nt":  # Windows cannot rename a folder that contains an open file
         lock.release()
     files.rename(run, aside)
     fresh = files.lock(run)
     lock.release()
-    if overwrite:
+    if files.TEMPORARY in aside.name:
         files.remove(aside)
-        return fresh, f"replaced the run in {run}"
+    if overwrite:
+        return fresh, f"replaces the run in {run}, kept in {run}{REPLACED} until the first checkpoint"
     return fresh, f"moved the existing run in {run} to {aside}"

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import files
-from nanogpt.checkpoint import FILES, FORMAT, Progress, steps, val_loss
+from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, steps, val_loss
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, TABLES
 
@@ -102,14 +102,15 @@ def prune(run: Path) -> None:
             doomed = files.temporary(path)
             files.rename(path, doomed)
             files.remove(doomed)
+    files.remove(run.with_name(run.name + REPLACED))
 
 
 def acquire_folder(run: Path, resumed: Progress | None, overwrite: bool) -> tuple[FileLock, str]:
     """Lock the folder `run` for a new run, or for one `resumed` at this progress.
 
-    An existing run that is not resumed is renamed to the first free of run.1, run.2, ..., or deleted with
-    `overwrite`. Return the lock, to be held during the run, and a notice to print. Raise UserError if
-    another process holds the lock.
+    An existing run that is not resumed is renamed to the first free of run.1, run.2, ...; with `overwrite`
+    the first checkpoint deletes it. Return the lock, to be held during the run, and a notice to print. Raise
+    UserError if another process holds the lock.
     """
     lock = files.lock(run)
     if not steps(run) and not any((run / name).exists() for name in RUN_FILES):
