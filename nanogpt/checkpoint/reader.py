@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,9 +14,6 @@ from nanogpt.checkpoint import FILES, FORMAT, Progress, steps, val_loss
 from nanogpt.config import Amount, fitted
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST = {"format": str, "files": {name: {"bytes": Amount, "sha256": str} for name in FILES}}
 STATE = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()}
