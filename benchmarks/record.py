@@ -45,6 +45,7 @@ LEFT_OUT = {"step_s", "tokens_per_s", "elapsed_s", "mfu", "seconds", "created", 
 LEFT_OUT |= {"environment", "python", "torch", "numpy", "device", "instructions", "source", "machine"}
 LEFT_OUT |= {"share", "peak_memory_bytes", "clock_s"}  # of newer commits
 LEFT_OUT |= {"p", "message"}  # p-values of random permutations, and texts of error messages
+NEW_MODEL = {"ngram_orders", "ngram_rows"}  # settings of the model added since
 NEW_STATE = {"data", "share", "clock_s", "ramp"}  # keys of state.json that older commits do not write
 # Renamed options: {"old": "new"}; options missing on one side are ignored.
 RENAMED: dict[str, str] = {}
@@ -221,6 +222,8 @@ class Side:
             return {name: file.read_bytes().hex()}
         value = self.hide(json.loads(file.read_text(encoding="utf-8")))
         options = value.pop("options", {}) if isinstance(value, dict) else {}
+        if isinstance(value, dict) and isinstance(value.get("model"), dict):
+            value["model"] = {key: saved for key, saved in value["model"].items() if key not in NEW_MODEL}
         if file.name == "state.json":
             value = {key: saved for key, saved in value.items() if key not in NEW_STATE}
         if file.name != "config.json":  # every checkpoint repeats the options

@@ -31,8 +31,8 @@ from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import vocabulary
 
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-MODEL_ARGS = (*SIZES, "bias", "dropout")
+MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+SIZES = [name for name in MODEL_ARGS if name not in ("bias", "dropout")]
 SAVED = {"model_args": {"bias?": bool, **dict.fromkeys(SIZES, PositiveInt)}, "model": {str: Tensor}}
 SAVED |= {"config?": {"activation?": Literal["gelu", "gelu_tanh"]}}
 NEVER = 1e9  # nanoGPT's best_val_loss before the first evaluation
