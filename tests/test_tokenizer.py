@@ -90,7 +90,7 @@ def test_character_ids_equal_nanogpts():
 def test_unknown_characters_error_lists_known_ones():
     tokens = CharTokenizer("abc")
     for prompt in ("abXcé🦊", "🦊éXa"):  # below, between and above the code points of the vocabulary
-        with pytest.raises(UserError, match=r"vocabulary of 3 characters: .*it has 'abc'") as error:
+        with pytest.raises(UserError, match=r"vocabulary of 3 characters: .*it begins with 'abc'") as error:
             tokens.encode(prompt)
         assert all(repr(character) in str(error.value) for character in "Xé🦊")
 

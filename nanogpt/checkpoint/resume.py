@@ -133,10 +133,10 @@ def restore_progress(
     now = learning_rate(config, progress.position(config))
     if not 0.99 * was <= now <= 1.01 * was:
         end = old["lr_decay_iters"] or old["max_iters"]
-        notices.append(
-            f"note: the learning rate jumps from {was:.3g} to {now:.3g}, as the schedule has changed; "
-            f"--lr_decay_iters={end} keeps the old one"
-        )
+        why = f"as the schedule has changed; --lr_decay_iters={end} keeps the old one"
+        if config.minutes:
+            why = f"as the schedule now spans {config.minutes:g} minutes"
+        notices.append(f"note: the learning rate jumps from {was:.3g} to {now:.3g}, {why}")
     then, here = resumed.state["environment"], machine.environment()
     if moved := "; ".join(f"{k} {then.get(k)} -> {v}" for k, v in here.items() if then.get(k) != v):
         notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")

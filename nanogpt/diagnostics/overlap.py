@@ -101,11 +101,14 @@ def report(run: Path, texts: Sequence[Sequence[int]], decode: Callable[[Sequence
     lines = []
     for number, (ids, match) in enumerate(zip(samples, found, strict=False), start=1):
         copied = decode(ids[match.start : match.start + match.length].tolist())
-        share = f"{match.length} of {len(ids)} tokens"
-        lines.append(f"overlap: sample {number}: {share} are in the training text: {copied!r}")
+        longest_copy = f"longest passage in the training text: {match.length} of {len(ids)} tokens"
+        lines.append(f"overlap: sample {number}: {longest_copy}: {copied!r}")
     usual = sorted(match.length for match in found[len(samples) :])
     part = f"; searched: the first {MOST:,} tokens" if len(dataset.train) > MOST else ""
-    return [*lines, f"overlap: passages of the validation text: {usual[0]} to {usual[-1]} tokens{part}"]
+    return [
+        *lines,
+        f"overlap: passages of the validation text: {usual[0]} to {usual[-1]} tokens{part}",
+    ]
 
 
 def open_dataset(run: Path) -> loader.Dataset:

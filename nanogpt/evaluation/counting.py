@@ -228,4 +228,5 @@ def compared(run: Path) -> str:
     loss, order = best
     files.write_json(run / NAME, {"loss": loss, "order": int(order)})
     than = "better" if min(losses) <= loss else "worse"
-    return f"{abs(loss - min(losses)):.2f} nats/token {than} than counting ({order}-grams: {loss:.4f})\n"
+    apart = f"{abs(loss - min(losses)):.2f} nats/token {than} than counting ({order}-grams: {loss:.4f})"
+    return f"best evaluation of the run: {min(losses):.4f}, {apart} on the same sequences\n"

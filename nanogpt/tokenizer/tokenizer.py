@@ -59,7 +59,7 @@ class CharTokenizer:
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             raise UserError(
                 f"not in the vocabulary of {self.vocab_size} characters: {shown}{more}; "
-                f"it has {''.join(self.characters[:100])!r}"
+                f"it begins with {''.join(self.characters[:100])!r}"
             )
         return ids
 
