@@ -1,5 +1,6 @@
 """Resuming: saved options, overridden by those given now; what has changed; folders of earlier runs."""
 
+import itertools
 import json
 import os
 import typing
@@ -166,20 +167,21 @@ def rewind(run: Path, progress: Progress) -> None:
 def set_aside(run: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock, str]:
     """Rename the folder `run`, held by `lock`; return the lock of a new one and a notice to print. With
     `overwrite` the first checkpoint of the new run deletes the renamed folder (writer.prune)."""
-    aside, number = run.with_name(run.name + REPLACED), 0
-    if overwrite and aside.exists() and not steps(run):  # replaced before, by a run without a checkpoint
-        aside = files.temporary(run)
-    elif overwrite:
+    replaced, worthless = run.with_name(run.name + REPLACED), False
+    if overwrite:
+        worthless = replaced.exists() and not steps(run)  # it replaced another run, and saved no checkpoint
+        aside = files.temporary(run) if worthless else replaced
         files.remove(aside)
-    while not overwrite and (aside := run.with_name(f"{run.name}.{number + 1}")).exists():
-        number += 1
+    else:
+        numbered = (run.with_name(f"{run.name}.{number}") for number in itertools.count(1))
+        aside = next(path for path in numbered if not path.exists())
     if os.name == "nt":  # Windows cannot rename a folder that contains an open file
         lock.release()
     files.rename(run, aside)
     fresh = files.lock(run)
     lock.release()
-    if files.TEMPORARY in aside.name:
+    if worthless:
         files.remove(aside)
     if overwrite:
-        return fresh, f"replaces the run in {run}, kept in {run}{REPLACED} until the first checkpoint"
+        return fresh, f"replaces the run in {run}, kept in {replaced} until the first checkpoint"
     return fresh, f"moved the existing run in {run} to {aside}"
