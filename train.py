@@ -110,7 +110,7 @@ class Run(resolve.Setup[Config]):
     in_training: "InTrainingEvaluation | None"  # None: no tasks or samples during training
     writer: writer.AsyncCheckpointer  # writes checkpoints, on rank 0
     lock: FileLock | None = None  # lock on out_dir, on rank 0
-    started: float = field(default_factory=time.perf_counter)  # start of this session
+    started: float = field(default_factory=time.perf_counter)  # when this process began
 
     def clock_s(self) -> float:
         """Return the wall-clock seconds of all sessions of the run so far, start-up included."""

@@ -51,7 +51,6 @@ KEYS = {  # our sizes, and their two names in config.json
     "vocab_size": ("vocab_size", "vocab_size"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
-UNREAD = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json")
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks saved by old versions
 CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # Conv1D weights, stored (in, out) as by OpenAI
 
@@ -293,7 +292,7 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
         raise UserError(f"{plain if plain.is_file() else fast}: unsupported tokenizer (not GPT-2's)")
     if (folder / "vocab.txt").is_file():  # BERT's tokenizer, as of most Chinese GPT-2s
         return folders.find(folder)
-    is_other = any((folder / name).is_file() for name in UNREAD)
+    is_other = any(path.suffix in folders.ENDINGS or path.name == "vocab.json" for path in folder.iterdir())
     return vocabulary.GPT2_BY_NAME if vocab_size in (50257, 50304) and not is_other else ""
 
 

@@ -89,7 +89,7 @@ class Source:
 
     @property
     def row_name(self) -> str:
-        """What a document is called in messages."""
+        """Name of a document in messages."""
         return "line" if self.kind == "jsonl" else "row"
 
 

@@ -31,8 +31,8 @@ def call(where: str, size: int, function: Callable[P, T], *args: P.args, **kwarg
     """Return function(...), computed by a process that is kept for further calls (on Windows by this one).
 
     `function` is at the top of a module, and reads about `size` bytes. Raise UserError, which begins with
-    `where`, if the process dies, needs more than CPU_S, or more memory than so many bytes do; exceptions of
-    `function` are raised here.
+    `where`, if the process dies, needs more than CPU_S, or more memory than reading that many bytes does;
+    exceptions of `function` are raised here.
     """
     if os.name == "nt":
         return function(*args, **kwargs)
