@@ -33,7 +33,7 @@ def find(folder: Path) -> str:
     """
     for names, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / names).is_file() and (folder / merges).is_file():
-            return _byte_level(folder, folder / names, _read(folder / merges))
+            return _byte_level(folder, folder / names, files.text_of(folder / merges))
     if (folder / "vocab.txt").is_file():
         return _word_piece(folder, folder / "vocab.txt")
     if others := sorted(path for path in folder.iterdir() if path.suffix in ENDINGS):
@@ -43,13 +43,6 @@ def find(folder: Path) -> str:
             f'python -c "from transformers import AutoTokenizer; {code}"'
         )
     return ""
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text, as a tokenizer's files are") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -93,7 +86,7 @@ def _byte_level(folder: Path, path: Path, merges: str) -> str:
 
 
 def _word_piece(folder: Path, path: Path) -> str:
-    tokens = _read(path).removesuffix("\n").split("\n")
+    tokens = files.text_of(path).removesuffix("\n").split("\n")
     vocab = {token.removesuffix("\r"): number for number, token in enumerate(tokens)}
     if "[UNK]" not in vocab or len(vocab) != len(tokens):
         raise UserError(f"{path} is not BERT's vocabulary: it must hold distinct tokens, with [UNK]")
