@@ -384,6 +384,8 @@ def test_page_is_chinese_where_the_browser_is(browser, server, screenshots, size
         browser.find_element(By.ID, "go").click()
         eventually(lambda: finished(browser), 20)
         assert "个词元 · 困惑度" in text(browser, ".sample header")
+        assert count(browser, "#legend .scale") == 1
+        assert "颜色越浅" in text(browser, "#legend")
         assert browser.save_screenshot(str(screenshots / f"chinese-play-{scheme}.png"))
         browser.execute_script("document.getElementById('tab-run').click()")
         eventually(lambda: count(browser, "#chart .title") == 2, 10)

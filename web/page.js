@@ -13,30 +13,30 @@ const make = (tag, className = "", text = "") => {
 // English is the key. Strings with {0}, {1} have values filled in.
 
 const CHINESE = {
-  Play: "试用", Run: "训练", Views: "视图", Prompt: "提示", Generate: "生成", Stop: "停止", Sampling: "采样",
-  Temperature: "温度", "Top-p": "Top-p", "Top-k": "Top-k", Length: "长度", Samples: "样本数", Seed: "种子", random: "随机",
+  Play: "试用", Run: "训练", Views: "视图", Prompt: "提示词", Generate: "生成", Stop: "停止", Sampling: "采样",
+  Temperature: "温度", "Top-p": "Top-p", "Top-k": "Top-k", Length: "长度", Samples: "生成段数", Results: "生成结果", Seed: "种子", random: "随机",
   Loss: "损失", training: "训练", validation: "验证", by: "横轴", iterations: "迭代次数", tokens: "词元数", time: "时间",
-  "Samples during training": "训练中的样本", Copy: "复制", Copied: "已复制", all: "全部", "0 · greedy": "0 · 贪心",
+  "Samples during training": "训练期间生成的文本", Copy: "复制", Copied: "已复制", all: "全部", "0 · greedy": "0 · 贪心",
   "Paler tokens were more probable. Hover over a token, or use the arrow keys, to see its top 10 alternatives.":
-    "颜色越浅,概率越高。把鼠标移到词元上,或用方向键,可查看前 10 个候选。",
-  "Enter a prompt and press Generate.": "输入提示,然后点击“生成”。",
+    "颜色越浅，概率越高。把鼠标移到词元上，或用方向键，可查看概率最高的 10 个候选词元。",
+  "Enter a prompt and press Generate.": "输入提示词，然后点击“生成”。",
   "No training log (metrics.jsonl) was found for this model, so there are no curves to show.":
-    "没有找到该模型的训练日志 (metrics.jsonl),因此没有曲线。",
+    "没有找到该模型的训练日志（metrics.jsonl），因此没有曲线。",
   'No samples yet. train.py --sample_prompt="…" generates samples at each evaluation.':
-    '还没有样本。train.py --sample_prompt="…" 会在每次评估时生成样本。',
-  "This server requires a token. It was printed when the server started.": "该服务器需要令牌,启动服务器时已打印。",
+    '还没有生成的文本。train.py --sample_prompt="…" 会在每次评估时生成几段文本。',
+  "This server requires a token. It was printed when the server started.": "访问此服务器需要令牌。启动服务器时，终端中已打印该令牌。",
   Continue: "继续", "waiting for the first token …": "正在等待第一个词元…", " · stopped": " · 已停止", " · end of text": " · 文本结束",
-  "{0} tokens": "{0} 个词元", ", {0} tokens/s": ",每秒 {0} 个", ", first token after {0} ms": ",首个词元用时 {0} 毫秒",
-  "{0} tokens · perplexity {1}": "{0} 个词元 · 困惑度 {1}", "{0}: probability {1}, {2}": "{0}:概率 {1},{2}",
+  "{0} tokens": "{0} 个词元", ", {0} tokens/s": "，每秒 {0} 个", ", first token after {0} ms": "，首个词元用时 {0} 毫秒",
+  "{0} tokens · perplexity {1}": "{0} 个词元 · 困惑度 {1}", "{0}: probability {1}, {2}": "{0}：概率 {1}，{2}",
   "not in the top 10": "不在前 10 个中", "rank {0}": "第 {0} 名", "iteration {0}": "第 {0} 次迭代",
-  "{0}: training {1}": "{0}:训练 {1}", "validation {0}": "验证 {0}", "loss (nats/token)": "损失(奈特/词元)",
+  "{0}: training {1}": "{0}：训练损失 {1}", "validation {0}": "验证损失 {0}", "loss (nats/token)": "损失（nats/词元）",
   "training and validation loss": "训练损失和验证损失", "tokens trained on": "训练词元数", "training time": "训练时间",
-  iteration: "迭代", "training loss": "训练损失", "best validation loss": "最佳验证损失", "tokens/s": "词元/秒", "time left": "剩余时间",
-  "{0} parameters": "{0} 个参数", "counting ({0}-grams): {1}": "计数（{0}-gram）：{1}", "context length: {0}": "上下文长度:{0}", "vocabulary: {0} {1}": "词表:{0} {1}",
+  iteration: "迭代", "training loss": "训练损失", "best validation loss": "最低验证损失", "tokens/s": "词元/秒", "time left": "剩余时间",
+  "{0} parameters": "{0} 个参数", "counting ({0}-grams): {1}": "统计模型（{0}-gram）：{1}", "context length: {0}": "上下文长度：{0}", "vocabulary: {0} {1}": "词表：{0} {1}",
   characters: "个字符", bytes: "个字节", "tokens ": "个词元", "validation loss {0}": "验证损失 {0}",
   "no checkpoint yet: the run is shown, and can be tried out as soon as it has saved one":
-    "还没有检查点:先显示训练过程,保存第一个检查点后即可试用",
-  "the server returned HTTP {0}": "服务器返回 HTTP {0}", "show in the curve": "在曲线中显示",
+    "还没有检查点：先显示训练过程，保存第一个检查点后即可试用",
+  "the server returned HTTP {0}": "服务器返回 HTTP {0}", "show in the curve": "在曲线中显示", "Loss curves": "损失曲线",
 };
 const chinese = navigator.language.toLowerCase().startsWith("zh");
 function t(english, ...values) {
@@ -49,7 +49,7 @@ if (chinese) {
   for (const element of document.querySelectorAll("h2, label, button, summary, option, p, .key, [placeholder], [aria-label]")) {
     for (const name of ["placeholder", "aria-label"]) if (element.hasAttribute(name)) element.setAttribute(name, t(element.getAttribute(name)));
     const whole = CHINESE[element.textContent.trim().replace(/\s+/g, " ")];
-    if (whole && !element.querySelector("output, select, span[id]")) element.textContent = whole;
+    if (whole && !element.querySelector("output, select, span[id], .scale")) element.textContent = whole;
     for (const node of element.childNodes) {
       const key = node.nodeType === Node.TEXT_NODE ? node.textContent.trim() : "";
       if (CHINESE[key]) node.textContent = node.textContent.replace(key, CHINESE[key]);
@@ -622,7 +622,7 @@ function pointAt(svg, { train, val, x, y, box, label }) {
     line.setAttribute("x2", at);
     note.setAttribute("x", at < middle ? at + 8 : at - 8);
     note.setAttribute("text-anchor", at < middle ? "start" : "end");
-    note.textContent = parts.filter(Boolean).join(", ");
+    note.textContent = parts.filter(Boolean).join(chinese ? "，" : ", ");
     for (const part of [line, note]) part.setAttribute("visibility", "visible");
   });
   svg.addEventListener("pointerleave", () => {
