@@ -58,7 +58,7 @@ class GPTConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-TABLES = "ngrams.weight"  # the parameter of all n-gram tables
+NGRAM_TABLES = "ngrams.weight"  # the parameter of all n-gram tables
 
 GPT2_SIZES = {
     "gpt2": GPTConfig(),
@@ -477,7 +477,7 @@ class GPT(nn.Module):
         if not positions:
             excluded += config.block_size * (config.position == "learned")
             excluded += 0 if config.tied else config.vocab_size  # an embedding is looked up
-        named = ((n, p) for n, p in self.named_parameters() if positions or n != TABLES)
+        named = ((n, p) for n, p in self.named_parameters() if positions or n != NGRAM_TABLES)
         return sum(p.numel() for _, p in named) - excluded * config.n_embd
 
     def get_num_params(self, non_embedding: bool = True) -> int:
@@ -520,7 +520,7 @@ def init_gpt2(model: GPT) -> None:
     """Initialize as GPT-2: N(0, 0.02²), scaled by 1/sqrt(2 n_layer) for the projections into the residual
     stream, so that its variance does not grow with depth. Biases 0, gains 1."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "smear.weight")) or name == TABLES:
+        if name.endswith(("bias", "smear.weight")) or name == NGRAM_TABLES:
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nanogpt.model import TABLES
+from nanogpt.model import NGRAM_TABLES
 from nanogpt.options import OptimizerOptions
 
 Named = Sequence[tuple[str, Tensor]]
@@ -202,13 +202,13 @@ def build(
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
-    taken = {TABLES, *(name for name, _ in to_muon)}
+    taken = {NGRAM_TABLES, *(name for name, _ in to_muon)}
     to_adam = [(n, p) for n, p in named if n not in taken]
     parts: list[tuple[Rule, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
-    if TABLES in (tables := dict(named)):
+    if NGRAM_TABLES in (tables := dict(named)):
         from nanogpt.ngrams.training import RATE, RowAdagrad
 
-        parts.append((RowAdagrad(TABLES, tables[TABLES], layout), RATE))
+        parts.append((RowAdagrad(NGRAM_TABLES, tables[NGRAM_TABLES], layout), RATE))
     if to_muon:
         muon = Muon(config, to_muon, rows or {}, dtype, layout)
         parts.append((muon, config.muon_lr / config.learning_rate))

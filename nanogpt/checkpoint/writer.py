@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nanogpt import files
 from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, steps, val_loss
 from nanogpt.errors import Diverged, UserError
-from nanogpt.model import GPT, TABLES
+from nanogpt.model import GPT, NGRAM_TABLES
 
 RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt")  # the last is nanoGPT's
 KEPT = 2  # number of newest checkpoints kept, besides the best
@@ -127,7 +127,7 @@ def require_space(run: Path, model: GPT) -> str:
     """Return a line with the maximum size of the folder `run`, assuming AdamW's two moments per weight. Raise
     UserError if less space is free."""
     each = sum(
-        (12 if p.requires_grad and n != TABLES else 4) * p.numel() for n, p in model.named_parameters()
+        (12 if p.requires_grad and n != NGRAM_TABLES else 4) * p.numel() for n, p in model.named_parameters()
     )
     needed = each * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
     free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free

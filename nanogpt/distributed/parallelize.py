@@ -36,7 +36,7 @@ from nanogpt.distributed.step_times import StepTimes
 from nanogpt.errors import UserError
 from nanogpt.finetune import lora
 from nanogpt.loss import IGNORE
-from nanogpt.model import GPT, TABLES, GPTConfig
+from nanogpt.model import GPT, NGRAM_TABLES, GPTConfig
 from nanogpt.optim import Layout, is_for_muon
 from nanogpt.options import OptimizerOptions
 from nanogpt.runtime import DTYPES, Machine
@@ -302,7 +302,7 @@ def connect(model: nn.Module, machine: Machine) -> Connected:
         ddp.require_backward_grad_sync = on
 
     def average_tables() -> None:
-        if (tables := dict(model.named_parameters()).get(TABLES)) is not None and tables.requires_grad:
+        if (tables := dict(model.named_parameters()).get(NGRAM_TABLES)) is not None and tables.requires_grad:
             Replicated(machine.world).average_rows(tables)
 
     switch_ddp(False)  # no collectives while compiling, which may fail on one rank only
@@ -318,7 +318,7 @@ class _Calls(nn.Module):
 
     def __init__(self, function: Function, model: nn.Module):
         super().__init__()
-        self.owned = nn.ParameterList(p for name, p in model.named_parameters() if name != TABLES)
+        self.owned = nn.ParameterList(p for name, p in model.named_parameters() if name != NGRAM_TABLES)
         self.function = lambda *inputs: function(*inputs)  # a module would be registered, with its buffers
 
     def forward(self, *inputs: Tensor) -> Any:
