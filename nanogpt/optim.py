@@ -131,7 +131,7 @@ class Layout:
         return {name: piece.tensor for name, piece in pieces.items()}
 
 
-def rows_read(parameter: Tensor) -> Tensor:
+def coalesce_gradient(parameter: Tensor) -> Tensor:
     """Coalesce the sparse gradient of a table, in place; return its rows."""
     parameter.grad = gradient(parameter).coalesce()
     return parameter.grad.values()
@@ -380,7 +380,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout
     """
     layout = layout or Layout()
     trained = [p for p in parameters if p.grad is not None]
-    gradients = [rows_read(p) if gradient(p).is_sparse else layout.to_local(gradient(p)) for p in trained]
+    gradients = [
+        coalesce_gradient(p) if gradient(p).is_sparse else layout.to_local(gradient(p)) for p in trained
+    ]
     norm = layout.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
