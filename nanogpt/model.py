@@ -209,7 +209,7 @@ POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "ali
 # ----------------------------------------------------------------------------- attention
 
 
-def repeats_keys(kind: str, dtype: torch.dtype, bias: Tensor | None) -> bool:
+def repeats_kv(kind: str, dtype: torch.dtype, bias: Tensor | None) -> bool:
     """Return whether grouped keys are repeated for each query head: on GPUs only the flash kernel takes them
     as they are. It supports neither a bias nor float32, and is missing on GPUs without bfloat16; the kernel
     that torch would select instead writes all scores to memory."""
@@ -224,7 +224,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
     learning = torch.is_grad_enabled()
     fused = q.dtype != torch.bfloat16 or q.device.type != "cpu" or (T > 512 and learning)
-    if groups > 1 and (not fused or repeats_keys(q.device.type, q.dtype, bias)):
+    if groups > 1 and (not fused or repeats_kv(q.device.type, q.dtype, bias)):
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     if fused:
         return F.scaled_dot_product_attention(
