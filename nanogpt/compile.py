@@ -50,8 +50,8 @@ def train_function(
     function: Function, how: bool | str, model: GPT, optimizer: Optimizer, batches: TrainBatches
 ) -> Function:
     """Compile `function`, which computes the loss of `model`, as specified by `how` (--compile), and the
-    scores of evaluations (`model.compiled_scores`), for full micro-batches of `batches`; print a notice if
-    that fails.
+    losses of evaluations (`model.compiled_token_losses`), for full micro-batches of `batches`; print a notice
+    if that fails.
 
     A `function` that averages gradients over ranks (parallelize.Connected) is compiled inside, at the first
     call: DDP splits a graph that is compiled in its forward pass, so that gradients are sent while the
@@ -73,11 +73,11 @@ def train_function(
 
     rows, head = batches.batch_size, model if batches.device.type == "cuda" else None
     score = scores if is_sharded(model) or how == "blocks" else at_rows(scores, rows)
-    model.compiled_scores = partial(padded, score, rows)
+    model.compiled_token_losses = partial(padded, score, rows)
     plain, blocks = without_logits(compute), list(model.h)
     compiled, notice = wrap(plain, compile=how, trial=trial, blocks=blocks, head=head, rows=rows)
     if notice:
-        model.compiled_scores = None
+        model.compiled_token_losses = None
         print(notice)
     if inside:
         inside.function = compiled
@@ -109,12 +109,12 @@ def warm_up(function: Function, model: GPT, optimizer: Optimizer, batches: Train
     # Separate tensors: passing one twice would compile a graph specialized to aliased inputs.
     shape = (batches.batch_size, batches.block_size)
     inputs = [torch.zeros(shape, dtype=torch.long, device=batches.device) for _ in range(count)]
-    assert model.compiled_scores
+    assert model.compiled_token_losses
     try:
         function(*inputs)[1].backward()
         model.eval()
         with torch.no_grad():
-            model.compiled_scores(*inputs)
+            model.compiled_token_losses(*inputs)
     finally:
         model.train()
         optimizer.zero_grad()

@@ -372,7 +372,7 @@ class GPT(nn.Module):
         self.packed_head: nn.Module | None = None  # quantized LM head (quantize.py)
         self.loss_chunk_size = 0  # tokens per chunk of chunked_cross_entropy; 0: not chunked
         self.compiled_loss: Callable[..., Any] | None = None  # `loss`, set by compile.wrap
-        self.compiled_scores: Callable[..., Any] | None = None  # forward with reduction="none"; compile.py
+        self.compiled_token_losses: Callable[..., Any] | None = None  # compiled forward, reduction="none"
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -469,21 +469,21 @@ class GPT(nn.Module):
         attentions = ((n, m) for n, m in self.named_modules() if isinstance(m, CausalSelfAttention))
         return {f"{name}.c_attn.weight": module.widths for name, module in attentions}
 
-    def n_params(self, positions: bool = True) -> int:
+    def n_params(self, lookup_tables: bool = True) -> int:
         """Return the number of parameters without vocabulary padding; a tied LM head counts once. With
-        `positions=False`, leave out lookup tables (embeddings other than a tied one)."""
+        `lookup_tables=False`, leave out lookup tables (embeddings other than a tied one)."""
         config = self.config
         excluded = (config.padded_vocab_size - config.vocab_size) * (1 if config.tied else 2)
-        if not positions:
+        if not lookup_tables:
             excluded += config.block_size * (config.position == "learned")
             excluded += 0 if config.tied else config.vocab_size  # an embedding is looked up
-        named = ((n, p) for n, p in self.named_parameters() if positions or n != NGRAM_TABLES)
+        named = ((n, p) for n, p in self.named_parameters() if lookup_tables or n != NGRAM_TABLES)
         return sum(p.numel() for _, p in named) - excluded * config.n_embd
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Return the number of parameters, as nanoGPT counts them: by default without position
         embeddings (and without an untied token embedding)."""
-        return self.n_params(positions=not non_embedding)
+        return self.n_params(lookup_tables=not non_embedding)
 
     @classmethod
     def from_pretrained(cls, name: str) -> "GPT":
@@ -498,7 +498,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Return the training FLOPs per token."""
-        return flops_per_token(self.n_params(positions=False), self.config)
+        return flops_per_token(self.n_params(lookup_tables=False), self.config)
 
 
 def flops_per_token(n_params: int, config: GPTConfig) -> int:

@@ -87,7 +87,7 @@ class Layout:
     def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
         """All-gather the updated ranges (assigned by `shard`) if weights are replicated. Collective."""
 
-    def replicated(self, tensor: Tensor) -> TensorShard:
+    def replicated_shard(self, tensor: Tensor) -> TensorShard:
         """Return optimizer state that every rank holds in full."""
         return TensorShard(tensor.shape, [(0, tensor.numel())] * self.size, self.rank, tensor)
 
@@ -260,7 +260,7 @@ class AdamW:
         self.layout.all_gather_params(self.held)
 
     def state_shards(self) -> dict[str, TensorShard]:
-        found = {"steps": self.layout.replicated(self.steps)}
+        found = {"steps": self.layout.replicated_shard(self.steps)}
         for held in self.held:
             about = held.parameter.shape, held.spans, self.layout.rank
             found[f"{held.name}.exp_avg"] = TensorShard(*about, self.exp_avg[held.name])
@@ -325,7 +325,7 @@ class Muon:
 
     def state_shards(self) -> dict[str, TensorShard]:
         rank, size = self.layout.rank, self.layout.size
-        found = {"muon.steps": self.layout.replicated(self.steps)}
+        found = {"muon.steps": self.layout.replicated_shard(self.steps)}
         for stack, buffer in self.stacks:
             mine = iter(buffer)
             for matrix in stack:
@@ -380,10 +380,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout
     """
     layout = layout or Layout()
     trained = [p for p in parameters if p.grad is not None]
-    gradients = [
-        coalesce_gradient(p) if gradient(p).is_sparse else layout.to_local(gradient(p)) for p in trained
-    ]
-    norm = layout.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    grads = [coalesce_gradient(p) if gradient(p).is_sparse else layout.to_local(gradient(p)) for p in trained]
+    norm = layout.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
     if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

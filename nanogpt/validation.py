@@ -63,8 +63,8 @@ def evaluate(
             compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
             continue
         idx, targets, *documents = batch
-        if model.compiled_scores:
-            _, losses = model.compiled_scores(idx, targets, *documents)
+        if model.compiled_token_losses:
+            _, losses = model.compiled_token_losses(idx, targets, *documents)
         else:
             _, losses = compute(idx, targets, documents[0] if documents else None, "none")
         sums.append(losses.sum(dim=1))
@@ -110,7 +110,7 @@ def evaluate_splits(
     texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
     most = max(1, max_batches * batch_size // len(texts))
     at_once = batch_size  # compiled for it, or limited by GPU memory
-    if machine.device.type == "cpu" and not model.compiled_scores:
+    if machine.device.type == "cpu" and not model.compiled_token_losses:
         at_once = max(batch_size, ON_CPU // block_size)
     found: list[list[Evaluation]] = [[], []]
     for text in texts:

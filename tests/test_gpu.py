@@ -235,7 +235,7 @@ def test_background_checkpoint_is_a_consistent_snapshot(config, tmp_path, change
         if not background:
             monkeypatch.setattr(AsyncCheckpointer, "_fits", lambda writer, content: False)
         train.main(replace(config, out_dir=str(tmp_path / f"{background}")))
-    for step in {int(path.name[5:]) for path in checkpoint.steps(tmp_path / "True")} - {0}:
+    for step in {int(path.name[5:]) for path in checkpoint.step_folders(tmp_path / "True")} - {0}:
         assert bits(str(tmp_path / "True"), step) == bits(str(tmp_path / "False"), step)
 
 

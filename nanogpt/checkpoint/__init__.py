@@ -43,7 +43,7 @@ class Progress:
         return self.share * options.max_iters if options.minutes else self.iter_num
 
 
-def steps(run: Path) -> list[Path]:
+def step_folders(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, newest first, without verifying them."""
     found = [p for p in run.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)

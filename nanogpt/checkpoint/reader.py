@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanogpt import files
-from nanogpt.checkpoint import FILES, FORMAT, Progress, steps, val_loss
+from nanogpt.checkpoint import FILES, FORMAT, Progress, step_folders, val_loss
 from nanogpt.config import Amount, fitted
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
@@ -109,7 +109,7 @@ def find(run: Path, which: str = "last") -> tuple[Checkpoint | None, list[str]]:
 
     The checkpoint is None if the run has none. Raise UserError if it has some but no valid or matching one.
     """
-    candidates = steps(run)
+    candidates = step_folders(run)
     if not candidates:
         return None, []
     if which not in ("last", "best"):

@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from nanogpt import files, metrics
-from nanogpt.checkpoint import REPLACED, Progress, reader, steps
+from nanogpt.checkpoint import REPLACED, Progress, reader, step_folders
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.config import fitted
 from nanogpt.data.loader import Dataset
@@ -151,7 +151,7 @@ def rewind(run: Path, progress: Progress) -> None:
     the newest again. Of metrics.jsonl all later rows are deleted, and the evaluation at the same iteration
     unless the checkpoint was evaluated. Task scores at that iteration belong to the checkpoint and are kept.
     """
-    for path in steps(run):
+    for path in step_folders(run):
         if int(path.name[5:]) > progress.iter_num:
             target = path.with_name(f"{path.name}.damaged")
             files.remove(target)
@@ -169,7 +169,8 @@ def set_aside(run: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock, str
     `overwrite` the first checkpoint of the new run deletes the renamed folder (writer.prune)."""
     replaced, worthless = run.with_name(run.name + REPLACED), False
     if overwrite:
-        worthless = replaced.exists() and not steps(run)  # it replaced another run, and saved no checkpoint
+        # the run in `run` replaced another one and saved no checkpoint
+        worthless = replaced.exists() and not step_folders(run)
         aside = files.temporary(run) if worthless else replaced
         files.remove(aside)
     else:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import files
-from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, steps, val_loss
+from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, step_folders, val_loss
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, NGRAM_TABLES
 
@@ -92,7 +92,7 @@ def prune(run: Path) -> None:
     """
     for leftover in run.glob(f"step-*{files.TEMPORARY}*"):
         files.remove(leftover)
-    whole = [path for path in steps(run) if (path / "manifest.json").is_file()]
+    whole = [path for path in step_folders(run) if (path / "manifest.json").is_file()]
     kept = whole[:KEPT]
     evaluated = [path for path in whole if math.isfinite(val_loss(path))]
     kept += [min(evaluated, key=val_loss)] if evaluated else []
@@ -113,7 +113,7 @@ def acquire_folder(run: Path, resumed: Progress | None, overwrite: bool) -> tupl
     UserError if another process holds the lock.
     """
     lock = files.lock(run)
-    if not steps(run) and not any((run / name).exists() for name in RUN_FILES):
+    if not step_folders(run) and not any((run / name).exists() for name in RUN_FILES):
         return lock, ""
     from nanogpt.checkpoint import resume
 

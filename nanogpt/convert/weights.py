@@ -35,7 +35,7 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
         return ckpt.open_file(path if path.is_file() else path / "ckpt.pt", [Path("data"), root / "data"])
     if (path / "manifest.json").is_file():
         return _open_checkpoint(reader.verify(path), path.parent, [])
-    if checkpoint.steps(path):
+    if checkpoint.step_folders(path):
         return _open_run(path, which)
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _of_hugging_face(name)
