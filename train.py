@@ -246,7 +246,7 @@ def make_model(
 
             lora.adapt(model, lora.Adapters(**adapted))
             lora.initialize(model, config.seed)
-    tokens = config.windows * config.block_size
+    tokens = config.micro_batch_size * config.block_size
     default = default_loss_chunk_size(machine.device, tokens, shape.vocab_size)
     model.loss_chunk_size = config.loss_chunk_size or default
     return model
@@ -441,7 +441,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
         pace.begin_iteration()
         # Batch ramp-up: gradients of smaller batches are noisier, so scale lr by the square root of the
         # batch size relative to the full one (Malladi et al. 2022).
-        lr_scale = math.sqrt(run.batches.windows(progress.iter_num) / run.batches.full)
+        lr_scale = math.sqrt(run.batches.sequences(progress.iter_num) / run.batches.full)
         lr = lr_scale * learning_rate(config, pace.position)
         seed_dropout(machine, config.seed, progress.iter_num)
         batch = micro_batches(progress.iter_num)
@@ -501,7 +501,7 @@ def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> boo
     """Evaluate both splits, print and log; return whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     run.machine.world.report_phase(progress.iter_num, "evaluating")
-    shape = (config.windows, config.block_size)
+    shape = (config.micro_batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = validation.evaluate_splits(run.model, run.dataset, shape, *how)
     if both is None:  # interrupted; a resumed run repeats this evaluation

@@ -38,7 +38,7 @@ def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, gpu: str, gp
     if options.minutes:
         return SAVED * options.minutes * 60 > COMPILING_S
     given = not overruled(options, "batch_tokens", origins)
-    batch = options.batch_tokens if given else options.windows_per_update * options.block_size
+    batch = options.batch_tokens if given else options.sequences_per_iteration * options.block_size
     counted = not overruled(options, "max_tokens", origins)
     tokens = options.max_tokens if counted else batch * options.max_iters
     with torch.device("meta"):

@@ -56,7 +56,7 @@ class Setup(Generic[C]):
         if batches.ramp:
             batch += f", ramped up from {batches.ramp[0] * batches.block_size:,} in {len(batches.ramp)} iters"
         if self.config.documents == "rows":
-            dropped = 1 - batches.sampler.n_windows * batches.block_size / (len(dataset.train) - 1)
+            dropped = 1 - batches.sampler.n_sequences * batches.block_size / (len(dataset.train) - 1)
             batch += f"; --documents=rows drops {dropped:.1%} of the training tokens"
         each = zip(dataset.train.texts, batches.epochs(iters), strict=True)
         read = [(f"{one.name} ({float(one.weight):.1%}) " if one.name else "", often) for one, often in each]
@@ -125,8 +125,11 @@ def decide(
         notices.append(
             f"batch_size = {config.batch_size}: the largest that fits in the memory of {machine.name()}"
         )
-    sizes = shape.n_head * shape.head_size, shape.padded_vocab_size, config.windows * config.block_size
-    if max(sizes) * shape.n_embd * shape.n_layer > 1 << 28:
+    tokens = config.micro_batch_size * config.block_size
+    if (
+        max(shape.n_head * shape.head_size, shape.padded_vocab_size, tokens) * shape.n_embd * shape.n_layer
+        > 1 << 28
+    ):
         from nanogpt.checkpoint import memory
 
         memory.require(config, shape, machine)
@@ -187,8 +190,8 @@ def open_data(options: DataOptions) -> loader.Dataset:
         from nanogpt.data import mixture
 
         dataset = mixture.load(options.dataset, ROOT)
-    loader.require_window(dataset.train, options.block_size, "training")
-    loader.require_window(dataset.val, options.block_size, "validation")
+    loader.require_sequence(dataset.train, options.block_size, "training")
+    loader.require_sequence(dataset.val, options.block_size, "validation")
     return dataset
 
 
@@ -205,13 +208,13 @@ def open_batches(
             sampler = documents.document_sampler(dataset.train, separator, options.block_size, seed)
             separator = None
     world, ramp = machine.world, options.ramp()
-    fewest = min([*ramp, options.windows_per_update])
+    fewest = min([*ramp, options.sequences_per_iteration])
     if fewest < world.size:
         raise UserError(
             f"{world.size} ranks for a batch of {fewest} sequences; start fewer, or raise --batch_size or "
             f"--gradient_accumulation_steps"
         )
-    numbers = (options.block_size, options.windows, options.gradient_accumulation_steps, seed)
+    numbers = (options.block_size, options.micro_batch_size, options.gradient_accumulation_steps, seed)
     return loader.TrainBatches(
         dataset.train, *numbers, machine.device, ramp, separator, sampler, world.share, world.sum_int
     )

@@ -24,7 +24,7 @@ def require(config: TrainOptions, shape: GPTConfig, machine: Machine) -> None:
     That is each weight and, if it is trained, its gradient and Muon's momentum, in float32, and the inputs of
     all blocks in bfloat16; plan.py estimates what a run really takes.
     """
-    width, tokens = shape.n_embd, config.windows * config.block_size
+    width, tokens = shape.n_embd, config.micro_batch_size * config.block_size
     attention = 2 * width * shape.n_head * shape.head_size  # of queries and projection, at least
     weights = shape.padded_vocab_size * width + shape.n_layer * (attention + 6 * width**2)
     partly = config.eval_only or config.lora_rank or config.freeze or config.train_only

@@ -197,9 +197,9 @@ def micro_batches(
     same number of passes, because those of a sharded model are collective: a rank with one micro-batch fewer
     runs a dummy row with weight 0.
     """
-    windows, targets = batches.windows(step), responses.count_targets(batches, step)
-    left, made = world.share(windows)[1], 0
-    largest = -(-windows // world.size)
+    sequences, targets = batches.sequences(step), responses.count_targets(batches, step)
+    left, made = world.share(sequences)[1], 0
+    largest = -(-sequences // world.size)
     passes = -(-largest // batches.batch_size)
     world.report_phase(step, "reading data")
     source = batches.step(step)
@@ -212,7 +212,7 @@ def micro_batches(
         left -= counted
         world.report_phase(step, "computing")
         average_next(function, wanted=following is None)
-        weight: float | Tensor = counted / windows
+        weight: float | Tensor = counted / sequences
         if targets:  # with no scored target the weight is 0: a mean over nothing is NaN
             idx, wanted, *documents = batch
             scored = wanted != IGNORE
