@@ -183,7 +183,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     """
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
-    model = make_model(config, machine, setup.shape, setup)
+    model = make_model(config, machine, setup.model_config, setup)
     if config.freeze or config.train_only or config.lora_rank:
         from nanogpt.finetune import freeze
 
@@ -229,7 +229,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
 
 
 def make_model(
-    config: Config, machine: runtime.Machine, shape: GPTConfig, setup: resolve.Setup[Config] | None = None
+    config: Config, machine: runtime.Machine, model_config: GPTConfig, setup: resolve.Setup[Any] | None = None
 ) -> GPT:
     """Build the model: load the checkpoint or pretrained weights of `setup`, else initialize it from the
     seed. Unless resumed, add new LoRA adapters if --lora_rank is set."""
@@ -238,16 +238,16 @@ def make_model(
     else:
         torch.manual_seed(config.seed)
         if setup and setup.pretrained:
-            model = setup.pretrained.load(shape, setup.init_device).train()
+            model = setup.pretrained.load(model_config, setup.init_device).train()
         else:
-            model = GPT(shape).to(setup.init_device if setup else machine.device)
+            model = GPT(model_config).to(setup.init_device if setup else machine.device)
         if adapted := lora_config(config):
             from nanogpt.finetune import lora
 
             lora.adapt(model, lora.Adapters(**adapted))
             lora.initialize(model, config.seed)
     tokens = config.micro_batch_size * config.block_size
-    default = default_loss_chunk_size(machine.device, tokens, shape.vocab_size)
+    default = default_loss_chunk_size(machine.device, tokens, model_config.vocab_size)
     model.loss_chunk_size = config.loss_chunk_size or default
     return model
 
@@ -261,14 +261,14 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
     return optim.build(config, named, model.fused_rows(), machine.half, layout)
 
 
-def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, rows: int) -> None:
+def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTConfig, rows: int) -> None:
     """Run two iterations of a new model with micro-batches of `rows` sequences, for --batch_size=auto: two,
     because the second runs with the memory fragmented by the first."""
     from nanogpt import compile
 
     config = replace(config, batch_size=rows)
     alone = replace(machine, world=World())  # single process: no collectives
-    model = make_model(config, alone, shape)
+    model = make_model(config, alone, model_config)
     if config.activation_checkpointing:
         compile.checkpoint_activations(model, alone)
     function = compile.any_size(alone.in_dtype(model), config.compile, model.h)

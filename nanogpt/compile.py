@@ -28,7 +28,7 @@ EAGER_MFU = 0.3  # MFU of an uncompiled step
 UNKNOWN_PEAK = 100e12  # FLOP/s assumed for GPUs not in gpu/chips.py
 
 
-def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, gpu: str, gpus: int) -> bool:
+def pays(options: BatchOptions, origins: Origins, model_config: GPTConfig, gpu: str, gpus: int) -> bool:
     """Return whether --compile=auto compiles: if that saves more time on `gpus` GPUs of this name than it
     takes.
 
@@ -42,7 +42,7 @@ def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, gpu: str, gp
     counted = not overruled(options, "max_tokens", origins)
     tokens = options.max_tokens if counted else batch * options.max_iters
     with torch.device("meta"):
-        flops = tokens * GPT(shape).flops_per_token() / gpus
+        flops = tokens * GPT(model_config).flops_per_token() / gpus
     return SAVED * flops / (EAGER_MFU * (peak_flops(gpu) or UNKNOWN_PEAK)) > COMPILING_S
 
 

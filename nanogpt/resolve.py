@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nanogpt.convert.pretrained import Pretrained
     from nanogpt.distributed.parallelize import Division
 
-SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # fixed by loaded weights
+FIXED_BY_WEIGHTS = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # options
 C = TypeVar("C", bound=TrainOptions)
 
 
@@ -38,7 +38,7 @@ class Setup(Generic[C]):
     machine: Machine
     dataset: loader.Dataset
     batches: loader.TrainBatches
-    shape: GPTConfig
+    model_config: GPTConfig
     resumed: "Checkpoint | None"
     pretrained: "Pretrained | None"
     division: "Division | None"  # sharding of the model over ranks
@@ -98,41 +98,41 @@ def decide(
         config = replace(config, dataset=str(own_text.folder_of([text])))
         world.rank_zero_only(lambda: own_text.prepare([text]))
     dataset = open_data(config)
-    shape = pick_fields(GPTConfig, config, vocab_size=dataset.vocab_size)
+    model_config = pick_fields(GPTConfig, config, vocab_size=dataset.vocab_size)
     division = None
     if world.size > 1:
         from nanogpt.distributed import parallelize
 
-        division = parallelize.divide(shape, config, config.parallel, config.shard_size, machine)
-    if shape.ngram_orders:
+        division = parallelize.divide(model_config, config, config.parallel, config.shard_size, machine)
+    if model_config.ngram_orders:
         from nanogpt.checkpoint.writer import free_memory
         from nanogpt.ngrams import training
 
         sharded = division is not None and not division.whole
-        training.require_possible(shape, free_memory(), sharded, config.cuda_graph)
+        training.require_possible(model_config, free_memory(), sharded, config.cuda_graph)
     if config.compile == "auto":  # the choice is saved; a resumed run inherits it
         origins["compile"], worth = "auto", False
         if machine.device.type == "cuda":
             from nanogpt.compile import pays
 
-            worth = pays(config, origins, shape, machine.name(), world.size)
+            worth = pays(config, origins, model_config, machine.name(), world.size)
         config = replace(config, compile=worth)
     if config.batch_size == "auto":
         from nanogpt.gpu import auto_batch_size
 
-        divided = division.why if division and not division.whole else ""
-        config = auto_batch_size.choose(config, machine, divided, partial(try_step, config, machine, shape))
+        why = division.why if division and not division.whole else ""
+        config = auto_batch_size.choose(
+            config, machine, why, partial(try_step, config, machine, model_config)
+        )
         notices.append(
             f"batch_size = {config.batch_size}: the largest that fits in the memory of {machine.name()}"
         )
     tokens = config.micro_batch_size * config.block_size
-    if (
-        max(shape.n_head * shape.head_size, shape.padded_vocab_size, tokens) * shape.n_embd * shape.n_layer
-        > 1 << 28
-    ):
+    widest = max(model_config.n_head * model_config.head_size, model_config.padded_vocab_size, tokens)
+    if widest * config.n_embd * config.n_layer > 1 << 28:  # smaller models fit anywhere
         from nanogpt.checkpoint import memory
 
-        memory.require(config, shape, machine)
+        memory.require_memory(config, model_config, machine)
     config = config.in_iterations(origins)
     if config.cuda_graph:
         from nanogpt.gpu import cuda_graphs
@@ -146,9 +146,11 @@ def decide(
     if config.attention != "auto" or machine.device.type == "cuda":
         from nanogpt.gpu import attention_kernels
 
-        found = attention_kernels.require_attention(config.attention, shape, machine, config.documents)
-        notices.append(f"attention: {found}")
-    return Setup(config, machine, dataset, batches, shape, resumed, pretrained, division, notices)
+        kernel = attention_kernels.require_attention(
+            config.attention, model_config, machine, config.documents
+        )
+        notices.append(f"attention: {kernel}")
+    return Setup(config, machine, dataset, batches, model_config, resumed, pretrained, division, notices)
 
 
 def join(options: dict[str, Any], run: Path) -> World:
@@ -175,11 +177,11 @@ def resolve_init_from(
     if config.init_from not in ("resume", "auto"):
         from nanogpt.convert.start import adopt
 
-        config, pretrained = adopt(config, origins, SHAPE | {"init"}, notices)
+        config, pretrained = adopt(config, origins, FIXED_BY_WEIGHTS | {"init"}, notices)
         return config, None, pretrained
     from nanogpt.checkpoint.resume import resume
 
-    return *resume(config, origins, SHAPE, notices), None
+    return *resume(config, origins, FIXED_BY_WEIGHTS, notices), None
 
 
 def open_data(options: DataOptions) -> loader.Dataset:

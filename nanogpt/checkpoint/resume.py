@@ -34,13 +34,14 @@ R = TypeVar("R", bound=TrainOptions)
 
 
 def resume(
-    config: R, origins: dict[str, str], shape: set[str], notices: list[str]
+    config: R, origins: dict[str, str], fixed_options: set[str], notices: list[str]
 ) -> tuple[R, Checkpoint | None]:
     """Return the resolved options and the newest checkpoint of the run in out_dir.
 
-    With --init_from=auto and no checkpoint, return `config` and None. `shape` names the options fixed by the
-    weights, which keep their values, as in nanoGPT. Notes for the user are appended to `notices`. Raise
-    UserError if --init_from=resume finds no checkpoint, or if other weights were trained than are asked for.
+    With --init_from=auto and no checkpoint, return `config` and None. `fixed_options` names the options that
+    the weights determine, which keep their values, as in nanoGPT. Notes for the user are appended to
+    `notices`. Raise UserError if --init_from=resume finds no checkpoint, or if an option in FIXED differs
+    from the saved one.
     """
     out = Path(config.out_dir)
     resumed, damage = reader.find(out)
@@ -68,7 +69,7 @@ def resume(
         raise UserError(
             f"{out} trains other weights: {'; '.join(wrong)}; omit these, or choose another --out_dir"
         )
-    kept = {key: old for key, (old, _) in differing.items() if key in shape}
+    kept = {key: old for key, (old, _) in differing.items() if key in fixed_options}
     for key, (old, new) in differing.items():
         ignored = f"note: {key} = {old!r} as in the checkpoint; {origins[key]} ({new!r}) has no effect"
         changed = f"{key} = {new!r} from now on; it was {old!r} when the run was saved"
