@@ -102,13 +102,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # ----------------------------------------------------------------------------- positions
 #
-# Three classes with the same hooks, no-ops unless a scheme needs them. `at`: position ids, int64 (B, T);
-# None: 0 ... T-1.
+# Three classes with the same hooks, no-ops unless a scheme needs them. `position_ids`: positions of the input
+# tokens, int64 (B, T); None: 0 ... T-1.
 #
-#     embed(x, at)     add position embeddings to the token embeddings x (B, T, C)
-#     rotate(x, at)    rotate queries and keys x (B, nh, T, hs)
-#     bias(T)          additive attention bias (nh, T, T), causal mask included; None: no bias
-#     bias_at(at, T)   the same for single queries at positions `at` (B, 1): (B, nh, 1, T)
+#     embed(x, position_ids)         add position embeddings to the token embeddings x (B, T, C)
+#     rotate(x, position_ids)        rotate queries and keys x (B, nh, T, hs)
+#     bias(T)                        additive attention bias (nh, T, T), causal mask included; None: no bias
+#     bias_at(position_ids, length)  the same for queries at these positions and `length` keys:
+#                                    (B, nh, T, length)
 
 
 class Position(nn.Module):
@@ -117,16 +118,16 @@ class Position(nn.Module):
     def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int):
         super().__init__()
 
-    def embed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+    def embed(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
         return x
 
-    def rotate(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+    def rotate(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
         return x
 
     def bias(self, length: int) -> Tensor | None:
         return None
 
-    def bias_at(self, at: Tensor, length: int) -> Tensor | None:
+    def bias_at(self, position_ids: Tensor, length: int) -> Tensor | None:
         return None
 
 
@@ -138,8 +139,8 @@ class Learned(Position):
         # from_pretrained skips nn.Embedding's own initialization; GPT initializes all weights
         self.wpe = nn.Embedding.from_pretrained(torch.empty(block_size, n_embd), freeze=False)
 
-    def embed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        return x + (self.wpe.weight[: x.shape[1]] if at is None else self.wpe(at))
+    def embed(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return x + (self.wpe.weight[: x.shape[1]] if position_ids is None else self.wpe(position_ids))
 
 
 class Rotary(Position):
@@ -159,10 +160,9 @@ class Rotary(Position):
         self.register_buffer("cos", torch.cat([cos, cos], dim=-1), persistent=False)
         self.register_buffer("sin", torch.cat([-sin, sin], dim=-1), persistent=False)
 
-    def rotate(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        length = x.shape[-2]
-        where = slice(length) if at is None else at[:, None]  # same for all heads
-        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
+    def rotate(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        rows = slice(x.shape[-2]) if position_ids is None else position_ids[:, None]  # the same for all heads
+        cos, sin = self.cos[rows].to(x.dtype), self.sin[rows].to(x.dtype)
         return apply_rotary(x, cos, sin)
 
 
@@ -176,22 +176,22 @@ class ALiBi(Position):
     """Attention with linear biases (Press et al. 2022): scores decrease linearly with distance, with a slope
     per head, so that the model extrapolates to longer sequences than in training."""
 
-    scores: Tensor
+    biases: Tensor
 
     def __init__(self, block_size: int, n_embd: int, n_head: int, head_dim: int):
         super().__init__(block_size, n_embd, n_head, head_dim)
         slopes = torch.tensor(alibi_slopes(n_head), device="cpu")
-        back = torch.arange(block_size, device="cpu")
-        distance = (back[:, None] - back).float()
-        scores = -slopes[:, None, None] * distance
-        scores = scores.masked_fill(distance < 0, -torch.inf)
-        self.register_buffer("scores", scores, persistent=False)
+        positions = torch.arange(block_size, device="cpu")
+        distance = (positions[:, None] - positions).float()
+        biases = -slopes[:, None, None] * distance
+        biases = biases.masked_fill(distance < 0, -torch.inf)
+        self.register_buffer("biases", biases, persistent=False)
 
     def bias(self, length: int) -> Tensor | None:
-        return self.scores[:, :length, :length]
+        return self.biases[:, :length, :length]
 
-    def bias_at(self, at: Tensor, length: int) -> Tensor:
-        return self.scores[:, at, :length].transpose(0, 1)
+    def bias_at(self, position_ids: Tensor, length: int) -> Tensor:
+        return self.biases[:, position_ids, :length].transpose(0, 1)
 
 
 def alibi_slopes(n_head: int) -> list[float]:
@@ -209,11 +209,15 @@ POSITIONS: dict[str, type[Position]] = {"learned": Learned, "rope": Rotary, "ali
 # ----------------------------------------------------------------------------- attention
 
 
-def repeats_kv(kind: str, dtype: torch.dtype, bias: Tensor | None) -> bool:
-    """Return whether grouped keys are repeated for each query head: on GPUs only the flash kernel takes them
-    as they are. It supports neither a bias nor float32, and is missing on GPUs without bfloat16; the kernel
-    that torch would select instead writes all scores to memory."""
-    return kind == "cuda" and (bias is not None or dtype != torch.bfloat16)
+def repeats_kv(device_type: str, dtype: torch.dtype, bias: Tensor | None) -> bool:
+    """Return whether keys and values are repeated for all query heads of their group: on CUDA, except in
+    bfloat16 without a bias.
+
+    Only the flash kernel takes grouped ones. It supports neither a bias nor float32, and GPUs without
+    bfloat16, where float16 is the default, lack it; the kernel that torch would select instead writes all
+    scores to memory.
+    """
+    return device_type == "cuda" and (bias is not None or dtype != torch.bfloat16)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
@@ -221,39 +225,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
 
     `bias`, broadcastable to (B, nh, T, T), is added to the scores and masks the future; None: causal mask.
     """
-    groups, T = q.shape[1] // k.shape[1], q.shape[2]
-    learning = torch.is_grad_enabled()
-    fused = q.dtype != torch.bfloat16 or q.device.type != "cpu" or (T > 512 and learning)
-    if groups > 1 and (not fused or repeats_kv(q.device.type, q.dtype, bias)):
-        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    q_per_kv, T = q.shape[1] // k.shape[1], q.shape[2]
+    grad_enabled = torch.is_grad_enabled()
+    fused = q.dtype != torch.bfloat16 or q.device.type != "cpu" or (T > 512 and grad_enabled)
+    if q_per_kv > 1 and (not fused or repeats_kv(q.device.type, q.dtype, bias)):
+        k, v, q_per_kv = k.repeat_interleave(q_per_kv, 1), v.repeat_interleave(q_per_kv, 1), 1
     if fused:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=groups > 1
+            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None, enable_gqa=q_per_kv > 1
         )
-    # SDPA's bfloat16 backward is slow on CPUs. Forward and backward, in ms, SDPA / this code: 13.5 / 2.2 at
-    # (16, 4, 64, 32); 27 / 15 at (4, 6, 256, 64); 41 / 24 at (2, 6, 512, 64). Forward only, where blocks of
-    # queries skip most masked keys: 5.6 / 3.1 at (1, 12, 499, 64).
+    # SDPA's bfloat16 backward pass is slow on CPUs. Forward and backward pass in ms, SDPA / this code, for q
+    # of shape (B, nh, T, hs): 13.5 / 2.2 at (16, 4, 64, 32); 27 / 15 at (4, 6, 256, 64); 41 / 24 at
+    # (2, 6, 512, 64). Forward pass only, where chunks of queries skip most masked keys: 5.6 / 3.1 at
+    # (1, 12, 499, 64).
     if bias is None:
         bias = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    q, found, step = q * q.shape[3] ** -0.5, [], T if learning else 128
-    for first in range(0, T, step):
-        last = min(T, first + step)
+    q, outputs, chunk_size = q * q.shape[3] ** -0.5, [], T if grad_enabled else 128
+    for first in range(0, T, chunk_size):
+        last = min(T, first + chunk_size)
         scores = q[:, :, first:last] @ k[:, :, :last].mT + bias[..., first:last, :last]
-        found.append(F.dropout(torch.softmax(scores, dim=-1), dropout) @ v[:, :, :last])
-    return torch.cat(found, dim=2) if len(found) > 1 else found[0]
+        outputs.append(F.dropout(torch.softmax(scores, dim=-1), dropout) @ v[:, :, :last])
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 class LayerCache(NamedTuple):
     """View of a `Cache` for the attention of one layer."""
 
-    at: Tensor | None  # positions of the input tokens, int64 (B, 1); None: 0 ... T-1
+    position_ids: Tensor | None  # positions of the input tokens, int64 (B, 1); None: 0 ... T-1
     attend: Callable[..., Tensor]  # attend(q, k, v, uncached_attention)
 
 
 class Cache(Protocol):
     """KV cache of the tokens processed before (inference/kv_cache.py)."""
 
-    at: Tensor | None  # see LayerCache.at
+    position_ids: Tensor | None  # see LayerCache.position_ids
 
     def previous_embeddings(self, x: Tensor) -> Tensor: ...
 
@@ -264,8 +269,8 @@ class Cache(Protocol):
 
 def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the attention bias (B, 1, T, T) that masks other documents and the future, from ids (B, T)."""
-    seen = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    visible = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
 
 
 class CausalSelfAttention(nn.Module):
@@ -273,11 +278,11 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.head_size = config.head_size
         self.dropout = config.dropout
-        kv_heads = config.n_kv_head or config.n_head
-        self.heads = [config.n_head, kv_heads]
-        self.widths = [n * self.head_size for n in (config.n_head, kv_heads, kv_heads)]
-        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
-        self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
+        self.qk_heads = [config.n_head, config.n_kv_head or config.n_head]  # numbers of query and key heads
+        # output channels of q, k and v in c_attn
+        self.qkv_widths = [n * self.head_size for n in (*self.qk_heads, self.qk_heads[1])]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.qkv_widths), bias=config.bias)
+        self.c_proj = nn.Linear(self.qkv_widths[0], config.n_embd, bias=config.bias)
         self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -286,9 +291,10 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         B, T, _ = x.shape
         # Queries and keys are adjacent and processed alike: one call for both.
-        parts = self.c_attn(x).split([self.widths[0] + self.widths[1], self.widths[2]], dim=2)
+        parts = self.c_attn(x).split([self.qkv_widths[0] + self.qkv_widths[1], self.qkv_widths[2]], dim=2)
         qk, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
-        q, k = position.rotate(self.qk_norm(qk), cache.at if cache else None).split(self.heads, dim=1)
+        ids = cache.position_ids if cache else None
+        q, k = position.rotate(self.qk_norm(qk), ids).split(self.qk_heads, dim=1)
         bias = position.bias(T)
         if mask is not None:  # (B, 1, T, T)
             bias = mask if bias is None else mask + bias
@@ -307,8 +313,8 @@ class Smear(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_embd))
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.previous_embeddings(x)
-        return x + self.weight * before
+        previous = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.previous_embeddings(x)
+        return x + self.weight * previous
 
 
 class MLP(nn.Module):
@@ -358,8 +364,8 @@ class GPT(nn.Module):
         # from_pretrained skips nn.Embedding's own initialization; INITS initializes all weights
         table = torch.empty(config.padded_vocab_size, config.n_embd)
         self.wte = nn.Embedding.from_pretrained(table, freeze=False)
-        shape = (config.block_size, config.n_embd, config.n_head, config.head_size)
-        self.position = POSITIONS[config.position](*shape)
+        sizes = (config.block_size, config.n_embd, config.n_head, config.head_size)
+        self.position = POSITIONS[config.position](*sizes)
         self.smear = Smear(config) if config.smear else None
         self.ngrams = None
         if config.ngram_orders:
@@ -402,8 +408,9 @@ class GPT(nn.Module):
         if self.loss_chunk_size:
             from nanogpt.chunked_loss import chunked_cross_entropy
 
-            how = (self.loss_chunk_size, self.config.vocab_size, self.config.softcap)
-            return None, chunked_cross_entropy(x.flatten(0, 1), self.head_table, targets.flatten(), *how)
+            rows, size, cap = self.loss_chunk_size, self.config.vocab_size, self.config.softcap
+            x, targets = x.flatten(0, 1), targets.flatten()
+            return None, chunked_cross_entropy(x, self.head_table, targets, rows=rows, size=size, cap=cap)
         if self.compiled_loss:
             return None, self.compiled_loss(x, targets)
         logits = self.head(x)
@@ -416,11 +423,11 @@ class GPT(nn.Module):
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each of targets (B, T), 0 for those equal to IGNORE, from hidden states
         x (B, T, C), without holding all logits at once."""
-        rows = logits_chunk_size(x.device.type, self.config.vocab_size)
-        parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        size = logits_chunk_size(x.device.type, self.config.vocab_size)
+        chunks = zip(x.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
         losses = [
-            F.cross_entropy(self.head(part), wanted, ignore_index=IGNORE, reduction="none")
-            for part, wanted in parts
+            F.cross_entropy(self.head(hidden), target, ignore_index=IGNORE, reduction="none")
+            for hidden, target in chunks
         ]
         return torch.cat(losses).view_as(targets)
 
@@ -443,12 +450,13 @@ class GPT(nn.Module):
             x = self.smear(x, cache)
         mask = None
         if documents is not None:
+            # first token of each document but the first: smear must not add the token of another document
             first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
             x, mask = torch.where(first[..., None], tokens, x), document_mask(documents, x.dtype)
         if self.ngrams is not None:
             ids = cache.with_context(idx) if cache else F.pad(idx, (self.ngrams.context, 0), value=-1)
             x = self.ngrams(x, ids, documents)
-        x = self.drop(self.position.embed(x, cache.at if cache else None))
+        x = self.drop(self.position.embed(x, cache.position_ids if cache else None))
         for number, block in enumerate(self.h):
             x = block(x, self.position, cache.layer(number) if cache else None, mask)
         return self.ln_f(x)
@@ -467,7 +475,7 @@ class GPT(nn.Module):
     def fused_rows(self) -> dict[str, list[int]]:
         """Return the row counts of q, k and v fused in each c_attn.weight, by parameter name."""
         attentions = ((n, m) for n, m in self.named_modules() if isinstance(m, CausalSelfAttention))
-        return {f"{name}.c_attn.weight": module.widths for name, module in attentions}
+        return {f"{name}.c_attn.weight": module.qkv_widths for name, module in attentions}
 
     def n_params(self, lookup_tables: bool = True) -> int:
         """Return the number of parameters without vocabulary padding; a tied LM head counts once. With

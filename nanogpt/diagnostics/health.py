@@ -205,8 +205,8 @@ def attention_entropy(attn: CausalSelfAttention, given: tuple[Any, ...], out: Te
     x: Tensor = given[0][:1]
     position: Position = given[1]
     T = x.shape[1]
-    qk = attn.c_attn(x)[..., : attn.widths[0] + attn.widths[1]].view(1, T, -1, attn.head_size).transpose(1, 2)
-    q, k = position.rotate(attn.qk_norm(qk)).split(attn.heads, dim=1)
+    qk = attn.c_attn(x)[..., : sum(attn.qkv_widths[:2])].view(1, T, -1, attn.head_size).transpose(1, 2)
+    q, k = position.rotate(attn.qk_norm(qk)).split(attn.qk_heads, dim=1)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q[:, :, T // 2 :] @ k.mT).float() * attn.head_size**-0.5
     bias = position.bias(T)
