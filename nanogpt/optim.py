@@ -18,8 +18,6 @@ from nanogpt.model import NGRAM_TABLES
 from nanogpt.options import OptimizerOptions
 
 Named = Sequence[tuple[str, Tensor]]
-
-
 Span = tuple[int, int]  # [start, stop) of elements in row-major order
 
 
@@ -60,10 +58,10 @@ class TensorShard:
     rank: int
     tensor: Tensor  # the elements of spans[rank]
 
-    def copy_(self, whole: Tensor) -> None:
-        """Copy this rank's part of the full tensor `whole`, in place."""
+    def copy_(self, full: Tensor) -> None:
+        """Copy this rank's range of the tensor `full` to `tensor`, in place."""
         start, stop = self.spans[self.rank]
-        self.tensor.copy_(whole.reshape(-1)[start:stop].view(self.tensor.shape))
+        self.tensor.copy_(full.reshape(-1)[start:stop].view(self.tensor.shape))
 
 
 class Layout:
@@ -80,11 +78,11 @@ class Layout:
         """Assign each rank an element range of every parameter, for elementwise update rules."""
         return [ParamShard(name, p, [(0, p.numel())]) for name, p in named]
 
-    def local_shard(self, held: ParamShard, tensor: Tensor) -> Tensor:
+    def local_shard(self, shard: ParamShard, tensor: Tensor) -> Tensor:
         """Return this rank's range of `tensor` (the parameter or its gradient), as a view."""
         return tensor
 
-    def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
+    def all_gather_params(self, shards: Sequence[ParamShard]) -> None:
         """All-gather the updated ranges (assigned by `shard`) if weights are replicated. Collective."""
 
     def replicated_shard(self, tensor: Tensor) -> TensorShard:
@@ -111,9 +109,9 @@ class Layout:
         """Return this rank's rows of `matrix`, as a view."""
         return matrix.parameter.data[matrix.rows]
 
-    def global_norm(self, own: Tensor) -> Tensor:
+    def global_norm(self, local_norm: Tensor) -> Tensor:
         """Reduce the norm of the local gradients to the norm over all ranks. Collective."""
-        return own
+        return local_norm
 
     def to_local(self, tensor: Tensor) -> Tensor:
         """Return this rank's shard of a weight or gradient, as a view."""
@@ -123,12 +121,12 @@ class Layout:
         """Return plain tensors whose `grad` is this rank's shard of each parameter's gradient."""
         return parameters
 
-    def gather(self, pieces: Mapping[str, TensorShard]) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, TensorShard]) -> dict[str, Tensor]:
         """Return the full tensors on rank 0, gathered one by one to CPU memory if sharded; {} on other ranks.
 
         Collective: call on all ranks.
         """
-        return {name: piece.tensor for name, piece in pieces.items()}
+        return {name: shard.tensor for name, shard in shards.items()}
 
 
 def coalesce_gradient(parameter: Tensor) -> Tensor:
@@ -156,10 +154,10 @@ class Optimizer:
     Not a torch.optim.Optimizer: it implements only what torch.amp.GradScaler uses.
     """
 
-    def __init__(self, named: Named, parts: Sequence[tuple[Rule, float]], layout: Layout | None = None):
+    def __init__(self, named: Named, rules: Sequence[tuple[Rule, float]], layout: Layout | None = None):
         self.named = named
         self.parameters = [p for _, p in named]
-        self.parts, self.layout = parts, layout or Layout()
+        self.rules, self.layout = rules, layout or Layout()
         self.lr: float | Tensor = 0.0  # set before each step
 
     @property
@@ -169,8 +167,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        for part, multiple in self.parts:
-            part.step(self.lr * multiple)
+        for rule, factor in self.rules:
+            rule.step(self.lr * factor)
 
     def zero_grad(self) -> None:
         for p in self.parameters:
@@ -178,7 +176,7 @@ class Optimizer:
 
     def state_shards(self) -> dict[str, TensorShard]:
         """Return this rank's shards of the optimizer state, by name; not copied."""
-        return {name: piece for part, _ in self.parts for name, piece in part.state_shards().items()}
+        return {name: shard for rule, _ in self.rules for name, shard in rule.state_shards().items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return the full optimizer state by name: the live tensors in a single process, else gathered on
@@ -201,18 +199,18 @@ def build(
     """
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
-    taken = {NGRAM_TABLES, *(name for name, _ in to_muon)}
-    to_adam = [(n, p) for n, p in named if n not in taken]
-    parts: list[tuple[Rule, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
-    if NGRAM_TABLES in (tables := dict(named)):
+    for_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
+    excluded = {NGRAM_TABLES, *(name for name, _ in for_muon)}
+    for_adamw = [(n, p) for n, p in named if n not in excluded]
+    rules: list[tuple[Rule, float]] = [(AdamW(config, for_adamw, layout), 1.0)] if for_adamw else []
+    if NGRAM_TABLES in (by_name := dict(named)):
         from nanogpt.ngrams.training import RATE, RowAdagrad
 
-        parts.append((RowAdagrad(NGRAM_TABLES, tables[NGRAM_TABLES], layout), RATE))
-    if to_muon:
-        muon = Muon(config, to_muon, rows or {}, dtype, layout)
-        parts.append((muon, config.muon_lr / config.learning_rate))
-    return Optimizer(named, parts, layout)
+        rules.append((RowAdagrad(NGRAM_TABLES, by_name[NGRAM_TABLES], layout), RATE))
+    if for_muon:
+        muon = Muon(config, for_muon, rows or {}, dtype, layout)
+        rules.append((muon, config.muon_lr / config.learning_rate))
+    return Optimizer(named, rules, layout)
 
 
 def is_for_muon(name: str, parameter: Tensor) -> bool:
@@ -225,14 +223,14 @@ class AdamW:
 
     def __init__(self, config: OptimizerOptions, named: Named, layout: Layout | None = None):
         self.config, self.layout = config, layout or Layout()
-        self.held = self.layout.shard(named)
+        self.shards = self.layout.shard(named)
         with torch.no_grad():
-            own = {held.name: self.layout.local_shard(held, held.parameter) for held in self.held}
-            self.exp_avg = {name: torch.zeros_like(weights) for name, weights in own.items()}
-            self.exp_avg_sq = {name: torch.zeros_like(weights) for name, weights in own.items()}
-        updated = [held for held in self.held if own[held.name].numel()]
-        matrices = [held for held in updated if held.parameter.dim() >= 2]
-        vectors = [held for held in updated if held.parameter.dim() < 2]
+            local = {shard.name: self.layout.local_shard(shard, shard.parameter) for shard in self.shards}
+            self.exp_avg = {name: torch.zeros_like(weights) for name, weights in local.items()}
+            self.exp_avg_sq = {name: torch.zeros_like(weights) for name, weights in local.items()}
+        updated = [shard for shard in self.shards if local[shard.name].numel()]
+        matrices = [shard for shard in updated if shard.parameter.dim() >= 2]
+        vectors = [shard for shard in updated if shard.parameter.dim() < 2]
         self.groups = [
             (group, decay) for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if group
         ]
@@ -240,13 +238,13 @@ class AdamW:
 
     def step(self, lr: float | Tensor) -> None:
         self.steps += 1
-        own = self.layout.local_shard
+        local_shard = self.layout.local_shard
         for group, decay in self.groups:
             torch._fused_adamw_(
-                [own(held, held.parameter) for held in group],
-                [own(held, gradient(held.parameter)) for held in group],
-                [self.exp_avg[held.name] for held in group],
-                [self.exp_avg_sq[held.name] for held in group],
+                [local_shard(shard, shard.parameter) for shard in group],
+                [local_shard(shard, gradient(shard.parameter)) for shard in group],
+                [self.exp_avg[shard.name] for shard in group],
+                [self.exp_avg_sq[shard.name] for shard in group],
                 [],
                 [self.steps] * len(group),
                 lr=lr,
@@ -257,15 +255,15 @@ class AdamW:
                 amsgrad=False,
                 maximize=False,
             )
-        self.layout.all_gather_params(self.held)
+        self.layout.all_gather_params(self.shards)
 
     def state_shards(self) -> dict[str, TensorShard]:
-        found = {"steps": self.layout.replicated_shard(self.steps)}
-        for held in self.held:
-            about = held.parameter.shape, held.spans, self.layout.rank
-            found[f"{held.name}.exp_avg"] = TensorShard(*about, self.exp_avg[held.name])
-            found[f"{held.name}.exp_avg_sq"] = TensorShard(*about, self.exp_avg_sq[held.name])
-        return found
+        state = {"steps": self.layout.replicated_shard(self.steps)}
+        for shard in self.shards:
+            name, shape, rank = shard.name, shard.parameter.shape, self.layout.rank
+            state[f"{name}.exp_avg"] = TensorShard(shape, shard.spans, rank, self.exp_avg[name])
+            state[f"{name}.exp_avg_sq"] = TensorShard(shape, shard.spans, rank, self.exp_avg_sq[name])
+        return state
 
 
 class Muon:
@@ -286,34 +284,36 @@ class Muon:
         layout: Layout | None = None,
     ):
         self.config, self.dtype, self.layout = config, dtype, layout or Layout()
-        shares = [
+        matrix_args = [  # label, parameter, first row, height
             (f"{name}.{i}" if name in rows else name, p, sum(rows[name][:i]) if name in rows else 0, height)
             for name, p in named
             for i, height in enumerate(rows.get(name, [p.shape[0]]))
         ]
-        costs = [newton_schulz_cost(height, p.shape[1]) for _, p, _, height in shares]
-        ranks = self.layout.assign_ranks(costs)
-        matrices = [Matrix(*share, rank) for share, rank in zip(shares, ranks, strict=True)]
-        alike: dict[tuple[int, int], list[Matrix]] = {}
+        costs = [newton_schulz_cost(height, p.shape[1]) for _, p, _, height in matrix_args]
+        owners = self.layout.assign_ranks(costs)
+        matrices = [Matrix(*args, owner) for args, owner in zip(matrix_args, owners, strict=True)]
+        by_shape: dict[tuple[int, int], list[Matrix]] = {}
         for matrix in sorted(matrices, key=lambda matrix: matrix.owner):
-            alike.setdefault((matrix.height, matrix.width), []).append(matrix)
+            by_shape.setdefault((matrix.height, matrix.width), []).append(matrix)
         device = named[0][1].device
         # matrices of the same shape, and the momentum of those that this rank owns
         self.stacks = [
             (stack, torch.zeros(sum(m.owner == self.layout.rank for m in stack), *shape, device=device))
-            for shape, stack in alike.items()
+            for shape, stack in by_shape.items()
         ]
         self.steps = torch.zeros((), dtype=torch.float32, device=device)
         momentum = 0.85 + 0.1 * (torch.arange(301, dtype=torch.float64, device="cpu") / 300)
-        self.momentum = torch.stack([momentum, 1 - momentum]).float().to(device)  # by step
+        # (2, 301): momentum and 1 - momentum, by step
+        self.momentum_table = torch.stack([momentum, 1 - momentum]).float().to(device)
 
     def step(self, lr: float | Tensor) -> None:
         # Looked up on the device: reading `steps` here would synchronize with a GPU.
-        momentum, new = self.momentum.index_select(1, self.steps.long().clamp(max=300)[None]).unbind()
+        step = self.steps.long().clamp(max=300)[None]
+        momentum, one_minus_momentum = self.momentum_table.index_select(1, step).unbind()
         self.steps += 1
         for stack, buffer in self.stacks:
             gradients = self.layout.gather_grads(stack)
-            buffer.lerp_(gradients, new)
+            buffer.lerp_(gradients, one_minus_momentum)
             update = gradients.lerp_(buffer, momentum).to(self.dtype)
             updates = self.layout.scatter_updates(stack, orthogonalize(update, self.config.muon_ns_steps))
             weights = [self.layout.weights(matrix) for matrix in stack]
@@ -325,14 +325,14 @@ class Muon:
 
     def state_shards(self) -> dict[str, TensorShard]:
         rank, size = self.layout.rank, self.layout.size
-        found = {"muon.steps": self.layout.replicated_shard(self.steps)}
+        state = {"muon.steps": self.layout.replicated_shard(self.steps)}
         for stack, buffer in self.stacks:
-            mine = iter(buffer)
+            owned = iter(buffer)
             for matrix in stack:
-                spans = [(0, buffer.shape[1:].numel() * (owner == matrix.owner)) for owner in range(size)]
-                tensor = next(mine) if matrix.owner == rank else buffer.new_empty(0)
-                found[f"{matrix.label}.momentum"] = TensorShard(buffer.shape[1:], spans, rank, tensor)
-        return found
+                spans = [(0, buffer.shape[1:].numel() * (r == matrix.owner)) for r in range(size)]
+                tensor = next(owned) if matrix.owner == rank else buffer.new_empty(0)
+                state[f"{matrix.label}.momentum"] = TensorShard(buffer.shape[1:], spans, rank, tensor)
+        return state
 
 
 def newton_schulz_cost(height: int, width: int) -> int:

@@ -222,7 +222,7 @@ def attention_entropy(attn: CausalSelfAttention, given: tuple[Any, ...], out: Te
 def update_ratios(n_layer: int, optimizer: Optimizer, before: list[Tensor]) -> list[float]:
     """Return the norm of the last update relative to that of the weights, the largest of the matrices of each
     block that AdamW trains. Updates of Muon have a norm given by its rate, and adapters start at 0."""
-    adam = [held.name for part, _ in optimizer.parts if isinstance(part, AdamW) for held in part.held]
+    adam = [shard.name for rule, _ in optimizer.rules if isinstance(rule, AdamW) for shard in rule.shards]
     ratios = [0.0] * n_layer
     for (name, p), old in zip(optimizer.named, before, strict=True):
         if name.startswith("h.") and p.dim() >= 2 and name in adam and (norm := float(old.norm())):
@@ -236,7 +236,7 @@ def gain_decay(optimizer: Optimizer, before: list[Tensor], lr: float) -> float:
 
     It is what AdamW's state does not explain of the update.
     """
-    adam = next((part for part, _ in optimizer.parts if isinstance(part, AdamW)), None)
+    adam = next((rule for rule, _ in optimizer.rules if isinstance(rule, AdamW)), None)
     found = []
     for (name, p), old in zip(optimizer.named, before, strict=True):
         if adam is None or p.dim() != 1 or "ln_" not in name or not name.endswith("weight"):
