@@ -1,10 +1,9 @@
-"""Optimizers over named parameters: AdamW, or Muon for matrices with AdamW for the rest; n-gram tables have
-row-wise Adagrad.
+"""AdamW; Muon for matrices with AdamW for the rest; row-wise Adagrad for n-gram tables.
 
 AdamW runs torch's fused kernel. The classes do not derive from torch.optim.Optimizer, for three reasons:
-instantiating it imports torch.compile (1 s); checkpoints store state by parameter name, independently of how
-it is sharded; Muon works on stacks of matrices of the same shape. A Layout defines which rank
-updates what, and communicates the results.
+instantiating it imports torch._dynamo (1 s); checkpoints store state by parameter name, independently of how
+it is sharded; Muon works on stacks of matrices of the same shape. A Layout defines which rank updates which
+part of each parameter, and communicates the results.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,12 +50,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class TensorShard:
-    """This rank's shard of a tensor; `spans` holds the element range of every rank."""
+    """This rank's shard of a tensor."""
 
-    shape: torch.Size  # of the full tensor
-    spans: Sequence[Span]
-    rank: int
-    tensor: Tensor  # the elements of spans[rank]
+    shape: torch.Size  # shape of the full tensor
+    spans: Sequence[Span]  # range of elements of each rank
+    rank: int  # this rank
+    tensor: Tensor  # elements in spans[rank]
 
     def copy_(self, full: Tensor) -> None:
         """Copy this rank's range of the tensor `full` to `tensor`, in place."""
@@ -65,32 +64,34 @@ class TensorShard:
 
 
 class Layout:
-    """How parameters and optimizer state are distributed over ranks.
+    """Distribution of parameters and optimizer state over ranks.
 
     This base class is the single-process case, without communication; see distributed/layout.py for DDP
     with ZeRO-1 and for FSDP.
     """
 
-    rank, size = 0, 1  # rank and size of the group that holds one copy of the model
+    rank, size = 0, 1  # rank in, and size of, the group over which the optimizer state is sharded
     sharded = False  # True: each rank holds only a shard of every parameter
 
     def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
-        """Assign each rank an element range of every parameter, for elementwise update rules."""
+        """Assign to each rank a range of the elements of every parameter, for elementwise update rules."""
         return [ParamShard(name, p, [(0, p.numel())]) for name, p in named]
 
     def local_shard(self, shard: ParamShard, tensor: Tensor) -> Tensor:
-        """Return this rank's range of `tensor` (the parameter or its gradient), as a view."""
+        """Return the range of `tensor`, `shard.parameter` or its gradient, that this rank updates, as a
+        view."""
         return tensor
 
     def all_gather_params(self, shards: Sequence[ParamShard]) -> None:
-        """All-gather the updated ranges (assigned by `shard`) if weights are replicated. Collective."""
+        """All-gather the ranges that the ranks have updated, if weights are replicated. Collective: call on
+        all ranks."""
 
     def replicated_shard(self, tensor: Tensor) -> TensorShard:
-        """Return optimizer state that every rank holds in full."""
+        """Describe `tensor`, optimizer state that every rank holds in full, as a TensorShard."""
         return TensorShard(tensor.shape, [(0, tensor.numel())] * self.size, self.rank, tensor)
 
     def assign_ranks(self, costs: Sequence[float]) -> list[int]:
-        """Assign each task to a rank, balancing `costs`; return the ranks."""
+        """Return the rank that owns each matrix, balancing `costs`."""
         return [0] * len(costs)
 
     def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
@@ -101,8 +102,8 @@ class Layout:
         return torch.stack([gradient(m.parameter)[m.rows] for m in stack])
 
     def scatter_updates(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
-        """Exchange `updates` of the owned matrices; return this rank's rows of every matrix's update, in
-        float32. Collective: call on all ranks."""
+        """Exchange `updates`, those of the matrices that this rank owns; return this rank's rows of the
+        update of every matrix in `stack`, in float32. Collective: call on all ranks."""
         return list(updates.float().unbind())
 
     def weights(self, matrix: Matrix) -> Tensor:
@@ -110,38 +111,39 @@ class Layout:
         return matrix.parameter.data[matrix.rows]
 
     def global_norm(self, local_norm: Tensor) -> Tensor:
-        """Reduce the norm of the local gradients to the norm over all ranks. Collective."""
+        """Return the norm of the full gradients, given that of the gradients that this rank holds.
+        Collective: call on all ranks."""
         return local_norm
 
     def to_local(self, tensor: Tensor) -> Tensor:
-        """Return this rank's shard of a weight or gradient, as a view."""
+        """Return what this rank stores of a weight or gradient, as a view: its shard if weights are sharded,
+        else all of it."""
         return tensor
 
     def local_params(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Return plain tensors whose `grad` is this rank's shard of each parameter's gradient."""
+        """Return plain tensors whose `grad` is what this rank stores of each parameter's gradient."""
         return parameters
 
     def gather(self, shards: Mapping[str, TensorShard]) -> dict[str, Tensor]:
         """Return the full tensors on rank 0, gathered one by one to CPU memory if sharded; {} on other ranks.
-
-        Collective: call on all ranks.
-        """
+        Collective: call on all ranks."""
         return {name: shard.tensor for name, shard in shards.items()}
 
 
 def coalesce_gradient(parameter: Tensor) -> Tensor:
-    """Coalesce the sparse gradient of a table, in place; return its rows."""
+    """Coalesce the sparse gradient of `parameter` and assign it to `grad`; return its values (rows, C)."""
     parameter.grad = gradient(parameter).coalesce()
     return parameter.grad.values()
 
 
 def gradient(parameter: Tensor) -> Tensor:
+    """Return `parameter.grad`, which must not be None."""
     assert parameter.grad is not None, "a trainable parameter has no gradient"
     return parameter.grad
 
 
 class Rule(Protocol):
-    """Update rule of some of the parameters: AdamW, Muon or RowAdagrad."""
+    """Update rule for some of the parameters: AdamW, Muon or RowAdagrad."""
 
     def step(self, lr: float | Tensor) -> None: ...
 
@@ -149,9 +151,10 @@ class Rule(Protocol):
 
 
 class Optimizer:
-    """A chain of optimizers that step together, each at its own multiple of one learning rate.
+    """Update all parameters, each by one of several update rules.
 
-    Not a torch.optim.Optimizer: it implements only what torch.amp.GradScaler uses.
+    `rules` pairs each rule with the factor by which it multiplies `lr`, the learning rate of AdamW. Not a
+    torch.optim.Optimizer: it implements only what torch.amp.GradScaler uses.
     """
 
     def __init__(self, named: Named, rules: Sequence[tuple[Rule, float]], layout: Layout | None = None):
@@ -175,12 +178,12 @@ class Optimizer:
             p.grad = None
 
     def state_shards(self) -> dict[str, TensorShard]:
-        """Return this rank's shards of the optimizer state, by name; not copied."""
+        """Return this rank's shards of the optimizer state by name, not copied."""
         return {name: shard for rule, _ in self.rules for name, shard in rule.state_shards().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the full optimizer state by name: the live tensors in a single process, else gathered on
-        rank 0 ({} on other ranks). Collective: call on all ranks."""
+        """Return the full optimizer state by name: the live tensors in a single process, else tensors
+        gathered on rank 0 ({} on other ranks). Collective: call on all ranks."""
         return self.layout.gather(self.state_shards())
 
 
@@ -194,8 +197,8 @@ def build(
     """Build the optimizer of the trainable parameters.
 
     With optimizer="muon", Muon trains the matrices of blocks (names that start with "h.") except adapters.
-    Row-wise Adagrad trains n-gram tables, AdamW the rest. `rows`: row counts of the parts of fused matrices,
-    by name. `dtype`: of the orthogonalization. `layout`: distribution over ranks; None: one process.
+    Row-wise Adagrad trains n-gram tables, AdamW the rest. `rows`: numbers of rows of the parts of fused
+    matrices, by name. `dtype`: dtype of the orthogonalization. `layout`: None for a single process.
     """
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
@@ -214,12 +217,13 @@ def build(
 
 
 def is_for_muon(name: str, parameter: Tensor) -> bool:
-    # LoRA factors are trained with AdamW, as in Hu et al. 2021.
+    """Return whether Muon trains a parameter: a matrix of a block, except LoRA factors, which AdamW trains as
+    in Hu et al. 2021."""
     return name.startswith("h.") and parameter.dim() == 2 and ".lora_" not in name
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019): decoupled weight decay, none on 1-D parameters."""
+    """AdamW (Loshchilov and Hutter 2019); 1-D parameters have no weight decay."""
 
     def __init__(self, config: OptimizerOptions, named: Named, layout: Layout | None = None):
         self.config, self.layout = config, layout or Layout()
@@ -270,9 +274,10 @@ class Muon:
     """Muon (Jordan et al. 2024): momentum, then orthogonalization, which equalizes the singular values of an
     update; in Adam's updates, a few large ones dominate.
 
-    Nesterov momentum warms up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious: it is
-    applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of the same shape are
-    orthogonalized in one batch, the parts of a fused projection (`rows`) separately.
+    Nesterov momentum is warmed up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious:
+    it is applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of the same shape
+    are orthogonalized in one batch, and the parts of a fused projection (`rows`) separately. The update of an
+    (r, c) matrix is scaled by sqrt(max(1, r / c)).
     """
 
     def __init__(
@@ -307,7 +312,7 @@ class Muon:
         self.momentum_table = torch.stack([momentum, 1 - momentum]).float().to(device)
 
     def step(self, lr: float | Tensor) -> None:
-        # Looked up on the device: reading `steps` here would synchronize with a GPU.
+        # Look up the momentum on the device: reading `steps` here would synchronize with a GPU.
         step = self.steps.long().clamp(max=300)[None]
         momentum, one_minus_momentum = self.momentum_table.index_select(1, step).unbind()
         self.steps += 1
@@ -336,13 +341,13 @@ class Muon:
 
 
 def newton_schulz_cost(height: int, width: int) -> int:
-    """Return the multiply-adds of one Newton-Schulz iteration, for load balancing across ranks."""
+    """Return the multiply-adds of one Newton-Schulz iteration, to balance the load of the ranks."""
     small, large = sorted((height, width))
     return small * small * (2 * large + small)
 
 
 def add(weights: list[Tensor], changes: list[Tensor], factor: float | Tensor) -> None:
-    """Add `factor` times each of `changes` to each of `weights`, in place."""
+    """Add `factor * change` to each of `weights`, in place."""
     if isinstance(factor, Tensor):
         changes, factor = torch._foreach_mul(changes, factor), 1.0  # type: ignore[assignment]
     torch._foreach_add_(weights, changes, alpha=factor)
@@ -360,8 +365,9 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(matrices: Tensor, ns_steps: int = len(POLAR_EXPRESS)) -> Tensor:
-    """Approximate the nearest (semi-)orthogonal matrix U V^T of each matrix U S V^T, (n, r, c), in `ns_steps`
-    iterations (at most 5); more bring the singular values closer to 1. Zero matrices stay zero."""
+    """Return an approximation of the nearest (semi-)orthogonal matrix, U V^T, of each of `matrices` U S V^T,
+    (n, r, c), by `ns_steps` iterations (at most 5); more bring the singular values closer to 1. Zero matrices
+    stay zero."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)
@@ -376,7 +382,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout
     """Scale all gradients in place so that their global norm, over all ranks, is at most `max_norm`; 0: no
     clipping.
 
-    Return the norm before clipping, a 0-d tensor on the device; reading it synchronizes. Collective.
+    Return the norm before clipping, a 0-d tensor on the device; reading it synchronizes. Sparse gradients are
+    coalesced, as RowAdagrad requires. At least one parameter must have a gradient. Collective: call on all
+    ranks.
     """
     layout = layout or Layout()
     trained = [p for p in parameters if p.grad is not None]
