@@ -241,7 +241,7 @@ def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float
     pass_s, source = pass_time(config, machine, shape, world)
     turns, members = config.gradient_accumulation_steps, world.size
     found = scaling.feeds(shape, members, bus, pass_s, turns, config.overlap)
-    tokens = config.windows * config.block_size
+    tokens = config.micro_batch_size * config.block_size
     print(
         f"gradients: {found.wire / 1e9:.3f} GB sent per rank and step (float32, DDP) at {bus / 1e9:.3f} "
         f"GB/s bus bandwidth (DDP's bucket size): {found.transfer_s * 1e3:,.1f} ms\n"
@@ -266,7 +266,7 @@ def pass_time(
 ) -> tuple[float, str]:
     """Return the seconds of a micro-batch on the slowest rank, and a description of their source."""
     if config.mfu and (peak := peak_flops(machine.name())):
-        cost, tokens = estimate.flops_per_token(shape), config.windows * config.block_size
+        cost, tokens = estimate.flops_per_token(shape), config.micro_batch_size * config.block_size
         return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
     small = replace(config, real_data=False, batch_tokens=0, gradient_accumulation_steps=1)
     small = replace(small, device=str(machine.device), max_tokens=0)

@@ -123,7 +123,7 @@ def check(folder: Path) -> Iterator[str]:
     """Yield lines about a run or a dataset folder. Raise UserError if something in it is wrong."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    steps, data = checkpoint.steps(folder), loader.split_files(folder, "train")
+    steps, data = checkpoint.step_folders(folder), loader.split_files(folder, "train")
     if not (steps or data or (folder / metrics.NAME).is_file()):
         raise UserError(f"{folder} holds neither a run nor a dataset")
     if (folder / metrics.NAME).is_file():

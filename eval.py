@@ -133,7 +133,7 @@ def open_model(name: str, config: Config, world: World) -> Opened:
     """Load model `name`: a run folder (its checkpoint --which), one of its checkpoints, gpt2 to gpt2-xl, a
     Hugging Face folder or nanoGPT's ckpt.pt. Raise UserError if it does not exist or is incomplete."""
     folder = Path(name)
-    is_run = bool(checkpoint.steps(folder)) or not (folder.exists() or name in NAMES)
+    is_run = bool(checkpoint.step_folders(folder)) or not (folder.exists() or name in NAMES)
     found = weights.open_weights("resume" if is_run else name, ROOT, folder, config.which)
     print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
     tokens = found.open_tokenizer()

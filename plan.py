@@ -114,7 +114,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
         room = writer.require_space(Path(config.out_dir), model)
     except UserError as error:  # the run may be meant for another machine
         room = f"note: {error}"
-    batch = config.batch_tokens or config.windows_per_update * shape.block_size
+    batch = config.batch_tokens or config.sequences_per_iteration * shape.block_size
     tokens = -(-length(config, origins, batch, rate) // batch) * batch  # in whole iterations
     hours, total = tokens / rate / 3600, found.total - found.padding
     long = f"{hours / 24:,.1f} days" if hours >= 1 else f"{hours * 60:,.1f} minutes"
@@ -218,7 +218,7 @@ def fit(
     """Say whether the run fits in memory; if not, or if larger micro-batches of the same batch do too on a
     GPU, the largest --batch_size that does."""
     limit, most = gigabytes * 1e9, config.batch_size
-    batch = config.batch_tokens // block_size or config.windows_per_update
+    batch = config.batch_tokens // block_size or config.sequences_per_iteration
     share = min(max(most, batch // config.gpus), 1 << 16) if config.gpu else most
     for rows in range(share, most, -1):
         if batch % rows == 0 and memory_for(rows).total <= limit:
@@ -251,14 +251,16 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
     changed |= {"real_data": False, "compile": False}
     config = replace(config, **changed)
     flops, small = estimate.flops_per_token(shape), shape
-    if not torch.cuda.is_available() and flops * config.windows * config.block_size > MEASURED:
+    if not torch.cuda.is_available() and flops * config.micro_batch_size * config.block_size > MEASURED:
         small = replace(shape, n_layer=min(2, shape.n_layer))
         most = MEASURED / estimate.flops_per_token(small) / config.block_size
         if most < 0.2:
             raise UserError(
                 f"a sequence of {config.block_size:,} tokens takes too long to time here; give --gpu"
             )
-        config = replace(config, n_layer=small.n_layer, batch_size=max(1, min(config.windows, int(most))))
+        config = replace(
+            config, n_layer=small.n_layer, batch_size=max(1, min(config.micro_batch_size, int(most)))
+        )
     print("timing a few steps on this machine (not with --gpu=NAME)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
         timed = bench.Bench(config, Path(scratch))
@@ -268,8 +270,8 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
     return timed.tokens_per_step / seconds * estimate.flops_per_token(small) / flops, peak
 
 
-def setting_of(config: Config, windows: int) -> scaling.Setting:
-    """Convert the options to a scaling.Setting, for batches of `windows` sequences."""
+def setting_of(config: Config, batch: int) -> scaling.Setting:
+    """Convert the options to a scaling.Setting, for batches of `batch` sequences."""
     name = chips.find(config.gpu) if config.gpu else None
     if name not in scaling.CHIPS:
         raise UserError(f"--scaling needs a --gpu with known links: {', '.join(scaling.CHIPS)}")
@@ -283,7 +285,7 @@ def setting_of(config: Config, windows: int) -> scaling.Setting:
         between=scaling.OF_NETWORK * config.network_gbits / 8 * 1e9,
     )
     return scaling.Setting(
-        batch=windows,
+        batch=batch,
         batch_size=config.batch_size,
         peak=chips.CHIPS[name][0],
         memory_bandwidth=chip.memory,

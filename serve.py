@@ -114,13 +114,13 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             if not served.scheduler:
                 threading.Thread(target=stop_at_checkpoint, args=(server, config), daemon=True).start()
             server.run(sockets=[listener.dup()])  # which it closes
-            if served.scheduler or not reader.steps(Path(config.out_dir)):
+            if served.scheduler or not reader.step_folders(Path(config.out_dir)):
                 return
 
 
 def stop_at_checkpoint(server: "uvicorn.Server", config: Config) -> None:
     """Stop `server`, which shows the log of a run, as soon as the run has a checkpoint to serve."""
-    while not reader.steps(Path(config.out_dir)):
+    while not reader.step_folders(Path(config.out_dir)):
         time.sleep(1)
     server.should_exit = True
 
@@ -147,7 +147,7 @@ def open_model(config: Config) -> "Served":
     from nanogpt.server.streaming import Served
 
     run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    if config.init_from == "resume" and not reader.steps(run) and (run / metrics.NAME).is_file():
+    if config.init_from == "resume" and not reader.step_folders(run) and (run / metrics.NAME).is_file():
         about = {"name": name_of(config), "origin": f"{run} has no checkpoint yet", "waiting": True}
         about |= {"machine": "showing its training log until it has one", "created": int(time.time())}
         limits, tokens = Limits(0, config.max_tokens, 1), tokenizer.CharTokenizer("")

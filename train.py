@@ -183,7 +183,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     """
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
-    model = make_model(config, machine, setup.shape, setup)
+    model = make_model(config, machine, setup.model_config, setup)
     if config.freeze or config.train_only or config.lora_rank:
         from nanogpt.finetune import freeze
 
@@ -229,7 +229,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
 
 
 def make_model(
-    config: Config, machine: runtime.Machine, shape: GPTConfig, setup: resolve.Setup[Config] | None = None
+    config: Config, machine: runtime.Machine, model_config: GPTConfig, setup: resolve.Setup[Any] | None = None
 ) -> GPT:
     """Build the model: load the checkpoint or pretrained weights of `setup`, else initialize it from the
     seed. Unless resumed, add new LoRA adapters if --lora_rank is set."""
@@ -238,16 +238,16 @@ def make_model(
     else:
         torch.manual_seed(config.seed)
         if setup and setup.pretrained:
-            model = setup.pretrained.load(shape, setup.init_device).train()
+            model = setup.pretrained.load(model_config, setup.init_device).train()
         else:
-            model = GPT(shape).to(setup.init_device if setup else machine.device)
+            model = GPT(model_config).to(setup.init_device if setup else machine.device)
         if adapted := lora_config(config):
             from nanogpt.finetune import lora
 
             lora.adapt(model, lora.Adapters(**adapted))
             lora.initialize(model, config.seed)
-    tokens = config.windows * config.block_size
-    default = default_loss_chunk_size(machine.device, tokens, shape.vocab_size)
+    tokens = config.micro_batch_size * config.block_size
+    default = default_loss_chunk_size(machine.device, tokens, model_config.vocab_size)
     model.loss_chunk_size = config.loss_chunk_size or default
     return model
 
@@ -261,14 +261,14 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
     return optim.build(config, named, model.fused_rows(), machine.half, layout)
 
 
-def try_batch_size(config: Config, machine: runtime.Machine, shape: GPTConfig, rows: int) -> None:
+def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTConfig, rows: int) -> None:
     """Run two iterations of a new model with micro-batches of `rows` sequences, for --batch_size=auto: two,
     because the second runs with the memory fragmented by the first."""
     from nanogpt import compile
 
     config = replace(config, batch_size=rows)
     alone = replace(machine, world=World())  # single process: no collectives
-    model = make_model(config, alone, shape)
+    model = make_model(config, alone, model_config)
     if config.activation_checkpointing:
         compile.checkpoint_activations(model, alone)
     function = compile.any_size(alone.in_dtype(model), config.compile, model.h)
@@ -441,7 +441,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
         pace.begin_iteration()
         # Batch ramp-up: gradients of smaller batches are noisier, so scale lr by the square root of the
         # batch size relative to the full one (Malladi et al. 2022).
-        lr_scale = math.sqrt(run.batches.windows(progress.iter_num) / run.batches.full)
+        lr_scale = math.sqrt(run.batches.sequences(progress.iter_num) / run.batches.full)
         lr = lr_scale * learning_rate(config, pace.position)
         seed_dropout(machine, config.seed, progress.iter_num)
         batch = micro_batches(progress.iter_num)
@@ -501,7 +501,7 @@ def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> boo
     """Evaluate both splits, print and log; return whether the validation loss is the best so far."""
     config, progress = run.config, run.progress
     run.machine.world.report_phase(progress.iter_num, "evaluating")
-    shape = (config.windows, config.block_size)
+    shape = (config.micro_batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = validation.evaluate_splits(run.model, run.dataset, shape, *how)
     if both is None:  # interrupted; a resumed run repeats this evaluation

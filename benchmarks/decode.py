@@ -159,7 +159,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     torch.manual_seed(0)
     speed = bandwidth()
     print(f"{torch.get_num_threads()} threads read {speed / 1e9:.1f} GB/s; torch {torch.__version__}")
-    matrices = GPT(GPT2_SIZES["gpt2"]).n_params(positions=False)
+    matrices = GPT(GPT2_SIZES["gpt2"]).n_params(lookup_tables=False)
     for name, context, count in (("16", 16, 100), ("500", 500, 50)):
         if config.only in ("", name):
             print(f"\nGPT-2 (124M), batch 1, {context} + {count} tokens")

@@ -158,7 +158,7 @@ def try_file(
     kind = chance.choice(cases.KINDS)
     pattern, command = chance.choice(kind.names), chance.choice(kind.commands)
     shutil.copytree(corpus, scratch)
-    step = checkpoint.steps(scratch / "run")[0]
+    step = checkpoint.step_folders(scratch / "run")[0]
     name = pattern.format(step=step.name)
     words = command.format(name=name).split()
     if words[0] == "train" and not any(word.startswith("--dataset") for word in words):

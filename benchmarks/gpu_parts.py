@@ -58,18 +58,19 @@ def random_tokens(setup: Setup) -> Path:
 def gpt2_options(setup: Setup, size: str) -> tuple[list[str], list[str], int]:
     """Return nanoGPT's options, ours, and the tokens per iteration, equal for both."""
     layers, heads, channels, rows = SIZES[size]
-    windows, theirs = 480, setup.their_batch
+    sequences, theirs = 480, setup.their_batch
     shape = f"--n_layer={layers} --n_head={heads} --n_embd={channels} --block_size=1024"
     length = 1024
     if setup.tiny:
-        shape, windows, theirs, rows, length = TINY, 8, 2, 4, 32
-    if windows % theirs:
-        raise UserError(f"--their_batch={theirs} does not divide the {windows} sequences per iteration")
+        shape, sequences, theirs, rows, length = TINY, 8, 2, 4, 32
+    if sequences % theirs:
+        raise UserError(f"--their_batch={theirs} does not divide the {sequences} sequences per iteration")
     usual = [*shape.split(), *QUIET.split(), *machine_options(setup), f"--dataset={random_tokens(setup)}"]
     both = [
-        [*usual, f"--batch_size={n}", f"--gradient_accumulation_steps={windows // n}"] for n in (theirs, rows)
+        [*usual, f"--batch_size={n}", f"--gradient_accumulation_steps={sequences // n}"]
+        for n in (theirs, rows)
     ]
-    return both[0], [*both[1], *setup.options.split()], windows * length
+    return both[0], [*both[1], *setup.options.split()], sequences * length
 
 
 def train(setup: Setup, size: str) -> dict[str, Any]:

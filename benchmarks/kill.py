@@ -194,7 +194,9 @@ def unbroken(context: ForkServerContext, options: train.Config) -> tuple[float, 
 
 def wait_for(out: Path, step: int, process: ForkServerProcess) -> None:
     """Wait for a checkpoint of iteration `step` or later, or until the process has exited."""
-    while process.exitcode is None and not any(int(path.name[5:]) >= step for path in checkpoint.steps(out)):
+    while process.exitcode is None and not any(
+        int(path.name[5:]) >= step for path in checkpoint.step_folders(out)
+    ):
         time.sleep(0.002)
 
 
@@ -204,7 +206,7 @@ def wait_for(out: Path, step: int, process: ForkServerProcess) -> None:
 def inspect(out: Path, process: ForkServerProcess, result: Result) -> None:
     """Check the run folder of the killed process, and update `result` in place."""
     steps = []
-    for path in checkpoint.steps(out):
+    for path in checkpoint.step_folders(out):
         try:
             steps.append(reader.verify(path).iter_num)
         except UserError as error:
@@ -223,7 +225,7 @@ def differences(unbroken: Path, killed: Path) -> list[str]:
     found = []
     if rows(unbroken) != rows(killed):
         found.append("the logged rows differ")
-    names = [[path.name for path in checkpoint.steps(run)] for run in (unbroken, killed)]
+    names = [[path.name for path in checkpoint.step_folders(run)] for run in (unbroken, killed)]
     if names[0] != names[1]:
         return [*found, f"the checkpoints differ: {names[0]}, {names[1]}"]
     for name in names[0]:
@@ -352,7 +354,7 @@ class Launch:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def newest(self) -> int:
-        found = checkpoint.steps(self.out)
+        found = checkpoint.step_folders(self.out)
         return int(found[0].name[5:]) if found else -1
 
     def pids(self) -> dict[int, int]:

@@ -43,9 +43,9 @@ def exact_loss(saved: Path, val: loader.Tokens, device: str = "cpu") -> float:
     one of our checkpoint folders, or nanoGPT's ckpt.pt."""
     model = reader.verify(saved).load_model() if saved.is_dir() else load_nanogpt(saved)
     model = model.to(device)
-    windows = (len(val) - 1) // model.config.block_size
+    sequences = (len(val) - 1) // model.config.block_size
     machine = runtime.setup(device, "float32", model.config.n_embd)
-    batches = loader.eval_batches(val, model.config.block_size, 64, windows, machine.device)
+    batches = loader.eval_batches(val, model.config.block_size, 64, sequences, machine.device)
     result = validation.evaluate(model, batches, machine)
     assert result
     return result.loss

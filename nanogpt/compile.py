@@ -28,7 +28,7 @@ EAGER_MFU = 0.3  # MFU of an uncompiled step
 UNKNOWN_PEAK = 100e12  # FLOP/s assumed for GPUs not in gpu/chips.py
 
 
-def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, gpu: str, gpus: int) -> bool:
+def pays(options: BatchOptions, origins: Origins, model_config: GPTConfig, gpu: str, gpus: int) -> bool:
     """Return whether --compile=auto compiles: if that saves more time on `gpus` GPUs of this name than it
     takes.
 
@@ -38,11 +38,11 @@ def pays(options: BatchOptions, origins: Origins, shape: GPTConfig, gpu: str, gp
     if options.minutes:
         return SAVED * options.minutes * 60 > COMPILING_S
     given = not overruled(options, "batch_tokens", origins)
-    batch = options.batch_tokens if given else options.windows_per_update * options.block_size
+    batch = options.batch_tokens if given else options.sequences_per_iteration * options.block_size
     counted = not overruled(options, "max_tokens", origins)
     tokens = options.max_tokens if counted else batch * options.max_iters
     with torch.device("meta"):
-        flops = tokens * GPT(shape).flops_per_token() / gpus
+        flops = tokens * GPT(model_config).flops_per_token() / gpus
     return SAVED * flops / (EAGER_MFU * (peak_flops(gpu) or UNKNOWN_PEAK)) > COMPILING_S
 
 
@@ -50,8 +50,8 @@ def train_function(
     function: Function, how: bool | str, model: GPT, optimizer: Optimizer, batches: TrainBatches
 ) -> Function:
     """Compile `function`, which computes the loss of `model`, as specified by `how` (--compile), and the
-    scores of evaluations (`model.compiled_scores`), for full micro-batches of `batches`; print a notice if
-    that fails.
+    losses of evaluations (`model.compiled_token_losses`), for full micro-batches of `batches`; print a notice
+    if that fails.
 
     A `function` that averages gradients over ranks (parallelize.Connected) is compiled inside, at the first
     call: DDP splits a graph that is compiled in its forward pass, so that gradients are sent while the
@@ -73,11 +73,11 @@ def train_function(
 
     rows, head = batches.batch_size, model if batches.device.type == "cuda" else None
     score = scores if is_sharded(model) or how == "blocks" else at_rows(scores, rows)
-    model.compiled_scores = partial(padded, score, rows)
+    model.compiled_token_losses = partial(padded, score, rows)
     plain, blocks = without_logits(compute), list(model.h)
     compiled, notice = wrap(plain, compile=how, trial=trial, blocks=blocks, head=head, rows=rows)
     if notice:
-        model.compiled_scores = None
+        model.compiled_token_losses = None
         print(notice)
     if inside:
         inside.function = compiled
@@ -109,12 +109,12 @@ def warm_up(function: Function, model: GPT, optimizer: Optimizer, batches: Train
     # Separate tensors: passing one twice would compile a graph specialized to aliased inputs.
     shape = (batches.batch_size, batches.block_size)
     inputs = [torch.zeros(shape, dtype=torch.long, device=batches.device) for _ in range(count)]
-    assert model.compiled_scores
+    assert model.compiled_token_losses
     try:
         function(*inputs)[1].backward()
         model.eval()
         with torch.no_grad():
-            model.compiled_scores(*inputs)
+            model.compiled_token_losses(*inputs)
     finally:
         model.train()
         optimizer.zero_grad()

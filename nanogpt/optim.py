@@ -1,10 +1,9 @@
-"""Optimizers over named parameters: AdamW, or Muon for matrices with AdamW for the rest; n-gram tables have
-row-wise Adagrad.
+"""AdamW; Muon for matrices with AdamW for the rest; row-wise Adagrad for n-gram tables.
 
 AdamW runs torch's fused kernel. The classes do not derive from torch.optim.Optimizer, for three reasons:
-instantiating it imports torch.compile (1 s); checkpoints store state by parameter name, independently of how
-it is sharded; Muon works on stacks of matrices of the same shape. A Layout defines which rank
-updates what, and communicates the results.
+instantiating it imports torch._dynamo (1 s); checkpoints store state by parameter name, independently of how
+it is sharded; Muon works on stacks of matrices of the same shape. A Layout defines which rank updates which
+part of each parameter, and communicates the results.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nanogpt.model import TABLES
+from nanogpt.model import NGRAM_TABLES
 from nanogpt.options import OptimizerOptions
 
 Named = Sequence[tuple[str, Tensor]]
-
-
 Span = tuple[int, int]  # [start, stop) of elements in row-major order
 
 
@@ -53,46 +50,48 @@ class Matrix:
 
 @dataclass(frozen=True)
 class TensorShard:
-    """This rank's shard of a tensor; `spans` holds the element range of every rank."""
+    """This rank's shard of a tensor."""
 
-    shape: torch.Size  # of the full tensor
-    spans: Sequence[Span]
-    rank: int
-    tensor: Tensor  # the elements of spans[rank]
+    shape: torch.Size  # shape of the full tensor
+    spans: Sequence[Span]  # range of elements of each rank
+    rank: int  # this rank
+    tensor: Tensor  # elements in spans[rank]
 
-    def copy_(self, whole: Tensor) -> None:
-        """Copy this rank's part of the full tensor `whole`, in place."""
+    def copy_(self, full: Tensor) -> None:
+        """Copy this rank's range of the tensor `full` to `tensor`, in place."""
         start, stop = self.spans[self.rank]
-        self.tensor.copy_(whole.reshape(-1)[start:stop].view(self.tensor.shape))
+        self.tensor.copy_(full.reshape(-1)[start:stop].view(self.tensor.shape))
 
 
 class Layout:
-    """How parameters and optimizer state are distributed over ranks.
+    """Distribution of parameters and optimizer state over ranks.
 
     This base class is the single-process case, without communication; see distributed/layout.py for DDP
     with ZeRO-1 and for FSDP.
     """
 
-    rank, size = 0, 1  # rank and size of the group that holds one copy of the model
+    rank, size = 0, 1  # rank in, and size of, the group over which the optimizer state is sharded
     sharded = False  # True: each rank holds only a shard of every parameter
 
     def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
-        """Assign each rank an element range of every parameter, for elementwise update rules."""
+        """Assign to each rank a range of the elements of every parameter, for elementwise update rules."""
         return [ParamShard(name, p, [(0, p.numel())]) for name, p in named]
 
-    def local_shard(self, held: ParamShard, tensor: Tensor) -> Tensor:
-        """Return this rank's range of `tensor` (the parameter or its gradient), as a view."""
+    def local_shard(self, shard: ParamShard, tensor: Tensor) -> Tensor:
+        """Return the range of `tensor`, `shard.parameter` or its gradient, that this rank updates, as a
+        view."""
         return tensor
 
-    def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
-        """All-gather the updated ranges (assigned by `shard`) if weights are replicated. Collective."""
+    def all_gather_params(self, shards: Sequence[ParamShard]) -> None:
+        """All-gather the ranges that the ranks have updated, if weights are replicated. Collective: call on
+        all ranks."""
 
-    def replicated(self, tensor: Tensor) -> TensorShard:
-        """Return optimizer state that every rank holds in full."""
+    def replicated_shard(self, tensor: Tensor) -> TensorShard:
+        """Describe `tensor`, optimizer state that every rank holds in full, as a TensorShard."""
         return TensorShard(tensor.shape, [(0, tensor.numel())] * self.size, self.rank, tensor)
 
     def assign_ranks(self, costs: Sequence[float]) -> list[int]:
-        """Assign each task to a rank, balancing `costs`; return the ranks."""
+        """Return the rank that owns each matrix, balancing `costs`."""
         return [0] * len(costs)
 
     def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
@@ -103,47 +102,48 @@ class Layout:
         return torch.stack([gradient(m.parameter)[m.rows] for m in stack])
 
     def scatter_updates(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
-        """Exchange `updates` of the owned matrices; return this rank's rows of every matrix's update, in
-        float32. Collective: call on all ranks."""
+        """Exchange `updates`, those of the matrices that this rank owns; return this rank's rows of the
+        update of every matrix in `stack`, in float32. Collective: call on all ranks."""
         return list(updates.float().unbind())
 
     def weights(self, matrix: Matrix) -> Tensor:
         """Return this rank's rows of `matrix`, as a view."""
         return matrix.parameter.data[matrix.rows]
 
-    def global_norm(self, own: Tensor) -> Tensor:
-        """Reduce the norm of the local gradients to the norm over all ranks. Collective."""
-        return own
+    def global_norm(self, local_norm: Tensor) -> Tensor:
+        """Return the norm of the full gradients, given that of the gradients that this rank holds.
+        Collective: call on all ranks."""
+        return local_norm
 
     def to_local(self, tensor: Tensor) -> Tensor:
-        """Return this rank's shard of a weight or gradient, as a view."""
+        """Return what this rank stores of a weight or gradient, as a view: its shard if weights are sharded,
+        else all of it."""
         return tensor
 
     def local_params(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Return plain tensors whose `grad` is this rank's shard of each parameter's gradient."""
+        """Return plain tensors whose `grad` is what this rank stores of each parameter's gradient."""
         return parameters
 
-    def gather(self, pieces: Mapping[str, TensorShard]) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, TensorShard]) -> dict[str, Tensor]:
         """Return the full tensors on rank 0, gathered one by one to CPU memory if sharded; {} on other ranks.
-
-        Collective: call on all ranks.
-        """
-        return {name: piece.tensor for name, piece in pieces.items()}
+        Collective: call on all ranks."""
+        return {name: shard.tensor for name, shard in shards.items()}
 
 
-def rows_read(parameter: Tensor) -> Tensor:
-    """Coalesce the sparse gradient of a table, in place; return its rows."""
+def coalesce_gradient(parameter: Tensor) -> Tensor:
+    """Coalesce the sparse gradient of `parameter` and assign it to `grad`; return its values (rows, C)."""
     parameter.grad = gradient(parameter).coalesce()
     return parameter.grad.values()
 
 
 def gradient(parameter: Tensor) -> Tensor:
+    """Return `parameter.grad`, which must not be None."""
     assert parameter.grad is not None, "a trainable parameter has no gradient"
     return parameter.grad
 
 
 class Rule(Protocol):
-    """Update rule of some of the parameters: AdamW, Muon or RowAdagrad."""
+    """Update rule for some of the parameters: AdamW, Muon or RowAdagrad."""
 
     def step(self, lr: float | Tensor) -> None: ...
 
@@ -151,15 +151,16 @@ class Rule(Protocol):
 
 
 class Optimizer:
-    """A chain of optimizers that step together, each at its own multiple of one learning rate.
+    """Update all parameters, each by one of several update rules.
 
-    Not a torch.optim.Optimizer: it implements only what torch.amp.GradScaler uses.
+    `rules` pairs each rule with the factor by which it multiplies `lr`, the learning rate of AdamW. Not a
+    torch.optim.Optimizer: it implements only what torch.amp.GradScaler uses.
     """
 
-    def __init__(self, named: Named, parts: Sequence[tuple[Rule, float]], layout: Layout | None = None):
+    def __init__(self, named: Named, rules: Sequence[tuple[Rule, float]], layout: Layout | None = None):
         self.named = named
         self.parameters = [p for _, p in named]
-        self.parts, self.layout = parts, layout or Layout()
+        self.rules, self.layout = rules, layout or Layout()
         self.lr: float | Tensor = 0.0  # set before each step
 
     @property
@@ -169,20 +170,20 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        for part, multiple in self.parts:
-            part.step(self.lr * multiple)
+        for rule, factor in self.rules:
+            rule.step(self.lr * factor)
 
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
 
     def state_shards(self) -> dict[str, TensorShard]:
-        """Return this rank's shards of the optimizer state, by name; not copied."""
-        return {name: piece for part, _ in self.parts for name, piece in part.state_shards().items()}
+        """Return this rank's shards of the optimizer state by name, not copied."""
+        return {name: shard for rule, _ in self.rules for name, shard in rule.state_shards().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the full optimizer state by name: the live tensors in a single process, else gathered on
-        rank 0 ({} on other ranks). Collective: call on all ranks."""
+        """Return the full optimizer state by name: the live tensors in a single process, else tensors
+        gathered on rank 0 ({} on other ranks). Collective: call on all ranks."""
         return self.layout.gather(self.state_shards())
 
 
@@ -196,43 +197,44 @@ def build(
     """Build the optimizer of the trainable parameters.
 
     With optimizer="muon", Muon trains the matrices of blocks (names that start with "h.") except adapters.
-    Row-wise Adagrad trains n-gram tables, AdamW the rest. `rows`: row counts of the parts of fused matrices,
-    by name. `dtype`: of the orthogonalization. `layout`: distribution over ranks; None: one process.
+    Row-wise Adagrad trains n-gram tables, AdamW the rest. `rows`: numbers of rows of the parts of fused
+    matrices, by name. `dtype`: dtype of the orthogonalization. `layout`: None for a single process.
     """
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    to_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
-    taken = {TABLES, *(name for name, _ in to_muon)}
-    to_adam = [(n, p) for n, p in named if n not in taken]
-    parts: list[tuple[Rule, float]] = [(AdamW(config, to_adam, layout), 1.0)] if to_adam else []
-    if TABLES in (tables := dict(named)):
+    for_muon = [(n, p) for n, p in named if config.optimizer == "muon" and is_for_muon(n, p)]
+    excluded = {NGRAM_TABLES, *(name for name, _ in for_muon)}
+    for_adamw = [(n, p) for n, p in named if n not in excluded]
+    rules: list[tuple[Rule, float]] = [(AdamW(config, for_adamw, layout), 1.0)] if for_adamw else []
+    if NGRAM_TABLES in (by_name := dict(named)):
         from nanogpt.ngrams.training import RATE, RowAdagrad
 
-        parts.append((RowAdagrad(TABLES, tables[TABLES], layout), RATE))
-    if to_muon:
-        muon = Muon(config, to_muon, rows or {}, dtype, layout)
-        parts.append((muon, config.muon_lr / config.learning_rate))
-    return Optimizer(named, parts, layout)
+        rules.append((RowAdagrad(NGRAM_TABLES, by_name[NGRAM_TABLES], layout), RATE))
+    if for_muon:
+        muon = Muon(config, for_muon, rows or {}, dtype, layout)
+        rules.append((muon, config.muon_lr / config.learning_rate))
+    return Optimizer(named, rules, layout)
 
 
 def is_for_muon(name: str, parameter: Tensor) -> bool:
-    # LoRA factors are trained with AdamW, as in Hu et al. 2021.
+    """Return whether Muon trains a parameter: a matrix of a block, except LoRA factors, which AdamW trains as
+    in Hu et al. 2021."""
     return name.startswith("h.") and parameter.dim() == 2 and ".lora_" not in name
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019): decoupled weight decay, none on 1-D parameters."""
+    """AdamW (Loshchilov and Hutter 2019); 1-D parameters have no weight decay."""
 
     def __init__(self, config: OptimizerOptions, named: Named, layout: Layout | None = None):
         self.config, self.layout = config, layout or Layout()
-        self.held = self.layout.shard(named)
+        self.shards = self.layout.shard(named)
         with torch.no_grad():
-            own = {held.name: self.layout.local_shard(held, held.parameter) for held in self.held}
-            self.exp_avg = {name: torch.zeros_like(weights) for name, weights in own.items()}
-            self.exp_avg_sq = {name: torch.zeros_like(weights) for name, weights in own.items()}
-        updated = [held for held in self.held if own[held.name].numel()]
-        matrices = [held for held in updated if held.parameter.dim() >= 2]
-        vectors = [held for held in updated if held.parameter.dim() < 2]
+            local = {shard.name: self.layout.local_shard(shard, shard.parameter) for shard in self.shards}
+            self.exp_avg = {name: torch.zeros_like(weights) for name, weights in local.items()}
+            self.exp_avg_sq = {name: torch.zeros_like(weights) for name, weights in local.items()}
+        updated = [shard for shard in self.shards if local[shard.name].numel()]
+        matrices = [shard for shard in updated if shard.parameter.dim() >= 2]
+        vectors = [shard for shard in updated if shard.parameter.dim() < 2]
         self.groups = [
             (group, decay) for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if group
         ]
@@ -240,13 +242,13 @@ class AdamW:
 
     def step(self, lr: float | Tensor) -> None:
         self.steps += 1
-        own = self.layout.local_shard
+        local_shard = self.layout.local_shard
         for group, decay in self.groups:
             torch._fused_adamw_(
-                [own(held, held.parameter) for held in group],
-                [own(held, gradient(held.parameter)) for held in group],
-                [self.exp_avg[held.name] for held in group],
-                [self.exp_avg_sq[held.name] for held in group],
+                [local_shard(shard, shard.parameter) for shard in group],
+                [local_shard(shard, gradient(shard.parameter)) for shard in group],
+                [self.exp_avg[shard.name] for shard in group],
+                [self.exp_avg_sq[shard.name] for shard in group],
                 [],
                 [self.steps] * len(group),
                 lr=lr,
@@ -257,24 +259,25 @@ class AdamW:
                 amsgrad=False,
                 maximize=False,
             )
-        self.layout.all_gather_params(self.held)
+        self.layout.all_gather_params(self.shards)
 
     def state_shards(self) -> dict[str, TensorShard]:
-        found = {"steps": self.layout.replicated(self.steps)}
-        for held in self.held:
-            about = held.parameter.shape, held.spans, self.layout.rank
-            found[f"{held.name}.exp_avg"] = TensorShard(*about, self.exp_avg[held.name])
-            found[f"{held.name}.exp_avg_sq"] = TensorShard(*about, self.exp_avg_sq[held.name])
-        return found
+        state = {"steps": self.layout.replicated_shard(self.steps)}
+        for shard in self.shards:
+            name, shape, rank = shard.name, shard.parameter.shape, self.layout.rank
+            state[f"{name}.exp_avg"] = TensorShard(shape, shard.spans, rank, self.exp_avg[name])
+            state[f"{name}.exp_avg_sq"] = TensorShard(shape, shard.spans, rank, self.exp_avg_sq[name])
+        return state
 
 
 class Muon:
     """Muon (Jordan et al. 2024): momentum, then orthogonalization, which equalizes the singular values of an
     update; in Adam's updates, a few large ones dominate.
 
-    Nesterov momentum warms up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious: it is
-    applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of the same shape are
-    orthogonalized in one batch, the parts of a fused projection (`rows`) separately.
+    Nesterov momentum is warmed up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious:
+    it is applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of the same shape
+    are orthogonalized in one batch, and the parts of a fused projection (`rows`) separately. The update of an
+    (r, c) matrix is scaled by sqrt(max(1, r / c)).
     """
 
     def __init__(
@@ -286,34 +289,36 @@ class Muon:
         layout: Layout | None = None,
     ):
         self.config, self.dtype, self.layout = config, dtype, layout or Layout()
-        shares = [
+        matrix_args = [  # label, parameter, first row, height
             (f"{name}.{i}" if name in rows else name, p, sum(rows[name][:i]) if name in rows else 0, height)
             for name, p in named
             for i, height in enumerate(rows.get(name, [p.shape[0]]))
         ]
-        costs = [newton_schulz_cost(height, p.shape[1]) for _, p, _, height in shares]
-        ranks = self.layout.assign_ranks(costs)
-        matrices = [Matrix(*share, rank) for share, rank in zip(shares, ranks, strict=True)]
-        alike: dict[tuple[int, int], list[Matrix]] = {}
+        costs = [newton_schulz_cost(height, p.shape[1]) for _, p, _, height in matrix_args]
+        owners = self.layout.assign_ranks(costs)
+        matrices = [Matrix(*args, owner) for args, owner in zip(matrix_args, owners, strict=True)]
+        by_shape: dict[tuple[int, int], list[Matrix]] = {}
         for matrix in sorted(matrices, key=lambda matrix: matrix.owner):
-            alike.setdefault((matrix.height, matrix.width), []).append(matrix)
+            by_shape.setdefault((matrix.height, matrix.width), []).append(matrix)
         device = named[0][1].device
         # matrices of the same shape, and the momentum of those that this rank owns
         self.stacks = [
             (stack, torch.zeros(sum(m.owner == self.layout.rank for m in stack), *shape, device=device))
-            for shape, stack in alike.items()
+            for shape, stack in by_shape.items()
         ]
         self.steps = torch.zeros((), dtype=torch.float32, device=device)
         momentum = 0.85 + 0.1 * (torch.arange(301, dtype=torch.float64, device="cpu") / 300)
-        self.momentum = torch.stack([momentum, 1 - momentum]).float().to(device)  # by step
+        # (2, 301): momentum and 1 - momentum, by step
+        self.momentum_table = torch.stack([momentum, 1 - momentum]).float().to(device)
 
     def step(self, lr: float | Tensor) -> None:
-        # Looked up on the device: reading `steps` here would synchronize with a GPU.
-        momentum, new = self.momentum.index_select(1, self.steps.long().clamp(max=300)[None]).unbind()
+        # Look up the momentum on the device: reading `steps` here would synchronize with a GPU.
+        step = self.steps.long().clamp(max=300)[None]
+        momentum, one_minus_momentum = self.momentum_table.index_select(1, step).unbind()
         self.steps += 1
         for stack, buffer in self.stacks:
             gradients = self.layout.gather_grads(stack)
-            buffer.lerp_(gradients, new)
+            buffer.lerp_(gradients, one_minus_momentum)
             update = gradients.lerp_(buffer, momentum).to(self.dtype)
             updates = self.layout.scatter_updates(stack, orthogonalize(update, self.config.muon_ns_steps))
             weights = [self.layout.weights(matrix) for matrix in stack]
@@ -325,24 +330,24 @@ class Muon:
 
     def state_shards(self) -> dict[str, TensorShard]:
         rank, size = self.layout.rank, self.layout.size
-        found = {"muon.steps": self.layout.replicated(self.steps)}
+        state = {"muon.steps": self.layout.replicated_shard(self.steps)}
         for stack, buffer in self.stacks:
-            mine = iter(buffer)
+            owned = iter(buffer)
             for matrix in stack:
-                spans = [(0, buffer.shape[1:].numel() * (owner == matrix.owner)) for owner in range(size)]
-                tensor = next(mine) if matrix.owner == rank else buffer.new_empty(0)
-                found[f"{matrix.label}.momentum"] = TensorShard(buffer.shape[1:], spans, rank, tensor)
-        return found
+                spans = [(0, buffer.shape[1:].numel() * (r == matrix.owner)) for r in range(size)]
+                tensor = next(owned) if matrix.owner == rank else buffer.new_empty(0)
+                state[f"{matrix.label}.momentum"] = TensorShard(buffer.shape[1:], spans, rank, tensor)
+        return state
 
 
 def newton_schulz_cost(height: int, width: int) -> int:
-    """Return the multiply-adds of one Newton-Schulz iteration, for load balancing across ranks."""
+    """Return the multiply-adds of one Newton-Schulz iteration, to balance the load of the ranks."""
     small, large = sorted((height, width))
     return small * small * (2 * large + small)
 
 
 def add(weights: list[Tensor], changes: list[Tensor], factor: float | Tensor) -> None:
-    """Add `factor` times each of `changes` to each of `weights`, in place."""
+    """Add `factor * change` to each of `weights`, in place."""
     if isinstance(factor, Tensor):
         changes, factor = torch._foreach_mul(changes, factor), 1.0  # type: ignore[assignment]
     torch._foreach_add_(weights, changes, alpha=factor)
@@ -360,8 +365,9 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(matrices: Tensor, ns_steps: int = len(POLAR_EXPRESS)) -> Tensor:
-    """Approximate the nearest (semi-)orthogonal matrix U V^T of each matrix U S V^T, (n, r, c), in `ns_steps`
-    iterations (at most 5); more bring the singular values closer to 1. Zero matrices stay zero."""
+    """Return an approximation of the nearest (semi-)orthogonal matrix, U V^T, of each of `matrices` U S V^T,
+    (n, r, c), by `ns_steps` iterations (at most 5); more bring the singular values closer to 1. Zero matrices
+    stay zero."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-7)
@@ -376,12 +382,14 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, layout: Layout
     """Scale all gradients in place so that their global norm, over all ranks, is at most `max_norm`; 0: no
     clipping.
 
-    Return the norm before clipping, a 0-d tensor on the device; reading it synchronizes. Collective.
+    Return the norm before clipping, a 0-d tensor on the device; reading it synchronizes. Sparse gradients are
+    coalesced, as RowAdagrad requires. At least one parameter must have a gradient. Collective: call on all
+    ranks.
     """
     layout = layout or Layout()
     trained = [p for p in parameters if p.grad is not None]
-    gradients = [rows_read(p) if gradient(p).is_sparse else layout.to_local(gradient(p)) for p in trained]
-    norm = layout.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    grads = [coalesce_gradient(p) if gradient(p).is_sparse else layout.to_local(gradient(p)) for p in trained]
+    norm = layout.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
     if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -48,13 +48,13 @@ class BatchOptions:
     documents: Literal["stream", "rows", "masked"] = "stream"  # masked: isolate documents; rows: start at one
 
     @property
-    def windows(self) -> int:
+    def micro_batch_size(self) -> int:
         """Sequences per micro-batch; valid once batch_size="auto" is resolved."""
         return cast(int, self.batch_size)
 
     @property
-    def windows_per_update(self) -> int:
-        return self.windows * self.gradient_accumulation_steps
+    def sequences_per_iteration(self) -> int:
+        return self.micro_batch_size * self.gradient_accumulation_steps
 
     def problems(self, origins: Origins) -> list[str]:
         wrong = [
@@ -67,7 +67,7 @@ class BatchOptions:
             wrong.append(f"minutes={self.minutes:g} is too short for start-up; give at least {SHORTEST}")
         if self.batch_size == "auto" or overruled(self, "batch_tokens", origins):
             return wrong
-        micro = self.windows * self.block_size
+        micro = self.micro_batch_size * self.block_size
         steps, rest = divmod(self.batch_tokens, micro)
         if rest:
             near = " or ".join(f"{n * micro:,}".replace(",", "_") for n in (steps, steps + 1) if n)
@@ -100,10 +100,10 @@ class DataOptions(BatchOptions):
         from nanogpt.data.ramp import batch_ramp
 
         return batch_ramp(
-            self.windows_per_update,
+            self.sequences_per_iteration,
             self.batch_ramp_start,
             self.batch_ramp_tokens // self.block_size,
-            unit=self.windows if self.gradient_accumulation_steps > 1 else 1,  # whole micro-batches
+            unit=self.micro_batch_size if self.gradient_accumulation_steps > 1 else 1,  # whole micro-batches
         )
 
     def in_iterations(self, origins: dict[str, str]) -> Self:
@@ -113,12 +113,12 @@ class DataOptions(BatchOptions):
         unset: dict[str, Any] = {name: 0 for name in names if overruled(self, name, origins)}
         counted = replace(self, **unset)
         if counted.batch_tokens:
-            steps = counted.batch_tokens // (self.windows * self.block_size)
+            steps = counted.batch_tokens // (self.micro_batch_size * self.block_size)
             counted = replace(counted, gradient_accumulation_steps=steps)
             origins["gradient_accumulation_steps"] = f"batch_tokens={self.batch_tokens}"
         if counted.max_tokens:
-            sizes = [windows * self.block_size for windows in counted.ramp()]
-            full = counted.windows_per_update * self.block_size
+            sizes = [size * self.block_size for size in counted.ramp()]
+            full = counted.sequences_per_iteration * self.block_size
             iters = len(sizes) + max(0, -(-(self.max_tokens - sum(sizes)) // full))
             counted = replace(counted, max_iters=iters)
             origins["max_iters"] = f"max_tokens={self.max_tokens}"

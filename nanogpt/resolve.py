@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nanogpt.convert.pretrained import Pretrained
     from nanogpt.distributed.parallelize import Division
 
-SHAPE = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # fixed by loaded weights
+FIXED_BY_WEIGHTS = {f.name for f in fields(GPTConfig)} - {"vocab_size", "dropout", "init"}  # options
 C = TypeVar("C", bound=TrainOptions)
 
 
@@ -38,7 +38,7 @@ class Setup(Generic[C]):
     machine: Machine
     dataset: loader.Dataset
     batches: loader.TrainBatches
-    shape: GPTConfig
+    model_config: GPTConfig
     resumed: "Checkpoint | None"
     pretrained: "Pretrained | None"
     division: "Division | None"  # sharding of the model over ranks
@@ -56,7 +56,7 @@ class Setup(Generic[C]):
         if batches.ramp:
             batch += f", ramped up from {batches.ramp[0] * batches.block_size:,} in {len(batches.ramp)} iters"
         if self.config.documents == "rows":
-            dropped = 1 - batches.sampler.n_windows * batches.block_size / (len(dataset.train) - 1)
+            dropped = 1 - batches.sampler.n_sequences * batches.block_size / (len(dataset.train) - 1)
             batch += f"; --documents=rows drops {dropped:.1%} of the training tokens"
         each = zip(dataset.train.texts, batches.epochs(iters), strict=True)
         read = [(f"{one.name} ({float(one.weight):.1%}) " if one.name else "", often) for one, often in each]
@@ -98,38 +98,41 @@ def decide(
         config = replace(config, dataset=str(own_text.folder_of([text])))
         world.rank_zero_only(lambda: own_text.prepare([text]))
     dataset = open_data(config)
-    shape = pick_fields(GPTConfig, config, vocab_size=dataset.vocab_size)
+    model_config = pick_fields(GPTConfig, config, vocab_size=dataset.vocab_size)
     division = None
     if world.size > 1:
         from nanogpt.distributed import parallelize
 
-        division = parallelize.divide(shape, config, config.parallel, config.shard_size, machine)
-    if shape.ngram_orders:
+        division = parallelize.divide(model_config, config, config.parallel, config.shard_size, machine)
+    if model_config.ngram_orders:
         from nanogpt.checkpoint.writer import free_memory
         from nanogpt.ngrams import training
 
         sharded = division is not None and not division.whole
-        training.require_possible(shape, free_memory(), sharded, config.cuda_graph)
+        training.require_possible(model_config, free_memory(), sharded, config.cuda_graph)
     if config.compile == "auto":  # the choice is saved; a resumed run inherits it
         origins["compile"], worth = "auto", False
         if machine.device.type == "cuda":
             from nanogpt.compile import pays
 
-            worth = pays(config, origins, shape, machine.name(), world.size)
+            worth = pays(config, origins, model_config, machine.name(), world.size)
         config = replace(config, compile=worth)
     if config.batch_size == "auto":
         from nanogpt.gpu import auto_batch_size
 
-        divided = division.why if division and not division.whole else ""
-        config = auto_batch_size.choose(config, machine, divided, partial(try_step, config, machine, shape))
+        why = division.why if division and not division.whole else ""
+        config = auto_batch_size.choose(
+            config, machine, why, partial(try_step, config, machine, model_config)
+        )
         notices.append(
             f"batch_size = {config.batch_size}: the largest that fits in the memory of {machine.name()}"
         )
-    sizes = shape.n_head * shape.head_size, shape.padded_vocab_size, config.windows * config.block_size
-    if max(sizes) * shape.n_embd * shape.n_layer > 1 << 28:
+    tokens = config.micro_batch_size * config.block_size
+    widest = max(model_config.n_head * model_config.head_size, model_config.padded_vocab_size, tokens)
+    if widest * config.n_embd * config.n_layer > 1 << 28:  # smaller models fit anywhere
         from nanogpt.checkpoint import memory
 
-        memory.require(config, shape, machine)
+        memory.require_memory(config, model_config, machine)
     config = config.in_iterations(origins)
     if config.cuda_graph:
         from nanogpt.gpu import cuda_graphs
@@ -143,9 +146,11 @@ def decide(
     if config.attention != "auto" or machine.device.type == "cuda":
         from nanogpt.gpu import attention_kernels
 
-        found = attention_kernels.require_attention(config.attention, shape, machine, config.documents)
-        notices.append(f"attention: {found}")
-    return Setup(config, machine, dataset, batches, shape, resumed, pretrained, division, notices)
+        kernel = attention_kernels.require_attention(
+            config.attention, model_config, machine, config.documents
+        )
+        notices.append(f"attention: {kernel}")
+    return Setup(config, machine, dataset, batches, model_config, resumed, pretrained, division, notices)
 
 
 def join(options: dict[str, Any], run: Path) -> World:
@@ -172,11 +177,11 @@ def resolve_init_from(
     if config.init_from not in ("resume", "auto"):
         from nanogpt.convert.start import adopt
 
-        config, pretrained = adopt(config, origins, SHAPE | {"init"}, notices)
+        config, pretrained = adopt(config, origins, FIXED_BY_WEIGHTS | {"init"}, notices)
         return config, None, pretrained
     from nanogpt.checkpoint.resume import resume
 
-    return *resume(config, origins, SHAPE, notices), None
+    return *resume(config, origins, FIXED_BY_WEIGHTS, notices), None
 
 
 def open_data(options: DataOptions) -> loader.Dataset:
@@ -187,8 +192,8 @@ def open_data(options: DataOptions) -> loader.Dataset:
         from nanogpt.data import mixture
 
         dataset = mixture.load(options.dataset, ROOT)
-    loader.require_window(dataset.train, options.block_size, "training")
-    loader.require_window(dataset.val, options.block_size, "validation")
+    loader.require_sequence(dataset.train, options.block_size, "training")
+    loader.require_sequence(dataset.val, options.block_size, "validation")
     return dataset
 
 
@@ -205,13 +210,13 @@ def open_batches(
             sampler = documents.document_sampler(dataset.train, separator, options.block_size, seed)
             separator = None
     world, ramp = machine.world, options.ramp()
-    fewest = min([*ramp, options.windows_per_update])
+    fewest = min([*ramp, options.sequences_per_iteration])
     if fewest < world.size:
         raise UserError(
             f"{world.size} ranks for a batch of {fewest} sequences; start fewer, or raise --batch_size or "
             f"--gradient_accumulation_steps"
         )
-    numbers = (options.block_size, options.windows, options.gradient_accumulation_steps, seed)
+    numbers = (options.block_size, options.micro_batch_size, options.gradient_accumulation_steps, seed)
     return loader.TrainBatches(
         dataset.train, *numbers, machine.device, ramp, separator, sampler, world.share, world.sum_int
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nanogpt.errors import UserError
-from nanogpt.model import TABLES
+from nanogpt.model import NGRAM_TABLES
 from nanogpt.world import World
 
 NATIVE_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # in torch.cpu, if present
@@ -53,7 +53,7 @@ class Machine:
             return model
 
         def cast(*inputs: Tensor) -> Any:
-            named = ((n, p) for n, p in model.named_parameters() if n != TABLES)  # casts the rows read
+            named = ((n, p) for n, p in model.named_parameters() if n != NGRAM_TABLES)  # casts the rows read
             weights = {name: p.to(DTYPES[self.dtype]) for name, p in named}
             return functional_call(model, weights, inputs)
 

@@ -63,8 +63,8 @@ def evaluate(
             compute(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
             continue
         idx, targets, *documents = batch
-        if model.compiled_scores:
-            _, losses = model.compiled_scores(idx, targets, *documents)
+        if model.compiled_token_losses:
+            _, losses = model.compiled_token_losses(idx, targets, *documents)
         else:
             _, losses = compute(idx, targets, documents[0] if documents else None, "none")
         sums.append(losses.sum(dim=1))
@@ -75,19 +75,19 @@ def evaluate(
     sums.append(torch.zeros(0, device=machine.device))  # for a rank without sequences
     counts.append(torch.zeros(0, dtype=torch.int64, device=machine.device))
     # On the CPU: Apple GPUs have no float64.
-    window_sums, window_counts = torch.cat(sums).cpu().double(), torch.cat(counts).cpu()
-    squares = window_sums.square() / window_counts.clamp(min=1)
+    loss_sums, target_counts = torch.cat(sums).cpu().double(), torch.cat(counts).cpu()
+    squares = loss_sums.square() / target_counts.clamp(min=1)
     totals = torch.stack(
-        [window_sums.sum(), squares.sum(), window_counts.sum(), window_sums.new_tensor(len(window_sums))]
+        [loss_sums.sum(), squares.sum(), target_counts.sum(), loss_sums.new_tensor(len(loss_sums))]
     )
     if machine.world.size > 1:
         totals = machine.world.sum(totals.to(machine.device))
-    total, square, tokens, windows = totals.tolist()
+    total, square, tokens, sequences = totals.tolist()
     if not tokens:
         raise UserError("no target is scored: the evaluated sequences hold only prompts; use more text")
     loss = total / tokens
     spread = max(0.0, square / tokens - loss**2)  # variance between sequences, weighted by tokens
-    stderr = math.sqrt(spread / (windows - 1)) if windows > 1 else math.nan
+    stderr = math.sqrt(spread / (sequences - 1)) if sequences > 1 else math.nan
     return Evaluation(loss, stderr, int(tokens))
 
 
@@ -110,15 +110,15 @@ def evaluate_splits(
     texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
     most = max(1, max_batches * batch_size // len(texts))
     at_once = batch_size  # compiled for it, or limited by GPU memory
-    if machine.device.type == "cpu" and not model.compiled_scores:
+    if machine.device.type == "cpu" and not model.compiled_token_losses:
         at_once = max(batch_size, ON_CPU // block_size)
     found: list[list[Evaluation]] = [[], []]
     for text in texts:
-        windows = min(most, (len(text[1]) - 1) // block_size)
+        sequences = min(most, (len(text[1]) - 1) // block_size)
         for tokens, split in zip(text, found, strict=True):
             share = machine.world.share
-            batches = eval_batches(tokens, block_size, at_once, windows, machine.device, separator, share)
-            evaluation = evaluate(model, batches, machine, stopped, -(-share(windows)[1] // at_once))
+            batches = eval_batches(tokens, block_size, at_once, sequences, machine.device, separator, share)
+            evaluation = evaluate(model, batches, machine, stopped, -(-share(sequences)[1] // at_once))
             if evaluation is None:
                 return None
             split.append(evaluation)

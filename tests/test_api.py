@@ -130,7 +130,7 @@ def test_importing_the_package_is_cheap():
 def test_methods_of_nanogpts_class(trained):  # noqa: F811
     model = GPT.from_pretrained(str(trained))
     assert model.training and all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    assert model.get_num_params() == model.n_params(positions=False) <= model.get_num_params(False)
+    assert model.get_num_params() == model.n_params(lookup_tables=False) <= model.get_num_params(False)
     idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
     torch.manual_seed(3)
     one = model.generate(idx, 40, temperature=0.8, top_k=5)

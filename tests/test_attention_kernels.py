@@ -129,7 +129,7 @@ def test_repeated_keys_give_the_same_attention(dtype, monkeypatch):
     q, k, v = torch.randn(2, 4, 8, 16, dtype=dtype), *torch.randn(2, 2, 2, 8, 16, dtype=dtype)
     bias = torch.randn(8, 8, dtype=dtype)
     grouped = attention(q, k, v, bias, 0.0)
-    monkeypatch.setattr("nanogpt.model.repeats_keys", lambda *unused: True)
+    monkeypatch.setattr("nanogpt.model.repeats_kv", lambda *unused: True)
     torch.testing.assert_close(attention(q, k, v, bias, 0.0), grouped)
 
 

@@ -65,7 +65,7 @@ def test_training_during_a_write_does_not_change_the_files(tmp_path, model, opti
     assert (
         gate.begun.wait(10)
         and writer.pop_completed() == []
-        and checkpoint.steps(tmp_path / "background") == []
+        and checkpoint.step_folders(tmp_path / "background") == []
     )
     gate.set()
     writer.wait()

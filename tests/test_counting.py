@@ -134,7 +134,7 @@ def test_the_sequences_of_the_runs_validation_are_scored(dataset, tmp_path, monk
     scored: list[tuple[list[int], int]] = []
 
     class Spy(torch.nn.Module):
-        config = compiled_scores = None
+        config = compiled_token_losses = None
 
         def forward(self, idx, targets, documents, reduction):
             for row, wanted in zip(idx.tolist(), targets.tolist(), strict=True):

@@ -160,13 +160,13 @@ def test_micro_batch_is_halved_until_it_fits(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(auto_batch_size.gc, "collect", lambda: 0)
-    for room, windows in itertools.product(range(1, 66), (1, 12, 48, 49, 64)):
+    for room, sequences in itertools.product(range(1, 66), (1, 12, 48, 49, 64)):
         tried.clear()
         trial = partial(one_try, room)
         rows = auto_batch_size.largest(
-            windows, lambda n, trial=trial: auto_batch_size.fits(n, trial, CPU), lambda flag: flag
+            sequences, lambda n, trial=trial: auto_batch_size.fits(n, trial, CPU), lambda flag: flag
         )
-        assert rows and windows % rows == 0 and rows <= room
+        assert rows and sequences % rows == 0 and rows <= room
         assert all(b <= a // 2 for a, b in itertools.pairwise(tried)) and len(tried) <= 7
     assert auto_batch_size.largest(8, lambda n: False, lambda flag: flag) == 0
 

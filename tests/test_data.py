@@ -42,9 +42,9 @@ def test_batch_ramp_up_reads_every_sample_once_in_order(tmp_path):
     plain = loader.TrainBatches(tokens, 8, 1, 1, 1, CPU)
     got = [[idx for idx, _ in ramp.step(step)] for step in range(7)]
     assert [[len(idx) for idx in micro] for micro in got[:4]] == [[2], [5], [5, 2], [5, 5, 3]]
-    assert [sum(map(len, micro)) for micro in got] == [ramp.windows(i) for i in range(7)]
+    assert [sum(map(len, micro)) for micro in got] == [ramp.sequences(i) for i in range(7)]
     rows = torch.cat([idx for micro in got for idx in micro])
-    assert len(rows) == 2 + 5 + 7 + 13 + 3 * 15 == ramp.windows_before(7)
+    assert len(rows) == 2 + 5 + 7 + 13 + 3 * 15 == ramp.sequences_before(7)
     assert torch.equal(rows, torch.cat([next(plain.step(i))[0] for i in range(len(rows))]))
     assert ramp.tokens_before(4) == 27 * 8 and ramp.tokens_before(0) == 0
 
@@ -281,6 +281,6 @@ def test_memory_does_not_grow_with_tokens_read(tmp_path):
 
 
 def test_split_shorter_than_a_sequence_is_rejected(tmp_path):
-    loader.require_window(tokens_of(range(17), tmp_path), 16, "training")
+    loader.require_sequence(tokens_of(range(17), tmp_path), 16, "training")
     with pytest.raises(UserError, match="training text has 16 tokens, fewer than one sequence"):
-        loader.require_window(tokens_of(range(16), tmp_path), 16, "training")
+        loader.require_sequence(tokens_of(range(16), tmp_path), 16, "training")

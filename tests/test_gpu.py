@@ -235,7 +235,7 @@ def test_background_checkpoint_is_a_consistent_snapshot(config, tmp_path, change
         if not background:
             monkeypatch.setattr(AsyncCheckpointer, "_fits", lambda writer, content: False)
         train.main(replace(config, out_dir=str(tmp_path / f"{background}")))
-    for step in {int(path.name[5:]) for path in checkpoint.steps(tmp_path / "True")} - {0}:
+    for step in {int(path.name[5:]) for path in checkpoint.step_folders(tmp_path / "True")} - {0}:
         assert bits(str(tmp_path / "True"), step) == bits(str(tmp_path / "False"), step)
 
 
@@ -259,8 +259,8 @@ def test_out_of_memory_is_a_one_line_error(config):
 def test_auto_batch_size_finds_a_fit_and_gives_the_same_run(config, capsys):
     """Memory is limited so that some sizes do not fit; tokens per update stay equal. Reserved memory (blocks
     of 2 and 20 MB) is what counts: room for 256 of 2,048 sequences and half as much again."""
-    windows = 2048
-    config = replace(config, batch_tokens=windows * 32, n_embd=256, max_iters=2, dtype="float32")
+    sequences = 2048
+    config = replace(config, batch_tokens=sequences * 32, n_embd=256, max_iters=2, dtype="float32")
     config = replace(config, compile=False, eval_interval=2)
     train.main(replace(config, batch_size=128))
     expected = logged(config.out_dir)
@@ -271,13 +271,13 @@ def test_auto_batch_size_finds_a_fit_and_gives_the_same_run(config, capsys):
     assert auto_batch_size.fits(256, trial, machine)
     with room_for(torch.cuda.max_memory_reserved() * 1.5):
         chosen = auto_batch_size.largest(
-            windows, partial(auto_batch_size.fits, trial=trial, machine=machine), bool
+            sequences, partial(auto_batch_size.fits, trial=trial, machine=machine), bool
         )
-        assert 64 <= chosen < windows
+        assert 64 <= chosen < sequences
         train.main(replace(config, batch_size="auto", overwrite=True))
     assert "batch_size = " in capsys.readouterr().out
     found = reader.find(Path(config.out_dir))[0].state["options"]
-    assert found["batch_size"] * found["gradient_accumulation_steps"] == windows
-    assert found["batch_size"] < windows
+    assert found["batch_size"] * found["gradient_accumulation_steps"] == sequences
+    assert found["batch_size"] < sequences
     for iteration, row in logged(config.out_dir).items():
         assert row == pytest.approx(expected[iteration], rel=1e-3)

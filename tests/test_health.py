@@ -66,9 +66,9 @@ def decayed_gains(monkeypatch):
 
     def step(self, lr):
         real(self, lr)
-        for held in self.held:
-            if held.parameter.dim() == 1:
-                held.parameter.data.mul_(1 - lr * 0.1)
+        for shard in self.shards:
+            if shard.parameter.dim() == 1:
+                shard.parameter.data.mul_(1 - lr * 0.1)
 
     monkeypatch.setattr(AdamW, "step", step)
 

@@ -55,9 +55,9 @@ def test_each_dataset_is_read_in_its_own_order():
     for which, (offset, one) in enumerate(zip(order.offsets, order.orders, strict=True)):
         own = starts[drawn == which] - offset
         assert (own == one.starts(0, len(own))).all()
-        assert order.epochs(10_000)[which] == len(own) / one.n_windows
-        first = own[: one.n_windows]
-        assert len(set(first.tolist())) == one.n_windows
+        assert order.epochs(10_000)[which] == len(own) / one.n_sequences
+        first = own[: one.n_sequences]
+        assert len(set(first.tolist())) == one.n_sequences
         assert (own >= 0).all() and (own + 16 < SIZES[which]).all()  # never across a dataset boundary
 
 
@@ -152,7 +152,7 @@ def test_incompatible_datasets_are_rejected(folders, tmp_path, bare_tokens):
     short = write_dataset(tmp_path / "short", "ab" * 30)
     other = write_dataset(tmp_path / "other", "ab" * 300)
     with pytest.raises(UserError, match="validation text of short has 6 tokens, fewer than one sequence"):
-        loader.require_window(mixture.load(f"{other}:1,{short}:1", Path()).val, 16, "validation")
+        loader.require_sequence(mixture.load(f"{other}:1,{short}:1", Path()).val, 16, "validation")
 
 
 def test_masks_of_both_datasets_are_used(folders):

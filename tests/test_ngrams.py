@@ -13,7 +13,7 @@ from nanogpt import load as load_run
 from nanogpt.checkpoint import reader
 from nanogpt.config import load, pick_fields, read
 from nanogpt.errors import UserError
-from nanogpt.model import GPT, TABLES, GPTConfig
+from nanogpt.model import GPT, NGRAM_TABLES, GPTConfig
 from nanogpt.ngrams.embedding import NGramEmbedding
 from nanogpt.ngrams.training import RATE, require_possible
 from nanogpt.optim import build, clip_gradients
@@ -124,7 +124,7 @@ def trained(tokens: list[torch.Tensor], sparse: bool) -> tuple[torch.Tensor, tor
         optimizer.lr = 0.01
         optimizer.step()
         optimizer.zero_grad()
-    return model.ngrams.weight.detach(), optimizer.state()[f"{TABLES}.sums"]
+    return model.ngrams.weight.detach(), optimizer.state()[f"{NGRAM_TABLES}.sums"]
 
 
 def every_row(gradient: torch.Tensor) -> torch.Tensor:
@@ -280,8 +280,8 @@ def test_tables_are_saved_named_sampled_and_finetuned(dataset, tmp_path, capsys)
         weights[name] = load_file(reader.find(tmp_path / name)[0].path / "model.safetensors")
     before = load_file(reader.find(out, "best")[0].path / "model.safetensors")
     changed = {name: {n for n in before if not torch.equal(w[n], before[n])} for name, w in weights.items()}
-    assert changed["tables"] == {TABLES}
-    assert TABLES not in changed["frozen"] and changed["frozen"]
+    assert changed["tables"] == {NGRAM_TABLES}
+    assert NGRAM_TABLES not in changed["frozen"] and changed["frozen"]
     assert not changed["lora"]
 
 

@@ -15,13 +15,14 @@ def model_and_gradients(seed=0, steps=6):
     return model, drawn
 
 
-def adamw(model):
+def build_adamw(model):
     return build(OptimizerOptions(), model.named_parameters())
 
 
-def ours(steps=6, lrs=(1e-2,) * 6):
-    model, gradients = model_and_gradients(steps=steps)
-    optimizer = adamw(model)
+def stepped_adamw(lrs=(1e-2,) * 6):
+    """Return a model and its optimizer after a step with each learning rate."""
+    model, gradients = model_and_gradients(steps=len(lrs))
+    optimizer = build_adamw(model)
     for lr, drawn in zip(lrs, gradients, strict=True):
         for parameter, gradient in zip(model.parameters(), drawn, strict=True):
             parameter.grad = gradient.clone()
@@ -41,14 +42,14 @@ def test_adamw_equals_torch():
         for parameter, gradient in zip(theirs.parameters(), drawn, strict=True):
             parameter.grad = gradient.clone()
         optimizer.step()
-    mine, _ = ours()
-    for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+    ours, _ = stepped_adamw()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_adamw_equals_the_formula_in_float64():
     lrs = (1e-2, 5e-3, 1e-3, 2e-2, 0.0, 1e-3)
-    mine, _ = ours(lrs=lrs)
+    ours, _ = stepped_adamw(lrs)
     start, gradients = model_and_gradients()
     for i, (name, p) in enumerate(start.named_parameters()):
         w, m, v = p.detach().double(), torch.zeros(()).double(), torch.zeros(()).double()
@@ -57,11 +58,11 @@ def test_adamw_equals_the_formula_in_float64():
             g = drawn[i].double()
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
             w = w * (1 - lr * decay) - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
-        torch.testing.assert_close(dict(mine.named_parameters())[name].double(), w, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(dict(ours.named_parameters())[name].double(), w, rtol=1e-5, atol=1e-6)
 
 
 def test_state_has_every_tensor_by_name():
-    model, optimizer = ours()
+    model, optimizer = stepped_adamw()
     names = {name for name, _ in model.named_parameters()}
     moments = {f"{n}.{kind}" for n in names for kind in ("exp_avg", "exp_avg_sq")}
     assert optimizer.state().keys() == {"steps", *moments}
@@ -72,7 +73,7 @@ def test_frozen_parameters_are_unchanged():
     model, _ = model_and_gradients()
     model[0].requires_grad_(False)
     before = [p.clone() for p in model[0].parameters()]
-    optimizer = adamw(model)
+    optimizer = build_adamw(model)
     model(torch.randn(4, 5)).square().mean().backward()
     optimizer.lr = 0.1
     optimizer.step()
@@ -105,42 +106,42 @@ def matrices(seed=0):
     return {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
 
 
-def muon_of(named, decay=0.0):
+def build_with_muon(named, decay=0.0):
     config = OptimizerOptions(
         "muon", learning_rate=1e-2, weight_decay=0.0, muon_lr=0.05, muon_weight_decay=decay
     )
     return build(config, [*named.items(), ("h.0.gain", nn.Parameter(torch.ones(3)))], ROWS)
 
 
-def muon_alone(named, decay=0.0):
+def build_muon(named, decay=0.0):
     config = OptimizerOptions("muon", muon_weight_decay=decay)
     return Muon(config, named, {k: v for k, v in ROWS.items() if k in dict(named)})
 
 
 def exact_polar(g):
     """Return the polar factor U V^T in float64."""
-    u, _, v = torch.linalg.svd(g.double(), full_matrices=False)
-    return u @ v
+    u, _, vh = torch.linalg.svd(g.double(), full_matrices=False)
+    return u @ vh
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5), (1, 1, 7)])
 def test_orthogonalized_singular_values_are_near_one(shape):
     torch.manual_seed(0)
-    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(1.0, 0.02, u.shape[-1])
     for scale in (1e-4, 1.0, 1e4):
-        result = orthogonalize(u * (scale * values) @ v)
-        found = torch.linalg.svdvals(result)
-        assert found.min() > 0.8 and found.max() < 1.2
-        turned = torch.linalg.matrix_norm(result - u @ v) / torch.linalg.matrix_norm(u @ v)
-        assert turned.max() < 0.2  # same singular vectors: close to the exact polar factor
+        result = orthogonalize(u * (scale * values) @ vh)
+        singular_values = torch.linalg.svdvals(result)
+        assert singular_values.min() > 0.8 and singular_values.max() < 1.2
+        error = torch.linalg.matrix_norm(result - u @ vh) / torch.linalg.matrix_norm(u @ vh)
+        assert error.max() < 0.2  # same singular vectors: close to the exact polar factor
     assert not orthogonalize(torch.zeros(shape)).any()
 
 
-def test_muon_equals_its_formula():
-    """Compare three steps with an exact float64 SVD; the polynomial only approximates the polar factor."""
+def test_muon_is_close_to_the_exact_polar_update():
+    """Compare three steps with float64 SVDs: the polynomial only approximates the polar factor."""
     named = matrices()
-    optimizer = muon_of(named)
+    optimizer = build_with_muon(named)
     start = {name: p.detach().double().clone() for name, p in named.items()}
     buffers = {name: torch.zeros(p.shape).double() for name, p in named.items()}
     for t in range(3):
@@ -160,17 +161,17 @@ def test_muon_equals_its_formula():
         optimizer.step()
     for name, p in named.items():
         if name.startswith("h."):
-            moved = torch.linalg.matrix_norm(start[name] - matrices()[name].double())
-            assert torch.linalg.matrix_norm(p.double() - start[name]) < 0.25 * moved, name
+            update = torch.linalg.matrix_norm(start[name] - matrices()[name].double())
+            assert torch.linalg.matrix_norm(p.double() - start[name]) < 0.25 * update, name
 
 
-def test_muon_equals_torch_except_for_the_polynomial():
-    """A step of torch.optim.Muon with the same momentum has nearly the same direction."""
+def test_muon_is_close_to_torch():
+    """A step of torch.optim.Muon, whose polynomial differs, has nearly the same direction and length."""
     torch.manual_seed(0)
     start, gradient = torch.randn(16, 48), torch.randn(16, 48)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-    muon_alone([("h.0.w", ours)]).step(0.1)
+    build_muon([("h.0.w", ours)]).step(0.1)
     torch.optim.Muon([theirs], lr=0.1, momentum=0.85, weight_decay=0.0, nesterov=True).step()
     a, b = (ours - start).flatten(), (theirs - start).flatten()
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
@@ -184,9 +185,9 @@ def test_muon_in_bfloat16_is_close_to_float32():
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.99
 
 
-def test_every_parameter_has_one_optimizer():
+def test_muon_trains_matrices_of_blocks_and_adamw_the_rest():
     named = matrices()
-    names = set(muon_of(named).state())
+    names = set(build_with_muon(named).state())
     assert {"h.0.wide.momentum", "h.0.tall.momentum", "h.0.fused.2.momentum", "muon.steps"} < names
     assert {"wte.exp_avg", "h.0.gain.exp_avg"} < names and not any("h.0.wide.exp" in name for name in names)
 
@@ -198,8 +199,8 @@ def test_fused_matrix_is_orthogonalized_per_projection():
     for p in named.values():
         p.grad = torch.randn(p.shape)
     alone["h.0.q"].grad = named["h.0.fused"].grad[:5].clone()
-    muon_alone(list(named.items())[:4]).step(0.1)
-    muon_alone(list(alone.items())).step(0.1)
+    build_muon([(n, p) for n, p in named.items() if n.startswith("h.")]).step(0.1)
+    build_muon(list(alone.items())).step(0.1)
     torch.testing.assert_close(named["h.0.fused"][:5], alone["h.0.q"], rtol=1e-4, atol=1e-5)
 
 
@@ -209,7 +210,7 @@ def test_cautious_decay_applies_only_where_the_update_shrinks_weights():
         torch.manual_seed(3)
         for p in named.values():
             p.grad = torch.randn(p.shape)
-        muon_alone(list(named.items())[:1], decay).step(0.1)
+        build_muon([("h.0.wide", named["h.0.wide"])], decay).step(0.1)
     before = matrices()["h.0.wide"].detach()
     update = before - plain["h.0.wide"].detach()  # the subtracted update
     pull = plain["h.0.wide"].detach() - decayed["h.0.wide"].detach()
@@ -217,8 +218,8 @@ def test_cautious_decay_applies_only_where_the_update_shrinks_weights():
     torch.testing.assert_close(pull, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_muon_resumes_from_its_state_dict():
-    def steps(named, optimizer, first, last):
+def test_muon_resumes_from_its_state():
+    def run_steps(optimizer, first, last):
         for t in range(first, last):
             torch.manual_seed(t)
             for p in optimizer.parameters:
@@ -226,13 +227,13 @@ def test_muon_resumes_from_its_state_dict():
             optimizer.lr = 1e-2
             optimizer.step()
 
-    straight, broken = matrices(), matrices()
-    steps(straight, muon_of(straight), 0, 6)
-    first = muon_of(broken)
-    steps(broken, first, 0, 3)
-    second = muon_of(broken)
-    for name, tensor in second.state().items():
-        tensor.copy_(first.state()[name].clone())
-    steps(broken, second, 3, 6)
+    uninterrupted, interrupted = matrices(), matrices()
+    run_steps(build_with_muon(uninterrupted), 0, 6)
+    before = build_with_muon(interrupted)
+    run_steps(before, 0, 3)
+    after = build_with_muon(interrupted)
+    for name, tensor in after.state().items():
+        tensor.copy_(before.state()[name].clone())
+    run_steps(after, 3, 6)
     for name in SHAPES:
-        assert torch.equal(straight[name], broken[name]), name
+        assert torch.equal(uninterrupted[name], interrupted[name]), name

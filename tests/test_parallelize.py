@@ -328,10 +328,10 @@ class Deaf(World):
 
 
 @pytest.mark.parametrize(
-    ("windows", "batch_size", "switches"),
+    ("sequences", "batch_size", "switches"),
     [(8, 2, [False, True]), (7, 2, [False, True]), (3, 1, [False, True]), (2, 2, [True])],
 )
-def test_gradients_sync_only_in_the_last_micro_batch(windows, batch_size, switches):
+def test_gradients_sync_only_in_the_last_micro_batch(sequences, batch_size, switches):
     """Regression test for nanoGPT's loop: DDP reads the sync flag in the forward pass, so it must be set
     before. Every rank also makes as many passes as the rank with the most micro-batches."""
     torch.manual_seed(0)
@@ -342,7 +342,7 @@ def test_gradients_sync_only_in_the_last_micro_batch(windows, batch_size, switch
         order.append("forward")
         return model(*batch)
 
-    own = machine.world.share(windows)[1]
+    own = machine.world.share(sequences)[1]
     mine = [(part, part) for part in torch.randint(10, (own, 4)).split(batch_size)]
 
     class Batches:
@@ -352,8 +352,8 @@ def test_gradients_sync_only_in_the_last_micro_batch(windows, batch_size, switch
             self.batch_size = batch_size
             self.tokens = Tokens([], 10)
 
-        def windows(self, step):
-            return windows
+        def sequences(self, step):
+            return sequences
 
         def step(self, step):
             return iter(mine)
@@ -366,7 +366,7 @@ def test_gradients_sync_only_in_the_last_micro_batch(windows, batch_size, switch
     loss, _ = step(connected, optimizer, scaler, micro_batches, 0.0, 0.0)
     assert order == [thing for switch in switches for thing in (switch, "forward")]
     idx = torch.cat([part for part, _ in mine])
-    assert float(loss) == pytest.approx(model(idx, idx)[1].item() * own / windows, rel=1e-6)
+    assert float(loss) == pytest.approx(model(idx, idx)[1].item() * own / sequences, rel=1e-6)
 
 
 def test_activation_checkpointing_keeps_gradients_and_saves_memory():

@@ -57,11 +57,11 @@ def test_a_checkpoint_by_the_clock(config, monkeypatch):
     ticks = iter(range(0, 10**9, 60))
     monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(ticks)))
     train.main(replace(config, max_iters=40, save_minutes=10))
-    assert len(checkpoint.steps(Path(config.out_dir))) >= 2
-    saved = [int(path.name[5:]) for path in checkpoint.steps(Path(config.out_dir))]
+    assert len(checkpoint.step_folders(Path(config.out_dir))) >= 2
+    saved = [int(path.name[5:]) for path in checkpoint.step_folders(Path(config.out_dir))]
     assert saved[0] == 40 and 0 < saved[1] < 40
     train.main(replace(config, max_iters=40, save_minutes=0, overwrite=True))
-    assert [int(path.name[5:]) for path in checkpoint.steps(Path(config.out_dir))] == [40]
+    assert [int(path.name[5:]) for path in checkpoint.step_folders(Path(config.out_dir))] == [40]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
@@ -90,7 +90,7 @@ def test_a_closed_terminal_saves_unless_under_nohup(config, nohup):
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 75 and checkpoint.steps(out), error
+    assert process.returncode == 75 and checkpoint.step_folders(out), error
     assert ("SIGTERM" if nohup else "SIGHUP") in error
 
 

@@ -272,4 +272,4 @@ def test_too_little_disk_space_is_noted(capsys, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     out = said(capsys, "--gpu=A100")
-    assert "note: checkpoints in out take up to 5.97GB, but only 1.00GB is free there" in out
+    assert "note: checkpoints in out take up to 5.97GB, but 1.00GB is free there" in out

@@ -124,7 +124,7 @@ def test_gradient_is_independent_of_micro_batch_size(config):
     model = GPT(GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=32))
     plan = batches(config, 12)
     tokens, starts = plan.tokens, plan.sampler.starts(0, 12)
-    raw, mask = (torch.from_numpy(part.windows(starts, 33)) for part in (tokens, tokens.scored))
+    raw, mask = (torch.from_numpy(part.sequences(starts, 33)) for part in (tokens, tokens.scored))
     losses = F.cross_entropy(model(raw[:, :-1])[0].flatten(0, 1), raw[:, 1:].flatten(), reduction="none")
     expected = losses[mask[:, 1:].flatten() == 1].mean()
     expected.backward()

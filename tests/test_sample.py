@@ -197,7 +197,7 @@ def test_prompt_bytes_that_are_not_utf8_are_reported(config, tmp_path):
 def test_checkpoint_selection(config, capsys):
     for which in ("best", "last", "400"):
         assert len(texts(replace(config, which=which), capsys)) == 3
-    with pytest.raises(UserError, match=r"no checkpoint '7'; there are best, last, and steps .*400"):
+    with pytest.raises(UserError, match=r"no checkpoint '7'; use last, best or one of .*400"):
         sample.main(replace(config, which="7"))
 
 

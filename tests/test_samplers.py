@@ -32,7 +32,7 @@ def test_each_token_is_read_once_per_epoch(n_tokens, block_size):
     order = EpochSampler(n_tokens, block_size, seed=5)
     phases = set()
     for epoch in range(8):
-        starts = order.starts(epoch * order.n_windows, order.n_windows)
+        starts = order.starts(epoch * order.n_sequences, order.n_sequences)
         assert (starts >= 0).all() and (starts + block_size < n_tokens).all()
         covered = np.zeros(n_tokens, dtype=int)
         for start in starts:

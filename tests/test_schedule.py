@@ -52,7 +52,7 @@ def test_degenerate_schedule_lengths(kind):
 
 
 def test_batch_size_ramps_linearly_with_tokens_read():
-    sizes = batch_ramp(full=100, start=0.1, windows=10_000, unit=1)
+    sizes = batch_ramp(full=100, start=0.1, length=10_000, unit=1)
     read = 0
     for size in sizes:
         assert abs(size - (10 + 90 * read / 10_000)) <= 0.5
@@ -62,6 +62,6 @@ def test_batch_size_ramps_linearly_with_tokens_read():
 
 
 def test_batch_ramp_up_uses_full_micro_batches():
-    sizes = batch_ramp(full=40, start=0.0, windows=1000, unit=8)
+    sizes = batch_ramp(full=40, start=0.0, length=1000, unit=8)
     assert set(sizes) == {8, 16, 24, 32, 40} and sizes == sorted(sizes)
-    assert batch_ramp(full=40, start=0.5, windows=0, unit=8) == []
+    assert batch_ramp(full=40, start=0.5, length=0, unit=8) == []

@@ -53,10 +53,14 @@ def test_a_learning_rate_that_jumps_on_resume_is_reported(config, capsys):
     train.main(replace(config, **options), {name: "given" for name in options})
     said = capsys.readouterr().out
     assert "note: the learning rate jumps from 6e-05 to 0.00033" in said
-    assert "--lr_decay_iters=20 keeps the old one" in said
+    assert "because its options have changed; --lr_decay_iters=20 keeps the old end of the schedule" in said
     options |= {"max_iters": 60, "lr_decay_iters": 40}  # keeps the schedule of the run as it is now
     train.main(replace(config, **options), {name: "given" for name in options})
     assert "jumps" not in capsys.readouterr().out
+    options |= {"max_iters": 61, "learning_rate": 5e-3, "min_lr": 4e-3}  # the end of the schedule is the same
+    train.main(replace(config, **options), {name: "given" for name in options})
+    said = capsys.readouterr().out
+    assert "to 0.004, because its options have changed\n" in said and "--lr_decay_iters" not in said
 
 
 def test_data_that_has_changed_is_reported_and_losses_are_not_compared(config, tmp_path, capsys):
@@ -73,7 +77,7 @@ def test_data_that_has_changed_is_reported_and_losses_are_not_compared(config, t
 
 def test_a_folder_of_nanogpt_is_named_for_what_it_is(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=rf"for nanoGPT's ckpt.pt there use --init_from={tmp_path}"):
+    with pytest.raises(UserError, match=rf"nanoGPT's ckpt.pt in it, use --init_from={tmp_path}"):
         weights.open_weights("resume", Path(), tmp_path)
 
 

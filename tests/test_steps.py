@@ -153,8 +153,8 @@ def test_evaluation_is_the_token_mean_at_any_batch_size(tokens):
         assert result.loss == pytest.approx(results[0].loss, abs=1e-6)
         assert result.stderr == pytest.approx(results[0].stderr, rel=1e-3)
     ids = torch.from_numpy(tokens.read(0, len(tokens))).to(machine_of().device)
-    total, windows = 0.0, range(0, len(ids) - 1, 16)
-    for start in windows:  # reference; the last window overlaps the one before
+    total, starts = 0.0, range(0, len(ids) - 1, 16)
+    for start in starts:  # reference; the last sequence overlaps the one before
         first = min(start, len(ids) - 17)
         logits = model.eval()(ids[None, first : first + 16])[0][0].double().log_softmax(-1)
         for place in range(start, min(start + 16, len(ids) - 1)):
@@ -163,7 +163,7 @@ def test_evaluation_is_the_token_mean_at_any_batch_size(tokens):
 
 
 def test_standard_error_matches_repeated_samples(tokens):
-    """The standard deviation of the loss on random windows is close to the standard error."""
+    """The standard deviation of the loss on random sequences is close to the standard error."""
     model = parts()[0]
     few = score(model, tokens, 8, most=12)
     draw = torch.Generator().manual_seed(0)

@@ -143,7 +143,7 @@ def test_ten_terabytes_of_sparse_files(tmp_path):
     batch = next(batches.step(10_000_000))
     took_s, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(train) == count * size // 2 and batches.sampler.n_windows > 2**32
+    assert len(train) == count * size // 2 and batches.sampler.n_sequences > 2**32
     assert batch[0].shape == (12, 1024) and took_s < 5 and peak < 80e6  # one chunk of ids is checked
     assert len(train._open) <= 1 + 12
 
@@ -151,15 +151,15 @@ def test_ten_terabytes_of_sparse_files(tmp_path):
 def test_sample_order_of_five_trillion_tokens():
     """Sequences are spread evenly without repeats, also beyond index 2^32."""
     order = EpochSampler(5 * 10**12, 1024, seed=1)
-    assert order.n_windows > 2**32
-    places = [0, 2**31 - 500, 2**32 - 500, order.n_windows - 1000]
+    assert order.n_sequences > 2**32
+    places = [0, 2**31 - 500, 2**32 - 500, order.n_sequences - 1000]
     starts = np.concatenate([order.starts(first, 1000) for first in places])
     assert len(set(starts.tolist())) == 4000
     assert starts.min() >= 0 and starts.max() + 1024 < 5 * 10**12
     counts, _ = np.histogram(starts, bins=10, range=(0, 5 * 10**12))
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
-    again = order.starts(order.n_windows - 1, 2)  # crosses into the next epoch
-    assert again[0] == starts[-1] and again[1] == order.starts(order.n_windows, 1)[0]
+    again = order.starts(order.n_sequences - 1, 2)  # crosses into the next epoch
+    assert again[0] == starts[-1] and again[1] == order.starts(order.n_sequences, 1)[0]
 
 
 def test_published_files_are_never_outside_the_dataset_folder(tmp_path):

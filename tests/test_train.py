@@ -161,7 +161,7 @@ def test_run_folder_contents(config):
 def test_checkpoint_policy(config, always):
     """The best and the final state are always saved, others only with always_save_checkpoint."""
     train.main(replace(config, always_save_checkpoint=always, max_iters=25, eval_interval=5))
-    steps_there = {int(path.name[5:]) for path in checkpoint.steps(Path(config.out_dir))}
+    steps_there = {int(path.name[5:]) for path in checkpoint.step_folders(Path(config.out_dir))}
     best = min(logged(config.out_dir, "eval").items(), key=lambda item: item[1][1])[0]
     assert {25, best} <= steps_there and len(steps_there) <= 3
 
@@ -213,7 +213,7 @@ def test_shape_of_the_checkpoint_is_kept_on_resume_with_a_line_for_each_option(c
     )
     found = reader.find(Path(config.out_dir))[0]
     assert (found.iter_num, found.model_config.n_layer) == (8, config.n_layer)
-    with pytest.raises(UserError, match="trains other weights: lora_rank=2 given, lora_rank=0 saved"):
+    with pytest.raises(UserError, match="other trainable weights: lora_rank=2 given, lora_rank=0 saved"):
         train.main(replace(config, max_iters=9, init_from="resume", lora_rank=2))
 
 
@@ -238,7 +238,7 @@ def test_divergence_is_detected_and_not_saved(config):
         train.main(
             replace(config, learning_rate=1e30, min_lr=0.0, log_interval=7, eval_interval=3, save_interval=1)
         )
-    for path in checkpoint.steps(Path(config.out_dir)):
+    for path in checkpoint.step_folders(Path(config.out_dir)):
         tensors = load_file(path / "model.safetensors")
         assert all(bool(t.isfinite().all()) for t in tensors.values())
 
@@ -322,7 +322,7 @@ def test_divergence_between_log_lines_ends_the_run_before_a_save(config, what, o
     monkeypatch.setattr(train, "train_step", step)
     with pytest.raises(Diverged, match=r"at iteration [56] with learning rate"):
         train.main(replace(config, eval_interval=1000, **often))
-    assert CODES[Diverged][0] == 70 and checkpoint.steps(Path(config.out_dir)) == []
+    assert CODES[Diverged][0] == 70 and checkpoint.step_folders(Path(config.out_dir)) == []
 
 
 @pytest.mark.parametrize("compile", [True, "blocks"])
@@ -456,9 +456,9 @@ def test_out_of_memory_is_a_one_line_error(config, monkeypatch):
         {"vocab_multiple": 65536, "n_embd": 10**9, "n_head": 1},
     ],
 )
-def test_run_beyond_the_memory_of_the_device_is_refused_before_anything_is_written(config, given):
+def test_run_beyond_the_memory_of_the_device_is_rejected_before_anything_is_written(config, given):
     config = replace(config, out_dir=config.out_dir + "-large", **given)
-    with pytest.raises(UserError, match=r"the run needs more than [\d,.]+ GB of memory, and cpu"):
+    with pytest.raises(UserError, match=r"needs more than [\d,.]+ GB of memory, but [\d,.]+ GB are .* \(cpu"):
         train.main(config)
     assert not Path(config.out_dir).exists()
 

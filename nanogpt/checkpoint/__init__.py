@@ -3,8 +3,8 @@
     out/step-000250/  model.safetensors  optimizer.safetensors  state.json  manifest.json
 
 The manifest holds the size and SHA-256 of the other files and is written last; the folder is written under
-a temporary name and renamed once it is on disk. There is no pointer file: the newest checkpoint is the
-highest valid step, the best is the valid one with the lowest `val_loss`. Nothing is pickled.
+a temporary name and renamed once it is on disk. There is no pointer file: the newest checkpoint is the valid
+one with the highest step, the best the valid one with the lowest `val_loss`. Nothing is pickled.
 """
 
 import math
@@ -30,27 +30,27 @@ class Progress:
     """Progress of a run, saved with the weights and the optimizer state."""
 
     iter_num: int = 0  # iterations completed
-    elapsed_s: float = 0.0  # training time, including earlier sessions of the run
+    elapsed_s: float = 0.0  # seconds spent in iterations, in all sessions; without evaluations and saving
     best_val_loss: float | None = None
-    val_loss: float | None = None  # of the current weights; None if not evaluated
-    stale: int = 0  # evaluations since the best
-    share: float = 0.0  # fraction of the schedule completed
-    clock_s: float = 0.0  # wall-clock time of earlier sessions, start-up and evaluations included
+    val_loss: float | None = None  # loss of the current weights; None if not evaluated
+    stale: int = 0  # number of evaluations since the best one
+    share: float = 0.0  # completed fraction of the schedule
+    clock_s: float = 0.0  # wall-clock seconds of earlier sessions, including start-up and evaluations
     ramp: list[int] = field(default_factory=list)  # with --minutes: batch sizes of the ramp so far
 
     def position(self, options: "BatchOptions") -> float:
-        """Return the position in the schedule: iter_num or, with --minutes, the share of max_iters."""
+        """Return the position in the schedule: iter_num or, with --minutes, share * max_iters."""
         return self.share * options.max_iters if options.minutes else self.iter_num
 
 
-def steps(run: Path) -> list[Path]:
+def step_folders(run_dir: Path) -> list[Path]:
     """Return the checkpoint folders of a run, newest first, without verifying them."""
-    found = [p for p in run.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    folders = [p for p in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def val_loss(path: Path) -> float:
-    """Return the validation loss of a checkpoint; infinity if it was not evaluated or is unreadable."""
+    """Return the validation loss of the checkpoint `path`; infinity if it has none or is unreadable."""
     with suppress(UserError, OSError):
         return files.read_json(path / "state.json", {"val_loss": float})["val_loss"]
     return math.inf

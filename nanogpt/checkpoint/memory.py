@@ -1,4 +1,4 @@
-"""Refuse a run that cannot fit in memory, before anything is allocated."""
+"""Reject a run that cannot fit in memory, before anything is allocated."""
 
 import math
 
@@ -12,26 +12,28 @@ from nanogpt.runtime import Machine
 
 
 def memory_of(machine: Machine) -> float:
-    """Return the memory of the device in bytes; of a CPU what is available."""
+    """Return the memory of a GPU or, on other devices, the available host memory, in bytes; infinity if
+    unknown."""
     if machine.device.type == "cuda":
         return torch.cuda.get_device_properties(machine.device).total_memory
     return writer.free_memory() or math.inf
 
 
-def require(config: TrainOptions, shape: GPTConfig, machine: Machine) -> None:
-    """Raise UserError if even the least that the run needs exceeds the memory of all ranks' devices.
+def require_memory(config: TrainOptions, model_config: GPTConfig, machine: Machine) -> None:
+    """Raise UserError if a lower bound of the memory that each rank needs exceeds that of its device.
 
-    That is each weight and, if it is trained, its gradient and Muon's momentum, in float32, and the inputs of
-    all blocks in bfloat16; plan.py estimates what a run really takes.
+    The bound counts the rank's share of the weights and, if all are trained, of gradients and Muon's
+    momentum, in float32, and the inputs of all blocks in bfloat16; plan.py estimates the actual use.
     """
-    width, tokens = shape.n_embd, config.windows * config.block_size
-    attention = 2 * width * shape.n_head * shape.head_size  # of queries and projection, at least
-    weights = shape.padded_vocab_size * width + shape.n_layer * (attention + 6 * width**2)
+    width, tokens = model_config.n_embd, config.micro_batch_size * config.block_size
+    attention = 2 * width * model_config.n_head * model_config.head_size  # at least: q and projection
+    weights = model_config.padded_vocab_size * width + model_config.n_layer * (attention + 6 * width**2)
     partly = config.eval_only or config.lora_rank or config.freeze or config.train_only
-    need = (4 if partly else 12) * weights / machine.world.size + 2 * tokens * width * shape.n_layer
+    need = (4 if partly else 12) * weights / machine.world.size + 2 * tokens * width * model_config.n_layer
     if need > (room := memory_of(machine)):
         raise UserError(
-            f"the run needs more than {need / 1e9:,.1f} GB of memory, and {machine.name()} has "
-            f"{room / 1e9:,.1f} GB: {weights:,} weights and more, and micro-batches of {config.batch_size} x "
-            f"{config.block_size} tokens; choose smaller numbers (plan.py estimates what fits)"
+            f"each process needs more than {need / 1e9:,.1f} GB of memory, but {room / 1e9:,.1f} GB are "
+            f"available ({machine.name()}): at least {weights:,} parameters and micro-batches of "
+            f"{config.batch_size} x {config.block_size} tokens; reduce --batch_size, --block_size or the "
+            f"model size (plan.py estimates what fits)"
         )

@@ -10,17 +10,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanogpt import files
-from nanogpt.checkpoint import FILES, FORMAT, Progress, steps, val_loss
+from nanogpt.checkpoint import FILES, FORMAT, Progress, step_folders, val_loss
 from nanogpt.config import Amount, fitted
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 
-MANIFEST = {"format": str, "files": {name: {"bytes": Amount, "sha256": str} for name in FILES}}
-STATE = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()}
-STATE |= {"ramp?": [Amount], "options?": dict, "scaler?": dict, "environment?": dict, "tokenizer?": str}
-STATE |= {"iter_num": Amount, "model": {f"{name}?": kind for name, kind in get_type_hints(GPTConfig).items()}}
-LORA = {"rank": Amount, "alpha": float, "targets": str}
-DEEPEST = 4096  # layers: a larger number in a file is refused before that many are built
+# Schemas for config.fitted, in which "key?" may be absent.
+MANIFEST_SCHEMA = {"format": str, "files": {name: {"bytes": Amount, "sha256": str} for name in FILES}}
+STATE_SCHEMA = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()}
+STATE_SCHEMA |= {"ramp?": [Amount], "options?": dict, "scaler?": dict, "environment?": dict}
+STATE_SCHEMA |= {"tokenizer?": str, "iter_num": Amount}
+STATE_SCHEMA["model"] = {f"{name}?": kind for name, kind in get_type_hints(GPTConfig).items()}
+LORA_SCHEMA = {"rank": Amount, "alpha": float, "targets": str}
+MAX_LAYERS = 4096  # a file with more layers is rejected before the model is built
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Checkpoint:
     """A verified checkpoint."""
 
     path: Path
-    state: dict[str, Any]  # Progress fields, model config and what train.py adds
+    state: dict[str, Any]  # contents of state.json (docs/design.md lists the keys)
 
     @property
     def iter_num(self) -> int:
@@ -36,16 +38,16 @@ class Checkpoint:
 
     @property
     def progress(self) -> Progress:
-        known = {field.name for field in fields(Progress)}
-        return Progress(**{name: value for name, value in self.state.items() if name in known})
+        names = {field.name for field in fields(Progress)}
+        return Progress(**{name: value for name, value in self.state.items() if name in names})
 
     @property
     def model_config(self) -> GPTConfig:
         return GPTConfig(**self.state["model"])
 
     def load_model(self, device: torch.device | str = "cpu", dropout: float = 0.0) -> GPT:
-        """Load the model, including any LoRA adapters, in evaluation mode; `dropout` applies if it is trained
-        further. Raise UserError if the tensors do not match the saved config."""
+        """Return the model, with its LoRA adapters if any, in evaluation mode; `dropout` is its dropout
+        probability in training. Raise UserError if the tensors do not match the saved config."""
         model = empty_model(replace(self.model_config, dropout=dropout), self.path)
         if self.state.get("lora"):
             from nanogpt.finetune import lora
@@ -55,24 +57,24 @@ class Checkpoint:
         with open_tensors(self.path / "model.safetensors", str(device)) as saved:
             tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118 (not a dict)
         expected = {name: list(p.shape) for name, p in model.named_parameters()}
-        found = {name: list(t.shape) for name, t in tensors.items()}
-        if expected != found:
-            wrong = [n for n in expected | found if expected.get(n) != found.get(n)][:3]
-            pairs = "; ".join(f"{n}: model {expected.get(n)}, file {found.get(n)}" for n in wrong)
+        shapes = {name: list(t.shape) for name, t in tensors.items()}
+        if expected != shapes:
+            wrong = [n for n in expected | shapes if expected.get(n) != shapes.get(n)][:3]
+            pairs = "; ".join(f"{n}: model {expected.get(n)}, file {shapes.get(n)}" for n in wrong)
             raise UserError(f"{self.path} does not match its own state.json: {pairs}")
         model.load_state_dict(tensors, assign=True)
-        return model.requires_grad_().eval().to(device)  # weights are on `device`; moves the buffers
+        return model.requires_grad_().eval().to(device)  # moves the buffers; weights are on `device`
 
 
 def empty_model(config: GPTConfig, origin: object) -> GPT:
-    """Return a model without storage. Raise UserError naming `origin` if such a model is not possible."""
+    """Return a model on the meta device. Raise UserError naming `origin` if `config` is not valid."""
     try:
-        if config.n_layer > DEEPEST:
+        if config.n_layer > MAX_LAYERS:
             raise ValueError(f"{config.n_layer} layers")
         with torch.device("meta"):
             return GPT(config)
     except (KeyError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{origin} describes a model that is not possible ({error!r:.200})") from None
+        raise UserError(f"{origin} does not describe a valid model ({error!r:.200})") from None
 
 
 @contextmanager
@@ -86,8 +88,9 @@ def open_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
 
 
 def verify(path: Path) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest. Raise UserError if one is damaged or missing."""
-    manifest = files.read_json(path / "manifest.json", MANIFEST)
+    """Check every file of the checkpoint `path` against its manifest and return it. Raise UserError if a file
+    is damaged or missing."""
+    manifest = files.read_json(path / "manifest.json", MANIFEST_SCHEMA)
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} has format {manifest['format']!r}, expected {FORMAT!r}")
     for name in FILES:
@@ -96,33 +99,37 @@ def verify(path: Path) -> Checkpoint:
             raise UserError(f"{file} is missing or truncated")
         if files.sha256(file) != listed["sha256"]:
             raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's")
-    state = files.read_json(path / "state.json", STATE)
+    state = files.read_json(path / "state.json", STATE_SCHEMA)
     if state.get("lora"):
-        fitted(LORA, state["lora"], f"{path / 'state.json'}: lora")
-    if unknown := set(state["model"]) - {field.name for field in fields(GPTConfig)}:
-        raise UserError(f"{path / 'state.json'} was written by a newer version: unknown {unknown}")
+        fitted(LORA_SCHEMA, state["lora"], f"{path / 'state.json'}: lora")
+    if unknown := sorted(set(state["model"]) - {field.name for field in fields(GPTConfig)}):
+        names = ", ".join(unknown)
+        raise UserError(
+            f"{path / 'state.json'} was written by a newer version: unknown model options {names}"
+        )
     return Checkpoint(path, state)
 
 
-def find(run: Path, which: str = "last") -> tuple[Checkpoint | None, list[str]]:
-    """Return the checkpoint `which` ("last", "best" or a step number) and the errors of damaged ones skipped.
+def find(run_dir: Path, which: str = "last") -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint `which` ("last", "best" or a step number) of a run, None if the run has none, and
+    the errors of the damaged checkpoints that were skipped.
 
-    The checkpoint is None if the run has none. Raise UserError if it has some but no valid or matching one.
+    Raise UserError if the run has checkpoints, but not this one or no valid one.
     """
-    candidates = steps(run)
+    candidates = step_folders(run_dir)
     if not candidates:
         return None, []
     if which not in ("last", "best"):
         if not which.isdigit() or int(which) not in {int(path.name[5:]) for path in candidates}:
-            there = ", ".join(path.name[5:].lstrip("0") or "0" for path in reversed(candidates))
-            raise UserError(f"{run} has no checkpoint {which!r}; there are best, last, and steps {there}")
+            steps = ", ".join(path.name[5:].lstrip("0") or "0" for path in reversed(candidates))
+            raise UserError(f"{run_dir} has no checkpoint {which!r}; use last, best or one of {steps}")
         return verify(next(path for path in candidates if int(path.name[5:]) == int(which))), []
-    damage: list[str] = []
+    errors: list[str] = []
     if which == "best":
         candidates.sort(key=val_loss)  # stable sort: ties go to the newest
     for path in candidates:
         try:
-            return verify(path), damage
+            return verify(path), errors
         except UserError as error:
-            damage.append(str(error))
-    raise UserError(f"no checkpoint in {run} is valid: {'; '.join(damage)}")
+            errors.append(str(error))
+    raise UserError(f"no checkpoint in {run_dir} is valid: {'; '.join(errors)}")

@@ -1,4 +1,4 @@
-"""Resuming: saved options, overridden by those given now; what has changed; folders of earlier runs."""
+"""Resume runs: merge saved and given options, report changes, and rewind or set aside run folders."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from nanogpt import files, metrics
-from nanogpt.checkpoint import REPLACED, Progress, reader, steps
+from nanogpt.checkpoint import REPLACED, Progress, reader, step_folders
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.config import fitted
 from nanogpt.data.loader import Dataset
@@ -25,50 +25,53 @@ from nanogpt.usage import RENAMED
 if TYPE_CHECKING:
     from nanogpt.optim import TensorShard
 
-# Options that a resumed run never inherits; all others come from the saved run unless given again.
+# Options that a resumed run does not inherit; all others come from the saved run unless given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
 NOT_INHERITED |= {"rdzv_timeout_s", "hang_timeout_s", "parallel", "shard_size"}
-# Options that cannot change on resume, besides the model architecture.
+# Options that must not change on resume, besides the model architecture.
 FIXED = {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}
 R = TypeVar("R", bound=TrainOptions)
 
 
 def resume(
-    config: R, origins: dict[str, str], shape: set[str], notices: list[str]
+    config: R, origins: dict[str, str], fixed_options: set[str], notices: list[str]
 ) -> tuple[R, Checkpoint | None]:
     """Return the resolved options and the newest checkpoint of the run in out_dir.
 
-    With --init_from=auto and no checkpoint, return `config` and None. `shape` names the options fixed by the
-    weights, which keep their values, as in nanoGPT. Notes for the user are appended to `notices`. Raise
-    UserError if --init_from=resume finds no checkpoint, or if other weights were trained than are asked for.
+    With --init_from=auto and no checkpoint, return `config` and None. `fixed_options` names the options that
+    the weights determine, which keep their values, as in nanoGPT. Notes for the user are appended to
+    `notices`. Raise UserError if --init_from=resume finds no checkpoint, or if an option in FIXED differs
+    from the saved one.
     """
     out = Path(config.out_dir)
-    resumed, damage = reader.find(out)
+    resumed, errors = reader.find(out)
     if resumed is None:
         if config.init_from == "resume":
-            theirs = (
-                f"; for nanoGPT's ckpt.pt there use --init_from={out}" if (out / "ckpt.pt").is_file() else ""
+            hint = (
+                f"; to start from nanoGPT's ckpt.pt in it, use --init_from={out}"
+                * (out / "ckpt.pt").is_file()
             )
-            raise UserError(
-                f"no checkpoint in {out}: train first, or use --init_from=auto or scratch{theirs}"
-            )
+            raise UserError(f"no checkpoint in {out}: train first, or use --init_from=auto or scratch{hint}")
         return config, None
-    notices += [f"skipped a damaged checkpoint: {line}" for line in damage]
+    notices += [f"skipped a damaged checkpoint: {line}" for line in errors]
     kinds = typing.get_type_hints(type(config), include_extras=True)
     where = f"{resumed.path / 'state.json'}"
     fitted(dict.fromkeys(("options", "scaler", "environment"), dict), resumed.state, where)
     saved = {RENAMED.get(key, key): value for key, value in resumed.state["options"].items()}
     fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
-    saved = asdict(resumed.model_config) | saved  # the former has options added since
+    saved = asdict(resumed.model_config) | saved  # model_config adds architecture options newer than the run
     on_cpu = str(resumed.state["environment"].get("device")).startswith("cpu")
-    if on_cpu and not saved.get("compile"):  # the default there; on a GPU decide again
+    if on_cpu and not saved.get(
+        "compile"
+    ):  # auto is False on a CPU; this session may use a GPU: decide again
         saved["compile"] = "auto"
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
         raise UserError(
-            f"{out} trains other weights: {'; '.join(wrong)}; omit these, or choose another --out_dir"
+            f"{out} was started with other trainable weights: {'; '.join(wrong)}; omit these options, or "
+            f"choose another --out_dir"
         )
-    kept = {key: old for key, (old, _) in differing.items() if key in shape}
+    kept = {key: old for key, (old, _) in differing.items() if key in fixed_options}
     for key, (old, new) in differing.items():
         ignored = f"note: {key} = {old!r} as in the checkpoint; {origins[key]} ({new!r}) has no effect"
         changed = f"{key} = {new!r} from now on; it was {old!r} when the run was saved"
@@ -77,21 +80,22 @@ def resume(
 
 
 def inherit(
-    config: R, origins: dict[str, str], saved: dict[str, Any], fresh: set[str]
+    config: R, origins: dict[str, str], saved: dict[str, Any], not_inherited: set[str]
 ) -> tuple[R, dict[str, tuple[Any, Any]]]:
     """Merge the `saved` options with those given now, which take precedence.
 
-    Options in `fresh` always come from `config`. Also return (saved, given) for each option given with a
-    value that differs from the saved one.
+    Options in `not_inherited` always come from `config`. Also return (saved, given) for each option given
+    with a value that differs from the saved one.
     """
-    old = {key: value for key, value in saved.items() if key in set(vars(config)) - fresh}
+    old = {key: value for key, value in saved.items() if key in set(vars(config)) - not_inherited}
     now = {key: getattr(config, key) for key in origins if key in old}
     differing = {key: (old[key], value) for key, value in now.items() if value != old[key]}
     return type(config)(**{**vars(config), **old, **now}), differing
 
 
 def load_optimizer(resumed: Checkpoint, tensors: "Mapping[str, Tensor | TensorShard]") -> None:
-    """Load the optimizer state into `tensors` (full or this rank's shards) by name, in place."""
+    """Load the optimizer state into `tensors` (full or this rank's shards) by name, in place. Raise UserError
+    if the names differ."""
     path = resumed.path / "optimizer.safetensors"
     with reader.open_tensors(path) as saved:
         if set(saved.keys()) != tensors.keys():
@@ -111,8 +115,8 @@ def restore_progress(
     """Return the progress of the run; append to `notices` what has changed since it was saved: the data
     (by the hash of each split), the learning rate, the machine.
 
-    Losses on another validation text are not comparable, so the best one is then reset. With --minutes the
-    share completed is that of the new number of minutes. Raise UserError for data of another tokenizer.
+    Losses on another validation text are not comparable, so the best loss is then reset. With --minutes,
+    `share` is rescaled to the new number of minutes. Raise UserError for data of another tokenizer.
     """
     if resumed.state.get("tokenizer") != dataset.fingerprint:
         raise UserError(
@@ -133,55 +137,65 @@ def restore_progress(
         progress.share *= before.minutes / config.minutes
     now = learning_rate(config, progress.position(config))
     if not 0.99 * was <= now <= 1.01 * was:
-        end = old["lr_decay_iters"] or old["max_iters"]
-        why = f"as the schedule has changed; --lr_decay_iters={end} keeps the old one"
-        if config.minutes:
-            why = f"as the schedule now spans {config.minutes:g} minutes"
+        end, new_end = (saved["lr_decay_iters"] or saved["max_iters"] for saved in (old, vars(config)))
+        why = "because its options have changed"
+        if config.minutes != before.minutes:
+            length = f"{config.minutes:g} minutes" if config.minutes else f"{config.max_iters} iterations"
+            why = f"because the schedule now spans {length}"
+        elif not config.minutes and new_end != end:
+            why += f"; --lr_decay_iters={end} keeps the old end of the schedule"
         notices.append(f"note: the learning rate jumps from {was:.3g} to {now:.3g}, {why}")
     then, here = resumed.state["environment"], machine.environment()
-    if moved := "; ".join(f"{k} {then.get(k)} -> {v}" for k, v in here.items() if then.get(k) != v):
-        notices.append(f"note: {moved}: resuming, but results will not be bitwise identical")
+    if changes := "; ".join(f"{k} {then.get(k)} -> {v}" for k, v in here.items() if then.get(k) != v):
+        notices.append(f"note: {changes}: resuming, but results will not be bitwise identical")
     return progress
 
 
-def rewind(run: Path, progress: Progress) -> None:
-    """Remove what a run resumed at `progress` will write again.
+def rewind(run_dir: Path, progress: Progress) -> None:
+    """Remove from a run folder everything that the run, resumed at `progress`, will write again.
 
-    Checkpoints after it, which were found damaged, are renamed to `.damaged`, so that they are not taken for
-    the newest again. Of metrics.jsonl all later rows are deleted, and the evaluation at the same iteration
-    unless the checkpoint was evaluated. Task scores at that iteration belong to the checkpoint and are kept.
+    Later checkpoints, which are damaged, are renamed to `.damaged`, so that they are not considered again.
+    All later rows of metrics.jsonl are deleted, and so is the evaluation at the same iteration unless the
+    checkpoint was evaluated. Task scores at that iteration belong to the checkpoint and are kept.
     """
-    for path in steps(run):
+    for path in step_folders(run_dir):
         if int(path.name[5:]) > progress.iter_num:
             target = path.with_name(f"{path.name}.damaged")
             files.remove(target)
             files.rename(path, target)
-    if not (run / metrics.NAME).is_file():
+    if not (run_dir / metrics.NAME).is_file():
         return
     before = progress.iter_num - 1
     last = {"eval": before if progress.val_loss is None else progress.iter_num, "tasks": progress.iter_num}
-    kept = [row for row in metrics.read(run) if row["iter"] <= last.get(row["event"], before)]
-    files.write_text(run / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))
+    kept = [row for row in metrics.read(run_dir) if row["iter"] <= last.get(row["event"], before)]
+    files.write_text(run_dir / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def set_aside(run: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock, str]:
-    """Rename the folder `run`, held by `lock`; return the lock of a new one and a notice to print. With
-    `overwrite` the first checkpoint of the new run deletes the renamed folder (writer.prune)."""
-    replaced, worthless = run.with_name(run.name + REPLACED), False
+def set_aside(run_dir: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock, str]:
+    """Rename the folder `run_dir`, locked by `lock`; return the lock of a new folder with that name and a
+    notice to print. With `overwrite`, the first checkpoint of the new run deletes the renamed folder
+    (writer.prune)."""
+    replaced, worthless = run_dir.with_name(run_dir.name + REPLACED), False
     if overwrite:
-        worthless = replaced.exists() and not steps(run)  # it replaced another run, and saved no checkpoint
-        aside = files.temporary(run) if worthless else replaced
+        # the run in `run_dir` replaced another one and saved no checkpoint
+        worthless = replaced.exists() and not step_folders(run_dir)
+        aside = files.temporary(run_dir) if worthless else replaced
         files.remove(aside)
     else:
-        numbered = (run.with_name(f"{run.name}.{number}") for number in itertools.count(1))
+        numbered = (run_dir.with_name(f"{run_dir.name}.{number}") for number in itertools.count(1))
         aside = next(path for path in numbered if not path.exists())
     if os.name == "nt":  # Windows cannot rename a folder that contains an open file
         lock.release()
-    files.rename(run, aside)
-    fresh = files.lock(run)
+    files.rename(run_dir, aside)
+    new_lock = files.lock(run_dir)
     lock.release()
     if worthless:
         files.remove(aside)
+        about = f", which saved no checkpoint; {replaced} is kept until the first checkpoint"
+        return new_lock, f"replacing the run in {run_dir}{about}"
     if overwrite:
-        return fresh, f"replaces the run in {run}, kept in {replaced} until the first checkpoint"
-    return fresh, f"moved the existing run in {run} to {aside}"
+        return (
+            new_lock,
+            f"replacing the run in {run_dir}; it is kept in {replaced} until the first checkpoint",
+        )
+    return new_lock, f"moved the existing run in {run_dir} to {aside}"

@@ -1,19 +1,19 @@
 """Asynchronous checkpointing: a thread writes a copy to disk while training continues.
 
-Training blocks for the copy only, or for the write if memory is short. At most one write is in flight: the
-next save and the end of the run wait for it. Errors of the thread are raised by the next `wait` or `save`.
-Until a write completes, the previous checkpoint remains the latest valid one.
+Training waits for the copy only or, if there is no memory for a copy, for the write. At most one write is in
+flight: the next save and the end of the run wait for it and raise its error. Until it completes, the previous
+checkpoint remains the latest valid one.
 """
 
 import math
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -24,13 +24,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import files
-from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, steps, val_loss
+from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, step_folders, val_loss
 from nanogpt.errors import Diverged, UserError
-from nanogpt.model import GPT, TABLES
+from nanogpt.model import GPT, NGRAM_TABLES
 
-RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt")  # the last is nanoGPT's
+RUN_FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "ckpt.pt",
+)  # any of these marks a folder as a run; ckpt.pt is nanoGPT's
 KEPT = 2  # number of newest checkpoints kept, besides the best
-SPARE = 1 << 28  # bytes of host memory to leave free when copying
+SPARE = 1 << 28  # bytes of host memory that a copy leaves free
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> "Snapshot":
-        """Create a snapshot that aliases the live tensors. Raise Diverged if a weight is not finite."""
+        """Return a snapshot that aliases the live tensors. Raise Diverged if a weight is not finite."""
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
@@ -55,14 +59,12 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for part in (self.weights, self.optimizer) for tensor in part.values())
+        return sum(t.nbytes for tensors in (self.weights, self.optimizer) for t in tensors.values())
 
-    def write(self, run: Path) -> Path:
-        """Write the checkpoint of `state["iter_num"]` to the folder `run`, prune old ones, return its path.
-
-        Raise OSError if writing fails; older checkpoints are then untouched.
-        """
-        path = run / f"step-{self.state['iter_num']:06d}"
+    def write(self, run_dir: Path) -> Path:
+        """Write the checkpoint of step `state["iter_num"]` to the run folder, prune old ones and return its
+        path. Raise OSError if writing fails; older checkpoints are then untouched."""
+        path = run_dir / f"step-{self.state['iter_num']:06d}"
         with files.staged(path) as draft:
             draft.mkdir(parents=True)
             _save_tensors(self.weights, draft / "model.safetensors")
@@ -74,7 +76,7 @@ class Snapshot:
             }
             files.write_json(draft / "manifest.json", {"format": FORMAT, "files": listing})
             files.remove(path)
-        prune(run)
+        prune(run_dir)
         return path
 
 
@@ -85,88 +87,93 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(f"{path} could not be written: {error}") from None
 
 
-def prune(run: Path) -> None:
-    """Delete partial checkpoints of killed runs, and all but the best and the KEPT newest.
+def prune(run_dir: Path) -> None:
+    """Delete partial checkpoints of killed runs, all complete checkpoints but the best and the KEPT newest,
+    and the folder of the run that --overwrite replaced.
 
     Called after a new checkpoint is complete, so none is deleted before its successor is on disk.
     """
-    for leftover in run.glob(f"step-*{files.TEMPORARY}*"):
+    for leftover in run_dir.glob(f"step-*{files.TEMPORARY}*"):
         files.remove(leftover)
-    whole = [path for path in steps(run) if (path / "manifest.json").is_file()]
-    kept = whole[:KEPT]
-    evaluated = [path for path in whole if math.isfinite(val_loss(path))]
+    complete = [path for path in step_folders(run_dir) if (path / "manifest.json").is_file()]
+    kept = complete[:KEPT]
+    evaluated = [path for path in complete if math.isfinite(val_loss(path))]
     kept += [min(evaluated, key=val_loss)] if evaluated else []
-    for path in whole:
+    for path in complete:
         if path not in kept:
             # Rename first, so that a kill during deletion leaves no partial checkpoint.
-            doomed = files.temporary(path)
-            files.rename(path, doomed)
-            files.remove(doomed)
-    files.remove(run.with_name(run.name + REPLACED))
+            temporary = files.temporary(path)
+            files.rename(path, temporary)
+            files.remove(temporary)
+    files.remove(run_dir.with_name(run_dir.name + REPLACED))
 
 
-def acquire_folder(run: Path, resumed: Progress | None, overwrite: bool) -> tuple[FileLock, str]:
-    """Lock the folder `run` for a new run, or for one `resumed` at this progress.
+def acquire_folder(run_dir: Path, resumed: Progress | None, overwrite: bool) -> tuple[FileLock, str]:
+    """Lock the run folder `run_dir` for a new run or, if `resumed` is given, for one that resumes at this
+    progress.
 
-    An existing run that is not resumed is renamed to the first free of run.1, run.2, ...; with `overwrite`
-    the first checkpoint deletes it. Return the lock, to be held during the run, and a notice to print. Raise
-    UserError if another process holds the lock.
+    An existing run that is not resumed is renamed: to the first free of run.1, run.2, ... or, with
+    `overwrite`, to run.replaced, which is deleted after the first checkpoint. Return the lock, to be held
+    during the run, and a notice to print. Raise UserError if another process holds the lock.
     """
-    lock = files.lock(run)
-    if not steps(run) and not any((run / name).exists() for name in RUN_FILES):
+    lock = files.lock(run_dir)
+    if not step_folders(run_dir) and not any((run_dir / name).exists() for name in RUN_FILES):
         return lock, ""
     from nanogpt.checkpoint import resume
 
     if resumed is None:
-        return resume.set_aside(run, lock, overwrite)
-    resume.rewind(run, resumed)
-    return lock, f"resuming {run} at iteration {resumed.iter_num}"
+        return resume.set_aside(run_dir, lock, overwrite)
+    resume.rewind(run_dir, resumed)
+    return lock, f"resuming {run_dir} at iteration {resumed.iter_num}"
 
 
-def require_space(run: Path, model: GPT) -> str:
-    """Return a line with the maximum size of the folder `run`, assuming AdamW's two moments per weight. Raise
+def require_space(run_dir: Path, model: GPT) -> str:
+    """Return a line with the maximum size of the run folder, assuming AdamW's two moments per weight. Raise
     UserError if less space is free."""
-    each = sum(
-        (12 if p.requires_grad and n != TABLES else 4) * p.numel() for n, p in model.named_parameters()
+    checkpoint_bytes = sum(
+        (12 if p.requires_grad and n != NGRAM_TABLES else 4) * p.numel() for n, p in model.named_parameters()
     )
-    needed = each * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
-    free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free
+    needed = checkpoint_bytes * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
+    free = shutil.disk_usage(next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())).free
     size = f"{tqdm.format_sizeof(needed)}B"
     if needed > free:
         raise UserError(
-            f"checkpoints in {run} take up to {size}, but only {tqdm.format_sizeof(free)}B is free there; "
+            f"checkpoints in {run_dir} take up to {size}, but {tqdm.format_sizeof(free)}B is free there; "
             f"give --out_dir=PATH on another disk"
         )
-    return f"run folder: {run} (up to {size})"
+    return f"run folder: {run_dir} (up to {size})"
 
 
 class AsyncCheckpointer:
+    """Writes checkpoints in a background thread, one at a time."""
+
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._error: BaseException | None = None
-        self._complete: list[Path] = []
-        self._pinned: Any = None  # gpu.host_copies.HostCopies, reused: slow to allocate
-        self.took_s = 0.0  # of the last write in the background
+        self._completed: list[Path] = []
+        self._pinned: Any = None  # gpu.host_copies.HostCopies, reused because it is slow to allocate
+        self.took_s = 0.0  # duration of the last write in the background
 
     @property
     def failed(self) -> bool:
         """Return whether the last write failed, so that `wait` will raise."""
         return self._error is not None
 
-    def save(self, run: Path, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Start saving a checkpoint; `pop_completed` returns its path once it is on disk. Synchronous if host
-        memory is short. Raise Diverged for non-finite weights, or the error of the previous write."""
+    def save(self, run_dir: Path, model: GPT, optimizer: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Start saving a checkpoint; `pop_completed` returns its path once it is on disk. Without host memory
+        for a copy, save it before returning. Raise Diverged for non-finite weights, or the error of the
+        previous write."""
         self.wait()
-        content = Snapshot.of(model, optimizer, state)
-        if not self._fits(content):
-            self._complete.append(content.write(run))
+        snapshot = Snapshot.of(model, optimizer, state)
+        if not self._fits(snapshot):
+            self._completed.append(snapshot.write(run_dir))
             return
-        copy = self._copy(content)
-        self._thread = threading.Thread(target=self._write, args=(copy, run), name="checkpoint", daemon=True)
+        copy = self._copy(snapshot)
+        self._thread = Thread(target=self._write, args=(copy, run_dir), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the write in flight; raise its error, once."""
+        """Wait for the write in flight and raise its error, if any, once."""
         self.close()
         error, self._error = self._error, None
         if error:
@@ -179,25 +186,25 @@ class AsyncCheckpointer:
             self._thread = None
 
     def pop_completed(self) -> list[Path]:
-        """Return the checkpoints completed since the last call."""
-        found, self._complete = self._complete, []
-        return found
+        """Return the paths of the checkpoints completed since the last call."""
+        completed, self._completed = self._completed, []
+        return completed
 
-    def _write(self, content: Snapshot, run: Path) -> None:
+    def _write(self, snapshot: Snapshot, run_dir: Path) -> None:
         started = time.perf_counter()
         try:
-            path = content.write(run)
-            self._complete.append(path)
+            path = snapshot.write(run_dir)
+            self._completed.append(path)
             self.took_s = time.perf_counter() - started
         except BaseException as error:  # raised in the main thread by `wait`
             self._error = error
 
-    def _fits(self, content: Snapshot) -> bool:
+    def _fits(self, snapshot: Snapshot) -> bool:
         free = free_memory()
-        return free is None or content.nbytes + SPARE < free or bool(self._pinned)
+        return free is None or snapshot.nbytes + SPARE < free or bool(self._pinned)
 
-    def _copy(self, content: Snapshot) -> Snapshot:
-        tensors = [*content.weights.values(), *content.optimizer.values()]
+    def _copy(self, snapshot: Snapshot) -> Snapshot:
+        tensors = [*snapshot.weights.values(), *snapshot.optimizer.values()]
         if tensors[0].device.type == "cuda":
             from nanogpt.gpu.host_copies import HostCopies
 
@@ -205,8 +212,8 @@ class AsyncCheckpointer:
             copies = iter(self._pinned.copy(tensors))
         else:
             copies = (t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in tensors)
-        weights = dict(zip(content.weights, copies, strict=False))
-        return Snapshot(weights, dict(zip(content.optimizer, copies, strict=True)), content.state)
+        weights = dict(zip(snapshot.weights, copies, strict=False))
+        return Snapshot(weights, dict(zip(snapshot.optimizer, copies, strict=True)), snapshot.state)
 
 
 def free_memory() -> int | None:
@@ -227,7 +234,7 @@ def free_memory() -> int | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory in bytes: allocated on a GPU, else used by this process (None on Windows)."""
+    """Return the peak memory in bytes, that allocated on a GPU or used by this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -35,7 +35,7 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
         return ckpt.open_file(path if path.is_file() else path / "ckpt.pt", [Path("data"), root / "data"])
     if (path / "manifest.json").is_file():
         return _open_checkpoint(reader.verify(path), path.parent, [])
-    if checkpoint.steps(path):
+    if checkpoint.step_folders(path):
         return _open_run(path, which)
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _of_hugging_face(name)
@@ -56,8 +56,8 @@ def _of_hugging_face(name: str) -> Pretrained:
 def _open_run(run: Path, which: str) -> Pretrained:
     found, damage = reader.find(run, which)
     if found is None:
-        theirs = f"; for nanoGPT's ckpt.pt there use --init_from={run}" if (run / "ckpt.pt").is_file() else ""
-        raise UserError(f"no checkpoint in {run}; give the --out_dir of a run saved by train.py{theirs}")
+        hint = f"; to start from nanoGPT's ckpt.pt in it, use --init_from={run}" * (run / "ckpt.pt").is_file()
+        raise UserError(f"no checkpoint in {run}; give the --out_dir of a run saved by train.py{hint}")
     return _open_checkpoint(found, run, damage)
 
 

@@ -140,7 +140,7 @@ def _own_tokenizer(folder: Path, meta: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------- batches
 
 
-def require_window(tokens: Tokens, block_size: int, split: str) -> None:
+def require_sequence(tokens: Tokens, block_size: int, split: str) -> None:
     """Raise UserError if the split, or any dataset of a mixture, has fewer than block_size + 1 tokens."""
     for text in tokens.texts:
         if len(text) <= block_size:
@@ -169,7 +169,7 @@ def gather(
     Targets are idx shifted by one token, IGNORE where not scored. With `separator`, the first token of each
     document, also return the document id of each token of idx, of the same shape.
     """
-    rows = torch.from_numpy(tokens.windows(starts, block_size + 1))
+    rows = torch.from_numpy(tokens.sequences(starts, block_size + 1))
     idx, targets = rows[:, :-1], rows[:, 1:]
     if tokens.scored:
         targets = targets.masked_fill(gather(tokens.scored, starts, block_size)[1] == 0, IGNORE)
@@ -214,7 +214,7 @@ class TrainBatches:
         Each is (idx, targets[, documents]), all (B, T) with B <= batch_size. A single process skips
         micro-batches without a scored target; several ranks run the same number of passes.
         """
-        every = self.tokens.scored is None or self.share(self.windows(step))[1] < self.windows(step)
+        every = self.tokens.scored is None or self.share(self.sequences(step))[1] < self.sequences(step)
         for starts in self.starts(step):
             batch = gather(self.tokens, starts, self.block_size, self.separator)
             if every or bool((batch[1] != IGNORE).any()):
@@ -223,16 +223,16 @@ class TrainBatches:
     def weighted(self, step: int) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
         """Yield (loss weight, micro-batch) of iteration `step`; all sequences have equal weight."""
         for batch in self.step(step):
-            yield len(batch[0]) / self.windows(step), batch
+            yield len(batch[0]) / self.sequences(step), batch
 
     def starts(self, step: int) -> Iterator[np.ndarray]:
         """Yield the start positions of the sequences of each of this rank's micro-batches in `step`."""
-        start, windows = self.share(self.windows(step))
-        first = self.windows_before(step) + start
-        for done in range(0, windows, self.batch_size):
-            yield self.sampler.starts(first + done, min(self.batch_size, windows - done))
+        start, sequences = self.share(self.sequences(step))
+        first = self.sequences_before(step) + start
+        for done in range(0, sequences, self.batch_size):
+            yield self.sampler.starts(first + done, min(self.batch_size, sequences - done))
 
-    def windows(self, step: int) -> int:
+    def sequences(self, step: int) -> int:
         """Return the batch size of iteration `step`, in sequences over all ranks."""
         return self.ramp[step] if step < len(self.ramp) else self.full
 
@@ -240,37 +240,37 @@ class TrainBatches:
         """Replace the sizes of the first batches, in sequences."""
         self.ramp, self.read = ramp, [0, *itertools.accumulate(ramp)]
 
-    def windows_before(self, step: int) -> int:
+    def sequences_before(self, step: int) -> int:
         return self.read[min(step, len(self.ramp))] + max(0, step - len(self.ramp)) * self.full
 
     def tokens_before(self, step: int) -> int:
         """Return the number of tokens consumed before iteration `step`."""
-        return self.windows_before(step) * self.block_size
+        return self.sequences_before(step) * self.block_size
 
     def epochs(self, step: int) -> list[float]:
         """Return the epochs completed after `step` iterations, one value per dataset."""
-        return self.sampler.epochs(self.windows_before(step))
+        return self.sampler.epochs(self.sequences_before(step))
 
 
 def eval_batches(
     tokens: Tokens,
     block_size: int,
     batch_size: int,
-    max_windows: int,
+    max_sequences: int,
     device: torch.device,
     separator: int | None = None,
     share: Share = whole_share,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield this rank's share of a fixed set of sequences, in batches on `device`.
 
-    If the split has at most `max_windows` sequences, every token is scored once (the last sequence overlaps
-    the one before; its repeated targets are IGNORE). Otherwise use `max_windows` evenly spaced sequences.
+    If the split has at most `max_sequences` sequences, every token is scored once (the last sequence overlaps
+    the one before; its repeated targets are IGNORE). Otherwise use `max_sequences` evenly spaced sequences.
     """
-    n_windows, rest = divmod(len(tokens) - 1, block_size)
-    if n_windows > max_windows:
-        starts, rest = np.linspace(0, n_windows - 1, max_windows).astype(np.int64) * block_size, 0
+    n_sequences, rest = divmod(len(tokens) - 1, block_size)
+    if n_sequences > max_sequences:
+        starts, rest = np.linspace(0, n_sequences - 1, max_sequences).astype(np.int64) * block_size, 0
     else:
-        starts = np.arange(n_windows) * block_size
+        starts = np.arange(n_sequences) * block_size
     begin, count = share(len(starts))
     rest = rest if begin + count == len(starts) else 0  # the last rank scores the remainder
     starts = starts[begin : begin + count]

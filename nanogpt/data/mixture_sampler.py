@@ -23,7 +23,7 @@ class MixtureSampler:
 
     def __init__(self, orders: Sequence[EpochSampler], weights: Sequence[Fraction], offsets: Sequence[int]):
         self.orders, self.offsets = orders, offsets
-        self.n_windows = sum(order.n_windows for order in orders)
+        self.n_sequences = sum(order.n_sequences for order in orders)
         self.shares = np.array(slots(weights), dtype=np.uint64)
         of = np.repeat(np.arange(len(weights)), self.shares.astype(np.int64))
         number = np.concatenate([np.arange(share, dtype=np.uint64) for share in self.shares])
@@ -47,7 +47,7 @@ class MixtureSampler:
         """Return the epochs of each dataset completed after `samples` samples."""
         cycles, place = divmod(samples, len(self.of))
         own = cycles * self.shares.astype(np.int64) + np.bincount(self.of[:place], minlength=len(self.shares))
-        return [int(n) / order.n_windows for n, order in zip(own, self.orders, strict=True)]
+        return [int(n) / order.n_sequences for n, order in zip(own, self.orders, strict=True)]
 
 
 def slots(weights: Sequence[Fraction]) -> list[int]:

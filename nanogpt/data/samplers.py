@@ -25,39 +25,39 @@ class EpochSampler:
     def __init__(self, n_tokens: int, block_size: int, seed: int):
         self.n_tokens, self.block_size, self.seed = n_tokens, block_size, seed
         fitting = (n_tokens - 1) // block_size  # a sequence also needs the token after it
-        self.n_windows = fitting - 1 if fitting > 1 else fitting  # one fewer, to leave room for the offset
-        assert self.n_windows > 0, "call require_window first"
+        self.n_sequences = fitting - 1 if fitting > 1 else fitting  # one fewer, to leave room for the offset
+        assert self.n_sequences > 0, "call require_sequence first"
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """Return the start positions of samples first .. first + count - 1, int64 (count,)."""
         samples = np.arange(first, first + count, dtype=np.uint64)
-        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
+        epochs, places = np.divmod(samples, np.uint64(self.n_sequences))
         starts = np.empty(count, dtype=np.int64)
         # np.unique would import numpy.ma, which takes 70 ms.
-        for epoch in range(first // self.n_windows, (first + count - 1) // self.n_windows + 1):
+        for epoch in range(first // self.n_sequences, (first + count - 1) // self.n_sequences + 1):
             here = epochs == epoch
-            windows = permute(places[here], self.n_windows, _key(self.seed, epoch, 1))
-            starts[here] = self._begins(epoch, windows.astype(np.int64))
+            numbers = permute(places[here], self.n_sequences, _key(self.seed, epoch, 1))
+            starts[here] = self._begins(epoch, numbers.astype(np.int64))
         return starts
 
-    def _begins(self, epoch: int, windows: np.ndarray) -> np.ndarray:
-        slack = self.n_tokens - 1 - self.n_windows * self.block_size
+    def _begins(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
+        slack = self.n_tokens - 1 - self.n_sequences * self.block_size
         phase = int(_mix(_key(self.seed, epoch, 0))) % (min(slack, self.block_size - 1) + 1)
-        return windows * self.block_size + phase
+        return numbers * self.block_size + phase
 
     def epochs(self, samples: int) -> list[float]:
         """Return the epochs completed after `samples` samples."""
-        return [samples / self.n_windows]
+        return [samples / self.n_sequences]
 
 
 class DocumentSampler(EpochSampler):
     """EpochSampler over sequences at given start positions."""
 
     def __init__(self, begins: np.ndarray, seed: int):
-        self.begins, self.n_windows, self.seed = begins, len(begins), seed
+        self.begins, self.n_sequences, self.seed = begins, len(begins), seed
 
-    def _begins(self, epoch: int, windows: np.ndarray) -> np.ndarray:
-        return self.begins[windows]
+    def _begins(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
+        return self.begins[numbers]
 
 
 def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:

@@ -59,9 +59,9 @@ class Tokens:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Read tokens start .. start + count - 1, int64 (count,). Raise UserError for an id out of range."""
-        return self.windows(np.array([start]), count)[0]
+        return self.sequences(np.array([start]), count)[0]
 
-    def windows(self, starts: np.ndarray, count: int) -> np.ndarray:
+    def sequences(self, starts: np.ndarray, count: int) -> np.ndarray:
         """Read `count` tokens from each of `starts`, int64 (len(starts), count). Errors as in `read`."""
         raw = np.stack([self._read(int(start), count) for start in starts])
         if raw.size and int(raw.max()) >= self.vocab_size:

@@ -205,8 +205,8 @@ def attention_entropy(attn: CausalSelfAttention, given: tuple[Any, ...], out: Te
     x: Tensor = given[0][:1]
     position: Position = given[1]
     T = x.shape[1]
-    qk = attn.c_attn(x)[..., : attn.widths[0] + attn.widths[1]].view(1, T, -1, attn.head_size).transpose(1, 2)
-    q, k = position.rotate(attn.qk_norm(qk)).split(attn.heads, dim=1)
+    qk = attn.c_attn(x)[..., : sum(attn.qkv_widths[:2])].view(1, T, -1, attn.head_size).transpose(1, 2)
+    q, k = position.rotate(attn.qk_norm(qk)).split(attn.qk_heads, dim=1)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q[:, :, T // 2 :] @ k.mT).float() * attn.head_size**-0.5
     bias = position.bias(T)
@@ -222,7 +222,7 @@ def attention_entropy(attn: CausalSelfAttention, given: tuple[Any, ...], out: Te
 def update_ratios(n_layer: int, optimizer: Optimizer, before: list[Tensor]) -> list[float]:
     """Return the norm of the last update relative to that of the weights, the largest of the matrices of each
     block that AdamW trains. Updates of Muon have a norm given by its rate, and adapters start at 0."""
-    adam = [held.name for part, _ in optimizer.parts if isinstance(part, AdamW) for held in part.held]
+    adam = [shard.name for rule, _ in optimizer.rules if isinstance(rule, AdamW) for shard in rule.shards]
     ratios = [0.0] * n_layer
     for (name, p), old in zip(optimizer.named, before, strict=True):
         if name.startswith("h.") and p.dim() >= 2 and name in adam and (norm := float(old.norm())):
@@ -236,7 +236,7 @@ def gain_decay(optimizer: Optimizer, before: list[Tensor], lr: float) -> float:
 
     It is what AdamW's state does not explain of the update.
     """
-    adam = next((part for part, _ in optimizer.parts if isinstance(part, AdamW)), None)
+    adam = next((rule for rule, _ in optimizer.rules if isinstance(rule, AdamW)), None)
     found = []
     for (name, p), old in zip(optimizer.named, before, strict=True):
         if adam is None or p.dim() != 1 or "ln_" not in name or not name.endswith("weight"):

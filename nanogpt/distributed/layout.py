@@ -36,22 +36,22 @@ class _Shared(Layout):
     def assign_ranks(self, costs: Sequence[float]) -> list[int]:
         return share_out(costs, self.size)
 
-    def gather(self, pieces: Mapping[str, TensorShard]) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, TensorShard]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name, piece in pieces.items() if self.with_first else ():
-            done = piece.spans[0][1]  # elements received so far; rank 0's own shard starts at 0
-            if self.rank == 0 and done == piece.shape.numel():
-                found[name] = piece.tensor.view(piece.shape).cpu()
+        for name, shard in shards.items() if self.with_first else ():
+            done = shard.spans[0][1]  # elements received so far; rank 0's own shard starts at 0
+            if self.rank == 0 and done == shard.shape.numel():
+                found[name] = shard.tensor.view(shard.shape).cpu()
                 continue
-            whole = torch.empty(piece.shape if self.rank == 0 else 0, dtype=piece.tensor.dtype)
+            whole = torch.empty(shard.shape if self.rank == 0 else 0, dtype=shard.tensor.dtype)
             if self.rank == 0:
-                whole.view(-1)[:done] = piece.tensor.view(-1)
-            for rank, (start, stop) in list(enumerate(piece.spans))[1:]:
+                whole.view(-1)[:done] = shard.tensor.view(-1)
+            for rank, (start, stop) in list(enumerate(shard.spans))[1:]:
                 if start >= stop or stop <= done:
                     continue
                 # From CPU to CPU: NCCL would open a connection for each pair of ranks and use GPU memory.
                 if self.rank == rank:
-                    dist.send(piece.tensor.cpu().contiguous(), dst=0, group=self.control)
+                    dist.send(shard.tensor.cpu().contiguous(), dst=0, group=self.control)
                 elif self.rank == 0:
                     dist.recv(whole.view(-1)[start:stop], src=rank, group=self.control)
             if self.rank == 0:
@@ -72,12 +72,12 @@ class Replicated(_Shared):
             first += p.numel()
         return parts
 
-    def local_shard(self, held: ParamShard, tensor: Tensor) -> Tensor:
-        start, stop = held.spans[self.rank]
+    def local_shard(self, shard: ParamShard, tensor: Tensor) -> Tensor:
+        start, stop = shard.spans[self.rank]
         return tensor.detach().reshape(-1)[start:stop]
 
-    def all_gather_params(self, parts: Sequence[ParamShard]) -> None:
-        views = [[_flat(held)[slice(*held.spans[rank])] for held in parts] for rank in range(self.size)]
+    def all_gather_params(self, shards: Sequence[ParamShard]) -> None:
+        views = [[_flat(shard)[slice(*shard.spans[rank])] for shard in shards] for rank in range(self.size)]
         most, each = max(sum(map(len, of_one)) for of_one in views), max(1, TURN // self.size)
         for done in range(0, most, each):
             turn = [_cut(of_one, done, done + each) for of_one in views]
@@ -131,7 +131,7 @@ class Sharded(_Shared):
     def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
         return [ParamShard(name, p, self._spans(p)) for name, p in named]
 
-    def local_shard(self, held: ParamShard, tensor: Tensor) -> Tensor:
+    def local_shard(self, shard: ParamShard, tensor: Tensor) -> Tensor:
         return self.to_local(tensor)
 
     def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
@@ -159,8 +159,8 @@ class Sharded(_Shared):
     def weights(self, matrix: Matrix) -> Tensor:
         return self._part(matrix, self.to_local(matrix.parameter))
 
-    def global_norm(self, own: Tensor) -> Tensor:
-        square = own.square()
+    def global_norm(self, local_norm: Tensor) -> Tensor:
+        square = local_norm.square()
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
 
@@ -258,8 +258,8 @@ def _cut(views: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     return found
 
 
-def _flat(held: ParamShard) -> Tensor:
-    return held.parameter.data.view(-1)
+def _flat(shard: ParamShard) -> Tensor:
+    return shard.parameter.data.view(-1)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from nanogpt.distributed.step_times import StepTimes
 from nanogpt.errors import UserError
 from nanogpt.finetune import lora
 from nanogpt.loss import IGNORE
-from nanogpt.model import GPT, TABLES, GPTConfig
+from nanogpt.model import GPT, NGRAM_TABLES, GPTConfig
 from nanogpt.optim import Layout, is_for_muon
 from nanogpt.options import OptimizerOptions
 from nanogpt.runtime import DTYPES, Machine
@@ -197,9 +197,9 @@ def micro_batches(
     same number of passes, because those of a sharded model are collective: a rank with one micro-batch fewer
     runs a dummy row with weight 0.
     """
-    windows, targets = batches.windows(step), responses.count_targets(batches, step)
-    left, made = world.share(windows)[1], 0
-    largest = -(-windows // world.size)
+    sequences, targets = batches.sequences(step), responses.count_targets(batches, step)
+    left, made = world.share(sequences)[1], 0
+    largest = -(-sequences // world.size)
     passes = -(-largest // batches.batch_size)
     world.report_phase(step, "reading data")
     source = batches.step(step)
@@ -212,7 +212,7 @@ def micro_batches(
         left -= counted
         world.report_phase(step, "computing")
         average_next(function, wanted=following is None)
-        weight: float | Tensor = counted / windows
+        weight: float | Tensor = counted / sequences
         if targets:  # with no scored target the weight is 0: a mean over nothing is NaN
             idx, wanted, *documents = batch
             scored = wanted != IGNORE
@@ -302,7 +302,7 @@ def connect(model: nn.Module, machine: Machine) -> Connected:
         ddp.require_backward_grad_sync = on
 
     def average_tables() -> None:
-        if (tables := dict(model.named_parameters()).get(TABLES)) is not None and tables.requires_grad:
+        if (tables := dict(model.named_parameters()).get(NGRAM_TABLES)) is not None and tables.requires_grad:
             Replicated(machine.world).average_rows(tables)
 
     switch_ddp(False)  # no collectives while compiling, which may fail on one rank only
@@ -318,7 +318,7 @@ class _Calls(nn.Module):
 
     def __init__(self, function: Function, model: nn.Module):
         super().__init__()
-        self.owned = nn.ParameterList(p for name, p in model.named_parameters() if name != TABLES)
+        self.owned = nn.ParameterList(p for name, p in model.named_parameters() if name != NGRAM_TABLES)
         self.function = lambda *inputs: function(*inputs)  # a module would be registered, with its buffers
 
     def forward(self, *inputs: Tensor) -> Any:

@@ -168,7 +168,7 @@ def sequences_of(run: Path, dataset: str = "", block_size: int = 0) -> Sequences
     if not name or "," in name:
         raise UserError(f"the counting baseline needs one dataset, not {name!r}; give --dataset=FOLDER")
     found, block_size = loader.load(loader.find(name, ROOT)), options.get("block_size", block_size)
-    loader.require_window(found.val, block_size, "validation")
+    loader.require_sequence(found.val, block_size, "validation")
     count, separator = (len(found.val) - 1) // block_size, None
     if options:
         count = min(count, max(1, options["eval_iters"] * options["batch_size"]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import UserError
-from nanogpt.model import GPTConfig, repeats_keys
+from nanogpt.model import GPTConfig, repeats_kv
 from nanogpt.options import TrainOptions
 from nanogpt.runtime import DTYPES, Machine
 
@@ -69,7 +69,7 @@ def attention_name(shape: GPTConfig, machine: Machine, length: int, biased: bool
     dtype, device = DTYPES[machine.dtype], machine.device
     heads = [shape.n_head, shape.n_kv_head or shape.n_head]
     bias = torch.zeros(1, 1, length, length, dtype=dtype, device=device) if biased else None
-    if repeats_keys(device.type, dtype, bias):
+    if repeats_kv(device.type, dtype, bias):
         heads[1] = heads[0]
     q, k = (_heads(n, length, shape.head_size, dtype, device) for n in heads)
     found = torch._fused_sdp_choice(

@@ -25,8 +25,8 @@ def choose(options: B, machine: Machine, divided: str, trial: Callable[[int], No
             f"--batch_size=auto tries the whole model on one GPU, but it will be sharded ({divided}); "
             f"give a number, such as --batch_size=12"
         )
-    windows, rest = divmod(options.batch_tokens, options.block_size)
-    if not windows or rest:
+    sequences, rest = divmod(options.batch_tokens, options.block_size)
+    if not sequences or rest:
         raise UserError(
             f"--batch_size=auto splits the tokens of an iteration: give --batch_tokens, a multiple of "
             f"block_size={options.block_size}, such as {480 * options.block_size}"
@@ -37,7 +37,7 @@ def choose(options: B, machine: Machine, divided: str, trial: Callable[[int], No
             f"as --batch_size=12"
         )
     world = machine.world
-    rows = largest(windows, partial(fits, trial=trial, machine=machine), world.any_rank, world.size)
+    rows = largest(sequences, partial(fits, trial=trial, machine=machine), world.any_rank, world.size)
     if not rows:
         raise UserError(
             f"--batch_size=auto: not one sequence of {options.block_size} tokens fits in the memory of "
@@ -47,14 +47,14 @@ def choose(options: B, machine: Machine, divided: str, trial: Callable[[int], No
 
 
 def largest(
-    windows: int, fits: Callable[[int], bool], any_of: Callable[[bool], bool], processes: int = 1
+    sequences: int, fits: Callable[[int], bool], any_of: Callable[[bool], bool], processes: int = 1
 ) -> int:
-    """Return the largest divisor of `windows` that is at most a rank's share (of `processes` ranks) and fits;
-    0 if none does. After a failure, at least halve the size. `any_of`: return whether its argument is true
-    on any rank, so that all ranks try the same sizes."""
-    most = -(-windows // processes)
+    """Return the largest divisor of `sequences` that is at most a rank's share (of `processes` ranks) and
+    fits; 0 if none does. After a failure, at least halve the size. `any_of`: return whether its argument is
+    true on any rank, so that all ranks try the same sizes."""
+    most = -(-sequences // processes)
     while most:
-        rows = next(n for n in range(most, 0, -1) if windows % n == 0)
+        rows = next(n for n in range(most, 0, -1) if sequences % n == 0)
         if not any_of(not fits(rows)):
             return rows
         most = rows // 2

@@ -72,11 +72,11 @@ class StepGraph:
     def __init__(
         self,
         step: Callable[..., tuple[Tensor, Tensor]],
-        windows: int,
+        sequences: int,
         machine: Machine,
         record: Record = cuda_graph,
     ):
-        self.step, self.windows = step, windows  # train.train_step, sequences per full batch
+        self.step, self.sequences = step, sequences  # train.train_step, sequences per full batch
         self.machine, self.record = machine, record
         self.calls = 0
         self.lr = torch.zeros((), device=machine.device)
@@ -94,7 +94,7 @@ class StepGraph:
         grad_clip: float,
     ) -> tuple[Tensor, Tensor]:
         weighted = list(micro_batches)
-        if sum(len(batch[0]) for _, batch in weighted) != self.windows:
+        if sum(len(batch[0]) for _, batch in weighted) != self.sequences:
             return self.step(model, optimizer, scaler, weighted, lr, grad_clip)
         self._take(batch for _, batch in weighted)
         self.lr.fill_(lr)

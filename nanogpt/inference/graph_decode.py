@@ -26,14 +26,14 @@ class FixedStep(Step):
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int, bias: Tensor | None):
         self.cache, self.count, self.length = cache, len(positions), length
-        self.positions, self.at = positions, positions[:, None]
+        self.positions, self.position_ids = positions, positions[:, None]
         self.rows = torch.arange(self.count, device=positions.device)
         if bias is None:
             bias = masked_after(positions, length, cache.keys.dtype)[:, None, None]
         self.masked = bias.to(cache.keys.dtype)
 
     def layer(self, number: int) -> LayerCache:
-        return LayerCache(self.at, partial(self._attend_fixed, number))
+        return LayerCache(self.position_ids, partial(self._attend_fixed, number))
 
     def _attend_fixed(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
         keys, values = self.cache.keys[number], self.cache.values[number]

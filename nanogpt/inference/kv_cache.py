@@ -93,7 +93,7 @@ def one_query(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> T
 class Prefill:
     """Prefill of `slots` from position 0; row i has `lengths[i]` tokens, then padding."""
 
-    at: Tensor | None = None
+    position_ids: Tensor | None = None
 
     def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]):
         self.cache, self.slots, self.lengths = cache, slots, lengths
@@ -131,7 +131,7 @@ class ChunkedPrefill:
         device = cache.keys.device
         dtype = torch.float32 if device.type == "cpu" else cache.keys.dtype  # the fastest dtype for SDPA
         at = torch.arange(begin, self.end, device=device)
-        self.at: Tensor | None = at[None]
+        self.position_ids: Tensor | None = at[None]
         self.bias = masked_after(at, self.end, dtype) if bias is None else bias.to(dtype)
 
     def previous_embeddings(self, x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class ChunkedPrefill:
         return self.cache.with_context(idx, [self.slot], self.begin)
 
     def layer(self, number: int) -> LayerCache:
-        return LayerCache(self.at, partial(self._attend, number))
+        return LayerCache(self.position_ids, partial(self._attend, number))
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
         keys, values = (
@@ -166,7 +166,7 @@ class Step:
         self.cache, self.count, self.length = cache, len(positions), max(positions) + 1
         device = cache.keys.device
         positions_, rows = torch.tensor([positions, range(len(positions))], device=device)
-        self.at: Tensor | None = positions_[:, None]
+        self.position_ids: Tensor | None = positions_[:, None]
         self.alike = min(positions) + 1 == self.length
         if bias is None and not self.alike:
             bias = masked_after(positions_, self.length, cache.keys.dtype)[:, None, None]
@@ -181,11 +181,11 @@ class Step:
         return before[:, None].to(x.dtype)
 
     def with_context(self, idx: Tensor) -> Tensor:
-        assert self.at is not None
-        return self.cache.with_context(idx, torch.arange(self.count, device=idx.device), self.at)
+        assert self.position_ids is not None
+        return self.cache.with_context(idx, torch.arange(self.count, device=idx.device), self.position_ids)
 
     def layer(self, number: int) -> LayerCache:
-        return LayerCache(self.at, partial(self._attend, number))
+        return LayerCache(self.position_ids, partial(self._attend, number))
 
     def _attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
         keys, values = self.cache.keys[number], self.cache.values[number]

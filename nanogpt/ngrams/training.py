@@ -48,4 +48,4 @@ class RowAdagrad:
         self.table.index_add_(0, rows, values * (-lr / (sums.sqrt() + 1e-10))[:, None])
 
     def state_shards(self) -> dict[str, Any]:
-        return {f"{self.name}.sums": self.layout.replicated(self.sums)}
+        return {f"{self.name}.sums": self.layout.replicated_shard(self.sums)}

@@ -94,10 +94,10 @@ class Setting:
     recompute: bool = False  # activation checkpointing; its cost must be included in `mfu`
     loss_chunk_size: int = 0  # tokens per chunk of the loss; 0: all
 
-    def compute_s(self, shape: GPTConfig, windows: int) -> float:
+    def compute_s(self, shape: GPTConfig, sequences: int) -> float:
         """Return the seconds of forward and backward of one micro-batch. The rate for t tokens is
         proportional to t / (t + half_tokens), and equals `mfu` for a full micro-batch."""
-        tokens, full = windows * shape.block_size, self.batch_size * shape.block_size
+        tokens, full = sequences * shape.block_size, self.batch_size * shape.block_size
         filled = tokens / (tokens + self.half_tokens) * (full + self.half_tokens) / full
         return tokens * estimate.flops_per_token(shape) / (self.peak * self.mfu * filled)
 
@@ -131,11 +131,11 @@ def predict(
     shape: GPTConfig, rules: OptimizerOptions, mode: Mode, gpus: int, setting: Setting
 ) -> Step | None:
     """Predict a step on `gpus` GPUs. Return None if there are fewer sequences than GPUs."""
-    windows = -(-setting.batch // gpus)
+    sequences = -(-setting.batch // gpus)
     if setting.batch < gpus:
         return None
     world, network = World(gpus, setting.gpus_per_node), setting.network
-    whole, rest = divmod(windows, setting.batch_size)
+    whole, rest = divmod(sequences, setting.batch_size)
     sizes = [setting.batch_size] * whole + [rest] * bool(rest)
     found = calls(shape, rules, mode, world, HALF, setting.sharded_state)
     compute = [setting.compute_s(shape, size) for size in sizes]
@@ -154,7 +154,7 @@ def predict(
     return Step(
         world,
         mode,
-        windows * shape.block_size,
+        sequences * shape.block_size,
         sum(compute),
         transfer,
         exposed,
