@@ -46,7 +46,7 @@ def test_estimated_parameters_and_optimizer_state_match_real_models(shape, optim
     assert found.total - found.padding == model.n_params()
     assert estimate.flops_per_token(shape) == model.flops_per_token()
     need = estimate.memory(shape, rules, batch_size=4)
-    assert need.weights == sum(p.numel() * p.element_size() for p in real)
+    assert need.weights == need.gradients == sum(p.numel() * p.element_size() for p in real)
     state = optim.build(rules, model.named_parameters(), model.fused_rows()).state()
     held = sum(t.numel() * t.element_size() for name, t in state.items() if not name.endswith("steps"))
     assert need.optimizer == held

@@ -105,7 +105,7 @@ def memory(
     loss; 0: all. `compiled`: by torch.compile.
 
     AdamW keeps two state elements per parameter, Muon one per element of the blocks' matrices, row-wise
-    Adagrad one per row of the n-gram tables, whose sparse gradients are not counted.
+    Adagrad one per row of the n-gram tables, whose gradients are sparse on a CPU and not counted there.
     """
     found = parameters(shape)
     by_muon = found.matrices if rules.optimizer == "muon" else 0
@@ -113,7 +113,7 @@ def memory(
     tokens = batch_size * shape.block_size
     return Memory(
         weights=FLOAT * found.total,
-        gradients=FLOAT * (found.total - found.tables),
+        gradients=FLOAT * (found.total - found.tables * on_cpu),
         optimizer=FLOAT * (2 * (found.total - found.tables - by_muon) + by_muon + found.table_rows),
         activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_chunk_size, compiled),
         copies=0 if number_bytes == FLOAT else number_bytes * cast,
