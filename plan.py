@@ -110,6 +110,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
     need = memory_for(config.batch_size)
     if used:
         need = replace(need, buffers=max(0, used + need.weights + need.optimizer - need.total + need.buffers))
+    buffers = "buffers" if on_gpu else "program and checkpoint"
     try:
         room = writer.require_space(Path(config.out_dir), model)
     except UserError as error:  # the run may be meant for another machine
@@ -129,7 +130,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
         f"{need.weights / 1e9:.2f} + gradients {need.gradients / 1e9:.2f} + optimizer "
         f"{need.optimizer / 1e9:.2f} + bfloat16 copies {need.copies / 1e9:.2f} + activations of "
         f"{config.batch_size} x {shape.block_size:,} tokens about {need.activations / 1e9:.2f}"
-        + f" + program and checkpoint {need.buffers / 1e9:.2f}" * bool(need.buffers)
+        + f" + {buffers} {need.buffers / 1e9:.2f}" * bool(need.buffers)
         + RECOMPUTED * config.activation_checkpointing,
         fit(config, shape.block_size, memory_for, config.gpu_memory or gigabytes),
         room,
@@ -142,7 +143,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
         dollars = hours * (config.gpus if config.gpu else 1) * config.dollars_per_gpu_hour
         lines.append(f"cost: ${dollars:,.0f} at ${config.dollars_per_gpu_hour:g} per GPU-hour")
     if config.scaling:
-        lines += table(shape, config, setting_of(config, batch // shape.block_size))
+        lines += table(shape, config, setting_of(config, batch // shape.block_size, compiled))
     print("\n".join(lines))
 
 
@@ -205,7 +206,10 @@ def memory(
     if trained != total:
         adapters = trained if config.lora_rank else 0
         need = replace(need, weights=4 * (total + adapters), gradients=4 * trained, optimizer=8 * trained)
-    need = replace(need, optimizer=need.optimizer // sharing)
+    sequences = config.batch_tokens // shape.block_size or config.sequences_per_iteration
+    twice = not machine and 1 < config.gpus < sequences / rows  # several micro-batches, see scaling.memory
+    buffers = need.buffers + need.gradients * twice
+    need = replace(need, optimizer=need.optimizer // sharing, buffers=buffers)
     if machine and cpu:  # this program, which has loaded what train.py loads, and the copy that is saved
         base = writer.peak_memory(machine.device) or 0
         need = replace(need, buffers=base + need.weights + need.optimizer)
@@ -270,7 +274,7 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
     return timed.tokens_per_step / seconds * estimate.flops_per_token(small) / flops, peak
 
 
-def setting_of(config: Config, batch: int) -> scaling.Setting:
+def setting_of(config: Config, batch: int, compiled: bool) -> scaling.Setting:
     """Convert the options to a scaling.Setting, for batches of `batch` sequences."""
     name = chips.find(config.gpu) if config.gpu else None
     if name not in scaling.CHIPS:
@@ -297,6 +301,7 @@ def setting_of(config: Config, batch: int) -> scaling.Setting:
         sharded_state=config.shard_optimizer,
         recompute=config.activation_checkpointing,
         loss_chunk_size=config.loss_chunk_size,
+        compiled=compiled,
     )
 
 

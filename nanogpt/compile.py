@@ -57,7 +57,7 @@ def train_function(
     call: DDP splits a graph that is compiled in its forward pass, so that gradients are sent while the
     backward pass continues.
     """
-    if model.ngrams is not None:  # sparse gradients
+    if model.ngrams is not None and model.ngrams.sparse:
         model.ngrams.forward = torch.compiler.disable(model.ngrams.forward)  # type: ignore[method-assign]
     print("compiling the training step; this takes up to a minute")
     inside = getattr(function, "inside", None)

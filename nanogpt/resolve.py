@@ -109,7 +109,7 @@ def decide(
         from nanogpt.ngrams import training
 
         sharded = division is not None and not division.whole
-        training.require_possible(model_config, free_memory(), sharded, config.cuda_graph)
+        training.require_possible(model_config, free_memory(), sharded)
     if config.compile == "auto":  # the choice is saved; a resumed run inherits it
         origins["compile"], worth = "auto", False
         if machine.device.type == "cuda":

@@ -172,8 +172,11 @@ def test_head_and_loss_are_compiled_separately_from_blocks(broken, monkeypatch):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("rules", ["adamw", "muon"])
-@pytest.mark.parametrize(("dtype", "rows"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 20)])
-def test_step_never_synchronizes_or_leaves_its_device(rules, dtype, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "rows", "tables"),
+    [("float32", 0, ""), ("bfloat16", 0, ""), ("bfloat16", 20, ""), ("bfloat16", 0, "2,3")],
+)
+def test_step_never_synchronizes_or_leaves_its_device(rules, dtype, rows, tables, monkeypatch):
     """Tensors on the device "meta" have no values: reading one, or mixing it with a CPU tensor, fails.
     A step that passes therefore never synchronizes a GPU."""
     meta = torch.device("meta")
@@ -184,9 +187,8 @@ def test_step_never_synchronizes_or_leaves_its_device(rules, dtype, rows, monkey
     monkeypatch.setattr(torch, "_fused_adamw_", fused)
     machine = runtime.Machine(meta, dtype, "test", casting="weights")
     with torch.device("meta"):
-        model = GPT(replace(SHAPE, position="rope", smear=True, tied=False, softcap=15.0, dropout=0.1)).to(
-            meta
-        )
+        changes = {"position": "rope", "smear": True, "tied": False, "softcap": 15.0, "dropout": 0.1}
+        model = GPT(replace(SHAPE, ngram_orders=tables, ngram_rows=99, **changes)).to(meta)
     model.loss_chunk_size = rows
     config = OptimizerOptions(rules, muon_weight_decay=0.1)
     optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), torch.bfloat16)

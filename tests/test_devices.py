@@ -87,6 +87,7 @@ SHAPES = {
     "gpt2": {"bias": True},
     "fast": {**FAST, "norm": "rms", "qk_norm": True, "dropout": 0.1},
     "alibi": {"position": "alibi", "activation": "swiglu", "n_kv_head": 1},
+    "tables": {"ngram_orders": "2,3", "ngram_rows": 100},
 }
 
 

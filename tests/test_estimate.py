@@ -9,7 +9,7 @@ from nanogpt import ROOT, compile
 from nanogpt.config import load, pick_fields
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import OptimizerOptions
-from nanogpt.planning import estimate
+from nanogpt.planning import comm_volume, estimate, scaling
 from nanogpt.runtime import Machine
 
 MODERN = {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False}
@@ -67,25 +67,31 @@ def test_estimated_activations_match_torch_allocations(switches, recompute, loss
     assert peak == pytest.approx(need.activations, rel=0.1)
 
 
-# Peak GB of a step of two micro-batches, of torch's own allocator with the null GPU (docs/gpu.md, 2026-11-30)
+# Peak GB of a step of two micro-batches on one GPU, or of each of two, of torch's own allocator with the null
+# GPU (docs/gpu.md, 2026-11-30)
 ALLOCATED = [
-    ("train_gpt2", 2, 4, True, 1.7382),
-    ("train_gpt2", 4, 8, True, 3.1077),
-    ("train_gpt2", 4, 8, False, 7.1459),
-    ("train_gpt2", 12, 12, True, 7.7354),
-    ("train_gpt2", 12, 32, True, 16.7027),
-    ("train_gpt2_medium", 24, 8, True, 14.6549),
-    ("train_gpt2_medium", 2, 4, True, 2.2757),
-    ("train_gpt2_medium", 2, 8, True, 3.0135),
-    ("train_gpt2_fast", 2, 8, True, 4.6189),
-    ("train_gpt2_fast", 4, 8, True, 5.3535),
-    ("train_shakespeare_char", 6, 16, True, 0.6257),
+    ("train_gpt2", 2, 4, True, 1, 1.7382),
+    ("train_gpt2", 4, 8, True, 1, 3.1077),
+    ("train_gpt2", 4, 8, False, 1, 7.1459),
+    ("train_gpt2", 12, 12, True, 1, 7.7354),
+    ("train_gpt2", 12, 32, True, 1, 16.7027),
+    ("train_gpt2_medium", 24, 8, True, 1, 14.6549),
+    ("train_gpt2_medium", 2, 4, True, 1, 2.2757),
+    ("train_gpt2_medium", 2, 8, True, 1, 3.0135),
+    ("train_gpt2_fast", 2, 8, True, 1, 4.6189),
+    ("train_gpt2_fast", 4, 8, True, 1, 5.3535),
+    ("train_shakespeare_char", 6, 16, True, 1, 0.6257),
+    ("train_gpt2", 12, 12, True, 2, 7.7413),
+    ("train_gpt2_medium", 24, 8, True, 2, 14.6555),
+    ("train_gpt2_fast", 12, 16, True, 1, 13.9900),
+    ("train_gpt2_fast", 12, 16, True, 2, 13.8626),
 ]
 
 
-@pytest.mark.parametrize(("preset", "layers", "rows", "compiled", "gigabytes"), ALLOCATED)
-def test_estimated_memory_of_gpus_matches_the_allocator(preset, layers, rows, compiled, gigabytes):
+@pytest.mark.parametrize(("preset", "layers", "rows", "compiled", "gpus", "gigabytes"), ALLOCATED)
+def test_estimated_memory_of_gpus_matches_the_allocator(preset, layers, rows, compiled, gpus, gigabytes):
     config, _ = load(train.Config, [str(ROOT / "config" / f"{preset}.py"), f"--n_layer={layers}"])
     shape = pick_fields(GPTConfig, config, vocab_size=65 if "char" in preset else 50257)
-    need = estimate.memory(shape, config, rows, compiled=compiled)
+    world, sizes = comm_volume.World(gpus, 8), [rows, rows]
+    need = scaling.memory(shape, config, "ddp", world, sizes, compiled=compiled)
     assert need.total / 1e9 == pytest.approx(gigabytes, rel=0.05)

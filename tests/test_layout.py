@@ -1,11 +1,14 @@
 """Tests of the all-gather of updated parameters, simulated in one process."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from nanogpt.distributed import layout
 from nanogpt.distributed.layout import Replicated
+from nanogpt.optim import TensorShard
 from nanogpt.world import World
 
 
@@ -35,3 +38,25 @@ def test_updated_weights_are_gathered_in_bounded_chunks(size, turn, monkeypatch)
     assert come == [max(map(len, own))] * size
     for copy in copies:
         assert torch.equal(torch.cat([p.data.flatten() for p in copy.parameters()]), expected)
+
+
+def test_shards_of_a_checkpoint_are_sent_through_gloo(monkeypatch):
+    """NCCL would open a connection, and reserve GPU memory, for each pair of ranks."""
+    whole, spans, sent = torch.arange(6.0).view(2, 3), [(0, 2), (2, 6)], []
+
+    def send(part, dst, group):
+        sent.append((part, dst, group))
+
+    def recv(place, src, group):
+        assert (src, group) == (1, "gloo")
+        place.copy_(sent[0][0])
+
+    monkeypatch.setattr(layout.dist, "send", send)
+    monkeypatch.setattr(layout.dist, "recv", recv)
+    found = {}
+    for rank in (1, 0):
+        shard = TensorShard(whole.shape, spans, rank, whole.view(-1)[slice(*spans[rank])])
+        each = Replicated(SimpleNamespace(rank=rank, size=2, control="gloo"))
+        found[rank] = each.gather({"momentum": shard})
+    assert [part[1:] for part in sent] == [(0, "gloo")] and not found[1]
+    assert torch.equal(found[0]["momentum"], whole)

@@ -143,6 +143,15 @@ def test_updating_the_rows_read_equals_the_dense_update():
     assert torch.equal(sparse[untouched], filled().ngrams.weight[untouched])
 
 
+def test_dense_gradients_of_gpus_give_the_same_update(monkeypatch):
+    draw = torch.Generator().manual_seed(5)
+    tokens = [torch.randint(11, (3, 16), generator=draw) for _ in range(4)]
+    sparse = trained(tokens, True)
+    monkeypatch.setattr(NGramEmbedding, "sparse", False)
+    torch.testing.assert_close(trained(tokens, True), sparse)
+    assert not sparse[0][0].any()
+
+
 def test_update_equals_the_formula_in_float64():
     model = filled()
     optimizer = build(OptimizerOptions(), model.named_parameters())
@@ -193,19 +202,12 @@ def test_invalid_options_are_rejected_in_one_line(flag, message):
 def test_tables_larger_than_memory_are_rejected():
     shape = GPTConfig(**SHAPE | {"vocab_size": 50257}, ngram_orders="2,3", ngram_rows=10**12)
     with pytest.raises(UserError, match=r"take 64,161.6 GB, but 8.0 GB are free; lower --ngram_rows"):
-        require_possible(shape, 8 * 10**9, sharded=False, recorded=False)
+        require_possible(shape, 8 * 10**9, sharded=False)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sharded": True, "recorded": False}, "do not work with --parallel=fsdp"),
-        ({"sharded": False, "recorded": True}, "do not work with --cuda_graph=True"),
-    ],
-)
-def test_modes_without_sparse_gradients_are_rejected(options, message):
-    with pytest.raises(UserError, match=message):
-        require_possible(GPTConfig(**SHAPE, ngram_orders="2"), None, **options)
+def test_tables_are_not_sharded():
+    with pytest.raises(UserError, match="do not work with --parallel=fsdp"):
+        require_possible(GPTConfig(**SHAPE, ngram_orders="2"), None, sharded=True)
 
 
 def test_orders_beyond_the_context_are_rejected(dataset, tmp_path):

@@ -24,6 +24,7 @@ from nanogpt.errors import UserError
 from nanogpt.evaluation import log_likelihood
 from nanogpt.gpu import auto_batch_size
 from nanogpt.model import GPT, IGNORE, GPTConfig
+from nanogpt.ngrams.embedding import NGramEmbedding
 from nanogpt.optim import build
 from nanogpt.options import OptimizerOptions
 from nanogpt.prepare import corpus
@@ -51,6 +52,7 @@ SHORT = [
 ]
 TASKS = ["--eval_tasks=questions.jsonl", "--sample_prompt=abc", "--sample_tokens=8"]
 COUNT = "tests.test_parallelize:print_rows"
+DENSE = "tests.test_parallelize:make_table_gradients_dense"
 LOOKING = ["--sample_prompt=abc", "--sample_tokens=8"]
 
 
@@ -70,6 +72,7 @@ JOBS = [
     job("muon-10", 1, "--batch_size=10", *FEW, "--eval_iters=1"),
     job("muon-15-ngrams", 1, "--batch_size=15", "--eval_iters=2", *TABLES),
     job("muon-15-ngrams-ddp", 2, *UNEVEN, "--parallel=ddp", *TABLES),
+    Job("muon-15-dense", 2, ["--optimizer=muon", *UNEVEN, "--parallel=ddp", *TABLES], prepare=DENSE),
     job("muon-15-ngrams-stopped", 2, *UNEVEN, *STOP, "--parallel=ddp", *TABLES),
     job("muon-15-ngrams-on-2", 2, *UNEVEN, *GO_ON, "--parallel=ddp", resumes="muon-15-ngrams-stopped"),
     job("muon-15-ngrams-on-1", 1, *UNEVEN, *GO_ON, resumes="muon-15-ngrams-stopped"),
@@ -120,6 +123,10 @@ def print_rows() -> None:
         return real(subject, ids, *given)
 
     log_likelihood._losses = losses
+
+
+def make_table_gradients_dense() -> None:
+    NGramEmbedding.sparse = False  # as on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +196,12 @@ def test_every_parallel_mode_trains_as_one_process(folder, name):
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
     for tensor, whole in found.items():
         torch.testing.assert_close(whole, expected[tensor], rtol=1e-2, atol=1e-4, msg=tensor)
+
+
+def test_dense_gradients_of_tables_train_as_sparse_ones_of_one_process(folder):
+    dense, sparse = folder / "muon-15-dense", folder / "muon-15-ngrams"
+    assert losses(dense) == pytest.approx(losses(sparse), rel=1e-6) and len(losses(dense)) == 50
+    assert losses(dense, key="grad_norm") == pytest.approx(losses(sparse, key="grad_norm"), rel=1e-4)
 
 
 def test_some_ranks_had_no_response_tokens(folder):

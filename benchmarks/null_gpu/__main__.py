@@ -17,15 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import train
 from benchmarks import shared
 from nanogpt import ROOT, files
-from nanogpt.config import FilePath, read
+from nanogpt.config import FilePath, load, pick_fields, read
+from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
+from nanogpt.model import GPTConfig
+from nanogpt.planning import comm_volume, estimate, scaling
 from tests.conftest import words, write_dataset
 
 HERE = Path(__file__).parent
@@ -35,6 +39,7 @@ FAST = (
     "--position=rope --activation=relu2 --tied=False --softcap=15 --smear=True --init=zero --optimizer=muon "
 )
 FAST += "--qk_norm=True --norm=rms --dropout=0.1"
+TABLES = "--ngram_orders=2,3,4 --ngram_rows=5000 --save_interval=2"
 ONE = {
     "default": "",
     "dropout": "--dropout=0.1",
@@ -63,6 +68,11 @@ ONE = {
     "compiled": "--compile=True",
     "compiled blocks": "--compile=blocks",
     "compiled, chunked loss": "--compile=True --loss_chunk_size=50",
+    "n-gram tables": TABLES,
+    "n-gram tables, CUDA graph": f"--cuda_graph=True {TABLES}",
+    "n-gram tables, compiled": f"--compile=True {TABLES}",
+    "n-gram tables, float16": f"--dtype=float16 {TABLES}",
+    "n-gram tables, casting weights": f"--casting=weights {TABLES}",
 }
 TWO = {
     f"{mode}, {name}": f"--parallel={mode} --max_iters=14 {options}"
@@ -73,15 +83,26 @@ TWO = {
         "float16": "--dtype=float16",
         "activation checkpointing": "--activation_checkpointing=True",
         "compiled": "--compile=True",
+        "n-gram tables": TABLES,
+        "n-gram tables, compiled": f"--compile=True {TABLES}",
     }.items()
+    if mode == "ddp" or TABLES not in options
 }
-# Compiled, micro-batches of the preset: launches, Triton kernels and peak memory (GB) of a step of two.
-WIDE = "--n_layer=2 --compile=True --max_iters=4 --eval_interval=4 --eval_iters=1 --overwrite=True "
-WIDE += "--max_tokens=0 --batch_tokens=0 --gradient_accumulation_steps=2"
-CEILINGS = {
-    "train_gpt2": (8, {"launches": 117, "triton": 92, "gigabytes": 2.40}),
-    "train_gpt2_medium": (8, {"launches": 117, "triton": 92, "gigabytes": 3.02}),
-    "train_gpt2_fast": (8, {"launches": 222, "triton": 112, "gigabytes": 4.62}),
+# Presets as they are, compiled: launches and Triton kernels of a step of two micro-batches, on one and on two
+# GPUs. Peak memory must be within 5 % of plan.py's estimate.
+LARGEST = 360e6  # parameters
+WIDE = "--device=cuda --compile=True --eval_iters=1 --overwrite=True --max_tokens=0 --batch_tokens=0 "
+WIDE += "--eval_tasks= --sample_prompt= --warmup_iters=2 --health_interval=0"
+CEILINGS: dict[str, dict[int, dict[str, float]]] = {
+    "quickstart": {1: {"launches": 243, "triton": 216}},
+    "train_fineweb_edu_10b": {1: {"launches": 537, "triton": 434}},
+    "train_gpt2": {1: {"launches": 537, "triton": 434}, 2: {"launches": 619, "triton": 482}},
+    "train_gpt2_fast": {1: {"launches": 792, "triton": 510}, 2: {"launches": 819, "triton": 560}},
+    "train_gpt2_medium": {1: {"launches": 1048, "triton": 840}, 2: {"launches": 1213, "triton": 936}},
+    "train_shakespeare_char": {1: {"launches": 434, "triton": 308}},
+    "train_shakespeare_char_cpu": {1: {"launches": 252, "triton": 212}},
+    "train_shakespeare_char_cpu_nanogpt": {1: {"launches": 182, "triton": 176}},
+    "train_shakespeare_char_nanogpt": {1: {"launches": 286, "triton": 204}},
 }
 
 
@@ -90,7 +111,7 @@ class Config:
     python: FilePath = ""  # Python with torch's CUDA build
     include: FilePath = "/usr/local/cuda/include"  # CUDA headers
     out: FilePath = "out-null-gpu"  # folder for results.json, table.md and the output of failed runs
-    only: str = ""  # run only lines whose name contains this
+    only: str = ""  # run only lines whose name matches this regular expression
     timeout_s: int = 600  # seconds per run
 
 
@@ -99,29 +120,28 @@ def main(config: Config) -> None:
         raise UserError(f"--python={config.python} is not a file; give a Python with torch's CUDA build")
     out = Path(config.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
+    if (out / "results.json").is_file():  # of earlier calls
+        rows = {row["name"]: row for row in files.read_json(out / "results.json")}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         environment = build(config, Path(scratch))
         data = write_dataset(Path(scratch, "words"), words(30_000))
         runs = [(f"1 GPU: {name}", 1, f"{SMALL} {options}", {}) for name, options in ONE.items()]
         runs += [(f"2 GPUs: {name}", 2, f"{SMALL} {options}", {}) for name, options in TWO.items()]
-        for preset, (rows_each, most) in CEILINGS.items():
-            given = (
-                f"config/{preset}.py {WIDE} --batch_size={rows_each} --dataset={gpt2_tokens(Path(scratch))}"
-            )
-            runs.append((f"1 GPU: {preset}, 2 layers", 1, given, most))
-        for name, gpus, options, most in (run for run in runs if config.only in run[0]):
+        folders = {"shakespeare_char": data, "openwebtext": gpt2_tokens(Path(scratch))}
+        runs += [run for path in presets() for run in of_preset(path, folders)]
+        for name, gpus, options, most in (run for run in runs if re.search(config.only, run[0])):
             given = options.split()
-            if any(option.startswith("--batch_tokens=4") for option in given):
+            if any(option.startswith("--batch_tokens=4096") for option in given):
                 given.remove("--gradient_accumulation_steps=2")
             if not any(option.startswith("--dataset=") for option in given):
                 given.append(f"--dataset={data}")
             row = one(config, name, gpus, [*given, f"--out_dir={scratch}/run"], environment, most, out)
-            rows.append(row)
+            rows[name] = row
             print(f"{name}: {row['result']}", flush=True)
-            files.write_json(out / "results.json", rows)
-            files.write_text(out / "table.md", table(rows) + "\n")
-    failed = sum(row["result"] != "ok" for row in rows)
+            files.write_json(out / "results.json", list(rows.values()))
+            files.write_text(out / "table.md", table(list(rows.values())) + "\n")
+    failed = sum(row["result"] != "ok" for row in rows.values())
     print(f"{len(rows) - failed} of {len(rows)} runs passed; {out / 'table.md'}")
     sys.exit(bool(failed))
 
@@ -147,6 +167,31 @@ def build(config: Config, scratch: Path) -> dict[str, str]:
         "PYTORCH_ALLOC_CONF": "expandable_segments:False",  # the stand-in has no virtual memory
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # nor cuDNN
     }
+
+
+def presets() -> list[Path]:
+    """Return the presets of models with up to LARGEST parameters that differ in what they compute."""
+    found: dict[Any, Path] = {}
+    for path in sorted((ROOT / "config").glob("[!e]*.py")):
+        config, _ = load(train.Config, [str(path)])
+        shape = pick_fields(GPTConfig, config, vocab_size=GPTConfig.vocab_size)
+        if config.init_from == "scratch" and estimate.parameters(shape).total <= LARGEST:
+            found.setdefault((shape, config.batch_size, config.optimizer), path)
+    return list(found.values())
+
+
+def of_preset(path: Path, folders: dict[str, Path]) -> Iterator[tuple[str, int, str, dict[str, float]]]:
+    """Yield the runs of a preset on one and on two GPUs: name, GPUs, options, ceilings."""
+    config, _ = load(train.Config, [str(path)])
+    folder = folders.get(config.dataset, folders["openwebtext"])
+    shape = pick_fields(GPTConfig, config, vocab_size=loader.load(folder).vocab_size)
+    for gpus in (1, 2):
+        world, sizes = comm_volume.World(gpus, 8), [config.batch_size] * 2
+        need = scaling.memory(shape, config, "ddp", world, sizes, compiled=True)
+        most = CEILINGS.get(path.stem, {}).get(gpus, {}) | {"estimate": need.total / 1e9}
+        steps = f"--max_iters={4 if gpus == 1 else 14} --eval_interval={4 if gpus == 1 else 14} "
+        steps += f"--gradient_accumulation_steps={2 * gpus} --parallel=ddp --dataset={folder}"
+        yield f"{gpus} GPU{'s' * (gpus > 1)}: {path.stem}", gpus, f"{path} {WIDE} {steps}", most
 
 
 def gpt2_tokens(scratch: Path) -> Path:
@@ -184,7 +229,12 @@ def one(
     said = done.stdout + done.stderr
     lines = [line for line in said.splitlines() if line.startswith('{"steps"')]
     counts = json.loads(lines[-1]) if lines else {}
+    expected = most.pop("estimate", None)
     wrong = [f"{key} {counts.get(key)} > {top}" for key, top in most.items() if counts.get(key, 1e9) > top]
+    if expected:
+        counts["estimate"] = round(expected, 4)
+        if abs(counts.get("gigabytes", 0) / expected - 1) > 0.05:
+            wrong.append(f"{counts.get('gigabytes')} GB, not {expected:.4g}")
     if done.returncode or not lines:
         wrong.append((said.strip().splitlines() or [""])[-1][:100])
     elif counts["waits"] and "float16" not in name:  # the gradient scaler reads one value
@@ -202,9 +252,9 @@ def one(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    keys = ("launches", "triton", "waits", "gigabytes", "result")
+    keys = ("launches", "triton", "waits", "gigabytes", "estimate", "result")
     cells = [[row["name"], *(str(row.get(key, "")) for key in keys)] for row in rows]
-    return shared.markdown(["run", "launches", "Triton", "waits", "GB", "result"], cells)
+    return shared.markdown(["run", "launches", "Triton", "waits", "GB", "estimate", "result"], cells)
 
 
 if __name__ == "__main__":

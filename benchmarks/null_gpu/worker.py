@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import train
 from nanogpt.config import load
@@ -26,8 +27,8 @@ def main() -> None:
         return [1e6, 1e7, 1e5, 10.0] if tensor.dtype == torch.float64 and tensor.shape == (4,) else values
 
     def finite(tensor: torch.Tensor) -> torch.Tensor:
-        isfinite(tensor)
-        return torch.ones(1, dtype=torch.bool, device="cpu")
+        traced = isinstance(tensor, FakeTensor)  # by the compiler; others are weights to be saved
+        return isfinite(tensor) if traced else torch.ones(1, dtype=torch.bool, device="cpu")
 
     def counted(*given: object) -> tuple[torch.Tensor, torch.Tensor]:
         found["steps"] += 1

@@ -36,7 +36,7 @@ from nanogpt.distributed.step_times import StepTimes
 from nanogpt.errors import UserError
 from nanogpt.finetune import lora
 from nanogpt.loss import IGNORE
-from nanogpt.model import GPT, NGRAM_TABLES, GPTConfig
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, is_for_muon
 from nanogpt.options import OptimizerOptions
 from nanogpt.runtime import DTYPES, Machine
@@ -291,7 +291,9 @@ def connect(model: nn.Module, machine: Machine) -> Connected:
 
         return Connected(function, switch_units)
     on_device = [machine.device] if machine.device.type == "cuda" else None
-    calls = _Calls(function, model)
+    tables = getattr(model, "ngrams", None)
+    apart = tables.weight if tables is not None and tables.sparse else None
+    calls = _Calls(function, model, apart)
     ddp = DistributedDataParallel(
         calls,
         device_ids=on_device,
@@ -302,8 +304,8 @@ def connect(model: nn.Module, machine: Machine) -> Connected:
         ddp.require_backward_grad_sync = on
 
     def average_tables() -> None:
-        if (tables := dict(model.named_parameters()).get(NGRAM_TABLES)) is not None and tables.requires_grad:
-            Replicated(machine.world).average_rows(tables)
+        if apart is not None and apart.requires_grad:
+            Replicated(machine.world).average_rows(apart)
 
     switch_ddp(False)  # no collectives while compiling, which may fail on one rank only
     return Connected(ddp, switch_ddp, calls, average_tables)
@@ -312,13 +314,13 @@ def connect(model: nn.Module, machine: Machine) -> Connected:
 class _Calls(nn.Module):
     """Wraps a function as a module that owns its parameters, as DistributedDataParallel requires.
 
-    It has no n-gram tables, whose gradients are sparse, and no buffers: DDP would broadcast them before each
+    It has neither the parameter `apart` nor buffers: DDP would broadcast them before each
     pass, but they are position tables, equal on all ranks.
     """
 
-    def __init__(self, function: Function, model: nn.Module):
+    def __init__(self, function: Function, model: nn.Module, apart: Tensor | None):
         super().__init__()
-        self.owned = nn.ParameterList(p for name, p in model.named_parameters() if name != NGRAM_TABLES)
+        self.owned = nn.ParameterList(p for p in model.parameters() if p is not apart)
         self.function = lambda *inputs: function(*inputs)  # a module would be registered, with its buffers
 
     def forward(self, *inputs: Tensor) -> Any:

@@ -4,7 +4,7 @@ with a token are added to that of the token. Each n has its own table, which is 
 Each n has its own n_embd / len(orders) channels, which takes less memory than rows of n_embd channels and
 loses nothing (docs/ablations.md). A table has a row for every n-gram if `ngram_rows` suffice; else
 n-grams share rows by a multiplicative hash. Tables start at zero. n-grams that would begin before the
-sequence or in another document add nothing. The gradient is sparse: see training.py.
+sequence or in another document add nothing. The gradient is sparse on a CPU: see training.py.
 
 Shapes: B sequences, T tokens, C channels, N the largest order.
 """
@@ -35,10 +35,17 @@ class NGramEmbedding(nn.Module):
         # GPT initializes all weights
         self.weight = nn.Parameter(torch.empty(1 + sum(self.rows), config.n_embd // len(self.orders)))
 
+    @property
+    def sparse(self) -> bool:
+        """Whether the gradient is sparse: not on a GPU, for which each micro-batch would wait, to count the
+        rows read. Updating all rows is predicted to take less time."""
+        return self.weight.device.type == "cpu"
+
     def forward(self, x: Tensor, idx: Tensor, documents: Tensor | None = None) -> Tensor:
         """Add the embeddings of all n-grams to x (B, T, C). idx: int64 (B, N - 1 + T), the tokens and those
         before them, -1 before the start of a sequence. documents: int64 (B, T), document ids."""
-        found = F.embedding(self.row_numbers(idx, documents), self.weight, padding_idx=0, sparse=True)
+        rows = self.row_numbers(idx, documents)
+        found = F.embedding(rows, self.weight, padding_idx=0, sparse=self.sparse)
         return x + F.pad(found.flatten(-2), (0, self.spare)).to(x.dtype)
 
     def row_numbers(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:

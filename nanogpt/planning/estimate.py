@@ -16,6 +16,7 @@ from nanogpt.options import OptimizerOptions
 
 FLOAT = 4  # bytes of weights, gradients and optimizer state
 HALF = 2  # bytes of a bfloat16 element
+WORKSPACE = 1 << 25  # bytes that torch gives cuBLAS on an H100 or later; a quarter of them before
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Memory:
     optimizer: int
     activations: int  # activations of one micro-batch
     copies: int = 0  # weights in the compute dtype, kept by autocast for the backward pass
-    buffers: int = 0  # communication buffers of several GPUs (scaling.py)
+    buffers: int = 0  # of cuBLAS, and of communication among several GPUs (scaling.py)
 
     @property
     def total(self) -> int:
@@ -105,7 +106,7 @@ def memory(
     loss; 0: all. `compiled`: by torch.compile.
 
     AdamW keeps two state elements per parameter, Muon one per element of the blocks' matrices, row-wise
-    Adagrad one per row of the n-gram tables, whose sparse gradients are not counted.
+    Adagrad one per row of the n-gram tables, whose gradients are sparse on a CPU and not counted there.
     """
     found = parameters(shape)
     by_muon = found.matrices if rules.optimizer == "muon" else 0
@@ -113,10 +114,11 @@ def memory(
     tokens = batch_size * shape.block_size
     return Memory(
         weights=FLOAT * found.total,
-        gradients=FLOAT * (found.total - found.tables),
+        gradients=FLOAT * (found.total - found.tables * on_cpu),
         optimizer=FLOAT * (2 * (found.total - found.tables - by_muon) + by_muon + found.table_rows),
         activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_chunk_size, compiled),
         copies=0 if number_bytes == FLOAT else number_bytes * cast,
+        buffers=0 if on_cpu else WORKSPACE,
     )
 
 

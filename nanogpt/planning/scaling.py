@@ -93,6 +93,7 @@ class Setting:
     sharded_state: bool = True  # DDP: optimizer state sharded over GPUs (ZeRO-1)
     recompute: bool = False  # activation checkpointing; its cost must be included in `mfu`
     loss_chunk_size: int = 0  # tokens per chunk of the loss; 0: all
+    compiled: bool = False  # memory of torch.compile's kernels
 
     def compute_s(self, shape: GPTConfig, sequences: int) -> float:
         """Return the seconds of forward and backward of one micro-batch. The rate for t tokens is
@@ -150,6 +151,7 @@ def predict(
         if number == len(compute) - 1:
             behind, ends = behind + took["last"], ends + alone["last"]
         exposed += exposed_s(BACKWARD * passes, behind, ends, setting.overlap)
+    how = (setting.sharded_state, HALF, setting.recompute, setting.loss_chunk_size, setting.compiled)
     transfer = (took["forward"] + took["backward"]) * len(sizes) + took["last"] + took["update"]
     return Step(
         world,
@@ -160,16 +162,7 @@ def predict(
         exposed,
         update_s(shape, rules, mode, world, setting),
         wire_bytes(found, len(sizes)),
-        memory(
-            shape,
-            rules,
-            mode,
-            world,
-            sizes,
-            setting.sharded_state,
-            recompute=setting.recompute,
-            loss_chunk_size=setting.loss_chunk_size,
-        ),
+        memory(shape, rules, mode, world, sizes, *how),
     )
 
 
@@ -242,27 +235,30 @@ def memory(
     number_bytes: int = HALF,
     recompute: bool = False,
     loss_chunk_size: int = 0,
+    compiled: bool = False,
 ) -> estimate.Memory:
     """Return the memory of the GPU with the highest use, for micro-batches of `sizes` sequences at
     `number_bytes` bytes per element.
 
-    DDP needs no extra gradient buffers. FSDP shards tensors by rows; it holds the root parameters and up to
-    three blocks gathered, the gradients of one block and, with several micro-batches, all unsharded gradients
-    until the last one reduces them.
+    With several micro-batches DDP accumulates gradients outside of the buckets that the last one sends. FSDP
+    shards tensors by rows; it holds the root parameters and up to three blocks gathered, the gradients of one
+    block and, with several micro-batches, all unsharded gradients until the last one reduces them. Its LM
+    head and loss are not compiled.
     """
-    plain = estimate.memory(
-        shape, rules, max(sizes), number_bytes, recompute, loss_chunk_size=loss_chunk_size
-    )
+    how = (recompute, False, loss_chunk_size, compiled and (mode == "ddp" or world.gpus == 1))
+    plain = estimate.memory(shape, rules, max(sizes), number_bytes, *how)
     if world.gpus == 1:
         return plain
     if mode == "ddp":
         state = plain.optimizer // world.gpus if sharded_state else plain.optimizer
-        return replace(plain, optimizer=state)
+        buffers = plain.buffers + plain.gradients * (len(sizes) > 1)
+        return replace(plain, optimizer=state, buffers=buffers)
     parts = world.shards(mode)
     root, block = tensors(shape)
     padded = root.numbers(parts) + shape.n_layer * block.numbers(parts)
     share = padded / parts / estimate.parameters(shape).total
-    buffers = FLOAT * root.numbers(parts) + (4 * number_bytes + FLOAT) * block.numbers(parts)
+    buffers = plain.buffers + FLOAT * root.numbers(parts)
+    buffers += (4 * number_bytes + FLOAT) * block.numbers(parts)
     buffers += plain.gradients if len(sizes) > 1 else 0
     return replace(
         plain,
