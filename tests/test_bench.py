@@ -13,9 +13,10 @@ import bench
 import train
 from nanogpt import ROOT
 from nanogpt.config import pick_fields, read
+from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
-from nanogpt.planning import comm_bench
+from nanogpt.planning import comm_bench, estimate
 
 TINY = bench.Config(
     steps=3,
@@ -165,11 +166,28 @@ def test_comm_benchmark_of_two_processes(tmp_path):
     assert re.search(r"this network can(not)? keep up with this model at 1 x 128 tokens", done.stdout)
 
 
-def test_comm_benchmark_requires_a_batch_size():
-    config = replace(TINY, comm=True, batch_size="auto")
-    machine = train.runtime.setup("cpu", "float32", 16)
+def test_comm_benchmark_requires_a_batch_size(tmp_path):
     with pytest.raises(UserError, match="give --batch_size a number"):
-        bench.require(config, machine, pick_fields(GPTConfig, config))
+        bench.communicate(replace(TINY, batch_size="auto"), Processes(0, 2), tmp_path)
+
+
+def test_required_accumulation_for_a_slow_network(capsys):
+    config = bench.Config(batch_size=12, vocab_size=50257)
+    size = 4 * estimate.parameters(pick_fields(GPTConfig, config)).total
+
+    def judged(bus, **changed):
+        bench.judge(replace(config, **changed), 8, 0.05, "as given", bus)
+        return capsys.readouterr().out
+
+    quick = judged(360e9)
+    assert f"{1.75 * size / 1e9:.3f} GB sent" in quick and "can keep up" in quick and "use" not in quick
+    slow = judged(1e9)
+    waited = float(re.search(r"([\d,.]+) ms of exposed", slow)[1].replace(",", "")) / 1e3
+    assert waited == pytest.approx(1.75 * size / 1e9 - 0.03, rel=0.1)
+    enough = int(re.search(r"use (\d+) micro-batches", slow)[1])
+    assert f"--gradient_accumulation_steps={8 * enough}" in slow
+    assert "cannot keep up" in judged(1e9, gradient_accumulation_steps=enough - 1)
+    assert "can keep up" in judged(1e9, gradient_accumulation_steps=enough)
 
 
 def test_comm_benchmark_rejects_a_single_process():
