@@ -78,7 +78,7 @@ def echoing(payloads: Sequence[str], run: Path, folder: Path) -> Iterator[str]:
         json.dumps({"event": "eval", "iter": 10, "tokens": 1, "val_loss": 1.0, "lr": payloads[0]}) + "\n",
         encoding="utf-8",
     )
-    meters, tokens = Meters({}), Whole(payloads)
+    meters, tokens = Meters(), Whole(payloads)
     about = {"name": payloads[0], "created": 0, "parameters": 1, "block_size": 8, "vocab_size": 2}
     about |= {"tokenizer": payloads[1], "iter": 0, "val_loss": None, "max_tokens": 64}
     listener = serve.bind("127.0.0.1", 0)

@@ -205,8 +205,3 @@ def _hidden(shape: GPTConfig) -> int:
 def flops_per_token(shape: GPTConfig) -> int:
     """Return forward plus backward FLOPs per token, as counted by train.py."""
     return model.flops_per_token(parameters(shape).multiplying, shape)
-
-
-def hours(tokens: int, flops_a_token: int, gpus: int, peak: float, mfu: float) -> float:
-    """Return the hours to train on `tokens` with `gpus` GPUs at `mfu` times `peak` FLOP/s each."""
-    return tokens * flops_a_token / (gpus * peak * mfu) / 3600

@@ -69,9 +69,8 @@ def build(
     async def counted(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                served.meters.answered(
-                    scope["path"] if scope["path"] in known else "other", message["status"]
-                )
+                path = scope["path"] if scope["path"] in known else "other"
+                served.meters.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
         with suppress(ClientDisconnect):
@@ -148,7 +147,7 @@ class _Routes:
             served.scheduler.submit(answer.choices)
         except Full:
             raise Refusal(429, "the queue is full; retry later", code="rate_limit_exceeded") from None
-        if asked.stream:
+        if asked.fields.stream:
             return Events(answer)
         return await answer.whole(request)
 

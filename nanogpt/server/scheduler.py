@@ -86,6 +86,8 @@ class Scheduler:
         self.queue = queue
         self._waiting: deque[Choice] = deque()
         self._active: dict[Text, Choice] = {}
+        meters.waiting.set_function(lambda: self.waiting)
+        meters.active.set_function(lambda: self.active)
         self._changed = threading.Condition()
         self._closed = False
         self.failure: BaseException | None = None  # error that ended the thread
@@ -167,7 +169,7 @@ class Scheduler:
         for choice in fresh:
             if choice.cancelled:
                 continue
-            self._meters.read(len(choice.prompt))
+            self._meters.read.inc(len(choice.prompt))
             if choice.max_tokens == 0:
                 choice.emit(choice, Piece("", [], "length"))
                 continue
@@ -180,11 +182,12 @@ class Scheduler:
             started = time.perf_counter()
             found = self._decoder.step()
             now = time.perf_counter()
-            self._meters.wrote(len(found), now - started)
+            self._meters.wrote.inc(len(found))
+            self._meters.step.observe(now - started)
             for text, token in found:
                 choice = self._active[text]
                 if choice.written == 0:
-                    self._meters.first_token(now - choice.submitted)
+                    self._meters.first.observe(now - choice.submitted)
                 piece = choice.accept(token, self._known.end_of_text)
                 if piece and piece.finish:
                     self._leave(text)  # before the client is notified: its next request finds the slot free

@@ -5,8 +5,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,6 +74,7 @@ class Answer:
 
     def __init__(self, served: Served, asked: CompletionRequest, mail: EventQueue):
         self.served, self.asked, self.mail = served, asked, mail
+        self.fields = fields = asked.fields
         self.loop = asyncio.get_running_loop()
         # Guarded by mail.lock: unread pieces, and whether the event loop waits for more.
         self.letters: list[Event] = []
@@ -84,14 +85,14 @@ class Answer:
         self.logprobs: list[LogProbs] = []
         for prompt in asked.prompts:
             scores = None
-            if asked.echo and asked.logprobs is not None:
-                scores = PromptScores(prompt.ids, asked.logprobs)
-            for number in range(asked.n):
-                seed = (asked.seed + number) % (1 << 63)
-                rest = (asked.max_tokens, asked.logprobs, asked.stop, partial(mail.send, self), scores)
+            if fields.echo and fields.logprobs is not None:
+                scores = PromptScores(prompt.ids, fields.logprobs)
+            for number in range(fields.n):
+                seed = (fields.seed + number) % (1 << 63)
+                rest = (fields.max_tokens, fields.logprobs, fields.stop, partial(mail.send, self), scores)
                 self.choices.append(Choice(prompt.ids, asked.options, seed, *rest))
-                offset = 0 if asked.echo else len(prompt.text)
-                self.logprobs.append(LogProbs(served.tokenizer, offset, asked.logprobs or 0))
+                offset = 0 if fields.echo else len(prompt.text)
+                self.logprobs.append(LogProbs(served.tokenizer, offset, fields.logprobs or 0))
         self.index = {choice: i for i, choice in enumerate(self.choices)}
         self.begun = [False] * len(self.choices)
         self.ended, self.left = 0, False
@@ -108,8 +109,8 @@ class Answer:
     async def _letters(self) -> list[Event]:
         """Wait for and return the unread pieces, at least one: for a stream, the first at once and then every
         EVENT_S; otherwise whenever a text ends. Raise ClientDisconnect if the client has left."""
-        self.patient = any(self.begun) or not self.asked.stream
-        timer = self.loop.call_later(EVENT_S, self._hurry) if self.asked.stream and self.patient else None
+        self.patient = any(self.begun) or not self.fields.stream
+        timer = self.loop.call_later(EVENT_S, self._hurry) if self.fields.stream and self.patient else None
         try:
             while not self.left:
                 with self.mail.lock:
@@ -134,8 +135,8 @@ class Answer:
         if piece.finish == "error":
             raise Refusal(500, "the model failed on this request; see the server log")
         self.ended += piece.finish is not None
-        if self.asked.echo and not self.begun[number]:
-            prompt = self.asked.prompts[number // self.asked.n]
+        if self.fields.echo and not self.begun[number]:
+            prompt = self.asked.prompts[number // self.fields.n]
             tokens = (choice.scores.tokens or []) if choice.scores else []
             piece = replace(piece, text=prompt.text + piece.text, tokens=[*tokens, *piece.tokens])
         self.begun[number] = True
@@ -149,7 +150,7 @@ class Answer:
         found = []
         for number, parts in of.items():
             tokens = [token for part in parts for token in part.tokens]
-            logprobs = None if self.asked.logprobs is None else self.logprobs[number].of(tokens)
+            logprobs = None if self.fields.logprobs is None else self.logprobs[number].of(tokens)
             text = "".join(part.text for part in parts)
             found.append(openai_api.choice(number, text, logprobs, parts[-1].finish))
         return found
@@ -165,32 +166,30 @@ class Answer:
                 choices = self._together(pieces)
                 parts = (openai_api.answer(asked, name, [choice]) for choice in choices)
                 yield b"".join(b"data: " + part + b"\n\n" for part in parts)
-            if asked.usage_in_stream:
+            if self.fields.stream_options.include_usage:
                 yield b"data: " + openai_api.answer(asked, name, [], self.written()) + b"\n\n"
             yield b"data: [DONE]\n\n"
         except Refusal as refusal:
             yield b"data: " + refusal.body() + b"\n\n"
-        finally:
-            self.leave()
 
     async def whole(self, request: Request) -> Response:
         """Return the complete response. Raise ClientDisconnect if the client has left."""
-        collecting = asyncio.ensure_future(self._collect())
-        leaving = asyncio.ensure_future(_left(request.receive))
+        with self.watched(request.receive):
+            pieces = [piece async for available in self._pieces() for piece in available]
+        choices = self._together(sorted(pieces, key=lambda piece: piece[0]))
+        content = openai_api.answer(self.asked, self.served.name, choices, self.written())
+        return Response(content, media_type="application/json")
+
+    @contextmanager
+    def watched(self, receive: Receive) -> Iterator[None]:
+        """Cancel the answer when its client disconnects, or at the end of the block if it is incomplete."""
+        leaving = asyncio.ensure_future(_left(receive))
+        leaving.add_done_callback(lambda _: self.leave())
         try:
-            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                raise ClientDisconnect
-            return Response(collecting.result(), media_type="application/json")
+            yield
         finally:
-            collecting.cancel()
             leaving.cancel()
             self.leave()
-
-    async def _collect(self) -> bytes:
-        all_pieces = [piece async for pieces in self._pieces() for piece in pieces]
-        choices = self._together(sorted(all_pieces, key=lambda piece: piece[0]))
-        return openai_api.answer(self.asked, self.served.name, choices, self.written())
 
     def leave(self) -> None:
         """Cancel an incomplete answer: free its slots and raise ClientDisconnect in the task that waits."""
@@ -199,7 +198,7 @@ class Answer:
             self.arrived.set()
             assert self.served.scheduler
             self.served.scheduler.cancel(self.choices)
-            self.served.meters.cancelled()
+            self.served.meters.cancelled.inc()
 
 
 class Events(Response):
@@ -214,21 +213,11 @@ class Events(Response):
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        leaving = asyncio.ensure_future(_left(receive))
-        leaving.add_done_callback(self._client_left)
-        try:
+        with suppress(ClientDisconnect), self.answer.watched(receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for part in self.answer.stream():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        except ClientDisconnect:
-            pass
-        finally:
-            leaving.cancel()
-
-    def _client_left(self, leaving: asyncio.Task[None]) -> None:
-        if not leaving.cancelled():
-            self.answer.leave()
 
 
 async def _left(receive: Receive) -> None:
