@@ -9,8 +9,8 @@ Accepts all options and presets of train.py; those that only affect a whole run 
 are ignored.
 """
 
-import itertools
 import math
+import pickle
 import sys
 import tempfile
 import time
@@ -26,15 +26,12 @@ from tqdm import trange
 import train
 from nanogpt import files, runtime
 from nanogpt.config import Amount, FilePath, NonNegativeInt, PositiveInt, UnitInterval, load, pick_fields
-from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import attention_kernels
 from nanogpt.gpu.chips import peak_flops
 from nanogpt.model import GPTConfig
 from nanogpt.planning import comm_bench, estimate, scaling
-from nanogpt.tokenizer import vocabulary
-from nanogpt.tokenizer.tokenizer import CharTokenizer, to_text
 from nanogpt.world import World
 
 
@@ -107,12 +104,8 @@ def with_data(config: Config, scratch: Path) -> Config:
     ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(1 << 20) + config.block_size)
     dtype = "uint16" if config.vocab_size <= 1 << 16 else "uint32"
     for split in ("train", "val"):
-        ids.astype(dtype).tofile(scratch / f"{split}.bin")
-    known = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    text = to_text(CharTokenizer(list(itertools.islice(known, config.vocab_size))))
-    files.write_text(scratch / "tokenizer.json", text)
-    about = {"format": FORMAT, "dtype": dtype, "tokenizer": {"sha256": vocabulary.identify(text).sha256}}
-    files.write_json(scratch / "meta.json", about)
+        np.save(scratch / f"{split}_0.npy", ids.astype(dtype))
+    (scratch / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": config.vocab_size}))
     return replace(config, dataset=str(scratch))
 
 
@@ -275,21 +268,17 @@ def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
 def matmul_speed(machine: runtime.Machine) -> tuple[int, float]:
     """Return the side of a large square matrix, and the FLOP/s of its product with itself: the median over
     about half a second."""
+    from torch.utils.benchmark import Timer
+
     side = 2048 if machine.device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=machine.device).to(runtime.DTYPES[machine.dtype])
-    took: list[float] = []
-    while len(took) < 4 or sum(took) < 0.5:
-        machine.synchronize()
-        started = time.perf_counter()
-        torch.mm(matrix, matrix)
-        machine.synchronize()
-        took.append(time.perf_counter() - started)
-    return side, 2 * side**3 / float(np.median(took[1:]))
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return side, 2 * side**3 / timer.blocked_autorange(min_run_time=0.5).median
 
 
 def profile(bench: Bench, trace: Path) -> None:
     """Write a Chrome trace of PROFILED_STEPS steps, and print the ten most expensive operations."""
-    from torch.profiler import DeviceType, ProfilerActivity
+    from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
     on_cuda = bench.run.machine.device.type == "cuda"
@@ -298,16 +287,9 @@ def profile(bench: Bench, trace: Path) -> None:
             bench.step()
     with files.staged(trace) as draft:
         recorded.export_chrome_trace(str(draft))
-    if on_cuda:
-        kernels = [event for event in recorded.key_averages() if event.device_type == DeviceType.CUDA]
-        costs = [(event.self_device_time_total, event) for event in kernels]
-    else:
-        costs = [(event.self_cpu_time_total, event) for event in recorded.key_averages()]
-    total = sum(cost for cost, _ in costs)
-    print(f"profile of {PROFILED_STEPS} steps in {trace}; ms/step, share, calls/step, operation:")
-    for cost, event in sorted(costs, key=lambda item: item[0], reverse=True)[:10]:
-        calls = event.count / PROFILED_STEPS
-        print(f"{cost / 1e3 / PROFILED_STEPS:10.3f} {cost / total:6.1%} {calls:8.0f}  {event.key[:80]}")
+    print(f"profile of {PROFILED_STEPS} steps in {trace}:")
+    cost = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    print(recorded.key_averages().table(sort_by=cost, row_limit=10, max_name_column_width=60))
 
 
 if __name__ == "__main__":
