@@ -24,7 +24,8 @@ def model():
 
 
 def asked(prompt, count, answers) -> Choice:
-    return Choice(prompt, GREEDY, 0, count, None, (), emit=lambda choice, piece: answers.put((choice, piece)))
+    choice = Choice(prompt, GREEDY, 0, count, None, (), emit=lambda piece: answers.put((choice, piece)))
+    return choice
 
 
 def finished(answers, choices) -> list[list[int]]:

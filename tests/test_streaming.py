@@ -35,7 +35,7 @@ def write(answer: Answer, number: int, text: str, finish: str | None = None) -> 
     choice = answer.choices[number]
     for i, character in enumerate(text):
         end = finish if i == len(text) - 1 else None
-        choice.emit(choice, Piece(character, [Token(ord(character), None, [])], end))
+        choice.emit(Piece(character, [Token(ord(character), None, [])], end))
 
 
 def texts(event: bytes) -> str:

@@ -50,7 +50,7 @@ class Choice:
     max_tokens: int
     logprobs: int | None
     stop: Sequence[str]
-    emit: Callable[["Choice", Piece], None]
+    emit: Callable[[Piece], None]
     scores: PromptScores | None = None  # filled before the first piece
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
@@ -171,7 +171,7 @@ class Scheduler:
                 continue
             self._meters.read.inc(len(choice.prompt))
             if choice.max_tokens == 0:
-                choice.emit(choice, Piece("", [], "length"))
+                choice.emit(Piece("", [], "length"))
                 continue
             text = choice.begin(self._known)
             self._active[text] = choice
@@ -192,7 +192,7 @@ class Scheduler:
                 if piece and piece.finish:
                     self._leave(text)  # before the client is notified: its next request finds the slot free
                 if piece:
-                    choice.emit(choice, piece)
+                    choice.emit(piece)
 
     def _taken(self) -> list[Choice]:
         """Dequeue the choices to add now, limited by free slots and PROMPT_TOKENS.
@@ -240,4 +240,4 @@ class Scheduler:
                 self._decoder.remove(text)
         self._active.clear()
         for choice in failed:
-            choice.emit(choice, Piece("", [], "error"))
+            choice.emit(Piece("", [], "error"))

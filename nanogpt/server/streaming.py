@@ -7,7 +7,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from nanogpt.server.openai_api import CompletionRequest, Limits, LogProbs
 from nanogpt.server.scheduler import Choice, Piece, PromptScores, Scheduler
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-Event = tuple[Choice, Piece]
 EVENT_S = 0.02  # minimum time between events of a stream; faster tokens share an event
 
 
@@ -48,11 +47,11 @@ class EventQueue:
         self.lock = threading.Lock()
         self._called: list[Answer] = []
 
-    def send(self, answer: "Answer", choice: Choice, piece: Piece) -> None:
-        """Queue a piece for `answer`; called in the scheduler's thread."""
+    def send(self, answer: "Answer", number: int, piece: Piece) -> None:
+        """Queue a piece of choice `number` of `answer`; called in the scheduler's thread."""
         with self.lock:
-            answer.letters.append((choice, piece))
-            if not answer.calls_for(piece):
+            answer.unread.setdefault(number, []).append(piece)
+            if not answer.waiting or (answer.patient and not piece.finish):
                 return
             answer.waiting = False
             self._called.append(answer)
@@ -65,7 +64,7 @@ class EventQueue:
         with self.lock:
             called, self._called = self._called, []
         # First tokens first: each answer wakes a task that writes to a socket, which takes up to 1 ms.
-        for answer in sorted(called, key=lambda answer: any(answer.begun)):
+        for answer in sorted(called, key=lambda answer: bool(answer.begun)):
             answer.arrived.set()
 
 
@@ -76,8 +75,8 @@ class Answer:
         self.served, self.asked, self.mail = served, asked, mail
         self.fields = fields = asked.fields
         self.loop = asyncio.get_running_loop()
-        # Guarded by mail.lock: unread pieces, and whether the event loop waits for more.
-        self.letters: list[Event] = []
+        # Guarded by mail.lock: unread pieces by choice, and whether the event loop waits for more.
+        self.unread: dict[int, list[Piece]] = {}
         self.waiting = False
         self.patient = False  # wait for the end of a text only
         self.arrived = asyncio.Event()
@@ -89,71 +88,63 @@ class Answer:
                 scores = PromptScores(prompt.ids, fields.logprobs)
             for number in range(fields.n):
                 seed = (fields.seed + number) % (1 << 63)
-                rest = (fields.max_tokens, fields.logprobs, fields.stop, partial(mail.send, self), scores)
+                emit = partial(mail.send, self, len(self.choices))
+                rest = (fields.max_tokens, fields.logprobs, fields.stop, emit, scores)
                 self.choices.append(Choice(prompt.ids, asked.options, seed, *rest))
                 offset = 0 if fields.echo else len(prompt.text)
                 self.logprobs.append(LogProbs(served.tokenizer, offset, fields.logprobs or 0))
-        self.index = {choice: i for i, choice in enumerate(self.choices)}
-        self.begun = [False] * len(self.choices)
+        self.begun: set[int] = set()  # choices of which something has been read
         self.ended, self.left = 0, False
 
-    def calls_for(self, piece: Piece) -> bool:
-        return self.waiting and (piece.finish is not None or not self.patient)
-
-    async def _pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """Yield lists of the available (choice index, piece) until all choices have ended. With echo, the
-        first piece of each choice includes the prompt."""
+    async def _available(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield lists of the choices with new output until all have ended. Of a stream, the first list comes
+        at once, others every EVENT_S and whenever a text ends; else there is one list. Raise ClientDisconnect
+        if the client has left."""
         while self.ended < len(self.choices):
-            yield [self._received(*letter) for letter in await self._letters()]
+            self.patient = bool(self.begun) or not self.fields.stream
+            timer = self.loop.call_later(EVENT_S, self._hurry) if self.begun else None
+            try:
+                while not self._ready():
+                    await self.arrived.wait()
+                    self.arrived.clear()
+                    if self.left:
+                        raise ClientDisconnect
+            finally:
+                if timer:
+                    timer.cancel()
+            with self.mail.lock:
+                unread, self.unread = self.unread, {}
+            yield [self._choice(*item) for item in sorted(unread.items())]
 
-    async def _letters(self) -> list[Event]:
-        """Wait for and return the unread pieces, at least one: for a stream, the first at once and then every
-        EVENT_S; otherwise whenever a text ends. Raise ClientDisconnect if the client has left."""
-        self.patient = any(self.begun) or not self.fields.stream
-        timer = self.loop.call_later(EVENT_S, self._hurry) if self.fields.stream and self.patient else None
-        try:
-            while not self.left:
-                with self.mail.lock:
-                    letters = self.letters
-                    if letters and (not self.patient or any(piece.finish for _, piece in letters)):
-                        self.letters, self.waiting = [], False
-                        return letters
-                    self.waiting = True
-                await self.arrived.wait()
-                self.arrived.clear()
-            raise ClientDisconnect
-        finally:
-            if timer:
-                timer.cancel()
+    def _ready(self) -> bool:
+        """Return whether the unread pieces should be sent now; if not, wait for more."""
+        with self.mail.lock:
+            finished = sum(pieces[-1].finish is not None for pieces in self.unread.values())
+            ready = finished == len(self.choices)
+            if self.fields.stream:
+                ready = finished > 0 or (bool(self.unread) and not self.patient)
+            self.waiting = not ready
+        return ready
 
     def _hurry(self) -> None:
         self.patient = False
         self.arrived.set()
 
-    def _received(self, choice: Choice, piece: Piece) -> tuple[int, Piece]:
-        number = self.index[choice]
-        if piece.finish == "error":
+    def _choice(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return the output of a choice; with echo, the first includes the prompt."""
+        finish = pieces[-1].finish
+        if finish == "error":
             raise Refusal(500, "the model failed on this request; see the server log")
-        self.ended += piece.finish is not None
-        if self.fields.echo and not self.begun[number]:
-            prompt = self.asked.prompts[number // self.fields.n]
-            tokens = (choice.scores.tokens or []) if choice.scores else []
-            piece = replace(piece, text=prompt.text + piece.text, tokens=[*tokens, *piece.tokens])
-        self.begun[number] = True
-        return number, piece
-
-    def _together(self, pieces: Sequence[tuple[int, Piece]]) -> list[dict[str, Any]]:
-        """Merge the pieces of each choice, ordered by first appearance."""
-        of: dict[int, list[Piece]] = {}
-        for number, piece in pieces:
-            of.setdefault(number, []).append(piece)
-        found = []
-        for number, parts in of.items():
-            tokens = [token for part in parts for token in part.tokens]
-            logprobs = None if self.fields.logprobs is None else self.logprobs[number].of(tokens)
-            text = "".join(part.text for part in parts)
-            found.append(openai_api.choice(number, text, logprobs, parts[-1].finish))
-        return found
+        self.ended += finish is not None
+        text = "".join(piece.text for piece in pieces)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        if self.fields.echo and number not in self.begun:
+            text = self.asked.prompts[number // self.fields.n].text + text
+            scores = self.choices[number].scores
+            tokens = [*(scores.tokens or []), *tokens] if scores else tokens
+        self.begun.add(number)
+        logprobs = None if self.fields.logprobs is None else self.logprobs[number].of(tokens)
+        return openai_api.choice(number, text, logprobs, finish)
 
     def written(self) -> int:
         return sum(choice.written for choice in self.choices)
@@ -162,8 +153,7 @@ class Answer:
         """Yield server-sent events. Raise ClientDisconnect if the client has left."""
         name, asked = self.served.name, self.asked
         try:
-            async for pieces in self._pieces():
-                choices = self._together(pieces)
+            async for choices in self._available():
                 parts = (openai_api.answer(asked, name, [choice]) for choice in choices)
                 yield b"".join(b"data: " + part + b"\n\n" for part in parts)
             if self.fields.stream_options.include_usage:
@@ -175,8 +165,7 @@ class Answer:
     async def whole(self, request: Request) -> Response:
         """Return the complete response. Raise ClientDisconnect if the client has left."""
         with self.watched(request.receive):
-            pieces = [piece async for available in self._pieces() for piece in available]
-        choices = self._together(sorted(pieces, key=lambda piece: piece[0]))
+            choices = [choice async for available in self._available() for choice in available]
         content = openai_api.answer(self.asked, self.served.name, choices, self.written())
         return Response(content, media_type="application/json")
 
