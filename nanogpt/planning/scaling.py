@@ -122,9 +122,8 @@ def bus_factor(kind: str, members: int) -> float:
 def elements(shape: GPTConfig, parts: int = 1) -> tuple[int, int]:
     """Return the weights outside of blocks and those of one block, including the rows that FSDP adds to split
     each tensor evenly into `parts`."""
-    with torch.device("meta"):
-        model = GPT(replace(shape, n_layer=1))
-    padded = {name: -(-len(p) // parts) * parts * p[0].numel() for name, p in model.named_parameters()}
+    named = estimate.one_block(shape).named_parameters()
+    padded = {name: -(-len(p) // parts) * parts * p[0].numel() for name, p in named}
     block = sum(number for name, number in padded.items() if name.startswith("h."))
     return sum(padded.values()) - block, block
 
