@@ -225,8 +225,7 @@ def draw_losses(ax: "Axes", groups: Sequence[Sequence[Run]], y: str) -> None:
         val_colour, line = (COLOURS[1], "o-") if single else (colour, "o--")
         ax.plot(at, val_losses, line, color=val_colour, markersize=4, label=title)
         if best is not None:
-            dot = {"markersize": 9, "markeredgecolor": "white", "clip_on": False}
-            ax.plot(at[best], val_losses[best], "o", color=val_colour, **dot)
+            ax.plot(at[best], val_losses[best], "o", color=val_colour, markersize=9, markeredgecolor="white")
     counted = [run.baseline for group in groups for run in group if run.baseline]
     for loss, order in {(found["loss"], found["order"]) for found in counted}:
         title, height = f"counting, {order}-grams: {loss:.4f}", loss if y == "loss" else np.exp(loss)

@@ -9,18 +9,18 @@ HTTP only: `openai_api` parses requests, `scheduler` serves them and `access` au
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from nanogpt.server import openai_api, run_log
-from nanogpt.server.access import Guard, Receive, Scope, Send
+from nanogpt.server.access import Guard
 from nanogpt.server.api_errors import Refusal
 from nanogpt.server.scheduler import Full
 from nanogpt.server.streaming import Answer, EventQueue, Events, Served
@@ -34,9 +34,7 @@ SHORT = 1 << 14  # bytes; shorter requests are parsed in the event loop
 PUBLIC = frozenset([*PAGE, "/health"])  # reveal nothing about the model
 
 
-def build(
-    served: Served, *, port: int, local: bool, token: str, address: str = ""
-) -> Callable[..., Awaitable[None]]:
+def build(served: Served, *, port: int, local: bool, token: str, address: str = "") -> Guard:
     """Return the ASGI app. Closes the running scheduler on shutdown. For the options see Guard."""
     routes = _Routes(served)
 
@@ -64,20 +62,11 @@ def build(
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    known = frozenset(paths)
 
-    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_counted(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in known else "other"
-                served.meters.requests.labels(path, str(message["status"])).inc()
-            await send(message)
+    def answered(path: str, status: int) -> None:
+        served.meters.requests.labels(path if path in paths else "other", str(status)).inc()
 
-        with suppress(ClientDisconnect):
-            await guarded(scope, receive, send_counted)
-
-    guarded = Guard(app, port=port, local=local, token=token, public=PUBLIC, address=address)
-    return counted
+    return Guard(app, answered, port, local, token, PUBLIC, address)
 
 
 class _Routes:
