@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.inference.engine import Token
 from nanogpt.inference.sampling import Controls, SamplingOptions
@@ -88,7 +89,11 @@ class CompletionRequest:
 
 def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> CompletionRequest:
     """Parse and validate `body`. Raise Refusal (4xx) with the field, its value and what was expected."""
-    values = {key: value for key, value in _json_object(body).items() if value is not None}
+    try:
+        values = files.parse_json(body, "the body", dict)
+    except UserError as error:
+        raise Refusal(400, f'{error}; expected an object such as {{"prompt": "To be"}}') from None
+    values = {key: value for key, value in values.items() if value is not None}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
     if values.get("logprobs") is False:
@@ -126,18 +131,6 @@ def _refusal(error: ValidationError) -> Refusal:
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return Refusal(400, f"unknown field {name!r}; see docs/serving.md for the supported fields", name)
     return Refusal(400, f"{name}={_shown(first['input'])}: {first['msg']}", name)
-
-
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise Refusal(400, "the body is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, 'the body must be a JSON object, such as {"prompt": "To be"}')
-    return value
 
 
 def _prompts(value: Any, known: Tokenizer, limits: Limits) -> list[Prompt]:
