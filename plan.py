@@ -29,15 +29,7 @@ from nanogpt import ROOT, runtime
 from nanogpt.checkpoint import memory as device_memory
 from nanogpt.checkpoint import writer
 from nanogpt.compile import pays
-from nanogpt.config import (
-    FilePath,
-    NonNegativeInt,
-    PositiveInt,
-    load,
-    pick_fields,
-    read,
-    require_consistent,
-)
+from nanogpt.config import FilePath, NonNegativeInt, PositiveInt, pick_fields, read, require_consistent
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import chips
@@ -61,11 +53,8 @@ class Config(ClusterOptions, ModelOptions, OptimizerOptions, FinetuneOptions, Ba
     batch_size: PositiveInt = 12  # sequences per micro-batch
 
 
-def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] | None = None) -> None:
-    """Print the plan. `argv`: the command line, by which a measurement on this machine is configured.
-
-    Raise UserError for an invalid model shape, an unknown GPU or a full disk.
-    """
+def main(config: Config, origins: dict[str, str] | None = None) -> None:
+    """Print the plan. Raise UserError for an invalid model shape or an unknown GPU."""
     origins = origins or {}
     require_consistent(config, origins)
     shape, notices = shape_of(config, origins)
@@ -74,7 +63,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
     cost = estimate.flops_per_token(shape) * (2 / 3 if config.lora_rank else 1)  # no gradients of weights
     machine, used = None if config.gpu else runtime.setup("auto", "auto", shape.n_embd), None
     if machine:
-        rate, used = measure(shape, argv or [])
+        rate, used = measure(shape, config)
         gigabytes = device_memory.memory_of(machine) / 1e9
         how = f"here ({machine.reason})"
     else:
@@ -216,7 +205,7 @@ def length(config: Config, origins: dict[str, str], batch: int, rate: float) -> 
     return batch * config.max_iters if overruled(config, "max_tokens", origins) else config.max_tokens
 
 
-def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
+def measure(shape: GPTConfig, options: Config) -> tuple[float, int | None]:
     """Return the tokens per second of train.py's step on this machine, and the peak memory in bytes.
 
     A model of more than MEASURED FLOPs per step is measured with two layers, the rate is scaled by its FLOPs,
@@ -225,12 +214,9 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
     import bench
 
     known = bench.Config.__dataclass_fields__
-    words = [w for w in argv if not w.startswith("--") or w[2:].partition("=")[0] in known]
-    config, _ = load(bench.Config, [*words, "--init_from=scratch"])
     changed = {name: value for name, value in vars(shape).items() if name in known and name != "dropout"}
-    changed |= {"gradient_accumulation_steps": 1, "batch_tokens": 0, "batch_ramp_tokens": 0}
-    changed |= {"real_data": False, "compile": False}
-    config = replace(config, **changed)
+    changed |= {"init_from": "scratch", "gradient_accumulation_steps": 1, "batch_tokens": 0}
+    config = pick_fields(bench.Config, options, **changed, real_data=False, compile=False)
     flops, small = estimate.flops_per_token(shape), shape
     if not torch.cuda.is_available() and flops * config.micro_batch_size * config.block_size > MEASURED:
         small = replace(shape, n_layer=min(2, shape.n_layer))
@@ -253,7 +239,7 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
 
 def program() -> None:
     options = read(Config, sys.argv[1:], other_keys=frozenset(train.Config.__dataclass_fields__))
-    main(Config(**options.values), options.origins, sys.argv[1:])
+    main(Config(**options.values), options.origins)
 
 
 if __name__ == "__main__":
