@@ -166,7 +166,7 @@ def open_model(config: Config) -> "Served":
     meters = Meters()
     with loaded.machine.memory_errors("fewer --slots"):
         engine = Engine(loaded.model, config.slots)
-    scheduler = Scheduler(engine, loaded.tokenizer, config.queue, meters)
+    scheduler = Scheduler(engine, config.queue, meters)
     return Served(
         name=name,
         tokenizer=loaded.tokenizer,

@@ -87,7 +87,7 @@ def echoing(payloads: Sequence[str], run: Path, folder: Path) -> Iterator[str]:
     served = Served(
         name="echo",
         tokenizer=tokens,
-        scheduler=Scheduler(decoder, tokens, 8, meters),
+        scheduler=Scheduler(decoder, 8, meters),
         meters=meters,
         limits=Limits(8, 64, 4),
         about=about,

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from nanogpt.inference.engine import Engine, Text
+from nanogpt.inference.engine import Completion, Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.server import scheduler
@@ -24,7 +24,8 @@ def model():
 
 
 def asked(prompt, count, answers) -> Choice:
-    choice = Choice(prompt, GREEDY, 0, count, None, (), emit=lambda piece: answers.put((choice, piece)))
+    completion = Completion(Text(prompt, GREEDY), ByteTokenizer(), count)
+    choice = Choice(prompt, completion, lambda piece: answers.put((choice, piece)))
     return choice
 
 
@@ -58,7 +59,7 @@ def test_long_prompt_is_prefilled_in_chunks_while_others_are_served(model, monke
     hidden = model.hidden
     model.hidden = lambda idx, past=None: reads.append(idx.numel()) or hidden(idx, past)
     answers = queue.Queue()
-    running = Scheduler(Engine(model, 3), ByteTokenizer(), 8, Meters())
+    running = Scheduler(Engine(model, 3), 8, Meters())
     choices = [asked(prompt, 12, answers) for prompt in prompts]
     busy = asked([7], 10**6, answers)  # keeps one text decoding at all times
     running.submit([busy])
@@ -75,7 +76,7 @@ def test_long_prompt_is_prefilled_in_chunks_while_others_are_served(model, monke
 
 
 def test_request_exceeding_the_queue_is_rejected_completely(model):
-    running = Scheduler(Engine(model, 2), ByteTokenizer(), 3, Meters())
+    running = Scheduler(Engine(model, 2), 3, Meters())
     answers = queue.Queue()
     running.submit([asked([1], 2, answers) for _ in range(5)])
     with pytest.raises(Full):
@@ -86,7 +87,7 @@ def test_request_exceeding_the_queue_is_rejected_completely(model):
 def test_insufficient_cache_memory_is_reported_at_startup(model):
     decoder = Engine(model, 2)
     decoder.warm = lambda prompt: (_ for _ in ()).throw(MemoryError("no room"))
-    running = Scheduler(decoder, ByteTokenizer(), 3, Meters())
+    running = Scheduler(decoder, 3, Meters())
     with pytest.raises(MemoryError, match="no room"):
         running.start()
     assert not running.alive

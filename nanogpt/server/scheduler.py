@@ -12,9 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from nanogpt.inference.engine import Completion, Engine, Text, Token, score
-from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.server.metrics import Meters
-from nanogpt.tokenizer.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 512  # prompt tokens prefilled between two steps, at most: bounds the delay of active texts
 
@@ -45,11 +43,7 @@ class Choice:
     """One completion to generate. `emit` is called with its pieces, in the scheduler's thread."""
 
     prompt: list[int]
-    options: SamplingOptions
-    seed: int
-    max_tokens: int
-    logprobs: int | None
-    stop: Sequence[str]
+    completion: Completion
     emit: Callable[[Piece], None]
     scores: PromptScores | None = None  # filled before the first piece
     cancelled: bool = False
@@ -57,21 +51,14 @@ class Choice:
     written: int = 0
     read: int = 0  # prompt tokens prefilled in advance
     _pending: list[Token] = field(default_factory=list)
-    _completion: Completion | None = None
 
-    def begin(self, known: Tokenizer) -> Text:
-        text = Text(self.prompt, self.options, seed=self.seed, logprobs=self.logprobs)
-        self._completion = Completion(text, known, self.max_tokens, self.stop, known.end_of_text)
-        return text
-
-    def accept(self, token: Token, end_of_text: int | None) -> Piece | None:
+    def accept(self, token: Token) -> Piece | None:
         """Return the output that `token` completes, if any; `finish` is set if it was the last."""
-        assert self._completion
         self.written += 1
-        text = self._completion.take(token)
-        if token.id != end_of_text:
+        text = self.completion.take(token)
+        if token.id != self.completion.end_of_text:
             self._pending.append(token)
-        finish = self._completion.finish_reason or None
+        finish = self.completion.finish_reason or None
         if not text and not finish:
             return None
         tokens, self._pending = self._pending, []
@@ -81,8 +68,8 @@ class Choice:
 class Scheduler:
     """Runs `decoder` in its own thread. At most `queue` choices wait for a slot."""
 
-    def __init__(self, decoder: Engine, known: Tokenizer, queue: int, meters: Meters):
-        self._decoder, self._known, self._meters = decoder, known, meters
+    def __init__(self, decoder: Engine, queue: int, meters: Meters):
+        self._decoder, self._meters = decoder, meters
         self.queue = queue
         self._waiting: deque[Choice] = deque()
         self._active: dict[Text, Choice] = {}
@@ -170,12 +157,11 @@ class Scheduler:
             if choice.cancelled:
                 continue
             self._meters.read.inc(len(choice.prompt))
-            if choice.max_tokens == 0:
+            if choice.completion.max_new_tokens == 0:
                 choice.emit(Piece("", [], "length"))
                 continue
-            text = choice.begin(self._known)
-            self._active[text] = choice
-            texts.append(text)
+            self._active[choice.completion.text] = choice
+            texts.append(choice.completion.text)
         if texts:
             self._decoder.add(texts)
         if self._active:
@@ -188,7 +174,7 @@ class Scheduler:
                 choice = self._active[text]
                 if choice.written == 0:
                     self._meters.first.observe(now - choice.submitted)
-                piece = choice.accept(token, self._known.end_of_text)
+                piece = choice.accept(token)
                 if piece and piece.finish:
                     self._leave(text)  # before the client is notified: its next request finds the slot free
                 if piece:

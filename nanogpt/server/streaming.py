@@ -15,6 +15,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from nanogpt.inference.engine import Completion, Text
 from nanogpt.server import openai_api
 from nanogpt.server.access import Receive, Scope, Send
 from nanogpt.server.api_errors import Refusal
@@ -74,6 +75,7 @@ class Answer:
     def __init__(self, served: Served, asked: CompletionRequest, mail: EventQueue):
         self.served, self.asked, self.mail = served, asked, mail
         self.fields = fields = asked.fields
+        known = served.tokenizer
         self.loop = asyncio.get_running_loop()
         # Guarded by mail.lock: unread pieces by choice, and whether the event loop waits for more.
         self.unread: dict[int, list[Piece]] = {}
@@ -88,11 +90,12 @@ class Answer:
                 scores = PromptScores(prompt.ids, fields.logprobs)
             for number in range(fields.n):
                 seed = (fields.seed + number) % (1 << 63)
+                text = Text(prompt.ids, asked.options, seed, fields.logprobs)
+                completion = Completion(text, known, fields.max_tokens, fields.stop, known.end_of_text)
                 emit = partial(mail.send, self, len(self.choices))
-                rest = (fields.max_tokens, fields.logprobs, fields.stop, emit, scores)
-                self.choices.append(Choice(prompt.ids, asked.options, seed, *rest))
+                self.choices.append(Choice(prompt.ids, completion, emit, scores))
                 offset = 0 if fields.echo else len(prompt.text)
-                self.logprobs.append(LogProbs(served.tokenizer, offset, fields.logprobs or 0))
+                self.logprobs.append(LogProbs(known, offset, fields.logprobs or 0))
         self.begun: set[int] = set()  # choices of which something has been read
         self.ended, self.left = 0, False
 
