@@ -91,3 +91,20 @@ def test_insufficient_cache_memory_is_reported_at_startup(model):
     with pytest.raises(MemoryError, match="no room"):
         running.start()
     assert not running.alive
+
+
+def test_failure_while_prompts_are_scored_reaches_the_client(model, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(scheduler, "score", fail)
+    answers = queue.Queue()
+    running = Scheduler(Engine(model, 2), 3, Meters())
+    choice = asked([1, 2], 2, answers)
+    choice.scores = scheduler.PromptScores([1, 2], 0)
+    running.submit([choice])
+    running.start()
+    try:
+        assert answers.get(timeout=20)[1].finish == "error" and running.active == 0
+    finally:
+        running.close()

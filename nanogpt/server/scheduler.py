@@ -149,20 +149,15 @@ class Scheduler:
         """Free the slots of cancelled choices, fill free slots, generate one token per text."""
         for text in [text for text, choice in self._active.items() if choice.cancelled]:
             self._leave(text)
-        fresh = self._taken()
+        fresh = [choice for choice in self._taken() if not choice.cancelled]
+        self._active |= {choice.completion.text: choice for choice in fresh}
         for choice in fresh:
             self._score(choice)
-        texts = []
-        for choice in fresh:
-            if choice.cancelled:
-                continue
             self._meters.read.inc(len(choice.prompt))
             if choice.completion.max_new_tokens == 0:
+                del self._active[choice.completion.text]
                 choice.emit(Piece("", [], "length"))
-                continue
-            self._active[choice.completion.text] = choice
-            texts.append(choice.completion.text)
-        if texts:
+        if texts := [choice.completion.text for choice in fresh if choice.completion.text in self._active]:
             self._decoder.add(texts)
         if self._active:
             started = time.perf_counter()
@@ -209,7 +204,7 @@ class Scheduler:
 
     def _score(self, choice: Choice) -> None:
         scores = choice.scores
-        if scores is not None and scores.tokens is None and not choice.cancelled:
+        if scores is not None and scores.tokens is None:
             first = Token(scores.ids[0], None, [])
             scores.tokens = [first, *score(self._decoder.model, scores.ids, scores.alternatives)]
 
