@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
-from nanogpt import ROOT, files, metrics
+from nanogpt import files, metrics
 from nanogpt.checkpoint import reader
 from nanogpt.config import FilePath, PositiveInt, Range, load
 from nanogpt.errors import UserError, run_program
@@ -154,7 +154,7 @@ def open_model(config: Config) -> "Served":
         about |= {"origin": f"{run} has no checkpoint yet", "waiting": True}
         about |= {"machine": "showing its training log until it has one"}
         limits, tokens = Limits(0, config.max_tokens, 1), tokenizer.CharTokenizer("")
-        return Served(name, tokens, None, Meters(), limits, about, run, ROOT / "web")
+        return Served(name, tokens, None, Meters(), limits, about, run)
     loaded = api.load(
         config.init_from,
         run=Path(config.out_dir),
@@ -175,7 +175,6 @@ def open_model(config: Config) -> "Served":
         limits=Limits(loaded.model.config.block_size, config.max_tokens, min(64, config.queue)),
         about=about | describe(loaded),
         run=run if (run / metrics.NAME).is_file() else None,
-        web=ROOT / "web",
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import serve
-from nanogpt import ROOT
 from nanogpt.inference.engine import Text, Token
 from nanogpt.server.app import build
 from nanogpt.server.metrics import Meters
@@ -92,7 +91,6 @@ def echoing(payloads: Sequence[str], run: Path, folder: Path) -> Iterator[str]:
         limits=Limits(8, 64, 4),
         about=about,
         run=folder,
-        web=ROOT / "web",
     )
     served.scheduler.start()
     app = build(served, port=port, local=True, token="")

@@ -74,7 +74,7 @@ class Guard:
         try:
             self._check(scope)
         except Refusal as refusal:
-            await send_refusal(refusal, send_secured)
+            await refusal.response()(scope, receive, send_secured)
             return
         with suppress(ClientDisconnect):
             await self._app(scope, bounded(receive), send_secured)
@@ -157,8 +157,3 @@ def bounded(receive: Receive) -> Receive:
         return message
 
     return counted
-
-
-async def send_refusal(refusal: Refusal, send: Send) -> None:
-    await send({"type": "http.response.start", "status": refusal.status, "headers": refusal.headers()})
-    await send({"type": "http.response.body", "body": refusal.body()})

@@ -19,12 +19,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from nanogpt import ROOT
 from nanogpt.server import openai_api, run_log
 from nanogpt.server.access import Guard
 from nanogpt.server.api_errors import Refusal
 from nanogpt.server.scheduler import Full
 from nanogpt.server.streaming import Answer, EventQueue, Events, Served
 
+WEB = ROOT / "web"
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
@@ -73,7 +75,7 @@ class _Routes:
     def __init__(self, served: Served):
         self.served = served
         self.mail = EventQueue()
-        self.files = {path: ((served.web / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
+        self.files = {path: ((WEB / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
 
     async def page(self, request: Request) -> Response:
         content, kind = self.files[request.url.path]
@@ -157,6 +159,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    response = Response(status_code=error.status)
-    response.body, response.raw_headers = error.body(), error.headers()
-    return response
+    return error.response()

@@ -38,7 +38,6 @@ class Served:
     limits: Limits
     about: dict[str, Any]  # facts about the model, for the page
     run: Path | None  # run folder of train.py, if any
-    web: Path
 
 
 class EventQueue:
