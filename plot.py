@@ -150,12 +150,10 @@ def load_run(folder: Path, name: str, x: str) -> Run:
     if x == "flops":
         if "model" not in run.about:
             raise UserError(f"{folder} has no config.json, so its FLOPs are not known; use --x=tokens")
-        import torch
+        from nanogpt.model import GPTConfig
+        from nanogpt.planning import estimate
 
-        from nanogpt.model import GPT, GPTConfig
-
-        with torch.device("meta"):
-            flops = GPT(GPTConfig(**run.about["model"])).flops_per_token()
+        flops = estimate.flops_per_token(GPTConfig(**run.about["model"]))
         for columns in (run.steps, run.evals):
             columns["x"] *= flops
     return run

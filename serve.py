@@ -23,15 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-
 from nanogpt import files, metrics
 from nanogpt.checkpoint import reader
 from nanogpt.config import FilePath, PositiveInt, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api, cpu_kernels
 from nanogpt.inference.engine import Engine
-from nanogpt.model import GPT
+from nanogpt.planning import estimate
 from nanogpt.tokenizer import tokenizer
 
 if TYPE_CHECKING:
@@ -180,15 +178,14 @@ def open_model(config: Config) -> "Served":
 
 def describe(loaded: api.LanguageModel) -> dict[str, Any]:
     """Return the facts about the model that the page shows (/about)."""
-    with torch.device("meta"):  # int8 weights are not parameters
-        parameters = GPT(loaded.model.config).n_params()
+    parameters = estimate.parameters(loaded.model.config)  # int8 weights are not parameters
     state = Path(loaded.origin) / "state.json"
     progress = files.read_json(state, dict) if state.is_file() else {}
     counted = Path(loaded.origin).parent / "baseline.json"  # of the run
     return {
         "origin": loaded.origin,
         "machine": loaded.machine.reason,
-        "parameters": parameters,
+        "parameters": parameters.total - parameters.padding,
         "block_size": loaded.model.config.block_size,
         "vocab_size": loaded.tokenizer.vocab_size,
         "tokenizer": loaded.tokenizer.kind,
