@@ -9,7 +9,8 @@ Accepts all options and presets of train.py; those that only affect a whole run 
 are ignored.
 """
 
-import itertools
+import math
+import pickle
 import sys
 import tempfile
 import time
@@ -25,15 +26,12 @@ from tqdm import trange
 import train
 from nanogpt import files, runtime
 from nanogpt.config import Amount, FilePath, NonNegativeInt, PositiveInt, UnitInterval, load, pick_fields
-from nanogpt.data.token_files import FORMAT
 from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import attention_kernels
 from nanogpt.gpu.chips import peak_flops
 from nanogpt.model import GPTConfig
-from nanogpt.planning import comm_bench, comm_volume, estimate, scaling
-from nanogpt.tokenizer import vocabulary
-from nanogpt.tokenizer.tokenizer import CharTokenizer, to_text
+from nanogpt.planning import comm_bench, estimate, scaling
 from nanogpt.world import World
 
 
@@ -58,6 +56,7 @@ class Config(train.Config):
 PROFILED_STEPS = 3
 CPU_S = 45.0  # seconds after which a CPU takes no more steps, unless --steps is given
 MEASURED_STEPS = 3  # timed steps of --comm
+WELL_FED = 0.9  # efficiency at which the network keeps up
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
@@ -67,7 +66,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         if config.comm:
             with train.resolve.join(asdict(config), Path(scratch)) as world:
-                communicate(config, world)
+                communicate(config, world, Path(scratch))
             return
         runtime.require_one_process()
         on_cpu = runtime.find_device(config.device).type == "cpu"
@@ -105,12 +104,8 @@ def with_data(config: Config, scratch: Path) -> Config:
     ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(1 << 20) + config.block_size)
     dtype = "uint16" if config.vocab_size <= 1 << 16 else "uint32"
     for split in ("train", "val"):
-        ids.astype(dtype).tofile(scratch / f"{split}.bin")
-    known = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    text = to_text(CharTokenizer(list(itertools.islice(known, config.vocab_size))))
-    files.write_text(scratch / "tokenizer.json", text)
-    about = {"format": FORMAT, "dtype": dtype, "tokenizer": {"sha256": vocabulary.identify(text).sha256}}
-    files.write_json(scratch / "meta.json", about)
+        np.save(scratch / f"{split}_0.npy", ids.astype(dtype))
+    (scratch / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": config.vocab_size}))
     return replace(config, dataset=str(scratch))
 
 
@@ -174,7 +169,7 @@ def watched(batches: Iterable[Any], waits: list[float]) -> Iterator[Any]:
 # ----------------------------------------------------------------------------- the network
 
 
-def communicate(config: Config, world: World) -> None:
+def communicate(config: Config, world: World, scratch: Path) -> None:
     """Print timings of each collective, and whether the network can keep up with the model.
 
     Collective: call on all ranks. Raise UserError for a single process.
@@ -184,98 +179,68 @@ def communicate(config: Config, world: World) -> None:
             "--comm measures communication between ranks, but there is only one: start it as for training, "
             "torchrun --standalone --nproc_per_node=2 bench.py --comm"
         )
+    if config.batch_size == "auto":
+        raise UserError("--comm needs the compute time of a micro-batch: give --batch_size a number")
     machine = world.raise_on_all_ranks(
         lambda: runtime.setup(config.device, config.dtype, config.n_embd, world)
     )
-    machine = replace(machine, casting=config.casting)
-    shape = pick_fields(GPTConfig, config)
-    world.raise_on_all_ranks(lambda: require(config, machine, shape))
-    inside = comm_bench.processes_of_a_node(world)
-    nodes = -(-world.size // inside)
-    on_cuda = machine.device.type == "cuda"
-    backend = config.backend if on_cuda else "gloo"
+    nodes = -(-world.size // world.on_node)
+    backend = config.backend if machine.device.type == "cuda" else "gloo"
     print(f"network: {world.size} ranks on {nodes} nodes, {backend}, {machine.name()}")
     for line in comm_bench.advice(backend, nodes):
         print(line)
-    groups = [("all", None, world.size)]
-    if nodes > 1 and inside > 1 and world.size % inside == 0:
-        groups.append(("of a node", comm_bench.node_group(world), inside))
-    print("| ranks | collective | bytes | median | 10th to 90th percentile | GB/s | bus GB/s |")
-    print("|---|---|---|---|---|---|---|")
-    bucket = 0.0
-    for name, group, members in groups:
-        for kind in ("all_reduce", "all_gather"):
-            for size in comm_bench.sizes(config.comm_bytes):
-                timing = comm_bench.measure(world, machine.device, kind, size, group, members)
-                bus = bandwidth(timing)
-                print(
-                    f"| {members} {name} | {kind} | {timing.payload:,} | {timing.median_s * 1e6:,.0f} µs | "
-                    f"{timing.low_s * 1e6:,.0f} to {timing.high_s * 1e6:,.0f} µs | "
-                    f"{timing.payload / timing.median_s / 1e9:.3f} | {bus / 1e9:.3f} |"
-                )
-                if kind == "all_reduce" and group is None and timing.payload <= comm_volume.BUCKET:
-                    bucket = bus  # bus bandwidth of the largest message that DDP sends
-    print("bus: bus bandwidth per rank as defined by nccl-tests; compare it with the link bandwidth")
-    judge(config, machine, shape, bucket, world)
+    pass_s, source = pass_time(config, machine, scratch)
+    bus = comm_bench.benchmark(world, machine, config.comm_bytes)
+    judge(config, world.size, max(world.gather(pass_s)), source, bus)
 
 
-def require(config: Config, machine: runtime.Machine, shape: GPTConfig) -> None:
-    if config.batch_size == "auto":
-        raise UserError("--comm needs the compute time of a micro-batch: give --batch_size a number")
-    if config.mfu and not peak_flops(machine.name()):
-        raise UserError(f"--mfu={config.mfu:g}: the peak FLOP/s of {machine.name()} is unknown; omit --mfu")
-    if config.cuda_graph:
-        from nanogpt.gpu import cuda_graphs
-
-        cuda_graphs.require_recordable(config, machine, scored=False)
-
-
-def bandwidth(timing: comm_bench.Timing) -> float:
-    """Return the bus bandwidth in bytes/s."""
-    kind: comm_volume.Kind = "all_gather" if timing.kind == "all_gather" else "all_reduce"
-    return comm_volume.bus_factor(kind, timing.members) * timing.payload / timing.median_s
-
-
-def judge(config: Config, machine: runtime.Machine, shape: GPTConfig, bus: float, world: Processes) -> None:
-    """Print whether a bus bandwidth of `bus` bytes/s suffices for DDP, and the accumulation it needs."""
-    pass_s, source = pass_time(config, machine, shape, world)
-    turns, members = config.gradient_accumulation_steps, world.size
-    found = scaling.feeds(shape, members, bus, pass_s, turns, config.overlap)
-    tokens = config.micro_batch_size * config.block_size
-    print(
-        f"gradients: {found.wire / 1e9:.3f} GB sent per rank and step (float32, DDP) at {bus / 1e9:.3f} "
-        f"GB/s bus bandwidth (DDP's bucket size): {found.transfer_s * 1e3:,.1f} ms\n"
-        f"compute: {pass_s * 1e3:,.1f} ms for {config.batch_size} x {config.block_size} = {tokens:,} "
-        f"tokens ({source}); {config.overlap:.0%} of the last backward pass ({scaling.BACKWARD:.0%} of that) "
-        f"can overlap with transfers, the last bucket cannot"
-    )
-    verdict = "can" if found.efficiency >= scaling.WELL_FED else "cannot"
-    print(
-        f"this network {verdict} keep up with this model at {turns} x {tokens:,} tokens per rank and step: "
-        f"{found.exposed_s * 1e3:,.1f} ms of exposed communication, efficiency {found.efficiency:.0%}"
-    )
-    if found.enough > turns:
-        print(
-            f"for {scaling.WELL_FED:.0%} use {found.enough} micro-batches per rank and step: "
-            f"train.py --gradient_accumulation_steps={found.enough * members} (total over ranks)"
+def pass_time(config: Config, machine: runtime.Machine, scratch: Path) -> tuple[float, str]:
+    """Return the seconds of a micro-batch on this rank, and a description of their source."""
+    if config.mfu:
+        peak = peak_flops(machine.name())
+        if not peak:
+            raise UserError(
+                f"--mfu={config.mfu:g}: the peak FLOP/s of {machine.name()} is unknown; omit --mfu"
+            )
+        flops = (
+            config.micro_batch_size
+            * config.block_size
+            * estimate.flops_per_token(pick_fields(GPTConfig, config))
         )
-
-
-def pass_time(
-    config: Config, machine: runtime.Machine, shape: GPTConfig, world: Processes
-) -> tuple[float, str]:
-    """Return the seconds of a micro-batch on the slowest rank, and a description of their source."""
-    if config.mfu and (peak := peak_flops(machine.name())):
-        cost, tokens = estimate.flops_per_token(shape), config.micro_batch_size * config.block_size
-        return tokens * cost / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
+        return flops / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
     small = replace(config, real_data=False, batch_tokens=0, gradient_accumulation_steps=1)
     small = replace(small, device=str(machine.device), max_tokens=0)
-    how = attention_kernels.of_a_run(config)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, machine.memory_errors(), how:
-        bench = Bench(small, Path(scratch))
+    with machine.memory_errors(), attention_kernels.of_a_run(config):
+        bench = Bench(small, scratch)
         took = [bench.step()[0] for _ in range(MEASURED_STEPS + 1)]
-    median = torch.tensor([float(np.median(took[1:]))])
-    return float(comm_bench.slowest_of(median, world)), "measured on all ranks at once"
+    return float(np.median(took[1:])), "measured on all ranks at once"
+
+
+def judge(config: Config, ranks: int, pass_s: float, source: str, bus: float) -> None:
+    """Print whether a bus bandwidth of `bus` bytes/s suffices for DDP, and the accumulation it needs."""
+    size = estimate.FLOAT * estimate.parameters(pick_fields(GPTConfig, config)).total
+    sent = scaling.bus_factor("all_reduce", ranks) * size
+    transfer_s = sent / bus
+    bucket_s = transfer_s / -(-size // scaling.BUCKET)
+    waited = scaling.exposed_s(scaling.BACKWARD * pass_s, transfer_s, bucket_s, config.overlap)
+    turns, tokens = config.gradient_accumulation_steps, config.micro_batch_size * config.block_size
+    efficiency = turns * pass_s / (turns * pass_s + waited)
+    enough = math.ceil(waited * WELL_FED / (1 - WELL_FED) / pass_s)
+    print(
+        f"gradients: {sent / 1e9:.3f} GB sent per rank and step (float32, DDP) at {bus / 1e9:.3f} "
+        f"GB/s bus bandwidth (DDP's bucket size): {transfer_s * 1e3:,.1f} ms\n"
+        f"compute: {pass_s * 1e3:,.1f} ms for {config.batch_size} x {config.block_size} = {tokens:,} "
+        f"tokens ({source}); {config.overlap:.0%} of the last backward pass ({scaling.BACKWARD:.0%} of that) "
+        f"can overlap with transfers, the last bucket cannot\n"
+        f"this network {'can' if efficiency >= WELL_FED else 'cannot'} keep up with this model at {turns} x "
+        f"{tokens:,} tokens per rank and step: {waited * 1e3:,.1f} ms of exposed communication, efficiency "
+        f"{efficiency:.0%}"
+    )
+    if enough > turns:
+        print(
+            f"for {WELL_FED:.0%} use {enough} micro-batches per rank and step: "
+            f"train.py --gradient_accumulation_steps={enough * ranks} (total over ranks)"
+        )
 
 
 # ----------------------------------------------------------------------------- figures
@@ -303,21 +268,17 @@ def report(bench: Bench, step_s: np.ndarray, wait_s: np.ndarray) -> None:
 def matmul_speed(machine: runtime.Machine) -> tuple[int, float]:
     """Return the side of a large square matrix, and the FLOP/s of its product with itself: the median over
     about half a second."""
+    from torch.utils.benchmark import Timer
+
     side = 2048 if machine.device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=machine.device).to(runtime.DTYPES[machine.dtype])
-    took: list[float] = []
-    while len(took) < 4 or sum(took) < 0.5:
-        machine.synchronize()
-        started = time.perf_counter()
-        torch.mm(matrix, matrix)
-        machine.synchronize()
-        took.append(time.perf_counter() - started)
-    return side, 2 * side**3 / float(np.median(took[1:]))
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return side, 2 * side**3 / timer.blocked_autorange(min_run_time=0.5).median
 
 
 def profile(bench: Bench, trace: Path) -> None:
     """Write a Chrome trace of PROFILED_STEPS steps, and print the ten most expensive operations."""
-    from torch.profiler import DeviceType, ProfilerActivity
+    from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recording
 
     on_cuda = bench.run.machine.device.type == "cuda"
@@ -326,16 +287,9 @@ def profile(bench: Bench, trace: Path) -> None:
             bench.step()
     with files.staged(trace) as draft:
         recorded.export_chrome_trace(str(draft))
-    if on_cuda:
-        kernels = [event for event in recorded.key_averages() if event.device_type == DeviceType.CUDA]
-        costs = [(event.self_device_time_total, event) for event in kernels]
-    else:
-        costs = [(event.self_cpu_time_total, event) for event in recorded.key_averages()]
-    total = sum(cost for cost, _ in costs)
-    print(f"profile of {PROFILED_STEPS} steps in {trace}; ms/step, share, calls/step, operation:")
-    for cost, event in sorted(costs, key=lambda item: item[0], reverse=True)[:10]:
-        calls = event.count / PROFILED_STEPS
-        print(f"{cost / 1e3 / PROFILED_STEPS:10.3f} {cost / total:6.1%} {calls:8.0f}  {event.key[:80]}")
+    print(f"profile of {PROFILED_STEPS} steps in {trace}:")
+    cost = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    print(recorded.key_averages().table(sort_by=cost, row_limit=10, max_name_column_width=60))
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def run(config: Config, world: World) -> None:
     if config.baseline:
         result["baseline"] = baseline(opened, config)
     if for_lm_eval:
-        result["lm_eval"] = harness.run(for_lm_eval, opened.subject, config.limit)
-        print("\n".join(harness.describe(result["lm_eval"])))
+        result["lm_eval"], table = harness.run(for_lm_eval, opened.subject, config.limit)
+        print(table)
     if world.is_main_process:
         write(config, result | {"options": asdict(config), **opened.subject.machine.environment()}, found)
 

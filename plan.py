@@ -21,7 +21,6 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
 
@@ -30,61 +29,32 @@ from nanogpt import ROOT, runtime
 from nanogpt.checkpoint import memory as device_memory
 from nanogpt.checkpoint import writer
 from nanogpt.compile import pays
-from nanogpt.config import (
-    FilePath,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Range,
-    UnitInterval,
-    load,
-    pick_fields,
-    read,
-    require_consistent,
-)
+from nanogpt.config import FilePath, NonNegativeInt, PositiveInt, pick_fields, read, require_consistent
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import chips
 from nanogpt.loss import default_loss_chunk_size
 from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
 from nanogpt.options import BatchOptions, FinetuneOptions, ModelOptions, OptimizerOptions, overruled
-from nanogpt.planning import comm_volume, estimate, scaling
+from nanogpt.planning import estimate, scaling
+from nanogpt.planning.scaling import ClusterOptions
 
 RECOMPUTED = "; activation checkpointing costs up to 25 % of the speed: --mfu must account for it"
 MEASURED = 2e12  # FLOPs of a step on a CPU; a larger model is measured on two layers and fewer sequences
 
 
 @dataclass(frozen=True)
-class Config(ModelOptions, OptimizerOptions, FinetuneOptions, BatchOptions):
+class Config(ClusterOptions, ModelOptions, OptimizerOptions, FinetuneOptions, BatchOptions):
     # the run
     init_from: FilePath = "scratch"  # gpt2 .. gpt2-xl or a path: the model has the shape of these weights
     dataset: FilePath = "openwebtext"  # dataset whose vocabulary the model has, if it is prepared
     out_dir: FilePath = "out"  # run folder: free disk space is checked there
     vocab_size: NonNegativeInt = 0  # vocabulary size in tokens; 0: that of the weights or of the dataset
     batch_size: PositiveInt = 12  # sequences per micro-batch
-    activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more FLOPs
-    loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: all, automatic on a CPU
-    # hardware
-    gpu: str = ""  # GPU model, such as A100, H100 or RTX4090; empty: this machine
-    gpus: PositiveInt = 8  # number of data-parallel GPUs, each with the whole model; ignored without --gpu
-    gpu_memory: NonNegativeFloat = 0.0  # memory per GPU in GB (1e9 bytes); 0: that of the model
-    mfu: Annotated[float, Range(0.001, 1)] = 0.4  # model FLOPs utilization, fraction of the peak
-    dollars_per_gpu_hour: NonNegativeFloat = 0.0  # price in dollars; 0: do not print the cost
-    # scaling (docs/scaling-arithmetic.md)
-    scaling: bool = False  # print step time, efficiency, bytes sent and memory on 1 to 1,024 GPUs
-    gpus_per_node: PositiveInt = 8  # number of GPUs per node
-    node_gbytes: NonNegativeFloat = 0.0  # GB/s per GPU within a node; 0: 80 % of the data sheet
-    network_gbits: NonNegativeFloat = 400.0  # network Gbit/s per GPU: node bandwidth / gpus_per_node
-    overlap: UnitInterval = 0.9  # fraction of a pass that can overlap with transfers
-    half_tokens: NonNegativeInt = 1250  # micro-batch tokens per GPU at which half of the peak rate is reached
-    shard_optimizer: bool = True  # ddp: shard the optimizer state over GPUs (ZeRO-1)
 
 
-def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] | None = None) -> None:
-    """Print the plan. `argv`: the command line, by which a measurement on this machine is configured.
-
-    Raise UserError for an invalid model shape, an unknown GPU or a full disk.
-    """
+def main(config: Config, origins: dict[str, str] | None = None) -> None:
+    """Print the plan. Raise UserError for an invalid model shape or an unknown GPU."""
     origins = origins or {}
     require_consistent(config, origins)
     shape, notices = shape_of(config, origins)
@@ -93,7 +63,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
     cost = estimate.flops_per_token(shape) * (2 / 3 if config.lora_rank else 1)  # no gradients of weights
     machine, used = None if config.gpu else runtime.setup("auto", "auto", shape.n_embd), None
     if machine:
-        rate, used = measure(shape, argv or [])
+        rate, used = measure(shape, config)
         gigabytes = device_memory.memory_of(machine) / 1e9
         how = f"here ({machine.reason})"
     else:
@@ -143,7 +113,7 @@ def main(config: Config, origins: dict[str, str] | None = None, argv: list[str] 
         dollars = hours * (config.gpus if config.gpu else 1) * config.dollars_per_gpu_hour
         lines.append(f"cost: ${dollars:,.0f} at ${config.dollars_per_gpu_hour:g} per GPU-hour")
     if config.scaling:
-        lines += table(shape, config, setting_of(config, batch // shape.block_size, compiled))
+        lines += scaling.table(shape, config, compiled)
     print("\n".join(lines))
 
 
@@ -239,7 +209,7 @@ def length(config: Config, origins: dict[str, str], batch: int, rate: float) -> 
     return batch * config.max_iters if overruled(config, "max_tokens", origins) else config.max_tokens
 
 
-def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
+def measure(shape: GPTConfig, options: Config) -> tuple[float, int | None]:
     """Return the tokens per second of train.py's step on this machine, and the peak memory in bytes.
 
     A model of more than MEASURED FLOPs per step is measured with two layers, the rate is scaled by its FLOPs,
@@ -248,12 +218,9 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
     import bench
 
     known = bench.Config.__dataclass_fields__
-    words = [w for w in argv if not w.startswith("--") or w[2:].partition("=")[0] in known]
-    config, _ = load(bench.Config, [*words, "--init_from=scratch"])
     changed = {name: value for name, value in vars(shape).items() if name in known and name != "dropout"}
-    changed |= {"gradient_accumulation_steps": 1, "batch_tokens": 0, "batch_ramp_tokens": 0}
-    changed |= {"real_data": False, "compile": False}
-    config = replace(config, **changed)
+    changed |= {"init_from": "scratch", "gradient_accumulation_steps": 1, "batch_tokens": 0}
+    config = pick_fields(bench.Config, options, **changed, real_data=False, compile=False)
     flops, small = estimate.flops_per_token(shape), shape
     if not torch.cuda.is_available() and flops * config.micro_batch_size * config.block_size > MEASURED:
         small = replace(shape, n_layer=min(2, shape.n_layer))
@@ -274,70 +241,9 @@ def measure(shape: GPTConfig, argv: list[str]) -> tuple[float, int | None]:
     return timed.tokens_per_step / seconds * estimate.flops_per_token(small) / flops, peak
 
 
-def setting_of(config: Config, batch: int, compiled: bool) -> scaling.Setting:
-    """Convert the options to a scaling.Setting, for batches of `batch` sequences."""
-    name = chips.find(config.gpu) if config.gpu else None
-    if name not in scaling.CHIPS:
-        raise UserError(f"--scaling needs a --gpu with known links: {', '.join(scaling.CHIPS)}")
-    chip = scaling.CHIPS[name]
-    if config.ngram_orders:
-        raise UserError("--scaling does not model n-gram tables; remove --ngram_orders")
-    if not config.network_gbits:
-        raise UserError("--network_gbits=0 connects no nodes; give Gbit/s per GPU, such as 400 or 12.5")
-    network = scaling.Network(
-        node=config.node_gbytes * 1e9 or scaling.OF_LINK * chip.link,
-        between=scaling.OF_NETWORK * config.network_gbits / 8 * 1e9,
-    )
-    return scaling.Setting(
-        batch=batch,
-        batch_size=config.batch_size,
-        peak=chips.CHIPS[name][0],
-        memory_bandwidth=chip.memory,
-        network=network,
-        gpus_per_node=config.gpus_per_node,
-        mfu=config.mfu,
-        overlap=config.overlap,
-        half_tokens=config.half_tokens,
-        sharded_state=config.shard_optimizer,
-        recompute=config.activation_checkpointing,
-        loss_chunk_size=config.loss_chunk_size,
-        compiled=compiled,
-    )
-
-
-def table(shape: GPTConfig, rules: OptimizerOptions, setting: scaling.Setting) -> list[str]:
-    """Return a Markdown table, one row per number of GPUs, with values for DDP / FSDP / HSDP."""
-    lines = [
-        "",
-        "scaling, each value for DDP / FSDP / HSDP; assumptions:",
-        *(f"- {line}" for line in scaling.assumptions(setting)),
-        "",
-        "| GPUs | tokens/GPU | step, ms | efficiency | exposed comm, ms | sent/GPU, GB | memory/GPU, GB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    alone = scaling.predict(shape, rules, "ddp", 1, setting)
-    assert alone
-    for gpus in (2**power for power in range(11)):
-        found = [scaling.predict(shape, rules, mode, gpus, setting) for mode in comm_volume.MODES]
-        steps = [step for step in found if step]
-        if not steps:
-            lines.append(f"| {gpus:,} | fewer than one sequence per GPU: raise --batch_tokens | | | | | |")
-            continue
-        cells = [
-            [f"{step.seconds * 1e3:,.1f}" for step in steps],
-            [f"{scaling.efficiency(step, alone):.0%}" for step in steps],
-            [f"{step.exposed_s * 1e3:,.1f}" for step in steps],
-            [f"{step.wire / 1e9:.2f}" for step in steps],
-            [f"{step.memory.total / 1e9:.1f}" for step in steps],
-        ]
-        shown = [row[0] if gpus == 1 else " / ".join(row) for row in cells]
-        lines.append(f"| {gpus:,} | {steps[0].tokens:,} | {' | '.join(shown)} |")
-    return lines
-
-
 def program() -> None:
     options = read(Config, sys.argv[1:], other_keys=frozenset(train.Config.__dataclass_fields__))
-    main(Config(**options.values), options.origins, sys.argv[1:])
+    main(Config(**options.values), options.origins)
 
 
 if __name__ == "__main__":

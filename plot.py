@@ -150,12 +150,10 @@ def load_run(folder: Path, name: str, x: str) -> Run:
     if x == "flops":
         if "model" not in run.about:
             raise UserError(f"{folder} has no config.json, so its FLOPs are not known; use --x=tokens")
-        import torch
+        from nanogpt.model import GPTConfig
+        from nanogpt.planning import estimate
 
-        from nanogpt.model import GPT, GPTConfig
-
-        with torch.device("meta"):
-            flops = GPT(GPTConfig(**run.about["model"])).flops_per_token()
+        flops = estimate.flops_per_token(GPTConfig(**run.about["model"]))
         for columns in (run.steps, run.evals):
             columns["x"] *= flops
     return run
@@ -220,12 +218,12 @@ def draw_losses(ax: "Axes", groups: Sequence[Sequence[Run]], y: str) -> None:
         training = "training" if single and losses.size else None
         draw_noisy(ax, x, losses, colour, label=training, raw=len(group) == 1)
         title = ("validation" if val_losses.size else None) if single else label(group)
-        if best is not None and not single:
-            title = f"{label(group)}, best {val_losses[best]:.4f}"
+        if best is not None:
+            title = f"{title}, best {val_losses[best]:.4f}"
         val_colour, line = (COLOURS[1], "o-") if single else (colour, "o--")
         ax.plot(at, val_losses, line, color=val_colour, markersize=4, label=title)
         if best is not None:
-            mark_best(ax, at, val_losses, best, val_colour, with_value=single)
+            ax.plot(at[best], val_losses[best], "o", color=val_colour, markersize=9, markeredgecolor="white")
     counted = [run.baseline for group in groups for run in group if run.baseline]
     for loss, order in {(found["loss"], found["order"]) for found in counted}:
         title, height = f"counting, {order}-grams: {loss:.4f}", loss if y == "loss" else np.exp(loss)
@@ -253,26 +251,6 @@ def band(group: Sequence[Run], event: str, key: str) -> tuple[np.ndarray, np.nda
     x = first["x"][[all(value <= column["x"][-1] for column in columns) for value in first["x"]]]
     values = np.stack([np.interp(x, column["x"], column[key]) for column in columns or [first]])
     return x, values.mean(axis=0), np.stack([values.min(axis=0), values.max(axis=0)])
-
-
-def mark_best(ax: "Axes", x: np.ndarray, y: np.ndarray, best: int, colour: str, *, with_value: bool) -> None:
-    from matplotlib.patheffects import withStroke
-
-    ax.plot(x[best], y[best], "o", color=colour, markersize=9, markeredgecolor="white", clip_on=False)
-    if with_value:
-        place = "left" if best == 0 else "right" if best == len(y) - 1 else "center"
-        halo = withStroke(linewidth=3, foreground="white")  # keeps the label legible over lines
-        ax.annotate(
-            f"best {y[best]:.4f}",
-            (x[best], y[best]),
-            xytext=(0, 10),
-            textcoords="offset points",
-            ha=place,
-            va="bottom",
-            color=colour,
-            fontweight="bold",
-            path_effects=[halo],
-        )
 
 
 def draw_noisy(

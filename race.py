@@ -98,8 +98,10 @@ def result(folder: Path) -> dict[str, Any]:
     except UserError:  # the dataset has moved
         per_token = None
     bits = done.val_loss / math.log(2) / per_token if per_token else None
-    iters = int(done.evals["iter"][-1])
-    return {"bits_per_byte": bits, "val_loss": done.val_loss, "iter": iters} | {
+    return {
+        "bits_per_byte": bits,
+        "val_loss": done.val_loss,
+        "iter": int(done.evals["iter"][-1]),
         "tokens": done.tokens,
         "seconds": done.seconds,
         "dataset": str(done.options.get("dataset")),

@@ -23,15 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-
-from nanogpt import ROOT, files, metrics
+from nanogpt import files, metrics
 from nanogpt.checkpoint import reader
 from nanogpt.config import FilePath, PositiveInt, Range, load
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api, cpu_kernels
 from nanogpt.inference.engine import Engine
-from nanogpt.model import GPT
+from nanogpt.planning import estimate
 from nanogpt.tokenizer import tokenizer
 
 if TYPE_CHECKING:
@@ -146,12 +144,15 @@ def open_model(config: Config) -> "Served":
     from nanogpt.server.scheduler import Scheduler
     from nanogpt.server.streaming import Served
 
-    run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    if config.init_from == "resume" and not reader.step_folders(run) and (run / metrics.NAME).is_file():
-        about = {"name": name_of(config), "origin": f"{run} has no checkpoint yet", "waiting": True}
-        about |= {"machine": "showing its training log until it has one", "created": int(time.time())}
+    resumes = config.init_from == "resume"
+    run = Path(config.out_dir if resumes else config.init_from)
+    name = run.resolve().name if run.exists() else config.init_from
+    about: dict[str, Any] = {"name": name, "created": int(time.time()), "max_tokens": config.max_tokens}
+    if resumes and not reader.step_folders(run) and (run / metrics.NAME).is_file():
+        about |= {"origin": f"{run} has no checkpoint yet", "waiting": True}
+        about |= {"machine": "showing its training log until it has one"}
         limits, tokens = Limits(0, config.max_tokens, 1), tokenizer.CharTokenizer("")
-        return Served(name_of(config), tokens, None, Meters({}), limits, about, run, ROOT / "web")
+        return Served(name, tokens, None, Meters(), limits, about, run)
     loaded = api.load(
         config.init_from,
         run=Path(config.out_dir),
@@ -160,54 +161,37 @@ def open_model(config: Config) -> "Served":
         dtype=config.dtype,
         notice=lambda line: print(line, file=sys.stderr),
     )
-    meters = Meters(
-        {
-            "active": ("Completions being generated.", lambda: scheduler.active),
-            "waiting": ("Completions waiting for a slot.", lambda: scheduler.waiting),
-        }
-    )
+    meters = Meters()
     with loaded.machine.memory_errors("fewer --slots"):
         engine = Engine(loaded.model, config.slots)
-    scheduler = Scheduler(engine, loaded.tokenizer, config.queue, meters)
-    run = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    scheduler = Scheduler(engine, config.queue, meters)
     return Served(
-        name=name_of(config),
+        name=name,
         tokenizer=loaded.tokenizer,
         scheduler=scheduler,
         meters=meters,
         limits=Limits(loaded.model.config.block_size, config.max_tokens, min(64, config.queue)),
-        about=describe(loaded, config),
-        run=run if (run / "metrics.jsonl").is_file() else None,
-        web=ROOT / "web",
+        about=about | describe(loaded),
+        run=run if (run / metrics.NAME).is_file() else None,
     )
 
 
-def name_of(config: Config) -> str:
-    """Return the model name in the API: the name of its folder, or gpt2 etc."""
-    path = Path(config.out_dir if config.init_from == "resume" else config.init_from)
-    return path.resolve().name if path.exists() else config.init_from
-
-
-def describe(loaded: api.LanguageModel, config: Config) -> dict[str, Any]:
+def describe(loaded: api.LanguageModel) -> dict[str, Any]:
     """Return the facts about the model that the page shows (/about)."""
-    with torch.device("meta"):  # int8 weights are not parameters
-        parameters = GPT(loaded.model.config).n_params()
+    parameters = estimate.parameters(loaded.model.config)  # int8 weights are not parameters
     state = Path(loaded.origin) / "state.json"
     progress = files.read_json(state, dict) if state.is_file() else {}
     counted = Path(loaded.origin).parent / "baseline.json"  # of the run
     return {
-        "name": name_of(config),
         "origin": loaded.origin,
         "machine": loaded.machine.reason,
-        "created": int(time.time()),
-        "parameters": parameters,
+        "parameters": parameters.total - parameters.padding,
         "block_size": loaded.model.config.block_size,
         "vocab_size": loaded.tokenizer.vocab_size,
         "tokenizer": loaded.tokenizer.kind,
         "iter": progress.get("iter_num", 0),
         "val_loss": progress.get("val_loss"),
         "baseline": files.read_json(counted, dict) if counted.is_file() else None,
-        "max_tokens": config.max_tokens,
     }
 
 

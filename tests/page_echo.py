@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import serve
-from nanogpt import ROOT
 from nanogpt.inference.engine import Text, Token
 from nanogpt.server.app import build
 from nanogpt.server.metrics import Meters
@@ -78,7 +77,7 @@ def echoing(payloads: Sequence[str], run: Path, folder: Path) -> Iterator[str]:
         json.dumps({"event": "eval", "iter": 10, "tokens": 1, "val_loss": 1.0, "lr": payloads[0]}) + "\n",
         encoding="utf-8",
     )
-    meters, tokens = Meters({}), Whole(payloads)
+    meters, tokens = Meters(), Whole(payloads)
     about = {"name": payloads[0], "created": 0, "parameters": 1, "block_size": 8, "vocab_size": 2}
     about |= {"tokenizer": payloads[1], "iter": 0, "val_loss": None, "max_tokens": 64}
     listener = serve.bind("127.0.0.1", 0)
@@ -87,12 +86,11 @@ def echoing(payloads: Sequence[str], run: Path, folder: Path) -> Iterator[str]:
     served = Served(
         name="echo",
         tokenizer=tokens,
-        scheduler=Scheduler(decoder, tokens, 8, meters),
+        scheduler=Scheduler(decoder, 8, meters),
         meters=meters,
         limits=Limits(8, 64, 4),
         about=about,
         run=folder,
-        web=ROOT / "web",
     )
     served.scheduler.start()
     app = build(served, port=port, local=True, token="")

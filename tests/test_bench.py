@@ -13,9 +13,10 @@ import bench
 import train
 from nanogpt import ROOT
 from nanogpt.config import pick_fields, read
+from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
-from nanogpt.planning import comm_bench
+from nanogpt.planning import comm_bench, estimate
 
 TINY = bench.Config(
     steps=3,
@@ -104,10 +105,13 @@ def test_profile_writes_a_trace_and_prints_top_ten_ops(dataset, tmp_path, capsys
     bench.main(replace(TINY, dataset=str(dataset), profile=True, trace=str(trace)))
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     assert any(event.get("name") == "aten::mm" for event in events)
-    listed = capsys.readouterr().out.partition(f"in {trace}; ")[2].splitlines()[1:]
+    table = capsys.readouterr().out.partition(f"profile of 3 steps in {trace}:\n")[2].splitlines()
+    listed = table[3 : table.index(table[0], 3)]
     assert len(listed) == 10
-    times = [float(line.split()[0]) for line in listed]
-    assert times == sorted(times, reverse=True) and times[0] > 0
+    shares = [
+        float(line.split()[1].rstrip("%")) for line in listed
+    ]  # of the time within the operation itself
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0
 
 
 def test_bad_input_is_a_one_line_error(dataset, tmp_path, monkeypatch):
@@ -165,11 +169,28 @@ def test_comm_benchmark_of_two_processes(tmp_path):
     assert re.search(r"this network can(not)? keep up with this model at 1 x 128 tokens", done.stdout)
 
 
-def test_comm_benchmark_requires_a_batch_size():
-    config = replace(TINY, comm=True, batch_size="auto")
-    machine = train.runtime.setup("cpu", "float32", 16)
+def test_comm_benchmark_requires_a_batch_size(tmp_path):
     with pytest.raises(UserError, match="give --batch_size a number"):
-        bench.require(config, machine, pick_fields(GPTConfig, config))
+        bench.communicate(replace(TINY, batch_size="auto"), Processes(0, 2), tmp_path)
+
+
+def test_required_accumulation_for_a_slow_network(capsys):
+    config = bench.Config(batch_size=12, vocab_size=50257)
+    size = 4 * estimate.parameters(pick_fields(GPTConfig, config)).total
+
+    def judged(bus, **changed):
+        bench.judge(replace(config, **changed), 8, 0.05, "as given", bus)
+        return capsys.readouterr().out
+
+    quick = judged(360e9)
+    assert f"{1.75 * size / 1e9:.3f} GB sent" in quick and "can keep up" in quick and "use" not in quick
+    slow = judged(1e9)
+    waited = float(re.search(r"([\d,.]+) ms of exposed", slow)[1].replace(",", "")) / 1e3
+    assert waited == pytest.approx(1.75 * size / 1e9 - 0.03, rel=0.1)
+    enough = int(re.search(r"use (\d+) micro-batches", slow)[1])
+    assert f"--gradient_accumulation_steps={8 * enough}" in slow
+    assert "cannot keep up" in judged(1e9, gradient_accumulation_steps=enough - 1)
+    assert "can keep up" in judged(1e9, gradient_accumulation_steps=enough)
 
 
 def test_comm_benchmark_rejects_a_single_process():

@@ -188,7 +188,7 @@ def test_figure_is_kept_and_shown_where_it_is_known(dataset, tmp_path, capsys):
     figure = plot.draw([[plot.load_run(out, "out", "iter")]], plot.Config())
     shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert f"counting, 7-grams: {by_order['7']:.4f}" in shown
-    about = serve.describe(api.load(out, device="cpu"), serve.Config(out_dir=str(out)))
+    about = serve.describe(api.load(out, device="cpu"))
     assert about["baseline"] == {"loss": by_order["7"], "order": 7}
 
 

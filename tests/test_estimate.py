@@ -9,7 +9,7 @@ from nanogpt import ROOT, compile
 from nanogpt.config import load, pick_fields
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import OptimizerOptions
-from nanogpt.planning import comm_volume, estimate, scaling
+from nanogpt.planning import estimate, scaling
 from nanogpt.runtime import Machine
 
 MODERN = {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False}
@@ -92,6 +92,6 @@ ALLOCATED = [
 def test_estimated_memory_of_gpus_matches_the_allocator(preset, layers, rows, compiled, gpus, gigabytes):
     config, _ = load(train.Config, [str(ROOT / "config" / f"{preset}.py"), f"--n_layer={layers}"])
     shape = pick_fields(GPTConfig, config, vocab_size=65 if "char" in preset else 50257)
-    world, sizes = comm_volume.World(gpus, 8), [rows, rows]
-    need = scaling.memory(shape, config, "ddp", world, sizes, compiled=compiled)
+    options = pick_fields(scaling.ClusterOptions, config)
+    need = scaling.memory(shape, options, "ddp", gpus, [rows, rows], compiled=compiled)
     assert need.total / 1e9 == pytest.approx(gigabytes, rel=0.05)

@@ -169,7 +169,7 @@ def test_lm_eval_tasks(config, tmp_path, capsys):
     theirs, ours = found["lm_eval"]["own_task"], found["results"]["lambada"]
     assert theirs["acc"] == ours["acc"]
     assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-4)
-    assert "own_task: " in capsys.readouterr().out
+    assert "|own_task|" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- invalid input

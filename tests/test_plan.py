@@ -206,7 +206,7 @@ def test_documented_figures_match_plan_py(capsys):
 
 def said(capsys, *words: str) -> str:
     options = read(plan.Config, list(words), other_keys=OPTIONS)
-    plan.main(plan.Config(**options.values), options.origins, list(words))
+    plan.main(plan.Config(**options.values), options.origins)
     return capsys.readouterr().out
 
 

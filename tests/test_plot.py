@@ -101,7 +101,10 @@ def test_curves_equal_the_logged_rows(usual, x, steps_at, evals_at, label):
     assert raw[1] == pytest.approx([4.0 - i / 10 for i in range(30)])
     assert validation[0] == pytest.approx(evals_at) and validation[1] == [4.1, 2.9, 3.2]
     assert best == ([pytest.approx(evals_at[1])], [2.9])
-    assert [text.get_text() for text in losses.texts] == ["best 2.9000"]
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == [
+        "training",
+        "validation, best 2.9000",
+    ]
     assert [panel.get_ylabel() for panel in panels] == PANELS
     assert curves(panels[0])[0][1] == pytest.approx([1e-3 * i for i in range(30)])
     assert panels[-1].get_xlabel() == label

@@ -44,7 +44,7 @@ def test_missing_rank_is_named_to_the_others():
         if rank == 2:
             return ""
         word = rendezvous.gather(store, rank, 4, 1.0, "here:1")
-        return rendezvous.compare(PrefixStore(word, store), rank, 4, {}, 5.0)
+        return rendezvous.compare(PrefixStore(word, store), rank, 4, {})
 
     first, second, _, third = together(4, come)
     for error in (first, second, third):
@@ -79,7 +79,7 @@ def test_difference_is_reported_on_all_ranks(kind, change, message):
 
     def compare(rank):
         about = ABOUT | {kind: ABOUT[kind] | change} if rank == 2 else ABOUT
-        rendezvous.compare(store, rank, 3, about, 5.0)
+        rendezvous.compare(store, rank, 3, about)
 
     for error in together(3, compare):
         assert isinstance(error, UserError) and SHARED in error.__notes__
@@ -88,4 +88,4 @@ def test_difference_is_reported_on_all_ranks(kind, change, message):
 
 def test_equal_ranks_proceed():
     store = HashStore()
-    assert together(3, lambda rank: rendezvous.compare(store, rank, 3, ABOUT, 5.0)) == [None] * 3
+    assert together(3, lambda rank: rendezvous.compare(store, rank, 3, ABOUT)) == [None] * 3

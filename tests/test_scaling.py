@@ -18,22 +18,13 @@ from nanogpt.config import read
 from nanogpt.errors import UserError
 from nanogpt.gpu import chips
 from nanogpt.model import GPT2_SIZES
-from nanogpt.options import OptimizerOptions
-from nanogpt.planning import comm_volume, estimate, scaling
-from nanogpt.planning.comm_volume import Call, World
-from nanogpt.planning.scaling import Network, Setting
+from nanogpt.planning import estimate, scaling
+from nanogpt.planning.scaling import Call, ClusterOptions
 from tests.scaling_worker import MICRO_BATCHES, SHAPE
 
 OPTIONS = frozenset(train.Config.__dataclass_fields__)
 
-ADAMW = OptimizerOptions("adamw")
-SETTING = Setting(
-    batch=512,
-    batch_size=16,
-    peak=989e12,
-    memory_bandwidth=3.35e12,
-    network=Network(360e9, 45e9),
-)
+H100 = ClusterOptions(gpu="H100", batch_size=16, batch_tokens=512 * 1024)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -55,26 +46,25 @@ def test_predicted_traffic_matches_real_runs(counted):
     """Within 2% on each rank; the difference is gloo's headers."""
     size, found = counted
     for mode in found[0]["torch"]:
-        world = World(size, 2 if mode == "hsdp" else size)
-        foretold = comm_volume.calls(SHAPE, ADAMW, mode, world, number_bytes=4, sharded_state=False)
+        options = ClusterOptions(shard_optimizer=False, gpus_per_node=2 if mode == "hsdp" else size)
+        foretold = scaling.collectives(SHAPE, options, mode, size, number_bytes=4)
         as_gloo = [replace(c, kind="all_reduce") if c.kind == "reduce_scatter" else c for c in foretold]
-        sent = comm_volume.wire_bytes(as_gloo, MICRO_BATCHES)
+        sent = scaling.bytes_sent(as_gloo, MICRO_BATCHES)
         assert [one["torch"][mode]["sent"] for one in found] == pytest.approx([sent] * size, rel=0.02), mode
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
 def test_predicted_update_traffic_matches_real_runs(counted, rule):
-    """Within 2% for the project's optimizers: bytes sent per rank after the gradient all-reduce."""
+    """Bytes sent per rank after the gradient all-reduce, within 2% for the project's optimizers; within 10%
+    for Muon under FSDP, as each rank is assumed to hold an equal part of every matrix."""
     size, found = counted
     for mode in found[0][rule]:
-        world, rules = World(size, 2 if mode == "hsdp" else size), OptimizerOptions(rule)
-        sent = [one[rule][mode] for one in found]
-        foretold = comm_volume.calls(SHAPE, rules, mode, world, number_bytes=4, sharded_state=True)
+        options = ClusterOptions(optimizer=rule, gpus_per_node=2 if mode == "hsdp" else size)
+        sent = max(one[rule][mode] for one in found)
+        foretold = scaling.collectives(SHAPE, options, mode, size, number_bytes=4)
         after = [call for call in foretold if call.when == "update"]
-        assert max(sent) == pytest.approx(comm_volume.wire_bytes(after, 1), rel=0.02), mode
-        if rule == "muon" and mode != "ddp":
-            each = comm_volume.sent_by_muon(SHAPE, world.shards(mode), number_bytes=4)
-            assert sent == pytest.approx(each * (size // len(each)), rel=0.02), mode
+        within = 0.02 if rule == "adamw" or mode == "ddp" else 0.1
+        assert sent == pytest.approx(scaling.bytes_sent(after, 1), rel=within), mode
     assert set(found[0][rule]) == {"ddp", "fsdp"} | ({"hsdp"} if size == 4 else set())
 
 
@@ -82,10 +72,8 @@ def test_predicted_sharded_memory_matches_real_runs(counted):
     """Within 5% for the rank with the most memory."""
     size, found = counted
     for mode in found[0]["torch"]:
-        world = World(size, 2 if mode == "hsdp" else size)
-        need = scaling.memory(
-            SHAPE, ADAMW, mode, world, [2] * MICRO_BATCHES, sharded_state=False, number_bytes=4
-        )
+        options = ClusterOptions(shard_optimizer=False, gpus_per_node=2 if mode == "hsdp" else size)
+        need = scaling.memory(SHAPE, options, mode, size, [2] * MICRO_BATCHES, number_bytes=4)
         for kind in ("weights", "gradients", "optimizer"):
             most = max(one["torch"][mode][kind] for one in found)
             assert most == pytest.approx(getattr(need, kind), rel=0.05), (mode, kind)
@@ -95,34 +83,37 @@ def test_predicted_sharded_memory_matches_real_runs(counted):
 
 
 def test_bus_factors_equal_nccl_tests():
-    assert comm_volume.bus_factor("all_reduce", 8) == 1.75
-    assert comm_volume.bus_factor("all_gather", 8) == comm_volume.bus_factor("reduce_scatter", 8) == 0.875
-    assert Call("all_reduce", 1000, 4, 1, "last").wire == 1500
+    assert scaling.bus_factor("all_reduce", 8) == 1.75
+    assert scaling.bus_factor("all_gather", 8) == scaling.bus_factor("reduce_scatter", 8) == 0.875
+    assert Call("all_reduce", 1000, 4, 1, "last").sent == 1500
 
 
 def test_transfer_time_is_that_of_the_slowest_link():
-    network = Network(node=300e9, between=25e9)
+    options = ClusterOptions(gpu="H100", node_gbytes=300, network_gbits=200 / 0.9)
+
+    def took(kind, payload, gpus, nodes):
+        return scaling.call_s(Call(kind, payload, gpus, nodes, "last"), options)
+
     big = 4_000_000_000
-    inside = network.seconds(Call("all_reduce", big, 8, 1, "last"))
-    assert inside == pytest.approx(1.75 * big / 300e9, rel=0.001)
-    across = network.seconds(Call("all_reduce", big, 16, 2, "last"))  # eight ports per node send at once
-    assert across == pytest.approx(2 * 15 / 16 * big / 200e9, rel=0.002)
-    alone = network.seconds(Call("all_reduce", big, 2, 2, "last"))  # one rank per node: one port
-    assert alone == pytest.approx(big / 25e9, rel=0.001)
-    small = [network.seconds(Call("all_gather", 8, n, -(-n // 8), "forward")) for n in (8, 64, 1024)]
+    assert took("all_reduce", big, 8, 1) == pytest.approx(1.75 * big / 300e9, rel=0.001)
+    # eight ports per node send at once
+    assert took("all_reduce", big, 16, 2) == pytest.approx(2 * 15 / 16 * big / 200e9, rel=0.002)
+    # one rank per node: one port
+    assert took("all_reduce", big, 2, 2) == pytest.approx(big / 25e9, rel=0.001)
+    small = [took("all_gather", 8, n, -(-n // 8)) for n in (8, 64, 1024)]
     assert small[0] < small[1] < small[2] and small[2] == pytest.approx(10e-6 + 896 * 1.9e-6 + 127 * 4e-6)
 
 
 def test_ddp_step_time_matches_hand_calculation():
     """DDP on 8 GPUs: all communication overlaps except the last bucket and the all-gather of weights."""
     shape = GPT2_SIZES["gpt2"]
-    step = scaling.predict(shape, ADAMW, "ddp", 8, SETTING)
+    step = scaling.predict(shape, H100, "ddp", 8)
     assert step
     P = estimate.parameters(shape).total
     per_token = estimate.flops_per_token(shape)
     assert step.tokens == 64 * 1024
     assert step.compute_s == pytest.approx(64 * 1024 * per_token / (989e12 * 0.4))
-    assert step.wire == pytest.approx(1.75 * 4 * P + 0.875 * 4 * P)
+    assert step.sent == pytest.approx(1.75 * 4 * P + 0.875 * 4 * P)
     buckets = -(-4 * P // (25 << 20))
     turns = -(-P // (1 << 26))  # number of all-gather chunks, each over seven hops
     last, gather = 1.75 * 4 * P / buckets / 360e9, 0.875 * 4 * P / 360e9 + turns * (10 + 7 * 1.9) * 1e-6
@@ -130,61 +121,44 @@ def test_ddp_step_time_matches_hand_calculation():
     assert step.update_s == pytest.approx(4 * (3 * P + 7 * P / 8) / (0.8 * 3.35e12), rel=0.01)
 
 
-@pytest.mark.parametrize("mode", comm_volume.MODES)
+@pytest.mark.parametrize("mode", scaling.MODES)
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
 def test_more_gpus_are_faster_but_not_more_efficient(mode, name):
     shape = GPT2_SIZES[name]
-    alone = scaling.predict(shape, ADAMW, "ddp", 1, SETTING)
-    steps = [scaling.predict(shape, ADAMW, mode, 2**power, SETTING) for power in range(10)]
-    assert alone and all(steps)
-    assert alone.exposed_s == alone.wire == 0
-    efficiencies = [scaling.efficiency(step, alone) for step in steps]
-    assert efficiencies[0] == 1
+    steps = [scaling.predict(shape, H100, mode, 2**power) for power in range(10)]
+    assert all(steps)
+    assert steps[0].exposed_s == steps[0].sent == 0
+    efficiencies = [steps[0].seconds / (step.seconds * 2**power) for power, step in enumerate(steps)]
     # sharding the optimizer may make 2 or 4 GPUs slightly more efficient than 1
     assert all(b <= a * 1.02 for a, b in pairwise(efficiencies))
-    assert all(step.exposed_s <= step.transfer_s * 1.0001 for step in steps)
-    assert scaling.predict(shape, ADAMW, mode, 1024, SETTING) is None  # half a sequence per GPU
-    slow = replace(SETTING, network=Network(360e9, 1e9))
-    assert scaling.predict(shape, ADAMW, mode, 64, slow).seconds > steps[6].seconds
+    assert scaling.predict(shape, H100, mode, 1024) is None  # half a sequence per GPU
+    assert scaling.predict(shape, replace(H100, network_gbits=9), mode, 64).seconds > steps[6].seconds
 
 
 def test_fsdp_memory_savings_and_traffic_cost():
     shape = GPT2_SIZES["gpt2-xl"]
-    ddp, fsdp, hsdp = (scaling.predict(shape, ADAMW, mode, 64, SETTING) for mode in comm_volume.MODES)
+    ddp, fsdp, hsdp = (scaling.predict(shape, H100, mode, 64) for mode in scaling.MODES)
     assert ddp and fsdp and hsdp
     assert fsdp.memory.weights < hsdp.memory.weights < ddp.memory.weights
     assert fsdp.memory.weights == pytest.approx(ddp.memory.weights / 64, rel=0.02)
     assert fsdp.memory.optimizer == pytest.approx(ddp.memory.optimizer, rel=0.02)  # ZeRO-1
     assert hsdp.memory.optimizer == pytest.approx(8 * ddp.memory.optimizer, rel=0.02)
-    plain = scaling.predict(shape, ADAMW, "ddp", 64, replace(SETTING, sharded_state=False))
-    assert plain and plain.memory.optimizer == 64 * ddp.memory.optimizer and plain.wire < ddp.wire
-    one_node = [scaling.predict(shape, ADAMW, mode, 8, SETTING) for mode in ("fsdp", "hsdp")]
+    plain = scaling.predict(shape, replace(H100, shard_optimizer=False), "ddp", 64)
+    assert plain and plain.memory.optimizer == 64 * ddp.memory.optimizer and plain.sent < ddp.sent
+    one_node = [scaling.predict(shape, H100, mode, 8) for mode in ("fsdp", "hsdp")]
     assert one_node[0].seconds == one_node[1].seconds
 
 
 def test_muon_traffic_under_fsdp():
     """Gradients go to the owner of each matrix and updates back, at 4 and 2 bytes per element, except for
     elements that stay local; the load is balanced over GPUs."""
-    shape, muon = GPT2_SIZES["gpt2"], OptimizerOptions("muon")
+    shape, muon = GPT2_SIZES["gpt2"], replace(H100, optimizer="muon")
     matrices = estimate.parameters(shape).matrices
-    for parts in (2, 8, 64):
-        sent = comm_volume.sent_by_muon(shape, parts, number_bytes=2)
-        assert sum(sent) == pytest.approx(6 * matrices * (parts - 1) / parts, rel=0.02)
-        step, plain = (scaling.predict(shape, rules, "fsdp", parts, SETTING) for rules in (muon, ADAMW))
-        assert step and plain and step.wire - plain.wire == max(sent)
+    for parts in (2, 8):
+        step, plain = (scaling.predict(shape, options, "fsdp", parts) for options in (muon, H100))
+        assert step and plain
+        assert step.sent - plain.sent == pytest.approx(6 * matrices * (parts - 1) / parts**2, rel=0.1)
         assert step.exposed_s > plain.exposed_s
-
-
-def test_required_network_bandwidth_of_a_model():
-    shape = GPT2_SIZES["gpt2"]
-    size = 4 * estimate.parameters(shape).total
-    quick = scaling.feeds(shape, 8, bandwidth=360e9, pass_s=0.05, micro_batches=1, overlap=0.9)
-    assert quick.efficiency > 0.99 and quick.enough == 1 and quick.wire == 1.75 * size
-    slow = scaling.feeds(shape, 8, bandwidth=1e9, pass_s=0.05, micro_batches=1, overlap=0.9)
-    assert slow.exposed_s == pytest.approx(1.75 * size / 1e9 - 0.03, rel=0.1)
-    mended = scaling.feeds(shape, 8, 1e9, 0.05, slow.enough, 0.9)
-    almost = scaling.feeds(shape, 8, 1e9, 0.05, slow.enough - 1, 0.9)
-    assert almost.efficiency < scaling.WELL_FED <= mended.efficiency
 
 
 def test_link_data_of_every_gpu_is_complete():

@@ -6,27 +6,15 @@ import time
 import pytest
 import torch
 
-from nanogpt.inference.engine import Engine, Text
+from nanogpt.inference.engine import Completion, Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.server import scheduler
+from nanogpt.server.metrics import Meters
 from nanogpt.server.scheduler import Choice, Full, Scheduler
 from nanogpt.tokenizer.tokenizer import ByteTokenizer
 
 GREEDY = SamplingOptions(temperature=0)
-
-
-class Nobody:
-    """A metrics stand-in that records nothing."""
-
-    def read(self, tokens):
-        pass
-
-    def wrote(self, tokens, seconds):
-        pass
-
-    def first_token(self, seconds):
-        pass
 
 
 @pytest.fixture
@@ -36,7 +24,9 @@ def model():
 
 
 def asked(prompt, count, answers) -> Choice:
-    return Choice(prompt, GREEDY, 0, count, None, (), emit=lambda choice, piece: answers.put((choice, piece)))
+    completion = Completion(Text(prompt, GREEDY), ByteTokenizer(), count)
+    choice = Choice(prompt, completion, lambda piece: answers.put((choice, piece)))
+    return choice
 
 
 def finished(answers, choices) -> list[list[int]]:
@@ -69,7 +59,7 @@ def test_long_prompt_is_prefilled_in_chunks_while_others_are_served(model, monke
     hidden = model.hidden
     model.hidden = lambda idx, past=None: reads.append(idx.numel()) or hidden(idx, past)
     answers = queue.Queue()
-    running = Scheduler(Engine(model, 3), ByteTokenizer(), 8, Nobody())
+    running = Scheduler(Engine(model, 3), 8, Meters())
     choices = [asked(prompt, 12, answers) for prompt in prompts]
     busy = asked([7], 10**6, answers)  # keeps one text decoding at all times
     running.submit([busy])
@@ -86,7 +76,7 @@ def test_long_prompt_is_prefilled_in_chunks_while_others_are_served(model, monke
 
 
 def test_request_exceeding_the_queue_is_rejected_completely(model):
-    running = Scheduler(Engine(model, 2), ByteTokenizer(), 3, Nobody())
+    running = Scheduler(Engine(model, 2), 3, Meters())
     answers = queue.Queue()
     running.submit([asked([1], 2, answers) for _ in range(5)])
     with pytest.raises(Full):
@@ -97,7 +87,24 @@ def test_request_exceeding_the_queue_is_rejected_completely(model):
 def test_insufficient_cache_memory_is_reported_at_startup(model):
     decoder = Engine(model, 2)
     decoder.warm = lambda prompt: (_ for _ in ()).throw(MemoryError("no room"))
-    running = Scheduler(decoder, ByteTokenizer(), 3, Nobody())
+    running = Scheduler(decoder, 3, Meters())
     with pytest.raises(MemoryError, match="no room"):
         running.start()
     assert not running.alive
+
+
+def test_failure_while_prompts_are_scored_reaches_the_client(model, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(scheduler, "score", fail)
+    answers = queue.Queue()
+    running = Scheduler(Engine(model, 2), 3, Meters())
+    choice = asked([1, 2], 2, answers)
+    choice.scores = scheduler.PromptScores([1, 2], 0)
+    running.submit([choice])
+    running.start()
+    try:
+        assert answers.get(timeout=20)[1].finish == "error" and running.active == 0
+    finally:
+        running.close()

@@ -10,6 +10,7 @@ import pytest
 
 from nanogpt.inference.engine import Token
 from nanogpt.server import openai_api, streaming
+from nanogpt.server.metrics import Meters
 from nanogpt.server.openai_api import Limits
 from nanogpt.server.scheduler import Piece
 from nanogpt.server.streaming import Answer, EventQueue
@@ -34,7 +35,7 @@ def write(answer: Answer, number: int, text: str, finish: str | None = None) -> 
     choice = answer.choices[number]
     for i, character in enumerate(text):
         end = finish if i == len(text) - 1 else None
-        choice.emit(choice, Piece(character, [Token(ord(character), None, [])], end))
+        choice.emit(Piece(character, [Token(ord(character), None, [])], end))
 
 
 def texts(event: bytes) -> str:
@@ -104,7 +105,7 @@ def test_disconnected_client_gets_no_more_events():
     async def stream() -> None:
         answer, _ = answering(stream=True)
         answer.served.scheduler = SimpleNamespace(cancel=lambda choices: cancelled.extend(choices))
-        answer.served.meters = SimpleNamespace(cancelled=lambda: None)
+        answer.served.meters = Meters()
         cancelled: list[Any] = []
         waiting = asyncio.ensure_future(anext(answer.stream()))
         await asyncio.sleep(0.01)

@@ -29,7 +29,7 @@ from nanogpt.config import FilePath, load, pick_fields, read
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.model import GPTConfig
-from nanogpt.planning import comm_volume, estimate, scaling
+from nanogpt.planning import estimate, scaling
 from tests.conftest import words, write_dataset
 
 HERE = Path(__file__).parent
@@ -186,8 +186,8 @@ def of_preset(path: Path, folders: dict[str, Path]) -> Iterator[tuple[str, int, 
     folder = folders.get(config.dataset, folders["openwebtext"])
     shape = pick_fields(GPTConfig, config, vocab_size=loader.load(folder).vocab_size)
     for gpus in (1, 2):
-        world, sizes = comm_volume.World(gpus, 8), [config.batch_size] * 2
-        need = scaling.memory(shape, config, "ddp", world, sizes, compiled=True)
+        options, sizes = pick_fields(scaling.ClusterOptions, config), [config.batch_size] * 2
+        need = scaling.memory(shape, options, "ddp", gpus, sizes, compiled=True)
         most = CEILINGS.get(path.stem, {}).get(gpus, {}) | {"estimate": need.total / 1e9}
         steps = f"--max_iters={4 if gpus == 1 else 14} --eval_interval={4 if gpus == 1 else 14} "
         steps += f"--gradient_accumulation_steps={2 * gpus} --parallel=ddp --dataset={folder}"

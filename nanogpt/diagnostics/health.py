@@ -9,7 +9,7 @@ B batch, T tokens, C channels, nh heads, hs channels per head.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Watch:
         row["clipped"] = int((torch.stack(list(self.norms)) > clip).sum()) if clip else 0
         row["gain_decay"] = gain_decay(optimizer, before, lr)
         self.first = self.first or row
-        found = dict(self.warnings(iter_num, row, clip))
+        found = self.warnings(iter_num, row, clip)
         row["warnings"] = list(found)
         self.log.write("health", iter_num, run.batches.tokens_before(iter_num + 1), **row)
         for kind in found.keys() - self.told:
@@ -79,54 +79,45 @@ class Watch:
         self.told |= found.keys()
         return result
 
-    def warnings(self, iter_num: int, row: dict[str, Any], clip: float) -> Iterable[tuple[str, str]]:
-        """Yield (kind, sentence) for everything that is wrong in `row`."""
-        config, vocab = self.run.config, self.run.model.config.vocab_size
+    def warnings(self, iter_num: int, row: dict[str, Any], clip: float) -> dict[str, str]:
+        """Return a sentence, by kind, for everything that is wrong in `row`."""
+        config, vocab, found = self.run.config, self.run.model.config.vocab_size, {}
         slower = "lower --learning_rate" + " and --muon_lr" * (config.optimizer == "muon")
         loss, uniform, norms = row["loss"], math.log(vocab), row["grad_norm"]
         from_scratch = config.init_from in ("scratch", "auto") and not self.run.resumed
         if self.first is row and iter_num == 0 and from_scratch and loss > uniform + 1:
             text = f"the first loss is {loss:.2f}, not {uniform:.2f} as for equal probabilities: the logits "
-            yield "start", text + "start too large; a tied LM head needs small embeddings (--init=gpt2)"
+            found["start"] = text + "start too large; a tied LM head needs small embeddings (--init=gpt2)"
         if loss > self.first["loss"] + max(0.5, 0.1 * self.first["loss"]):
-            yield "rise", f"the loss rose from {self.first['loss']:.2f} to {loss:.2f}: {slower}"
+            found["rise"] = f"the loss rose from {self.first['loss']:.2f} to {loss:.2f}: {slower}"
         if row["copied"] > 0.9:
-            yield (
-                "targets",
-                f"{row['copied']:.0%} of the targets equal the token at their position: shift them",
-            )
+            text = f"{row['copied']:.0%} of the targets equal the token at their position"
+            found["targets"] = f"{text}: shift them"
         if row["leak"] > 1e-3:
-            yield "mask", f"losses depend on later tokens (by {row['leak']:.2g}): the mask shows the future"
+            found["mask"] = f"losses depend on later tokens (by {row['leak']:.2g}): the mask shows the future"
         if row["gain_decay"]:
-            yield (
-                "decay",
-                f"weight decay ({row['gain_decay']:.2g}) shrinks the norms' gains: decay matrices only",
-            )
+            text = f"weight decay ({row['gain_decay']:.2g}) shrinks the norms' gains"
+            found["decay"] = f"{text}: decay matrices only"
         clipped, after = row["clipped"], config.warmup_iters * config.decay_lr + SETTLED
         if len(self.norms) == WINDOW and iter_num >= after and clipped > CLIPPED * WINDOW:
-            yield (
-                "clip",
-                f"clipped in {clipped} of the last {WINDOW} steps: {slower} or raise --grad_clip={clip:g}",
-            )
+            text = f"clipped in {clipped} of the last {WINDOW} steps"
+            found["clip"] = f"{text}: {slower} or raise --grad_clip={clip:g}"
         growth, update = row["activation"][-1] / self.first["activation"][-1], max(row["update"])
         if iter_num < EARLY and growth > (GROWTH_IF_FAST if update > FAST else GROWTH) and from_scratch:
             text = f"activations grew {growth:.0f}-fold, and a step changes a block by {update:.1%}"
-            yield "growth", f"{text}: {slower}"
+            found["growth"] = f"{text}: {slower}"
         partly = config.freeze or config.train_only or config.lora_rank
         for block, norm in enumerate(norms):
             if iter_num >= 2 and norm < 1e-4 * max(norms) and not partly:
-                yield (
-                    f"dead {block}",
-                    f"block {block} gets no gradient: its output is cut off, or it is frozen",
-                )
+                text = f"block {block} gets no gradient: its output is cut off, or it is frozen"
+                found[f"dead {block}"] = text
             if (dead := row["dead"][block]) > DEAD:
-                yield (
-                    f"off {block}",
-                    f"{dead:.0%} of block {block}'s MLP units are off for all tokens: {slower}",
-                )
+                text = f"{dead:.0%} of block {block}'s MLP units are off for all tokens"
+                found[f"off {block}"] = f"{text}: {slower}"
             if (spread := row["entropy"][block]) < ENTROPY:
-                text = f"attention of block {block} has collapsed to single tokens (entropy {spread:.1%}): "
-                yield "entropy", f"{text}{slower} or set --qk_norm=True"
+                text = f"attention of block {block} has collapsed to single tokens (entropy {spread:.1%})"
+                found["entropy"] = f"{text}: {slower} or set --qk_norm=True"
+        return found
 
 
 def examine(model: GPT, idx: Tensor, targets: Tensor, machine: Machine) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt import ROOT, files
-from nanogpt.data import loader
+from nanogpt.data import loader, mixture
 from nanogpt.data.token_files import Tokens
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
@@ -114,12 +114,7 @@ def report(run: Path, texts: Sequence[Sequence[int]], decode: Callable[[Sequence
 def open_dataset(run: Path) -> loader.Dataset:
     """Return the dataset on which the model in `run` was trained. Raise UserError if it is not there."""
     name = files.read_json(run / "config.json", {"options": {"dataset": str}})["options"]["dataset"]
-    if Path(name).is_dir() or not set(name) & set(",:"):
-        dataset = loader.load(loader.find(name, ROOT))
-    else:
-        from nanogpt.data import mixture
-
-        dataset = mixture.load(name, ROOT)
+    dataset = mixture.load(name, ROOT)
     tokenizer = (run / "tokenizer.json").read_text(encoding="utf-8")
     if dataset.fingerprint != vocabulary.identify(tokenizer).sha256:
         raise UserError(f"{dataset.folder} has another tokenizer than {run}")

@@ -5,7 +5,6 @@ seed; benchmarks/record_reference.py writes it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,20 @@ ALLOWED = 0.05  # of the logged losses may be outside
 AROUND = 2  # neighbors on each side whose deviations are pooled: three seeds alone say little
 
 
-@dataclass(frozen=True)
-class Band:
-    """Mean over seeds and half the width of the band of a loss, by iteration."""
+def outside(rows: Sequence[Sequence[float]], iters: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Return how far each of `losses`, at `iters`, is outside the band of `rows`; 0 if inside.
 
-    iters: np.ndarray
-    mean: np.ndarray
-    half: np.ndarray
-
-    def outside(self, iters: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        """Return how far each loss is outside, 0 if inside; without those at iterations not in the band."""
-        there = np.isin(iters, self.iters)
-        places = np.searchsorted(self.iters, iters[there])
-        away = losses[there] - self.mean[places]
-        return np.sign(away) * np.maximum(0.0, np.abs(away) - self.half[places])
-
-
-def band(rows: Sequence[Sequence[float]]) -> Band:
-    """Return the band of `rows`, each an iteration followed by the losses of the seeds."""
+    A row is an iteration followed by the losses of the seeds; losses at other iterations are left out.
+    """
     table = np.array(rows, dtype=float)
-    losses, variances = table[:, 1:], table[:, 1:].var(axis=1, ddof=1)
-    width = WIDTH * (1 + 1 / losses.shape[1])
+    known, seeds = table[:, 0], table[:, 1:]
+    variances = seeds.var(axis=1, ddof=1)
     pooled = [variances[max(0, i - AROUND) : i + AROUND + 1].mean() for i in range(len(table))]
-    return Band(table[:, 0], losses.mean(axis=1), np.maximum(width * np.sqrt(pooled), 0.005))
+    half = np.maximum(WIDTH * (1 + 1 / seeds.shape[1]) * np.sqrt(pooled), 0.005)
+    there = np.isin(iters, known)
+    places = np.searchsorted(known, iters[there])
+    away = np.nan_to_num(losses[there] - seeds.mean(axis=1)[places], nan=np.inf, posinf=np.inf)
+    return np.sign(away) * np.maximum(0.0, np.abs(away) - half[places])
 
 
 def path_of(options: dict[str, Any]) -> Path:
@@ -68,24 +58,24 @@ def find(run: runs.Run) -> dict[str, Any]:
 def verdict(run: runs.Run) -> str:
     """Say whether `run`, which may still be going, is inside the band of its reference."""
     reference = find(run)
-    found = []
-    losses = ("training loss", run.steps, "loss"), ("validation loss", run.evals, "val_loss")
-    for what, column, key in losses:
-        away = band(reference[key]).outside(column["iter"], column[key])
-        away = np.where(np.isnan(away), np.inf, away)
-        worst = int(np.argmax(np.abs(away))) if len(away) else 0
-        found.append((what, len(away), int((away != 0).sum()), float(away[worst]) if len(away) else 0.0))
+    compared = {
+        "training loss": outside(reference["loss"], run.steps["iter"], run.steps["loss"]),
+        "validation loss": outside(reference["val_loss"], run.evals["iter"], run.evals["val_loss"]),
+    }
     about = f"the band of {reference['preset']} ({len(reference['seeds'])} seeds)"
-    seen = sum(count for _, count, _, _ in found)
+    seen = sum(len(away) for away in compared.values())
+    out = sum(np.count_nonzero(away) for away in compared.values())
     if not seen:
-        return f"not comparable with {about}: no loss at its iterations ({_first(reference)}) yet"
-    wrong = [
-        f"{what} {'above' if worst > 0 else 'below'} it at {out} of {count} points, by up to {abs(worst):.3f}"
-        for what, count, out, worst in found
-        if out
-    ]
-    if sum(out for _, _, out, _ in found) <= ALLOWED * seen:
+        first = ", ".join(str(row[0]) for row in reference["loss"][:3])
+        return f"not comparable with {about}: no loss at its iterations ({first}, ...) yet"
+    if out <= ALLOWED * seen:
         return f"inside {about}: {seen} losses compared"
+    wrong = []
+    for what, away in compared.items():
+        if count := np.count_nonzero(away):
+            worst = away[np.argmax(np.abs(away))]
+            side = "above" if worst > 0 else "below"
+            wrong.append(f"{what} {side} it at {count} of {len(away)} points, by up to {abs(worst):.3f}")
     return f"outside {about}: {'; '.join(wrong)}"
 
 
@@ -95,7 +85,3 @@ def closing(folder: Path) -> list[str]:
         return [f"this run is {verdict(runs.load(folder))}"]
     except UserError:
         return []
-
-
-def _first(reference: dict[str, Any]) -> str:
-    return ", ".join(str(row[0]) for row in reference["loss"][:3]) + ", ..."

@@ -5,8 +5,8 @@ are drawn against the iteration, so a resumed run continues them.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a row of metrics.jsonl by name: "step/loss", "health/grad_norm/3" (block 3)."""
     flat = dict(row)
     for key, value in row.items():
-        parts = (
-            value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
-        )
-        flat |= {f"{key}/{part}": flat_value for part, flat_value in parts.items()}
+        parts = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(parts, dict):
+            flat |= {f"{key}/{part}": number for part, number in parts.items()}
     return {
         f"{row['event']}/{key}": float(value)
         for key, value in flat.items()
@@ -87,22 +86,24 @@ class Trackers:
         self.open: dict[str, TensorBoard | Wandb] = {}
         names = options["track"].split(",") + ["wandb"] * options["wandb_log"]
         for name in dict.fromkeys(name for name in names if name != "none"):
-            self._attempt(name, partial(self._start, name, Path(options["out_dir"]), options, resumed_at))
-
-    def _start(self, name: str, *given: Any) -> None:
-        self.open[name] = KINDS[name](*given)
+            with self._attempt(name):
+                self.open[name] = KINDS[name](Path(options["out_dir"]), options, resumed_at)
 
     def log(self, row: Mapping[str, Any]) -> None:
         for name, tracker in list(self.open.items()):
-            self._attempt(name, partial(tracker.log, row))
+            with self._attempt(name):
+                tracker.log(row)
 
     def close(self) -> None:
         for name, tracker in list(self.open.items()):
-            self._attempt(name, tracker.close)
+            with self._attempt(name):
+                tracker.close()
 
-    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+    @contextmanager
+    def _attempt(self, name: str) -> Iterator[None]:
+        """Report an error of tracker `name` and go on without it."""
         try:
-            work()
+            yield
         except ImportError:
             tqdm.write(f"--track={name} needs a package: pip install {name}; the run goes on without it")
         except Exception as error:

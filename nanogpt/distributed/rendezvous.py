@@ -4,12 +4,10 @@ Uses only the store provided by torchrun (or rank 0), so a mismatch is reported 
 first collective.
 """
 
-import hashlib
 import json
 import secrets
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from nanogpt.errors import SHARED, UserError
@@ -62,31 +60,22 @@ def gather(store: Any, rank: int, size: int, wait_s: float, address: str) -> str
     return own
 
 
-def compare(store: Any, rank: int, size: int, about: dict[str, dict[str, Any]], wait_s: float) -> None:
+def compare(store: Any, rank: int, size: int, about: dict[str, dict[str, Any]]) -> None:
     """Raise UserError, the same on all ranks, if `about` ({kind: {name: value}}) differs from that of rank 0.
 
     `store` must be private to this attempt. Collective: call on all ranks.
     """
-    text = json.dumps(about, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    store.set(f"about/{rank}", text)
-    store.set(f"digest/{rank}", digest)
-    deadline = time.monotonic() + wait_s
+    mine = json.dumps(about, sort_keys=True, default=str)
+    store.set(f"about/{rank}", mine)
     if rank == 0:
         verdict = ""
         for other in range(1, size):
-            if not _until(partial(store.check, [f"digest/{other}"]), deadline):
-                verdict = f"rank {other} was lost while options were compared"
-            elif store.get(f"digest/{other}").decode() != digest:
-                theirs = json.loads(store.get(f"about/{other}"))
-                verdict = first_difference(json.loads(text), theirs, other)
-            if verdict:
-                break
+            theirs = store.get(f"about/{other}").decode()
+            if theirs != mine:
+                verdict = verdict or first_difference(json.loads(mine), json.loads(theirs), other)
         store.set("verdict", verdict)
         if verdict:
             _await_readers(store, [f"read/{other}" for other in range(1, size)])
-    elif not _until(partial(store.check, ["verdict"]), deadline):
-        raise UserError(f"rank {rank} waited {wait_s:g} s for rank 0 to compare options")
     if verdict := store.get("verdict").decode():
         store.set(f"read/{rank}", "")
         raise _for_all(verdict)

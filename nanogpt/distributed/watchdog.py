@@ -120,13 +120,9 @@ class Watchdog:
     def explain(self) -> str:
         """Return which other rank is lost and where it was last seen; "" if all respond."""
         try:
-            left, silent, _ = self._look()
+            return self._look()[0]
         except RuntimeError:
             return self._no_store()
-        if left:
-            rank, reason = min(left.items())
-            return f"rank {rank} exited: {reason}"
-        return self._silent(silent)
 
     # ------------------------------------------------------------------------- watchdog thread
 
@@ -161,14 +157,11 @@ class Watchdog:
 
     def _judge(self) -> None:
         """End the run if a rank is lost or hangs; return if any rank has made progress."""
-        left, silent, places = self._look()
+        lost, places = self._look()
         if self._still_s() <= self._patience_s() or self._ended.is_set():
             return
-        if left:
-            rank, reason = min(left.items())
-            self._end(f"rank {rank} exited: {reason}")
-        if silent:
-            self._end(self._silent(silent))
+        if lost:
+            self._end(lost)
         if min(place.still_s for place in places.values()) < self.timeout_s:
             return
         first = min(place.order for place in places.values())
@@ -201,19 +194,20 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
             self.record()
 
-    def _look(self) -> tuple[dict[int, str], list[tuple[int, Place]], dict[int, Place]]:
-        """Return (exit reasons of ranks that left, silent ranks, places of the others)."""
+    def _look(self) -> tuple[str, dict[int, Place]]:
+        """Return which other rank has left or is silent, "" if none, and the places of those that respond."""
         before = self._places()
         for _ in range(BEATS):
             time.sleep(self.interval_s)
             self._say()
-        after, left = self._places(), {}
+        after = self._places()
         for rank in range(self.size):
             with self._lock:
                 if rank != self.rank and self.store.check([f"left/{rank}"]):
-                    left[rank] = self.store.get(f"left/{rank}").decode()
-        there = {r: place for r, place in after.items() if place.beat > before[r].beat and r not in left}
-        return left, [(r, after[r]) for r in after if r not in there and r not in left], there
+                    return f"rank {rank} exited: {self.store.get(f'left/{rank}').decode()}", {}
+        responding = {rank: place for rank, place in after.items() if place.beat > before[rank].beat}
+        silent = [rank for rank in after if rank not in responding]
+        return self._silent(silent, after), responding
 
     def _places(self) -> dict[int, Place]:
         found = {}
@@ -223,14 +217,13 @@ class Watchdog:
             found[rank] = Place(*json.loads(said)) if said else Place()
         return found
 
-    def _silent(self, silent: list[tuple[int, Place]]) -> str:
-        if not silent:
+    def _silent(self, ranks: list[int], places: dict[int, Place]) -> str:
+        if not ranks:
             return ""
-        seen = "; ".join(f"rank {rank} at {place}" for rank, place in silent[:8])
-        ranks = _named([rank for rank, _ in silent])
+        seen = "; ".join(f"rank {rank} at {places[rank]}" for rank in ranks[:8])
         step, phase = self.place
         return (
-            f"{ranks} not responded for {self._still_s():.0f} s (killed, stopped, or machine down), "
+            f"{_named(ranks)} not responded for {self._still_s():.0f} s (killed, stopped, or machine down), "
             f"last seen: {seen}; the other ranks wait at step {step}, {phase}"
         )
 

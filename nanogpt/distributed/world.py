@@ -184,7 +184,7 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
         word = rendezvous.gather(store, rank, size, rdzv_timeout_s, address)
         store = dist.PrefixStore(word, store)
-        rendezvous.compare(store, rank, size, about, rdzv_timeout_s)
+        rendezvous.compare(store, rank, size, about)
         # PyTorch's timeouts are a fallback: longer than ours, which report more.
         late = timedelta(seconds=3 * hang_timeout_s)
         name = "gloo" if device_type == "cpu" else backend

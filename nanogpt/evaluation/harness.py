@@ -5,7 +5,6 @@ Optional dependency: pip install 'nanogpt[lm-eval]'.
 """
 
 import difflib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,16 @@ from nanogpt.inference.sampling import SamplingOptions
 MAX_NEW_TOKENS = 256  # default for tasks without max_gen_toks
 
 
-def run(names: list[str], subject: Subject, limit: int = 0) -> dict[str, dict[str, Any]]:
-    """Run lm-eval tasks `names` (or paths of task YAML files); return results by task and metric.
+def run(names: list[str], subject: Subject, limit: int = 0) -> tuple[dict[str, dict[str, Any]], str]:
+    """Run lm-eval tasks `names` (or paths of task YAML files); return results by task and metric, and their
+    table as lm-eval prints it.
 
     Raise UserError if lm-eval is not installed, a name is unknown, or a dataset cannot be loaded.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
     except ImportError:
         raise UserError("--tasks=lm_eval:... needs lm-eval: pip install 'nanogpt[lm-eval]'") from None
     are_files = all(name.endswith((".yaml", ".yml")) for name in names)
@@ -54,26 +55,13 @@ def run(names: list[str], subject: Subject, limit: int = 0) -> dict[str, dict[st
         task_manager=manager,
         log_samples=False,
     )
-    return {name: _plain(values) for name, values in found["results"].items()}
+    return {name: _plain(values) for name, values in found["results"].items()}, make_table(found)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Rename "acc,none" to "acc" and drop non-numeric values ("N/A")."""
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return {key.removesuffix(",none"): value for key, value in numbers.items()}
-
-
-def describe(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return one line per task: arc_easy: acc 0.2541 ± 0.0089, ..."""
-    lines = []
-    for task, values in results.items():
-        parts = []
-        for name, value in values.items():
-            if "_stderr" not in name and name != "sample_len":
-                error = values.get(f"{name}_stderr")
-                parts.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if error else ""))
-        lines.append(f"{task}: {', '.join(parts)} (lm-eval)")
-    return lines
 
 
 def adapter(subject: Subject) -> Any:

@@ -1,7 +1,7 @@
 """Load multiple-choice and cloze tasks from JSONL files or the Hugging Face Hub.
 
     hellaswag            from the Hub, or a file in the cache folder
-    hellaswag:FILE       from a file: .jsonl, plain or compressed (.gz, .xz, .zst)
+    hellaswag:FILE       from a file: .jsonl, plain or compressed (.gz, .bz2, .xz, .zst)
     choice:FILE          any multiple-choice file; cloze:FILE any file of texts to continue
     FILE                 either, detected from its fields
     choice:hub:OWNER/NAME/SPLIT, or OWNER/NAME/CONFIG/SPLIT
@@ -11,17 +11,17 @@ markup of its WikiHow half is removed, and LAMBADA's target is the last word.
 """
 
 import difflib
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nanogpt import cache, files
 from nanogpt.errors import UserError
+from nanogpt.prepare import formats
 
 Row = dict[str, Any]
 CONTEXT = ("ctx", "context", "question", "query", "prompt")
@@ -187,7 +187,7 @@ def load(spec: str, limit: int = 0) -> Task:
         place = _place(name)
     rows = hub_rows(place[4:], name) if place.startswith("hub:") else file_rows(Path(place))
     kind, items = "", []
-    for where, row in islice(rows, limit or None):
+    for where, row in itertools.islice(rows, limit or None):
         name = name or _recognised(row)
         kind = KNOWN[name].kind
         try:
@@ -221,7 +221,7 @@ def _place(name: str) -> str:
     known = KNOWN[name]
     if not known.hub:
         raise UserError(f"--tasks={name} needs a file: --tasks={name}:FILE.jsonl")
-    for ending in ("", *PACKED):
+    for ending in ("", *formats.PACKED_SUFFIXES):
         if (file := _cached(known.file + ending)).is_file():
             return str(file)
     return f"hub:{known.hub}"
@@ -234,41 +234,21 @@ def _cached(file: str) -> Path:
 # ----------------------------------------------------------------------------- sources of rows
 
 
-PACKED = (".gz", ".xz", ".zst")
-
-
 def file_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (location, object) for each line of a JSONL file. Raise UserError naming an invalid line."""
     if not path.is_file():
         raise UserError(f"no task file at {path}")
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                yield where, files.parse_json(line, where, dict)
-    except UserError:
-        raise
-    except Exception as error:  # decompressors raise a dozen exception types
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise UserError(
-            f"{path} cannot be read after line {number}: {error or type(error).__name__}"
-        ) from None
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, files.parse_json(line, where, dict)
 
 
-def _open(path: Path) -> IO[str]:
-    name = {".gz": "gzip", ".xz": "lzma", ".zst": "zstandard"}.get(path.suffix)
-    if not name:
-        return path.open(encoding="utf-8-sig")
-    try:
-        library: Any = import_module(name)
-    except ImportError:
-        raise UserError(f"{path} needs {name}: pip install {name}, or decompress it") from None
-    more = {"dctx": library.ZstdDecompressor(max_window_size=1 << 31)} if name == "zstandard" else {}
-    return library.open(path, "rt", encoding="utf-8-sig", **more)  # the window of zstd --long=31
+def _lines(path: Path) -> Iterator[bytes]:
+    rest = b""
+    for block in itertools.chain(formats.unpacked(path), [b"\n"]):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
 
 
 def hub_rows(place: str, name: str) -> Iterator[tuple[str, Row]]:

@@ -1,17 +1,17 @@
-"""Benchmark all-reduce and all-gather between the ranks of a run, by message size."""
+"""Benchmark all-reduce and all-gather between the ranks of a run, by message size (bench.py --comm)."""
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from nanogpt.distributed.world import Processes
+from nanogpt.planning.scaling import BUCKET, bus_factor
+from nanogpt.runtime import Machine
 
 SMALLEST = 1 << 12  # smallest message in bytes; each size is 4 times the previous one
 WARM_UP = 3
@@ -21,88 +21,61 @@ BURST, BURST_S = 50, 2e-3  # maximum calls per sample, and target duration of a 
 INFINIBAND = Path("/sys/class/infiniband")  # Linux lists InfiniBand and RoCE adapters here
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Timing of a collective over `members` ranks; each sample is the time of the slowest rank."""
+def benchmark(world: Processes, machine: Machine, largest: int) -> float:
+    """Print a table of timings, for messages of up to `largest` bytes between all ranks and between those of
+    a node. Return the bus bandwidth in bytes/s of the largest all-reduce that DDP sends. Collective."""
+    groups = [("all", None, world.size)]
+    if 1 < world.on_node < world.size and world.size % world.on_node == 0:
+        groups.append(("of a node", dist.new_subgroups(world.on_node)[0], world.on_node))
+    print("| ranks | collective | bytes | median | 10th to 90th percentile | GB/s | bus GB/s |")
+    print("|---|---|---|---|---|---|---|")
+    of_ddp = 0.0
+    for name, group, members in groups:
+        for kind in ("all_reduce", "all_gather"):
+            size = SMALLEST
+            while size <= max(largest, SMALLEST):
+                numbers = max(members, size // 4 // members * members)
+                low, median, high = np.quantile(
+                    measure(world, machine, kind, numbers, group), [0.1, 0.5, 0.9]
+                )
+                rate = 4 * numbers / median
+                bus = bus_factor(kind, members) * rate
+                print(
+                    f"| {members} {name} | {kind} | {4 * numbers:,} | {median * 1e6:,.0f} µs | "
+                    f"{low * 1e6:,.0f} to {high * 1e6:,.0f} µs | {rate / 1e9:.3f} | {bus / 1e9:.3f} |"
+                )
+                if kind == "all_reduce" and group is None and size <= BUCKET:
+                    of_ddp = bus
+                size *= 4
+    print("bus: bus bandwidth per rank as defined by nccl-tests; compare it with the link bandwidth")
+    return of_ddp
 
-    kind: str  # all_reduce or all_gather
-    payload: int  # bytes of the full tensor
-    members: int
-    median_s: float
-    low_s: float  # 10th percentile
-    high_s: float  # 90th percentile
 
-
-def sizes(largest: int) -> list[int]:
-    """Return the message sizes in bytes, up to `largest`."""
-    found = [SMALLEST]
-    while found[-1] * 4 <= largest:
-        found.append(found[-1] * 4)
-    return found
-
-
-def measure(
-    world: Processes, device: torch.device, kind: str, payload: int, group: Any = None, members: int = 0
-) -> Timing:
-    """Time one message size. Collective: call on all ranks; `group` (of `members` ranks) restricts the timed
-    collective to this rank's process group."""
-    members = members or world.size
-    numbers = max(members, payload // 4 // members * members)
-    whole = torch.ones(numbers, device=device)
-    part = torch.ones(numbers // members, device=device)
+def measure(world: Processes, machine: Machine, kind: str, numbers: int, group: Any) -> np.ndarray:
+    """Return the seconds of a collective over `numbers` float32 elements in all, several samples of the
+    slowest rank. `group`: this rank's process group; None: all ranks. Collective."""
+    whole = torch.full((numbers,), 0.0, device=machine.device)
+    part = whole[: numbers // dist.get_world_size(group)].clone()
     # renamed in torch 2.13; unlike dist.all_gather it does not copy
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-    def work() -> None:
-        if kind == "all_gather":
-            gather(whole, part, group=group)
-        else:
-            dist.all_reduce(whole, group=group)
+    def timed(burst: int) -> float:
+        """Return the mean seconds of consecutive calls, which amortize the start skew of ranks."""
+        dist.barrier(group=world.control)
+        machine.synchronize()
+        started = time.perf_counter()
+        for _ in range(burst):
+            if kind == "all_gather":
+                gather(whole, part, group=group)
+            else:
+                dist.all_reduce(whole, group=group)
+        machine.synchronize()
+        return (time.perf_counter() - started) / burst
 
-    for _ in range(WARM_UP):
-        once = timed(work, device, world)
-    slowest = float(slowest_of(torch.tensor([once]), world))
-    burst = int(min(BURST, max(1, BURST_S / slowest)))  # equal on all ranks, as `slowest` is reduced
-    low, high = REPEATS
-    repeats = int(min(high, max(low, AIM_S / (slowest * burst))))
-    took = torch.empty(repeats, dtype=torch.float64)
-    for i in range(repeats):
-        whole.fill_(1.0)
-        took[i] = timed(work, device, world, burst)
-    took = slowest_of(took, world)
-    quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    bottom, median, top = torch.quantile(took, quantiles).tolist()
-    return Timing(kind, 4 * numbers, members, median, bottom, top)
-
-
-def timed(work: Callable[[], Any], device: torch.device, world: Processes, burst: int = 1) -> float:
-    """Return the mean seconds of `burst` consecutive calls of `work`, which amortizes start skew of ranks."""
-    dist.barrier(group=world.control)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(burst):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / burst
-
-
-def slowest_of(took: Tensor, world: Processes) -> Tensor:
-    """Return the elementwise maximum of `took` over all ranks. Collective: call on all ranks."""
-    took = took.double()
-    dist.all_reduce(took, op=dist.ReduceOp.MAX, group=world.control)
-    return took
-
-
-def processes_of_a_node(world: Processes) -> int:
-    """Return the number of ranks that torchrun started on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-
-
-def node_group(world: Processes) -> Any:
-    """Return the process group of this node's ranks. Collective: call on all ranks."""
-    return dist.new_subgroups(processes_of_a_node(world))[0]
+    once = max(world.gather([timed(1) for _ in range(WARM_UP)][-1]))
+    burst = int(min(BURST, max(1, BURST_S / once)))  # equal on all ranks, as `once` is
+    repeats = int(min(REPEATS[1], max(REPEATS[0], AIM_S / (once * burst))))
+    return np.max(world.gather([timed(burst) for _ in range(repeats)]), axis=0)
 
 
 def advice(backend: str, nodes: int) -> list[str]:

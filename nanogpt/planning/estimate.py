@@ -1,17 +1,17 @@
-"""Estimate parameters, memory, FLOPs and hours of a run without building the model.
+"""Estimate parameters, memory and FLOPs of a run without building the whole model.
 
 Parameters and optimizer state are exact, activations within a few percent of torch's allocations
-(tests/test_estimate.py); hours are as accurate as the assumed MFU.
+(tests/test_estimate.py).
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanogpt import model
 from nanogpt.loss import logits_chunk_size
-from nanogpt.model import GPTConfig
-from nanogpt.ngrams.embedding import NGramEmbedding
+from nanogpt.model import GPT, NGRAM_TABLES, GPTConfig
 from nanogpt.options import OptimizerOptions
 
 FLOAT = 4  # bytes of weights, gradients and optimizer state
@@ -45,31 +45,32 @@ class Parameters:
         return self.matrices + self.vectors + last - padding
 
 
-def parameters(shape: GPTConfig) -> Parameters:
-    C, L = shape.n_embd, shape.n_layer
-    queries = shape.n_head * shape.head_size
-    attention = queries + 2 * (shape.n_kv_head or shape.n_head) * shape.head_size
-    gated = shape.activation == "swiglu"
-    hidden = 8 * round(C / 3) if gated else 4 * C
-    inner = 2 * hidden if gated else hidden
-    matrices = L * C * (attention + queries + inner + hidden)
-    vectors = L * (attention + C + inner + C) if shape.bias else 0
-    if shape.norm == "layer":
-        vectors += (2 * L + 1) * C * (2 if shape.bias else 1)
-    vectors += C if shape.smear else 0
+def one_block(shape: GPTConfig) -> GPT:
+    """Return a model of `shape` but with one block, without storage."""
     with torch.device("meta"):
-        rows, width = NGramEmbedding(shape).weight.shape if shape.ngram_orders else (0, 0)
-    table = shape.padded_vocab_size * C
-    padding = (shape.padded_vocab_size - shape.vocab_size) * C
+        return GPT(replace(shape, n_layer=1))
+
+
+@functools.cache
+def parameters(shape: GPTConfig) -> Parameters:
+    named = dict(one_block(shape).named_parameters())
+    sizes = {name: p.numel() for name, p in named.items()}
+    embeddings, positions, head, tables = (
+        sizes.get(name, 0) for name in ("wte.weight", "position.wpe.weight", "lm_head.weight", NGRAM_TABLES)
+    )
+    block = sum(size for name, size in sizes.items() if name.startswith("h."))
+    matrices = sum(sizes[name] for name, p in named.items() if name.startswith("h.") and p.dim() == 2)
+    others = sum(sizes.values()) - embeddings - positions - head - tables - block  # the final norm, smear
+    padding = (shape.padded_vocab_size - shape.vocab_size) * shape.n_embd
     return Parameters(
-        embeddings=table,
-        positions=shape.block_size * C if shape.position == "learned" else 0,
-        matrices=matrices,
-        vectors=vectors,
-        head=0 if shape.tied else table,
+        embeddings=embeddings,
+        positions=positions,
+        matrices=shape.n_layer * matrices,
+        vectors=shape.n_layer * (block - matrices) + others,
+        head=head,
         padding=padding if shape.tied else 2 * padding,
-        tables=rows * width,
-        table_rows=rows,
+        tables=tables,
+        table_rows=len(named[NGRAM_TABLES]) if tables else 0,
     )
 
 
@@ -207,8 +208,3 @@ def _hidden(shape: GPTConfig) -> int:
 def flops_per_token(shape: GPTConfig) -> int:
     """Return forward plus backward FLOPs per token, as counted by train.py."""
     return model.flops_per_token(parameters(shape).multiplying, shape)
-
-
-def hours(tokens: int, flops_a_token: int, gpus: int, peak: float, mfu: float) -> float:
-    """Return the hours to train on `tokens` with `gpus` GPUs at `mfu` times `peak` FLOP/s each."""
-    return tokens * flops_a_token / (gpus * peak * mfu) / 3600

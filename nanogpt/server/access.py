@@ -5,8 +5,11 @@ and Sec-Fetch-Site, so these are checked (DNS rebinding: CVE-2024-28224). Plain 
 """
 
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Set
+from contextlib import suppress
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 from nanogpt.server.api_errors import Refusal
 
@@ -15,6 +18,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Answered = Callable[[str, int], None]
 
 MAX_BODY = 1 << 20  # bytes
 MAX_HEAD = 1 << 14  # bytes of the URL; also of all headers together
@@ -39,11 +43,13 @@ class Guard:
     """Wraps an app: rejects forbidden requests, limits body sizes and adds security headers."""
 
     def __init__(
-        self, app: App, *, port: int, local: bool, token: str, public: frozenset[str], address: str = ""
+        self, app: App, answered: Answered, port: int, local: bool, token: str, public: Set[str], address: str
     ):
-        """`local`: accept only loopback names as Host, else any. `token`: bearer token; "": not required.
-        `public`: paths that need no token. `address`: that of a proxy or tunnel, such as https://gpt.example,
-        whose page and host are accepted too."""
+        """`answered` is called with the path and status of each response. `local`: accept only loopback names
+        as Host, else any. `token`: bearer token; "": not required. `public`: paths that need no token.
+        `address`: that of a proxy or tunnel, such as https://gpt.example, whose page and host are accepted
+        too."""
+        self._answered = answered
         self._app = app
         self._hosts = {f"{name}:{port}" for name in LOOPBACK} if local else set()
         if local and port == 80:
@@ -59,22 +65,19 @@ class Guard:
             await self._app(scope, receive, send)  # lifespan events
             return
 
-        started = False
-
         async def send_secured(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
+                self._answered(scope["path"], message["status"])
             await send(message)
 
         try:
             self._check(scope)
-            await self._app(scope, bounded(receive), send_secured)
         except Refusal as refusal:
-            if started:
-                raise
-            await send_refusal(refusal, send_secured)
+            await refusal.response()(scope, receive, send_secured)
+            return
+        with suppress(ClientDisconnect):
+            await self._app(scope, bounded(receive), send_secured)
 
     def _check(self, scope: Scope) -> None:
         # uvicorn's own limit applies only to headers that arrive in several parts.
@@ -154,8 +157,3 @@ def bounded(receive: Receive) -> Receive:
         return message
 
     return counted
-
-
-async def send_refusal(refusal: Refusal, send: Send) -> None:
-    await send({"type": "http.response.start", "status": refusal.status, "headers": refusal.headers()})
-    await send({"type": "http.response.body", "body": refusal.body()})

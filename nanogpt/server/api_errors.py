@@ -2,6 +2,8 @@
 
 import json
 
+from starlette.responses import Response
+
 
 class Refusal(Exception):
     """An HTTP error: `status`, and a message with what was given and expected. `param`: the invalid field."""
@@ -22,13 +24,13 @@ class Refusal(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode("ascii")
 
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return the response headers; "connection: close" where the rest of the request is not read."""
-        found = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body()))]
+    def response(self) -> Response:
+        """Return the response, which closes the connection where the rest of the request is not read."""
+        headers = {}
         if self.status == 401:
-            found.append((b"www-authenticate", b"Bearer"))
+            headers["www-authenticate"] = "Bearer"
         if self.status in (429, 503):
-            found.append((b"retry-after", b"1"))
+            headers["retry-after"] = "1"
         if self.status in (403, 413, 414, 415, 431):
-            found.append((b"connection", b"close"))
-        return found
+            headers["connection"] = "close"
+        return Response(self.body(), self.status, headers, "application/json")

@@ -9,22 +9,24 @@ HTTP only: `openai_api` parses requests, `scheduler` serves them and `access` au
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from nanogpt import ROOT
 from nanogpt.server import openai_api, run_log
-from nanogpt.server.access import Guard, Receive, Scope, Send
+from nanogpt.server.access import Guard
 from nanogpt.server.api_errors import Refusal
 from nanogpt.server.scheduler import Full
 from nanogpt.server.streaming import Answer, EventQueue, Events, Served
 
+WEB = ROOT / "web"
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
@@ -34,9 +36,7 @@ SHORT = 1 << 14  # bytes; shorter requests are parsed in the event loop
 PUBLIC = frozenset([*PAGE, "/health"])  # reveal nothing about the model
 
 
-def build(
-    served: Served, *, port: int, local: bool, token: str, address: str = ""
-) -> Callable[..., Awaitable[None]]:
+def build(served: Served, *, port: int, local: bool, token: str, address: str = "") -> Guard:
     """Return the ASGI app. Closes the running scheduler on shutdown. For the options see Guard."""
     routes = _Routes(served)
 
@@ -64,28 +64,18 @@ def build(
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    known = frozenset(paths)
 
-    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_counted(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                served.meters.answered(
-                    scope["path"] if scope["path"] in known else "other", message["status"]
-                )
-            await send(message)
+    def answered(path: str, status: int) -> None:
+        served.meters.requests.labels(path if path in paths else "other", str(status)).inc()
 
-        with suppress(ClientDisconnect):
-            await guarded(scope, receive, send_counted)
-
-    guarded = Guard(app, port=port, local=local, token=token, public=PUBLIC, address=address)
-    return counted
+    return Guard(app, answered, port, local, token, PUBLIC, address)
 
 
 class _Routes:
     def __init__(self, served: Served):
         self.served = served
         self.mail = EventQueue()
-        self.files = {path: ((served.web / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
+        self.files = {path: ((WEB / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
 
     async def page(self, request: Request) -> Response:
         content, kind = self.files[request.url.path]
@@ -148,7 +138,7 @@ class _Routes:
             served.scheduler.submit(answer.choices)
         except Full:
             raise Refusal(429, "the queue is full; retry later", code="rate_limit_exceeded") from None
-        if asked.stream:
+        if asked.fields.stream:
             return Events(answer)
         return await answer.whole(request)
 
@@ -169,6 +159,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    response = Response(status_code=error.status)
-    response.body, response.raw_headers = error.body(), error.headers()
-    return response
+    return error.response()

@@ -10,8 +10,6 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanogpt.server.api_errors import Refusal
-
 
 class DeadlineProtocol(H11Protocol):
     receive_s = 8.0  # seconds from connecting, or the first byte of a later request, to the request's end
@@ -61,14 +59,8 @@ class DeadlineProtocol(H11Protocol):
             self._sending = None
 
     def send_400_response(self, msg: str) -> None:
-        """Send invalid HTTP an error in our format, unless a response has already started."""
+        """Reject invalid HTTP; if a response has already started, only close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            refusal = Refusal(400, f"invalid HTTP/1.1 request: {msg}")
-            headers = [*refusal.headers(), (b"connection", b"close")]
-            for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=refusal.body()),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+            super().send_400_response(msg)
+        else:
+            self.transport.close()

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.inference.engine import Token
 from nanogpt.inference.sampling import Controls, SamplingOptions
@@ -41,27 +42,6 @@ class Prompt:
     ids: list[int]
 
 
-@dataclass(frozen=True)
-class CompletionRequest:
-    """A validated request."""
-
-    prompts: list[Prompt]
-    options: SamplingOptions
-    seed: int  # seed of each prompt's first choice; choice i uses seed + i
-    max_tokens: int
-    n: int
-    stop: tuple[str, ...]
-    logprobs: int | None  # number of alternatives per token; None: no log-probabilities
-    echo: bool
-    stream: bool
-    usage_in_stream: bool
-    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def prompt_tokens(self) -> int:
-        return sum(len(prompt.ids) for prompt in self.prompts)
-
-
 # ----------------------------------------------------------------------------- requests
 
 
@@ -70,7 +50,7 @@ class StreamOptions(BaseModel, extra="forbid", strict=True):
     include_obfuscation: bool = False
 
 
-class _Body(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     """Fields of a request; null is equivalent to omitting a field."""
 
     model: str = ""
@@ -83,18 +63,37 @@ class _Body(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
+    # seed of each prompt's first choice; choice i uses seed + i
     seed: int = Field(default_factory=lambda: secrets.randbits(48), ge=-(1 << 62), le=1 << 62)
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field([], max_length=16)
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(None, ge=0, le=20)  # alternatives per token; None: no log-probabilities
     echo: bool = False
     slide: bool = False  # not OpenAI's: of a prompt longer than the context, use the end, as sample.py does
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
 
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A validated request."""
+
+    fields: Fields
+    prompts: list[Prompt]
+    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def options(self) -> SamplingOptions:
+        return SamplingOptions(**self.fields.model_dump(include=set(Controls.__annotations__)))
+
+
 def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> CompletionRequest:
     """Parse and validate `body`. Raise Refusal (4xx) with the field, its value and what was expected."""
-    values = {key: value for key, value in _json_object(body).items() if value is not None}
+    try:
+        values = files.parse_json(body, "the body", dict)
+    except UserError as error:
+        raise Refusal(400, f'{error}; expected an object such as {{"prompt": "To be"}}') from None
+    values = {key: value for key, value in values.items() if value is not None}
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
     if values.get("logprobs") is False:
@@ -103,7 +102,7 @@ def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> Completi
         if values.pop(name, neutral) != neutral:
             raise Refusal(400, f"{name} is not supported by this server; omit it", name)
     try:
-        given = _Body.model_validate({key: values[key] for key in values.keys() - IGNORED})
+        given = Fields.model_validate({key: values[key] for key in values.keys() - IGNORED})
     except ValidationError as error:
         raise _refusal(error) from None
     if given.model not in ("", model):
@@ -122,18 +121,7 @@ def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> Completi
         raise Refusal(
             400, f"{len(prompts)} prompts times n={given.n}: at most {limits.batch} per request", "prompt"
         )
-    return CompletionRequest(
-        prompts=prompts,
-        options=SamplingOptions(**given.model_dump(include=set(Controls.__annotations__))),
-        seed=given.seed,
-        max_tokens=given.max_tokens,
-        n=given.n,
-        stop=tuple(given.stop),
-        logprobs=given.logprobs,
-        echo=given.echo,
-        stream=given.stream,
-        usage_in_stream=given.stream_options.include_usage,
-    )
+    return CompletionRequest(given, prompts)
 
 
 def _refusal(error: ValidationError) -> Refusal:
@@ -143,18 +131,6 @@ def _refusal(error: ValidationError) -> Refusal:
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return Refusal(400, f"unknown field {name!r}; see docs/serving.md for the supported fields", name)
     return Refusal(400, f"{name}={_shown(first['input'])}: {first['msg']}", name)
-
-
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise Refusal(400, "the body is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {str(error)[:200]}") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, 'the body must be a JSON object, such as {"prompt": "To be"}')
-    return value
 
 
 def _prompts(value: Any, known: Tokenizer, limits: Limits) -> list[Prompt]:
@@ -260,6 +236,6 @@ def answer(
     value: dict[str, Any] = {"id": request.id, "object": "text_completion", "created": request.created}
     value |= {"model": model, "choices": choices}
     if usage is not None:
-        read = request.prompt_tokens()
+        read = sum(len(prompt.ids) for prompt in request.prompts)
         value["usage"] = {"prompt_tokens": read, "completion_tokens": usage, "total_tokens": read + usage}
     return json.dumps(value, separators=(",", ":")).encode("ascii")

@@ -23,9 +23,10 @@ def rows_since(run: Path, position: str) -> tuple[list[dict[str, Any]], str, boo
     """
     try:
         with (run / metrics.NAME).open("rb") as file:
-            identity = _identity(file.fileno())
+            status = os.fstat(file.fileno())
+            identity = f"{status.st_ino:x}"
             offset, _, before = position.partition("-")
-            anew = before != identity[0] or not offset.isdigit() or int(offset[:18]) > identity[1]
+            anew = before != identity or not offset.isdigit() or int(offset[:18]) > status.st_size
             start = 0 if anew else int(offset)
             file.seek(start)
             content = file.read(CHUNK)
@@ -35,12 +36,7 @@ def rows_since(run: Path, position: str) -> tuple[list[dict[str, Any]], str, boo
     if not end and len(content) == CHUNK:  # skip: no valid row is that long
         end = CHUNK
     rows = [row for line in content[:end].splitlines() if (row := _row(line))]
-    return rows, f"{start + end}-{identity[0]}", anew
-
-
-def _identity(descriptor: int) -> tuple[str, int]:
-    status = os.fstat(descriptor)
-    return f"{status.st_ino:x}", status.st_size
+    return rows, f"{start + end}-{identity}", anew
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -53,7 +49,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def samples(run: Path, after: int = -1) -> list[dict[str, Any]]:
     """Return the newest samples drawn during training (--sample_prompt), of iterations above `after`."""
-
     found = []
     for path in run.glob("samples/step-*.txt"):
         number = path.stem[5:]

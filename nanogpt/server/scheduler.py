@@ -12,9 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from nanogpt.inference.engine import Completion, Engine, Text, Token, score
-from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.server.metrics import Meters
-from nanogpt.tokenizer.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 512  # prompt tokens prefilled between two steps, at most: bounds the delay of active texts
 
@@ -45,33 +43,22 @@ class Choice:
     """One completion to generate. `emit` is called with its pieces, in the scheduler's thread."""
 
     prompt: list[int]
-    options: SamplingOptions
-    seed: int
-    max_tokens: int
-    logprobs: int | None
-    stop: Sequence[str]
-    emit: Callable[["Choice", Piece], None]
+    completion: Completion
+    emit: Callable[[Piece], None]
     scores: PromptScores | None = None  # filled before the first piece
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
     written: int = 0
     read: int = 0  # prompt tokens prefilled in advance
     _pending: list[Token] = field(default_factory=list)
-    _completion: Completion | None = None
 
-    def begin(self, known: Tokenizer) -> Text:
-        text = Text(self.prompt, self.options, seed=self.seed, logprobs=self.logprobs)
-        self._completion = Completion(text, known, self.max_tokens, self.stop, known.end_of_text)
-        return text
-
-    def accept(self, token: Token, end_of_text: int | None) -> Piece | None:
+    def accept(self, token: Token) -> Piece | None:
         """Return the output that `token` completes, if any; `finish` is set if it was the last."""
-        assert self._completion
         self.written += 1
-        text = self._completion.take(token)
-        if token.id != end_of_text:
+        text = self.completion.take(token)
+        if token.id != self.completion.end_of_text:
             self._pending.append(token)
-        finish = self._completion.finish_reason or None
+        finish = self.completion.finish_reason or None
         if not text and not finish:
             return None
         tokens, self._pending = self._pending, []
@@ -81,11 +68,13 @@ class Choice:
 class Scheduler:
     """Runs `decoder` in its own thread. At most `queue` choices wait for a slot."""
 
-    def __init__(self, decoder: Engine, known: Tokenizer, queue: int, meters: Meters):
-        self._decoder, self._known, self._meters = decoder, known, meters
+    def __init__(self, decoder: Engine, queue: int, meters: Meters):
+        self._decoder, self._meters = decoder, meters
         self.queue = queue
         self._waiting: deque[Choice] = deque()
         self._active: dict[Text, Choice] = {}
+        meters.waiting.set_function(lambda: self.waiting)
+        meters.active.set_function(lambda: self.active)
         self._changed = threading.Condition()
         self._closed = False
         self.failure: BaseException | None = None  # error that ended the thread
@@ -160,36 +149,31 @@ class Scheduler:
         """Free the slots of cancelled choices, fill free slots, generate one token per text."""
         for text in [text for text, choice in self._active.items() if choice.cancelled]:
             self._leave(text)
-        fresh = self._taken()
+        fresh = [choice for choice in self._taken() if not choice.cancelled]
+        self._active |= {choice.completion.text: choice for choice in fresh}
         for choice in fresh:
             self._score(choice)
-        texts = []
-        for choice in fresh:
-            if choice.cancelled:
-                continue
-            self._meters.read(len(choice.prompt))
-            if choice.max_tokens == 0:
-                choice.emit(choice, Piece("", [], "length"))
-                continue
-            text = choice.begin(self._known)
-            self._active[text] = choice
-            texts.append(text)
-        if texts:
+            self._meters.read.inc(len(choice.prompt))
+            if choice.completion.max_new_tokens == 0:
+                del self._active[choice.completion.text]
+                choice.emit(Piece("", [], "length"))
+        if texts := [choice.completion.text for choice in fresh if choice.completion.text in self._active]:
             self._decoder.add(texts)
         if self._active:
             started = time.perf_counter()
             found = self._decoder.step()
             now = time.perf_counter()
-            self._meters.wrote(len(found), now - started)
+            self._meters.wrote.inc(len(found))
+            self._meters.step.observe(now - started)
             for text, token in found:
                 choice = self._active[text]
                 if choice.written == 0:
-                    self._meters.first_token(now - choice.submitted)
-                piece = choice.accept(token, self._known.end_of_text)
+                    self._meters.first.observe(now - choice.submitted)
+                piece = choice.accept(token)
                 if piece and piece.finish:
                     self._leave(text)  # before the client is notified: its next request finds the slot free
                 if piece:
-                    choice.emit(choice, piece)
+                    choice.emit(piece)
 
     def _taken(self) -> list[Choice]:
         """Dequeue the choices to add now, limited by free slots and PROMPT_TOKENS.
@@ -220,7 +204,7 @@ class Scheduler:
 
     def _score(self, choice: Choice) -> None:
         scores = choice.scores
-        if scores is not None and scores.tokens is None and not choice.cancelled:
+        if scores is not None and scores.tokens is None:
             first = Token(scores.ids[0], None, [])
             scores.tokens = [first, *score(self._decoder.model, scores.ids, scores.alternatives)]
 
@@ -237,4 +221,4 @@ class Scheduler:
                 self._decoder.remove(text)
         self._active.clear()
         for choice in failed:
-            choice.emit(choice, Piece("", [], "error"))
+            choice.emit(Piece("", [], "error"))

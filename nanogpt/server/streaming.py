@@ -5,9 +5,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from nanogpt.inference.engine import Completion, Text
 from nanogpt.server import openai_api
 from nanogpt.server.access import Receive, Scope, Send
 from nanogpt.server.api_errors import Refusal
@@ -23,7 +24,6 @@ from nanogpt.server.openai_api import CompletionRequest, Limits, LogProbs
 from nanogpt.server.scheduler import Choice, Piece, PromptScores, Scheduler
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
-Event = tuple[Choice, Piece]
 EVENT_S = 0.02  # minimum time between events of a stream; faster tokens share an event
 
 
@@ -38,7 +38,6 @@ class Served:
     limits: Limits
     about: dict[str, Any]  # facts about the model, for the page
     run: Path | None  # run folder of train.py, if any
-    web: Path
 
 
 class EventQueue:
@@ -48,11 +47,11 @@ class EventQueue:
         self.lock = threading.Lock()
         self._called: list[Answer] = []
 
-    def send(self, answer: "Answer", choice: Choice, piece: Piece) -> None:
-        """Queue a piece for `answer`; called in the scheduler's thread."""
+    def send(self, answer: "Answer", number: int, piece: Piece) -> None:
+        """Queue a piece of choice `number` of `answer`; called in the scheduler's thread."""
         with self.lock:
-            answer.letters.append((choice, piece))
-            if not answer.calls_for(piece):
+            answer.unread.setdefault(number, []).append(piece)
+            if not answer.waiting or (answer.patient and not piece.finish):
                 return
             answer.waiting = False
             self._called.append(answer)
@@ -65,7 +64,7 @@ class EventQueue:
         with self.lock:
             called, self._called = self._called, []
         # First tokens first: each answer wakes a task that writes to a socket, which takes up to 1 ms.
-        for answer in sorted(called, key=lambda answer: any(answer.begun)):
+        for answer in sorted(called, key=lambda answer: bool(answer.begun)):
             answer.arrived.set()
 
 
@@ -74,9 +73,11 @@ class Answer:
 
     def __init__(self, served: Served, asked: CompletionRequest, mail: EventQueue):
         self.served, self.asked, self.mail = served, asked, mail
+        self.fields = fields = asked.fields
+        known = served.tokenizer
         self.loop = asyncio.get_running_loop()
-        # Guarded by mail.lock: unread pieces, and whether the event loop waits for more.
-        self.letters: list[Event] = []
+        # Guarded by mail.lock: unread pieces by choice, and whether the event loop waits for more.
+        self.unread: dict[int, list[Piece]] = {}
         self.waiting = False
         self.patient = False  # wait for the end of a text only
         self.arrived = asyncio.Event()
@@ -84,75 +85,68 @@ class Answer:
         self.logprobs: list[LogProbs] = []
         for prompt in asked.prompts:
             scores = None
-            if asked.echo and asked.logprobs is not None:
-                scores = PromptScores(prompt.ids, asked.logprobs)
-            for number in range(asked.n):
-                seed = (asked.seed + number) % (1 << 63)
-                rest = (asked.max_tokens, asked.logprobs, asked.stop, partial(mail.send, self), scores)
-                self.choices.append(Choice(prompt.ids, asked.options, seed, *rest))
-                offset = 0 if asked.echo else len(prompt.text)
-                self.logprobs.append(LogProbs(served.tokenizer, offset, asked.logprobs or 0))
-        self.index = {choice: i for i, choice in enumerate(self.choices)}
-        self.begun = [False] * len(self.choices)
+            if fields.echo and fields.logprobs is not None:
+                scores = PromptScores(prompt.ids, fields.logprobs)
+            for number in range(fields.n):
+                seed = (fields.seed + number) % (1 << 63)
+                text = Text(prompt.ids, asked.options, seed, fields.logprobs)
+                completion = Completion(text, known, fields.max_tokens, fields.stop, known.end_of_text)
+                emit = partial(mail.send, self, len(self.choices))
+                self.choices.append(Choice(prompt.ids, completion, emit, scores))
+                offset = 0 if fields.echo else len(prompt.text)
+                self.logprobs.append(LogProbs(known, offset, fields.logprobs or 0))
+        self.begun: set[int] = set()  # choices of which something has been read
         self.ended, self.left = 0, False
 
-    def calls_for(self, piece: Piece) -> bool:
-        return self.waiting and (piece.finish is not None or not self.patient)
-
-    async def _pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """Yield lists of the available (choice index, piece) until all choices have ended. With echo, the
-        first piece of each choice includes the prompt."""
+    async def _available(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield lists of the choices with new output until all have ended. Of a stream, the first list comes
+        at once, others every EVENT_S and whenever a text ends; else there is one list. Raise ClientDisconnect
+        if the client has left."""
         while self.ended < len(self.choices):
-            yield [self._received(*letter) for letter in await self._letters()]
+            self.patient = bool(self.begun) or not self.fields.stream
+            timer = self.loop.call_later(EVENT_S, self._hurry) if self.begun else None
+            try:
+                while not self._ready():
+                    await self.arrived.wait()
+                    self.arrived.clear()
+                    if self.left:
+                        raise ClientDisconnect
+            finally:
+                if timer:
+                    timer.cancel()
+            with self.mail.lock:
+                unread, self.unread = self.unread, {}
+            yield [self._choice(*item) for item in sorted(unread.items())]
 
-    async def _letters(self) -> list[Event]:
-        """Wait for and return the unread pieces, at least one: for a stream, the first at once and then every
-        EVENT_S; otherwise whenever a text ends. Raise ClientDisconnect if the client has left."""
-        self.patient = any(self.begun) or not self.asked.stream
-        timer = self.loop.call_later(EVENT_S, self._hurry) if self.asked.stream and self.patient else None
-        try:
-            while not self.left:
-                with self.mail.lock:
-                    letters = self.letters
-                    if letters and (not self.patient or any(piece.finish for _, piece in letters)):
-                        self.letters, self.waiting = [], False
-                        return letters
-                    self.waiting = True
-                await self.arrived.wait()
-                self.arrived.clear()
-            raise ClientDisconnect
-        finally:
-            if timer:
-                timer.cancel()
+    def _ready(self) -> bool:
+        """Return whether the unread pieces should be sent now; if not, wait for more."""
+        with self.mail.lock:
+            finished = sum(pieces[-1].finish is not None for pieces in self.unread.values())
+            ready = finished == len(self.choices)
+            if self.fields.stream:
+                ready = finished > 0 or (bool(self.unread) and not self.patient)
+            self.waiting = not ready
+        return ready
 
     def _hurry(self) -> None:
         self.patient = False
         self.arrived.set()
 
-    def _received(self, choice: Choice, piece: Piece) -> tuple[int, Piece]:
-        number = self.index[choice]
-        if piece.finish == "error":
+    def _choice(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return the output of a choice; with echo, the first includes the prompt."""
+        finish = pieces[-1].finish
+        if finish == "error":
             raise Refusal(500, "the model failed on this request; see the server log")
-        self.ended += piece.finish is not None
-        if self.asked.echo and not self.begun[number]:
-            prompt = self.asked.prompts[number // self.asked.n]
-            tokens = (choice.scores.tokens or []) if choice.scores else []
-            piece = replace(piece, text=prompt.text + piece.text, tokens=[*tokens, *piece.tokens])
-        self.begun[number] = True
-        return number, piece
-
-    def _together(self, pieces: Sequence[tuple[int, Piece]]) -> list[dict[str, Any]]:
-        """Merge the pieces of each choice, ordered by first appearance."""
-        of: dict[int, list[Piece]] = {}
-        for number, piece in pieces:
-            of.setdefault(number, []).append(piece)
-        found = []
-        for number, parts in of.items():
-            tokens = [token for part in parts for token in part.tokens]
-            logprobs = None if self.asked.logprobs is None else self.logprobs[number].of(tokens)
-            text = "".join(part.text for part in parts)
-            found.append(openai_api.choice(number, text, logprobs, parts[-1].finish))
-        return found
+        self.ended += finish is not None
+        text = "".join(piece.text for piece in pieces)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        if self.fields.echo and number not in self.begun:
+            text = self.asked.prompts[number // self.fields.n].text + text
+            scores = self.choices[number].scores
+            tokens = [*(scores.tokens or []), *tokens] if scores else tokens
+        self.begun.add(number)
+        logprobs = None if self.fields.logprobs is None else self.logprobs[number].of(tokens)
+        return openai_api.choice(number, text, logprobs, finish)
 
     def written(self) -> int:
         return sum(choice.written for choice in self.choices)
@@ -161,36 +155,32 @@ class Answer:
         """Yield server-sent events. Raise ClientDisconnect if the client has left."""
         name, asked = self.served.name, self.asked
         try:
-            async for pieces in self._pieces():
-                choices = self._together(pieces)
+            async for choices in self._available():
                 parts = (openai_api.answer(asked, name, [choice]) for choice in choices)
                 yield b"".join(b"data: " + part + b"\n\n" for part in parts)
-            if asked.usage_in_stream:
+            if self.fields.stream_options.include_usage:
                 yield b"data: " + openai_api.answer(asked, name, [], self.written()) + b"\n\n"
             yield b"data: [DONE]\n\n"
         except Refusal as refusal:
             yield b"data: " + refusal.body() + b"\n\n"
-        finally:
-            self.leave()
 
     async def whole(self, request: Request) -> Response:
         """Return the complete response. Raise ClientDisconnect if the client has left."""
-        collecting = asyncio.ensure_future(self._collect())
-        leaving = asyncio.ensure_future(_left(request.receive))
+        with self.watched(request.receive):
+            choices = [choice async for available in self._available() for choice in available]
+        content = openai_api.answer(self.asked, self.served.name, choices, self.written())
+        return Response(content, media_type="application/json")
+
+    @contextmanager
+    def watched(self, receive: Receive) -> Iterator[None]:
+        """Cancel the answer when its client disconnects, or at the end of the block if it is incomplete."""
+        leaving = asyncio.ensure_future(_left(receive))
+        leaving.add_done_callback(lambda _: self.leave())
         try:
-            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                raise ClientDisconnect
-            return Response(collecting.result(), media_type="application/json")
+            yield
         finally:
-            collecting.cancel()
             leaving.cancel()
             self.leave()
-
-    async def _collect(self) -> bytes:
-        all_pieces = [piece async for pieces in self._pieces() for piece in pieces]
-        choices = self._together(sorted(all_pieces, key=lambda piece: piece[0]))
-        return openai_api.answer(self.asked, self.served.name, choices, self.written())
 
     def leave(self) -> None:
         """Cancel an incomplete answer: free its slots and raise ClientDisconnect in the task that waits."""
@@ -199,7 +189,7 @@ class Answer:
             self.arrived.set()
             assert self.served.scheduler
             self.served.scheduler.cancel(self.choices)
-            self.served.meters.cancelled()
+            self.served.meters.cancelled.inc()
 
 
 class Events(Response):
@@ -214,21 +204,11 @@ class Events(Response):
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        leaving = asyncio.ensure_future(_left(receive))
-        leaving.add_done_callback(self._client_left)
-        try:
+        with suppress(ClientDisconnect), self.answer.watched(receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for part in self.answer.stream():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        except ClientDisconnect:
-            pass
-        finally:
-            leaving.cancel()
-
-    def _client_left(self, leaving: asyncio.Task[None]) -> None:
-        if not leaving.cancelled():
-            self.answer.leave()
 
 
 async def _left(receive: Receive) -> None:
