@@ -118,12 +118,10 @@ def decide(
             worth = pays(config, origins, model_config, machine.name(), world.size)
         config = replace(config, compile=worth)
     if config.batch_size == "auto":
-        from nanogpt.gpu import auto_batch_size
+        from nanogpt.gpu.auto_batch_size import choose as choose_batch_size
 
         why = division.why if division and not division.whole else ""
-        config = auto_batch_size.choose(
-            config, machine, why, partial(try_step, config, machine, model_config)
-        )
+        config = choose_batch_size(config, machine, why, partial(try_step, config, machine, model_config))
         notices.append(
             f"batch_size = {config.batch_size}: the largest that fits in the memory of {machine.name()}"
         )
@@ -144,11 +142,9 @@ def decide(
 
         require_tokenizer(pretrained, dataset)
     if config.attention != "auto" or machine.device.type == "cuda":
-        from nanogpt.gpu import attention_kernels
+        from nanogpt.gpu.attention_kernels import require_attention
 
-        kernel = attention_kernels.require_attention(
-            config.attention, model_config, machine, config.documents
-        )
+        kernel = require_attention(config.attention, model_config, machine, config.documents)
         notices.append(f"attention: {kernel}")
     return Setup(config, machine, dataset, batches, model_config, resumed, pretrained, division, notices)
 

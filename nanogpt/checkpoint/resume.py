@@ -47,10 +47,8 @@ def resume(
     resumed, errors = reader.find(out)
     if resumed is None:
         if config.init_from == "resume":
-            hint = (
-                f"; to start from nanoGPT's ckpt.pt in it, use --init_from={out}"
-                * (out / "ckpt.pt").is_file()
-            )
+            nanogpts = (out / "ckpt.pt").is_file()
+            hint = f"; to start from nanoGPT's ckpt.pt in it, use --init_from={out}" * nanogpts
             raise UserError(f"no checkpoint in {out}: train first, or use --init_from=auto or scratch{hint}")
         return config, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in errors]
@@ -61,15 +59,12 @@ def resume(
     fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
     saved = asdict(resumed.model_config) | saved  # model_config adds architecture options newer than the run
     on_cpu = str(resumed.state["environment"].get("device")).startswith("cpu")
-    if on_cpu and not saved.get(
-        "compile"
-    ):  # auto is False on a CPU; this session may use a GPU: decide again
+    if on_cpu and not saved.get("compile"):  # auto is False on a CPU; this session may use a GPU
         saved["compile"] = "auto"
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
         raise UserError(
-            f"{out} was started with other trainable weights: {'; '.join(wrong)}; omit these options, or "
-            f"choose another --out_dir"
+            f"{out} has other trainable weights: {'; '.join(wrong)}; omit these, or give another --out_dir"
         )
     kept = {key: old for key, (old, _) in differing.items() if key in fixed_options}
     for key, (old, new) in differing.items():
@@ -191,11 +186,9 @@ def set_aside(run_dir: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock,
     lock.release()
     if worthless:
         files.remove(aside)
-        about = f", which saved no checkpoint; {replaced} is kept until the first checkpoint"
-        return new_lock, f"replacing the run in {run_dir}{about}"
     if overwrite:
-        return (
-            new_lock,
-            f"replacing the run in {run_dir}; it is kept in {replaced} until the first checkpoint",
+        kept = (
+            f", which saved no checkpoint; {replaced} is kept" if worthless else f"; it is kept in {replaced}"
         )
+        return new_lock, f"replacing the run in {run_dir}{kept} until the first checkpoint"
     return new_lock, f"moved the existing run in {run_dir} to {aside}"
