@@ -175,7 +175,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
-    """Build the run specified by `config`; nothing is written to disk. Options determined by loaded weights,
+    """Build the run specified by `config`, writing nothing to out_dir. Options determined by loaded weights,
     token counts or "auto" are added to `origins` (see `main`). Raise UserError listing invalid options."""
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed

@@ -102,7 +102,7 @@ def missing_preset(name: str, root: Path) -> UserError:
     names = sorted(path.stem for path in (root / "config").glob("*.py"))
     short = {name.removeprefix("train_"): name for name in names}
     near = difflib.get_close_matches(Path(name).stem.removeprefix("train_"), short)
-    hint = f"did you mean {' or '.join(short[found] for found in near)}? " if near else ""
+    hint = f"did you mean {' or '.join(short[name] for name in near)}? " if near else ""
     return UserError(f"no preset {name!r}: {hint}there are {', '.join(names)} (options are --key=value)")
 
 
