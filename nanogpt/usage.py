@@ -87,8 +87,8 @@ def unknown_option(key: str, origin: str, known: Iterable[str]) -> list[str]:
 
 
 def non_defaults(config: Any, origins: dict[str, str]) -> list[str]:
-    """Return one line per option that differs from its default, with its source: from `origins`, else the
-    saved run that is resumed."""
+    """Return one line per option that differs from its default, with its source: that in `origins`, else the
+    run that is resumed."""
     rows = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -98,7 +98,7 @@ def non_defaults(config: Any, origins: dict[str, str]) -> list[str]:
 
 
 def missing_preset(name: str, root: Path) -> UserError:
-    """Return the error for a preset `name` that is neither a file nor in the `root`'s config/."""
+    """Return the error for a preset `name` that is neither a file nor in config/ of `root`."""
     names = sorted(path.stem for path in (root / "config").glob("*.py"))
     short = {name.removeprefix("train_"): name for name in names}
     near = difflib.get_close_matches(Path(name).stem.removeprefix("train_"), short)
@@ -107,7 +107,7 @@ def missing_preset(name: str, root: Path) -> UserError:
 
 
 def missing_dataset(name: str, root: Path) -> UserError:
-    """Return the error for a dataset `name` that is neither a folder with data nor in the `root`'s data/."""
+    """Return the error for a dataset `name` that is neither a dataset folder nor in data/ of `root`."""
     for folder in (Path(name), Path("data") / name, root / "data" / name):
         if (folder / "prepare.py").is_file():
             return UserError(f"dataset {name!r} is not prepared: {command(f'prepare {folder.name}')}")
