@@ -506,10 +506,10 @@ def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> boo
     if evaluations is None:  # interrupted; a resumed run repeats this evaluation
         return False
     train, val = evaluations
-    about = val.describe(run.dataset.bytes_per_token)
+    details = val.describe(run.dataset.bytes_per_token)
     if val.stderr >= 0.00005:  # omitted if it would print as 0.0000, or is NaN (a single sequence)
-        about = f"± {val.stderr:.4f}, {about}"
-    tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({about})")
+        details = f"± {val.stderr:.4f}, {details}"
+    tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({details})")
     if log:
         log.evaluation(
             progress.iter_num,
@@ -573,14 +573,14 @@ def prepare_out_dir(run: Run, argv: list[str]) -> str:
     if run.resumed and run.in_training:
         run.in_training.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
-    about = {
+    record = {
         "options": asdict(config),
         "model": asdict(run.model.config),
         "command": argv,
         "commit": writer.git_commit(ROOT),
         **run.machine.environment(),
     }
-    files.write_json(out / "config.json", about)
+    files.write_json(out / "config.json", record)
     return notice
 
 

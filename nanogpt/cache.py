@@ -22,7 +22,7 @@ def private(folder: Path) -> Path:
     return folder
 
 
-def is_private(about: os.stat_result) -> bool:
+def is_private(status: os.stat_result) -> bool:
     """Return whether a file or folder belongs to this user, who alone can write it; False for a link."""
-    owned = os.name == "nt" or about.st_uid == os.getuid()
-    return owned and not about.st_mode & 0o022 and not stat.S_ISLNK(about.st_mode)
+    owned = os.name == "nt" or status.st_uid == os.getuid()
+    return owned and not status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)

@@ -39,7 +39,7 @@ def help_text(cls: type, everything: bool = True) -> str:
     the summary and the commands of the program's docstring.
     """
     module = inspect.getmodule(cls)
-    about = inspect.cleandoc((module.__doc__ if module else None) or "")
+    summary = inspect.cleandoc((module.__doc__ if module else None) or "")
     defaults = {field.name: field.default for field in fields(cls)}
     types = typing.get_type_hints(cls, include_extras=True)
     sources = [inspect.getsource(base) for base in cls.__mro__ if base is not object]
@@ -49,8 +49,8 @@ def help_text(cls: type, everything: bool = True) -> str:
     else:
         shown = set(re.findall(r"(?m)^    (\w+): .*?  #: ", source))
         end = f"\n\n--help=all shows all {len(defaults)} options."
-        about = "\n\n".join(about.split("\n\n")[:2])
-    lines = [about, "", "Options (--name=value):"]
+        summary = "\n\n".join(summary.split("\n\n")[:2])
+    lines = [summary, "", "Options (--name=value):"]
     for line in source.splitlines():
         if (heading := re.match(r"    # (.+)", line)) and not end:
             lines.append(f"\n  {heading[1]}")

@@ -127,11 +127,11 @@ def restore_progress(
         progress.stale = 0
     old = {k: v for k, v in resumed.state["options"].items() if k in vars(config)}
     before = replace(config, **old)
-    was = learning_rate(before, progress.position(before))
+    old_lr = learning_rate(before, progress.position(before))
     if before.minutes and config.minutes:
         progress.share *= before.minutes / config.minutes
-    now = learning_rate(config, progress.position(config))
-    if not 0.99 * was <= now <= 1.01 * was:
+    new_lr = learning_rate(config, progress.position(config))
+    if not 0.99 * old_lr <= new_lr <= 1.01 * old_lr:
         end, new_end = (saved["lr_decay_iters"] or saved["max_iters"] for saved in (old, vars(config)))
         why = "because its options have changed"
         if config.minutes != before.minutes:
@@ -139,9 +139,9 @@ def restore_progress(
             why = f"because the schedule now spans {length}"
         elif not config.minutes and new_end != end:
             why += f"; --lr_decay_iters={end} keeps the old end of the schedule"
-        notices.append(f"note: the learning rate jumps from {was:.3g} to {now:.3g}, {why}")
-    then, here = resumed.state["environment"], machine.environment()
-    if changes := "; ".join(f"{k} {then.get(k)} -> {v}" for k, v in here.items() if then.get(k) != v):
+        notices.append(f"note: the learning rate jumps from {old_lr:.3g} to {new_lr:.3g}, {why}")
+    saved, env = resumed.state["environment"], machine.environment()
+    if changes := "; ".join(f"{k} {saved.get(k)} -> {v}" for k, v in env.items() if saved.get(k) != v):
         notices.append(f"note: {changes}: resuming, but results will not be bitwise identical")
     return progress
 

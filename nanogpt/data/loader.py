@@ -76,19 +76,19 @@ def load(folder: Path) -> Dataset:
         paths = split_files(folder, split)
         if not paths:
             raise UserError(f"{folder} has no {split}.bin; prepare the data again")
-        about = meta.get("splits", {}).get(split, {"files": []})
-        listed = {file["name"]: file["tokens"] for file in about["files"]}
+        info = meta.get("splits", {}).get(split, {"files": []})
+        listed = {file["name"]: file["tokens"] for file in info["files"]}
         dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
         splits[split] = Tokens(open_split(paths, dtype, listed), identity.vocab_size)
-        _check_size(splits[split], folder, split, about)
+        _check_size(splits[split], folder, split, info)
         splits[split].check()
-        hashes = "".join(file.get("sha256", "") for file in about["files"])  # none without meta.json
+        hashes = "".join(file.get("sha256", "") for file in info["files"])  # none without meta.json
         if not hashes:
             hashes = splits[split].read(0, min(len(splits[split]), 1 << 16)).tobytes().hex()
         splits[split].content = vocabulary.sha256_of(f"{len(splits[split])} {hashes}")
-        if "mask" in about:
-            splits[split].scored = _open_mask(folder / about["mask"]["name"], len(splits[split]))
-    text_bytes = 0 if splits["val"].scored else about.get("text_bytes", 0)  # includes unscored tokens
+        if "mask" in info:
+            splits[split].scored = _open_mask(folder / info["mask"]["name"], len(splits[split]))
+    text_bytes = 0 if splits["val"].scored else info.get("text_bytes", 0)  # includes unscored tokens
     bytes_per_token = text_bytes / len(splits["val"]) if text_bytes else None
     return Dataset(
         folder, splits["train"], splits["val"], text, identity.vocab_size, identity.sha256, bytes_per_token
@@ -114,8 +114,8 @@ def _open_mask(path: Path, tokens: int) -> Tokens:
     return Tokens([TokenFile(path, np.dtype("u1"), 0, tokens)], 2)
 
 
-def _check_size(tokens: Tokens, folder: Path, split: str, about: dict[str, Any]) -> None:
-    expected = about.get("tokens", len(tokens))
+def _check_size(tokens: Tokens, folder: Path, split: str, info: dict[str, Any]) -> None:
+    expected = info.get("tokens", len(tokens))
     if len(tokens) != expected:
         raise UserError(
             f"{folder}: {split} holds {len(tokens)} tokens, meta.json lists {expected}: "

@@ -37,9 +37,9 @@ class MixtureSampler:
         cycles, places = np.divmod(samples, np.uint64(len(self.datasets)))
         starts = np.empty(count, dtype=np.int64)
         for k in np.unique(self.datasets[places]):
-            here = np.flatnonzero(self.datasets[places] == k)
-            numbers = cycles[here] * self.shares[k] + self.number[places[here]]  # consecutive
-            starts[here] = self.samplers[k].starts(int(numbers[0]), len(numbers)) + self.offsets[k]
+            selected = np.flatnonzero(self.datasets[places] == k)
+            numbers = cycles[selected] * self.shares[k] + self.number[places[selected]]  # consecutive
+            starts[selected] = self.samplers[k].starts(int(numbers[0]), len(numbers)) + self.offsets[k]
         return starts
 
     def epochs(self, samples: int) -> list[float]:
