@@ -229,9 +229,8 @@ def measure(shape: GPTConfig, options: Config) -> tuple[float, int | None]:
             raise UserError(
                 f"a sequence of {config.block_size:,} tokens takes too long to time here; give --gpu"
             )
-        config = replace(
-            config, n_layer=small.n_layer, batch_size=max(1, min(config.micro_batch_size, int(most)))
-        )
+        rows = max(1, min(config.micro_batch_size, int(most)))
+        config = replace(config, n_layer=small.n_layer, batch_size=rows)
     print("timing a few steps on this machine (not with --gpu=NAME)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
         timed = bench.Bench(config, Path(scratch))

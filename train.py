@@ -43,19 +43,19 @@ class Config(TrainOptions):
     eval_interval: PositiveInt = 2000  #: iterations between evaluations of both splits
     eval_iters: PositiveInt = 200  #: maximum number of batches per split; every evaluation uses the same ones
     log_interval: PositiveInt = 1  # iterations between log lines
-    save_interval: NonNegativeInt = 0  # iterations between checkpoints, besides new bests; 0: eval_interval
+    save_interval: NonNegativeInt = 0  # checkpoint every N iterations and at each new best; 0: at evaluations
     save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
     always_save_checkpoint: bool = True  # False: after an evaluation, save only if the loss improved
     health_interval: NonNegativeInt = 0  # iterations between checks of gradients and activations; 0: none
     verbose: bool = False  # print all options that differ from their defaults
-    max_minutes: NonNegativeFloat = 0.0  # save and exit after this many minutes; 0: no limit
+    max_minutes: NonNegativeFloat = 0.0  # save and exit after N minutes, start-up excluded; 0: no limit
     # learning rate schedule
     decay_lr: bool = True  # False: constant, without warmup
     lr_schedule: Schedule = "cosine"  # learning rate decay after warmup; wsd: constant, then linear
     warmup_iters: NonNegativeInt = 2000  #: iterations of linear warmup
     lr_decay_iters: NonNegativeInt = 0  # iteration at which min_lr is reached; 0: max_iters
-    min_lr: NonNegativeFloat = 6e-5  #: minimum learning rate
-    lr_cooldown: UnitInterval = 0.4  # wsd: fraction of lr_decay_iters spent decaying
+    min_lr: NonNegativeFloat = 6e-5  #: final learning rate, reached at lr_decay_iters
+    lr_cooldown: UnitInterval = 0.4  # wsd: final fraction of lr_decay_iters in which the rate decays
     # experiment tracking
     track: Trackers = "none"  #: also log to TensorBoard, Weights & Biases or both
     wandb_log: bool = False  # the same as --track=wandb
@@ -110,7 +110,7 @@ class Run(resolve.Setup[Config]):
     in_training: "InTrainingEvaluation | None"  # None: no tasks or samples during training
     writer: writer.AsyncCheckpointer  # writes checkpoints, on rank 0
     lock: FileLock | None = None  # lock on out_dir, on rank 0
-    started: float = field(default_factory=time.perf_counter)  # when this process began
+    started: float = field(default_factory=time.perf_counter)  # perf_counter() when this process started
 
     def clock_s(self) -> float:
         """Return the wall-clock seconds of all sessions of the run so far, start-up included."""
@@ -118,15 +118,14 @@ class Run(resolve.Setup[Config]):
 
     @property
     def out_of_patience(self) -> bool:
-        """Return whether the last --patience evaluations brought no improvement, which ends the run."""
+        """Return whether the loss did not improve in the last --patience evaluations, which ends the run."""
         return 0 < self.config.patience <= self.progress.stale
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Train as specified by `config`; `origins` maps the name of each option set to where it is set.
-
-    Raise UserError, Diverged, OSError or Stopped, which errors.run_program maps to exit codes.
-    """
+    """Train as specified by `config`. `origins` maps each option that is set to its source ("--seed=1",
+    "config/x.py"); None: all options that differ from their defaults. Raise UserError, Diverged, OSError or
+    Stopped, which errors.run_program maps to exit codes."""
     started = STARTED if PARSED else time.perf_counter()
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
@@ -176,11 +175,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
-    """Build the run specified by `config`; nothing is written to disk.
-
-    `origins` maps the name of each option that is set to where it is set; options determined by the loaded
-    weights, by token counts or by "auto" are added to it. Raise UserError listing all invalid options.
-    """
+    """Build the run specified by `config`, writing nothing to out_dir. Options determined by loaded weights,
+    token counts or "auto" are added to `origins` (see `main`). Raise UserError listing invalid options."""
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
     model = make_model(config, machine, setup.model_config, setup)
@@ -215,8 +211,8 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     if config.eval_tasks or config.sample_prompt:
         from nanogpt.evaluation.in_training import InTrainingEvaluation
 
-        what = (config, Path(config.out_dir), setup.dataset.tokenizer, machine, layout.sharded)
-        in_training = InTrainingEvaluation(*what)
+        out_dir, tokenizer = Path(config.out_dir), setup.dataset.tokenizer
+        in_training = InTrainingEvaluation(config, out_dir, tokenizer, machine, layout.sharded)
     return Run(
         **vars(setup),
         model=model,
@@ -231,8 +227,8 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
 def make_model(
     config: Config, machine: runtime.Machine, model_config: GPTConfig, setup: resolve.Setup[Any] | None = None
 ) -> GPT:
-    """Build the model: load the checkpoint or pretrained weights of `setup`, else initialize it from the
-    seed. Unless resumed, add new LoRA adapters if --lora_rank is set."""
+    """Build the model from the checkpoint or pretrained weights of `setup`, or initialize it from the seed if
+    there are none. Unless resumed, add new LoRA adapters if --lora_rank is set."""
     if setup and setup.resumed:
         model = setup.resumed.load_model(setup.init_device, config.dropout).train()
     else:
@@ -253,7 +249,7 @@ def make_model(
 
 
 def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout: Layout) -> Optimizer:
-    """Build the optimizer of the trainable parameters, with --eval_only on the meta device."""
+    """Build the optimizer of the trainable parameters; with --eval_only its state is on the meta device."""
     named: Iterable[tuple[str, Tensor]] = model.named_parameters()
     if config.eval_only:
         named = ((n, torch.empty(p.shape, device="meta", requires_grad=p.requires_grad)) for n, p in named)
@@ -262,8 +258,8 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
 
 
 def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTConfig, rows: int) -> None:
-    """Run two iterations of a new model with micro-batches of `rows` sequences, for --batch_size=auto: two,
-    because the second runs with the memory fragmented by the first."""
+    """Run two iterations (memory is fragmented in the second) of a new model with micro-batches of `rows`
+    sequences, for --batch_size=auto. Raise torch.OutOfMemoryError if they do not fit on a GPU."""
     from nanogpt import compile
 
     config = replace(config, batch_size=rows)
@@ -283,8 +279,9 @@ def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTCo
 def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, Any]:
     """Return (function, micro_batches, step) for the training loop.
 
-    `function` is the forward pass in mixed precision, averaging gradients over ranks if several, compiled.
-    micro_batches(iter_num) yields (loss weight, batch) pairs. `step` is train_step or a wrapper of it.
+    function(idx, targets[, documents]) returns (logits or None, loss) in mixed precision, compiled if
+    configured; with several ranks its backward pass averages gradients. micro_batches(iter_num) yields
+    (loss weight, batch) pairs. `step` is train_step or a wrapper of it.
     """
     config, machine, batches = run.config, run.machine, run.batches
     several = machine.world.size > 1
@@ -369,13 +366,13 @@ def learning_rate(config: Config, iter_num: float) -> float:
     """Return the learning rate of iteration `iter_num`, counted from 0.
 
     It rises linearly over `warmup_iters` iterations (never 0: the first is peak / (warmup_iters + 1)), then
-    falls from `learning_rate` to `min_lr` at iteration `lr_decay_iters` and stays there (except "constant"):
+    falls from `learning_rate` to `min_lr` at iteration `lr_decay_iters` (0: `max_iters`) and stays there.
+    Without `decay_lr` it is always `learning_rate`.
 
     - cosine:   half a cosine, as in GPT-3 (Brown et al. 2020, appendix B) and nanoGPT
     - linear:   a straight line
-    - wsd:      holds the peak, then a straight line over the last `lr_cooldown` of `lr_decay_iters`
-                (warmup, stable, decay: Hu et al. 2024, "MiniCPM")
-    - constant: holds the peak
+    - wsd:      constant, then linear over the last share `lr_cooldown` of `lr_decay_iters` (Hu et al. 2024)
+    - constant: no decay after the warmup
     """
     peak, floor, warmup = config.learning_rate, config.min_lr, config.warmup_iters
     if not config.decay_lr:
@@ -400,13 +397,13 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
     model, micro_batches, take_step = prepare_step(run, log)
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
-    saved_at, saved_s = progress.iter_num if progress.iter_num else -1, time.perf_counter()
-    unlogged_s, unlogged, pending_check = 0.0, 0, None
+    last_saved_iter, last_saved_time = progress.iter_num or -1, time.perf_counter()
+    unlogged_s, unlogged_iters, pending_check = 0.0, 0, None
     pace = open_pace(run)
     hidden = None if world.is_main_process else True  # None: disabled if stderr is not a terminal
     style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}" if config.minutes else None
     bar = tqdm(total=config.max_iters, initial=pace.position, disable=hidden, unit="it", bar_format=style)
-    logged_tokens = run.batches.tokens_before(progress.iter_num)  # tokens seen
+    logged_tokens = run.batches.tokens_before(progress.iter_num)  # tokens seen at the last log line
     while True:
         # between iterations: evaluate, save, check whether to stop
         improved = False
@@ -422,14 +419,14 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
         leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or completed  # on all ranks at once
-        late = 0 < config.save_minutes <= (time.perf_counter() - saved_s) / 60
+        late = 0 < config.save_minutes <= (time.perf_counter() - last_saved_time) / 60
         planned = is_time_to_save(run, improved, pace.passed(config.save_interval))
         save_due = planned or (config.save_minutes > 0 and world.any_rank(late))
-        if saved_at != progress.iter_num and (leaving or save_due):
+        if last_saved_iter != progress.iter_num and (leaving or save_due):
             if pending_check:
                 pending_check()
             save(run)
-            saved_at, saved_s = progress.iter_num, time.perf_counter()
+            last_saved_iter, last_saved_time = progress.iter_num, time.perf_counter()
         print_saved(run)
         if leaving:
             bar.close()
@@ -453,14 +450,14 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
             pending_check()  # synchronizes with the device
         took_s = time.perf_counter() - started
         progress.elapsed_s += took_s
-        unlogged_s, unlogged = unlogged_s + took_s, unlogged + 1
+        unlogged_s, unlogged_iters = unlogged_s + took_s, unlogged_iters + 1
         if is_logged:
-            read, step_s = run.batches.tokens_before(progress.iter_num + 1), unlogged_s / unlogged
+            tokens, step_s = run.batches.tokens_before(progress.iter_num + 1), unlogged_s / unlogged_iters
             log.step(
                 progress.iter_num,
-                tokens=read,
+                tokens=tokens,
                 step_s=step_s,
-                speed=(read - logged_tokens) / unlogged_s,
+                speed=(tokens - logged_tokens) / unlogged_s,
                 lr=lr,
                 elapsed_s=progress.elapsed_s,
                 share=progress.share,
@@ -469,7 +466,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
                 grad_norm=float(grad_norm),
                 clipped=0 < config.grad_clip < float(grad_norm),
             )
-            unlogged_s, unlogged, logged_tokens = 0.0, 0, read
+            unlogged_s, unlogged_iters, logged_tokens = 0.0, 0, tokens
         progress.val_loss = None
         pace.end_iteration(took_s, run.writer.took_s)
         bar.update(pace.position - bar.n)
@@ -477,7 +474,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
 
 
 def open_pace(run: Run) -> Pace:
-    """Return what tracks the position in the schedule: by iterations or, with --minutes, by time."""
+    """Return the Pace of the run, which counts iterations or, with --minutes, time."""
     if run.config.minutes:
         from nanogpt.pace.time_budget import TimeBudget
 
@@ -488,7 +485,7 @@ def open_pace(run: Run) -> Pace:
 
 
 def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: StopRequest) -> Iterator[str]:
-    """Collective: run eval tasks and sampling if due (in_training.py); yield the lines to print."""
+    """Run tasks and sampling if due, and yield the lines to print. Collective: call on all ranks."""
     iter_num = run.progress.iter_num
     if not run.in_training or not due:
         return
@@ -498,19 +495,21 @@ def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: StopRequest
 
 
 def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> bool:
-    """Evaluate both splits, print and log; return whether the validation loss is the best so far."""
+    """Evaluate both splits, print and log. Return whether the validation loss is the best so far, False if
+    interrupted. Collective: call on all ranks."""
     config, progress = run.config, run.progress
     run.machine.world.report_phase(progress.iter_num, "evaluating")
-    shape = (config.micro_batch_size, config.block_size)
-    how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
-    both = validation.evaluate_splits(run.model, run.dataset, shape, *how)
-    if both is None:  # interrupted; a resumed run repeats this evaluation
+    shape, separator = (config.micro_batch_size, config.block_size), run.batches.separator
+    evaluations = validation.evaluate_splits(
+        run.model, run.dataset, shape, config.eval_iters, run.machine, stop.asked, separator
+    )
+    if evaluations is None:  # interrupted; a resumed run repeats this evaluation
         return False
-    train, val = both
-    about = val.describe(run.dataset.bytes_per_token)
+    train, val = evaluations
+    details = val.describe(run.dataset.bytes_per_token)
     if val.stderr >= 0.00005:  # omitted if it would print as 0.0000, or is NaN (a single sequence)
-        about = f"± {val.stderr:.4f}, {about}"
-    tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({about})")
+        details = f"± {val.stderr:.4f}, {details}"
+    tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({details})")
     if log:
         log.evaluation(
             progress.iter_num,
@@ -532,7 +531,7 @@ def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> boo
 
 
 def finish(run: Run, stop: StopRequest, completed: bool) -> None:
-    """Wait for the pending checkpoint and report the outcome; raise Stopped if the run is incomplete."""
+    """Wait for the pending checkpoint and report the outcome. Raise Stopped if the run is incomplete."""
     run.machine.world.rank_zero_only(run.writer.wait)
     print_saved(run)
     if not completed:
@@ -550,9 +549,9 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
         print(counting.compared(Path(config.out_dir)), end="")
     print(metrics.closing(config.out_dir, run.clock_s(), writer.peak_memory(run.machine.device), longer))
     if (ROOT / f"benchmarks/reference/{Path(config.dataset).name}-{config.max_iters}.json").is_file():
-        from nanogpt.diagnostics.reference import closing
+        from nanogpt.diagnostics import reference  # recorded runs of the same dataset and length
 
-        print(*closing(Path(config.out_dir)), sep="\n")
+        print(*reference.closing(Path(config.out_dir)), sep="\n")
     if config.minutes:
         from nanogpt.pace.time_budget import repeated
 
@@ -566,33 +565,33 @@ def is_time_to_save(run: Run, improved: bool, interval_passed: bool) -> bool:
     return progress.iter_num > 0 and (improved or (interval_passed if config.save_interval else evaluated))
 
 
-def prepare_out_dir(run: Run, command: list[str]) -> str:
-    """Lock out_dir and write the tokenizer and the options to it; return a notice about a previous run in
-    it, or ""."""
+def prepare_out_dir(run: Run, argv: list[str]) -> str:
+    """Lock out_dir, write the tokenizer and the options to it, and return a notice about the run in it."""
     config, out = run.config, Path(run.config.out_dir)
     resumed = run.progress if run.resumed else None
     run.lock, notice = writer.acquire_folder(out, resumed, config.overwrite)
     if run.resumed and run.in_training:
         run.in_training.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
-    about = {
+    record = {
         "options": asdict(config),
         "model": asdict(run.model.config),
-        "command": command,
+        "command": argv,
         "commit": writer.git_commit(ROOT),
         **run.machine.environment(),
     }
-    files.write_json(out / "config.json", about)
+    files.write_json(out / "config.json", record)
     return notice
 
 
 def open_log(run: Run) -> metrics.Log:
-    config, leads, tracker = run.config, run.machine.world.is_main_process, None
-    if leads and (config.track != "none" or config.wandb_log):
+    """Open the run's log: on rank 0 metrics.jsonl and the trackers, on other ranks the null device."""
+    config, is_main, tracker = run.config, run.machine.world.is_main_process, None
+    if is_main and (config.track != "none" or config.wandb_log):
         from nanogpt.diagnostics import trackers
 
         tracker = trackers.Trackers(asdict(config), run.progress.iter_num)
-    path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
+    path = Path(config.out_dir) / metrics.NAME if is_main else Path(os.devnull)
     mfu_per_token_s = None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops
@@ -603,7 +602,7 @@ def open_log(run: Run) -> metrics.Log:
 
 
 def save(run: Run) -> None:
-    """Gather sharded state and start writing a checkpoint on rank 0. Collective: call on all ranks."""
+    """Gather sharded state and start saving a checkpoint on rank 0. Collective: call on all ranks."""
     config, world = run.config, run.machine.world
     model, optimizer = gather_model(run), run.optimizer.state()
     state = {
@@ -621,7 +620,7 @@ def save(run: Run) -> None:
 
 
 def gather_model(run: Run) -> GPT | None:
-    """Collective: return run.model or, if it is sharded, a whole copy on rank 0 and None elsewhere."""
+    """Return run.model; if sharded, a full copy on rank 0, else None. Collective: call on all ranks."""
     if not run.optimizer.layout.sharded:
         return run.model
     from nanogpt.distributed import parallelize

@@ -1,4 +1,4 @@
-"""The user's cache folder: downloads, and compiled code, which is trusted only where others cannot write."""
+"""The user's cache folder, for downloads and compiled code, which is used only if others cannot write it."""
 
 import os
 import stat
@@ -8,7 +8,7 @@ from nanogpt.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Return the folder for downloads: NANOGPT_CACHE, or the user's cache folder."""
+    """Return the cache folder: the environment variable NANOGPT_CACHE, or the usual folder of this system."""
     import pooch
 
     return Path(os.environ.get("NANOGPT_CACHE") or pooch.os_cache("nanogpt"))
@@ -22,7 +22,7 @@ def private(folder: Path) -> Path:
     return folder
 
 
-def is_private(about: os.stat_result) -> bool:
-    """Return whether a file or folder belongs to this user, and no other can write it; False for a link."""
-    mine = os.name == "nt" or about.st_uid == os.getuid()
-    return mine and not about.st_mode & 0o022 and not stat.S_ISLNK(about.st_mode)
+def is_private(status: os.stat_result) -> bool:
+    """Return whether a file or folder belongs to this user, who alone can write it; False for a link."""
+    owned = os.name == "nt" or status.st_uid == os.getuid()
+    return owned and not status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)

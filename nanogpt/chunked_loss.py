@@ -25,10 +25,10 @@ def chunked_cross_entropy(
 
     `size`: vocabulary size without padding; `cap`: soft cap of logits, 0: off.
     """
-    kind = x.device.type
+    device_type = x.device.type
     dtype = x.dtype
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
     apply = _ChunkedCrossEntropy.apply
     if torch.compiler.is_compiling():  # unrolled into one graph, all chunks would be live at once
         apply = torch.compiler.disable(apply)
@@ -52,35 +52,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight = (table if multiplies_padding(table.device) else table[:size]).to(dtype)
         counted = (targets != IGNORE)[:, None]
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # Accumulate chunks in float32: bfloat16 sums would lose precision that a single matmul keeps.
-        to_table = None
+        grad_table = None
         if ctx.needs_input_grad[1]:
-            to_table = torch.zeros(table.shape, dtype=torch.float32, device=x.device)
+            grad_table = torch.zeros(table.shape, dtype=torch.float32, device=x.device)
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
-            part, kept = x[chunk].to(dtype), counted[chunk]
+            part, mask = x[chunk].to(dtype), counted[chunk]
             error = _losses_and_error(part, weight, targets[chunk].clamp(min=0), losses[chunk], size, cap)
             # An ignored target has no gradient: its row of `error` is multiplied by 0 in both matmuls.
-            if to_x is not None:
-                to_x[chunk] = (error @ weight) * kept
-            if to_table is not None and dtype == torch.float32:
-                to_table[: len(weight)].addmm_(error.mT, part * kept)
-            elif to_table is not None:
-                to_table[: len(weight)] += error.mT @ (part * kept)
+            if grad_x is not None:
+                grad_x[chunk] = (error @ weight) * mask
+            if grad_table is not None and dtype == torch.float32:
+                grad_table[: len(weight)].addmm_(error.mT, part * mask)
+            elif grad_table is not None:
+                grad_table[: len(weight)] += error.mT @ (part * mask)
             del error  # before the next one is allocated
         count = counted.sum()
-        ctx.save_for_backward(to_x, to_table, count)
+        ctx.save_for_backward(grad_x, grad_table, count)
         ctx.dtype = table.dtype
         return (losses * counted[:, 0]).sum() / count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        to_x, to_table, count = ctx.saved_tensors
-        scale = gradient / count
-        of_x = None if to_x is None else to_x * scale
-        of_table = None if to_table is None else to_table.mul_(scale).to(ctx.dtype)
-        return of_x, of_table, *[None] * 5
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_table, count = ctx.saved_tensors
+        scale = grad_output / count
+        grad_x = None if grad_x is None else grad_x * scale
+        grad_table = None if grad_table is None else grad_table.mul_(scale).to(ctx.dtype)
+        return grad_x, grad_table, *[None] * 5
 
 
 def _losses_and_error(
@@ -91,17 +91,17 @@ def _losses_and_error(
     error = x.new_empty(len(x), len(weight))
     rows = logits_chunk_size(x.device.type, len(weight))
     parts = zip(x.split(rows), targets.split(rows), losses.split(rows), error.split(rows), strict=True)
-    for part, wanted, loss, out in parts:
+    for part, target, loss, out in parts:
         logits = F.linear(part, weight).float()
         if cap:
             logits.div_(cap).tanh_().mul_(cap)
         logits[:, size:] = -torch.inf
         probabilities = torch.softmax(logits, -1, out=out if out.dtype == logits.dtype else None)
         # logsumexp(logits), as max(logits) - log(max(probabilities))
-        total = logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
-        each = torch.arange(len(part), device=x.device)
-        torch.sub(total, logits[each, wanted], out=loss)
-        probabilities[each, wanted] -= 1
+        log_sum = logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
+        row = torch.arange(len(part), device=x.device)
+        torch.sub(log_sum, logits[row, target], out=loss)
+        probabilities[row, target] -= 1
         if cap:
             probabilities *= logits.div_(cap).square_().neg_().add_(1)  # derivative of the soft cap
             probabilities[:, size:] = 0  # padding: 0 * -inf is NaN

@@ -29,27 +29,26 @@ UNKNOWN_PEAK = 100e12  # FLOP/s assumed for GPUs not in gpu/chips.py
 
 
 def pays(options: BatchOptions, origins: Origins, model_config: GPTConfig, gpu: str, gpus: int) -> bool:
-    """Return whether --compile=auto compiles: if that saves more time on `gpus` GPUs of this name than it
-    takes.
+    """Return whether --compile=auto compiles on `gpus` GPUs named `gpu`: if it saves more time than it takes.
 
-    Computed rather than measured, so that the processes of a run make the same choice. Never on a CPU, where
-    it saves 25 % of a step at 128 channels but only 4 % at 384 (docs/results.md).
+    Computed rather than measured, so that all processes of a run make the same choice. CPUs never compile by
+    default: it saves 25 % of a step at 128 channels but only 4 % at 384 (docs/results.md).
     """
     if options.minutes:
         return SAVED * options.minutes * 60 > COMPILING_S
-    given = not overruled(options, "batch_tokens", origins)
-    batch = options.batch_tokens if given else options.sequences_per_iteration * options.block_size
-    counted = not overruled(options, "max_tokens", origins)
-    tokens = options.max_tokens if counted else batch * options.max_iters
+    by_tokens = not overruled(options, "batch_tokens", origins)
+    batch = options.batch_tokens if by_tokens else options.sequences_per_iteration * options.block_size
+    by_tokens = not overruled(options, "max_tokens", origins)
+    tokens = options.max_tokens if by_tokens else batch * options.max_iters
     with torch.device("meta"):
         flops = tokens * GPT(model_config).flops_per_token() / gpus
     return SAVED * flops / (EAGER_MFU * (peak_flops(gpu) or UNKNOWN_PEAK)) > COMPILING_S
 
 
 def train_function(
-    function: Function, how: bool | str, model: GPT, optimizer: Optimizer, batches: TrainBatches
+    function: Function, mode: bool | str, model: GPT, optimizer: Optimizer, batches: TrainBatches
 ) -> Function:
-    """Compile `function`, which computes the loss of `model`, as specified by `how` (--compile), and the
+    """Compile `function`, which computes the loss of `model`, as specified by `mode` (--compile), and the
     losses of evaluations (`model.compiled_token_losses`), for full micro-batches of `batches`; print a notice
     if that fails.
 
@@ -68,14 +67,14 @@ def train_function(
             inside.function = compiled
         warm_up(function if inside else compiled, model, optimizer, batches)
 
-    def scores(*inputs: Tensor) -> Tensor:
+    def token_losses(*inputs: Tensor) -> Tensor:
         return compute(*inputs, "none")[1]
 
     rows, head = batches.batch_size, model if batches.device.type == "cuda" else None
-    score = scores if is_sharded(model) or how == "blocks" else at_rows(scores, rows)
-    model.compiled_token_losses = partial(padded, score, rows)
-    plain, blocks = without_logits(compute), list(model.h)
-    compiled, notice = wrap(plain, compile=how, trial=trial, blocks=blocks, head=head, rows=rows)
+    losses = token_losses if is_sharded(model) or mode == "blocks" else at_rows(token_losses, rows)
+    model.compiled_token_losses = partial(padded, losses, rows)
+    loss_only, blocks = without_logits(compute), list(model.h)
+    compiled, notice = wrap(loss_only, compile=mode, trial=trial, blocks=blocks, head=head, rows=rows)
     if notice:
         model.compiled_token_losses = None
         print(notice)
@@ -88,18 +87,18 @@ def without_logits(function: Function) -> Function:
     """Wrap `function`, which returns (logits, loss), to return (None, loss): compiled code need not write the
     logits, 13 GB in float32 for 64 x 1,024 tokens of GPT-2's vocabulary."""
 
-    def loss_alone(*inputs: Tensor) -> Any:
+    def loss_only(*inputs: Tensor) -> Any:
         return None, function(*inputs)[1]
 
-    return loss_alone
+    return loss_only
 
 
-def padded(score: Function, rows: int, idx: Tensor, targets: Tensor, documents: Tensor | None = None) -> Any:
-    """Return (None, losses) of `score` for a batch of at most `rows` sequences, padded to `rows`, so that the
-    last batch of an evaluation needs no compilation of its own."""
+def padded(losses: Function, rows: int, idx: Tensor, targets: Tensor, documents: Tensor | None = None) -> Any:
+    """Return (None, losses(...)) for a batch of at most `rows` sequences, padded to `rows`, so that the last
+    batch of an evaluation needs no compilation of its own."""
     batch = [part for part in (idx, targets, documents) if part is not None]
-    losses = score(*(F.pad(part, (0, 0, 0, rows - len(part))) for part in batch), *[None] * (3 - len(batch)))
-    return None, losses[: len(idx)]
+    inputs = (F.pad(part, (0, 0, 0, rows - len(part))) for part in batch)
+    return None, losses(*inputs, *[None] * (3 - len(batch)))[: len(idx)]
 
 
 def warm_up(function: Function, model: GPT, optimizer: Optimizer, batches: TrainBatches) -> None:
@@ -123,18 +122,18 @@ def warm_up(function: Function, model: GPT, optimizer: Optimizer, batches: Train
 def at_rows(function: Function, rows: int) -> Function:
     """Compile `function` once for inputs of `rows` rows, and once for all other sizes (--batch_ramp_tokens,
     shares of several ranks): one graph per size would soon reach torch's limit, and one graph for all sizes
-    would be slower for most batches. A single row would need a third graph, so it is computed without."""
+    would be slower for most batches. A single row would need a third graph, so it is not compiled."""
     usual, other = torch.compile(function, dynamic=False), torch.compile(function, dynamic=True)
     return lambda x, *rest: (usual if len(x) == rows else other if len(x) > 1 else function)(x, *rest)
 
 
-def any_size(function: Function, how: bool | str, blocks: Iterable[nn.Module]) -> Function:
-    """Compile `function` as specified by `how` (--compile), whose memory is to be measured for several batch
-    sizes: once for all of them."""
-    if how == "blocks":
+def any_size(function: Function, mode: bool | str, blocks: Iterable[nn.Module]) -> Function:
+    """Compile `function` as specified by `mode` (--compile), once for all batch sizes, because its memory is
+    measured for several."""
+    if mode == "blocks":
         for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=True)
-    return torch.compile(without_logits(function), dynamic=True) if how is True else function
+    return torch.compile(without_logits(function), dynamic=True) if mode is True else function
 
 
 def wrap(
@@ -147,7 +146,7 @@ def wrap(
     rows: int = 0,
 ) -> tuple[Function, str]:
     """Compile a model (or one of its methods) for batches of `rows` sequences (see `at_rows`). `compile`:
-    True, as one graph; "blocks", each of `blocks` separately: they are alike, so that one is traced for all
+    True, as one graph; "blocks", each of `blocks` separately: they have the same code, so only one is traced
     (docs/results.md: a quarter of the compile time for half of the gain).
 
     With "blocks", the LM head and loss of the model `head`, if given, are one more graph: eager code writes
@@ -161,10 +160,10 @@ def wrap(
     sharded = any(map(is_sharded, blocks))
     # torch's default cache is in the system's temporary folder, which does not persist
     with suppress(OSError, UserError):  # read-only, or others can write it: torch's own default
-        kept = cache.private(cache.cache_folder() / "compiled")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+        folder = cache.private(cache.cache_folder() / "compiled")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     parts = blocks if compile == "blocks" or sharded else []
-    before = [vars(block).get("forward") for block in parts]
+    forwards = [vars(block).get("forward") for block in parts]
     for block in parts:
         block.forward = at_rows(block.forward, rows)
     if parts and head is not None and not sharded:
@@ -173,7 +172,7 @@ def wrap(
     try:
         trial(compiled)
     except Exception as error:  # backends may raise anything
-        for block, forward in zip(parts, before, strict=True):
+        for block, forward in zip(parts, forwards, strict=True):
             del block.forward  # uncovers the method of the class
             if forward:
                 block.forward = forward
@@ -187,19 +186,19 @@ def wrap(
 
 
 def checkpoint_activations(model: GPT, machine: Machine) -> None:
-    """Recompute each block in the backward pass from its input alone, in place: a third more FLOPs, a
-    fraction of the activation memory (Chen et al. 2016).
+    """Make each block keep only its input and recompute all else in the backward pass, in place: a third more
+    FLOPs, a fraction of the activation memory (Chen et al. 2016).
 
     Raise UserError if Machine.in_dtype casts the weights for the forward pass only.
     """
     if machine.casts_weights and not is_sharded(model):
         on_cpu = machine.device.type == "cpu"
-        how, instead = (
+        cause, remedy = (
             ("on a CPU", "--dtype=float32") if on_cpu else ("by --casting=weights", "--casting=auto")
         )
         raise UserError(
-            f"--activation_checkpointing in {machine.dtype} {how} works with --parallel=fsdp only; "
-            f"otherwise use {instead}"
+            f"--activation_checkpointing in {machine.dtype} {cause} works with --parallel=fsdp only; "
+            f"otherwise use {remedy}"
         )
     from torch.utils.checkpoint import checkpoint
 
@@ -208,5 +207,5 @@ def checkpoint_activations(model: GPT, machine: Machine) -> None:
 
 
 def is_sharded(model: object) -> bool:
-    """Return whether `model` is sharded by FSDP: no rank holds all weights, and running it is collective."""
+    """Return whether `model` is sharded by FSDP: no rank holds all weights, and a pass is collective."""
     return hasattr(model, "set_requires_gradient_sync")

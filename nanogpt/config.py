@@ -38,7 +38,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Local:
-    """A path of this file system; ~ is the user's home folder. Several are separated by commas."""
+    """One or more paths of this file system, separated by commas; ~ is the user's home folder."""
 
     def __str__(self) -> str:
         return "naming a path of this file system; mount remote storage and give its folder"
@@ -50,7 +50,7 @@ class Local:
 
 
 class Beside:
-    """The name of a file in the folder of the file that holds it, so that no path leads out of it."""
+    """Name of a file in the same folder as the file that holds this value; not a path to another folder."""
 
     def __str__(self) -> str:
         return "naming a file in the same folder"
@@ -65,7 +65,7 @@ FilePath = Annotated[str, Local()]
 FileName = Annotated[str, Beside()]
 PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
-Amount = Annotated[int, Range(0, 10**15)]  # of tokens or bytes
+Amount = Annotated[int, Range(0, 10**15)]  # number of tokens or bytes
 Seed = Annotated[int, Range(0, 10**12)]
 NonNegativeFloat = Annotated[float, Range(0, math.inf)]
 Seconds = Annotated[float, Range(1)]  # timeout
@@ -74,7 +74,7 @@ UnitInterval = Annotated[float, Range(0, 1)]
 
 @dataclass(frozen=True)
 class Options:
-    """Result of `read`: the values given and the source of each."""
+    """Result of `read`: the values that are set and their sources."""
 
     values: dict[str, Any]
     origins: dict[str, str]
@@ -82,9 +82,9 @@ class Options:
 
 
 def load(cls: type[T], argv: Sequence[str]) -> tuple[T, dict[str, str]]:
-    """Read `argv` into an instance of the dataclass `cls`.
+    """Parse `argv` into an instance of the dataclass `cls`.
 
-    Return the instance and, for each option given, its source ("--lr=1" or "config/x.py"). Raise UserError
+    Return the instance and the source of each option that is set ("--lr=1" or "config/x.py"). Raise UserError
     listing all problems. `--help` prints the most common options, `--help=all` all of them; both exit with 0.
     Options in `usage.REMOVED` are ignored with a note on stderr.
     """
@@ -106,10 +106,10 @@ def read(
         print(help_text(cls, everything="--help=all" in asked))
         raise SystemExit(0)
     types = typing.get_type_hints(cls, include_extras=True)
-    found = Options({}, {}, [])
+    parsed = Options({}, {}, [])
     problems: list[str] = []
 
-    def give(key: str, value: Any, origin: str, is_text: bool) -> None:
+    def assign(key: str, value: Any, origin: str, is_text: bool) -> None:
         if key not in types:
             from nanogpt import usage
 
@@ -120,8 +120,8 @@ def read(
                 return
         try:
             given = _from_text(types[key], value) if is_text else value
-            found.values[key] = fitted(types[key], given, f"{origin}: {key}")
-            found.origins[key] = origin
+            parsed.values[key] = fitted(types[key], given, f"{origin}: {key}")
+            parsed.origins[key] = origin
         except UserError as error:
             problems.append(str(error))
 
@@ -131,34 +131,34 @@ def read(
             if not equals and key in types and types[key] is not bool:
                 problems.append(f"{word}: write --{key}=VALUE, without a space")
             else:
-                give(key, text if equals else "True", word, is_text=True)
+                assign(key, text if equals else "True", word, is_text=True)
         else:
             try:
                 if arguments:
-                    found.arguments.append(Local().check(word))
+                    parsed.arguments.append(Local().check(word))
                     continue
                 from nanogpt import presets
 
                 path = presets.find(word)
                 for key, value in presets.assignments(path).items():
-                    give(key, value, presets.shown(path), is_text=False)
+                    assign(key, value, presets.shown(path), is_text=False)
             except ValueError as error:
                 problems.append(str(error))
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    problems += [f"--{key}=... is required" for key in required if key not in found.origins]
+    problems += [f"--{key}=... is required" for key in required if key not in parsed.origins]
     if problems:
         raise UserError("\n       ".join(problems))
     # A run that resumes or starts from weights takes some options from there; checked afterwards.
-    if found.values.get("init_from", "scratch") == "scratch":
-        require_consistent(cls(**found.values), found.origins)
-    return found
+    if parsed.values.get("init_from", "scratch") == "scratch":
+        require_consistent(cls(**parsed.values), parsed.origins)
+    return parsed
 
 
 # ----------------------------------------------------------------------------- parsing one value
 
 
 def _from_text(kind: Any, text: str) -> Any:
-    """Parse `text` from the command line as type `kind`; return `text` itself if it is not one."""
+    """Return `text` from the command line converted to type `kind`, or `text` itself if that fails."""
     words = {"true": True, "false": False, "None": None}
     candidates: list[Any] = [text, *(words[word] for word in {text, text.lower()} & words.keys())]
     for number in (int, float):
@@ -171,7 +171,7 @@ def _from_text(kind: Any, text: str) -> Any:
 
 
 def check(kind: Any, value: Any) -> Any:
-    """Return `value` converted to type `kind`. Raise ValueError if it is not one."""
+    """Return `value` converted to type `kind`. Raise ValueError if it is not of that type."""
     if kind is Any or (type(value) is kind and kind is not float):
         return value
     if get_origin(kind) in (Union, UnionType):
@@ -191,22 +191,22 @@ def check(kind: Any, value: Any) -> Any:
     raise ValueError(kind)
 
 
-def fitted(shape: Any, value: Any, where: str) -> Any:
-    """Return a value read from JSON, checked against `shape`: a type as of an option, [shape], {str: shape}
-    or {"key": shape, "key?": shape}, where ? marks a key that may be absent; other keys are not checked.
+def fitted(schema: Any, value: Any, where: str) -> Any:
+    """Return a value read from JSON, checked against `schema`: the type of an option, [schema], {str: schema}
+    or {"key": schema, "key?": schema}, where ? marks a key that may be absent; other keys are not checked.
 
-    Raise UserError naming `where` and the place in it.
+    Raise UserError naming `where` and the place of the wrong value in it.
     """
-    if isinstance(shape, list) and isinstance(value, list):
-        return [fitted(shape[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
-    if isinstance(shape, dict) and isinstance(value, dict):
-        found = {}
-        for key, kind in (dict.fromkeys(value, shape[str]) if str in shape else shape).items():
+    if isinstance(schema, list) and isinstance(value, list):
+        return [fitted(schema[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
+    if isinstance(schema, dict) and isinstance(value, dict):
+        checked = {}
+        for key, kind in (dict.fromkeys(value, schema[str]) if str in schema else schema).items():
             name = key.removesuffix("?")
             if name in value or name == key:
-                found[name] = fitted(kind, value.get(name), f"{where}: {name}")
-        return value | found
-    kind = type(shape) if isinstance(shape, list | dict) else shape
+                checked[name] = fitted(kind, value.get(name), f"{where}: {name}")
+        return value | checked
+    kind = type(schema) if isinstance(schema, list | dict) else schema
     try:
         return check(kind, value)
     except ValueError:

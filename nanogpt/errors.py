@@ -38,7 +38,7 @@ class Lost(RuntimeError):
     """Another rank has exited or hangs."""
 
 
-CODES: dict[type[BaseException], tuple[int, str]] = {  # exit code, and what the line begins with
+CODES: dict[type[BaseException], tuple[int, str]] = {  # exit code and start of the line
     UserError: (2, "error: "),
     Diverged: (70, "diverged: "),
     OSError: (74, "input/output error: "),
@@ -54,7 +54,7 @@ UNDER_TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # environment variable set by torchr
 def run_program(main: Callable[[], T]) -> T:
     """Return the result of `main`; on an expected error print one line to stderr and exit with its code.
 
-    Also installs an excepthook that does so for Ctrl-C and missing packages in later imports.
+    Also install an excepthook that does the same for Ctrl-C and missing packages in later imports.
     """
     sys.excepthook = _in_one_line
     for stream in (sys.stdout, sys.stderr):
@@ -75,7 +75,7 @@ def run_program(main: Callable[[], T]) -> T:
     except tuple(CODES) as error:
         from nanogpt import exits
 
-        code, label = next(found for kind, found in CODES.items() if isinstance(error, kind))
+        code, label = next(row for kind, row in CODES.items() if isinstance(error, kind))
         notes = getattr(error, "__notes__", ())
         silent = TOLD in notes or (SHARED in notes and os.environ.get("RANK", "0") != "0")
         exits.leave(code, f"{label}{error}", silent)

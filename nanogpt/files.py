@@ -85,18 +85,18 @@ def text_of(path: Path) -> str:
         raise UserError(f"{path} is damaged: not UTF-8 text ({error.reason}, byte {error.start})") from None
 
 
-def read_json(path: Path, shape: Any = Any) -> Any:
-    """Parse a JSON file. Raise UserError naming the file if it is missing, invalid or not of `shape`."""
-    return parse_json(text_of(path), str(path), shape)
+def read_json(path: Path, schema: Any = Any) -> Any:
+    """Parse a JSON file. Raise UserError naming the file if it is missing, invalid or not of `schema`."""
+    return parse_json(text_of(path), str(path), schema)
 
 
-def parse_json(text: str | bytes, where: str, shape: Any = Any) -> Any:
+def parse_json(text: str | bytes, where: str, schema: Any = Any) -> Any:
     """Parse JSON and check it with config.fitted. Raise UserError naming `where` it is from."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error})") from None
-    return fitted(shape, value, where)
+    return fitted(schema, value, where)
 
 
 def sha256(path: Path) -> str:

@@ -12,14 +12,14 @@ LOGITS_AT_ONCE = {"cuda": 1 << 28, "mps": 1 << 26, "cpu": 1 << 24}  # logits; CP
 
 
 def multiplies_padding(device: torch.device) -> bool:
-    """Return whether logits of the vocabulary padding are computed and then cut off: GPU matmuls are fast at
-    multiples of 8 and slow at GPT-2's 50,257; CPUs gain nothing."""
+    """Return whether logits of the vocabulary padding are computed and then cut off: GPU matmuls are fast for
+    multiples of 8 and slow for GPT-2's 50,257; CPUs gain nothing."""
     return device.type == "cuda"
 
 
 def compute_logits(x: Tensor, table: Tensor, size: int, whole: bool) -> Tensor:
     """Return logits (..., size) of x (..., C) and table (P, C). `whole`: compute those of the padding too and
-    cut them off. Either way the padding gets no probability and no gradient."""
+    cut them off. In either case the padding gets neither probability nor gradient."""
     if whole and len(table) > size:
         return F.linear(x, table)[..., :size]
     return F.linear(x, table[:size])
@@ -30,9 +30,9 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def logits_chunk_size(kind: str, vocab_size: int) -> int:
-    """Return the tokens per chunk of float32 logits that need not be kept, on devices of type `kind`."""
-    return max(1, LOGITS_AT_ONCE.get(kind, 1 << 24) // vocab_size)
+def logits_chunk_size(device_type: str, vocab_size: int) -> int:
+    """Return the tokens per chunk of float32 logits that need not be kept, on devices of this type."""
+    return max(1, LOGITS_AT_ONCE.get(device_type, 1 << 24) // vocab_size)
 
 
 def default_loss_chunk_size(device: torch.device, tokens: int, vocab_size: int) -> int:

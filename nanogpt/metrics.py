@@ -30,13 +30,13 @@ class Log:
         self._file = path.open("a", encoding="utf-8", newline="\n")
         self._tracker = tracker
         self._mfu_per_token_s = mfu_per_token_s
-        self.state: dict[str, float] = {}  # smoothed loss, validation loss and its change: the progress bar
+        self.state: dict[str, float] = {}  # for the progress bar: smoothed loss, validation loss, its change
 
     def step(
         self, iter_num: int, tokens: int, step_s: float, speed: float, left_s: float, **values: Any
     ) -> None:
-        """Log iteration `iter_num`, of `step_s` seconds, at `speed` tokens per second; `tokens` is the total
-        so far, `left_s` the expected time to the end of the run."""
+        """Log iteration `iter_num`, which took `step_s` seconds, at `speed` tokens/s. `tokens`: tokens seen
+        so far; `left_s`: expected time to the end of the run."""
         loss = values["loss"]
         line = f"iter {iter_num}: loss {loss:.4f}, time {step_s * 1000:.2f}ms, {speed:,.0f} tok/s"
         if self._mfu_per_token_s:
@@ -46,13 +46,13 @@ class Log:
         self.write("step", iter_num, tokens, step_s=step_s, tokens_per_s=speed, **values)
 
     def evaluation(self, iter_num: int, tokens: int, **values: Any) -> None:
-        """Log an evaluation after `iter_num` iterations and `tokens`; printed by train.py."""
+        """Log an evaluation after `iter_num` iterations and `tokens` tokens; train.py prints it."""
         val_loss = values["val_loss"]
         self.state |= {"val_loss": val_loss, "change": val_loss - self.state.get("val_loss", val_loss)}
         self.write("eval", iter_num, tokens, **values)
 
     def write(self, event: str, iter_num: int, tokens: int, **values: Any) -> None:
-        """Append a row of any `event`."""
+        """Append a row."""
         row = {"event": event, "iter": iter_num, "tokens": tokens, **values}
         self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
         self._file.flush()
@@ -65,11 +65,11 @@ class Log:
             self._tracker.close()
 
 
-def read(run: Path) -> list[dict[str, Any]]:
+def read(run_dir: Path) -> list[dict[str, Any]]:
     """Return all rows of a run in order, skipping damaged lines. Raise UserError if the file is missing."""
-    path, rows = run / NAME, []
+    path, rows = run_dir / NAME, []
     if not path.is_file():
-        raise UserError(f"{run} has no {NAME}; give the out_dir of a run")
+        raise UserError(f"{run_dir} has no {NAME}; give the out_dir of a run")
     with path.open("rb") as lines:
         for line in lines:
             with suppress(UserError):
@@ -78,15 +78,13 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by None (null)."""
+    """Replace NaN and infinity, which JSON cannot represent, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def gap(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Summarize training and validation loss at the best evaluation in `rows` and, if different, the last.
-
-    Empty if `rows` holds no evaluation.
-    """
+    """Return a summary of training and validation loss at the best evaluation in `rows` and, if different, at
+    the last; "" if there is none."""
     evaluations = [row for row in rows if None not in (row.get("train_loss"), row.get("val_loss"))]
     if not evaluations:
         return ""
@@ -104,13 +102,13 @@ def _losses(row: Mapping[str, Any]) -> str:
     return f"train {train:.4f}, val {val:.4f}, gap {val - train:+.4f}"
 
 
-def closing(out: str, took_s: float, peak: int | None, longer: str) -> str:
-    """Return the last lines of a complete run: losses, time, peak memory in bytes, and the commands that come
-    next; `longer` is the option for more training."""
+def closing(out_dir: str, took_s: float, peak: int | None, longer: str) -> str:
+    """Return the last lines of a complete run: losses, time, memory, and commands to continue. `peak`: peak
+    memory in bytes; `longer`: option for more training."""
     memory = f", {tqdm.format_sizeof(peak)}B of memory" if peak else ""
-    shown = quoted(f"--out_dir={out}")
+    shown = quoted(f"--out_dir={out_dir}")
     return (
-        f"{gap(read(Path(out)))}\ntook {tqdm.format_interval(took_s)}{memory}\n"
+        f"{gap(read(Path(out_dir)))}\ntook {tqdm.format_interval(took_s)}{memory}\n"
         f"sample from it:  {command('sample')} {shown}\n"
         f"train it longer: {command('train')} {shown} --init_from=resume {longer}"
     )

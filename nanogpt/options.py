@@ -20,18 +20,20 @@ from nanogpt.config import (
     UnitInterval,
 )
 
-SHORTEST = 0.1  # minutes
+MIN_MINUTES = 0.1
+# options that set the same quantity
 COUNTERPARTS = {"batch_tokens": ["gradient_accumulation_steps"], "max_tokens": ["max_iters"]}
-COUNTERPARTS["minutes"] = ["max_iters", "max_tokens"]  # options for the same quantity
-Origins = Mapping[str, str]  # option -> where it was given ("--seed=1", "config/x.py")
+COUNTERPARTS["minutes"] = ["max_iters", "max_tokens"]
+Documents = Literal["stream", "rows", "masked"]
+Origins = Mapping[str, str]  # source of each option that is set ("--seed=1", "config/x.py")
 
 
 @dataclass(frozen=True)
 class RunOptions:
     # run folder
     out_dir: FilePath = "out"  #: run folder: checkpoints, options, metrics
-    init_from: FilePath = "scratch"  #: scratch, resume, auto (resume if possible), gpt2 .. gpt2-xl, a path
-    overwrite: bool = False  # delete a run in out_dir that is not resumed, once this run has saved
+    init_from: FilePath = "scratch"  #: scratch, resume, auto (resume if possible), gpt2 to gpt2-xl, or a path
+    overwrite: bool = False  # replace the run in out_dir: delete it after the first checkpoint
     eval_only: bool = False  # evaluate once and exit; nothing is written
 
 
@@ -39,17 +41,17 @@ class RunOptions:
 class BatchOptions:
     # batches
     gradient_accumulation_steps: PositiveInt = 40  #: micro-batches per iteration, over all ranks
-    batch_size: PositiveInt | Literal["auto"] = 12  #: sequences per micro-batch; auto: all that fit on a GPU
+    batch_size: PositiveInt | Literal["auto"] = 12  #: sequences per micro-batch; auto: as many as fit
     block_size: Annotated[int, Range(1, 10**7)] = 1024  #: context length in tokens
     batch_tokens: Amount = 0  # tokens per iteration; 0: use gradient_accumulation_steps
     max_iters: PositiveInt = 600000  #: total iterations
     max_tokens: Amount = 0  # total training tokens; 0: use max_iters
-    minutes: NonNegativeFloat = 0.0  #: total minutes, instead of max_iters; 0: use max_iters
-    documents: Literal["stream", "rows", "masked"] = "stream"  # masked: isolate documents; rows: start at one
+    minutes: NonNegativeFloat = 0.0  #: length of the run in minutes, start-up included; 0: use max_iters
+    documents: Documents = "stream"  # rows: sequences begin at a document; masked: no attention across them
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences per micro-batch; valid once batch_size="auto" is resolved."""
+        """Sequences per micro-batch: batch_size, once "auto" is resolved."""
         return cast(int, self.batch_size)
 
     @property
@@ -63,8 +65,8 @@ class BatchOptions:
             for other in others
             if getattr(self, name) and all(origins.get(each, "").startswith("--") for each in (name, other))
         ]
-        if 0 < self.minutes < SHORTEST:
-            wrong.append(f"minutes={self.minutes:g} is too short for start-up; give at least {SHORTEST}")
+        if 0 < self.minutes < MIN_MINUTES:
+            wrong.append(f"minutes={self.minutes:g} is too short for start-up; give at least {MIN_MINUTES}")
         if self.batch_size == "auto" or overruled(self, "batch_tokens", origins):
             return wrong
         micro = self.micro_batch_size * self.block_size
@@ -80,8 +82,8 @@ class BatchOptions:
 
 
 def overruled(options: BatchOptions, name: str, origins: Origins) -> bool:
-    """Return whether the token count or time `name` is unset or overridden: a flag for its counterpart takes
-    precedence over a preset, so that --max_iters=10 shortens a preset with max_tokens."""
+    """Return whether the token count or time `name` is unset or overridden by a flag for a counterpart, which
+    takes precedence over a preset: --max_iters=10 shortens a preset with max_tokens."""
     flags = [origins.get(other, "") for other in COUNTERPARTS[name]]
     return not getattr(options, name) or any(flag.startswith("--") for flag in flags)
 
@@ -107,22 +109,22 @@ class DataOptions(BatchOptions):
         )
 
     def in_iterations(self, origins: dict[str, str]) -> Self:
-        """Return these options with batch_tokens and max_tokens resolved to accumulation steps and
+        """Return these options with batch_tokens and max_tokens converted to accumulation steps and
         iterations. `origins` is updated in place."""
         names = ("minutes", "batch_tokens", "max_tokens")
         unset: dict[str, Any] = {name: 0 for name in names if overruled(self, name, origins)}
-        counted = replace(self, **unset)
-        if counted.batch_tokens:
-            steps = counted.batch_tokens // (self.micro_batch_size * self.block_size)
-            counted = replace(counted, gradient_accumulation_steps=steps)
+        resolved = replace(self, **unset)
+        if resolved.batch_tokens:
+            steps = resolved.batch_tokens // (self.micro_batch_size * self.block_size)
+            resolved = replace(resolved, gradient_accumulation_steps=steps)
             origins["gradient_accumulation_steps"] = f"batch_tokens={self.batch_tokens}"
-        if counted.max_tokens:
-            sizes = [size * self.block_size for size in counted.ramp()]
-            full = counted.sequences_per_iteration * self.block_size
+        if resolved.max_tokens:
+            sizes = [size * self.block_size for size in resolved.ramp()]
+            full = resolved.sequences_per_iteration * self.block_size
             iters = len(sizes) + max(0, -(-(self.max_tokens - sum(sizes)) // full))
-            counted = replace(counted, max_iters=iters)
+            resolved = replace(resolved, max_iters=iters)
             origins["max_iters"] = f"max_tokens={self.max_tokens}"
-        return counted
+        return resolved
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class ModelOptions:
     head_dim: Annotated[int, Range(0, 8192)] = 0  # channels per head; 0: n_embd / n_head
     position: Literal["learned", "rope", "alibi"] = "learned"  # position encoding
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or RMSNorm without gains
-    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # of MLPs; nanoGPT uses gelu
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"  # MLP activation; nanoGPT: gelu
     qk_norm: bool = False  # normalize queries and keys
     tied: bool = True  # tie the LM head to the token embedding
     softcap: NonNegativeFloat = 0.0  # soft-cap logits: cap * tanh(logits / cap); 0: off
@@ -223,7 +225,7 @@ class MachineOptions:
 @dataclass(frozen=True)
 class SpeedOptions:
     # performance, mostly for GPUs (experimental: docs/gpu.md)
-    casting: Literal["auto", "autocast", "weights"] = "auto"  # autocast per op, or cast weights per forward
+    casting: Literal["auto", "autocast", "weights"] = "auto"  # autocast, or cast all weights in each pass
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"  # preferred attention kernel
     loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: no chunks on GPUs, auto on CPUs
     cuda_graph: bool = False  # replay iterations as a CUDA graph; for small models
@@ -251,7 +253,7 @@ class InTrainingOptions:
 
 @dataclass(frozen=True)
 class SystemOptions(MachineOptions, SpeedOptions, ProcessOptions, InTrainingOptions):
-    """Where and how fast a run computes, and what it does besides."""
+    """Options of device, performance, distributed training, and tasks during training."""
 
 
 @dataclass(frozen=True)

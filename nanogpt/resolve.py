@@ -34,7 +34,7 @@ C = TypeVar("C", bound=TrainOptions)
 class Setup(Generic[C]):
     """A fully resolved run configuration; the model is not built yet."""
 
-    config: C  # every option resolved
+    config: C  # with all options resolved
     machine: Machine
     dataset: loader.Dataset
     batches: loader.TrainBatches
@@ -46,7 +46,7 @@ class Setup(Generic[C]):
 
     @property
     def init_device(self) -> torch.device:
-        """Device the model is initialized on: the CPU if it is to be sharded, else the training device."""
+        """Device on which the model is initialized: the CPU if it is then sharded, else that of training."""
         return self.division.init_device(self.machine.device) if self.division else self.machine.device
 
     def describe(self, model: GPT) -> str:
@@ -58,15 +58,15 @@ class Setup(Generic[C]):
         if self.config.documents == "rows":
             dropped = 1 - batches.sampler.n_sequences * batches.block_size / (len(dataset.train) - 1)
             batch += f"; --documents=rows drops {dropped:.1%} of the training tokens"
-        each = zip(dataset.train.texts, batches.epochs(iters), strict=True)
-        read = [(f"{one.name} ({float(one.weight):.1%}) " if one.name else "", often) for one, often in each]
-        length = f"{iters:,} iterations, {', '.join(f'{name}{often:.2f} epochs' for name, often in read)}"
+        texts = zip(dataset.train.texts, batches.epochs(iters), strict=True)
+        epochs = [(f"{text.name} ({float(text.weight):.1%}) " if text.name else "", n) for text, n in texts]
+        length = f"{iters:,} iterations, {', '.join(f'{name}{n:.2f} epochs' for name, n in epochs)}"
         if self.config.minutes:
             length = f"minutes: {self.config.minutes:g}"
-        divided = f"parallel: {self.division.why}\n" if self.division else ""
+        sharding = f"parallel: {self.division.why}\n" if self.division else ""
         tables = f" ({model.ngrams.weight.numel():,} of them in n-gram tables)" if model.ngrams else ""
         return (
-            f"machine: {self.machine.reason}\n{divided}"
+            f"machine: {self.machine.reason}\n{sharding}"
             f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
             f"tokens, vocabulary {dataset.vocab_size:,}\n"
             f"model: {model.n_params():,} parameters{tables}; {batch}; {length}"
@@ -76,10 +76,11 @@ class Setup(Generic[C]):
 def decide(
     config: C, origins: dict[str, str], world: World, try_step: Callable[[C, Machine, GPTConfig, int], None]
 ) -> Setup[C]:
-    """Resolve every option left to "auto" or to a checkpoint, and load the data. Writes no files.
+    """Resolve all options that are "auto" or determined by a checkpoint, and load the data. Writes no files
+    but the dataset of a text file.
 
-    `origins` maps each option given to its source; options set by a checkpoint or by token counts are added
-    in place. `try_step(..., n)` runs test iterations with `n` sequences per micro-batch, for
+    `origins` maps each option that is set to its source; options set by a checkpoint or by token counts are
+    added in place. `try_step(..., n)` runs two iterations with `n` sequences per micro-batch, for
     --batch_size=auto. Raise UserError if the options do not fit the device, the data or the checkpoint.
     """
     notices: list[str] = []
@@ -118,12 +119,10 @@ def decide(
             worth = pays(config, origins, model_config, machine.name(), world.size)
         config = replace(config, compile=worth)
     if config.batch_size == "auto":
-        from nanogpt.gpu import auto_batch_size
+        from nanogpt.gpu.auto_batch_size import choose as choose_batch_size
 
         why = division.why if division and not division.whole else ""
-        config = auto_batch_size.choose(
-            config, machine, why, partial(try_step, config, machine, model_config)
-        )
+        config = choose_batch_size(config, machine, why, partial(try_step, config, machine, model_config))
         notices.append(
             f"batch_size = {config.batch_size}: the largest that fits in the memory of {machine.name()}"
         )
@@ -144,17 +143,15 @@ def decide(
 
         require_tokenizer(pretrained, dataset)
     if config.attention != "auto" or machine.device.type == "cuda":
-        from nanogpt.gpu import attention_kernels
+        from nanogpt.gpu.attention_kernels import require_attention
 
-        kernel = attention_kernels.require_attention(
-            config.attention, model_config, machine, config.documents
-        )
+        kernel = require_attention(config.attention, model_config, machine, config.documents)
         notices.append(f"attention: {kernel}")
     return Setup(config, machine, dataset, batches, model_config, resumed, pretrained, division, notices)
 
 
-def join(options: dict[str, Any], run: Path) -> World:
-    """Join the process group started by torchrun, if any. Diagnostics of a hung rank are written to `run`.
+def join(options: dict[str, Any], run_dir: Path) -> World:
+    """Join the process group started by torchrun, if any; reports on hung ranks are written to `run_dir`.
 
     Raise UserError if the device does not exist, rendezvous fails, or the ranks' options or versions differ.
     """
@@ -162,15 +159,15 @@ def join(options: dict[str, Any], run: Path) -> World:
         return World()
     from nanogpt.distributed.world import init_processes
 
-    return init_processes(runtime.find_device(options["device"]).type, options, run)
+    return init_processes(runtime.find_device(options["device"]).type, options, run_dir)
 
 
 def resolve_init_from(
     config: C, origins: dict[str, str], notices: list[str]
 ) -> "tuple[C, Checkpoint | None, Pretrained | None]":
-    """Load what --init_from names: a checkpoint to resume or pretrained weights.
+    """Return the options, and the checkpoint to resume or the pretrained weights that --init_from names.
 
-    Saved options (or the weights' architecture) override defaults; options given now override both.
+    Saved options, or the architecture of the weights, override defaults; options given now override both.
     """
     if config.init_from == "scratch":
         return config, None, None
@@ -185,7 +182,7 @@ def resolve_init_from(
 
 
 def open_data(options: DataOptions) -> loader.Dataset:
-    """Open the dataset or a mixture; raise UserError if a split is shorter than one sequence."""
+    """Open the dataset or mixture. Raise UserError if a split is shorter than one sequence."""
     if Path(options.dataset).is_dir() or not set(options.dataset) & set(",:"):
         dataset = loader.load(loader.find(options.dataset, ROOT))
     else:
@@ -200,7 +197,8 @@ def open_data(options: DataOptions) -> loader.Dataset:
 def open_batches(
     options: DataOptions, seed: int, dataset: loader.Dataset, machine: Machine
 ) -> loader.TrainBatches:
-    """Build the batches for --documents; UserError if data has no documents or ranks outnumber sequences."""
+    """Build the training batches. Raise UserError if --documents finds no document, or if a batch has fewer
+    sequences than there are ranks."""
     separator, sampler = None, None
     if options.documents != "stream":
         from nanogpt.data import documents

@@ -25,9 +25,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Machine:
+    """Device, compute dtype and process group of a run."""
+
     device: torch.device
     dtype: str  # compute dtype; weights and optimizer state are float32
-    reason: str  # one line: the choice and the reason for it
+    reason: str  # one line about the choice of device and dtype
     world: World = field(default_factory=World)
     casting: str = "auto"  # mixed-precision mode: "auto", "autocast" or "weights"; see in_dtype
 
@@ -39,8 +41,8 @@ class Machine:
     @property
     def casts_weights(self) -> bool:
         """Return whether `in_dtype` casts all weights to `dtype` once per pass instead of using autocast."""
-        usual = "weights" if self.device.type == "cpu" else "autocast"
-        return self.dtype != "float32" and (usual if self.casting == "auto" else self.casting) == "weights"
+        default = "weights" if self.device.type == "cpu" else "autocast"
+        return self.dtype != "float32" and (default if self.casting == "auto" else self.casting) == "weights"
 
     def in_dtype(self, model: nn.Module) -> Callable[..., Any]:
         """Return the forward function of `model` in `dtype`; weights and their gradients stay float32.
@@ -53,7 +55,7 @@ class Machine:
             return model
 
         def cast(*inputs: Tensor) -> Any:
-            named = ((n, p) for n, p in model.named_parameters() if n != NGRAM_TABLES)  # casts the rows read
+            named = ((n, p) for n, p in model.named_parameters() if n != NGRAM_TABLES)  # cast by row
             weights = {name: p.to(DTYPES[self.dtype]) for name, p in named}
             return functional_call(model, weights, inputs)
 
@@ -82,17 +84,17 @@ class Machine:
 
     @property
     def half(self) -> torch.dtype:
-        """bfloat16 if the device multiplies it natively, else float32: dtype for individual matmuls."""
+        """Dtype for individual matmuls: bfloat16 if the device multiplies it natively, else float32."""
         return torch.bfloat16 if has_bfloat16(self.device) else torch.float32
 
     @contextmanager
     def memory_errors(self, remedy: str = REMEDY) -> Iterator[None]:
-        """Convert out-of-memory errors to a UserError that suggests the `remedy`, by default in training."""
+        """Convert out-of-memory errors to a UserError that suggests `remedy`, by default for training."""
         try:
             yield
         except RuntimeError as error:
-            signs = ("out of memory", "can't allocate memory", "calculation overflowed")
-            if not any(sign in str(error) for sign in signs):
+            messages = ("out of memory", "can't allocate memory", "calculation overflowed")
+            if not any(message in str(error) for message in messages):
                 raise
             raise UserError(f"{self.name()}: out of memory; try {remedy}") from None
 
@@ -102,7 +104,7 @@ class Machine:
         return f"{self.device.type}, {torch.get_num_threads()} threads"
 
     def environment(self) -> dict[str, Any]:
-        """Return everything besides the options that bitwise reproducibility depends on."""
+        """Return everything but the options on which bitwise reproducibility depends."""
         return {
             "python": ".".join(map(str, sys.version_info[:3])),
             "torch": torch.__version__,
@@ -114,10 +116,10 @@ class Machine:
 
 
 def setup(device: str, dtype: str, width: int, world: World | None = None) -> Machine:
-    """Select device and dtype for a model of `width` channels; "auto" depends on the hardware.
+    """Return the Machine for a model of `width` channels; "auto" depends on the hardware.
 
-    Without `world` the program is single-process. Raise UserError if the device is not available, or if
-    torchrun started several processes of a single-process program.
+    Without `world` the program runs in one process. Raise UserError if the device is not available, or if
+    torchrun started several processes of such a program.
     """
     if not world:
         require_one_process()
@@ -172,7 +174,7 @@ def _dtype(device: torch.device, width: int) -> tuple[str, str]:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether this device multiplies bfloat16 matrices natively, that is faster than float32."""
+    """Return whether this device multiplies bfloat16 matrices natively, that is, faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in NATIVE_BFLOAT16)

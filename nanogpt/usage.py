@@ -39,7 +39,7 @@ def help_text(cls: type, everything: bool = True) -> str:
     the summary and the commands of the program's docstring.
     """
     module = inspect.getmodule(cls)
-    about = inspect.cleandoc((module.__doc__ if module else None) or "")
+    summary = inspect.cleandoc((module.__doc__ if module else None) or "")
     defaults = {field.name: field.default for field in fields(cls)}
     types = typing.get_type_hints(cls, include_extras=True)
     sources = [inspect.getsource(base) for base in cls.__mro__ if base is not object]
@@ -49,8 +49,8 @@ def help_text(cls: type, everything: bool = True) -> str:
     else:
         shown = set(re.findall(r"(?m)^    (\w+): .*?  #: ", source))
         end = f"\n\n--help=all shows all {len(defaults)} options."
-        about = "\n\n".join(about.split("\n\n")[:2])
-    lines = [about, "", "Options (--name=value):"]
+        summary = "\n\n".join(summary.split("\n\n")[:2])
+    lines = [summary, "", "Options (--name=value):"]
     for line in source.splitlines():
         if (heading := re.match(r"    # (.+)", line)) and not end:
             lines.append(f"\n  {heading[1]}")
@@ -87,8 +87,8 @@ def unknown_option(key: str, origin: str, known: Iterable[str]) -> list[str]:
 
 
 def non_defaults(config: Any, origins: dict[str, str]) -> list[str]:
-    """Return one line per option that differs from its default, with its source: from `origins`, else the
-    saved run that is resumed."""
+    """Return one line per option that differs from its default, with its source: that in `origins`, else the
+    run that is resumed."""
     rows = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -98,16 +98,16 @@ def non_defaults(config: Any, origins: dict[str, str]) -> list[str]:
 
 
 def missing_preset(name: str, root: Path) -> UserError:
-    """Return the error for a preset `name` that is neither a file nor in the `root`'s config/."""
+    """Return the error for a preset `name` that is neither a file nor in config/ of `root`."""
     names = sorted(path.stem for path in (root / "config").glob("*.py"))
     short = {name.removeprefix("train_"): name for name in names}
     near = difflib.get_close_matches(Path(name).stem.removeprefix("train_"), short)
-    hint = f"did you mean {' or '.join(short[found] for found in near)}? " if near else ""
+    hint = f"did you mean {' or '.join(short[name] for name in near)}? " if near else ""
     return UserError(f"no preset {name!r}: {hint}there are {', '.join(names)} (options are --key=value)")
 
 
 def missing_dataset(name: str, root: Path) -> UserError:
-    """Return the error for a dataset `name` that is neither a folder with data nor in the `root`'s data/."""
+    """Return the error for a dataset `name` that is neither a dataset folder nor in data/ of `root`."""
     for folder in (Path(name), Path("data") / name, root / "data" / name):
         if (folder / "prepare.py").is_file():
             return UserError(f"dataset {name!r} is not prepared: {command(f'prepare {folder.name}')}")

@@ -16,23 +16,23 @@ from nanogpt.loss import IGNORE
 from nanogpt.model import GPT
 from nanogpt.runtime import Machine
 
-ON_CPU = 2048  # minimum tokens per forward pass: 0.6x the time of 768 with 4 layers of 128 channels
+MIN_TOKENS_ON_CPU = 2048  # tokens per forward pass: 0.6x the time of 768 with 4 layers of 128 channels
 
 
 @dataclass(frozen=True)
 class Evaluation:
     loss: float  # mean over tokens, in nats/token
     stderr: float  # standard error of `loss`, over sequences; NaN for a single sequence
-    tokens: int
+    tokens: int  # number of scored tokens
     parts: dict[str, float] = field(default_factory=dict)  # loss per dataset of a mixture
 
     def describe(self, bytes_per_token: float | None) -> str:
         """Return perplexity and, if the byte count of the text is known, bits/byte, which is comparable
         across tokenizers."""
-        words = f"perplexity {math.exp(min(self.loss, 700)):.4g}"
+        line = f"perplexity {math.exp(min(self.loss, 700)):.4g}"
         if bytes_per_token:
-            words += f", {self.loss / math.log(2) / bytes_per_token:.4f} bits/byte"
-        return words + "".join(f", {name} {loss:.4f}" for name, loss in self.parts.items())
+            line += f", {self.loss / math.log(2) / bytes_per_token:.4f} bits/byte"
+        return line + "".join(f", {name} {loss:.4f}" for name, loss in self.parts.items())
 
 
 @torch.no_grad()
@@ -100,37 +100,38 @@ def evaluate_splits(
     stopped: Callable[[], bool],
     separator: int | None = None,
 ) -> tuple[Evaluation, Evaluation] | None:
-    """Evaluate the training and the validation split on at most `max_batches` of `shape` (B, T) each.
+    """Evaluate the training and the validation split on at most `max_batches` batches of `shape` (B, T) each.
 
-    The sequences are the same at every call; the training split uses at most as many as the validation
-    split has. In a mixture each dataset is evaluated on its share of the batches, and the loss is their
-    weighted mean. Return None if `stopped()` becomes true.
+    The sequences are the same at every call; the training split uses at most as many as the validation split
+    has. Each dataset of a mixture is evaluated on an equal part of the batches, and the loss is the mean of
+    their losses, by weight. Return None if `stopped()` becomes true. Collective: call on all ranks.
     """
     batch_size, block_size = shape
     texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
-    most = max(1, max_batches * batch_size // len(texts))
-    at_once = batch_size  # compiled for it, or limited by GPU memory
+    max_sequences = max(1, max_batches * batch_size // len(texts))
+    at_once = batch_size  # the size of compiled code, and limited by GPU memory
     if machine.device.type == "cpu" and not model.compiled_token_losses:
-        at_once = max(batch_size, ON_CPU // block_size)
-    found: list[list[Evaluation]] = [[], []]
-    for text in texts:
-        sequences = min(most, (len(text[1]) - 1) // block_size)
-        for tokens, split in zip(text, found, strict=True):
+        at_once = max(batch_size, MIN_TOKENS_ON_CPU // block_size)
+    train: list[Evaluation] = []
+    val: list[Evaluation] = []
+    for train_tokens, val_tokens in texts:
+        sequences = min(max_sequences, (len(val_tokens) - 1) // block_size)
+        for tokens, evaluations in ((train_tokens, train), (val_tokens, val)):
             share = machine.world.share
             batches = eval_batches(tokens, block_size, at_once, sequences, machine.device, separator, share)
             evaluation = evaluate(model, batches, machine, stopped, -(-share(sequences)[1] // at_once))
             if evaluation is None:
                 return None
-            split.append(evaluation)
-    return mean(dataset.train.texts, found[0]), mean(dataset.val.texts, found[1])
+            evaluations.append(evaluation)
+    return mean(dataset.train.texts, train), mean(dataset.val.texts, val)
 
 
-def mean(texts: list[Tokens], found: list[Evaluation]) -> Evaluation:
-    """Return the weighted mean of the evaluations `found`, one per dataset in `texts`."""
-    both = [(text.name, float(text.weight), one) for text, one in zip(texts, found, strict=True)]
+def mean(texts: list[Tokens], evaluations: list[Evaluation]) -> Evaluation:
+    """Return the weighted mean of `evaluations`, one per dataset in `texts`."""
+    rows = [(text.name, float(text.weight), one) for text, one in zip(texts, evaluations, strict=True)]
     return Evaluation(
-        sum(weight * one.loss for _, weight, one in both),
-        math.hypot(*(weight * one.stderr for _, weight, one in both)),
-        sum(one.tokens for one in found),
-        {name: one.loss for name, _, one in both if name},
+        sum(weight * one.loss for _, weight, one in rows),
+        math.hypot(*(weight * one.stderr for _, weight, one in rows)),
+        sum(one.tokens for one in evaluations),
+        {name: one.loss for name, _, one in rows if name},
     )

@@ -17,42 +17,44 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
+    """The process group of a run: rank, size and collectives."""
+
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # rank within this node
-    on_node: int = 1  # ranks on this node
+    on_node: int = 1  # number of ranks on this node
 
     @property
     def is_main_process(self) -> bool:
         return self.rank == 0
 
     def share(self, count: int) -> tuple[int, int]:
-        """Return (first, number) of this rank's part of `count` items; parts differ by at most one."""
-        part, rest = divmod(count, self.size)
-        return self.rank * part + min(self.rank, rest), part + (self.rank < rest)
+        """Return (first, number) of this rank's share of `count` items; shares differ by at most one."""
+        share, rest = divmod(count, self.size)
+        return self.rank * share + min(self.rank, rest), share + (self.rank < rest)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum `x` over all ranks, in place. Collective."""
+        """Sum `x` over all ranks, in place. Collective: call on all ranks."""
         return x
 
     def any_rank(self, flag: bool) -> bool:
-        """Return on all ranks whether `flag` is true on any rank. Collective."""
+        """Return on all ranks whether `flag` is true on any. Collective: call on all ranks."""
         return flag
 
     def sum_int(self, count: int) -> int:
-        """Return the sum of an integer over all ranks. Collective."""
+        """Return the sum of an integer over all ranks. Collective: call on all ranks."""
         return count
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, which are pickled, in order. Collective."""
+        """Return the (pickled) values of all ranks, in order. Collective: call on all ranks."""
         return [value]
 
     def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; if it fails on any, raise the error of the lowest failing rank on all."""
+        """Run `work` on every rank; if it fails, raise the error of the lowest failing rank on all ranks."""
         return work()
 
     def rank_zero_only(self, work: Callable[[], T]) -> T | None:
-        """Run `work` on rank 0 while the other ranks wait (returning None); an error is raised on all."""
+        """Run `work` on rank 0 while the others wait and return None; an error is raised on all ranks."""
         return work()
 
     def report_phase(self, step: int, phase: str) -> None:

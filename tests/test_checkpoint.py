@@ -28,39 +28,41 @@ def model():
     return GPT(CONFIG)
 
 
-def adamw(model) -> Optimizer:
+def build_adamw(model) -> Optimizer:
     return build(OptimizerOptions(), model.named_parameters())
 
 
-def put(run, model, iter_num, val_loss=None):
+def save_checkpoint(run_dir, model, iter_num, val_loss=None):
     with torch.no_grad():
         model.position.wpe.weight.fill_(iter_num)
-    optimizer = adamw(model)
-    return writer.Snapshot.of(model, optimizer.state(), {"iter_num": iter_num, "val_loss": val_loss}).write(
-        run
-    )
+    state = {"iter_num": iter_num, "val_loss": val_loss}
+    return writer.Snapshot.of(model, build_adamw(model).state(), state).write(run_dir)
 
 
-def names(run):
-    return sorted(path.name for path in run.iterdir())
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_round_trip(tmp_path, model):
-    optimizer = adamw(model)
+    optimizer = build_adamw(model)
     for tensor in optimizer.state().values():
         tensor.normal_()
     before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
     writer.Snapshot.of(model, before, {"iter_num": 250, "val_loss": 1.5, "extra": [1, "ü"]}).write(tmp_path)
-    found, damage = reader.find(tmp_path)
-    assert names(tmp_path) == ["step-000250"] and not damage
-    assert found.iter_num == 250 and found.state["extra"] == [1, "ü"] and found.model_config == CONFIG
-    loaded = found.load_model()
+    checkpoint, errors = reader.find(tmp_path)
+    assert names(tmp_path) == ["step-000250"] and not errors
+    assert (
+        checkpoint.iter_num == 250
+        and checkpoint.state["extra"] == [1, "ü"]
+        and checkpoint.model_config == CONFIG
+    )
+    loaded = checkpoint.load_model()
     assert not loaded.training
     for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b) and b.requires_grad, name
     for tensor in optimizer.state().values():
         tensor.zero_()
-    resume.load_optimizer(found, optimizer.state())
+    resume.load_optimizer(checkpoint, optimizer.state())
     assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state().items())
 
 
@@ -81,7 +83,7 @@ def test_keeps_the_best_and_the_two_newest(tmp_path, model):
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 2.5}
     kept = {10: [10], 20: [10, 20], 30: [20, 30], 40: [20, 30, 40], 50: [20, 40, 50]}
     for step, loss in losses.items():
-        put(tmp_path, model, step, loss)
+        save_checkpoint(tmp_path, model, step, loss)
         assert names(tmp_path) == [f"step-{n:06d}" for n in kept[step]]
     assert reader.find(tmp_path, "best")[0].iter_num == 20
     assert reader.find(tmp_path, "last")[0].iter_num == 50
@@ -97,7 +99,7 @@ def test_random_save_sequences_keep_the_best_and_the_newest(tmp_path, model):
         for _ in range(12):
             step += draw.randint(1, 9)
             loss = draw.choice([None, draw.uniform(1, 3)])
-            put(run, model, step, loss)
+            save_checkpoint(run, model, step, loss)
             best = min(best, (loss, step)) if loss else best
             assert reader.find(run)[0].iter_num == step
             assert not best[1] or reader.find(run, "best")[0].iter_num == best[1]
@@ -120,8 +122,8 @@ def damage_in(path, kind, draw):
 
 def test_damage_is_detected_and_the_older_checkpoint_used(tmp_path, model):
     """300 random corruptions of all files: never loaded, never fatal."""
-    put(tmp_path / "whole", model, 1, 2.0)
-    put(tmp_path / "whole", model, 2, 1.0)
+    save_checkpoint(tmp_path / "whole", model, 1, 2.0)
+    save_checkpoint(tmp_path / "whole", model, 2, 1.0)
     draw = random.Random(0)
     files_there = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
     for trial in range(300):
@@ -131,32 +133,32 @@ def test_damage_is_detected_and_the_older_checkpoint_used(tmp_path, model):
         name = files_there[trial % 4]
         damage_in(run / "step-000002" / name, draw.choice(["flip", "invert", "cut", "grow", "delete"]), draw)
         try:
-            found, damage = reader.find(run)
+            checkpoint, errors = reader.find(run)
         except UserError:
             pytest.fail(f"trial {trial}: gave up although step 1 is whole")
-        if found.iter_num == 2:  # only whitespace in the manifest was changed
-            assert name == "manifest.json" and not damage
+        if checkpoint.iter_num == 2:  # only whitespace in the manifest was changed
+            assert name == "manifest.json" and not errors
             assert json.loads((run / "step-000002" / name).read_text("utf-8")) == json.loads(
                 (tmp_path / "whole" / "step-000002" / name).read_text("utf-8")
             )
         else:
-            assert found.iter_num == 1 and len(damage) == 1 and "step-000002" in damage[0]
+            assert checkpoint.iter_num == 1 and len(errors) == 1 and "step-000002" in errors[0]
 
 
 def test_no_valid_checkpoint_is_an_error(tmp_path, model):
     assert reader.find(tmp_path) == (None, [])
-    path = put(tmp_path, model, 1)
+    path = save_checkpoint(tmp_path, model, 1)
     (path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* is valid"):
         reader.find(tmp_path)
 
 
 def test_non_finite_weights_are_never_saved(tmp_path, model):
-    put(tmp_path, model, 1)
+    save_checkpoint(tmp_path, model, 1)
     with torch.no_grad():
         model.h[0].mlp.c_fc.weight[3, 3] = float("nan")
     with pytest.raises(Diverged, match=r"h\.0\.mlp\.c_fc\.weight holds non-finite weights at iteration 2"):
-        put(tmp_path, model, 2)
+        save_checkpoint(tmp_path, model, 2)
     assert names(tmp_path) == ["step-000001"]
 
 
@@ -169,8 +171,8 @@ def test_disk_failure_at_any_point_keeps_the_old_checkpoint(tmp_path, model, mon
     real = getattr(files, operation)
     for n in range(1, 40):
         run = tmp_path / f"{operation}{n}"
-        put(run, model, 1, 2.0)
-        put(run, model, 2, 1.0)
+        save_checkpoint(run, model, 1, 2.0)
+        save_checkpoint(run, model, 2, 1.0)
         calls = 0
 
         def failing(*arguments, n=n):
@@ -182,7 +184,7 @@ def test_disk_failure_at_any_point_keeps_the_old_checkpoint(tmp_path, model, mon
 
         monkeypatch.setattr(files, operation, failing)
         try:
-            put(run, model, 3)
+            save_checkpoint(run, model, 3)
             failed = False
         except OSError:
             failed = True
@@ -190,7 +192,7 @@ def test_disk_failure_at_any_point_keeps_the_old_checkpoint(tmp_path, model, mon
         newest = reader.find(run)[0]
         assert newest.iter_num == 3 or (failed and newest.iter_num == 2)
         assert reader.find(run, "best")[0].iter_num == 2
-        put(run, model, 4)
+        save_checkpoint(run, model, 4)
         assert names(run) == ["step-000002", "step-000003", "step-000004"] or newest.iter_num == 2
         if not failed:
             return
@@ -200,15 +202,15 @@ def test_disk_failure_at_any_point_keeps_the_old_checkpoint(tmp_path, model, mon
 @pytest.mark.skipif(sys.platform != "linux", reason="maps file descriptors to paths through /proc")
 def test_power_cut_leaves_the_old_or_the_new_checkpoint(tmp_path, model, monkeypatch):
     run = tmp_path / "run"
-    put(run, model, 1, 2.0)
+    save_checkpoint(run, model, 1, 2.0)
     disk = Disk(tmp_path / "run", monkeypatch, tmp_path / "left")
-    put(run, model, 2, 1.0)
+    save_checkpoint(run, model, 2, 1.0)
     newest = []
     for left in disk.moments:
-        found, damage = reader.find(left)
-        assert not damage and "optimizer.safetensors" in names(found.path)
-        assert (found.load_model().position.wpe.weight == found.iter_num).all()
-        newest.append(found.iter_num)
+        checkpoint, errors = reader.find(left)
+        assert not errors and "optimizer.safetensors" in names(checkpoint.path)
+        assert (checkpoint.load_model().position.wpe.weight == checkpoint.iter_num).all()
+        newest.append(checkpoint.iter_num)
     assert newest == sorted(newest) and newest[0] == 1 and newest[-1] == 2
     assert reader.find(disk.survivors(tmp_path / "end"))[0].iter_num == 2
 
@@ -235,7 +237,7 @@ def test_json_is_never_written_in_place(tmp_path):
 
 
 def test_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypatch):
-    put(tmp_path, model, 1)
+    save_checkpoint(tmp_path, model, 1)
 
     def full(tensors, path):
         path.write_bytes(b"half")
@@ -243,29 +245,30 @@ def test_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypatch
 
     monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises(OSError, match=r"model\.safetensors could not be written: .*No space left"):
-        put(tmp_path, model, 2)
+        save_checkpoint(tmp_path, model, 2)
     assert names(tmp_path) == ["step-000001"]
 
 
 def test_previous_run_is_moved_aside(tmp_path, model):
     run = tmp_path / "out"
-    put(run, model, 5)
+    save_checkpoint(run, model, 5)
     lock, notice = writer.acquire_folder(run, None, overwrite=False)
     lock.release()
     assert "out.1" in notice and names(tmp_path) == ["out", "out.1"]
     assert reader.find(tmp_path / "out.1")[0].iter_num == 5 and reader.find(run)[0] is None
-    put(run, model, 6)
+    save_checkpoint(run, model, 6)
     lock, notice = writer.acquire_folder(run, None, overwrite=False)
     lock.release()
     assert names(tmp_path) == ["out", "out.1", "out.2"]
-    put(run, model, 7)
-    for _ in range(2):  # the second replaces a run that has not saved yet
+    save_checkpoint(run, model, 7)
+    # the second replaces a run that has not saved yet
+    for said in ("; it is kept in", "saved no checkpoint"):
         lock, notice = writer.acquire_folder(run, None, overwrite=True)
         (run / "config.json").write_text("{}", encoding="utf-8")
         lock.release()
         assert names(tmp_path) == ["out", "out.1", "out.2", "out.replaced"] and reader.find(run)[0] is None
-        assert reader.find(tmp_path / "out.replaced")[0].iter_num == 7 and "until the first" in notice
-    put(run, model, 8)
+        assert reader.find(tmp_path / "out.replaced")[0].iter_num == 7 and said in notice
+    save_checkpoint(run, model, 8)
     assert names(tmp_path) == ["out", "out.1", "out.2"]
 
 
@@ -297,7 +300,7 @@ def test_run_folder_is_locked_against_a_second_process(tmp_path):
 
 
 def test_saved_tensors_load_with_safetensors_alone(tmp_path, model):
-    path = put(tmp_path, model, 1)
+    path = save_checkpoint(tmp_path, model, 1)
     tensors = load_file(path / "model.safetensors")
     assert set(tensors) == {name for name, _ in model.named_parameters()}
 
@@ -308,15 +311,15 @@ def test_saved_tensors_load_with_safetensors_alone(tmp_path, model):
         ({"model": {"n_layer": "1"}}, "state.json: model: n_layer is '1', not a whole number"),
         ({"model": {"n_layer": 10**9}}, "does not describe a valid model"),
         ({"model": {"norm": "batch"}}, "does not describe a valid model"),
-        ({"model": {"unknown": 1}}, "was written by a newer version: unknown model options unknown"),
+        ({"model": {"unknown": 1}}, "state.json: model options of a newer version: unknown"),
         ({"val_loss": "low"}, "state.json: val_loss is 'low', not "),
         ({"iter_num": -1}, "state.json: iter_num is -1, not a whole number"),
         ({"options": [1]}, r"state.json: options is \[1\], not an object"),
         ({"lora": {"rank": 2}}, "state.json: lora: alpha is None, not a finite number"),
     ],
 )
-def test_hostile_state_with_a_matching_manifest_is_one_line(tmp_path, model, change, message):
-    path = put(tmp_path, model, 3)
+def test_invalid_state_with_a_matching_manifest_is_an_error_of_one_line(tmp_path, model, change, message):
+    path = save_checkpoint(tmp_path, model, 3)
     state = files.read_json(path / "state.json")
     changed = state | {k: {**state[k], **v} if k == "model" else v for k, v in change.items()}
     files.write_json(path / "state.json", changed)
@@ -326,11 +329,11 @@ def test_hostile_state_with_a_matching_manifest_is_one_line(tmp_path, model, cha
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-def test_damaged_tensors_with_a_matching_manifest_are_one_line(tmp_path, model, name):
-    path = put(tmp_path, model, 3)
+def test_damaged_tensors_with_a_matching_manifest_are_an_error_of_one_line(tmp_path, model, name):
+    path = save_checkpoint(tmp_path, model, 3)
     (path / name).write_bytes((path / name).read_bytes()[:100])
     fuzz_cases.sign(path)
-    found = reader.verify(path)
+    checkpoint = reader.verify(path)
     with pytest.raises(UserError, match=f"{name} is damaged"):
-        found.load_model()
-        resume.load_optimizer(found, adamw(model).state())
+        checkpoint.load_model()
+        resume.load_optimizer(checkpoint, build_adamw(model).state())

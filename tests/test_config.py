@@ -183,7 +183,7 @@ def test_positional_arguments_are_kept_if_accepted():
 def test_inherit_prefers_given_options():
     saved = {"batch_size": 3, "max_iters": 100, "start": "x", "gone": 1}
     config, origins = load(Config, ["--batch_size=5", "--max_iters=100", "--out_dir=new"])
-    merged, differing = inherit(config, origins, saved, fresh={"out_dir"})
+    merged, differing = inherit(config, origins, saved, not_inherited={"out_dir"})
     assert merged == Config(batch_size=5, max_iters=100, start="x", out_dir="new")
     assert differing == {"batch_size": (3, 5)}
 

@@ -177,7 +177,9 @@ def test_own_token_ids_train_and_sample(tmp_path, table, capsys):
 @pytest.mark.parametrize("name", ["eval", "getattr", "print", "__import__", "bytearray"])
 def test_pickle_that_names_a_builtin_is_rejected(bare_tokens, name):
     (bare_tokens / "meta.pkl").write_bytes(b"\x80\x04cbuiltins\n" + name.encode() + b"\n.")
-    with pytest.raises(UserError, match=rf"meta\.pkl is not nanoGPT's table .* it names builtins\.{name}"):
+    with pytest.raises(
+        UserError, match=rf"meta\.pkl is not nanoGPT's table .* it refers to builtins\.{name}"
+    ):
         loader.load(bare_tokens)
 
 

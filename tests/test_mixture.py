@@ -43,7 +43,7 @@ def test_every_sample_range_has_exact_proportions(weights):
     for first, count in ((0, 12), (17, 480), (1234, 100), (0, 30_000), (29_000, 7)):
         got = np.bincount(drawn[first : first + count], minlength=len(weights))
         assert np.abs(got - shares * count).max() <= 2
-    cycle = len(order.of)
+    cycle = len(order.datasets)
     assert (np.bincount(drawn[:cycle], minlength=len(weights)) == shares * cycle).all()
 
 
@@ -52,7 +52,7 @@ def test_each_dataset_is_read_in_its_own_order():
     order = mixed(["0.6", "0.3", "0.1"])
     starts = order.starts(0, 10_000)
     drawn = text_of(starts)
-    for which, (offset, one) in enumerate(zip(order.offsets, order.orders, strict=True)):
+    for which, (offset, one) in enumerate(zip(order.offsets, order.samplers, strict=True)):
         own = starts[drawn == which] - offset
         assert (own == one.starts(0, len(own))).all()
         assert order.epochs(10_000)[which] == len(own) / one.n_sequences

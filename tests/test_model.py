@@ -312,14 +312,14 @@ def test_bfloat16_attention_matches_float32(kv_heads, biased):
 @pytest.mark.cpu
 @pytest.mark.parametrize("length", [128, 129, 300, 600])
 @pytest.mark.parametrize("biased", [False, True])
-def test_query_blocks_equal_full_attention(length, biased):
+def test_chunks_of_queries_equal_full_attention(length, biased):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, length, 16, generator=draw).bfloat16() for heads in (4, 2, 2))
     bias = POSITIONS["alibi"](length, 64, 4, 16).bias(length) if biased else None
     with torch.no_grad():
-        found = attention(q, k, v, bias if bias is None else bias.bfloat16(), 0.0)
+        output = attention(q, k, v, bias if bias is None else bias.bfloat16(), 0.0)
         exact = attention(q.float(), k.float(), v.float(), bias, 0.0)
-    torch.testing.assert_close(found.float(), exact, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(output.float(), exact, rtol=0.03, atol=0.03)
 
 
 @pytest.mark.cpu

@@ -54,7 +54,7 @@ def opened(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["llm.c", "listed", "npy"])
 def test_many_shards_are_opened_lazily(tmp_path, opened, kind):
-    folder, count = tmp_path / "data", token_files.LOOKED_AT + 44
+    folder, count = tmp_path / "data", token_files.MANY_FILES + 44
     ids = write_shards(folder, count)
     if kind == "npy":
         for path in list(folder.glob("*.bin")):
@@ -89,9 +89,9 @@ def test_few_files_are_open_at_a_time(tmp_path):
     tokens = loader.load(tmp_path / "data").train
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     assert (tokens.read(0, len(ids)) == ids).all() and (tokens.read(0, len(ids)) == ids).all()
-    assert len(tokens._open) == token_files.KEPT_OPEN
+    assert len(tokens._open) == token_files.MAX_OPEN_FILES
     if before:
-        assert len(os.listdir("/proc/self/fd")) <= before + token_files.KEPT_OPEN
+        assert len(os.listdir("/proc/self/fd")) <= before + token_files.MAX_OPEN_FILES
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer header", "gone"])

@@ -213,7 +213,7 @@ def test_shape_of_the_checkpoint_is_kept_on_resume_with_a_line_for_each_option(c
     )
     found = reader.find(Path(config.out_dir))[0]
     assert (found.iter_num, found.model_config.n_layer) == (8, config.n_layer)
-    with pytest.raises(UserError, match="other trainable weights: lora_rank=2 given, lora_rank=0 saved"):
+    with pytest.raises(UserError, match="has other trainable weights: lora_rank=2 given, lora_rank=0 saved"):
         train.main(replace(config, max_iters=9, init_from="resume", lora_rank=2))
 
 

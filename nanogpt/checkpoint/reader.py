@@ -17,10 +17,9 @@ from nanogpt.model import GPT, GPTConfig
 
 # Schemas for config.fitted, in which "key?" may be absent.
 MANIFEST_SCHEMA = {"format": str, "files": {name: {"bytes": Amount, "sha256": str} for name in FILES}}
-STATE_SCHEMA = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()}
+STATE_SCHEMA = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()} | {"tokenizer?": str}
 STATE_SCHEMA |= {"ramp?": [Amount], "options?": dict, "scaler?": dict, "environment?": dict}
-STATE_SCHEMA |= {"tokenizer?": str, "iter_num": Amount}
-STATE_SCHEMA["model"] = {f"{name}?": kind for name, kind in get_type_hints(GPTConfig).items()}
+STATE_SCHEMA |= {"iter_num": Amount, "model": {f"{n}?": t for n, t in get_type_hints(GPTConfig).items()}}
 LORA_SCHEMA = {"rank": Amount, "alpha": float, "targets": str}
 MAX_LAYERS = 4096  # a file with more layers is rejected before the model is built
 
@@ -103,10 +102,7 @@ def verify(path: Path) -> Checkpoint:
     if state.get("lora"):
         fitted(LORA_SCHEMA, state["lora"], f"{path / 'state.json'}: lora")
     if unknown := sorted(set(state["model"]) - {field.name for field in fields(GPTConfig)}):
-        names = ", ".join(unknown)
-        raise UserError(
-            f"{path / 'state.json'} was written by a newer version: unknown model options {names}"
-        )
+        raise UserError(f"{path / 'state.json'}: model options of a newer version: {', '.join(unknown)}")
     return Checkpoint(path, state)
 
 

@@ -47,10 +47,8 @@ def resume(
     resumed, errors = reader.find(out)
     if resumed is None:
         if config.init_from == "resume":
-            hint = (
-                f"; to start from nanoGPT's ckpt.pt in it, use --init_from={out}"
-                * (out / "ckpt.pt").is_file()
-            )
+            nanogpts = (out / "ckpt.pt").is_file()
+            hint = f"; to start from nanoGPT's ckpt.pt in it, use --init_from={out}" * nanogpts
             raise UserError(f"no checkpoint in {out}: train first, or use --init_from=auto or scratch{hint}")
         return config, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in errors]
@@ -61,15 +59,12 @@ def resume(
     fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
     saved = asdict(resumed.model_config) | saved  # model_config adds architecture options newer than the run
     on_cpu = str(resumed.state["environment"].get("device")).startswith("cpu")
-    if on_cpu and not saved.get(
-        "compile"
-    ):  # auto is False on a CPU; this session may use a GPU: decide again
+    if on_cpu and not saved.get("compile"):  # auto is False on a CPU; this session may use a GPU
         saved["compile"] = "auto"
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
         raise UserError(
-            f"{out} was started with other trainable weights: {'; '.join(wrong)}; omit these options, or "
-            f"choose another --out_dir"
+            f"{out} has other trainable weights: {'; '.join(wrong)}; omit these, or give another --out_dir"
         )
     kept = {key: old for key, (old, _) in differing.items() if key in fixed_options}
     for key, (old, new) in differing.items():
@@ -132,11 +127,11 @@ def restore_progress(
         progress.stale = 0
     old = {k: v for k, v in resumed.state["options"].items() if k in vars(config)}
     before = replace(config, **old)
-    was = learning_rate(before, progress.position(before))
+    old_lr = learning_rate(before, progress.position(before))
     if before.minutes and config.minutes:
         progress.share *= before.minutes / config.minutes
-    now = learning_rate(config, progress.position(config))
-    if not 0.99 * was <= now <= 1.01 * was:
+    new_lr = learning_rate(config, progress.position(config))
+    if not 0.99 * old_lr <= new_lr <= 1.01 * old_lr:
         end, new_end = (saved["lr_decay_iters"] or saved["max_iters"] for saved in (old, vars(config)))
         why = "because its options have changed"
         if config.minutes != before.minutes:
@@ -144,9 +139,9 @@ def restore_progress(
             why = f"because the schedule now spans {length}"
         elif not config.minutes and new_end != end:
             why += f"; --lr_decay_iters={end} keeps the old end of the schedule"
-        notices.append(f"note: the learning rate jumps from {was:.3g} to {now:.3g}, {why}")
-    then, here = resumed.state["environment"], machine.environment()
-    if changes := "; ".join(f"{k} {then.get(k)} -> {v}" for k, v in here.items() if then.get(k) != v):
+        notices.append(f"note: the learning rate jumps from {old_lr:.3g} to {new_lr:.3g}, {why}")
+    saved, env = resumed.state["environment"], machine.environment()
+    if changes := "; ".join(f"{k} {saved.get(k)} -> {v}" for k, v in env.items() if saved.get(k) != v):
         notices.append(f"note: {changes}: resuming, but results will not be bitwise identical")
     return progress
 
@@ -191,11 +186,9 @@ def set_aside(run_dir: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock,
     lock.release()
     if worthless:
         files.remove(aside)
-        about = f", which saved no checkpoint; {replaced} is kept until the first checkpoint"
-        return new_lock, f"replacing the run in {run_dir}{about}"
     if overwrite:
-        return (
-            new_lock,
-            f"replacing the run in {run_dir}; it is kept in {replaced} until the first checkpoint",
+        kept = (
+            f", which saved no checkpoint; {replaced} is kept" if worthless else f"; it is kept in {replaced}"
         )
+        return new_lock, f"replacing the run in {run_dir}{kept} until the first checkpoint"
     return new_lock, f"moved the existing run in {run_dir} to {aside}"

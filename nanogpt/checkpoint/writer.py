@@ -28,11 +28,8 @@ from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, step_folders, 
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, NGRAM_TABLES
 
-RUN_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "ckpt.pt",
-)  # any of these marks a folder as a run; ckpt.pt is nanoGPT's
+# any of these marks a folder as a run; ckpt.pt is nanoGPT's
+RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt")
 KEPT = 2  # number of newest checkpoints kept, besides the best
 SPARE = 1 << 28  # bytes of host memory that a copy leaves free
 

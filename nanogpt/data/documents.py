@@ -1,7 +1,7 @@
 """Document boundaries: sequences that start at a document (--documents=rows) and document masks (masked).
 
 `<|endoftext|>` counts as the first token of a document, because sampling starts from it. (Prepared data has
-it after each document, which is before the next one.)
+it after each document, and thus before the next one.)
 """
 
 from typing import Literal
@@ -15,26 +15,26 @@ from nanogpt.errors import UserError
 from nanogpt.tokenizer import tokenizer, vocabulary
 
 Mode = Literal["stream", "rows", "masked"]
-CHUNK = 1 << 22  # tokens scanned at a time
+CHUNK = 1 << 22  # number of tokens that are scanned at a time
 
 
 def separator(dataset: Dataset, mode: Mode) -> int:
     """Return the separator id. Raise UserError if the tokenizer or the training text has none."""
     if vocabulary.identify(dataset.tokenizer).kind == "gpt2":  # needs no merges file
-        found: int | None = vocabulary.GPT2_VOCAB_SIZE - 1
+        token: int | None = vocabulary.GPT2_VOCAB_SIZE - 1
     else:
-        found = tokenizer.from_text(dataset.tokenizer).end_of_text
-    if found is None:
+        token = tokenizer.from_text(dataset.tokenizer).end_of_text
+    if token is None:
         raise UserError(
             f"--documents={mode} needs a separator token, which character and byte tokenizers lack: "
             f"prepare {dataset.folder} with --tokenizer=gpt2 or bpe:8192, or use --documents=stream"
         )
     train = dataset.train
     for first in range(0, len(train), CHUNK):
-        if bool((train.read(first, min(CHUNK, len(train) - first)) == found).any()):
-            return found
+        if bool((train.read(first, min(CHUNK, len(train) - first)) == token).any()):
+            return token
     raise UserError(
-        f"--documents={mode}: there is no {vocabulary.END_OF_TEXT} (id {found}) in the training text of "
+        f"--documents={mode}: there is no {vocabulary.END_OF_TEXT} (id {token}) in the training text of "
         f"{dataset.folder}, so it is a single document; use --documents=stream"
     )
 

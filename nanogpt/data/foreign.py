@@ -11,14 +11,14 @@ from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
 from nanogpt.tokenizer.tokenizer import CharTokenizer, to_text
 
-MOST_TOKENS = 1 << 24  # of a vocabulary of which only the size is known
+MAX_TOKENS = 1 << 24  # size of a vocabulary whose tokens are unknown
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Unpickler for dicts, lists, strings and numbers only; rejects any class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def tokenizer_of(path: Path) -> str:
@@ -28,7 +28,7 @@ def tokenizer_of(path: Path) -> str:
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
         named = "itos" in meta
-        if not named and not 0 < meta["vocab_size"] <= MOST_TOKENS:
+        if not named and not 0 < meta["vocab_size"] <= MAX_TOKENS:
             raise ValueError(f"vocab_size = {meta['vocab_size']}")
         itos = meta["itos"] if named else {i: str(i) for i in range(meta["vocab_size"])}
         tokens = [itos[i] for i in range(len(itos))]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanogpt import files
 from nanogpt.data.samplers import EpochSampler, Share, whole_share
-from nanogpt.data.token_files import FORMAT, LOOKED_AT, META, TokenFile, Tokens, split_files, token_file
+from nanogpt.data.token_files import FORMAT, MANY_FILES, META, TokenFile, Tokens, split_files, token_file
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.tokenizer import vocabulary
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Dataset:
+    """A dataset folder: tokens of both splits, and the tokenizer."""
+
     folder: Path
     train: Tokens
     val: Tokens
@@ -55,10 +57,8 @@ def find(name: str, root: Path) -> Path:
 
 
 def load(folder: Path) -> Dataset:
-    """Open a dataset folder and check file sizes, token ids and that the tokenizer matches the data.
-
-    Raise UserError naming the file and the fix.
-    """
+    """Open a dataset folder and check file sizes, token ids and that the tokenizer matches the data. Raise
+    UserError naming the file and the fix."""
     meta: dict[str, Any] = {}
     text = vocabulary.GPT2_BY_NAME
     if (folder / "meta.json").is_file():
@@ -76,19 +76,19 @@ def load(folder: Path) -> Dataset:
         paths = split_files(folder, split)
         if not paths:
             raise UserError(f"{folder} has no {split}.bin; prepare the data again")
-        about = meta.get("splits", {}).get(split, {"files": []})
-        listed = {file["name"]: file["tokens"] for file in about["files"]}
+        info = meta.get("splits", {}).get(split, {"files": []})
+        listed = {file["name"]: file["tokens"] for file in info["files"]}
         dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
         splits[split] = Tokens(open_split(paths, dtype, listed), identity.vocab_size)
-        _check_size(splits[split], folder, split, about)
+        _check_size(splits[split], folder, split, info)
         splits[split].check()
-        hashes = "".join(file.get("sha256", "") for file in about["files"])  # none without meta.json
+        hashes = "".join(file.get("sha256", "") for file in info["files"])  # none without meta.json
         if not hashes:
             hashes = splits[split].read(0, min(len(splits[split]), 1 << 16)).tobytes().hex()
         splits[split].content = vocabulary.sha256_of(f"{len(splits[split])} {hashes}")
-        if "mask" in about:
-            splits[split].scored = _scored(folder / about["mask"]["name"], len(splits[split]))
-    text_bytes = 0 if splits["val"].scored else about.get("text_bytes", 0)  # includes unscored tokens
+        if "mask" in info:
+            splits[split].scored = _open_mask(folder / info["mask"]["name"], len(splits[split]))
+    text_bytes = 0 if splits["val"].scored else info.get("text_bytes", 0)  # includes unscored tokens
     bytes_per_token = text_bytes / len(splits["val"]) if text_bytes else None
     return Dataset(
         folder, splits["train"], splits["val"], text, identity.vocab_size, identity.sha256, bytes_per_token
@@ -96,26 +96,26 @@ def load(folder: Path) -> Dataset:
 
 
 def open_split(paths: list[Path], dtype: np.dtype, listed: dict[str, int]) -> list[TokenFile]:
-    """Open the files of a split, in order; beyond LOOKED_AT most of them on first use (data/shards.py).
+    """Open the files of a split, in order; if they are many, most of them on first use (data/shards.py).
 
     `listed`: number of tokens by file name, from meta.json. Raise UserError for a truncated file.
     """
-    if len(paths) > LOOKED_AT:
+    if len(paths) > MANY_FILES:
         from nanogpt.data import shards
 
         return shards.open_most_later(paths, dtype, listed)
     return [token_file(path, dtype) for path in paths]
 
 
-def _scored(path: Path, tokens: int) -> Tokens:
+def _open_mask(path: Path, tokens: int) -> Tokens:
     """Open the mask of a token file: one byte per token, 1 if the token is a target."""
     if not path.is_file() or path.stat().st_size != tokens:
         raise UserError(f"{path} is missing or not of {tokens} bytes, one per token; prepare the data again")
     return Tokens([TokenFile(path, np.dtype("u1"), 0, tokens)], 2)
 
 
-def _check_size(tokens: Tokens, folder: Path, split: str, about: dict[str, Any]) -> None:
-    expected = about.get("tokens", len(tokens))
+def _check_size(tokens: Tokens, folder: Path, split: str, info: dict[str, Any]) -> None:
+    expected = info.get("tokens", len(tokens))
     if len(tokens) != expected:
         raise UserError(
             f"{folder}: {split} holds {len(tokens)} tokens, meta.json lists {expected}: "
@@ -128,10 +128,10 @@ def _check_size(tokens: Tokens, folder: Path, split: str, about: dict[str, Any])
 def _own_tokenizer(folder: Path, meta: dict[str, Any]) -> str:
     path = folder / "tokenizer.json"
     text = files.text_of(path)
-    found = vocabulary.identify(text, str(path)).sha256
-    if found != meta["tokenizer"]["sha256"]:
+    sha256 = vocabulary.identify(text, str(path)).sha256
+    if sha256 != meta["tokenizer"]["sha256"]:
         raise UserError(
-            f"{path} is not the tokenizer that made this data (its SHA-256 starts with {found[:12]}, "
+            f"{path} is not the tokenizer that made this data (its SHA-256 starts with {sha256[:12]}, "
             f"in meta.json with {meta['tokenizer']['sha256'][:12]}); prepare the data again"
         )
     return text
@@ -151,14 +151,14 @@ def require_sequence(tokens: Tokens, block_size: int, split: str) -> None:
             )
 
 
-def sampler_of(tokens: Tokens, of_one: Callable[[Tokens], EpochSampler]) -> "EpochSampler | MixtureSampler":
-    """Build the sampler of a dataset by `of_one`; for a mixture, combine those of its datasets by weight."""
+def sampler_of(tokens: Tokens, make: Callable[[Tokens], EpochSampler]) -> "EpochSampler | MixtureSampler":
+    """Return make(tokens) or, for a mixture, combine the samplers of its datasets by weight."""
     if len(tokens.texts) == 1:
-        return of_one(tokens)
+        return make(tokens)
     from nanogpt.data.mixture_sampler import MixtureSampler
 
     offsets = [0, *itertools.accumulate(len(text) for text in tokens.texts)][:-1]
-    return MixtureSampler([of_one(text) for text in tokens.texts], [t.weight for t in tokens.texts], offsets)
+    return MixtureSampler([make(text) for text in tokens.texts], [t.weight for t in tokens.texts], offsets)
 
 
 def gather(
@@ -181,8 +181,8 @@ def gather(
 class TrainBatches:
     """Micro-batches of each iteration. The samples of an iteration do not depend on the micro-batch size.
 
-    `ramp`: sizes, in sequences, of the first batches; later batches have batch_size * micro_steps.
-    `separator`: if given, micro-batches include document ids. `sampler`: overrides `sampler_of`. `share` and
+    `ramp`: sizes, in sequences, of the first batches; later ones have batch_size * micro_steps. `separator`:
+    if given, micro-batches include document ids. `sampler`: by default that of `sampler_of`. `share` and
     `total`: World.share and World.sum_int of a distributed run.
     """
 
@@ -214,10 +214,10 @@ class TrainBatches:
         Each is (idx, targets[, documents]), all (B, T) with B <= batch_size. A single process skips
         micro-batches without a scored target; several ranks run the same number of passes.
         """
-        every = self.tokens.scored is None or self.share(self.sequences(step))[1] < self.sequences(step)
+        keep_all = self.tokens.scored is None or self.share(self.sequences(step))[1] < self.sequences(step)
         for starts in self.starts(step):
             batch = gather(self.tokens, starts, self.block_size, self.separator)
-            if every or bool((batch[1] != IGNORE).any()):
+            if keep_all or bool((batch[1] != IGNORE).any()):
                 yield to_device(batch, self.device)
 
     def weighted(self, step: int) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
@@ -227,10 +227,10 @@ class TrainBatches:
 
     def starts(self, step: int) -> Iterator[np.ndarray]:
         """Yield the start positions of the sequences of each of this rank's micro-batches in `step`."""
-        start, sequences = self.share(self.sequences(step))
-        first = self.sequences_before(step) + start
-        for done in range(0, sequences, self.batch_size):
-            yield self.sampler.starts(first + done, min(self.batch_size, sequences - done))
+        offset, count = self.share(self.sequences(step))
+        first = self.sequences_before(step) + offset
+        for done in range(0, count, self.batch_size):
+            yield self.sampler.starts(first + done, min(self.batch_size, count - done))
 
     def sequences(self, step: int) -> int:
         """Return the batch size of iteration `step`, in sequences over all ranks."""
@@ -244,7 +244,7 @@ class TrainBatches:
         return self.read[min(step, len(self.ramp))] + max(0, step - len(self.ramp)) * self.full
 
     def tokens_before(self, step: int) -> int:
-        """Return the number of tokens consumed before iteration `step`."""
+        """Return the number of tokens in all iterations before `step`."""
         return self.sequences_before(step) * self.block_size
 
     def epochs(self, step: int) -> list[float]:

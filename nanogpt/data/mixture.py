@@ -27,9 +27,9 @@ def load(name: str, root: Path) -> Dataset:
     for number, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:number]]:
             raise UserError(f"--dataset={name} lists {folder} twice; give it once, with a larger weight")
-    found = [loader.load(folder) for folder in folders]
-    first = found[0]
-    for other in found[1:]:
+    datasets = [loader.load(folder) for folder in folders]
+    first = datasets[0]
+    for other in datasets[1:]:
         if other.fingerprint != first.fingerprint:
             raise UserError(
                 f"--dataset={name}: {other.folder} ({other.vocab_size} ids) has a different tokenizer from "
@@ -40,20 +40,20 @@ def load(name: str, root: Path) -> Dataset:
                 f"--dataset={name}: only one of {first.folder} and {other.folder} holds prompts and "
                 f"responses; train on one kind at a time"
             )
-    given = [weight or Fraction(len(one.train)) for one, (_, weight) in zip(found, parts, strict=True)]
-    weights = [weight / sum(given) for weight in given]
+    amounts = [weight or Fraction(len(one.train)) for one, (_, weight) in zip(datasets, parts, strict=True)]
+    weights = [amount / sum(amounts) for amount in amounts]
     names = _names(folders)
-    known = [one.bytes_per_token for one in found]
+    known = [one.bytes_per_token for one in datasets]
     lengths = [length for length in known if length]
     mean = sum(float(w) * length for w, length in zip(weights, lengths, strict=False))
     return Dataset(
         Path(name),
-        _joined([one.train for one in found], names, weights),
-        _joined([one.val for one in found], names, weights),
-        max((one.tokenizer for one in found), key=len),  # prefer GPT-2's with merges
+        _joined([one.train for one in datasets], names, weights),
+        _joined([one.val for one in datasets], names, weights),
+        max((one.tokenizer for one in datasets), key=len),  # prefer GPT-2's with merges
         first.vocab_size,
         first.fingerprint,
-        mean if len(lengths) == len(found) else None,
+        mean if len(lengths) == len(datasets) else None,
     )
 
 
@@ -61,10 +61,10 @@ def parse(name: str) -> list[tuple[str, Fraction | None]]:
     """Parse `name` into (dataset, weight) pairs; weights are None for all or for none."""
     if Path(name).is_dir():  # even if its name contains , or :
         return [(name, None)]
-    found = [_part(part.strip(), name) for part in name.split(",")]
-    if len({weight is None for _, weight in found}) > 1:
+    pairs = [_part(part.strip(), name) for part in name.split(",")]
+    if len({weight is None for _, weight in pairs}) > 1:
         raise UserError(f"--dataset={name} gives weights to some only; write NAME:WEIGHT for all, or none")
-    return found
+    return pairs
 
 
 def _part(part: str, name: str) -> tuple[str, Fraction | None]:

@@ -21,33 +21,33 @@ class MixtureSampler:
     completed before a sequence repeats.
     """
 
-    def __init__(self, orders: Sequence[EpochSampler], weights: Sequence[Fraction], offsets: Sequence[int]):
-        self.orders, self.offsets = orders, offsets
-        self.n_sequences = sum(order.n_sequences for order in orders)
+    def __init__(self, samplers: Sequence[EpochSampler], weights: Sequence[Fraction], offsets: Sequence[int]):
+        self.samplers, self.offsets = samplers, offsets
+        self.n_sequences = sum(sampler.n_sequences for sampler in samplers)
         self.shares = np.array(slots(weights), dtype=np.uint64)
-        of = np.repeat(np.arange(len(weights)), self.shares.astype(np.int64))
+        datasets = np.repeat(np.arange(len(weights)), self.shares.astype(np.int64))
         number = np.concatenate([np.arange(share, dtype=np.uint64) for share in self.shares])
-        when = (number + 0.5) / self.shares[of]
-        turn = np.lexsort((of, when))
-        self.of, self.number = of[turn], number[turn]  # dataset of each slot, and index among its slots
+        positions = (number + 0.5) / self.shares[datasets]
+        order = np.lexsort((datasets, positions))
+        self.datasets, self.number = datasets[order], number[order]  # of each slot, and index among its slots
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """Return the start positions of samples first .. first + count - 1, int64 (count,)."""
         samples = np.arange(first, first + count, dtype=np.uint64)
-        cycles, places = np.divmod(samples, np.uint64(len(self.of)))
+        cycles, places = np.divmod(samples, np.uint64(len(self.datasets)))
         starts = np.empty(count, dtype=np.int64)
-        for which in np.unique(self.of[places]):
-            here = np.flatnonzero(self.of[places] == which)
-            own = cycles[here] * self.shares[which] + self.number[places[here]]  # consecutive
-            low = int(own[0])
-            starts[here] = self.orders[which].starts(low, len(own)) + self.offsets[which]
+        for k in np.unique(self.datasets[places]):
+            selected = np.flatnonzero(self.datasets[places] == k)
+            numbers = cycles[selected] * self.shares[k] + self.number[places[selected]]  # consecutive
+            starts[selected] = self.samplers[k].starts(int(numbers[0]), len(numbers)) + self.offsets[k]
         return starts
 
     def epochs(self, samples: int) -> list[float]:
         """Return the epochs of each dataset completed after `samples` samples."""
-        cycles, place = divmod(samples, len(self.of))
-        own = cycles * self.shares.astype(np.int64) + np.bincount(self.of[:place], minlength=len(self.shares))
-        return [int(n) / order.n_sequences for n, order in zip(own, self.orders, strict=True)]
+        cycles, place = divmod(samples, len(self.datasets))
+        in_cycle = np.bincount(self.datasets[:place], minlength=len(self.shares))
+        counts = cycles * self.shares.astype(np.int64) + in_cycle
+        return [int(n) / sampler.n_sequences for n, sampler in zip(counts, self.samplers, strict=True)]
 
 
 def slots(weights: Sequence[Fraction]) -> list[int]:
@@ -58,9 +58,9 @@ def slots(weights: Sequence[Fraction]) -> list[int]:
     cycle = math.lcm(*(share.denominator for share in shares))
     if cycle <= CYCLE:
         return [int(share * cycle) for share in shares]
-    found = [max(1, int(share * CYCLE)) for share in shares]
-    missing = max(0, CYCLE - sum(found))
-    rests = sorted(range(len(shares)), key=lambda k: shares[k] * CYCLE - found[k], reverse=True)
+    counts = [max(1, int(share * CYCLE)) for share in shares]
+    missing = max(0, CYCLE - sum(counts))
+    rests = sorted(range(len(shares)), key=lambda k: shares[k] * CYCLE - counts[k], reverse=True)
     for k in rests[:missing]:
-        found[k] += 1
-    return found
+        counts[k] += 1
+    return counts

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-Share = Callable[[int], tuple[int, int]]  # number of items -> (first, number) of this rank
+Share = Callable[[int], tuple[int, int]]  # from a number of items to (first, number) of this rank
 
 
 def whole_share(count: int) -> tuple[int, int]:
@@ -35,9 +35,9 @@ class EpochSampler:
         starts = np.empty(count, dtype=np.int64)
         # np.unique would import numpy.ma, which takes 70 ms.
         for epoch in range(first // self.n_sequences, (first + count - 1) // self.n_sequences + 1):
-            here = epochs == epoch
-            numbers = permute(places[here], self.n_sequences, _key(self.seed, epoch, 1))
-            starts[here] = self._begins(epoch, numbers.astype(np.int64))
+            in_epoch = epochs == epoch
+            numbers = permute(places[in_epoch], self.n_sequences, _key(self.seed, epoch, 1))
+            starts[in_epoch] = self._begins(epoch, numbers.astype(np.int64))
         return starts
 
     def _begins(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
@@ -72,8 +72,8 @@ def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
     outside = np.ones(len(values), dtype=bool)
     while outside.any():
         left, right = values[outside] >> half, values[outside] & mask
-        for turn in range(4):
-            left, right = right, left ^ (_mix(right + key + np.uint64(turn)) & mask)
+        for round_number in range(4):
+            left, right = right, left ^ (_mix(right + key + np.uint64(round_number)) & mask)
         values[outside] = (left << half) | right
         outside = values >= n
     return values

@@ -1,5 +1,5 @@
-"""Splits of hundreds of shards: all but the first and the last are opened on first use, because opening them
-all at start takes minutes on a network disk."""
+"""Splits with hundreds of shards: all but the first and the last are opened on first use, because opening all
+at start takes minutes on a network disk."""
 
 from pathlib import Path
 
@@ -10,15 +10,15 @@ from nanogpt.data.token_files import TokenFile
 
 
 def open_most_later(paths: list[Path], dtype: np.dtype, listed: dict[str, int]) -> list[TokenFile]:
-    """Open the first and the last file now. The others are assumed to have the layout of the first; their
-    number of tokens is that in `listed`, by name, or follows from their size."""
+    """Open the first and the last file. The others are assumed to have the layout of the first; their numbers
+    of tokens are those in `listed`, by name, or follow from their sizes."""
     first, last = (token_files.token_file(path, dtype) for path in (paths[0], paths[-1]))
-    found = [first]
+    files = [first]
     for path in paths[1:-1]:
         tokens = listed.get(path.name)
         if tokens is None:
             tokens, rest = divmod(path.stat().st_size - first.offset, first.dtype.itemsize)
             if rest or tokens < 0:
                 raise token_files.truncated(path)
-        found.append(TokenFile(path, first.dtype, first.offset, tokens, seen=False))
-    return [*found, last]
+        files.append(TokenFile(path, first.dtype, first.offset, tokens, opened=False))
+    return [*files, last]

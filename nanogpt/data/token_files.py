@@ -24,10 +24,10 @@ SPLIT: dict[str, Any] = {"tokens": Amount, "text_bytes?": Amount, "mask?": {"nam
 SPLIT |= {"files": [{"name": FileName, "tokens": Amount, "sha256?": str}]}
 META: dict[str, Any] = {"format": str, "dtype?": Literal["uint16", "uint32"], "tokenizer": {"sha256": str}}
 META |= {"splits?": {"train?": SPLIT, "val?": SPLIT}}  # keys of meta.json
-CHECKED_AT_START = 1 << 30  # bytes: all ids of splits up to this size are checked at start
-CHUNK = 1 << 22  # tokens checked at a time
-LOOKED_AT = 256  # with at most this many shards, all are checked at start; else on first use
-KEPT_OPEN = 128  # maximum number of open files; the usual limit per process is 1,024
+CHECKED_AT_START = 1 << 30  # bytes: of splits up to this size, all ids are checked at start
+CHUNK = 1 << 22  # number of tokens that are checked at a time
+MANY_FILES = 256  # of splits with more files, most are opened and checked on first use
+MAX_OPEN_FILES = 128  # the usual limit per process is 1,024
 LLMC = np.array([20240520, 1], "<i4").tobytes()  # start of an llm.c file: magic number, version
 
 
@@ -37,11 +37,11 @@ class TokenFile:
     dtype: np.dtype
     offset: int  # bytes before the first token
     tokens: int
-    seen: bool = True  # False: not opened yet; layout and size are inferred (shards.py)
+    opened: bool = True  # False: not opened yet; layout and size are assumed (shards.py)
 
 
 class Tokens:
-    """Tokens of a split, stored in one or more files and read as one array."""
+    """Tokens of a split, stored in one or more files (`parts`) and read as one array."""
 
     content = ""  # hash of the tokens, by which a resumed run recognizes its data
     name, weight = "", Fraction(1)  # in a mixture: dataset name and sampling probability
@@ -67,57 +67,56 @@ class Tokens:
         if raw.size and int(raw.max()) >= self.vocab_size:
             row, column = np.argwhere(raw >= self.vocab_size)[0]
             place = int(starts[row] + column)
-            which = bisect.bisect_right(self.ends, place)
-            place -= self.ends[which] - self.parts[which].tokens
+            number = bisect.bisect_right(self.ends, place)
+            place -= self.ends[number] - self.parts[number].tokens
             raise UserError(
-                f"token {place} of {self.parts[which].path} is id {raw[row, column]}, outside the "
+                f"token {place} of {self.parts[number].path} is id {raw[row, column]}, outside the "
                 f"vocabulary of {self.vocab_size}; the tokenizer does not match the data"
             )
         return raw.astype(np.int64)
 
     def _read(self, start: int, count: int) -> np.ndarray:
-        pieces = []
+        chunks = []
         while count > 0:
-            which = bisect.bisect_right(self.ends, start)
-            part = self.parts[which]
-            first = start - (self.ends[which] - part.tokens)
-            take = min(count, part.tokens - first)
-            pieces.append(self._read_part(which, first, take))
-            start, count = start + take, count - take
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            number = bisect.bisect_right(self.ends, start)
+            part = self.parts[number]
+            first = start - (self.ends[number] - part.tokens)
+            length = min(count, part.tokens - first)
+            chunks.append(self._read_part(number, first, length))
+            start, count = start + length, count - length
+        return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
-    def _read_part(self, which: int, first: int, count: int) -> np.ndarray:
-        part = self.parts[which]
+    def _read_part(self, number: int, first: int, count: int) -> np.ndarray:
+        part = self.parts[number]
         raw = np.empty(count, dtype=part.dtype)
-        file = self._file(which)
+        file = self._file(number)
         file.seek(part.offset + first * part.dtype.itemsize)
-        got = file.readinto(raw.data.cast("B"))
-        if got != raw.nbytes:
+        if file.readinto(raw.data.cast("B")) != raw.nbytes:
             raise UserError(f"{part.path} became shorter while being read; prepare it again")
         return raw
 
-    def _file(self, which: int) -> io.FileIO:
-        """Return file `which`, opened; close the least recently used beyond KEPT_OPEN."""
-        if which in self._open:
-            self._open.move_to_end(which)
-            return self._open[which]
-        part = self.parts[which]
-        if not part.seen:
-            found = token_file(part.path, part.dtype)
-            if found != replace(part, seen=True):
+    def _file(self, number: int) -> io.FileIO:
+        """Return file `number`, opened; close the least recently used beyond MAX_OPEN_FILES."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        part = self.parts[number]
+        if not part.opened:
+            actual = token_file(part.path, part.dtype)
+            if actual != replace(part, opened=True):
                 raise UserError(
-                    f"{part.path} holds {found.tokens} tokens, expected {part.tokens}: it is truncated "
+                    f"{part.path} holds {actual.tokens} tokens, expected {part.tokens}: it is truncated "
                     f"or was replaced; prepare the data again"
                 )
-            part.seen = True
-        while len(self._open) >= KEPT_OPEN:
+            part.opened = True
+        while len(self._open) >= MAX_OPEN_FILES:
             self._open.popitem(last=False)[1].close()
-        self._open[which] = io.FileIO(part.path)
-        return self._open[which]
+        self._open[number] = io.FileIO(part.path)
+        return self._open[number]
 
     def check(self) -> None:
-        """Check all ids of a split of up to CHECKED_AT_START bytes; of larger ones only the first chunk, the
-        rest when read."""
+        """Check all ids of a split of up to CHECKED_AT_START bytes, else only the first chunk; the rest is
+        checked when it is read."""
         small = len(self) * self.parts[0].dtype.itemsize <= CHECKED_AT_START
         last = len(self) if small else CHUNK
         for start in range(0, last, CHUNK):
@@ -133,11 +132,12 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def token_file(path: Path, dtype: np.dtype) -> TokenFile:
-    """Describe a file by its header, else as raw `dtype`; UserError if truncated or not token ids."""
+    """Describe a file by its header or, without one, as raw `dtype`. Raise UserError if it is truncated or
+    holds no token ids."""
     size, offset, expected = path.stat().st_size, 0, None
     with path.open("rb") as file:
-        begin = file.read(8)
-    if path.suffix == ".npy" or begin == LLMC:
+        start = file.read(8)
+    if path.suffix == ".npy" or start == LLMC:
         from nanogpt.data import foreign
 
         dtype, offset, expected = foreign.header(path)

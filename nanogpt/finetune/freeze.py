@@ -14,7 +14,7 @@ def choose_trained(model: nn.Module, options: FinetuneOptions) -> list[str]:
     """Freeze the parameters of `model` that `options` exclude, in place; return a summary to print.
 
     A tied LM head is the embedding (wte.weight) and is frozen with it. Raise UserError if a pattern matches
-    no parameter or no trainable parameter is left.
+    no parameter, or if none is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     if options.lora_rank:
@@ -37,17 +37,18 @@ def choose_trained(model: nn.Module, options: FinetuneOptions) -> list[str]:
 
 
 def matching(patterns: str, names: Iterable[str], option: str) -> set[str]:
-    """Return the `names` that match any comma-separated shell pattern; UserError if one matches none."""
-    names, found = list(names), set()
+    """Return the `names` that match any of the comma-separated shell patterns. Raise UserError if a pattern
+    matches none."""
+    names, matched = list(names), set()
     for pattern in (part.strip() for part in patterns.split(",")):
-        fits = {name for name in names if fnmatchcase(name, pattern)}
-        if not fits:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
             raise UserError(f"--{option}: no parameter matches {pattern!r}; {_known(names)}")
-        found |= fits
-    return found
+        matched |= matches
+    return matched
 
 
 def _known(names: list[str]) -> str:
-    """List the parameter names, with block 0 standing for all blocks."""
+    """Return the list of parameter names for error messages; those of block 0 stand for all blocks."""
     shown = [name for name in names if not name.startswith("h.") or name.startswith("h.0.")]
     return f"there are {', '.join(shown)}, ...; example pattern: h.0.*,wte*"

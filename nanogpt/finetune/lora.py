@@ -21,9 +21,11 @@ A, B = ".lora_a", ".lora_b"
 
 @dataclass(frozen=True)
 class Adapters:
+    """Configuration of the adapters of a model."""
+
     rank: int
     alpha: float  # adapter outputs are scaled by alpha / rank
-    targets: str  # comma-separated patterns for linear layers: last component or full name
+    targets: str  # comma-separated patterns for the full names of linear layers, or for their last components
 
     @property
     def scale(self) -> float:
@@ -53,14 +55,14 @@ def adapt(model: nn.Module, adapters: Adapters) -> list[str]:
     linear = [n for n, m in model.named_modules() if n.startswith("h.") and isinstance(m, nn.Linear)]
     chosen: set[str] = set()
     for pattern in (part.strip() for part in adapters.targets.split(",")):
-        found = {name for name in linear if fnmatch(name, pattern) or fnmatch(name.split(".")[-1], pattern)}
-        if not found:
+        matches = {name for name in linear if fnmatch(name, pattern) or fnmatch(name.split(".")[-1], pattern)}
+        if not matches:
             known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in linear))
             raise UserError(
                 f"--lora_targets: {pattern!r} matches no linear layer of a block; there are {known}, "
                 f"or with the block prefix, as in {linear[0]}"
             )
-        chosen |= found
+        chosen |= matches
     for name in sorted(chosen):
         parent, _, last = name.rpartition(".")
         plain = model.get_submodule(name)
@@ -94,8 +96,8 @@ def merged(
     for name in known:
         if is_adapter(name):
             continue
-        tensor, of = read(name), name.removesuffix(".weight")
-        if of + A in known:
-            low = read(of + B).double() @ read(of + A).double()
-            tensor = (tensor.double() + adapters.scale * low).to(tensor.dtype)
+        tensor, layer = read(name), name.removesuffix(".weight")
+        if layer + A in known:
+            update = read(layer + B).double() @ read(layer + A).double()
+            tensor = (tensor.double() + adapters.scale * update).to(tensor.dtype)
         yield name, tensor

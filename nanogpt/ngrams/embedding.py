@@ -2,7 +2,7 @@
 with a token are added to that of the token. Each n has its own table, which is looked up, not multiplied.
 
 Each n has its own n_embd / len(orders) channels, which takes less memory than rows of n_embd channels and
-loses nothing (docs/ablations.md). A table has a row for every n-gram if `ngram_rows` suffice; else
+loses nothing (docs/ablations.md). A table has a row for every n-gram if `ngram_rows` is large enough; else
 n-grams share rows by a multiplicative hash. Tables start at zero. n-grams that would begin before the
 sequence or in another document add nothing. The gradient is sparse on a CPU: see training.py.
 
@@ -45,8 +45,8 @@ class NGramEmbedding(nn.Module):
         """Add the embeddings of all n-grams to x (B, T, C). idx: int64 (B, N - 1 + T), the tokens and those
         before them, -1 before the start of a sequence. documents: int64 (B, T), document ids."""
         rows = self.row_numbers(idx, documents)
-        found = F.embedding(rows, self.weight, padding_idx=0, sparse=self.sparse)
-        return x + F.pad(found.flatten(-2), (0, self.spare)).to(x.dtype)
+        embeddings = F.embedding(rows, self.weight, padding_idx=0, sparse=self.sparse)
+        return x + F.pad(embeddings.flatten(-2), (0, self.spare)).to(x.dtype)
 
     def row_numbers(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the row of each n-gram, int64 (B, T, orders)."""

@@ -14,8 +14,8 @@ class StopRequest:
     """Context manager that records the first Ctrl-C, SIGTERM, SIGHUP (a closed terminal) or SIGUSR1 (Slurm's
     warning) in `reason`, which the program polls where it is safe to stop.
 
-    A second signal has its default effect. With several processes it is ignored within REPEATED_S seconds of
-    the first, because launchers forward a signal that the process has already received.
+    A second signal has its default effect. With several processes, one within REPEATED_S seconds of the first
+    is ignored, because launchers forward a signal that the process has already received.
     """
 
     def __init__(self) -> None:
@@ -23,6 +23,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def asked(self) -> bool:
+        """Return whether a signal was received or `reason` was set."""
         return bool(self.reason)
 
     def __enter__(self) -> "StopRequest":
@@ -42,8 +43,8 @@ class StopRequest:
             self.reason, self._since = signal.Signals(number).name, time.monotonic()
             if not several:  # with several ranks, rank 0 reports the outcome later
                 self._restore()
-                told = "finishing this step and saving; repeat to exit immediately"
-                print(f"\n{self.reason}: {told}", file=sys.stderr)
+                notice = "finishing this step and saving; repeat to exit immediately"
+                print(f"\n{self.reason}: {notice}", file=sys.stderr)
         elif time.monotonic() - self._since > REPEATED_S:
             self._restore()
             signal.raise_signal(number)

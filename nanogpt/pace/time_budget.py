@@ -1,4 +1,4 @@
-"""Training for a given time (--minutes): the share of the time replaces iter_num / max_iters."""
+"""Training for a given time (--minutes): the elapsed share of the time replaces iter_num / max_iters."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from nanogpt.world import World
 
 
 class TimeBudget(Pace):
-    """Pace by rank 0's clock.
+    """Pace by the clock of rank 0.
 
-    The share of the run completed grows in proportion to time, from its value at construction, and reaches 1
-    when just enough time is left for the last evaluation and checkpoint.
+    The completed share of the schedule grows in proportion to time, from its value at construction, and
+    reaches 1 when just enough time is left for the last evaluation and checkpoint.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class TimeBudget(Pace):
         super().__init__(options, progress)
         self.batches, self.clock_s, self.world = batches, clock_s, world
         self.last_s = clock_s()
-        self.evaluations_s = 0.0  # of all evaluations
+        self.evaluations_s = 0.0  # duration of all evaluations
         self.planned_ramp = batches.ramp
         progress.ramp = progress.ramp or batches.ramp[: progress.iter_num]
         batches.set_ramp(progress.ramp)
@@ -49,13 +49,14 @@ class TimeBudget(Pace):
         return self.world.sum_int(round(share * 1e12) * self.world.is_main_process) / 1e12
 
     def evaluation_due(self, interval: int) -> bool:
-        """Return whether to evaluate: every `interval` or eighth of the run, whichever is shorter, if
-        evaluations took at most a tenth of the time so far and there is time for three more. Collective."""
+        """Return whether to evaluate: every `interval` iterations or eighth of the run, whichever is shorter,
+        if evaluations have taken at most a tenth of the time and there is time for three more. Collective:
+        call on all ranks."""
         interval = max(1, min(interval, self.options.max_iters // 8))
         if self.over or not self.progress.share or not self.passed(interval):
             return super().evaluation_due(interval)
         elapsed_s = self.clock_s()
-        left_s = self.options.minutes * 60 - elapsed_s  # for this evaluation, the last one, and training
+        left_s = self.options.minutes * 60 - elapsed_s  # this evaluation, the last one, and training
         allowed = 3 * self.evaluation_s < left_s and self.evaluations_s <= elapsed_s / 10
         return self.world.any_rank(allowed and self.world.is_main_process)
 
@@ -79,10 +80,8 @@ class TimeBudget(Pace):
 
 
 def repeated(options: object, iterations: int) -> str:
-    """Return the flags of a run with the same schedule and number of iterations, planned without a clock.
-
-    `options` are those of train.py.
-    """
+    """Return the flags of a run with the same schedule in `iterations` iterations, without a clock. `options`
+    are those of train.py."""
     known = vars(options)
     flags = [f"--max_iters={iterations}"]
     for name in ("warmup_iters", "lr_decay_iters", "batch_ramp_tokens"):
