@@ -1,6 +1,7 @@
 """Tokenizers of other programs: their files are read as by those programs, or named for what they are."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -142,12 +143,37 @@ def one_blank(inner: "tokenizers.Tokenizer") -> None:
     inner.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(" +"), " ")
 
 
-LATE = words(300) + "x"  # so that the loss is not at the beginning of a file
+LATE = words(6000) + "x"  # the loss is far from the beginning of a file
+
+
+def composed(inner: "tokenizers.Tokenizer") -> None:
+    inner.normalizer = tokenizers.normalizers.NFC()
+
+
+def a_byte(inner: "tokenizers.Tokenizer") -> None:
+    vocab = {token: number for token, number in inner.get_vocab().items() if "Q" not in token}
+    inner.model = tokenizers.models.BPE(vocab, [])
+
+
+def words_only(inner: "tokenizers.Tokenizer") -> None:
+    vocab = {word: number for number, word in enumerate(sorted({*re.findall(r"\w+|\W", LATE), "?"}))}
+    inner.model = tokenizers.models.WordLevel(vocab, unk_token="?")
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|\W"), "isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+
+
+def repeated_id(inner: "tokenizers.Tokenizer") -> None:
+    vocab = inner.get_vocab()
+    inner.model = tokenizers.models.BPE(vocab | {"Q": vocab["e"]}, [])
 
 
 @pytest.mark.parametrize(
     ("change", "lost", "name"),
     [
+        (composed, "e\u0301", "x.txt"),
+        (a_byte, "Q", "x.txt"),
+        (words_only, "zyzzyva", "x.csv"),
+        (repeated_id, "Q", "x.json"),
         (lower, "ABC", "x.txt"),
         (accents, "é", "x.csv"),
         (compatibility, "ﬁ①", "x.json"),

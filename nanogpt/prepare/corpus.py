@@ -432,7 +432,7 @@ def _meta(
 def _lost(counts: Counts) -> str:
     examples = sorted(counts.lost, key=lambda character: -counts.lost[character])[:5]
     shown = " ".join(map(repr, examples))
-    return f"{sum(counts.lost.values()):,} of {counts.tried:,} characters that were tried ({shown})"
+    return f"{sum(counts.lost.values()):,} of {counts.tried:,} characters ({shown})"
 
 
 def _skipped(texts: Texts) -> list[str]:
