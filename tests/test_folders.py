@@ -60,6 +60,26 @@ def test_added_tokens_are_read_from_both_files(gpt2_style, trained_bpe):
     assert own.encode_prompt("<|im_start|><|im_end|>") == [size, size + 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("added_tokens.json", {"<pad>": "x"}, "<pad> is 'x', not a whole number"),
+        ("added_tokens.json", ["<pad>"], "not an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder is"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": "a"}}, "added_tokens_decoder: 7 is 'a'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "the id of 'a' is not"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "a"}}}, "the id of 'a'"),
+        ("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}, "is of a Qwen2Tokenizer"),
+        ("vocab.json", {**dict.fromkeys(bpe.BYTE_OF, 1), "!</w>": 2}, "not a BPE such as GPT-2's"),
+    ],
+)
+def test_odd_files_beside_a_vocabulary_are_errors_of_one_line(gpt2_style, name, content, said):
+    (gpt2_style / name).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=said) as caught:
+        tokenizer.from_file(gpt2_style)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def chinese(tmp_path) -> Path:
     """A folder with the vocabulary of a Chinese GPT-2, one token per line."""
@@ -98,6 +118,7 @@ def test_what_a_word_piece_tokenizer_loses_is_refused_or_reported(chinese, tmp_p
         ({"spiece.model": "\n\x0e"}, "spiece.model is a SentencePiece"),
         ({"qwen.tiktoken": "IQ== 0\n"}, "qwen.tiktoken is a SentencePiece or tiktoken file"),
         ({"vocab.json": '{"a</w>": 0}', "merges.txt": "#version\n"}, "lacks 256 of the 256 bytes"),
+        ({"vocab.json": '{"a": "1"}', "merges.txt": ""}, "vocab.json: a is '1', not a whole number"),
         ({"vocab.json": "[1]", "merges.txt": ""}, "not an object"),
         ({"vocab.json": '{"a": 1,', "merges.txt": ""}, "vocab.json is not valid JSON"),
         ({"vocab.txt": "a\nb\n"}, "vocab.txt is not BERT's vocabulary"),
