@@ -46,6 +46,7 @@ REFUSED = {  # formats that are not text, by their first bytes, which no text be
     (b"GGUF\2\0", b"GGUF\3\0"): "the weights of a model (GGUF): not text",
     (b"\x93NUMPY",): "a NumPy array: token files are trained on directly, without prepare.py",
     (b"LITPKDS",): "TinyLlama's packed tokens: not text",
+    (b"FEA1",): "a Feather file of version 1: write it anew as version 2",
     (b"version https://git-lfs",): "a Git LFS pointer: fetch the file with git lfs pull",
 }
 

@@ -44,6 +44,9 @@ def document(line: bytes, number: int, text_key: str) -> str | BadRow:
         return BadRow(number, line.removeprefix(BROKEN).decode("utf-8", "replace"))
     try:
         row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{line[error.start]:02x}"
+        return BadRow(number, f"is not UTF-8 ({byte}); if the file has another encoding, set --encoding")
     except (ValueError, RecursionError) as error:
         return BadRow(number, f"is not valid JSON: {error}")
     keys = keys_of(text_key)

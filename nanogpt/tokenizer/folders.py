@@ -62,7 +62,9 @@ def _assembled(folder: Path, vocab: dict[str, Any], parts: dict[str, Any]) -> st
     added = dict(_json(folder / "added_tokens.json", IDS))
     special = set(SPECIAL)
     for number, token in _settings(folder).get("added_tokens_decoder", {}).items():
-        added[token["content"]] = files.parse_json(number, f"{folder}: the id of {token['content']!r}", Amount)
+        added[token["content"]] = files.parse_json(
+            number, f"{folder}: the id of {token['content']!r}", Amount
+        )
         special |= {token["content"]} if token.get("special") else set()
     added |= {token: vocab[token] for token in SPECIAL if token in vocab}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
