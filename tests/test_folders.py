@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt.convert import hf_tokenizer
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus
@@ -254,3 +255,17 @@ def test_a_prefix_of_subwords_that_panics_is_tried_in_another_process():
     value["model"]["continuing_subword_prefix"] = "x" * 100
     with pytest.raises(UserError, match="the library that reads it fails"):
         tokenizer.from_text(json.dumps(value), "t.json")
+
+
+def test_settings_that_change_the_ids_are_not_exported(tmp_path):
+    value = json.loads(plain().to_str())
+    value["model"]["dropout"] = 0.5
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(value))
+    theirs.enable_truncation(4)
+    theirs.enable_padding(length=99)
+    pieces = {"single": "<|endoftext|> $A", "special_tokens": [("<|endoftext|>", 0)]}
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(**pieces)
+    own = tokenizer.from_text(theirs.to_str())
+    hf_tokenizer.write(tmp_path, own)
+    exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert exported.encode(TEXT).ids == own.encode(TEXT).tolist()
