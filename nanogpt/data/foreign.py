@@ -81,7 +81,5 @@ def header(path: Path) -> tuple[np.dtype, int, int]:
     except Exception as error:  # of NumPy's parser of the header: a dozen types
         raise UserError(f"{path} is not an array of tokens ({error}); prepare it again") from None
     if array.dtype.kind not in "iu" or not array.ndim or not array.flags.c_contiguous:
-        raise UserError(
-            f"{path} holds {array.dtype} of shape {array.shape}, not token ids in C order; prepare it again"
-        )
+        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not token ids in C order")
     return array.dtype, array.offset, array.size

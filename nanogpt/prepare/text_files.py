@@ -261,7 +261,7 @@ def _inspect(
         raise _NotText("binary data, not text")
     expected = "neither UTF-8 nor UTF-16 nor GB18030" if len(encodings) > 1 else f"not {encodings[0]}"
     raise _NotText(
-        f"{problems[0]} is {expected}; convert it or set its encoding (--encoding=cp1252, shift_jis, ...), or, "
+        f"{problems[0]} is {expected}; convert it, or set --encoding=NAME (cp1252, big5, ...), or, "
         "if such bytes are few, pass --on_undecodable=replace"
     )
 

@@ -16,16 +16,7 @@ IDS = {str: Amount}  # vocab.json, added_tokens.json
 LIKE_GPT2 = ("GPT2", "Roberta", "Bart", "Longformer", "OPT", "CodeGen", "Whisper", "PreTrained")  # its words
 SPECIAL = (
     END_OF_TEXT,
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<unk>",
-    "<mask>",
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
+    *["<s>", "</s>", "<pad>", "<unk>", "<mask>", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
 )
 
 
@@ -62,9 +53,7 @@ def _assembled(folder: Path, vocab: dict[str, Any], parts: dict[str, Any]) -> st
     added = dict(_json(folder / "added_tokens.json", IDS))
     special = set(SPECIAL)
     for number, token in _settings(folder).get("added_tokens_decoder", {}).items():
-        added[token["content"]] = files.parse_json(
-            number, f"{folder}: the id of {token['content']!r}", Amount
-        )
+        added[token["content"]] = files.parse_json(number, f"{folder}: id of {token['content']!r}", Amount)
         special |= {token["content"]} if token.get("special") else set()
     added |= {token: vocab[token] for token in SPECIAL if token in vocab}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
