@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.data.token_files import LLMC
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
 from nanogpt.tokenizer.tokenizer import CharTokenizer, to_text
 
+LLMC = np.array([20240520, 1], "<i4").tobytes()  # as in token_files, which imports this module
 MOST_TOKENS = 1 << 24  # of a vocabulary of which only the size is known
 OTHERS = {  # by first bytes: files that are not token ids, or not as they are read here
     b"LITPKDS": "TinyLlama's packed tokens",
