@@ -5,6 +5,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -106,14 +107,34 @@ def test_logits_equal_nanogpts(bias, tmp_path):
     assert tokenizer.from_text(found.tokenizer).encode("bad\n").tolist() == [4, 3, 6, 0]
 
 
-def test_loads_compiled_and_old_checkpoints(tmp_path):
-    """The prefix of torch.compile, causal masks as buffers, and model_args without `bias`."""
-    weights = {f"_orig_mod.{name}": tensor for name, tensor in nanogpts(ARGS).items()}
-    weights |= {f"_orig_mod.transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_loads_compiled_and_old_checkpoints(tmp_path, prefix):
+    """Prefixes of torch.compile and DDP, causal masks as buffers, and model_args without `bias`."""
+    weights = {f"{prefix}{name}": tensor for name, tensor in nanogpts(ARGS).items()}
+    weights |= {f"{prefix}transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
     args = {name: value for name, value in ARGS.items() if name != "bias"}
     found = ckpt.open_file(write_ckpt(tmp_path, model=weights, model_args=args), [])
     idx = torch.randint(0, 11, (2, 16))
     torch.testing.assert_close(found.load(found.fitted())(idx)[0], nanogpts_logits(nanogpts(ARGS), ARGS, idx))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda w: w.fill_(float("nan")), lambda w: w[0].fill_(float("inf")), lambda w: w.to(torch.int32)],
+)
+def test_weights_that_are_not_finite_floats_are_rejected(tmp_path, change):
+    weights = nanogpts(ARGS)
+    changed = change(weights["transformer.wpe.weight"])
+    weights["transformer.wpe.weight"] = changed if changed.dim() == 2 else weights["transformer.wpe.weight"]
+    found = ckpt.open_file(write_ckpt(tmp_path, model=weights), [])
+    with pytest.raises(UserError, match=r"ckpt\.pt: position\.wpe\.weight has values that are not finite"):
+        found.load(found.fitted())
+
+
+def test_numbers_of_numpy_are_named_in_one_plain_line(tmp_path):
+    path = write_ckpt(tmp_path, best_val_loss=np.float32(1.5))
+    with pytest.raises(UserError, match=r"arbitrary code \(it names numpy.*scalar\)$"):
+        ckpt.open_file(path, [])
 
 
 def test_meta_pkl_is_found_by_dataset_name(tmp_path):

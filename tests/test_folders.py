@@ -1,10 +1,12 @@
 """Tokenizers of other programs: their files are read as by those programs, or named for what they are."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from nanogpt.convert import hf_tokenizer
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus
@@ -59,6 +61,26 @@ def test_added_tokens_are_read_from_both_files(gpt2_style, trained_bpe):
     assert own.encode_prompt("<|im_start|><|im_end|>") == [size, size + 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("added_tokens.json", {"<pad>": "x"}, "<pad> is 'x', not a whole number"),
+        ("added_tokens.json", ["<pad>"], "not an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder is"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": "a"}}, "added_tokens_decoder: 7 is 'a'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "id of 'a' is not"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "a"}}}, "id of 'a'"),
+        ("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}, "is of a Qwen2Tokenizer"),
+        ("vocab.json", {**dict.fromkeys(bpe.BYTE_OF, 1), "!</w>": 2}, "not a BPE such as GPT-2's"),
+    ],
+)
+def test_odd_files_beside_a_vocabulary_are_errors_of_one_line(gpt2_style, name, content, said):
+    (gpt2_style / name).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=said) as caught:
+        tokenizer.from_file(gpt2_style)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def chinese(tmp_path) -> Path:
     """A folder with the vocabulary of a Chinese GPT-2, one token per line."""
@@ -97,6 +119,7 @@ def test_what_a_word_piece_tokenizer_loses_is_refused_or_reported(chinese, tmp_p
         ({"spiece.model": "\n\x0e"}, "spiece.model is a SentencePiece"),
         ({"qwen.tiktoken": "IQ== 0\n"}, "qwen.tiktoken is a SentencePiece or tiktoken file"),
         ({"vocab.json": '{"a</w>": 0}', "merges.txt": "#version\n"}, "lacks 256 of the 256 bytes"),
+        ({"vocab.json": '{"a": "1"}', "merges.txt": ""}, "vocab.json: a is '1', not a whole number"),
         ({"vocab.json": "[1]", "merges.txt": ""}, "not an object"),
         ({"vocab.json": '{"a": 1,', "merges.txt": ""}, "vocab.json is not valid JSON"),
         ({"vocab.txt": "a\nb\n"}, "vocab.txt is not BERT's vocabulary"),
@@ -142,12 +165,37 @@ def one_blank(inner: "tokenizers.Tokenizer") -> None:
     inner.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(" +"), " ")
 
 
-LATE = words(300) + "x"  # so that the loss is not at the beginning of a file
+LATE = words(6000) + "x"  # the loss is far from the beginning of a file
+
+
+def composed(inner: "tokenizers.Tokenizer") -> None:
+    inner.normalizer = tokenizers.normalizers.NFC()
+
+
+def a_byte(inner: "tokenizers.Tokenizer") -> None:
+    vocab = {token: number for token, number in inner.get_vocab().items() if "Q" not in token}
+    inner.model = tokenizers.models.BPE(vocab, [])
+
+
+def words_only(inner: "tokenizers.Tokenizer") -> None:
+    vocab = {word: number for number, word in enumerate(sorted({*re.findall(r"\w+|\W", LATE), "?"}))}
+    inner.model = tokenizers.models.WordLevel(vocab, unk_token="?")
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|\W"), "isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+
+
+def repeated_id(inner: "tokenizers.Tokenizer") -> None:
+    vocab = inner.get_vocab()
+    inner.model = tokenizers.models.BPE(vocab | {"Q": vocab["e"]}, [])
 
 
 @pytest.mark.parametrize(
     ("change", "lost", "name"),
     [
+        (composed, "e\u0301", "x.txt"),
+        (a_byte, "Q", "x.txt"),
+        (words_only, "zyzzyva", "x.csv"),
+        (repeated_id, "Q", "x.json"),
         (lower, "ABC", "x.txt"),
         (accents, "é", "x.csv"),
         (compatibility, "ﬁ①", "x.json"),
@@ -207,3 +255,17 @@ def test_a_prefix_of_subwords_that_panics_is_tried_in_another_process():
     value["model"]["continuing_subword_prefix"] = "x" * 100
     with pytest.raises(UserError, match="the library that reads it fails"):
         tokenizer.from_text(json.dumps(value), "t.json")
+
+
+def test_settings_that_change_the_ids_are_not_exported(tmp_path):
+    value = json.loads(plain().to_str())
+    value["model"]["dropout"] = 0.5
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(value))
+    theirs.enable_truncation(4)
+    theirs.enable_padding(length=99)
+    pieces = {"single": "<|endoftext|> $A", "special_tokens": [("<|endoftext|>", 0)]}
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(**pieces)
+    own = tokenizer.from_text(theirs.to_str())
+    hf_tokenizer.write(tmp_path, own)
+    exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert exported.encode(TEXT).ids == own.encode(TEXT).tolist()

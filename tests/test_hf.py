@@ -414,7 +414,7 @@ def test_pickled_weights_are_rejected_and_conversion_works(tmp_path):
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="only pickled weights") as caught:
         hf.open_folder(tmp_path)
-    command = str(caught.value).split("\n")[-1].replace("python -c", f'"{sys.executable}" -c')
+    command = str(caught.value).partition("once: ")[2].replace("python -c", f'"{sys.executable}" -c')
     subprocess.run(command, shell=True, check=True)
     agree(loaded(tmp_path), theirs)
 

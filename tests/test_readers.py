@@ -119,6 +119,19 @@ def test_readme_next_to_tables_is_not_a_document(hub):
     assert found.skipped == [("repository/README.md", "not a table, unlike others in its folder")]
 
 
+def test_texts_in_other_folders_than_tables_are_documents(tmp_path):
+    for name in ("README.md", "tables/card.md", "books/a.txt", "rows/LICENSE", "rows/notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{name} is a text.\n", encoding="utf-8")
+    write(tmp_path / "tables" / "x.parquet", ["a table"])
+    write(tmp_path / "rows" / "x.jsonl", ["a row"])
+    found = text_files.find([tmp_path])
+    names = {source.name.partition("/")[2] for source in found.sources}
+    assert names == {"books/a.txt", "rows/notes.txt", "rows/x.jsonl", "tables/x.parquet"}
+    assert len(found.skipped) == 3
+
+
 def test_empty_and_missing_values_are_empty_documents(tmp_path):
     pq.write_table(pa.table({"text": ["one", "", None, "two"]}), tmp_path / "x.parquet")
     assert documents(text_files.find([tmp_path / "x.parquet"])) == ["one", "two"]
@@ -232,7 +245,7 @@ def test_broken_line_in_a_compressed_file_is_located(tmp_path, monkeypatch):
     path.write_bytes(lzma.compress(lines(BODIES[:200]) + b"\n{broken\n" + lines(BODIES)))
     assert "x.jsonl.xz, line 202 is not valid JSON" in refusal(path)
     path.write_bytes(lzma.compress(lines(BODIES[:3]) + b'{"text": "\xff"}\n'))
-    assert "x.jsonl.xz, line 4 is not valid JSON: 'utf-8' codec can't decode" in refusal(path)
+    assert "x.jsonl.xz, line 4 is not UTF-8 (byte 0xff)" in refusal(path)
     path.write_bytes(lzma.compress(b'{"body": "a", "id": 3}\n'))
     assert "set --text_key to one of body" in refusal(path)
 

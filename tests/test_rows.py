@@ -128,6 +128,9 @@ ARRAYS = {
     "pretty": json.dumps(OBJECTS, indent=2),
     "lines": "\n".join(map(json.dumps, OBJECTS)),
     "pretty objects": "\n".join(json.dumps(row, indent=1) for row in OBJECTS),
+    "one after another": "".join(map(json.dumps, OBJECTS)),
+    "commas": ",\n".join(map(json.dumps, OBJECTS)) + ",\n",
+    "carriage returns": "\r".join(map(json.dumps, OBJECTS)),
     "texts": json.dumps([row["text"] for row in OBJECTS]),
 }
 
@@ -139,8 +142,23 @@ def test_json_arrays_and_objects_are_rows(kind, block, tmp_path, monkeypatch):
     expected = [row["text"] for row in OBJECTS]
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         assert read(tmp_path / "x.json", ARRAYS[kind].encode(encoding)) == expected
-    if kind == "array":
-        assert read(tmp_path / "x.jsonl", ARRAYS[kind]) == expected
+    for name in ("x.jsonl", "x.txt", "x")[: 3 if kind != "texts" else 1]:
+        assert read(tmp_path / name, ARRAYS[kind]) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["[link](x) and more\n", '{"a": 1}\n', "[1] A footnote.\n", '{ "text": }\n', "{"]
+)
+def test_texts_that_begin_like_json_are_texts(text, tmp_path):
+    assert read(tmp_path / "x.txt", text * 50) == [text * 50]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "gb18030"])
+def test_rows_in_another_encoding_are_named_for_what_they_are(encoding, tmp_path):
+    content = '{"text": "voil\u00e0"}\n'.encode(encoding)
+    assert re.search(
+        r"line 1 is not UTF-8 \(byte 0x..\); .* set --encoding", refusal(tmp_path / "x.jsonl", content)
+    )
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])

@@ -180,3 +180,23 @@ def test_an_option_without_effect_is_rejected(name, options, tmp_path, monkeypat
     with pytest.raises(UserError, match=rf"--{list(options)[-1]}|--lossy"):
         corpus.prepare([Path(name)], Path("out"), **{"kind": "byte", **options})
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("mark", ["<|endoftext|>", "\\n\\n", "blank_line"])
+def test_a_mark_that_does_not_occur_is_rejected(mark, tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n" * 50, encoding="utf-8")
+    with pytest.raises(UserError, match="these texts do not contain it"):
+        corpus.prepare([tmp_path / "a.txt"], tmp_path / "out", split_at=mark)
+
+
+def test_a_plus_in_text_key_is_always_a_prompt_and_a_response(tmp_path):
+    (tmp_path / "a.csv").write_text("a+b,c\nx y,z\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no column `a`"):
+        corpus.prepare([tmp_path / "a.csv"], tmp_path / "out", text_key="a+b")
+
+
+def test_empty_validation_texts_are_named(tmp_path):
+    (tmp_path / "train.csv").write_text("text\n" + "some words\n" * 50, encoding="utf-8")
+    (tmp_path / "valid.csv").write_text("text\n", encoding="utf-8")
+    with pytest.raises(UserError, match="the val texts are empty; --val=PATH"):
+        corpus.prepare([tmp_path], tmp_path / "out", keep=lambda file: file.suffix == ".csv")

@@ -40,10 +40,11 @@ def test_validation_text_of_ones_own(folder, tmp_path):
 def test_validation_folder_with_several_training_files(folder, tmp_path):
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "a.txt").write_text("held out\n", encoding="utf-8")
-    given = [folder / "train.txt", folder / "test.txt"]
-    corpus.prepare(given, tmp_path / "out", val=str(tmp_path / "held"))
+    given = [folder / "train.txt", folder / "valid.txt", folder / "test.txt"]
+    summary = corpus.prepare(given, tmp_path / "out", val=str(tmp_path / "held"))
     train, val = texts_of(tmp_path / "out")
-    assert train == text(folder / "train.txt") + text(folder / "test.txt") and val == "held out\n"
+    assert train == text(folder / "train.txt") + text(folder / "valid.txt") and val == "held out\n"
+    assert any("named as test data: test.txt" in line for line in summary.lines())
 
 
 def test_rows_of_a_validation_file(folder, tmp_path):
@@ -71,22 +72,44 @@ def test_files_named_as_splits_are_the_splits_and_test_is_not_used(folder, tmp_p
     assert "train is" in lines and "not used, because named as test data: " in lines and "test.txt" in lines
 
 
+@pytest.mark.parametrize("given", ["folder", "files", "pattern"])
 @pytest.mark.parametrize(
-    ("names", "split"),
+    ("train", "val", "test"),
     [
-        (["train-00000-of-2.txt", "train-00001-of-2.txt", "validation-00000-of-1.txt"], True),
-        (["training.txt", "dev.txt"], True),
-        (["train.txt", "chapter.txt"], False),
-        (["train.txt", "trains.txt"], False),
-        (["val.txt", "test.txt"], False),
-        (["train_1.txt", "train_2.txt"], False),
+        ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt", ""),
+        ("c4-train.00000-of-01024.txt", "c4-validation.00000-of-00008.txt", ""),
+        ("imdb-train.txt", "", "imdb-test.txt"),
+        ("TRAIN1.TXT", "Dev1.txt", "Test1.txt"),
+        ("train.txt|chapter.txt", "eval.txt", "test_2.txt"),
+        ("book.txt|letters.txt", "held/heldout.txt", "test data.txt"),
+        ("train/a.txt|extra/b.txt", "", "test/a.txt"),
+        ("train.en|train.de", "validation.en", "newstest/test.en"),
+        ("training set.txt", "", "sub/testing/deep/x.txt"),
+        ("chapter.txt|train.txt", "", ""),
+        ("train_1.txt|train_2.txt", "", ""),
+        ("A Test of Faith.txt|contest.txt|latest/protest.txt", "", ""),
+        ("valid.txt", "", "test.txt"),
+        ("test_1.txt|test_2.txt", "", ""),
     ],
 )
-def test_only_if_all_names_are_those_of_splits(tmp_path, names, split):
-    for number, name in enumerate(names):
-        (tmp_path / name).write_text(words(300, number), encoding="utf-8")
-    summary = corpus.prepare([tmp_path], tmp_path / "out", keep=lambda file: file.suffix == ".txt")
-    assert (summary.split.val_from >= 0) == split
+def test_names_of_splits_decide_and_test_is_never_trained_on(tmp_path, given, train, val, test):
+    folder = tmp_path / "test"  # the name of a folder that contains all is of no split
+    for split, names in (("train", train), ("val", val), ("test", test)):
+        for path in [folder / name for name in names.split("|") if name]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{split} {path.name}\n" * 50, encoding="utf-8")
+    every = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = {"folder": [folder], "files": every, "pattern": [folder / "**" / "*.*"]}[given]
+    summary = corpus.prepare(paths, tmp_path / "out")
+    assert {source.path for source in summary.texts.sources} == {
+        folder / name for name in f"{train}|{val}".split("|") if name
+    }
+    assert (summary.split.val_from >= 0) == bool(val)
+    there = texts_of(tmp_path / "out")
+    assert not any("test " in text for text in there)
+    assert not val or ("val " not in there[0] and "train " not in there[1])
+    assert bool(test) == any("named as test data" in line for line in summary.lines())
 
 
 def test_train_and_test_alone_leave_the_test_file_out(folder, tmp_path):
@@ -134,12 +157,10 @@ def test_a_saved_dataset_dict_is_its_splits(tmp_path, monkeypatch):
     assert train.splitlines() == rows["train"]["text"] and val.splitlines() == rows["validation"]["text"]
 
 
-def test_test_data_among_texts_without_splits_is_reported(tmp_path):
-    for number, name in enumerate(("train.txt", "test.txt", "chapter.txt")):
-        (tmp_path / name).write_text(words(300, number), encoding="utf-8")
-    summary = corpus.prepare([tmp_path], tmp_path / "out", keep=lambda file: file.suffix == ".txt")
-    assert len(summary.texts.sources) == 3
-    assert "test.txt is read like other texts, in spite of the name" in "\n".join(summary.lines())
+def test_texts_of_train_that_are_also_in_val_are_counted(folder, tmp_path):
+    (folder / "valid.txt").write_text(text(folder / "train.txt"), encoding="utf-8")
+    summary = corpus.prepare([folder], tmp_path / "out", keep=lambda file: file.suffix == ".txt")
+    assert any("; 1 document of val also in train" in line for line in summary.lines())
 
 
 STORIES = [f"Story {number}: there were {number % 31} cats.\nThe end." for number in range(400)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 import tracemalloc
 from pathlib import Path
@@ -173,3 +174,69 @@ def test_published_files_are_never_outside_the_dataset_folder(tmp_path):
     assert shards.token_files(out) == [out / "train.bin"]
     with pytest.raises(UserError, match=r"name is '\.\./precious\.bin', not text naming a file in the same"):
         loader.load(out)
+
+
+def llmc(magic: int, version: int, ids: np.ndarray) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids)
+    return header.tobytes() + ids.tobytes()
+
+
+IDS = np.random.default_rng(0).integers(0, 300, 5000)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (IDS.astype("<u4").tobytes(), "integers of 32 or 64 bits; write them as uint16"),
+        (IDS.astype("<i8").tobytes(), "integers of 32 or 64 bits"),
+        (IDS.astype(">u4").tobytes(), "integers of 32 or 64 bits"),
+        (b"Some words of a text.\n" * 300, "text, which prepare.py reads"),
+        (b"LITPKDS" + bytes(17) + IDS.astype("<u2").tobytes(), "TinyLlama's packed tokens"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "a Git LFS pointer"),
+        (b"\x93NUMPY\1\0v\0" + IDS.astype("<u2").tobytes(), "a NumPy array, whose name must end in .npy"),
+        (b"PK\3\4\0\0" + IDS.astype("<u2").tobytes(), "a zip archive or a file of PyTorch"),
+        (llmc(20240520, 2, IDS.astype("<u2")), "llm.c's tokens in a version that is not known"),
+        (llmc(20240801, 7, IDS.astype("<u4")), "llm.c's tokens of Llama 3"),
+    ],
+)
+@pytest.mark.parametrize("names", [("train.bin", "val.bin"), ("x_train_000001.bin", "x_val_000001.bin")])
+def test_files_of_other_content_are_not_trained_on(tmp_path, content, said, names):
+    for name in names:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{names[0]} does not hold token ids of 16 bits: .*{said}"):
+        loader.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "said"),
+    [
+        ("x_{}.npy", -IDS, "is id -[0-9]+, outside the vocabulary"),
+        ("x_{}.npy", np.asfortranarray(IDS.reshape(50, 100)), "not token ids in C order"),
+        ("{}_0.npy", np.array(7), "not token ids in C order"),
+        ("{}.npy", IDS / 2, "holds float64"),
+        ("{}.npy", IDS > 9, "holds bool"),
+    ],
+)
+def test_arrays_that_are_not_token_ids_are_rejected(tmp_path, name, array, said):
+    for split in ("train", "val"):
+        np.save(tmp_path / name.format(split), array)
+    with pytest.raises(UserError, match=said):
+        loader.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("{}.npy", ">u2"), ("{}_1.npy", "<i8"), ("tiny_shakespeare_{}.bin", "<u2")]
+)
+def test_files_named_after_the_split_are_found(tmp_path, name, dtype):
+    for split in ("train", "val"):
+        path, ids = tmp_path / name.format(split), IDS.astype(dtype)
+        np.save(path, ids) if path.suffix == ".npy" else path.write_bytes(llmc(20240520, 1, ids))
+    assert (loader.load(tmp_path).val.read(0, 5000) == IDS).all()
+
+
+def test_bare_ids_of_a_large_vocabulary_have_32_bits(tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 100_000}))
+    for split in ("train", "val"):
+        (IDS * 300).astype("<u4").tofile(tmp_path / f"{split}.bin")
+    assert (loader.load(tmp_path).train.read(0, 5000) == IDS * 300).all()

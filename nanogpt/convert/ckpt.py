@@ -6,6 +6,7 @@ padded to 50,304 rows; rows beyond the tokenizer's ids are vocabulary padding he
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ SIZES = [name for name in MODEL_ARGS if name not in ("bias", "dropout")]
 SAVED = {"model_args": {"bias?": bool, **dict.fromkeys(SIZES, PositiveInt)}, "model": {str: Tensor}}
 SAVED |= {"config?": {"activation?": Literal["gelu", "gelu_tanh"]}}
 NEVER = 1e9  # nanoGPT's best_val_loss before the first evaluation
-COMPILED = "_orig_mod."  # name prefix added by torch.compile
+WRAPPED = re.compile(r"^(_orig_mod\.|module\.)+")  # name prefixes added by torch.compile and DDP
 GPT2_ROWS = (50257, 50304)  # vocabulary sizes of models with GPT-2's tokenizer: plain and padded
 
 
@@ -56,7 +57,7 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
         bias=args.get("bias", True),
         activation=options.get("activation", "gelu"),
     )
-    stored = {ours(name.removeprefix(COMPILED)): tensor for name, tensor in saved["model"].items()}
+    stored = {ours(WRAPPED.sub("", name)): tensor for name, tensor in saved["model"].items()}
     try:
         iter_num, loss = int(saved.get("iter_num") or 0), saved.get("best_val_loss")
         val_loss = None if loss is None else float(loss)
@@ -97,10 +98,10 @@ def _load(path: Path) -> Any:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        what = str(error).split("\n")[0][:160]
+        named = re.findall(r"GLOBAL (\S+)", str(error)) or ["unknown code"]
         raise UserError(
             f"{path} contains more than tensors, numbers and strings; refusing to unpickle it, as that "
-            f"could run arbitrary code ({what})"
+            f"could run arbitrary code (it names {named[0]})"
         ) from None
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
         what = (str(error).splitlines() or [""])[0][:160]

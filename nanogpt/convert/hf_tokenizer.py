@@ -52,8 +52,8 @@ def build(tokens: Tokenizer) -> Any:
         return _byte_level(tokenizers, bpe.BYTE_OF, [], use_regex=False)
     if isinstance(tokens, GPT2Tokenizer):
         return _gpt2(tokenizers, tokens)
-    if tokens.kind == "hf":  # already in the library's format
-        return tokenizers.Tokenizer.from_str(json.dumps(tokens.to_json()))
+    if tokens.kind == "hf":  # already in the library's format; without settings that change its ids
+        return bpe.load(json.dumps(tokens.to_json() | {"post_processor": None}), "tokenizer.json")
     raise UserError(f"a tokenizer of type {tokens.kind} has no Hugging Face equivalent")
 
 

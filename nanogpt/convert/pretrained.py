@@ -70,6 +70,8 @@ class Pretrained:
         wanted = dict(model.named_parameters())
         tensors = {}
         for name, tensor in self.read():
+            if not (tensor.is_floating_point() and tensor.sum(dtype=torch.float32).isfinite()):
+                raise UserError(f"{self.origin}: {name} has values that are not finite floats; it is damaged")
             padded = name in wanted and (name in TABLES or name == POSITIONS)
             rows = wanted[name].shape[0] if padded else tensor.shape[0]
             # Always copy: the file may be replaced while the model is used, and c_* matrices are transposed.

@@ -11,7 +11,16 @@ from nanogpt.errors import UserError
 from nanogpt.tokenizer import vocabulary
 from nanogpt.tokenizer.tokenizer import CharTokenizer, to_text
 
+LLMC = np.array([20240520, 1], "<i4").tobytes()  # as in token_files, which imports this module
 MAX_TOKENS = 1 << 24  # size of a vocabulary whose tokens are unknown
+OTHERS = {  # by first bytes: files that are not token ids, or not as they are read here
+    b"LITPKDS": "TinyLlama's packed tokens",
+    b"\x93NUMPY": "a NumPy array, whose name must end in .npy",
+    b"PK\3\4": "a zip archive or a file of PyTorch",
+    b"version https://git-lfs": "a Git LFS pointer (fetch the file with git lfs pull)",
+    LLMC[:4]: "llm.c's tokens in a version that is not known",
+    np.array(20240801, "<i4").tobytes(): "llm.c's tokens of Llama 3",
+}
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -44,10 +53,26 @@ def tokenizer_of(path: Path) -> str:
         raise UserError(f"{path} is not nanoGPT's table of characters: {error!r}") from None
 
 
+def require_ids(paths: list[Path], dtype: np.dtype) -> None:
+    """Raise UserError if a file whose data type is not stored with it is none of token ids of `dtype`."""
+    for path in paths:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+        known = path.suffix == ".npy" or head.startswith(LLMC)
+        what = next((what for mark, what in OTHERS.items() if head.startswith(mark)), "")
+        if len(head) > 99 and not head.translate(None, bytes([9, 10, 13, *range(32, 127)])):
+            what = "text, which prepare.py reads"
+        ids = np.frombuffer(head[: len(head) & ~3], "<u2")
+        if dtype.itemsize == 2 and len(ids) > 99 and ids[::2].any() != ids[1::2].any():
+            what = "every second one is 0, as in integers of 32 or 64 bits; write them as uint16, or as .npy"
+        if what and not known:
+            raise UserError(f"{path} does not hold token ids of {8 * dtype.itemsize} bits: {what}")
+
+
 def header(path: Path) -> tuple[np.dtype, int, int]:
     """Return (dtype, offset in bytes, number of tokens) of a NumPy array or a file of llm.c.
 
-    Raise UserError if an array does not hold integers.
+    Raise UserError if an array does not hold integers one after another.
     """
     if path.suffix != ".npy":
         return np.dtype("<u2"), 1024, int(np.fromfile(path, "<i4", 3)[2])
@@ -55,6 +80,6 @@ def header(path: Path) -> tuple[np.dtype, int, int]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # of NumPy's parser of the header: a dozen types
         raise UserError(f"{path} is not an array of tokens ({error}); prepare it again") from None
-    if array.dtype.kind not in "iu":
-        raise UserError(f"{path} holds {array.dtype}, not token ids; prepare it again")
+    if array.dtype.kind not in "iu" or not array.ndim or not array.flags.c_contiguous:
+        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not token ids in C order")
     return array.dtype, array.offset, array.size

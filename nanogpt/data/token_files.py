@@ -63,9 +63,9 @@ class Tokens:
 
     def sequences(self, starts: np.ndarray, count: int) -> np.ndarray:
         """Read `count` tokens from each of `starts`, int64 (len(starts), count). Errors as in `read`."""
-        raw = np.stack([self._read(int(start), count) for start in starts])
-        if raw.size and int(raw.max()) >= self.vocab_size:
-            row, column = np.argwhere(raw >= self.vocab_size)[0]
+        raw = np.stack([self._read(int(start), count) for start in starts]).astype(np.int64)
+        if raw.size and not 0 <= raw.min() <= raw.max() < self.vocab_size:
+            row, column = np.argwhere((raw < 0) | (raw >= self.vocab_size))[0]
             place = int(starts[row] + column)
             number = bisect.bisect_right(self.ends, place)
             place -= self.ends[number] - self.parts[number].tokens
@@ -73,7 +73,7 @@ class Tokens:
                 f"token {place} of {self.parts[number].path} is id {raw[row, column]}, outside the "
                 f"vocabulary of {self.vocab_size}; the tokenizer does not match the data"
             )
-        return raw.astype(np.int64)
+        return raw
 
     def _read(self, start: int, count: int) -> np.ndarray:
         chunks = []
@@ -124,11 +124,11 @@ class Tokens:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """List the files of a split: `train.bin`, or numbered shards (`x_train_000001.bin` or `.npy`)."""
-    one = folder / f"{split}.bin"
-    if one.is_file():
-        return [one]
-    return sorted(folder.glob(f"*{split}_*.bin")) or sorted(folder.glob(f"*{split}_*.npy"))
+    """List the files of a split: `train.bin`, shards (`x_train_000001.bin` or `.npy`), or `x_train.bin`."""
+    if (folder / f"{split}.bin").is_file():
+        return [folder / f"{split}.bin"]
+    found = (sorted(folder.glob(f"*{split}{end}")) for end in ("_*.bin", "_*.npy", ".bin", ".npy"))
+    return next(filter(None, found), [])
 
 
 def token_file(path: Path, dtype: np.dtype) -> TokenFile:

@@ -59,6 +59,9 @@ def look(texts: Texts, wanted: Options, val_from: int = -1) -> tuple[Split, bool
             refuse_bad(result, rows, wanted)
             if len(found) >= FEW:
                 break
+        else:
+            if wanted.split_at and len(found) <= len(texts.sources):
+                raise UserError(f"--split_at={wanted.split_at}: these texts do not contain it; omit it")
     if val_from >= 0:
         return Split(wanted.val_fraction, wanted.seed, val_from=val_from), len(found) > 2  # one in each
     split = Split(wanted.val_fraction, wanted.seed, few=len(found) < FEW and not wanted.pairs)

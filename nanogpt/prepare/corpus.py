@@ -12,6 +12,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,9 +35,8 @@ LARGE_ALPHABET = 20_000  # distinct characters from which --tokenizer=auto uses 
 LARGE_TEXT = 1 << 25  # bytes of input from which several processes are used
 RECORD_S = 5.0  # seconds between records of progress
 SHOWN_BAD = 3  # number of skipped rows to report
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
-    ("val", "valid", "validation", "dev"), "val"
-)
+SPLIT_NAMES = dict.fromkeys(("test", "testing"), "test") | dict.fromkeys(("train", "training"), "train")
+SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev", "eval", "heldout", "holdout"), "val")
 OTHERS = 0.01  # share of bytes in files not named as splits, if others are, up to which they are left out
 SHOWN = 10  # number of files to report
 
@@ -99,7 +99,10 @@ class Summary:
     def _split(self) -> str:
         if self.split.val_from >= 0:
             sources, first = self.texts.sources, self.split.val_from
-            return f"train is {_names(sources[:first])}, val is {_names(sources[first:])}"
+            text = f"train is {_names(sources[:first])}, val is {_names(sources[first:])}"
+            return text + (
+                f"; {counted(self.in_both, 'document')} of val also in train" if self.in_both else ""
+            )
         if self.split.few:
             text = f"the first {1 - self.split.val_fraction:.4g} of each document is train, the rest val"
             return text + (f"; {counted(self.in_both, 'duplicate document')}" if self.in_both else "")
@@ -166,38 +169,34 @@ def _refuse_idle(kinds: set[str], tokenizer_kind: str, wanted: Options) -> None:
 def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[str]]:
     """Return the sources, those of val last, the index of the first of val, and notes; -1: no splits given.
 
-    With --val its files are val. Otherwise files named train, valid or val, and test, are the splits of that
-    name, if all are named so; test is left out. With --split_at, text files hold several documents.
+    With --val its files are val, else those named valid or val, if there are others. Files named test are
+    never used beside others. With --split_at, text files hold several documents.
     """
     notes, val_from = [], -1
+    named = list(zip(texts.sources, _roles(texts.sources), strict=True))
+    sizes = Counter[str]()
+    for source, role in named:
+        sizes[role] += source.bytes
+    unused = {"test": "named as test data"} if set(sizes) > {"test"} else {}
+    # A README or a list of words beside named splits is not a training text.
+    if len(set(sizes) - {""}) > 1 and "train" in sizes and sizes[""] <= OTHERS * sizes.total():
+        unused[""] = "not named as a split, as others are"
+    for role, why in unused.items():
+        if left_out := [source for source, its in named if its == role]:
+            notes.append(f"not used, because {why}: {_names(left_out)}")
+    named = [(source, role) for source, role in named if role not in unused]
+    held = [source for source, role in named if role == "val"]
+    if wanted.val or len(held) == len(named):
+        held = []
+    train = [source for source, role in named if role != "val" or not held]
     if wanted.val:
-        val_from = len(texts.sources)
         val = _find([Path(wanted.val)], out, lambda file: True, wanted)
-        known = {source.sha256 for source in texts.sources}
+        known = {source.sha256 for source in train}
         if both := [source.name for source in val.sources if source.sha256 in known]:
             raise UserError(f"--val={wanted.val}: {both[0]} is also a training text; give another")
-        texts = Texts(texts.sources + val.sources, texts.skipped + val.skipped)
-    else:
-        parts: dict[str, list[Source]] = {"train": [], "val": [], "test": [], "": []}
-        for source in texts.sources:
-            parts[_role(source.name)].append(source)
-        size = sum(source.bytes for source in texts.sources)
-        if parts["train"] and (parts["val"] or parts["test"]):
-            # A README or a list of words is not a reason to train on the test data.
-            if sum(source.bytes for source in parts[""]) <= OTHERS * size:
-                val_from = len(parts["train"]) if parts["val"] else -1
-                texts = Texts(parts["train"] + parts["val"], texts.skipped)
-                for unused, why in (
-                    ("test", "named as test data"),
-                    ("", "not named as a split, as others are"),
-                ):
-                    if parts[unused]:
-                        notes.append(f"not used, because {why}: {_names(parts[unused])}")
-            else:
-                notes.append(
-                    f"note: {_names(parts['val'] + parts['test'])} is read like other texts, in spite of the "
-                    f"name, as {_names(parts[''])} has none of a split; --val=PATH names validation texts"
-                )
+        held, texts = val.sources, Texts([], texts.skipped + val.skipped)
+    val_from = len(train) if held else -1
+    texts = Texts(train + held, texts.skipped)
     if wanted.text_key != "text":
         notes.append(f"documents are the fields --text_key={wanted.text_key} of rows")
     plain = [source for source in texts.sources if source.kind == "text"]
@@ -222,12 +221,22 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
     return texts, val_from, notes
 
 
-def _role(name: str) -> str:
-    """Return the split that a file name stands for, or else the nearest folder below that given: train, val,
-    test or ""."""
-    parts = name.lower().split("/")
-    words = [re.split(r"[^a-z]", part)[0] for part in reversed(parts[1:] or parts)]
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
+def _roles(sources: list[Source]) -> list[str]:
+    """Return the split for which each file is named, or else the nearest folder in which they differ: train,
+    val, test or "". Names are those of wiki.train.tokens, c4-validation.00000, test_1.txt or dev/."""
+    folders = [os.path.dirname(os.path.abspath(source.path)) for source in sources if source.kind != "hub"]
+    root = os.path.commonpath(folders) if folders else ""
+    found = []
+    for source in sources:
+        path = "train" if source.kind == "hub" else os.path.relpath(os.path.abspath(source.path), root)
+        role = ""
+        for part in path.lower().split(os.sep):
+            names = [name.split() for name in re.split("[^a-z ]+", part)]  # a title is not its words
+            words = {word for name in names for word in (*name[:1], *name[-1:])}
+            roles = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+            role = next((role for role in ("test", "val", "train") if role in roles), role)
+        found.append(role)
+    return found
 
 
 def _names(sources: list[Source]) -> str:
@@ -305,6 +314,8 @@ def _write(
         complete = True
         for split in SPLITS:
             if not writer.tokens[split]:
+                if job.split.val_from >= 0:
+                    raise UserError(f"the {split} texts are empty; --val=PATH names validation texts")
                 raise analyze.empty_split(split, wanted, sum(counts.documents.values()), counts.characters)
         done = writer.finish()
         in_both = shards.duplicates(writer.folded, one_split=job.split.few)
@@ -421,7 +432,7 @@ def _meta(
 def _lost(counts: Counts) -> str:
     examples = sorted(counts.lost, key=lambda character: -counts.lost[character])[:5]
     shown = " ".join(map(repr, examples))
-    return f"{sum(counts.lost.values()):,} of {counts.tried:,} characters that were tried ({shown})"
+    return f"{sum(counts.lost.values()):,} of {counts.tried:,} characters ({shown})"
 
 
 def _skipped(texts: Texts) -> list[str]:

@@ -19,7 +19,6 @@ from nanogpt.tokenizer import isolated, tokenizer
 
 PIECE = 1 << 20  # characters encoded at a time
 PIECE_S, PIECE_BYTES = 600, 1 << 32  # CPU time in seconds, and memory, for a piece with a foreign tokenizer
-TRIED = 1 << 14  # characters of each piece by which a foreign tokenizer is checked
 LONGEST_WORD = 1 << 21  # characters without a position where byte pairs can be cut
 
 # Last position where a text can be cut without changing the ids of its parts. In GPT-2's pattern
@@ -85,7 +84,7 @@ class Counts:
     bad_rows: int = 0
     bad_shown: list[str] = field(default_factory=list)
     newlines_changed: bool = False
-    tried: int = 0  # characters encoded and decoded to find those that the tokenizer loses
+    tried: int = 0  # characters decoded again to find those that the tokenizer loses
     lost: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: "Counts") -> None:
@@ -111,12 +110,13 @@ class Encoded(Counts):
     row: int = 0  # number of the row that is read now
     folded: bytes = b""  # one uint64 per document: Document.folded << 1 | (in val)
 
-    def add_lost(self, text: str) -> None:
-        """Count the characters of `text` that its ids do not hold: unknown ones, upper case, line ends."""
-        there = Counter(tokenizer.decode(_encoder, _encoder.encode(text)))
-        there[" "] += 1  # some tokenizers put a space before a text, or take one away
-        self.lost = dict(Counter(self.lost) + (Counter(text) - there))
+    def add_lost(self, text: str, ids: np.ndarray) -> None:
+        """Count the characters of `text` that `ids` do not hold: unknown ones, upper case, line ends."""
         self.tried += len(text)
+        if (decoded := tokenizer.decode(_encoder, ids.tolist())) != text:
+            there = Counter(decoded)
+            there[" "] += 1  # some tokenizers put a space before a text, or take one away
+            self.lost = dict(Counter(self.lost) + (Counter(text) - there))
 
 
 _job: Job
@@ -153,8 +153,6 @@ def _encode(piece: Piece, result: Encoded) -> None:
     ids: dict[str, list[bytes]] = {"train": [], "val": []}
     folded = []
     for body, offset, document in bodies(piece, result):
-        if _encoder.kind == "hf" and result.tried < TRIED:
-            result.add_lost(body[: TRIED - result.tried])
         result.characters += len(body)
         train_length = _job.split.train_length(document, piece.source)
         cut = min(max(train_length - offset, 0), len(body))
@@ -213,7 +211,10 @@ def _part(text: str, ends: bool, split: str, result: Encoded) -> Iterator[bytes]
         text += "\n"
     for part in parts([text], _encoder.words) if len(text) > PIECE else [text]:
         result.text_bytes[split] += len(part.encode("utf-8"))
-        yield _encoder.encode(part).astype(_dtype).tobytes()
+        ids = _encoder.encode(part)
+        if not getattr(_encoder, "lossless", True):
+            result.add_lost(part, ids)
+        yield ids.astype(_dtype).tobytes()
     if apart and _encoder.end_of_text is not None:
         yield np.array([_encoder.end_of_text], _dtype).tobytes()
 

@@ -33,19 +33,14 @@ REFUSED = {  # formats that are not text, by their first bytes, which no text be
     (b"ID3\2", b"ID3\3", b"ID3\4", b"OggS\0", b"fLaC\0", b"\x1aE\xdf\xa3"): "sound or video: not text",
     (b"7z\xbc\xaf", b"Rar!\x1a", b"LZIP\1", b"\4\x22M\x18"): "an archive: extract its text first",
     (b"\x7fELF", b"MZ\x90", b"\xca\xfe\xba\xbe", b"\xcf\xfa\xed\xfe"): "a program: not text",
-    (
-        b"\x80\4\x95",
-        b"\x80\5\x95",
-        b"\x80\2}",
-        b"\x80\3}",
-        b"\x80\2]",
-    ): "a Python pickle: export its text first",
+    tuple(b"\x80\4\x95 \x80\5\x95 \x80\2} \x80\3} \x80\2]".split()): "a Python pickle: export its text first",
     (b"WARC/1.",): "a WARC archive of web pages: extract their text first",
     (b"SQLite format 3\0",): "an SQLite database: export its text first",
     (b"\x89HDF", b"Obj\1"): "an HDF5 or Avro file: export its text as .parquet or .csv first",
     (b"GGUF\2\0", b"GGUF\3\0"): "the weights of a model (GGUF): not text",
     (b"\x93NUMPY",): "a NumPy array: token files are trained on directly, without prepare.py",
     (b"LITPKDS",): "TinyLlama's packed tokens: not text",
+    (b"FEA1",): "a Feather file of version 1: write it anew as version 2",
     (b"version https://git-lfs",): "a Git LFS pointer: fetch the file with git lfs pull",
 }
 

@@ -76,7 +76,7 @@ def documents(piece: Piece, text_key: str) -> Iterator[tuple[int, str | BadRow]]
         if isinstance(value, BadRow):
             yield number, replace(value, number=number)
         elif isinstance(value, list):
-            yield number, rows.checked(value, number, rows.keys_of(text_key, ()))
+            yield number, rows.checked(value, number, rows.keys_of(text_key))
         elif not isinstance(value, bytes):
             yield number, rows.checked([value or ""], number, [text_key])
         elif value and not value.isspace():
@@ -227,7 +227,7 @@ def _hub(index: int, source: Source, reading: Reading, place: Any, advance: Adva
     if state:
         dataset.load_state_dict(state)
     for batch in dataset.iter(batch_size=64):
-        columns = [batch[key] for key in rows.keys_of(reading.text_key, batch)]
+        columns = [batch[key] for key in rows.keys_of(reading.text_key)]
         values = columns[0] if len(columns) == 1 else [list(pair) for pair in zip(*columns, strict=True)]
         advance(sum(len(value or "") for column in columns for value in column))
         yield Piece(index, (row + len(values), copy.deepcopy(dataset.state_dict())), values, row + 1)

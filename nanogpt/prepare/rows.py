@@ -33,9 +33,9 @@ class Pair(str):
         return pair
 
 
-def keys_of(text_key: str, names: Iterable[str]) -> list[str]:
+def keys_of(text_key: str) -> list[str]:
     """Return the fields of `text_key`: one, or prompt and response."""
-    return [text_key] if text_key in names or "+" not in text_key else text_key.split("+", 1)
+    return text_key.split("+", 1)
 
 
 def document(line: bytes, number: int, text_key: str) -> str | BadRow:
@@ -44,9 +44,12 @@ def document(line: bytes, number: int, text_key: str) -> str | BadRow:
         return BadRow(number, line.removeprefix(BROKEN).decode("utf-8", "replace"))
     try:
         row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{line[error.start]:02x}"
+        return BadRow(number, f"is not UTF-8 ({byte}); if the file has another encoding, set --encoding")
     except (ValueError, RecursionError) as error:
         return BadRow(number, f"is not valid JSON: {error}")
-    keys = keys_of(text_key, row if isinstance(row, dict) else ())
+    keys = keys_of(text_key)
     texts = [row] if isinstance(row, str) and text_key == "text" else [_field(row, key) for key in keys]
     return checked(texts, number, keys, _others(row))
 
@@ -139,7 +142,7 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
     number = 0
     try:
         names = [name.strip() for name in next(reader, [])]
-        keys = keys_of(text_key, names)
+        keys = keys_of(text_key)
         if missing := [key for key in keys if names.count(key) != 1]:
             found = "two columns" if missing[0] in names else "no column"
             raise UserError(

@@ -18,7 +18,7 @@ _next: tuple[Any, Iterator[Batch]] = (None, iter(()))  # arguments of `batch` th
 
 def choose(where: str, columns: dict[str, str], text_key: str) -> list[str]:
     """Return the columns of `text_key` among {name: type}. Raise UserError if they are not text."""
-    keys = rows.keys_of(text_key, columns)
+    keys = rows.keys_of(text_key)
     for key in keys:
         if columns.get(key, "") not in STRINGS:
             what = f"is of type {columns[key]}" if key in columns else "does not exist"

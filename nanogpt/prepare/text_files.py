@@ -7,6 +7,7 @@ position and the options that set the encoding or allow some bytes that cannot b
 """
 
 import codecs
+import contextlib
 import glob
 import hashlib
 import io
@@ -161,8 +162,11 @@ def _search(
     """Add the file `path`, or the files of the folder `path`, to `found` in place."""
     folder = path.is_dir()
     listed = list(filter(keep, _files(path))) if folder else [path]
-    # Files beside the tables in a dataset's folder (README, lists) are not documents.
-    tables = folder and any(formats.rows_kind(file.name) == "table" for file in listed)
+    # Files beside the tables in a dataset's folder (README, lists) are not documents, nor a README of rows.
+    beside: dict[str, set[Path]] = {}
+    for file in listed if folder else ():
+        beside.setdefault(formats.rows_kind(file.name), set()).update(file.parents)
+    tables, of_rows = beside.get("table", ()), [*beside.get("jsonl", ()), *beside.get("csv", ())]
     for file in listed:
         relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
         name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
@@ -172,7 +176,9 @@ def _search(
             continue
         seen.add(real)
         kind = formats.rows_kind(file.name)
-        if tables and (kind in ("", "json") or (kind == "table" and file.name.startswith("cache-"))):
+        apart = kind in ("", "json") or file.name.startswith("cache-")
+        about = kind == "" and file.stem.upper() in ("README", "LICENSE")
+        if (apart and file.parent in tables) or (about and file.parent in of_rows):
             found.skipped.append((name, "not a table, unlike others in its folder"))
             continue
         try:
@@ -255,8 +261,8 @@ def _inspect(
         raise _NotText("binary data, not text")
     expected = "neither UTF-8 nor UTF-16 nor GB18030" if len(encodings) > 1 else f"not {encodings[0]}"
     raise _NotText(
-        f"{problems[0]} is {expected}; convert it or set its encoding, such as --encoding=latin-1, or, if "
-        "such bytes are few, pass --on_undecodable=replace"
+        f"{problems[0]} is {expected}; convert it, or set --encoding=NAME (cp1252, big5, ...), or, "
+        "if such bytes are few, pass --on_undecodable=replace"
     )
 
 
@@ -271,10 +277,15 @@ def _kind(path: Path, head: bytes, text_key: str) -> str:
     kind, start = formats.rows_kind(path.name), head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")
     if kind == "table":
         raise _NotText("neither a Parquet nor an Arrow file, in spite of its name; download it again")
-    first = start.partition(b"\n")[0] if start.startswith(b"{") and b"\n" in start else b""
-    if kind in ("", "json") and isinstance(rows.document(first, 1, text_key), str):
-        return "jsonl"
-    return {"": "text", "jsonl": "json" if start.startswith(b"[") else "jsonl"}.get(kind, kind)
+    if kind != "csv" and (kind or re.match(rb"\[?\s*\{", start)):
+        line = start.partition(b"\n")[0] if b"\n" in start else b""
+        if isinstance(rows.document(line, 1, text_key), str):
+            return "jsonl"
+        with contextlib.suppress(UserError, UnicodeDecodeError):  # rows that are not one on each line
+            row = next(rows.of_json([codecs.getincrementaldecoder("utf-8")().decode(start)]), b"")
+            if isinstance(rows.document(row, 1, text_key), str):
+                return "json"
+    return kind or "text"
 
 
 def _with_rows(source: Source, text_key: str) -> Source:

@@ -139,12 +139,13 @@ def bytes_of_tokens(value: dict[str, Any]) -> dict[int, bytes]:
 
 def without_special_tokens(value: dict[str, Any]) -> str:
     """Return the tokenizer.json without special tokens if it is byte-level BPE with GPT-2's word splitting,
-    which `accelerated` requires; else ""."""
+    which `accelerated` requires, and all bytes are tokens; else ""."""
     level, model = value.get("pre_tokenizer") or {}, value["model"]
     plain = level.get("type") == "ByteLevel" and level.get("use_regex", True)
     plain = plain and not level.get("add_prefix_space") and not value.get("normalizer")
     odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     plain = plain and model.get("type") == "BPE" and not any(map(model.get, odd))
+    plain = plain and set(BYTE_OF) <= set(vocab := model["vocab"]) and len(set(vocab.values())) == len(vocab)
     if not plain or not all(token["special"] for token in value.get("added_tokens") or []):
         return ""
     return json.dumps({**value, "added_tokens": [], "post_processor": None})

@@ -5,24 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt import files
+from nanogpt.config import Amount
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import bpe, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 NAMES = ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt", "tokenizer_config.json")
 ENDINGS = (".model", ".tiktoken")  # of formats that are not read
+IDS = {str: Amount}  # vocab.json, added_tokens.json
+LIKE_GPT2 = ("GPT2", "Roberta", "Bart", "Longformer", "OPT", "CodeGen", "Whisper", "PreTrained")  # its words
 SPECIAL = (
     END_OF_TEXT,
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<unk>",
-    "<mask>",
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
+    *["<s>", "</s>", "<pad>", "<unk>", "<mask>", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
 )
 
 
@@ -45,17 +39,21 @@ def find(folder: Path) -> str:
     return ""
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if there is no such file."""
-    return files.read_json(path, dict) if path.is_file() else {}
+def _json(path: Path, shape: Any) -> dict[str, Any]:
+    """Return the object in a JSON file of `shape`; empty if there is no such file."""
+    return files.read_json(path, shape) if path.is_file() else {}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return _json(folder / "tokenizer_config.json", {"added_tokens_decoder?": {str: {"content": str}}})
 
 
 def _assembled(folder: Path, vocab: dict[str, Any], parts: dict[str, Any]) -> str:
     """Return the tokenizer.json with `parts` and the added tokens of `folder`."""
-    added = dict(_json(folder / "added_tokens.json"))
+    added = dict(_json(folder / "added_tokens.json", IDS))
     special = set(SPECIAL)
-    for number, token in _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(number)
+    for number, token in _settings(folder).get("added_tokens_decoder", {}).items():
+        added[token["content"]] = files.parse_json(number, f"{folder}: id of {token['content']!r}", Amount)
         special |= {token["content"]} if token.get("special") else set()
     added |= {token: vocab[token] for token in SPECIAL if token in vocab}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -67,19 +65,18 @@ def _assembled(folder: Path, vocab: dict[str, Any], parts: dict[str, Any]) -> st
 
 
 def _byte_level(folder: Path, path: Path, merges: str) -> str:
-    vocab = _json(path)
+    vocab, settings = _json(path, IDS), _settings(folder)
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
-    if missing := set(bpe.BYTE_OF) - set(vocab):
-        raise UserError(
-            f"{path} lacks {len(missing)} of the 256 bytes, so it is not a byte-level BPE such as GPT-2's; "
-            "give its tokenizer.json"
-        )
+    kind, missing = str(settings.get("tokenizer_class") or "GPT2"), set(bpe.BYTE_OF) - set(vocab)
+    if missing or not kind.startswith(LIKE_GPT2) or any(token.endswith("</w>") for token in vocab):
+        why = f"lacks {len(missing)} of the 256 bytes" if missing else f"is of a {kind.removesuffix('Fast')}"
+        raise UserError(f"{path} {why}, so it is not a BPE such as GPT-2's; give its tokenizer.json")
     known = {"format": vocabulary.FORMAT, "type": "gpt2", "merges": "\n".join(["#version: 0.2", *lines, ""])}
     is_gpt2 = vocabulary.sha256_of(known["merges"]) == vocabulary.GPT2_SHA256
-    if is_gpt2 and len(vocab) == vocabulary.GPT2_VOCAB_SIZE and not _json(folder / "added_tokens.json"):
+    if is_gpt2 and len(vocab) == vocabulary.GPT2_VOCAB_SIZE and not _json(folder / "added_tokens.json", IDS):
         return json.dumps(known) + "\n"
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    prefix = bool(_json(folder / "tokenizer_config.json").get("add_prefix_space"))
+    prefix = bool(settings.get("add_prefix_space"))
     model = {"type": "BPE", "vocab": vocab, "merges": lines}
     parts = {"pre_tokenizer": {**level, "add_prefix_space": prefix}, "decoder": level, "model": model}
     return _assembled(folder, vocab, parts)
@@ -90,7 +87,7 @@ def _word_piece(folder: Path, path: Path) -> str:
     vocab = {token.removesuffix("\r"): number for number, token in enumerate(tokens)}
     if "[UNK]" not in vocab or len(vocab) != len(tokens):
         raise UserError(f"{path} is not BERT's vocabulary: it must hold distinct tokens, with [UNK]")
-    settings = _json(folder / "tokenizer_config.json")
+    settings = _settings(folder)
     normalizer = {
         "type": "BertNormalizer",
         "clean_text": True,

@@ -27,7 +27,8 @@ class HuggingFaceTokenizer:
             self._bytes_of, self._alone = bpe.bytes_of_tokens(value), bpe.without_special_tokens(value)
         except (AttributeError, KeyError, TypeError, ValueError):  # not a tokenizer, as the library will say
             self._bytes_of, self._alone = {}, ""
-        if not (self._bytes_of and self._alone):  # needs more of the library than GPT-2's tokenizer and ours
+        self.lossless = bool(self._bytes_of and self._alone)  # like GPT-2's tokenizer and ours
+        if not self.lossless:  # needs more of the library
             isolated.call(name, len(text), bpe.attempt, text, name)
         self._plain = bpe.load(text, name)
         self._plain.encode_special_tokens = True  # encode special tokens as ordinary text
