@@ -155,15 +155,14 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             print(f"{config.out_dir} was stopped early by --patience={config.patience}; raise it to resume")
             return
         print(writer.require_space(Path(config.out_dir), run.model))
-        if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
-            print(notice)
+        run.lock = world.rank_zero_only(lambda: files.lock(Path(config.out_dir)))
         kernels_in_use: AbstractContextManager[None] = nullcontext()
         if config.attention != "auto" or config.deterministic or run.machine.device.type == "cuda":
             from nanogpt.gpu import attention_kernels
 
             kernels_in_use = attention_kernels.of_a_run(config)
         try:
-            with closing(open_log(run)) as log, run.machine.memory_errors(), kernels_in_use:
+            with closing(metrics.Log()) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)
         finally:
             run.writer.close()
@@ -409,13 +408,19 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
     logged_tokens = run.batches.tokens_before(progress.iter_num)  # tokens seen
     while True:
         # between iterations: evaluate, save, check whether to stop
-        improved = False
+        row: dict[str, Any] = {}
         completed, due = pace.over, pace.evaluation_due(config.eval_interval)
         if due and progress.val_loss is None:
             began = time.perf_counter()
-            improved = evaluate(run, stop, log)
+            row = evaluate(run, stop)
             completed = completed or run.out_of_patience
             world.raise_on_all_ranks(partial(pace.evaluated, time.perf_counter() - began))
+        if not log.file:  # an earlier run is set aside once nothing can refuse this one
+            if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
+                tqdm.write(notice)
+            open_log(run, log)
+        if row:
+            log.evaluation(progress.iter_num, run.batches.tokens_before(progress.iter_num), **row)
         write = partial(log.write, "tasks", progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run_tasks(run, due or completed, write, stop):
             tqdm.write(line)
@@ -423,7 +428,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
         leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or completed  # on all ranks at once
         late = 0 < config.save_minutes <= (time.perf_counter() - saved_s) / 60
-        planned = is_time_to_save(run, improved, pace.passed(config.save_interval))
+        planned = is_time_to_save(run, pace.passed(config.save_interval))
         save_due = planned or (config.save_minutes > 0 and world.any_rank(late))
         if saved_at != progress.iter_num and (leaving or save_due):
             if pending_check:
@@ -497,38 +502,33 @@ def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: StopRequest
         yield from run.in_training.maybe_run(model, iter_num, write, stop.asked)
 
 
-def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> bool:
-    """Evaluate both splits, print and log; return whether the validation loss is the best so far."""
+def evaluate(run: Run, stop: StopRequest) -> dict[str, Any]:
+    """Evaluate both splits and print their losses; return the row to log, empty if interrupted."""
     config, progress = run.config, run.progress
     run.machine.world.report_phase(progress.iter_num, "evaluating")
     shape = (config.micro_batch_size, config.block_size)
     how = (config.eval_iters, run.machine, stop.asked, run.batches.separator)
     both = validation.evaluate_splits(run.model, run.dataset, shape, *how)
     if both is None:  # interrupted; a resumed run repeats this evaluation
-        return False
+        return {}
     train, val = both
     about = val.describe(run.dataset.bytes_per_token)
     if val.stderr >= 0.00005:  # omitted if it would print as 0.0000, or is NaN (a single sequence)
         about = f"± {val.stderr:.4f}, {about}"
     tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({about})")
-    if log:
-        log.evaluation(
-            progress.iter_num,
-            run.batches.tokens_before(progress.iter_num),
-            train_loss=train.loss,
-            val_loss=val.loss,
-            val_stderr=val.stderr,
-            **({"val_losses": val.parts} if val.parts else {}),
-            elapsed_s=progress.elapsed_s,
-            share=progress.share,
-            peak_memory_bytes=writer.peak_memory(run.machine.device),
-        )
-    progress.val_loss = val.loss
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
-    progress.stale = 0 if improved else progress.stale + 1
+    progress.val_loss, progress.stale = val.loss, 0 if improved else progress.stale + 1
     if improved:
         progress.best_val_loss = val.loss
-    return improved
+    return {
+        "train_loss": train.loss,
+        "val_loss": val.loss,
+        "val_stderr": val.stderr,
+        **({"val_losses": val.parts} if val.parts else {}),
+        "elapsed_s": progress.elapsed_s,
+        "share": progress.share,
+        "peak_memory_bytes": writer.peak_memory(run.machine.device),
+    }
 
 
 def finish(run: Run, stop: StopRequest, completed: bool) -> None:
@@ -548,7 +548,8 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
         from nanogpt.evaluation import counting
 
         print(counting.compared(Path(config.out_dir)), end="")
-    print(metrics.closing(config.out_dir, run.clock_s(), writer.peak_memory(run.machine.device), longer))
+    peak = writer.peak_memory(run.machine.device)
+    print(metrics.closing(config.out_dir, run.clock_s(), run.progress.clock_s, peak, longer))
     if (ROOT / f"benchmarks/reference/{Path(config.dataset).name}-{config.max_iters}.json").is_file():
         from nanogpt.diagnostics.reference import closing
 
@@ -559,19 +560,19 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
         print(f"to repeat this schedule, replace --minutes by: {repeated(config, run.progress.iter_num)}")
 
 
-def is_time_to_save(run: Run, improved: bool, interval_passed: bool) -> bool:
+def is_time_to_save(run: Run, interval_passed: bool) -> bool:
     """Return whether to save: on a new best, every save_interval or, by default, after evaluations."""
     config, progress = run.config, run.progress
-    evaluated = config.always_save_checkpoint and progress.val_loss is not None
-    return progress.iter_num > 0 and (improved or (interval_passed if config.save_interval else evaluated))
+    evaluated = progress.val_loss is not None
+    default = interval_passed if config.save_interval else evaluated and config.always_save_checkpoint
+    return progress.iter_num > 0 and ((evaluated and progress.stale == 0) or default)
 
 
 def prepare_out_dir(run: Run, command: list[str]) -> str:
-    """Lock out_dir and write the tokenizer and the options to it; return a notice about a previous run in
-    it, or ""."""
+    """Set a previous run in out_dir aside, write the tokenizer and the options; return a notice, or ""."""
     config, out = run.config, Path(run.config.out_dir)
     resumed = run.progress if run.resumed else None
-    run.lock, notice = writer.acquire_folder(out, resumed, config.overwrite)
+    run.lock, notice = writer.clear_folder(out, cast(FileLock, run.lock), resumed, config)
     if run.resumed and run.in_training:
         run.in_training.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
@@ -586,7 +587,7 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
     return notice
 
 
-def open_log(run: Run) -> metrics.Log:
+def open_log(run: Run, log: metrics.Log) -> None:
     config, leads, tracker = run.config, run.machine.world.is_main_process, None
     if leads and (config.track != "none" or config.wandb_log):
         from nanogpt.diagnostics import trackers
@@ -599,7 +600,7 @@ def open_log(run: Run) -> metrics.Log:
 
         if peak := peak_flops(run.machine.name()):
             mfu_per_token_s = run.model.flops_per_token() / (peak * run.machine.world.size)
-    return metrics.Log(path, tracker, mfu_per_token_s)
+    log.open(path, tracker, mfu_per_token_s)
 
 
 def save(run: Run) -> None:
