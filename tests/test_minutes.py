@@ -141,6 +141,48 @@ def test_invalid_minutes_are_one_line_errors(config, monkeypatch):
     assert not list(Path(config.out_dir).glob("step-*"))
 
 
+def slow_clock(monkeypatch, each_s: float) -> None:
+    """Let each reading of the clock by the main thread take `each_s`."""
+    count = itertools.count(1)
+
+    def now() -> float:
+        return each_s * next(count) if threading.current_thread() is threading.main_thread() else 0.0
+
+    monkeypatch.setattr(train.time, "perf_counter", now)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_run_that_is_refused_leaves_the_one_before_it(config, clock, monkeypatch, overwrite):
+    train.main(config)
+    out = Path(config.out_dir)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    slow_clock(monkeypatch, 2)
+    with pytest.raises(UserError, match=r"--minutes=0\.1 is too short"):
+        train.main(replace(config, minutes=0.1, overwrite=overwrite))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in out.parent.glob("out*")] == ["out"]
+
+
+@pytest.mark.parametrize(("minutes", "fit"), [(0.5, 2), (1.5, 9), (300.0, None)])
+def test_a_note_tells_when_few_iterations_fit(config, monkeypatch, capsys, minutes, fit):
+    slow_clock(monkeypatch, 1.5)
+    train.main(replace(config, minutes=minutes))
+    said = capsys.readouterr().out
+    done = len(rows(config, "step"))
+    if fit is None:
+        assert "few iterations" not in said and done > 50
+    else:
+        assert f"note: few iterations (about {fit}) fit into --minutes={minutes:g}; 50 need about " in said
+        assert abs(done - fit) <= 2
+
+
+@pytest.mark.parametrize("eval_interval", [25, 12, 5])
+def test_no_evaluation_immediately_precedes_the_last(config, clock, eval_interval):
+    train.main(replace(config, eval_interval=eval_interval))
+    *earlier, last = [row["share"] for row in rows(config, "eval")]
+    assert len(earlier) > 3 and last == 1 and earlier[-1] < 1 - eval_interval / 250
+
+
 def test_two_ranks_stop_after_the_same_iteration(dataset, tmp_path):
     given = ["--device=cpu", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=4"]
     given += [f"--dataset={dataset}", "--gradient_accumulation_steps=2", "--eval_iters=1"]
