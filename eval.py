@@ -15,6 +15,7 @@ docs/evaluation.md documents the fields of task files and the metrics.
 """
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -175,10 +176,25 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         for text in split.texts:  # each source of a mixture separately
             name = f"{text.name or found.folder.name}/{config.split}"
             reports.append(score_text(name, [text], 0, subject, config))
+        if dataset == opened.dataset and config.split == "val" and not (config.limit or "," in dataset):
+            print(difference_from_training(Path(opened.path)), end="")
     for task in loaded:
         endings = sum(len(item.endings) for item in task.items)
         reports.append(watched(task.name, endings, partial(evals.run_task, task, subject)))
     return reports
+
+
+def difference_from_training(path: Path) -> str:
+    """Return a line about the validation loss that training printed for a checkpoint, if it is of fewer
+    sequences than the split has, else ""."""
+    if not (path / "state.json").is_file() or math.isinf(logged := checkpoint.val_loss(path)):
+        return ""
+    from nanogpt.evaluation import counting
+
+    found = counting.sequences_of(path.parent)
+    whole = (len(found.dataset.val) - 1) // found.block_size
+    part = f"{found.count:,} of the {whole:,} sequences of this split (--eval_iters)"
+    return f"training evaluated {part}: val loss {logged:.4f}\n" * (found.count < whole)
 
 
 def baseline(opened: Opened, config: Config) -> dict[str, Any]:
