@@ -5,6 +5,7 @@
 import difflib
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 from nanogpt import ROOT
@@ -27,21 +28,14 @@ PROGRAMS = {
 def main() -> None:
     """Run the program that the first argument names, with the others as its arguments; of a text: prepare it,
     train on it and sample."""
+    from nanogpt.errors import run_program
+
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("nanogpt novel.txt [--minutes=5] [--option=value ...] trains on a text and samples")
-        print("nanogpt PROGRAM [PRESET] [--option=value ...]; nanogpt PROGRAM --help lists its options\n")
-        print(*(f"  nanogpt {program:<8} {about}" for program, about in PROGRAMS.items()), sep="\n")
-        print("  nanogpt presets  list the presets of nanogpt train")
-        return
-    if name == "presets":
-        for path in sorted((ROOT / "config").glob("*.py")):
-            print(f"{path.stem:<36} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
-        return
-    if name in PROGRAMS:
+    if name in ("-h", "--help", "presets"):
+        run_program(partial(describe, name))
+    elif name in PROGRAMS:
         start(name, *arguments)
     elif Path(name).exists():
-        from nanogpt.errors import run_program
         from nanogpt.prepare import own_text
 
         run_program(lambda: own_text.train_and_sample([name, *arguments], start))
@@ -51,6 +45,18 @@ def main() -> None:
         what = "no file or program" if "." in name or "/" in name else "unknown program"
         print(f"error: {what} {name!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def describe(name: str) -> None:
+    """Print what the command can do or, for "presets", the presets."""
+    if name == "presets":
+        for path in sorted((ROOT / "config").glob("*.py")):
+            print(f"{path.stem:<36} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    else:
+        print("nanogpt novel.txt [--minutes=5] [--option=value ...] trains on a text and samples")
+        print("nanogpt PROGRAM [PRESET] [--option=value ...]; nanogpt PROGRAM --help lists its options\n")
+        print(*(f"  nanogpt {program:<8} {about}" for program, about in PROGRAMS.items()), sep="\n")
+        print("  nanogpt presets  list the presets of nanogpt train")
 
 
 def start(name: str, *arguments: str) -> None:
