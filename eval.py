@@ -126,7 +126,8 @@ def check(config: Config, has_lm_eval: bool) -> None:
         raise UserError("--against needs per-item scores, which lm_eval: tasks do not provide; omit one")
     for option in ("out", "items"):
         path = Path(getattr(config, option))
-        if not path.parent.is_dir() or (path.is_dir() and path != Path()):
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        if path != Path() and (path.is_dir() or not writable):
             raise UserError(f"--{option}={path} is not a writable file path; create its folder first")
 
 
@@ -205,8 +206,9 @@ def baseline(opened: Opened, config: Config) -> dict[str, Any]:
     found = counting.sequences_of(run, config.dataset or opened.dataset, opened.subject.block_size)
     figure, line = counting.measure(found)
     print(line)
-    if (run / metrics.NAME).is_file() and not config.dataset:
-        print(f"{run}: {counting.compared(run)}", end="")
+    known = (run / metrics.NAME).is_file() and not config.dataset
+    if known and (compared := counting.compared(run)):  # empty if the figure could not be kept
+        print(f"{run}: {compared}", end="")
     return figure
 
 

@@ -64,9 +64,14 @@ def start(name: str, *arguments: str) -> None:
     words = list(arguments)
     path = ROOT / f"{name}.py"
     if name == "prepare":
-        path = ROOT / "data" / "prepare.py"
+        path, known = ROOT / "data" / "prepare.py", sorted((ROOT / "data").glob("*/prepare.py"))
         if words and (ROOT / "data" / words[0] / "prepare.py").is_file():
             path = ROOT / "data" / words.pop(0) / "prepare.py"
+        elif not any(word.startswith("-") or Path(word).exists() for word in words):
+            names = ", ".join(path.parent.name for path in known)
+            what = f"no text or dataset {words[0]!r}" if words else "nothing to prepare"
+            print(f"error: {what}; give PATH --out=data/mine, or one of {names}", file=sys.stderr)
+            raise SystemExit(2)
     sys.argv = [str(path), *words]
     sys.path.insert(0, str(ROOT))  # bench.py imports train.py
     runpy.run_path(str(path), run_name="__main__")

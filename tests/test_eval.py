@@ -12,7 +12,7 @@ import eval as program
 import train
 from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.evaluation import evals
+from nanogpt.evaluation import counting, evals
 from nanogpt.prepare import corpus
 from tests.conftest import train_until_it_knows, words
 
@@ -210,6 +210,20 @@ def test_invalid_options_are_rejected(config, options, message):
     with pytest.raises(UserError, match=message):
         program.main(replace(config, **options))
     assert not Path(config.out).exists()
+
+
+def test_results_that_cannot_be_written_are_refused_or_told(config, capsys, monkeypatch):
+    def refuse(*given):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(counting.files, "write_json", refuse)
+        program.main(replace(config, baseline=True, out=""))
+    assert capsys.readouterr().out.splitlines()[-1].endswith("(not kept: Permission denied)")
+    monkeypatch.setattr(program.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="is not a writable file path"):
+        program.main(config)
+    assert capsys.readouterr().out == ""
 
 
 def test_invalid_text_files_are_rejected(config, tmp_path):

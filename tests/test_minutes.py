@@ -172,7 +172,7 @@ def test_a_note_tells_when_few_iterations_fit(config, monkeypatch, capsys, minut
     if fit is None:
         assert "few iterations" not in said and done > 50
     else:
-        assert f"note: few iterations (about {fit}) fit into --minutes={minutes:g}; 50 need about " in said
+        assert f"note: few iterations (about {fit}) fit into --minutes={minutes:g}; 100 need about " in said
         assert abs(done - fit) <= 2
 
 

@@ -60,8 +60,8 @@ class TimeBudget(Pace):
         minutes, done = self.options.minutes, self.progress.iter_num
         fit = done + max(0, round(left_s / self.step_s))
         if fit < FEW:
-            enough = minutes + ((FEW - done) * self.step_s - left_s) / 60
-            more = f"{FEW} need about --minutes={enough:.2g}"
+            enough = minutes + ((2 * FEW - done) * self.step_s - left_s) / 60
+            more = f"{2 * FEW} need about --minutes={enough:.2g}"
             tqdm.write(f"note: few iterations (about {fit}) fit into --minutes={minutes:g}; {more}")
 
     def evaluation_due(self, interval: int) -> bool:
