@@ -83,9 +83,7 @@ def missing(run_dir: Path, advice: str) -> UserError:
     renamed = " and ".join(path.name for path in near if step_folders(path))
     where = f", but in {renamed}" if renamed else ""
     hint = f"; to start from nanoGPT's ckpt.pt in it, use --init_from={run_dir}"
-    return UserError(
-        f"no checkpoint in {run_dir}{where}: {advice}{hint * (run_dir / 'ckpt.pt').is_file()}"
-    )
+    return UserError(f"no checkpoint in {run_dir}{where}: {advice}{hint * (run_dir / 'ckpt.pt').is_file()}")
 
 
 def inherit(
