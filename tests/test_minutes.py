@@ -87,6 +87,22 @@ def test_stopped_run_resumes_with_the_time_that_is_left(config, clock, capsys):
     assert rows(config, "step")[-1]["lr"] == pytest.approx(1e-4, rel=0.1)
 
 
+def test_resumed_run_reserves_time_for_its_last_evaluation(config, clock, monkeypatch):
+    evaluate = train.validation.evaluate_splits
+
+    def slowly(*given):
+        for _ in range(80):  # 40 s
+            next(clock)
+        return evaluate(*given)
+
+    monkeypatch.setattr(train.validation, "evaluate_splits", slowly)
+    with pytest.raises(Stopped):
+        train.main(replace(config, max_minutes=2.0))
+    train.main(replace(config, init_from="resume"))
+    assert state(config)["clock_s"] == pytest.approx(300, abs=15)
+    assert rows(config, "eval")[-2]["share"] < 0.9
+
+
 def test_complete_run_continues_with_more_minutes_or_with_iterations(config, clock, capsys):
     train.main(config)
     first = state(config)["iter_num"]

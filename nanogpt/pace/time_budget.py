@@ -47,7 +47,7 @@ class TimeBudget(Pace):
 
     def share(self, step_s: float, save_s: float) -> float:
         now_s = self.clock_s()
-        left_s = self.options.minutes * 60 - self.last_s - self.evaluation_s - save_s - step_s / 2
+        left_s = self.options.minutes * 60 - self.last_s - self.progress.evaluation_s - save_s - step_s / 2
         self.step_s, self.last_s = now_s - self.last_s, now_s
         share = self.progress.share
         share = share + (1 - share) * self.step_s / left_s if self.step_s < left_s else 1.0
@@ -74,8 +74,8 @@ class TimeBudget(Pace):
         elapsed_s = self.clock_s()
         left_s = self.options.minutes * 60 - elapsed_s  # for this evaluation, the last one, and training
         ends = left_s < 2 * self.step_s or self.position + interval / 2 > self.options.max_iters
-        allowed = 3 * self.evaluation_s < left_s and self.evaluations_s <= elapsed_s / 10 and not ends
-        return self.world.any_rank(allowed and self.world.is_main_process)
+        affordable = self.evaluations_s <= elapsed_s / 10 and 3 * self.progress.evaluation_s < left_s
+        return self.world.any_rank(affordable and not ends and self.world.is_main_process)
 
     def evaluated(self, took_s: float) -> None:
         """Raise UserError after the first evaluation if no time is left to train."""
