@@ -415,12 +415,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
             row = evaluate(run, stop)
             completed = completed or run.out_of_patience
             world.raise_on_all_ranks(partial(pace.evaluated, time.perf_counter() - began))
-        if not log.file:  # an earlier run is set aside once nothing can refuse this one
-            if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
-                tqdm.write(notice)
-            open_log(run, log)
-        if row:
-            log.evaluation(progress.iter_num, run.batches.tokens_before(progress.iter_num), **row)
+        record(run, log, row)
         write = partial(log.write, "tasks", progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run_tasks(run, due or completed, write, stop):
             tqdm.write(line)
@@ -587,14 +582,23 @@ def prepare_out_dir(run: Run, command: list[str]) -> str:
     return notice
 
 
+def record(run: Run, log: metrics.Log, row: dict[str, Any]) -> None:
+    """Log an evaluation, unless `row` is empty."""
+    if not log.file:  # set an earlier run aside once nothing can refuse this one
+        if notice := run.machine.world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
+            tqdm.write(notice)
+        open_log(run, log)
+    if row:
+        log.evaluation(run.progress.iter_num, run.batches.tokens_before(run.progress.iter_num), **row)
+
+
 def open_log(run: Run, log: metrics.Log) -> None:
     config, leads, tracker = run.config, run.machine.world.is_main_process, None
     if leads and (config.track != "none" or config.wandb_log):
         from nanogpt.diagnostics import trackers
 
         tracker = trackers.Trackers(asdict(config), run.progress.iter_num)
-    path = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull)
-    mfu_per_token_s = None
+    path, mfu_per_token_s = Path(config.out_dir) / metrics.NAME if leads else Path(os.devnull), None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops
 
