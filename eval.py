@@ -15,6 +15,7 @@ docs/evaluation.md documents the fields of task files and the metrics.
 """
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -125,7 +126,8 @@ def check(config: Config, has_lm_eval: bool) -> None:
         raise UserError("--against needs per-item scores, which lm_eval: tasks do not provide; omit one")
     for option in ("out", "items"):
         path = Path(getattr(config, option))
-        if not path.parent.is_dir() or (path.is_dir() and path != Path()):
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        if path != Path() and (path.is_dir() or not writable):
             raise UserError(f"--{option}={path} is not a writable file path; create its folder first")
 
 
@@ -175,10 +177,25 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         for text in split.texts:  # each source of a mixture separately
             name = f"{text.name or found.folder.name}/{config.split}"
             reports.append(score_text(name, [text], 0, subject, config))
+        if dataset == opened.dataset and config.split == "val" and not (config.limit or "," in dataset):
+            print(difference_from_training(Path(opened.path)), end="")
     for task in loaded:
         endings = sum(len(item.endings) for item in task.items)
         reports.append(watched(task.name, endings, partial(evals.run_task, task, subject)))
     return reports
+
+
+def difference_from_training(path: Path) -> str:
+    """Return a line about the validation loss that training printed for a checkpoint, if it is of fewer
+    sequences than the split has, else ""."""
+    if not (path / "state.json").is_file() or math.isinf(logged := checkpoint.val_loss(path)):
+        return ""
+    from nanogpt.evaluation import counting
+
+    found = counting.sequences_of(path.parent)
+    whole = (len(found.dataset.val) - 1) // found.block_size
+    part = f"{found.count:,} of the {whole:,} sequences of this split (--eval_iters)"
+    return f"training evaluated {part}: val loss {logged:.4f}\n" * (found.count < whole)
 
 
 def baseline(opened: Opened, config: Config) -> dict[str, Any]:
@@ -189,8 +206,9 @@ def baseline(opened: Opened, config: Config) -> dict[str, Any]:
     found = counting.sequences_of(run, config.dataset or opened.dataset, opened.subject.block_size)
     figure, line = counting.measure(found)
     print(line)
-    if (run / metrics.NAME).is_file() and not config.dataset:
-        print(f"{run}: {counting.compared(run)}", end="")
+    known = (run / metrics.NAME).is_file() and not config.dataset
+    if known and (compared := counting.compared(run)):  # empty if the figure could not be kept
+        print(f"{run}: {compared}", end="")
     return figure
 
 

@@ -129,6 +129,10 @@ def shape_of(config: Config, origins: dict[str, str]) -> tuple[GPTConfig, list[s
         return replace(shape, block_size=block_size, vocab_multiple=config.vocab_multiple), []
     vocab_size, notices = config.vocab_size, []
     if not vocab_size:
+        if Path(config.dataset).is_file():  # prepared as by train.py
+            from nanogpt.prepare import own_text
+
+            config = replace(config, dataset=str(own_text.prepare([Path(config.dataset)])))
         try:
             folder = loader.find(config.dataset.partition(":")[0].partition(",")[0], ROOT)
             vocab_size = loader.load(folder).vocab_size

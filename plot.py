@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nanogpt import files
+from nanogpt import command, files
 from nanogpt.config import FilePath, read
 from nanogpt.diagnostics import runs as reading
 from nanogpt.diagnostics.runs import Run
@@ -73,7 +73,7 @@ STYLE: dict[Any, Any] = {
 def main(config: Config, folders: Sequence[str]) -> None:
     """Plot the runs in `folders`. Raise UserError if a run cannot be read or the plot cannot be written."""
     if not folders:
-        raise UserError("0 runs given; expected run folders: python plot.py out")
+        raise UserError(f"0 runs given; expected run folders: {command('plot')} out")
     out = Path(config.out) if config.out else (Path(folders[0]) if len(folders) == 1 else Path()) / "loss.png"
     check_suffix(out)
     last_parts = [Path(folder).resolve().name for folder in folders]

@@ -37,7 +37,7 @@ class Config:
     # prompts and stopping
     start: str = "\n"  # prompt; FILE:prompt.txt reads it from a file
     prompts: FilePath = ""  # JSONL file of prompts instead of start: a string or {"prompt": "..."} per line
-    num_samples: Annotated[int, Range(1, 100_000)] = 10  # samples per prompt
+    num_samples: Annotated[int, Range(1, 100_000)] = 10  # samples per prompt; temperature 0: by default one
     max_new_tokens: NonNegativeInt = 500  # maximum number of new tokens per sample
     stop: str = ""  # stop string, excluded from the output; '["a", "b"]': any of several
     stop_at_end: bool = False  # stop at the end-of-text token, if the vocabulary has one
@@ -70,6 +70,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     controls = vars(pick_fields(SamplingOptions, config))  # validated before the model is loaded
     stops = stop_strings(config.stop)
     prompts = [""] if config.interactive else read_prompts(config)
+    if not (config.temperature or config.interactive) and "num_samples" not in (origins or ["num_samples"]):
+        config = replace(config, num_samples=1)
+        print("--temperature=0: one sample per prompt, since all would be the same", file=sys.stderr)
     model = api.load(
         config.init_from,
         run=Path(config.out_dir),
@@ -105,9 +108,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     for completion in asked if config.stream else []:
         show(model, [completion])
     for number, completion in enumerate([] if config.stream else in_order(model, asked, config.batch_size)):
-        prompt = prompts[number // config.num_samples]
         if config.json:
-            row = as_json(model, prompt, number, config.num_samples, completion)
+            row = as_json(model, prompts, number, config.num_samples, completion)
             print(json.dumps(row, ensure_ascii=False))
         else:
             print(model.decode(completion.text.ids[: completion.text.prompt_length]) + completion.string)
@@ -143,9 +145,7 @@ def show(model: api.LanguageModel, asked: list[Completion], prompt: bool = True)
         print(model.decode(text.ids[: text.prompt_length]), end="", flush=True)
     for _, _, piece in model.write(asked):
         print(piece, end="", flush=True)
-    print()
-    if prompt:
-        print("-" * 15)
+    print("\n" + "-" * 15 if prompt else "")
 
 
 def converse(model: api.LanguageModel, completions: Any) -> None:
@@ -165,7 +165,7 @@ def converse(model: api.LanguageModel, completions: Any) -> None:
 
 
 def as_json(
-    model: api.LanguageModel, prompt: str, number: int, num_samples: int, completion: Completion
+    model: api.LanguageModel, prompts: list[str], number: int, num_samples: int, completion: Completion
 ) -> dict[str, Any]:
     def token(found: Token) -> dict[str, Any]:
         top = [{"id": i, "text": model.decode([i]), "logprob": value} for i, value in found.top]
@@ -173,7 +173,7 @@ def as_json(
         return {"id": found.id, "text": model.decode([found.id]), "logprob": found.logprob} | alternatives
 
     return {
-        "prompt": prompt,
+        "prompt": prompts[number // num_samples],
         "prompt_number": number // num_samples,
         "sample": number % num_samples,
         "text": completion.string,

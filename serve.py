@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from nanogpt import files, metrics
+from nanogpt import INSTALLED, files, metrics
 from nanogpt.checkpoint import reader
 from nanogpt.config import FilePath, PositiveInt, Range, load
 from nanogpt.errors import UserError, run_program
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from nanogpt.server.streaming import Served
 
+PACKAGES = "pydantic starlette uvicorn prometheus_client"  # the extra "serve" of pyproject.toml
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TOKEN = "NANOGPT_TOKEN"
 
@@ -69,9 +70,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         from nanogpt.server.app import build
         from nanogpt.server.http import DeadlineProtocol
     except ImportError as error:
-        raise UserError(
-            f"serve.py needs {error.name}: pip install -c constraints.txt -e '.[serve]'"
-        ) from None
+        what = PACKAGES if INSTALLED else "-c constraints.txt -e '.[serve]'"
+        raise UserError(f"serve.py needs {error.name}: pip install {what}") from None
     local = config.host in LOOPBACK
     token = config.token or os.environ.get(TOKEN, "") or ("" if local else secrets.token_urlsafe(24))
     if not token.isascii() or any(character.isspace() for character in token):

@@ -154,15 +154,14 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             print(f"{config.out_dir} was stopped early by --patience={config.patience}; raise it to resume")
             return
         print(writer.require_space(Path(config.out_dir), run.model))
-        if notice := world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
-            print(notice)
+        run.lock = world.rank_zero_only(lambda: files.lock(Path(config.out_dir)))
         kernels_in_use: AbstractContextManager[None] = nullcontext()
         if config.attention != "auto" or config.deterministic or run.machine.device.type == "cuda":
             from nanogpt.gpu import attention_kernels
 
             kernels_in_use = attention_kernels.of_a_run(config)
         try:
-            with closing(open_log(run)) as log, run.machine.memory_errors(), kernels_in_use:
+            with closing(metrics.Log()) as log, run.machine.memory_errors(), kernels_in_use:
                 loop(run, log, stop)
         finally:
             run.writer.close()
@@ -406,13 +405,14 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
     logged_tokens = run.batches.tokens_before(progress.iter_num)  # tokens seen at the last log line
     while True:
         # between iterations: evaluate, save, check whether to stop
-        improved = False
+        row: dict[str, Any] = {}
         completed, due = pace.over, pace.evaluation_due(config.eval_interval)
         if due and progress.val_loss is None:
             began = time.perf_counter()
-            improved = evaluate(run, stop, log)
+            row = evaluate(run, stop)
             completed = completed or run.out_of_patience
             world.raise_on_all_ranks(partial(pace.evaluated, time.perf_counter() - began))
+        record(run, log, row)
         write = partial(log.write, "tasks", progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run_tasks(run, due or completed, write, stop):
             tqdm.write(line)
@@ -420,7 +420,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
         leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or completed  # on all ranks at once
         late = 0 < config.save_minutes <= (time.perf_counter() - last_saved_time) / 60
-        planned = is_time_to_save(run, improved, pace.passed(config.save_interval))
+        planned = is_time_to_save(run, pace.passed(config.save_interval))
         save_due = planned or (config.save_minutes > 0 and world.any_rank(late))
         if last_saved_iter != progress.iter_num and (leaving or save_due):
             if pending_check:
@@ -494,9 +494,9 @@ def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: StopRequest
         yield from run.in_training.maybe_run(model, iter_num, write, stop.asked)
 
 
-def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> bool:
-    """Evaluate both splits, print and log. Return whether the validation loss is the best so far, False if
-    interrupted. Collective: call on all ranks."""
+def evaluate(run: Run, stop: StopRequest) -> dict[str, Any]:
+    """Evaluate both splits and print their losses. Return the row to log, empty if interrupted. Collective:
+    call on all ranks."""
     config, progress = run.config, run.progress
     run.machine.world.report_phase(progress.iter_num, "evaluating")
     shape, separator = (config.micro_batch_size, config.block_size), run.batches.separator
@@ -504,30 +504,25 @@ def evaluate(run: Run, stop: StopRequest, log: metrics.Log | None = None) -> boo
         run.model, run.dataset, shape, config.eval_iters, run.machine, stop.asked, separator
     )
     if evaluations is None:  # interrupted; a resumed run repeats this evaluation
-        return False
+        return {}
     train, val = evaluations
     details = val.describe(run.dataset.bytes_per_token)
     if val.stderr >= 0.00005:  # omitted if it would print as 0.0000, or is NaN (a single sequence)
         details = f"± {val.stderr:.4f}, {details}"
     tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({details})")
-    if log:
-        log.evaluation(
-            progress.iter_num,
-            run.batches.tokens_before(progress.iter_num),
-            train_loss=train.loss,
-            val_loss=val.loss,
-            val_stderr=val.stderr,
-            **({"val_losses": val.parts} if val.parts else {}),
-            elapsed_s=progress.elapsed_s,
-            share=progress.share,
-            peak_memory_bytes=writer.peak_memory(run.machine.device),
-        )
-    progress.val_loss = val.loss
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
-    progress.stale = 0 if improved else progress.stale + 1
+    progress.val_loss, progress.stale = val.loss, 0 if improved else progress.stale + 1
     if improved:
         progress.best_val_loss = val.loss
-    return improved
+    return {
+        "train_loss": train.loss,
+        "val_loss": val.loss,
+        "val_stderr": val.stderr,
+        **({"val_losses": val.parts} if val.parts else {}),
+        "elapsed_s": progress.elapsed_s,
+        "share": progress.share,
+        "peak_memory_bytes": writer.peak_memory(run.machine.device),
+    }
 
 
 def finish(run: Run, stop: StopRequest, completed: bool) -> None:
@@ -547,7 +542,8 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
         from nanogpt.evaluation import counting
 
         print(counting.compared(Path(config.out_dir)), end="")
-    print(metrics.closing(config.out_dir, run.clock_s(), writer.peak_memory(run.machine.device), longer))
+    peak = writer.peak_memory(run.machine.device)
+    print(metrics.closing(config.out_dir, run.clock_s(), run.progress.clock_s, peak, longer))
     if (ROOT / f"benchmarks/reference/{Path(config.dataset).name}-{config.max_iters}.json").is_file():
         from nanogpt.diagnostics import reference  # recorded runs of the same dataset and length
 
@@ -558,18 +554,19 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
         print(f"to repeat this schedule, replace --minutes by: {repeated(config, run.progress.iter_num)}")
 
 
-def is_time_to_save(run: Run, improved: bool, interval_passed: bool) -> bool:
+def is_time_to_save(run: Run, interval_passed: bool) -> bool:
     """Return whether to save: on a new best, every save_interval or, by default, after evaluations."""
     config, progress = run.config, run.progress
-    evaluated = config.always_save_checkpoint and progress.val_loss is not None
-    return progress.iter_num > 0 and (improved or (interval_passed if config.save_interval else evaluated))
+    evaluated = progress.val_loss is not None
+    default = interval_passed if config.save_interval else evaluated and config.always_save_checkpoint
+    return progress.iter_num > 0 and ((evaluated and progress.stale == 0) or default)
 
 
 def prepare_out_dir(run: Run, argv: list[str]) -> str:
-    """Lock out_dir, write the tokenizer and the options to it, and return a notice about the run in it."""
+    """Set a previous run in out_dir aside, write the tokenizer and the options; return a notice, or ""."""
     config, out = run.config, Path(run.config.out_dir)
     resumed = run.progress if run.resumed else None
-    run.lock, notice = writer.acquire_folder(out, resumed, config.overwrite)
+    run.lock, notice = writer.clear_folder(out, cast(FileLock, run.lock), resumed, config)
     if run.resumed and run.in_training:
         run.in_training.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
@@ -584,21 +581,30 @@ def prepare_out_dir(run: Run, argv: list[str]) -> str:
     return notice
 
 
-def open_log(run: Run) -> metrics.Log:
+def record(run: Run, log: metrics.Log, row: dict[str, Any]) -> None:
+    """Log an evaluation, unless `row` is empty."""
+    if not log.file:  # set an earlier run aside once nothing can refuse this one
+        if notice := run.machine.world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
+            tqdm.write(notice)
+        open_log(run, log)
+    if row:
+        log.evaluation(run.progress.iter_num, run.batches.tokens_before(run.progress.iter_num), **row)
+
+
+def open_log(run: Run, log: metrics.Log) -> None:
     """Open the run's log: on rank 0 metrics.jsonl and the trackers, on other ranks the null device."""
     config, is_main, tracker = run.config, run.machine.world.is_main_process, None
     if is_main and (config.track != "none" or config.wandb_log):
         from nanogpt.diagnostics import trackers
 
         tracker = trackers.Trackers(asdict(config), run.progress.iter_num)
-    path = Path(config.out_dir) / metrics.NAME if is_main else Path(os.devnull)
-    mfu_per_token_s = None
+    path, mfu_per_token_s = Path(config.out_dir) / metrics.NAME if is_main else Path(os.devnull), None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops
 
         if peak := peak_flops(run.machine.name()):
             mfu_per_token_s = run.model.flops_per_token() / (peak * run.machine.world.size)
-    return metrics.Log(path, tracker, mfu_per_token_s)
+    log.open(path, tracker, mfu_per_token_s)
 
 
 def save(run: Run) -> None:

@@ -5,6 +5,7 @@
 import difflib
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 from nanogpt import ROOT
@@ -27,21 +28,14 @@ PROGRAMS = {
 def main() -> None:
     """Run the program that the first argument names, with the others as its arguments; of a text: prepare it,
     train on it and sample."""
+    from nanogpt.errors import run_program
+
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("nanogpt novel.txt [--minutes=5] [--option=value ...] trains on a text and samples")
-        print("nanogpt PROGRAM [PRESET] [--option=value ...]; nanogpt PROGRAM --help lists its options\n")
-        print(*(f"  nanogpt {program:<8} {about}" for program, about in PROGRAMS.items()), sep="\n")
-        print("  nanogpt presets  list the presets of nanogpt train")
-        return
-    if name == "presets":
-        for path in sorted((ROOT / "config").glob("*.py")):
-            print(f"{path.stem:<36} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
-        return
-    if name in PROGRAMS:
+    if name in ("-h", "--help", "presets"):
+        run_program(partial(describe, name))
+    elif name in PROGRAMS:
         start(name, *arguments)
     elif Path(name).exists():
-        from nanogpt.errors import run_program
         from nanogpt.prepare import own_text
 
         run_program(lambda: own_text.train_and_sample([name, *arguments], start))
@@ -53,14 +47,31 @@ def main() -> None:
         raise SystemExit(2)
 
 
+def describe(name: str) -> None:
+    """Print what the command can do or, for "presets", the presets."""
+    if name == "presets":
+        for path in sorted((ROOT / "config").glob("*.py")):
+            print(f"{path.stem:<36} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    else:
+        print("nanogpt novel.txt [--minutes=5] [--option=value ...] trains on a text and samples")
+        print("nanogpt PROGRAM [PRESET] [--option=value ...]; nanogpt PROGRAM --help lists its options\n")
+        print(*(f"  nanogpt {program:<8} {about}" for program, about in PROGRAMS.items()), sep="\n")
+        print("  nanogpt presets  list the presets of nanogpt train")
+
+
 def start(name: str, *arguments: str) -> None:
     """Run a program in this process, as `python train.py ...` does."""
     words = list(arguments)
     path = ROOT / f"{name}.py"
     if name == "prepare":
-        path = ROOT / "data" / "prepare.py"
+        path, known = ROOT / "data" / "prepare.py", sorted((ROOT / "data").glob("*/prepare.py"))
         if words and (ROOT / "data" / words[0] / "prepare.py").is_file():
             path = ROOT / "data" / words.pop(0) / "prepare.py"
+        elif not any(word.startswith("-") or Path(word).exists() for word in words):
+            names = ", ".join(path.parent.name for path in known)
+            what = f"no text or dataset {words[0]!r}" if words else "nothing to prepare"
+            print(f"error: {what}; give PATH --out=data/mine, or one of {names}", file=sys.stderr)
+            raise SystemExit(2)
     sys.argv = [str(path), *words]
     sys.path.insert(0, str(ROOT))  # bench.py imports train.py
     runpy.run_path(str(path), run_name="__main__")

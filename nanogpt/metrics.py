@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ NAME = "metrics.jsonl"
 ROW = {"event": str, "iter": Amount, "train_loss?": float | None, "val_loss?": float | None}
 
 
+@dataclass
 class Log:
     """Log metrics to the console, metrics.jsonl (one JSON object per line, flushed) and trackers.
 
@@ -24,13 +26,16 @@ class Log:
     "step" and "health", the number of iterations completed for the others.
     """
 
-    def __init__(self, path: Path, tracker: Any, mfu_per_token_s: float | None):
-        """Append to the file `path`. `mfu_per_token_s`: model FLOPs utilization (MFU) at 1 token/s, None if
-        the peak FLOP/s of the device is unknown."""
-        self._file = path.open("a", encoding="utf-8", newline="\n")
-        self._tracker = tracker
-        self._mfu_per_token_s = mfu_per_token_s
-        self.state: dict[str, float] = {}  # for the progress bar: smoothed loss, validation loss, its change
+    file: Any = None  # metrics.jsonl; None until `open`
+    tracker: Any = None
+    mfu_per_token_s: float | None = None  # model FLOPs utilization at 1 token/s; None: peak FLOP/s unknown
+    # for the progress bar: smoothed loss, validation loss, its change
+    state: dict[str, float] = field(default_factory=dict)
+
+    def open(self, path: Path, tracker: Any, mfu_per_token_s: float | None) -> None:
+        """Append rows to the file `path` from now on, and send them to `tracker` unless that is None."""
+        self.file = path.open("a", encoding="utf-8", newline="\n")
+        self.tracker, self.mfu_per_token_s = tracker, mfu_per_token_s
 
     def step(
         self, iter_num: int, tokens: int, step_s: float, speed: float, left_s: float, **values: Any
@@ -39,8 +44,8 @@ class Log:
         so far; `left_s`: expected time to the end of the run."""
         loss = values["loss"]
         line = f"iter {iter_num}: loss {loss:.4f}, time {step_s * 1000:.2f}ms, {speed:,.0f} tok/s"
-        if self._mfu_per_token_s:
-            line += f", mfu {speed * self._mfu_per_token_s:.1%}"
+        if self.mfu_per_token_s:
+            line += f", mfu {speed * self.mfu_per_token_s:.1%}"
         tqdm.write(f"{line}, {tqdm.format_interval(left_s)} left")
         self.state["loss"] = 0.9 * self.state.get("loss", loss) + 0.1 * loss
         self.write("step", iter_num, tokens, step_s=step_s, tokens_per_s=speed, **values)
@@ -54,15 +59,14 @@ class Log:
     def write(self, event: str, iter_num: int, tokens: int, **values: Any) -> None:
         """Append a row."""
         row = {"event": event, "iter": iter_num, "tokens": tokens, **values}
-        self._file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
-        self._file.flush()
-        if self._tracker:
-            self._tracker.log(row)
+        self.file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        self.file.flush()
+        if self.tracker:
+            self.tracker.log(row)
 
     def close(self) -> None:
-        self._file.close()
-        if self._tracker:
-            self._tracker.close()
+        for opened in filter(None, (self.file, self.tracker)):
+            opened.close()
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
@@ -102,13 +106,15 @@ def _losses(row: Mapping[str, Any]) -> str:
     return f"train {train:.4f}, val {val:.4f}, gap {val - train:+.4f}"
 
 
-def closing(out_dir: str, took_s: float, peak: int | None, longer: str) -> str:
-    """Return the last lines of a complete run: losses, time, memory, and commands to continue. `peak`: peak
-    memory in bytes; `longer`: option for more training."""
+def closing(out_dir: str, clock_s: float, before_s: float, peak: int | None, longer: str) -> str:
+    """Return the last lines of a complete run: losses, time, memory, and commands to continue. `clock_s`:
+    time of all sessions, `before_s` of it in earlier ones; `peak`: peak memory in bytes; `longer`: option for
+    more training."""
+    total = f" ({tqdm.format_interval(clock_s)} with earlier sessions)" if before_s else ""
     memory = f", {tqdm.format_sizeof(peak)}B of memory" if peak else ""
     shown = quoted(f"--out_dir={out_dir}")
     return (
-        f"{gap(read(Path(out_dir)))}\ntook {tqdm.format_interval(took_s)}{memory}\n"
+        f"{gap(read(Path(out_dir)))}\ntook {tqdm.format_interval(clock_s - before_s)}{total}{memory}\n"
         f"sample from it:  {command('sample')} {shown}\n"
         f"train it longer: {command('train')} {shown} --init_from=resume {longer}"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from nanogpt import command
+from nanogpt import command, quoted
 from nanogpt.errors import UserError
 
 RENAMED = {  # option names of earlier versions, which still work in flags, presets and saved runs
@@ -108,12 +108,13 @@ def missing_preset(name: str, root: Path) -> UserError:
 
 def missing_dataset(name: str, root: Path) -> UserError:
     """Return the error for a dataset `name` that is neither a dataset folder nor in data/ of `root`."""
+    path = quoted(name) if Path(name).is_file() else "PATH"
+    own = f"for your own text {command('prepare')} {path} --out=data/mine, then --dataset=data/mine"
     for folder in (Path(name), Path("data") / name, root / "data" / name):
         if (folder / "prepare.py").is_file():
-            return UserError(f"dataset {name!r} is not prepared: {command(f'prepare {folder.name}')}")
+            return UserError(f"dataset {name!r} is not prepared: {command(f'prepare {folder.name}')}; {own}")
     ready = sorted({p.parent.name for p in (root / "data").glob("*/train*") if p.suffix in (".bin", ".npy")})
     known = f"prepared here: {', '.join(ready)}; " if ready else ""
     return UserError(
-        f"no dataset at {name!r}: {known}to use your own text: {command('prepare')} PATH --out=data/mine; "
-        f"without a download: {command('prepare python_stdlib')}"
+        f"no dataset at {name!r}: {known}{own}; without a download {command('prepare python_stdlib')}"
     )

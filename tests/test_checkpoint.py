@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from benchmarks import fuzz_cases
 from nanogpt import files
 from nanogpt.checkpoint import reader, resume, writer
+from nanogpt.convert import weights
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Optimizer, build
@@ -252,18 +254,22 @@ def test_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypatch
 def test_previous_run_is_moved_aside(tmp_path, model):
     run = tmp_path / "out"
     save_checkpoint(run, model, 5)
-    lock, notice = writer.acquire_folder(run, None, overwrite=False)
+    lock, notice = writer.clear_folder(run, files.lock(run), None, train.Config())
     lock.release()
     assert "out.1" in notice and names(tmp_path) == ["out", "out.1"]
     assert reader.find(tmp_path / "out.1")[0].iter_num == 5 and reader.find(run)[0] is None
     save_checkpoint(run, model, 6)
-    lock, notice = writer.acquire_folder(run, None, overwrite=False)
+    lock, notice = writer.clear_folder(run, files.lock(run), None, train.Config())
     lock.release()
     assert names(tmp_path) == ["out", "out.1", "out.2"]
+    with pytest.raises(UserError, match=r"no checkpoint in .*out, but in out\.1 and out\.2: train first"):
+        resume.resume(train.Config(out_dir=str(run), init_from="resume"), {}, set(), [])
+    with pytest.raises(UserError, match=r"but in out\.1 and out\.2: give the --out_dir of a run"):
+        weights.open_weights("resume", tmp_path, run)
     save_checkpoint(run, model, 7)
     # the second replaces a run that has not saved yet
     for said in ("; it is kept in", "saved no checkpoint"):
-        lock, notice = writer.acquire_folder(run, None, overwrite=True)
+        lock, notice = writer.clear_folder(run, files.lock(run), None, train.Config(overwrite=True))
         (run / "config.json").write_text("{}", encoding="utf-8")
         lock.release()
         assert names(tmp_path) == ["out", "out.1", "out.2", "out.replaced"] and reader.find(run)[0] is None
@@ -276,7 +282,7 @@ def test_previous_nanogpt_run_is_moved_aside(tmp_path):
     run = tmp_path / "out"
     run.mkdir()
     (run / "ckpt.pt").write_bytes(b"x")
-    writer.acquire_folder(run, None, overwrite=False)[0].release()
+    writer.clear_folder(run, files.lock(run), None, train.Config())[0].release()
     assert (tmp_path / "out.1" / "ckpt.pt").exists()
 
 

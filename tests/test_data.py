@@ -261,7 +261,12 @@ def test_missing_dataset_error_lists_available_ones(tmp_path, monkeypatch):
         loader.find("other", tmp_path)
     (tmp_path / "data" / "known").mkdir()
     (tmp_path / "data" / "known" / "prepare.py").touch()
-    with pytest.raises(UserError, match=r"not prepared: python data/known/prepare\.py"):
+    (tmp_path / "a b.txt").write_text("a text", encoding="utf-8")
+    own = r'prepare\.py "a b\.txt" --out=data/mine, then --dataset=data/mine'
+    with pytest.raises(UserError, match=own):
+        loader.find("a b.txt", tmp_path)
+    own = r"; for your own text .* PATH --out=data/mine, then --dataset=data/mine"
+    with pytest.raises(UserError, match=rf"not prepared: python data/known/prepare\.py{own}"):
         loader.find("known", tmp_path)
 
 

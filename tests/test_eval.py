@@ -1,6 +1,7 @@
 """Tests of eval.py."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import eval as program
 import train
 from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.evaluation import evals
+from nanogpt.evaluation import counting, evals
 from nanogpt.prepare import corpus
 from tests.conftest import train_until_it_knows, words
 
@@ -53,6 +54,23 @@ def test_default_is_the_validation_split(config, trained, capsys):
     printed = capsys.readouterr().out
     assert f"dataset/val: loss {scores['loss']:.4f} ± " in printed and "context 16" in printed
     assert result(replace(config, split="train"))["results"]["dataset/train"]["tokens"] > scores["tokens"]
+
+
+def test_a_line_tells_on_what_part_of_the_split_training_evaluated(trained, tmp_path, capsys):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "eval_iters": 3}
+    shape |= {"gradient_accumulation_steps": 1, "warmup_iters": 0, "max_iters": 3, "device": "cpu"}
+    run = train.Config(dataset=str(trained / "dataset"), out_dir=str(tmp_path / "part"), **shape)
+    train.main(run)
+    logged = re.findall(r"step 3: .* val loss (\S+)", capsys.readouterr().out)[0]
+    program.main(program.Config(out_dir=run.out_dir, device="cpu"))
+    said = capsys.readouterr().out
+    whole = int(re.findall(r"(\d+) windows", said)[0])
+    part = f"training evaluated 12 of the {whole - 1} sequences of this split (--eval_iters)"
+    assert f"{part}: val loss {logged}\n" in said  # the last window is shorter
+    program.main(program.Config(out_dir=str(trained / "out"), device="cpu"))
+    program.main(program.Config(out_dir=run.out_dir, device="cpu", limit=5))
+    program.main(program.Config(out_dir=run.out_dir, device="cpu", split="train"))
+    assert "training evaluated" not in capsys.readouterr().out  # the whole split, or another part
 
 
 @pytest.mark.parametrize("limit", [0, 3])
@@ -192,6 +210,20 @@ def test_invalid_options_are_rejected(config, options, message):
     with pytest.raises(UserError, match=message):
         program.main(replace(config, **options))
     assert not Path(config.out).exists()
+
+
+def test_results_that_cannot_be_written_are_refused_or_told(config, capsys, monkeypatch):
+    def refuse(*given):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(counting.files, "write_json", refuse)
+        program.main(replace(config, baseline=True, out=""))
+    assert capsys.readouterr().out.splitlines()[-1].endswith("(not kept: Permission denied)")
+    monkeypatch.setattr(program.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="is not a writable file path"):
+        program.main(config)
+    assert capsys.readouterr().out == ""
 
 
 def test_invalid_text_files_are_rejected(config, tmp_path):

@@ -68,6 +68,19 @@ def test_the_command_lists_programs_and_presets_and_names_near_ones(installed, t
     assert done.returncode == 0 and "nanogpt train " in done.stdout and "nanogpt presets" in done.stdout
     done = nanogpt(installed, tmp_path, "presets")
     assert len(done.stdout.splitlines()) == len(list((ROOT / "config").glob("*.py")))
+    for name in ("--help", "presets"):  # as `| head` when it has read enough
+        reader = subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE)
+        reader.wait()
+        piped = [sys.executable, "-m", "nanogpt", name]
+        done = subprocess.run(piped, cwd=ROOT, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    done = nanogpt(installed, tmp_path, "prepare", "shakespear")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: no text or dataset 'shakespear'; give PATH"
+    )
+    assert "shakespeare_char" in done.stderr and done.stderr.count("\n") == 1
+    done = nanogpt(installed, tmp_path, "plot")
+    assert done.stderr == "error: 0 runs given; expected run folders: nanogpt plot out\n"
     done = nanogpt(installed, tmp_path, "trian")
     assert done.returncode == 2 and done.stderr == "error: unknown program 'trian'; did you mean train?\n"
     done = nanogpt(installed, tmp_path, "train", "shakespear_char")

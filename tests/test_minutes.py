@@ -87,6 +87,22 @@ def test_stopped_run_resumes_with_the_time_that_is_left(config, clock, capsys):
     assert rows(config, "step")[-1]["lr"] == pytest.approx(1e-4, rel=0.1)
 
 
+def test_resumed_run_reserves_time_for_its_last_evaluation(config, clock, monkeypatch):
+    evaluate = train.validation.evaluate_splits
+
+    def slowly(*given):
+        for _ in range(80):  # 40 s
+            next(clock)
+        return evaluate(*given)
+
+    monkeypatch.setattr(train.validation, "evaluate_splits", slowly)
+    with pytest.raises(Stopped):
+        train.main(replace(config, max_minutes=2.0))
+    train.main(replace(config, init_from="resume"))
+    assert state(config)["clock_s"] == pytest.approx(300, abs=15)
+    assert rows(config, "eval")[-2]["share"] < 0.9
+
+
 def test_complete_run_continues_with_more_minutes_or_with_iterations(config, clock, capsys):
     train.main(config)
     first = state(config)["iter_num"]
@@ -139,6 +155,48 @@ def test_invalid_minutes_are_one_line_errors(config, monkeypatch):
     with pytest.raises(UserError, match=r"--minutes=0\.1 is too short: .* give at least --minutes="):
         train.main(replace(config, minutes=0.1))
     assert not list(Path(config.out_dir).glob("step-*"))
+
+
+def slow_clock(monkeypatch, each_s: float) -> None:
+    """Let each reading of the clock by the main thread take `each_s`."""
+    count = itertools.count(1)
+
+    def now() -> float:
+        return each_s * next(count) if threading.current_thread() is threading.main_thread() else 0.0
+
+    monkeypatch.setattr(train.time, "perf_counter", now)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_run_that_is_refused_leaves_the_one_before_it(config, clock, monkeypatch, overwrite):
+    train.main(config)
+    out = Path(config.out_dir)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    slow_clock(monkeypatch, 2)
+    with pytest.raises(UserError, match=r"--minutes=0\.1 is too short"):
+        train.main(replace(config, minutes=0.1, overwrite=overwrite))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in out.parent.glob("out*")] == ["out"]
+
+
+@pytest.mark.parametrize(("minutes", "fit"), [(0.5, 2), (1.5, 9), (300.0, None)])
+def test_a_note_tells_when_few_iterations_fit(config, monkeypatch, capsys, minutes, fit):
+    slow_clock(monkeypatch, 1.5)
+    train.main(replace(config, minutes=minutes))
+    said = capsys.readouterr().out
+    done = len(rows(config, "step"))
+    if fit is None:
+        assert "few iterations" not in said and done > 50
+    else:
+        assert f"note: few iterations (about {fit}) fit into --minutes={minutes:g}; 100 need about " in said
+        assert abs(done - fit) <= 2
+
+
+@pytest.mark.parametrize("eval_interval", [25, 12, 5])
+def test_no_evaluation_immediately_precedes_the_last(config, clock, eval_interval):
+    train.main(replace(config, eval_interval=eval_interval))
+    *earlier, last = [row["share"] for row in rows(config, "eval")]
+    assert len(earlier) > 3 and last == 1 and earlier[-1] < 1 - eval_interval / 250
 
 
 def test_two_ranks_stop_after_the_same_iteration(dataset, tmp_path):

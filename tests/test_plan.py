@@ -231,6 +231,13 @@ def test_vocabulary_of_the_dataset_counts(capsys, dataset, tmp_path):
     assert out.startswith("note: GPT-2's vocabulary of 50,257 assumed, because no dataset at")
 
 
+def test_a_text_is_prepared_for_its_vocabulary(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("novel.txt").write_text("abcdefgh" * 100, encoding="utf-8")
+    out = said(capsys, str(ROOT / "config" / "quickstart.py"), "--dataset=novel.txt", "--gpu=A100")
+    assert "GPT-2's vocabulary" not in out and re.search(r"parameters: 7\d\d,", out)
+
+
 @pytest.mark.parametrize("name", ["RTX4090", "NVIDIA GeForce RTX 4090", "rtx 4090", "RTX-4090"])
 def test_chips_are_found_by_their_usual_names(name):
     assert chips.find(name) == "RTX 4090" and chips.peak_flops(name) == 165e12

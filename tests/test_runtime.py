@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from nanogpt import compile, runtime
+from nanogpt import compile, metrics, runtime
 from nanogpt.checkpoint import writer
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
@@ -142,8 +142,9 @@ def test_mfu_is_that_of_each_gpu(dataset, tmp_path, monkeypatch):
     shares = []
     for size in (1, 2):
         run.machine = runtime.Machine(torch.device("cuda"), "bfloat16", "test", World(1, size))
-        with closing(train.open_log(run)) as log:
-            shares.append(log._mfu_per_token_s)
+        with closing(metrics.Log()) as log:
+            train.open_log(run, log)
+            shares.append(log.mfu_per_token_s)
     assert shares[0] == 2 * shares[1] > 0
 
 

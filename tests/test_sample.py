@@ -61,6 +61,17 @@ def test_greedy_decoding_is_deterministic(config, capsys):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize(("given", "shown"), [([], 1), (["--num_samples=2"], 2), (["--interactive"], 1)])
+def test_equal_samples_are_printed_once_unless_asked_for(config, capsys, monkeypatch, given, shown):
+    lines = iter(["a"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    flags = [f"--out_dir={config.out_dir}", "--temperature=0", "--max_new_tokens=9", "--device=cpu", *given]
+    sample.main(*load(sample.Config, flags))
+    said = capsys.readouterr()
+    assert said.err.count("--temperature=0: one sample per prompt") == (not given)
+    assert said.out.count("-" * 15) == (0 if "--interactive" in given else shown)
+
+
 def test_prompt_from_a_file(config, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("abc\nd", encoding="utf-8")
     found = texts(replace(config, start=f"FILE:{tmp_path / 'prompt.txt'}"), capsys)

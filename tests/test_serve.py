@@ -4,16 +4,24 @@ import json
 import math
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
 
+import serve
 from nanogpt import ROOT
 from nanogpt.checkpoint import reader
 from nanogpt.convert import hf_tokenizer
 from nanogpt.inference.engine import score
 from nanogpt.tokenizer import tokenizer
 from tests.serving import serving, train_small
+
+
+def test_packages_to_install_are_those_of_the_extra():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = listed["project"]["optional-dependencies"]["serve"]
+    assert serve.PACKAGES.split() == [package.partition(">")[0] for package in wanted]
 
 
 @pytest.fixture(scope="module")

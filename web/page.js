@@ -160,7 +160,7 @@ let controller = null;
 async function write() {
   controller?.abort();
   const mine = (controller = new AbortController());
-  const prompt = $("prompt").value;
+  const prompt = $("prompt").value || "\n"; // as --start of sample.py
   const seed = $("seed").value.trim();
   const samples = setting("samples");
   hideAlternatives();

@@ -36,6 +36,7 @@ class Progress:
     stale: int = 0  # number of evaluations since the best one
     share: float = 0.0  # completed fraction of the schedule
     clock_s: float = 0.0  # wall-clock seconds of earlier sessions, including start-up and evaluations
+    evaluation_s: float = 0.0  # time of the longest evaluation
     ramp: list[int] = field(default_factory=list)  # with --minutes: batch sizes of the ramp so far
 
     def position(self, options: "BatchOptions") -> float:

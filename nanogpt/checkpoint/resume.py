@@ -1,5 +1,6 @@
 """Resume runs: merge saved and given options, report changes, and rewind or set aside run folders."""
 
+import glob
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 from torch import Tensor
+from tqdm import tqdm
 
 from nanogpt import files, metrics
 from nanogpt.checkpoint import REPLACED, Progress, reader, step_folders
@@ -47,9 +49,7 @@ def resume(
     resumed, errors = reader.find(out)
     if resumed is None:
         if config.init_from == "resume":
-            nanogpts = (out / "ckpt.pt").is_file()
-            hint = f"; to start from nanoGPT's ckpt.pt in it, use --init_from={out}" * nanogpts
-            raise UserError(f"no checkpoint in {out}: train first, or use --init_from=auto or scratch{hint}")
+            raise missing(out, "train first, or use --init_from=auto or scratch")
         return config, None
     notices += [f"skipped a damaged checkpoint: {line}" for line in errors]
     kinds = typing.get_type_hints(type(config), include_extras=True)
@@ -72,6 +72,15 @@ def resume(
         changed = f"{key} = {new!r} from now on; it was {old!r} when the run was saved"
         notices.append(ignored if key in kept else changed)
     return replace(config, **kept), resumed
+
+
+def missing(run_dir: Path, advice: str) -> UserError:
+    """Return the error for a folder without a checkpoint; it names earlier runs there that were renamed."""
+    near = sorted(run_dir.parent.glob(f"{glob.escape(run_dir.name)}.*"))
+    renamed = " and ".join(path.name for path in near if step_folders(path))
+    where = f", but in {renamed}" if renamed else ""
+    hint = f"; to start from nanoGPT's ckpt.pt in it, use --init_from={run_dir}"
+    return UserError(f"no checkpoint in {run_dir}{where}: {advice}{hint * (run_dir / 'ckpt.pt').is_file()}")
 
 
 def inherit(
@@ -164,6 +173,15 @@ def rewind(run_dir: Path, progress: Progress) -> None:
     last = {"eval": before if progress.val_loss is None else progress.iter_num, "tasks": progress.iter_num}
     kept = [row for row in metrics.read(run_dir) if row["iter"] <= last.get(row["event"], before)]
     files.write_text(run_dir / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def left(progress: Progress, options: TrainOptions) -> str:
+    """Return the expected time to the end of a run, at the speed of its iterations so far."""
+    each_s = progress.elapsed_s / max(1, progress.iter_num)
+    left_s = (options.max_iters - progress.iter_num) * each_s
+    if options.minutes:
+        left_s = options.minutes * 60 - progress.clock_s
+    return f"about {tqdm.format_interval(left_s)} left"
 
 
 def set_aside(run_dir: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock, str]:

@@ -27,6 +27,7 @@ from nanogpt import files
 from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, step_folders, val_loss
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, NGRAM_TABLES
+from nanogpt.options import TrainOptions
 
 # any of these marks a folder as a run; ckpt.pt is nanoGPT's
 RUN_FILES = ("config.json", "metrics.jsonl", "ckpt.pt")
@@ -105,23 +106,24 @@ def prune(run_dir: Path) -> None:
     files.remove(run_dir.with_name(run_dir.name + REPLACED))
 
 
-def acquire_folder(run_dir: Path, resumed: Progress | None, overwrite: bool) -> tuple[FileLock, str]:
-    """Lock the run folder `run_dir` for a new run or, if `resumed` is given, for one that resumes at this
-    progress.
+def clear_folder(
+    run_dir: Path, lock: FileLock, resumed: Progress | None, options: TrainOptions
+) -> tuple[FileLock, str]:
+    """Prepare the run folder `run_dir`, locked by `lock`, for a new run or, if `resumed` is given, for one
+    that resumes at this progress.
 
     An existing run that is not resumed is renamed: to the first free of run.1, run.2, ... or, with
-    `overwrite`, to run.replaced, which is deleted after the first checkpoint. Return the lock, to be held
-    during the run, and a notice to print. Raise UserError if another process holds the lock.
+    --overwrite, to run.replaced, which is deleted after the first checkpoint. Return the lock, to be held
+    during the run, and a notice to print.
     """
-    lock = files.lock(run_dir)
     if not step_folders(run_dir) and not any((run_dir / name).exists() for name in RUN_FILES):
         return lock, ""
     from nanogpt.checkpoint import resume
 
     if resumed is None:
-        return resume.set_aside(run_dir, lock, overwrite)
+        return resume.set_aside(run_dir, lock, options.overwrite)
     resume.rewind(run_dir, resumed)
-    return lock, f"resuming {run_dir} at iteration {resumed.iter_num}"
+    return lock, f"resuming {run_dir} at iteration {resumed.iter_num}, {resume.left(resumed, options)}"
 
 
 def require_space(run_dir: Path, model: GPT) -> str:

@@ -56,8 +56,9 @@ def _of_hugging_face(name: str) -> Pretrained:
 def _open_run(run: Path, which: str) -> Pretrained:
     found, damage = reader.find(run, which)
     if found is None:
-        hint = f"; to start from nanoGPT's ckpt.pt in it, use --init_from={run}" * (run / "ckpt.pt").is_file()
-        raise UserError(f"no checkpoint in {run}; give the --out_dir of a run saved by train.py{hint}")
+        from nanogpt.checkpoint import resume
+
+        raise resume.missing(run, "give the --out_dir of a run saved by train.py")
     return _open_checkpoint(found, run, damage)
 
 

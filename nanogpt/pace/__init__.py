@@ -14,7 +14,6 @@ class Pace:
         self.options, self.progress = options, progress
         self.position = progress.position(options)
         self.before = self.position - 1
-        self.evaluation_s = 0.0  # duration of the longest evaluation
 
     @property
     def over(self) -> bool:
@@ -31,11 +30,11 @@ class Pace:
 
     def evaluated(self, took_s: float) -> None:
         """Account for the time of an evaluation."""
-        self.evaluation_s = max(took_s, self.evaluation_s)
+        self.progress.evaluation_s = max(took_s, self.progress.evaluation_s)
 
     def left_s(self, step_s: float, interval: int) -> float:
         """Return the expected time to the end: `step_s` per iteration and an evaluation every `interval`."""
-        return (self.options.max_iters - self.position) * (step_s + self.evaluation_s / interval)
+        return (self.options.max_iters - self.position) * (step_s + self.progress.evaluation_s / interval)
 
     def begin_iteration(self) -> None:
         """Set the batch size of the next iteration, if it depends on time."""

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 from nanogpt.checkpoint import Progress
 from nanogpt.data.loader import TrainBatches
 from nanogpt.errors import UserError
 from nanogpt.options import BatchOptions
 from nanogpt.pace import Pace
 from nanogpt.world import World
+
+FEW = 50  # iterations: a schedule of fewer hardly trains, which a note says
 
 
 class TimeBudget(Pace):
@@ -30,6 +34,7 @@ class TimeBudget(Pace):
         self.batches, self.clock_s, self.world = batches, clock_s, world
         self.last_s = clock_s()
         self.evaluations_s = 0.0  # duration of all evaluations
+        self.step_s = 0.0  # duration of the last iteration and of what preceded it
         self.planned_ramp = batches.ramp
         progress.ramp = progress.ramp or batches.ramp[: progress.iter_num]
         batches.set_ramp(progress.ramp)
@@ -42,23 +47,35 @@ class TimeBudget(Pace):
 
     def share(self, step_s: float, save_s: float) -> float:
         now_s = self.clock_s()
-        left_s = self.options.minutes * 60 - self.last_s - self.evaluation_s - save_s - step_s / 2
-        passed_s, self.last_s = now_s - self.last_s, now_s
+        left_s = self.options.minutes * 60 - self.last_s - self.progress.evaluation_s - save_s - step_s / 2
+        self.step_s, self.last_s = now_s - self.last_s, now_s
         share = self.progress.share
-        share = share + (1 - share) * passed_s / left_s if passed_s < left_s else 1.0
+        share = share + (1 - share) * self.step_s / left_s if self.step_s < left_s else 1.0
+        if self.progress.iter_num == 2 or (self.progress.iter_num == 1 and share == 1):
+            self.tell_if_few(left_s - self.step_s)
         return self.world.sum_int(round(share * 1e12) * self.world.is_main_process) / 1e12
+
+    def tell_if_few(self, left_s: float) -> None:
+        """Print a note if fewer than FEW iterations fit, with `left_s` left for training."""
+        minutes, done = self.options.minutes, self.progress.iter_num
+        fit = done + max(0, round(left_s / self.step_s))
+        if fit < FEW:
+            enough = minutes + ((2 * FEW - done) * self.step_s - left_s) / 60
+            more = f"{2 * FEW} need about --minutes={enough:.2g}"
+            tqdm.write(f"note: few iterations (about {fit}) fit into --minutes={minutes:g}; {more}")
 
     def evaluation_due(self, interval: int) -> bool:
         """Return whether to evaluate: every `interval` iterations or eighth of the run, whichever is shorter,
-        if evaluations have taken at most a tenth of the time and there is time for three more. Collective:
-        call on all ranks."""
+        if evaluations have taken at most a tenth of the time, there is time for three more, and the last
+        one is more than half an interval away. Collective: call on all ranks."""
         interval = max(1, min(interval, self.options.max_iters // 8))
         if self.over or not self.progress.share or not self.passed(interval):
             return super().evaluation_due(interval)
         elapsed_s = self.clock_s()
         left_s = self.options.minutes * 60 - elapsed_s  # this evaluation, the last one, and training
-        allowed = 3 * self.evaluation_s < left_s and self.evaluations_s <= elapsed_s / 10
-        return self.world.any_rank(allowed and self.world.is_main_process)
+        is_last = left_s < 2 * self.step_s or self.position + interval / 2 > self.options.max_iters
+        affordable = self.evaluations_s <= elapsed_s / 10 and 3 * self.progress.evaluation_s < left_s
+        return self.world.any_rank(affordable and not is_last and self.world.is_main_process)
 
     def evaluated(self, took_s: float) -> None:
         """Raise UserError after the first evaluation if no time is left to train."""
@@ -76,7 +93,7 @@ class TimeBudget(Pace):
             )
 
     def left_s(self, step_s: float, interval: int) -> float:
-        return self.options.minutes * 60 - self.clock_s()
+        return max(0.0, self.options.minutes * 60 - self.clock_s())
 
 
 def repeated(options: object, iterations: int) -> str:
