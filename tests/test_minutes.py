@@ -66,7 +66,7 @@ def test_run_ends_on_time_at_the_floor_of_the_rate_evaluated_and_saved(config, c
 
 
 def test_real_clock_counts_from_the_start_of_the_run(config, monkeypatch):
-    monkeypatch.setattr(options, "SHORTEST", 0)
+    monkeypatch.setattr(options, "MIN_MINUTES", 0)
     started = train.time.perf_counter()
     train.main(replace(config, minutes=0.05, log_interval=100))
     assert train.time.perf_counter() - started == pytest.approx(3, abs=1.5)

@@ -78,12 +78,13 @@ def load(folder: Path) -> Dataset:
             raise UserError(f"{folder} has no {split}.bin; prepare the data again")
         info = meta.get("splits", {}).get(split, {"files": []})
         listed = {file["name"]: file["tokens"] for file in info["files"]}
-        dtype = np.dtype(meta.get("dtype", "uint16" if identity.vocab_size <= 1 << 16 else "uint32"))
+        dtype = np.dtype(meta.get("dtype", "<u2" if identity.vocab_size <= 1 << 16 else "<u4")).newbyteorder(
+            "<"
+        )
         if not meta:
             from nanogpt.data.foreign import require_ids
 
             require_ids([paths[0], paths[-1]], dtype)
-        dtype = dtype.newbyteorder("<")
         splits[split] = Tokens(open_split(paths, dtype, listed), identity.vocab_size)
         _check_size(splits[split], folder, split, info)
         splits[split].check()
