@@ -80,9 +80,7 @@ def text_of(path: Path) -> str:
         with path.open(encoding="utf-8") as file:
             text = file.read(LARGEST)
             if file.read(1):
-                raise UserError(
-                    f"{path} is too large: at most {LARGEST:,} characters are read of such a file"
-                )
+                raise UserError(f"{path} is too large: at most {LARGEST:,} characters are read")
             return text
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
