@@ -24,6 +24,8 @@ from nanogpt.config import FilePath, NonNegativeFloat, NonNegativeInt, PositiveI
 from nanogpt.errors import Stopped, UserError, run_program
 
 FIRST_SEED = 1337
+REACHED = {"bits_per_byte": float | None, "val_loss": float, "iter": int, "tokens": float, "dataset": str}
+RUN = {"entrant": str, "seed": int, **{f"{name}?": kind for name, kind in REACHED.items()}}  # of race.json
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ def main(config: Config, entrants: Sequence[str]) -> None:
     out = Path(config.out)
     results: list[dict[str, Any]] = []
     if (out / "race.json").is_file():
-        before = files.read_json(out / "race.json", dict)
+        before = files.read_json(out / "race.json", {"length": str, "runs": [RUN]})
         if before["length"] != length:
             raise UserError(f"{out} holds a race with {before['length']}; give that, or another --out")
-        results = before["runs"]
+        results = [row for row in before["runs"] if "val_loss" not in row or REACHED.keys() <= row.keys()]
     with files.lock(out):
         for number in range(config.seeds):
             for entrant in entrants[:: -1 if number % 2 else 1]:  # no entrant always runs first

@@ -5,16 +5,18 @@
 
 Files are damaged as bytes (flipped, cut, doubled, replaced) and as values (a number, text or list in JSON, a
 pickle or a safetensors header becomes another of a list of hostile ones; a manifest is then made to fit).
-The program that reads the file runs in a forked process, which must end with one line and one of the exit
-codes of nanogpt/errors.py, or succeed. Reported are executions (of code in a file, of a command, or a file
-written outside the working folder), tracebacks, hangs (no line of progress within --limit_s), crashes, and
-memory beyond that of an intact file by more than 64 MB and 8 times its size.
+The program that reads the file runs in a process forked from one that has imported everything, so that a
+trial takes a fraction of a second; every fiftieth also in a process of its own, with the same result. It must
+end with one line and one of the exit codes of nanogpt/errors.py, or succeed. Reported are executions (of code
+in a file, of a command, or a file written outside the working folder), tracebacks, hangs (no line of progress
+within --limit_s), crashes, and memory beyond that of an intact file by more than 64 MB and 8 times its size.
 
 Trial n depends only on --seed and n. With --log each one is a line of a JSONL file, and the same command
 continues it. Linux only.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -25,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,11 +39,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import fuzz_cases as cases
-from nanogpt import checkpoint
+from nanogpt import ROOT, checkpoint, files
 from nanogpt.config import NonNegativeInt, Seconds, load
 from nanogpt.errors import run_program
 
-BAD = ("execution", "traceback", "hang", "crash", "memory", "written")
+BAD = ("execution", "traceback", "hang", "crash", "memory", "written", "differs")
+TWICE = 50  # of so many damaged files one is also read by a process that was not forked
 SPARE = 64 << 20  # bytes of memory beyond those of an intact file
 
 
@@ -49,7 +53,7 @@ class Config:
     files: NonNegativeInt = 200  # number of damaged files
     options: NonNegativeInt = 0  # number of wrong command lines
     seed: NonNegativeInt = 0  # seed of the damage
-    limit_s: Seconds = 20.0  # seconds until the first line of progress, on a machine that may be busy
+    limit_s: Seconds = 20.0  # seconds of CPU time until the first line of progress; ten times that in all
     log: str = ""  # JSONL file of all trials, continued if it exists
     show: bool = False  # print every trial that fails
 
@@ -76,8 +80,9 @@ def note(what: str) -> None:
     os.close(descriptor)
 
 
-def child(command: Sequence[str], folder: Path, watched: bool) -> typing.NoReturn:
-    """Run a program in `folder` in this forked process, its output in files there."""
+def child(command: Sequence[str], folder: Path, watched: bool, alone: bool) -> typing.NoReturn:
+    """Run a program in `folder` in this forked process, its output in files there; `alone`: as from the
+    shell."""
     code = 1
     try:
         os.chdir(folder)
@@ -87,8 +92,12 @@ def child(command: Sequence[str], folder: Path, watched: bool) -> typing.NoRetur
         sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
         tempfile.tempdir = str(folder)
+        sys.modules["__main__"] = types.ModuleType("__main__")  # which new processes would import
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+        if alone:
+            path = ROOT / ("data/prepare.py" if command[0] == "prepare" else f"{command[0]}.py")
+            os.execv(sys.executable, [sys.executable, str(path), *command[1:]])
         if watched:
             sys.addaudithook(watch)
         cases.program(command[0])(list(command[1:]))
@@ -104,17 +113,23 @@ def child(command: Sequence[str], folder: Path, watched: bool) -> typing.NoRetur
         os._exit(code)
 
 
+MEMORY = "/dev/shm"  # a file system without disk
+SLOW = ("matplotlib", "nanogpt", "tokenizers", "torch")  # packages; pyarrow starts a thread
+MODULES = "modules.txt"
 PROGRESS = re.compile(r"^(iter \d|serving at|-{15}|step: |step \d+: train|timing)", re.M)
 
 
-def run(command: Sequence[str], folder: Path, limit_s: float, watched: bool = True) -> tuple[str, int, str]:
-    """Run a command in a forked process; return the outcome, its peak memory in bytes and the last words."""
+def run(
+    command: Sequence[str], folder: Path, limit_s: float, watched: bool = True, alone: bool = False
+) -> tuple[str, int, str]:
+    """Run a command in a forked process, or `alone` in one that this process shares nothing with; return the
+    outcome, its peak memory in bytes and the last words."""
     pid = os.fork()
     if not pid:
         os.setpgid(0, 0)
-        child(command, folder, watched)
+        child(command, folder, watched, alone)
     started, status, progress = time.monotonic(), None, False
-    end, asked = started + limit_s, started + 0.5
+    end, asked = started + 10 * limit_s, started + 0.5
     while status is None:
         found, code, usage = os.wait4(pid, os.WNOHANG)
         if found:
@@ -124,7 +139,11 @@ def run(command: Sequence[str], folder: Path, limit_s: float, watched: bool = Tr
         said = output(folder, "stdout") + output(folder, "stderr") if now > asked else ""
         asked = now + 0.5 if now > asked else asked
         progress |= bool(PROGRESS.search(said))
-        if now > end or (progress and not watched and (now > started + 3 or command[0] == "serve")):
+        if (
+            now > end
+            or cpu_s(pid) > limit_s
+            or (progress and (command[0] == "serve" or (not watched and now > started + 3)))
+        ):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             _, _, usage = os.wait4(pid, 0)
@@ -143,6 +162,14 @@ def run(command: Sequence[str], folder: Path, limit_s: float, watched: bool = Tr
     if status == 1 or "Traceback (most recent call last)" in said:
         return "traceback", memory, said[-1500:]
     return f"exit {status}", memory, said[-300:]
+
+
+def cpu_s(pid: int) -> float:
+    """Return the seconds of CPU time of a process and of its children that have ended."""
+    fields = (
+        Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    )
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def output(folder: Path, name: str) -> str:
@@ -165,17 +192,30 @@ def try_file(
         words.append("--dataset=data")
     if f"{words}" not in usual:
         outcome, usual[f"{words}"], said = run(words, scratch, 10 * config.limit_s)
-        assert outcome == "exit 0", f"{words} fails with intact files: {outcome} {said}"
+        assert outcome == kind.intact, f"{words} fails with intact files: {outcome} {said}"
         shutil.rmtree(scratch)
         shutil.copytree(corpus, scratch)
     path = scratch / kind.folder / name
-    path.write_bytes(cases.damaged(name, path.read_bytes(), chance))
-    if "{step}" in pattern and "manifest" not in pattern and chance.random() < 0.7:
-        cases.sign(scratch / kind.folder / step.name)
+    signed = "{step}" in pattern and "manifest" not in pattern and chance.random() < 0.7
+
+    def damage() -> None:
+        path.write_bytes(cases.damaged(name, path.read_bytes(), chance))
+        if signed:
+            cases.sign(scratch / kind.folder / step.name)
+
+    inside(damage)
+    size = path.stat().st_size
+    if twice := number % TWICE == 0 and kind.folder != "references":  # which only a trial replaces
+        shutil.copytree(scratch, alone := scratch.with_name("alone"))
     outcome, memory, said = run(words, scratch, config.limit_s)
-    if outcome.startswith("exit") and memory > usual[f"{words}"] + SPARE + 8 * path.stat().st_size:
-        outcome = "memory"
     extra = memory - usual[f"{words}"]
+    if outcome.startswith("exit") and extra > SPARE + 8 * size:
+        outcome = "memory"
+    if twice:
+        other, _, words_alone = run(words, alone, 3 * config.limit_s, alone=True)
+        shutil.rmtree(alone)
+        if outcome.startswith("exit") and (outcome, said) != (other, words_alone):
+            outcome, said = "differs", f"{outcome}: {said}\nalone {other}: {words_alone}"
     return {
         "what": f"{kind.folder}/{pattern}",
         "command": words,
@@ -212,25 +252,50 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             for row in map(json.loads, log.read_text(encoding="utf-8").splitlines())
         }
     wanted = [("file", n) for n in range(config.files)] + [("options", n) for n in range(config.options)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
         corpus, usual = Path(folder) / "corpus", dict[str, int]()
-        inside(lambda: cases.build(corpus))
-        for name in {*cases.BASE, "doctor"}:
-            cases.program(name)  # import it before forking
+        inside(lambda: prepare(corpus))
+        known = set(sys.modules)
+        for name in (corpus / MODULES).read_text(encoding="utf-8").split():
+            if name not in known and name.startswith(
+                SLOW
+            ):  # what the programs import while they run; import it before forking
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+        (corpus / MODULES).unlink()
+        assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
         for kind, n in tqdm([key for key in wanted if key not in rows], disable=None):
             scratch = Path(folder) / "scratch"
             shutil.rmtree(scratch, ignore_errors=True)
+            started = time.monotonic()
             if kind == "file":
                 row = try_file(n, corpus, scratch, config, usual)
             else:
                 row = try_options(n, corpus, scratch, config)
-            rows[kind, n] = {"kind": kind, "n": n, **row}
+            rows[kind, n] = {"kind": kind, "n": n, "s": round(time.monotonic() - started, 3), **row}
             if log:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[kind, n]) + "\n")
             if config.show and row["outcome"] in BAD:
                 print(f"--- {kind} {n}: {row['what']}: {row['outcome']}\n{row['command']}\n{row['said']}")
     report([rows[key] for key in wanted])
+
+
+def prepare(corpus: Path) -> None:
+    """Write the corpus, and the names of the modules that this process has imported by then."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # of this forked process
+    cases.build(corpus)
+    for name in {*cases.BASE, "doctor"}:
+        cases.program(name)
+    with contextlib.chdir(corpus):
+        for command in (
+            "plot run --out=plot.png",
+            f"{cases.TRAIN} --dataset=bpe --sample_prompt=A --out_dir=x",
+        ):
+            cases.program(command.split()[0])(command.split()[1:])
+    for path in (corpus / "plot.png", corpus / "x"):
+        files.remove(path)
+    (corpus / MODULES).write_text("\n".join(sys.modules), encoding="utf-8")
 
 
 def inside(work: Callable[[], object]) -> None:

@@ -75,10 +75,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def text_of(path: Path) -> str:
-    """Read a UTF-8 file, at most LARGEST characters. Raise UserError if it is missing or not UTF-8."""
+    """Read a UTF-8 file. Raise UserError if it is missing, not UTF-8 or longer than LARGEST characters."""
     try:
         with path.open(encoding="utf-8") as file:
-            return file.read(LARGEST)
+            text = file.read(LARGEST)
+            if file.read(1):
+                raise UserError(f"{path} is too large: at most {LARGEST:,} characters are read")
+            return text
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except UnicodeDecodeError as error:
@@ -119,7 +122,5 @@ def lock(folder: Path) -> FileLock:
     try:
         held.acquire(timeout=0)
     except Timeout:
-        raise UserError(
-            f"another process is writing to {folder}; wait for it, or choose another folder"
-        ) from None
+        raise UserError(f"another process is writing to {folder}; wait for it, or choose another") from None
     return held

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from typing import ClassVar
 
@@ -196,8 +197,9 @@ def test_figure_of_other_data_or_damaged_is_ignored(tmp_path):
     folder = write_dataset(tmp_path / "data", words(600))
     counting.measure(Sequences(loader.load(folder), 16, 5), order=2)
     assert Sequences(loader.load(folder), 16, 5).best()
-    for damage in ("{", "[]", '{"data": 1}'):
-        kept = (folder / counting.NAME).read_text(encoding="utf-8")
+    kept = (folder / counting.NAME).read_text(encoding="utf-8")
+    odd = [kept.replace(": {", ': "x", "y": {'), kept.replace('"2"', '"x"'), re.sub(r"\d+\.\d+", '"x"', kept)]
+    for damage in ("{", "[]", '{"data": 1}', *odd):
         (folder / counting.NAME).write_text(damage, encoding="utf-8")
         assert Sequences(loader.load(folder), 16, 5).best() is None
         (folder / counting.NAME).write_text(kept, encoding="utf-8")

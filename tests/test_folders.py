@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt import files
 from nanogpt.convert import hf_tokenizer
 from nanogpt.data import loader
 from nanogpt.errors import UserError
@@ -269,3 +270,9 @@ def test_settings_that_change_the_ids_are_not_exported(tmp_path):
     hf_tokenizer.write(tmp_path, own)
     exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert exported.encode(TEXT).ids == own.encode(TEXT).tolist()
+
+
+def test_files_beyond_the_limit_are_refused_and_not_cut(gpt2_style, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST", len((gpt2_style / "vocab.json").read_text(encoding="utf-8")) - 1)
+    with pytest.raises(UserError, match=r"vocab.json is too large: at most [\d,]+ characters are read"):
+        tokenizer.from_file(gpt2_style)

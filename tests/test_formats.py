@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import corpus, text_files
+from nanogpt.prepare import corpus, formats, text_files
 from tests.conftest import documents, words
 from tests.test_readers import BODIES, lines
 from tests.texts import chinese_novel, languages
@@ -67,6 +67,14 @@ def test_truncated_compressed_files_are_errors_also_in_folders(packed, name, tmp
     (tmp_path / "good.txt").write_text(TEXT, encoding="utf-8")
     with pytest.raises(UserError, match=rf"{name}\.{packed} is damaged or partially downloaded \(.*again"):
         text_files.find([tmp_path])
+
+
+@pytest.mark.parametrize("packed", ["gz", "bz2", "xz", "zst"])
+def test_what_unpacks_to_much_more_is_read_in_bounded_memory(packed, tmp_path):
+    path = tmp_path / f"zeros.{packed}"
+    path.write_bytes(PACK[packed](bytes(100 << 20)))
+    sizes = [len(block) for block in formats.unpacked(path)]
+    assert sum(sizes) == 100 << 20 and max(sizes) <= 17 << 20
 
 
 def zipped(*names: str, content: str = "text") -> bytes:

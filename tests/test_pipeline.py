@@ -166,6 +166,32 @@ def test_changed_options_start_over(source, tmp_path, small_pieces, monkeypatch)
     assert not summary.resumed and content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("damage", ["counts", "tokens", "folded", "cut", "no object", "not JSON"])
+def test_damaged_progress_starts_over(source, tmp_path, small_pieces, monkeypatch, damage):
+    corpus.prepare([source], tmp_path / "whole", kind="byte")
+    monkeypatch.setattr(corpus, "RECORD_S", 0.0)
+    real, unfinished = shards.Writer.record, tmp_path / "out" / shards.UNFINISHED
+
+    def stop(writer, progress):
+        real(writer, progress)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(shards.Writer, "record", stop)
+        corpus.prepare([source], tmp_path / "out", kind="byte")
+    state = json.loads((unfinished / "state.json").read_text(encoding="utf-8"))
+    if damage == "cut":  # not filled up with zeros
+        (unfinished / "train-000000").write_bytes(b"")
+    elif damage in ("no object", "not JSON"):
+        (unfinished / "state.json").write_text("[]" if damage == "no object" else "{", encoding="utf-8")
+    else:
+        changed = {"counts": {"progress": {"counts": []}}, "tokens": {"tokens": {"train": 10**9, "val": 1}}}
+        state |= changed.get(damage, {"folded": 1.5})
+        (unfinished / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    summary = corpus.prepare([source], tmp_path / "out", kind="byte")
+    assert not summary.resumed and content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_pipeline_resumes_to_identical_output(number, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from nanogpt.data import loader
+from nanogpt.prepare import analyze
 from nanogpt.tokenizer import download, tokenizer
 from tests import texts
 from tests.conftest import found, words
@@ -313,3 +314,14 @@ def test_standard_library_is_prepared_as_a_corpus(tmp_path):
     prepare("python_stdlib/prepare.py", f"--out={tmp_path / 'b'}", cwd=tmp_path)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_progress_is_shown_within_ten_seconds_and_then_each_minute(capsys):
+    with analyze.progress("checking") as bar:
+        shown, start = [], bar.start_t
+        for second in (1, 9, 20, 50, 70):
+            bar._time = lambda second=second: start + second
+            bar.update(1 << 20)
+            shown.append(capsys.readouterr().err.strip())
+    assert [bool(line) for line in shown] == [False, True, False, False, True]
+    assert "2.10MB [00:09, 233kB/s]" in shown[1]

@@ -106,6 +106,13 @@ def test_bad_input_is_reported_before_anything_runs(entrants, tmp_path):
         race.main(race.Config(out=str(tmp_path), minutes=2), entrants)
 
 
+@pytest.mark.parametrize("runs", ["x", [1], [{"entrant": 1}], [{"entrant": "x", "seed": 1, "val_loss": "x"}]])
+def test_a_damaged_race_is_an_error_of_one_line(entrants, tmp_path, runs):
+    (tmp_path / "race.json").write_text(json.dumps({"length": "--minutes=5", "runs": runs}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"race\.json: runs"):
+        race.main(race.Config(out=str(tmp_path)), entrants)
+
+
 def test_command_line_arguments():
     config, entrants = race.command_line(["a.py", "--minutes=2", "b.py --x=1"])
     assert config == race.Config(minutes=2.0) and entrants == ["a.py", "b.py --x=1"]

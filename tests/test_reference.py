@@ -73,6 +73,25 @@ def test_reference_needs_three_seeds_of_one_run(three, tmp_path):
         record_reference.write([str(tmp_path / "reference-0"), str(tmp_path / "reference-1")])
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss": "x"}, "loss is 'x', not"),
+        ({"val_loss": [[1, 2, 3, "x"]]}, "val_loss.* is 'x', not"),
+        ({"loss": [[1, 2.0]]}, "not each row of losses"),
+        ({"options": []}, "options is"),
+    ],
+)
+def test_a_damaged_reference_is_an_error_of_one_line(changed, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDER", tmp_path)
+    band = [[1, 2.0, 2.1, 2.2]]
+    value = {"preset": "a", "seeds": [1, 2, 3], "options": {}, "loss": band, "val_loss": band} | changed
+    (tmp_path / "x-5.json").write_text(json.dumps(value), encoding="utf-8")
+    about = {"options": {"dataset": "x", "max_iters": 5}}
+    with pytest.raises(UserError, match=message):
+        reference.find(runs.Run("a", tmp_path, {}, {}, about, 0, 0))
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_references_have_three_seeds_and_options_of_their_preset(path):
     about = json.loads(path.read_text(encoding="utf-8"))

@@ -85,6 +85,13 @@ def test_compressed_files_and_limits(tmp_path):
         assert [item.context for item in task.items] == ["a0 b", "a1 b"] and task.name == "x"
 
 
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "LONGEST", 1000)
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * (3 << 20)))
+    with pytest.raises(UserError, match=r"t.jsonl.gz has a line of more than 1,000 bytes"):
+        list(tasks.file_rows(tmp_path / "t.jsonl.gz"))
+
+
 def test_hellaswag_files(real):
     names = ("hellaswag/hellaswag_val.jsonl.xz", "hellaswag/hellaswag_val_raw500.jsonl")
     packed, raw = (tasks.load(f"hellaswag:{real(name)}") for name in names)

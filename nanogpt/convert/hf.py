@@ -5,7 +5,6 @@ tokenizer files. All checks but those of values use the headers only, before any
 huggingface_hub is needed only for models given by name, to find them in its cache or download them.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -276,14 +275,12 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
         vocabulary.identify(text, str(folder / OWN_TOKENIZER))
         return text
     plain, fast = folder / "merges.txt", folder / "tokenizer.json"
-    whole = _if_known(fast.read_text(encoding="utf-8", errors="replace")) if fast.is_file() else ""
+    whole = _if_known(files.text_of(fast)) if fast.is_file() else ""
     if whole and vocabulary.identify(whole).vocab_size > vocabulary.GPT2_VOCAB_SIZE:  # added tokens
         return whole
     for path, read in ((plain, _plain_merges), (fast, _json_merges)):
-        lines = [line for line in read(path) if not line.startswith("#version")] if path.is_file() else []
-        merges = "\n".join(["#version: 0.2", *lines, ""])
-        if text := _if_known(json.dumps({"format": vocabulary.FORMAT, "type": "gpt2", "merges": merges})):
-            return text + "\n"
+        if path.is_file() and (text := folders.gpt2(read(path))):
+            return text
     if whole:
         return whole
     if plain.is_file() or fast.is_file():
@@ -303,7 +300,7 @@ def _if_known(text: str) -> str:
 
 
 def _plain_merges(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return files.text_of(path).splitlines()
 
 
 def _json_merges(path: Path) -> list[str]:

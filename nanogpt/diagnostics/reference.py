@@ -14,6 +14,8 @@ from nanogpt import ROOT, files
 from nanogpt.diagnostics import runs
 from nanogpt.errors import UserError
 
+LOSSES = ("loss", "val_loss")
+SHAPE = {"preset": str, "seeds": list, "options": dict, "loss": [[float]], "val_loss": [[float]]}
 FOLDER = ROOT / "benchmarks" / "reference"
 WIDTH = 4.0  # of the band on each side, in standard deviations; more for few seeds, whose mean is uncertain
 ALLOWED = 0.05  # of the logged losses may be outside
@@ -46,7 +48,9 @@ def find(run: runs.Run) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
         raise UserError(f"{run.folder}: no reference {path.stem} (dataset, iterations); there are: {known}")
-    reference: dict[str, Any] = files.read_json(path)
+    reference: dict[str, Any] = files.read_json(path, SHAPE)
+    if any({len(row) for row in reference[key]} != {1 + len(reference["seeds"])} for key in LOSSES):
+        raise UserError(f"{path} is damaged: not each row of losses has an iteration and a loss per seed")
     theirs = reference["options"]
     mine = theirs | run.options
     others = [f"{key}={mine[key]}, not {theirs[key]}" for key in theirs if mine[key] != theirs[key]]

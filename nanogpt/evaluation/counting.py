@@ -8,6 +8,7 @@ order and sequences.
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,13 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from nanogpt import ROOT, files, metrics
+from nanogpt.config import PositiveInt
 from nanogpt.data import documents, loader
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 
+FIGURES = {"data": dict, "losses": {str: {str: float}}}  # baseline.json of a dataset: by sequences and order
+ABOUT = {"options?": {"dataset": str, "block_size": PositiveInt, "eval_iters": int, "batch_size": int}}
 NAME = "baseline.json"
 MOST = 50_000_000  # training tokens counted
 AT_ONCE = 1 << 20  # tokens scored at a time
@@ -143,18 +147,16 @@ class Sequences:
 
     def figures(self) -> dict[str, Any]:
         """Return the contents of baseline.json: the hashes of the data, and losses by sequences and order."""
-        try:
-            found = files.read_json(self.dataset.folder / NAME, dict)
-            if found["data"] == self.dataset.content and isinstance(found["losses"], dict):
+        with suppress(UserError, OSError):  # missing or damaged: measure again
+            found: dict[str, Any] = files.read_json(self.dataset.folder / NAME, FIGURES)
+            if found["data"] == self.dataset.content:
                 return found
-        except (UserError, OSError, KeyError, TypeError):  # missing or damaged: measure again
-            pass
         return {"data": self.dataset.content, "losses": {}}
 
     def best(self) -> tuple[float, str] | None:
         """Return the lowest loss known for these sequences and the order of its n-grams."""
         known = self.figures()["losses"].get(self.name, {})
-        return min(((loss, order) for order, loss in known.items()), default=None)
+        return min(((loss, order) for order, loss in known.items() if order.isdecimal()), default=None)
 
 
 def sequences_of(run: Path, dataset: str = "", block_size: int = 0) -> Sequences:
@@ -162,7 +164,7 @@ def sequences_of(run: Path, dataset: str = "", block_size: int = 0) -> Sequences
     the run's; if `run` is no run, the whole split in sequences of `block_size`. Raise UserError for mixtures.
     """
     place = run if (run / "config.json").is_file() else run.parent  # of one of its checkpoints
-    about = files.read_json(place / "config.json", dict) if (place / "config.json").is_file() else {}
+    about = files.read_json(place / "config.json", ABOUT) if (place / "config.json").is_file() else {}
     options = about.get("options", {})
     name = dataset or options.get("dataset", "")
     if not name or "," in name:
@@ -221,7 +223,7 @@ def measure(sequences: Sequences, order: int = 0) -> tuple[dict[str, Any], str]:
 def compared(run: Path) -> str:
     """Compare the best validation loss of a run with counting, if that is known for its sequences: write the
     figure to the run folder, for plot.py and the page, and return a line with its end; else ""."""
-    losses = [row["val_loss"] for row in metrics.read(run) if row["event"] == "eval" and row["val_loss"]]
+    losses = [row["val_loss"] for row in metrics.read(run) if row["event"] == "eval" and row.get("val_loss")]
     best = sequences_of(run).best()
     if not best or not losses:
         return ""

@@ -22,6 +22,7 @@ from typing import Any
 from nanogpt import cache, files
 from nanogpt.errors import UserError
 from nanogpt.prepare import formats
+from nanogpt.prepare.rows import LONGEST
 
 Row = dict[str, Any]
 CONTEXT = ("ctx", "context", "question", "query", "prompt")
@@ -249,6 +250,8 @@ def _lines(path: Path) -> Iterator[bytes]:
     for block in itertools.chain(formats.unpacked(path), [b"\n"]):
         *lines, rest = (rest + block).split(b"\n")
         yield from lines
+        if len(rest) > LONGEST:
+            raise UserError(f"{path} has a line of more than {LONGEST:,} bytes, too long for an item")
 
 
 def hub_rows(place: str, name: str) -> Iterator[tuple[str, Row]]:

@@ -135,11 +135,18 @@ def reading(wanted: Options) -> readers.Reading:
 
 def progress(what: str, texts: Texts | None = None, done: int = 0) -> "tqdm[Any]":
     """Return a progress bar over the bytes read, with rate and time left, on stderr. If stderr is not a
-    terminal, it prints one line per minute.
+    terminal, it prints a line after 8 seconds and then one per minute.
     """
     total = readers.progress_total(texts.sources) if texts else None
-    quiet = {} if sys.stderr.isatty() else {"delay": 60.0, "mininterval": 60.0, "maxinterval": 60.0}
-    return tqdm(desc=what, total=total, initial=done, unit="B", unit_scale=True, leave=False, **quiet)
+    quiet = (
+        {}
+        if sys.stderr.isatty()
+        else {"delay": 8.0, "mininterval": 60.0, "maxinterval": 60.0, "smoothing": 0.0}
+    )
+    bar = tqdm(desc=what, total=total, initial=done, unit="B", unit_scale=True, leave=False, **quiet)
+    if quiet:
+        bar.last_print_t -= 52.0  # and the average rate, as this would falsify that of the last minute
+    return bar
 
 
 def counted(number: int, noun: str) -> str:

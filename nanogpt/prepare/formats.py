@@ -130,13 +130,18 @@ def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
         raise UserError(f"{raw.name} needs a package: pip install zstandard") from None
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31
     frame = decompressor.decompressobj()
-    whole = True
-    while packed := raw.read(1 << 14):
+    whole, blocks, size = True, [b""], 0
+    while packed := raw.read(1 << 9):  # becomes 16 MB at most: a block of 128 kB takes 4 bytes or more
         while packed:
             if frame.eof:
                 frame = decompressor.decompressobj()
-            yield frame.decompress(packed)
+            blocks.append(frame.decompress(packed))
+            size += len(blocks[-1])
             whole, packed = frame.eof, frame.unused_data
+        if size >= BLOCK:
+            yield b"".join(blocks)
+            blocks, size = [], 0
+    yield b"".join(blocks)
     if not whole:
         raise EOFError("truncated frame")
 

@@ -6,6 +6,8 @@ renamed, in an order that never exposes a partial dataset.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,36 +54,47 @@ class Writer:
     def begin(self, options: dict[str, Any]) -> dict[str, Any]:
         """Lock the folder. Return the progress recorded by an interrupted run with the same `options`, or {}.
 
-        Files of a run with other options are deleted. Raise InUse if another process is writing there.
+        Files of a run with other options, and damaged ones, are deleted. Raise InUse if another process is
+        writing there.
         """
         try:
             self._lock = files.lock(self.folder)
         except UserError as error:
             raise InUse(str(error)) from None
         self._record = {"format": FORMAT, "options": options}
-        state = files.read_json(self.folder / "state.json", dict) if self.recorded else {}
-        if state.get("options") != options:
-            for path in self.folder.iterdir():
-                if path.name != ".lock":
-                    files.remove(path)
-            return {}
-        self.tokens = dict(state["tokens"])
+        state: dict[str, Any] = {}
+        with contextlib.suppress(UserError):
+            state = files.read_json(self.folder / "state.json", dict)
+        if state.get("options") == options and state.get("sha256") == _digest(state):
+            self.tokens = dict(state["tokens"])
+            self._folded = state["folded"]
+            sizes = self._sizes()
+            if all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
+                for path, size in sizes.items():
+                    os.truncate(path, size)
+                return state["progress"]
+        self.tokens, self._folded = dict.fromkeys(SPLITS, 0), 0
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                files.remove(path)
+        return {}
+
+    def _sizes(self) -> dict[Path, int]:
+        """Return the size in bytes of each file by the counts of this object; remove later shards."""
+        sizes = {self.folder / "folded": self._folded}
         for split in SPLITS:
-            with self._file(split):  # creates it if the next shard was not started
-                pass
-            for path in self.folder.glob(f"{split}-*"):
-                number = int(path.name.rpartition("-")[2])
-                if number > self._number(split):
-                    files.remove(path)
-                    continue
-                tokens = self._rest(split) if number == self._number(split) else self._shard_tokens
-                os.truncate(path, self._header + tokens * self._size)
+            last = self._number(split)
+            sizes |= {
+                self._path(split, n): self._shard_tokens * self._size + self._header for n in range(last)
+            }
+            sizes[self._path(split, last)] = self._rest(split) * self._size + self._header
             if (path := self.scored(split)).exists():
-                os.truncate(path, self.tokens[split])
-        self._folded = state["folded"]
-        with self._file("folded") as file:
-            file.truncate(self._folded)
-        return state["progress"]
+                sizes[path] = self.tokens[split]
+            for path in set(self.folder.glob(f"{split}-*")) - set(sizes):
+                files.remove(path)
+        for name in (*SPLITS, "folded"):
+            self._file(name).close()  # creates it if the next shard was not started
+        return sizes
 
     def add(self, split: str, ids: bytes) -> None:
         """Append little-endian ids to a split, starting new shards as needed."""
@@ -120,7 +133,7 @@ class Writer:
         for split in self._open:
             self._flush(split)
         state = {**self._record, "tokens": self.tokens, "folded": self._folded, "progress": progress}
-        files.write_json(self.folder / "state.json", state)
+        files.write_json(self.folder / "state.json", {**state, "sha256": _digest(state)})
 
     @property
     def recorded(self) -> bool:
@@ -180,6 +193,12 @@ class Writer:
         if not path.exists():
             path.write_bytes(bytes(self._header) if name in SPLITS else b"")
         return path.open("r+b", buffering=1 << 20)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Return the SHA-256 of a record: damage to it must not cut or stretch the files."""
+    text = json.dumps({**state, "sha256": ""}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def publish(out: Path, drafts: dict[str, Path]) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.prepare import formats, rows
 from nanogpt.prepare.formats import Advance
@@ -228,7 +227,7 @@ def _inspect(
     kind = _kind(path, head, text_key)
     encodings, mark = _candidates(head, forced)
     source = Source(
-        path, name, kind, status.st_size, files.sha256(path), status.st_mtime_ns, encodings[0], mark
+        path, name, kind, status.st_size, _sha256(path, advance), status.st_mtime_ns, encodings[0], mark
     )
     if kind in ("table", "jsonl"):
         return source
@@ -264,6 +263,15 @@ def _inspect(
         f"{problems[0]} is {expected}; convert it, or set --encoding=NAME (cp1252, big5, ...), or, "
         "if such bytes are few, pass --on_undecodable=replace"
     )
+
+
+def _sha256(path: Path, advance: Advance) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(formats.BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
 
 
 def _kind(path: Path, head: bytes, text_key: str) -> str:

@@ -1,6 +1,7 @@
 """Tokenizers in the files of other programs: GPT-2's vocab.json and merges.txt, BERT's vocab.txt."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def find(folder: Path) -> str:
     return ""
 
 
+def gpt2(lines: Iterable[str]) -> str:
+    """Return our tokenizer.json for the lines of a merges.txt, if they are GPT-2's, else ""."""
+    merges = "\n".join(["#version: 0.2", *_merges(lines), ""])
+    known = vocabulary.sha256_of(merges) == vocabulary.GPT2_SHA256
+    return json.dumps({"format": vocabulary.FORMAT, "type": "gpt2", "merges": merges}) + "\n" if known else ""
+
+
+def _merges(lines: Iterable[str]) -> list[str]:
+    return [line for line in lines if line and not line.startswith("#version")]
+
+
 def _json(path: Path, shape: Any) -> dict[str, Any]:
     """Return the object in a JSON file of `shape`; empty if there is no such file."""
     return files.read_json(path, shape) if path.is_file() else {}
@@ -66,15 +78,14 @@ def _assembled(folder: Path, vocab: dict[str, Any], parts: dict[str, Any]) -> st
 
 def _byte_level(folder: Path, path: Path, merges: str) -> str:
     vocab, settings = _json(path, IDS), _settings(folder)
-    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+    lines = _merges(merges.splitlines())
     kind, missing = str(settings.get("tokenizer_class") or "GPT2"), set(bpe.BYTE_OF) - set(vocab)
     if missing or not kind.startswith(LIKE_GPT2) or any(token.endswith("</w>") for token in vocab):
         why = f"lacks {len(missing)} of the 256 bytes" if missing else f"is of a {kind.removesuffix('Fast')}"
         raise UserError(f"{path} {why}, so it is not a BPE such as GPT-2's; give its tokenizer.json")
-    known = {"format": vocabulary.FORMAT, "type": "gpt2", "merges": "\n".join(["#version: 0.2", *lines, ""])}
-    is_gpt2 = vocabulary.sha256_of(known["merges"]) == vocabulary.GPT2_SHA256
-    if is_gpt2 and len(vocab) == vocabulary.GPT2_VOCAB_SIZE and not _json(folder / "added_tokens.json", IDS):
-        return json.dumps(known) + "\n"
+    known = gpt2(lines) if len(vocab) == vocabulary.GPT2_VOCAB_SIZE else ""
+    if known and not _json(folder / "added_tokens.json", IDS):
+        return known
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     prefix = bool(settings.get("add_prefix_space"))
     model = {"type": "BPE", "vocab": vocab, "merges": lines}

@@ -16,7 +16,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CPU_S = 20  # seconds of CPU time for a call: a batch of a table, or trying a tokenizer
-MEMORY = 1 << 30  # bytes for a call, and 16 for each byte read
+MEMORY = 1 << 29  # bytes for a call, and 8 for each byte read; docs/data.md has what formats need
 FRUGAL = {  # environment in which libraries do not reserve memory: Arrow's own allocator takes a gigabyte
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     **dict.fromkeys(
@@ -83,7 +83,7 @@ def serve(handle: int) -> None:
         while True:
             folder, size, function, args, kwargs = pipe.recv()
             os.chdir(folder)
-            limit(CPU_S, MEMORY + 16 * size)
+            limit(CPU_S, MEMORY + 8 * size)
             answer: tuple[Any, UserError | OSError | str | None]
             try:
                 answer = (function(*args, **kwargs), None)
