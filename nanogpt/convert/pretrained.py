@@ -42,10 +42,7 @@ class Pretrained:
         Raise UserError if `block_size` exceeds the stored context.
         """
         if block_size > self.config.block_size:
-            raise UserError(
-                f"block_size={block_size} given, but {self.origin} has {self.config.block_size} positions; "
-                f"give at most that"
-            )
+            raise UserError(f"block_size={block_size} exceeds the {self.config.block_size} of {self.origin}")
         return replace(
             self.config,
             block_size=block_size or self.config.block_size,
@@ -75,10 +72,9 @@ class Pretrained:
             padded = name in wanted and (name in TABLES or name == POSITIONS)
             rows = wanted[name].shape[0] if padded else tensor.shape[0]
             # Always copy: the file may be replaced while the model is used, and c_* matrices are transposed.
-            fresh = torch.empty((rows, *tensor.shape[1:]))
+            fresh = torch.zeros((rows, *tensor.shape[1:]))
             kept = min(rows, len(tensor))
-            fresh[:kept].copy_(tensor[:kept])
-            fresh[kept:].zero_()
+            fresh[:kept] = tensor[:kept]
             tensors[name] = fresh
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in wanted.items()}:
             raise UserError(f"{self.origin} has tensors of another model than it describes")
