@@ -12,6 +12,7 @@ drawn as one curve with a band, and --compare takes several of each kind.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +49,13 @@ PANELS = {  # key in rows of event "step": axis label
     "grad_norm": "gradient\nnorm",
     "tokens_per_s": "tokens/s",
 }
+HEALTH = {  # key in rows of event "health", with a value per block: axis label
+    "grad_norm": "gradient\n(per block)",
+    "update": "update /\nweights",
+    "activation": "activation\n(RMS)",
+    "dead": "dead\nMLP units",
+    "entropy": "attention\nentropy",
+}
 # Okabe-Ito palette, safe for color blindness; without its yellow, which is too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE: dict[Any, Any] = {
@@ -83,7 +91,10 @@ def main(config: Config, folders: Sequence[str]) -> None:
         from nanogpt.diagnostics import reference
 
         for run in runs:
-            print(f"{run.name} is {reference.verdict(run)}")
+            try:
+                print(f"{run.name} is {reference.verdict(run)}")
+            except UserError as error:  # no reference; the others are still compared, and all are drawn
+                print(error)
     if config.compare:
         print(compare(runs))
     groups = sorted(reading.grouped(runs), key=rank) if len(runs) > 1 else [runs]
@@ -173,25 +184,32 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def draw(groups: Sequence[Sequence[Run]], config: Config) -> "Figure":
-    """Plot the loss of each group of seeds, and below it one panel per entry of PANELS if it has steps."""
+    """Plot the loss of each group of seeds, and below it one panel per entry of PANELS if it has steps, and
+    of a single run one per entry of HEALTH that is not 0 throughout."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     runs = [group[0] for group in groups]
     panels = PANELS if any(run.steps["x"].size for run in runs) else {}
+    single = panels and sum(map(len, groups)) == 1  # lines of several runs' blocks could not be told apart
+    health = {key: found for key in HEALTH if single and (found := per_block(runs[0], key))[1].any()}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.5 + len(panels)), layout="constrained")
-        heights = [4.5] + [1] * len(panels)
+        heights = [4.5] + [1] * (len(panels) + len(health))
+        figure = Figure(figsize=(8, sum(heights)), layout="constrained")
         axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         draw_losses(axes[0], groups, config.y)
-        for ax, (key, label) in zip(axes[1:], panels.items(), strict=True):
+        for ax, (key, label) in zip(axes[1:], panels.items(), strict=False):
             for run, colour in zip(runs, COLOURS, strict=False):
                 draw_noisy(ax, run.steps["x"], run.steps[key], colour, exact=key == "lr")
             ax.set_ylabel(label)
+        for ax, (key, (x, values)) in zip(axes[1 + len(panels) :], health.items(), strict=True):
+            draw_blocks(ax, x, values, legend=ax is axes[1 + len(panels)])
+            ax.set_ylabel(HEALTH[key])
+        for ax in axes[1:]:
             ax.set_ylim(bottom=0)
             ax.yaxis.set_major_locator(MaxNLocator(3))
-            ax.yaxis.set_major_formatter(FuncFormatter(short if key == "tokens_per_s" else plain))
+            ax.yaxis.set_major_formatter(FuncFormatter(short))
         axes[-1].set_xlabel(X[config.x][1])
         axes[-1].xaxis.set_major_formatter(FuncFormatter(short if config.x in ("tokens", "flops") else plain))
         axes[0].margins(x=0.01)
@@ -272,6 +290,25 @@ def draw_noisy(
     ax.plot(x[there], line, color=colour, label=label, marker=marker, markersize=4)
 
 
+def per_block(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and the values (blocks, x) of `key` in the health checks of `run`."""
+    rows = [row for row in run.health if isinstance(row.get(key), list)]
+    x = np.interp([row["iter"] for row in rows], run.steps["iter"], run.steps["x"])
+    blocks = zip_longest(*([reading.number(value) for value in row[key]] for row in rows))
+    return x, np.array(list(blocks), dtype=float)
+
+
+def draw_blocks(ax: "Axes", x: np.ndarray, values: np.ndarray, *, legend: bool) -> None:
+    """Plot `values` (blocks, x), from dark for the first block to light for the last."""
+    from matplotlib import colormaps
+
+    ends = {0: "block 0", len(values) - 1: f"block {len(values) - 1}"}
+    for block, colour in enumerate(colormaps["viridis"](np.linspace(0, 0.85, len(values)))):
+        ax.plot(x, values[block], ".-", color=colour, linewidth=1, markersize=4, label=ends.get(block))
+    if legend:  # above the panel: lines fill it
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.9), ncols=2, fontsize=8)
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Smooth with a centered moving average over about 3 % of the values.
 
@@ -291,8 +328,8 @@ def plain(value: float, position: int | None = None) -> str:
 
 
 def short(value: float, position: int | None = None) -> str:
-    """Format a tick label with SI-like suffixes: 500, 20k, 1.5M, 10B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    """Format a tick label with SI-like suffixes: 500, 20k, 1.5M, 10B, 3P."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.10g}{unit}"
     return plain(value)

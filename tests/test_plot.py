@@ -150,6 +150,25 @@ def test_incomplete_runs_are_plotted(write, rows, suffix, tmp_path, recwarn):
     assert out.stat().st_size > 5000 and not ours
 
 
+def check(iter_num: int, **values) -> dict:
+    return {"event": "health", "iter": iter_num, "tokens": iter_num * 10, "warnings": [], **values}
+
+
+def test_health_of_a_single_run_has_a_panel_per_quantity_and_a_line_per_block(usual, write):
+    rows = [step(i, 3.0) for i in range(5)]
+    values = [{"activation": [1.0, 2.0], "dead": [0.0, 0.0], "entropy": [0.5]}, {"activation": [3.0, None]}]
+    values += [{"activation": "damaged"}, {"entropy": [0.1, "x"]}]
+    checked = write("checked", *rows, *(check(i, **row) for i, row in enumerate(values, start=1)))
+    figure = figure_of([checked], x="seconds")
+    activation, entropy = figure.axes[4:]  # none of dead: it is 0 throughout
+    assert [activation.get_ylabel(), entropy.get_ylabel()] == ["activation\n(RMS)", "attention\nentropy"]
+    assert curves(activation)[0] == (pytest.approx([0.2, 0.3]), [1.0, 3.0])
+    assert curves(activation)[1][1] == pytest.approx([2.0, np.nan], nan_ok=True)
+    assert curves(entropy)[0] == (pytest.approx([0.2, 0.5]), [0.5, 0.1])
+    assert [text.get_text() for text in activation.get_legend().get_texts()] == ["block 0", "block 1"]
+    assert len(figure_of([checked, usual]).axes) == 4
+
+
 def test_no_empty_panels_without_steps(write):
     assert len(figure_of([write("evaluated", evaluation(0, 3.0))]).axes) == 1
 
@@ -171,6 +190,7 @@ def test_tick_labels_are_short():
         "2M",
         "10B",
     ]
+    assert [plot.short(v) for v in (3e15, 2.5e20)] == ["3P", "250E"]
     assert [plot.plain(v) for v in (6e-4, 250.0, 1_000_000)] == ["0.0006", "250", "1,000,000"]
 
 
