@@ -82,11 +82,18 @@ def main(config: Config, folders: Sequence[str]) -> None:
     """Plot the runs in `folders`. Raise UserError if a run cannot be read or the plot cannot be written."""
     if not folders:
         raise UserError(f"0 runs given; expected run folders: {command('plot')} out")
+    folders = list(dict.fromkeys(folders))
     out = Path(config.out) if config.out else (Path(folders[0]) if len(folders) == 1 else Path()) / "loss.png"
-    check_suffix(out)
     last_parts = [Path(folder).resolve().name for folder in folders]
     names = last_parts if len(set(last_parts)) == len(folders) else folders
-    runs = [load_run(Path(f), name, config.x) for f, name in zip(folders, names, strict=True)]
+    runs = []
+    for folder, name in zip(folders, names, strict=True):
+        try:
+            runs.append(load_run(Path(folder), name, config.x))
+        except UserError as error:
+            if folder == folders[-1] and not runs:
+                raise
+            print(f"left out: {error}")
     if config.healthy:
         from nanogpt.diagnostics import reference
 
@@ -102,6 +109,7 @@ def main(config: Config, folders: Sequence[str]) -> None:
         print(*table(groups), sep="\n")
     if len(groups) > len(COLOURS):
         print(f"{len(groups)} different runs; the {len(COLOURS)} best are drawn")
+    check_suffix(out)  # needs matplotlib, which is not needed to compare
     figure = draw(groups[: len(COLOURS)], config)
     try:
         with files.staged(out) as draft:

@@ -199,7 +199,7 @@ def test_bad_input_is_a_one_line_error(usual, write, tmp_path):
     for folders, out, reason in (
         ([], "", "0 runs given"),
         ([str(tmp_path / "none")], "", "has no metrics.jsonl"),
-        ([empty], "", "is empty; wait"),
+        ([empty], "", "has no rows of train.py; wait"),
         ([foreign], "", "was not written by train.py"),
         ([usual], "x.doc", "must end in one of"),
         ([usual], str(tmp_path / "nowhere" / "x.png"), "cannot be written: No such file"),
@@ -207,6 +207,17 @@ def test_bad_input_is_a_one_line_error(usual, write, tmp_path):
         with pytest.raises(UserError, match=reason) as caught:
             plot.main(plot.Config(out=out), folders)
         assert "\n" not in str(caught.value)
+
+
+def test_of_several_runs_those_that_cannot_be_read_are_left_out(usual, write, tmp_path, capsys):
+    damaged = write("damaged")
+    (Path(damaged) / "metrics.jsonl").write_bytes(b"\xff\n{")
+    plot.main(plot.Config(out=str(tmp_path / "x.png")), [damaged, usual, usual])
+    left_out, wrote = capsys.readouterr().out.splitlines()
+    assert left_out.startswith(f"left out: {Path(damaged) / 'metrics.jsonl'} has no rows of train.py; wait")
+    assert wrote.endswith("best validation loss 2.9000 at iteration 10")
+    with pytest.raises(UserError, match="has no rows of train"):
+        plot.main(plot.Config(out=str(tmp_path / "x.png")), [damaged, write("empty")])
 
 
 def describe(folder: str, **options) -> None:

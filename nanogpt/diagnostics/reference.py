@@ -46,7 +46,8 @@ def find(run: runs.Run) -> dict[str, Any]:
     """Return the reference of `run`. Raise UserError if there is none, or if it had other options."""
     path, minutes = path_of(run.options), run.options.get("minutes")
     if minutes or not path.is_file():
-        kind = "runs by --minutes, whose iterations depend on the machine" if minutes else path.stem
+        kind = path.stem if run.options else "a run without config.json"
+        kind = "runs by --minutes, whose iterations depend on the machine" if minutes else kind
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
         raise UserError(f"{run.folder}: no reference for {kind}; there are (dataset-iterations): {known}")
     reference: dict[str, Any] = files.read_json(path, SHAPE)

@@ -66,7 +66,7 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
     rows, or none that this version knows."""
     rows = [row for row in metrics.read(folder) if isinstance(row, dict)]
     if not rows:
-        raise UserError(f"{folder / metrics.NAME} is empty; wait for the first logged iteration")
+        raise UserError(f"{folder / metrics.NAME} has no rows of train.py; wait for the first iteration")
     path = folder / "config.json"
     about = files.read_json(path, dict) if path.is_file() else {}
 
