@@ -149,6 +149,8 @@ def table(groups: Sequence[Sequence[Run]]) -> list[str]:
         rows.append((str(number), label(group), shown, tokens, time, options))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if len({run.options.get("dataset") for group in groups for run in group} - {None}) > 1:
+        lines.append("the datasets differ: their losses cannot be ranked")
     return [*lines, "±: standard error, of the mean over seeds or of the evaluation of one run"]
 
 
@@ -204,7 +206,7 @@ def draw(groups: Sequence[Sequence[Run]], config: Config) -> "Figure":
     health = {key: found for key in HEALTH if single and (found := per_block(runs[0], key))[1].any()}
     with matplotlib.rc_context(STYLE):
         heights = [4.5] + [1] * (len(panels) + len(health))
-        figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+        figure = Figure(figsize=(8, sum(heights) + 0.25 * len(groups) - 0.25), layout="constrained")
         axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         draw_losses(axes[0], groups, config.y)
         for ax, (key, label) in zip(axes[1:], panels.items(), strict=False):
@@ -261,22 +263,26 @@ def draw_losses(ax: "Axes", groups: Sequence[Sequence[Run]], y: str) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(plain))
         ax.yaxis.set_minor_formatter(NullFormatter())
     seeds = ", bands: seeds" * any(len(group) > 1 for group in groups)
-    ax.legend(loc="upper right", title=None if single else f"lines: training, dots: validation{seeds}")
+    title = None if single else f"lines: training, dots: validation{seeds}"
+    # Above the axes: names of many runs would cover the curves.
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3 if single else 1, title=title)
 
 
 def band(group: Sequence[Run], event: str, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return x, and the mean and the (lowest, highest) of `key` there over the runs of `group`.
 
-    x are the points of the longest run that all reach.
+    Runs are averaged at equal iterations, also if x is time: at those of the longest run that all reach.
     """
     columns = [getattr(run, event) for run in group]
     first = max(columns, key=lambda column: len(column["x"]))
-    if len(group) == 1:
+    if len(group) == 1 or not len(first["x"]):
         return first["x"], first[key], np.stack([first[key], first[key]])
     columns = [column for column in columns if len(column["x"])]
-    x = first["x"][[all(value <= column["x"][-1] for column in columns) for value in first["x"]]]
-    values = np.stack([np.interp(x, column["x"], column[key]) for column in columns or [first]])
-    return x, values.mean(axis=0), np.stack([values.min(axis=0), values.max(axis=0)])
+    at = [i for i in first["iter"] if all(i <= column["iter"][-1] for column in columns)]
+    x, values = (
+        np.stack([np.interp(at, column["iter"], column[name]) for column in columns]) for name in ("x", key)
+    )
+    return x.mean(axis=0), values.mean(axis=0), np.stack([values.min(axis=0), values.max(axis=0)])
 
 
 def draw_noisy(

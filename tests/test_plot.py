@@ -261,6 +261,19 @@ def test_seeds_are_drawn_as_their_mean_in_a_band(seeds):
     ]
 
 
+def test_seeds_of_unequal_speed_are_averaged_at_equal_iterations(write):
+    folders = []
+    for name, step_s in (("slow", 2.0), ("fast", 1.0)):
+        rows = [
+            row | {"elapsed_s": row["iter"] * step_s} for row in (evaluation(0, 4.0), evaluation(10, 3.0))
+        ]
+        folders.append(write(name, *rows))
+    runs = [plot.load_run(Path(folder), Path(folder).name, "seconds") for folder in folders]
+    axes = plot.draw([runs], plot.Config(x="seconds")).axes[0]
+    assert ([0.0, 15.0], [4.0, 3.0]) in curves(axes)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["slow (2 seeds), best 3.0000"]
+
+
 @pytest.mark.parametrize(("gap", "verdict"), [(1.0, "yes"), (0.005, "no")])
 def test_compare_judges_the_difference_by_the_noise(gap, verdict, write, tmp_path, capsys):
     folders = []
@@ -283,7 +296,9 @@ def test_compare_judges_the_difference_by_the_noise(gap, verdict, write, tmp_pat
 def test_runs_of_different_datasets_are_not_compared(seeds, tmp_path, capsys):
     describe(seeds[0], dataset="other")
     plot.main(plot.Config(out=str(tmp_path / "x.png"), compare=True), [seeds[0], seeds[3]])
-    assert capsys.readouterr().out.startswith("cannot be compared: the datasets differ (d, other)\n")
+    said = capsys.readouterr().out
+    assert said.startswith("cannot be compared: the datasets differ (d, other)\n")
+    assert "\nthe datasets differ: their losses cannot be ranked\n" in said
 
 
 def test_flops_axis_needs_the_shape_of_the_model(usual, tmp_path):
