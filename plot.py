@@ -12,6 +12,7 @@ drawn as one curve with a band, and --compare takes several of each kind.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +49,13 @@ PANELS = {  # key in rows of event "step": axis label
     "grad_norm": "gradient\nnorm",
     "tokens_per_s": "tokens/s",
 }
+HEALTH = {  # key in rows of event "health", with a value per block: axis label
+    "grad_norm": "gradient\n(per block)",
+    "update": "update /\nweights",
+    "activation": "activation\n(RMS)",
+    "dead": "dead\nMLP units",
+    "entropy": "attention\nentropy",
+}
 # Okabe-Ito palette, safe for color blindness; without its yellow, which is too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE: dict[Any, Any] = {
@@ -74,16 +82,26 @@ def main(config: Config, folders: Sequence[str]) -> None:
     """Plot the runs in `folders`. Raise UserError if a run cannot be read or the plot cannot be written."""
     if not folders:
         raise UserError(f"0 runs given; expected run folders: {command('plot')} out")
+    folders = list(dict.fromkeys(folders))
     out = Path(config.out) if config.out else (Path(folders[0]) if len(folders) == 1 else Path()) / "loss.png"
-    check_suffix(out)
     last_parts = [Path(folder).resolve().name for folder in folders]
     names = last_parts if len(set(last_parts)) == len(folders) else folders
-    runs = [load_run(Path(f), name, config.x) for f, name in zip(folders, names, strict=True)]
+    runs = []
+    for folder, name in zip(folders, names, strict=True):
+        try:
+            runs.append(load_run(Path(folder), name, config.x))
+        except UserError as error:
+            if folder == folders[-1] and not runs:
+                raise
+            print(f"left out: {error}")
     if config.healthy:
         from nanogpt.diagnostics import reference
 
         for run in runs:
-            print(f"{run.name} is {reference.verdict(run)}")
+            try:
+                print(f"{run.name} is {reference.verdict(run)}")
+            except UserError as error:  # no reference; the others are still compared, and all are drawn
+                print(error)
     if config.compare:
         print(compare(runs))
     groups = sorted(reading.grouped(runs), key=rank) if len(runs) > 1 else [runs]
@@ -91,6 +109,7 @@ def main(config: Config, folders: Sequence[str]) -> None:
         print(*table(groups), sep="\n")
     if len(groups) > len(COLOURS):
         print(f"{len(groups)} different runs; the {len(COLOURS)} best are drawn")
+    check_suffix(out)  # needs matplotlib, which is not needed to compare
     figure = draw(groups[: len(COLOURS)], config)
     try:
         with files.staged(out) as draft:
@@ -130,6 +149,8 @@ def table(groups: Sequence[Sequence[Run]]) -> list[str]:
         rows.append((str(number), label(group), shown, tokens, time, options))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if len({run.options.get("dataset") for group in groups for run in group} - {None}) > 1:
+        lines.append("the datasets differ: their losses cannot be ranked")
     return [*lines, "±: standard error, of the mean over seeds or of the evaluation of one run"]
 
 
@@ -173,25 +194,32 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def draw(groups: Sequence[Sequence[Run]], config: Config) -> "Figure":
-    """Plot the loss of each group of seeds, and below it one panel per entry of PANELS if it has steps."""
+    """Plot the loss of each group of seeds, and below it one panel per entry of PANELS if it has steps, and
+    of a single run one per entry of HEALTH that is not 0 throughout."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     runs = [group[0] for group in groups]
     panels = PANELS if any(run.steps["x"].size for run in runs) else {}
+    single = panels and sum(map(len, groups)) == 1  # lines of several runs' blocks could not be told apart
+    health = {key: found for key in HEALTH if single and (found := per_block(runs[0], key))[1].any()}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.5 + len(panels)), layout="constrained")
-        heights = [4.5] + [1] * len(panels)
+        heights = [4.5] + [1] * (len(panels) + len(health))
+        figure = Figure(figsize=(8, sum(heights) + 0.25 * len(groups) - 0.25), layout="constrained")
         axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         draw_losses(axes[0], groups, config.y)
-        for ax, (key, label) in zip(axes[1:], panels.items(), strict=True):
+        for ax, (key, label) in zip(axes[1:], panels.items(), strict=False):
             for run, colour in zip(runs, COLOURS, strict=False):
                 draw_noisy(ax, run.steps["x"], run.steps[key], colour, exact=key == "lr")
             ax.set_ylabel(label)
+        for ax, (key, (x, values)) in zip(axes[1 + len(panels) :], health.items(), strict=True):
+            draw_blocks(ax, x, values, legend=ax is axes[1 + len(panels)])
+            ax.set_ylabel(HEALTH[key])
+        for ax in axes[1:]:
             ax.set_ylim(bottom=0)
             ax.yaxis.set_major_locator(MaxNLocator(3))
-            ax.yaxis.set_major_formatter(FuncFormatter(short if key == "tokens_per_s" else plain))
+            ax.yaxis.set_major_formatter(FuncFormatter(short))
         axes[-1].set_xlabel(X[config.x][1])
         axes[-1].xaxis.set_major_formatter(FuncFormatter(short if config.x in ("tokens", "flops") else plain))
         axes[0].margins(x=0.01)
@@ -235,22 +263,26 @@ def draw_losses(ax: "Axes", groups: Sequence[Sequence[Run]], y: str) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(plain))
         ax.yaxis.set_minor_formatter(NullFormatter())
     seeds = ", bands: seeds" * any(len(group) > 1 for group in groups)
-    ax.legend(loc="upper right", title=None if single else f"lines: training, dots: validation{seeds}")
+    title = None if single else f"lines: training, dots: validation{seeds}"
+    # Above the axes: names of many runs would cover the curves.
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3 if single else 1, title=title)
 
 
 def band(group: Sequence[Run], event: str, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return x, and the mean and the (lowest, highest) of `key` there over the runs of `group`.
 
-    x are the points of the longest run that all reach.
+    Runs are averaged at equal iterations, also if x is time: at those of the longest run that all reach.
     """
     columns = [getattr(run, event) for run in group]
     first = max(columns, key=lambda column: len(column["x"]))
-    if len(group) == 1:
+    if len(group) == 1 or not len(first["x"]):
         return first["x"], first[key], np.stack([first[key], first[key]])
     columns = [column for column in columns if len(column["x"])]
-    x = first["x"][[all(value <= column["x"][-1] for column in columns) for value in first["x"]]]
-    values = np.stack([np.interp(x, column["x"], column[key]) for column in columns or [first]])
-    return x, values.mean(axis=0), np.stack([values.min(axis=0), values.max(axis=0)])
+    at = [i for i in first["iter"] if all(i <= column["iter"][-1] for column in columns)]
+    x, values = (
+        np.stack([np.interp(at, column["iter"], column[name]) for column in columns]) for name in ("x", key)
+    )
+    return x.mean(axis=0), values.mean(axis=0), np.stack([values.min(axis=0), values.max(axis=0)])
 
 
 def draw_noisy(
@@ -272,6 +304,25 @@ def draw_noisy(
     ax.plot(x[there], line, color=colour, label=label, marker=marker, markersize=4)
 
 
+def per_block(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and the values (blocks, x) of `key` in the health checks of `run`."""
+    rows = [row for row in run.health if isinstance(row.get(key), list)]
+    x = np.interp([row["iter"] for row in rows], run.steps["iter"], run.steps["x"])
+    blocks = zip_longest(*([reading.number(value) for value in row[key]] for row in rows))
+    return x, np.array(list(blocks), dtype=float)
+
+
+def draw_blocks(ax: "Axes", x: np.ndarray, values: np.ndarray, *, legend: bool) -> None:
+    """Plot `values` (blocks, x), from dark for the first block to light for the last."""
+    from matplotlib import colormaps
+
+    ends = {0: "block 0", len(values) - 1: f"block {len(values) - 1}"}
+    for block, colour in enumerate(colormaps["viridis"](np.linspace(0, 0.85, len(values)))):
+        ax.plot(x, values[block], ".-", color=colour, linewidth=1, markersize=4, label=ends.get(block))
+    if legend:  # above the panel: lines fill it
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.9), ncols=2, fontsize=8)
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """Smooth with a centered moving average over about 3 % of the values.
 
@@ -291,8 +342,8 @@ def plain(value: float, position: int | None = None) -> str:
 
 
 def short(value: float, position: int | None = None) -> str:
-    """Format a tick label with SI-like suffixes: 500, 20k, 1.5M, 10B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    """Format a tick label with SI-like suffixes: 500, 20k, 1.5M, 10B, 3P."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.10g}{unit}"
     return plain(value)

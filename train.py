@@ -547,7 +547,7 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
     if (ROOT / f"benchmarks/reference/{Path(config.dataset).name}-{config.max_iters}.json").is_file():
         from nanogpt.diagnostics import reference  # recorded runs of the same dataset and length
 
-        print(*reference.closing(Path(config.out_dir)), sep="\n")
+        print(reference.closing(Path(config.out_dir)), end="")
     if config.minutes:
         from nanogpt.pace.time_budget import repeated
 

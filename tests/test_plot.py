@@ -150,6 +150,25 @@ def test_incomplete_runs_are_plotted(write, rows, suffix, tmp_path, recwarn):
     assert out.stat().st_size > 5000 and not ours
 
 
+def check(iter_num: int, **values) -> dict:
+    return {"event": "health", "iter": iter_num, "tokens": iter_num * 10, "warnings": [], **values}
+
+
+def test_health_of_a_single_run_has_a_panel_per_quantity_and_a_line_per_block(usual, write):
+    rows = [step(i, 3.0) for i in range(5)]
+    values = [{"activation": [1.0, 2.0], "dead": [0.0, 0.0], "entropy": [0.5]}, {"activation": [3.0, None]}]
+    values += [{"activation": "damaged"}, {"entropy": [0.1, "x"]}]
+    checked = write("checked", *rows, *(check(i, **row) for i, row in enumerate(values, start=1)))
+    figure = figure_of([checked], x="seconds")
+    activation, entropy = figure.axes[4:]  # none of dead: it is 0 throughout
+    assert [activation.get_ylabel(), entropy.get_ylabel()] == ["activation\n(RMS)", "attention\nentropy"]
+    assert curves(activation)[0] == (pytest.approx([0.2, 0.3]), [1.0, 3.0])
+    assert curves(activation)[1][1] == pytest.approx([2.0, np.nan], nan_ok=True)
+    assert curves(entropy)[0] == (pytest.approx([0.2, 0.5]), [0.5, 0.1])
+    assert [text.get_text() for text in activation.get_legend().get_texts()] == ["block 0", "block 1"]
+    assert len(figure_of([checked, usual]).axes) == 4
+
+
 def test_no_empty_panels_without_steps(write):
     assert len(figure_of([write("evaluated", evaluation(0, 3.0))]).axes) == 1
 
@@ -171,6 +190,7 @@ def test_tick_labels_are_short():
         "2M",
         "10B",
     ]
+    assert [plot.short(v) for v in (3e15, 2.5e20)] == ["3P", "250E"]
     assert [plot.plain(v) for v in (6e-4, 250.0, 1_000_000)] == ["0.0006", "250", "1,000,000"]
 
 
@@ -179,7 +199,7 @@ def test_bad_input_is_a_one_line_error(usual, write, tmp_path):
     for folders, out, reason in (
         ([], "", "0 runs given"),
         ([str(tmp_path / "none")], "", "has no metrics.jsonl"),
-        ([empty], "", "is empty; wait"),
+        ([empty], "", "has no rows of train.py; wait"),
         ([foreign], "", "was not written by train.py"),
         ([usual], "x.doc", "must end in one of"),
         ([usual], str(tmp_path / "nowhere" / "x.png"), "cannot be written: No such file"),
@@ -187,6 +207,17 @@ def test_bad_input_is_a_one_line_error(usual, write, tmp_path):
         with pytest.raises(UserError, match=reason) as caught:
             plot.main(plot.Config(out=out), folders)
         assert "\n" not in str(caught.value)
+
+
+def test_of_several_runs_those_that_cannot_be_read_are_left_out(usual, write, tmp_path, capsys):
+    damaged = write("damaged")
+    (Path(damaged) / "metrics.jsonl").write_bytes(b"\xff\n{")
+    plot.main(plot.Config(out=str(tmp_path / "x.png")), [damaged, usual, usual])
+    left_out, wrote = capsys.readouterr().out.splitlines()
+    assert left_out.startswith(f"left out: {Path(damaged) / 'metrics.jsonl'} has no rows of train.py; wait")
+    assert wrote.endswith("best validation loss 2.9000 at iteration 10")
+    with pytest.raises(UserError, match="has no rows of train"):
+        plot.main(plot.Config(out=str(tmp_path / "x.png")), [damaged, write("empty")])
 
 
 def describe(folder: str, **options) -> None:
@@ -230,6 +261,19 @@ def test_seeds_are_drawn_as_their_mean_in_a_band(seeds):
     ]
 
 
+def test_seeds_of_unequal_speed_are_averaged_at_equal_iterations(write):
+    folders = []
+    for name, step_s in (("slow", 2.0), ("fast", 1.0)):
+        rows = [
+            row | {"elapsed_s": row["iter"] * step_s} for row in (evaluation(0, 4.0), evaluation(10, 3.0))
+        ]
+        folders.append(write(name, *rows))
+    runs = [plot.load_run(Path(folder), Path(folder).name, "seconds") for folder in folders]
+    axes = plot.draw([runs], plot.Config(x="seconds")).axes[0]
+    assert ([0.0, 15.0], [4.0, 3.0]) in curves(axes)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["slow (2 seeds), best 3.0000"]
+
+
 @pytest.mark.parametrize(("gap", "verdict"), [(1.0, "yes"), (0.005, "no")])
 def test_compare_judges_the_difference_by_the_noise(gap, verdict, write, tmp_path, capsys):
     folders = []
@@ -252,7 +296,9 @@ def test_compare_judges_the_difference_by_the_noise(gap, verdict, write, tmp_pat
 def test_runs_of_different_datasets_are_not_compared(seeds, tmp_path, capsys):
     describe(seeds[0], dataset="other")
     plot.main(plot.Config(out=str(tmp_path / "x.png"), compare=True), [seeds[0], seeds[3]])
-    assert capsys.readouterr().out.startswith("cannot be compared: the datasets differ (d, other)\n")
+    said = capsys.readouterr().out
+    assert said.startswith("cannot be compared: the datasets differ (d, other)\n")
+    assert "\nthe datasets differ: their losses cannot be ranked\n" in said
 
 
 def test_flops_axis_needs_the_shape_of_the_model(usual, tmp_path):

@@ -44,10 +44,12 @@ def path_of(options: dict[str, Any]) -> Path:
 
 def find(run: runs.Run) -> dict[str, Any]:
     """Return the reference of `run`. Raise UserError if there is none, or if it had other options."""
-    path = path_of(run.options)
-    if not path.is_file():
+    path, minutes = path_of(run.options), run.options.get("minutes")
+    if minutes or not path.is_file():
+        kind = path.stem if run.options else "a run without config.json"
+        kind = "runs by --minutes, whose iterations depend on the machine" if minutes else kind
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
-        raise UserError(f"{run.folder}: no reference {path.stem} (dataset, iterations); there are: {known}")
+        raise UserError(f"{run.folder}: no reference for {kind}; there are (dataset-iterations): {known}")
     reference: dict[str, Any] = files.read_json(path, SHAPE)
     if any({len(row) for row in reference[key]} != {1 + len(reference["seeds"])} for key in LOSSES):
         raise UserError(f"{path} is damaged: not each row of losses has an iteration and a loss per seed")
@@ -83,9 +85,10 @@ def verdict(run: runs.Run) -> str:
     return f"outside {about}: {'; '.join(wrong)}"
 
 
-def closing(folder: Path) -> list[str]:
-    """Return the line on a complete run, none if it has other options than its reference."""
+def closing(folder: Path) -> str:
+    """Return the line on a complete run, "" if it has other options than its reference."""
+    run = runs.load(folder)
     try:
-        return [f"this run is {verdict(runs.load(folder))}"]
-    except UserError:
-        return []
+        return f"this run is {verdict(run)}\n"
+    except UserError as error:
+        return f"{error}\n" * bool(run.options.get("minutes"))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Run:
     about: dict[str, Any]  # config.json, {} if there is none
     tokens: float  # at the end, so far
     seconds: float
+    health: list[dict[str, Any]] = field(default_factory=list)  # rows of event "health"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,13 +66,13 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
     rows, or none that this version knows."""
     rows = [row for row in metrics.read(folder) if isinstance(row, dict)]
     if not rows:
-        raise UserError(f"{folder / metrics.NAME} is empty; wait for the first logged iteration")
+        raise UserError(f"{folder / metrics.NAME} has no rows of train.py; wait for the first iteration")
     path = folder / "config.json"
     about = files.read_json(path, dict) if path.is_file() else {}
 
     def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
-        chosen = [row for row in rows if row.get("event") == event and _number(row.get(x)) is not None]
-        return {key: np.array([_number(row.get(key)) for row in chosen], dtype=float) for key in keys} | {
+        chosen = [row for row in rows if row.get("event") == event and number(row.get(x)) is not None]
+        return {key: np.array([number(row.get(key)) for row in chosen], dtype=float) for key in keys} | {
             "x": np.array([row[x] for row in chosen], dtype=float)
         }
 
@@ -81,10 +82,12 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
         raise UserError(f"{folder / metrics.NAME} was not written by train.py: no loss against {x!r}")
     last = [float(np.nan_to_num(steps[key]).max(initial=0.0)) for key in ("tokens", "elapsed_s")]
     about = about if isinstance(about, dict) else {}
-    return Run(name or folder.name, folder, steps, evals, about, *last)
+    health = [row for row in rows if row.get("event") == "health"]
+    return Run(name or folder.name, folder, steps, evals, about, last[0], last[1], health)
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """Return `value` if it is a number, else None."""
     return value if isinstance(value, int | float) else None
 
 
