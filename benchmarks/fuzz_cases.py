@@ -53,8 +53,6 @@ def program(name: str) -> Callable[[list[str]], None]:
             run_program(lambda: module.main(*module.command_line(argv)))
         elif name == "prepare":
             run_program(lambda: prepare(module, argv))
-        elif name == "plan":
-            run_program(lambda: module.main(*load(module.Config, argv), argv))
         else:
             run_program(lambda: module.main(*load(module.Config, argv)))
 
@@ -274,7 +272,7 @@ HOSTILE: list[Any] = [
 
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-PACK: dict[str, Callable[[bytes], bytes]] = {
+PACK: dict[str, Any] = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
@@ -433,24 +431,11 @@ def sign(step: Path) -> None:
 # ----------------------------------------------------------------------------- wrong options
 
 VALUES: dict[Any, list[str]] = {  # by type: none of these is right
-    int: [
-        "-1",
-        "1.5",
-        "x",
-        "",
-        "nan",
-        "inf",
-        "1e999",
-        "1_000_000_001",
-        "1e12",
-        str(2**63),
-        "9" * 400,
-        "None",
-    ],
+    int: ["-1", "1.5", "x", "", "nan", "inf", "1e999", "1000000001", "1e12", f"{2**63}", "9" * 400, "None"],
     float: ["-1", "x", "", "nan", "inf", "1e999", "1e12", "9" * 400, "None", "0x10", "True"],
     bool: ["x", "", "2", "-1", "None", "0"],
     str: ["/proc/no/such/folder", "\0", "x" * 5000, "\udcff", "s3://bucket/x", "no/such\nline"],
-}
+}  # fmt: skip
 LARGE = ["1000000", "100000000", "1e9"]  # within bounds, but too large for what needs memory
 NEEDS_MEMORY = {
     *("n_layer", "n_head", "n_embd", "head_dim", "block_size", "batch_size", "vocab_multiple", "vocab_size"),
