@@ -39,6 +39,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import fuzz_cases as cases
+from benchmarks import fuzz_options
 from nanogpt import ROOT, checkpoint, files
 from nanogpt.config import NonNegativeInt, Seconds, load
 from nanogpt.errors import UserError, run_program
@@ -236,7 +237,7 @@ def try_file(
 
 def try_options(number: int, corpus: Path, scratch: Path, config: Config) -> dict[str, Any]:
     """Run one wrong command line in a copy of the corpus; return a row for the log."""
-    name, argv = cases.wrong_options(random.Random(f"{config.seed} options {number}"))
+    name, argv = fuzz_options.wrong_options(random.Random(f"{config.seed} options {number}"))
     shutil.copytree(corpus, scratch)
     before = {path.name for path in scratch.iterdir()}
     outcome, memory, said = run([name, *argv], scratch, config.limit_s, watched=False)
@@ -293,7 +294,7 @@ def prepare(corpus: Path) -> None:
     """Write the corpus, and the names of the modules that this process has imported by then."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # of this forked process
     cases.build(corpus)
-    for name in {*cases.BASE, "doctor"}:
+    for name in {*fuzz_options.BASE, "doctor"}:
         cases.program(name)
     with contextlib.chdir(corpus):
         for command in (
