@@ -385,7 +385,7 @@ def test_page_is_chinese_where_the_browser_is(browser, server, screenshots, size
         eventually(lambda: "个参数" in text(browser, "#about"), 10)
         assert [text(browser, f"#{name}").split()[0] for name in ("tab-play", "tab-run", "go")] == [
             "试用",
-            "训练",
+            "训练过程",
             "生成",
         ]
         type_prompt(browser, "春")

@@ -13,7 +13,7 @@ const make = (tag, className = "", text = "") => {
 // English is the key. Strings with {0}, {1} have values filled in.
 
 const CHINESE = {
-  Play: "试用", Run: "训练", Views: "视图", Prompt: "提示词", Generate: "生成", Stop: "停止", Sampling: "采样",
+  Play: "试用", Run: "训练过程", Views: "视图", Prompt: "提示词", Generate: "生成", Stop: "停止", Sampling: "采样",
   Temperature: "温度", "Top-p": "Top-p", "Top-k": "Top-k", Length: "长度", Samples: "生成段数", Results: "生成结果", Seed: "种子", random: "随机",
   Loss: "损失", training: "训练", validation: "验证", by: "横轴", iterations: "迭代次数", tokens: "词元数", time: "时间",
   "Samples during training": "训练期间生成的文本", Copy: "复制", Copied: "已复制", all: "全部", "0 · greedy": "0 · 贪心",
@@ -23,16 +23,16 @@ const CHINESE = {
   "No training log (metrics.jsonl) was found for this model, so there are no curves to show.":
     "没有找到该模型的训练日志（metrics.jsonl），因此没有曲线。",
   'No samples yet. train.py --sample_prompt="…" generates samples at each evaluation.':
-    '还没有生成的文本。train.py --sample_prompt="…" 会在每次评估时生成几段文本。',
+    '暂无生成的文本。train.py --sample_prompt="…" 会在每次评估时生成几段文本。',
   "This server requires a token. It was printed when the server started.": "访问此服务器需要令牌。启动服务器时，终端中已打印该令牌。",
   Continue: "继续", "waiting for the first token …": "正在等待第一个词元…", " · stopped": " · 已停止", " · end of text": " · 文本结束",
   "{0} tokens": "{0} 个词元", ", {0} tokens/s": "，每秒 {0} 个", ", first token after {0} ms": "，首个词元用时 {0} 毫秒",
   "{0} tokens · perplexity {1}": "{0} 个词元 · 困惑度 {1}", "{0}: probability {1}, {2}": "{0}：概率 {1}，{2}",
-  "not in the top 10": "不在前 10 个中", "rank {0}": "第 {0} 名", "iteration {0}": "第 {0} 次迭代",
+  "not in the top 10": "不在前 10 名", "rank {0}": "第 {0} 名", "iteration {0}": "第 {0} 次迭代",
   "{0}: training {1}": "{0}：训练损失 {1}", "validation {0}": "验证损失 {0}", "loss (nats/token)": "损失（nats/词元）",
   "training and validation loss": "训练损失和验证损失", "tokens trained on": "训练词元数", "training time": "训练时间",
   iteration: "迭代", "training loss": "训练损失", "best validation loss": "最低验证损失", "tokens/s": "词元/秒", "time left": "剩余时间",
-  "{0} parameters": "{0} 个参数", "counting ({0}-grams): {1}": "统计模型（{0}-gram）：{1}", "context length: {0}": "上下文长度：{0}", "vocabulary: {0} {1}": "词表：{0} {1}",
+  "{0} parameters": "{0} 个参数", "counting ({0}-grams): {1}": "{0}-gram 统计模型的损失 {1}", "context length: {0}": "上下文长度：{0}", "vocabulary: {0} {1}": "词表：{0} {1}",
   characters: "个字符", bytes: "个字节", "tokens ": "个词元", "validation loss {0}": "验证损失 {0}",
   "no checkpoint yet: the run is shown, and can be tried out as soon as it has saved one":
     "还没有检查点：先显示训练过程，保存第一个检查点后即可试用",
