@@ -54,7 +54,7 @@ class Config(TrainOptions):
     lr_schedule: Schedule = "cosine"  # learning rate decay after warmup; wsd: constant, then linear
     warmup_iters: NonNegativeInt = 2000  #: iterations of linear warmup
     lr_decay_iters: NonNegativeInt = 0  # iteration at which min_lr is reached; 0: max_iters
-    min_lr: NonNegativeFloat = 6e-5  #: final learning rate, reached at lr_decay_iters
+    min_lr: NonNegativeFloat = 6e-5  #: final learning rate (AdamW), by default at max_iters
     lr_cooldown: UnitInterval = 0.4  # wsd: final fraction of lr_decay_iters in which the rate decays
     # experiment tracking
     track: Trackers = "none"  #: also log to TensorBoard, Weights & Biases or both
@@ -103,11 +103,11 @@ gc.enable()
 class Run(resolve.Setup[Config]):
     """State of a training run: the resolved Setup (config, dataset, ...), model, optimizer and progress."""
 
-    model: GPT  # not compiled or wrapped: the one to evaluate and save
+    model: GPT  # not its DDP or torch.compile wrapper; FSDP shards it in place (gather_model)
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    in_training: "InTrainingEvaluation | None"  # None: no tasks or samples during training
+    tasks_and_samples: "InTrainingEvaluation | None"  # None: neither --eval_tasks nor --sample_prompt
     writer: writer.AsyncCheckpointer  # writes checkpoints, on rank 0
     lock: FileLock | None = None  # lock on out_dir, on rank 0
     started: float = field(default_factory=time.perf_counter)  # perf_counter() when this process started
@@ -206,19 +206,19 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         load_optimizer(resumed, optimizer.state_shards())
         if resumed.state["scaler"]:  # empty if it was saved without loss scaling
             scaler.load_state_dict(resumed.state["scaler"])
-    in_training = None
+    tasks_and_samples = None
     if config.eval_tasks or config.sample_prompt:
         from nanogpt.evaluation.in_training import InTrainingEvaluation
 
         out_dir, tokenizer = Path(config.out_dir), setup.dataset.tokenizer
-        in_training = InTrainingEvaluation(config, out_dir, tokenizer, machine, layout.sharded)
+        tasks_and_samples = InTrainingEvaluation(config, out_dir, tokenizer, machine, layout.sharded)
     return Run(
         **vars(setup),
         model=model,
         optimizer=optimizer,
         scaler=scaler,
         progress=progress,
-        in_training=in_training,
+        tasks_and_samples=tasks_and_samples,
         writer=writer.AsyncCheckpointer(),
     )
 
@@ -276,15 +276,15 @@ def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTCo
 
 
 def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, Any]:
-    """Return (function, micro_batches, step) for the training loop.
+    """Return (function, micro_batches, take_step) for the training loop.
 
     function(idx, targets[, documents]) returns (logits or None, loss) in mixed precision, compiled if
     configured; with several ranks its backward pass averages gradients. micro_batches(iter_num) yields
-    (loss weight, batch) pairs. `step` is train_step or a wrapper of it.
+    (loss weight, batch) pairs. `take_step` is train_step or a wrapper of it.
     """
     config, machine, batches = run.config, run.machine, run.batches
     several = machine.world.size > 1
-    function, step = machine.in_dtype(run.model), train_step
+    function, take_step = machine.in_dtype(run.model), train_step
     micro_batches: Callable[..., Any] = batches.weighted
     if batches.tokens.scored:
         from nanogpt.data import responses
@@ -300,16 +300,16 @@ def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, An
         function = compile.train_function(function, config.compile, run.model, run.optimizer, batches)
     if several:
         micro_batches = partial(parallelize.micro_batches, batches, machine.world, function)
-        step = parallelize.step_of_all(train_step, run, log)
+        take_step = parallelize.step_of_all(train_step, run, log)
     elif config.cuda_graph:  # single process only (cuda_graphs.require_recordable)
         from nanogpt.gpu import cuda_graphs
 
-        step = cuda_graphs.StepGraph(train_step, batches.full, machine)
+        take_step = cuda_graphs.StepGraph(train_step, batches.full, machine)
     if config.health_interval and log and machine.world.is_main_process:
         from nanogpt.diagnostics import health
 
-        step = health.watch(step, run, log)
-    return function, micro_batches, step
+        take_step = health.watch(take_step, run, log)
+    return function, micro_batches, take_step
 
 
 # ----------------------------------------------------------------------------- one iteration
@@ -362,7 +362,7 @@ def check_finite(loss: Tensor, grad_norm: Tensor, iter_num: int, lr: float, scal
 
 
 def learning_rate(config: Config, iter_num: float) -> float:
-    """Return the learning rate of iteration `iter_num`, counted from 0.
+    """Return the learning rate of iteration `iter_num` from 0 (--minutes: completed share * max_iters).
 
     It rises linearly over `warmup_iters` iterations (never 0: the first is peak / (warmup_iters + 1)), then
     falls from `learning_rate` to `min_lr` at iteration `lr_decay_iters` (0: `max_iters`) and stays there.
@@ -394,7 +394,7 @@ def learning_rate(config: Config, iter_num: float) -> float:
 def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
     """Train until the schedule ends or the run is stopped; evaluate, log and save along the way."""
     config, progress, machine, world = run.config, run.progress, run.machine, run.machine.world
-    model, micro_batches, take_step = prepare_step(run, log)
+    function, micro_batches, take_step = prepare_step(run, log)
     deadline = time.perf_counter() + config.max_minutes * 60 if config.max_minutes else math.inf
     last_saved_iter, last_saved_time = progress.iter_num or -1, time.perf_counter()
     unlogged_s, unlogged_iters, pending_check = 0.0, 0, None
@@ -442,7 +442,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
         lr = lr_scale * learning_rate(config, pace.position)
         seed_dropout(machine, config.seed, progress.iter_num)
         batch = micro_batches(progress.iter_num)
-        loss, grad_norm = take_step(model, run.optimizer, run.scaler, batch, lr, config.grad_clip)
+        loss, grad_norm = take_step(function, run.optimizer, run.scaler, batch, lr, config.grad_clip)
         scaled = run.scaler.is_enabled()
         pending_check = partial(check_finite, loss, grad_norm, progress.iter_num, lr, scaled)
         is_logged = progress.iter_num % config.log_interval == 0
@@ -487,11 +487,11 @@ def open_pace(run: Run) -> Pace:
 def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: StopRequest) -> Iterator[str]:
     """Run tasks and sampling if due, and yield the lines to print. Collective: call on all ranks."""
     iter_num = run.progress.iter_num
-    if not run.in_training or not due:
+    if not run.tasks_and_samples or not due:
         return
-    if run.machine.world.any_rank(run.in_training.due(iter_num)) and (model := gather_model(run)):
+    if run.machine.world.any_rank(run.tasks_and_samples.due(iter_num)) and (model := gather_model(run)):
         model = model.to(run.machine.device)  # no-op unless gathered to the CPU
-        yield from run.in_training.maybe_run(model, iter_num, write, stop.asked)
+        yield from run.tasks_and_samples.maybe_run(model, iter_num, write, stop.asked)
 
 
 def evaluate(run: Run, stop: StopRequest) -> dict[str, Any]:
@@ -543,11 +543,11 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
 
         print(counting.compared(Path(config.out_dir)), end="")
     peak = writer.peak_memory(run.machine.device)
-    print(metrics.closing(config.out_dir, run.clock_s(), run.progress.clock_s, peak, longer))
+    print(metrics.final_lines(config.out_dir, run.clock_s(), run.progress.clock_s, peak, longer))
     if (ROOT / f"benchmarks/reference/{Path(config.dataset).name}-{config.max_iters}.json").is_file():
         from nanogpt.diagnostics import reference  # recorded runs of the same dataset and length
 
-        print(reference.closing(Path(config.out_dir)), end="")
+        print(reference.final_line(Path(config.out_dir)), end="")
     if config.minutes:
         from nanogpt.pace.time_budget import repeated
 
@@ -567,8 +567,8 @@ def prepare_out_dir(run: Run, argv: list[str]) -> str:
     config, out = run.config, Path(run.config.out_dir)
     resumed = run.progress if run.resumed else None
     run.lock, notice = writer.clear_folder(out, cast(FileLock, run.lock), resumed, config)
-    if run.resumed and run.in_training:
-        run.in_training.resume()
+    if run.resumed and run.tasks_and_samples:
+        run.tasks_and_samples.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
     record = {
         "options": asdict(config),
@@ -582,7 +582,7 @@ def prepare_out_dir(run: Run, argv: list[str]) -> str:
 
 
 def record(run: Run, log: metrics.Log, row: dict[str, Any]) -> None:
-    """Log an evaluation, unless `row` is empty."""
+    """Prepare out_dir and open the log in the first call; log an evaluation, unless `row` is empty."""
     if not log.file:  # set an earlier run aside once nothing can refuse this one
         if notice := run.machine.world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             tqdm.write(notice)

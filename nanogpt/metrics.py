@@ -106,7 +106,7 @@ def _losses(row: Mapping[str, Any]) -> str:
     return f"train {train:.4f}, val {val:.4f}, gap {val - train:+.4f}"
 
 
-def closing(out_dir: str, clock_s: float, before_s: float, peak: int | None, longer: str) -> str:
+def final_lines(out_dir: str, clock_s: float, before_s: float, peak: int | None, longer: str) -> str:
     """Return the last lines of a complete run: losses, time, memory, and commands to continue. `clock_s`:
     time of all sessions, `before_s` of it in earlier ones; `peak`: peak memory in bytes; `longer`: option for
     more training."""

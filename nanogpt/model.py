@@ -160,6 +160,7 @@ class Rotary(Position):
         angle = torch.arange(block_size, dtype=torch.float64, device="cpu")[:, None] * speed
         cos, sin = angle.cos().float(), angle.sin().float()
         self.register_buffer("cos", torch.cat([cos, cos], dim=-1), persistent=False)
+        # -sin for the left half: apply_rotary computes left cos - right sin, right cos + left sin
         self.register_buffer("sin", torch.cat([-sin, sin], dim=-1), persistent=False)
 
     def rotate(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -176,7 +177,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class ALiBi(Position):
     """Attention with linear biases (Press et al. 2022): scores decrease linearly with distance, with a slope
-    per head, which can extrapolate to longer sequences than in training; here, up to `block_size`."""
+    per head. ALiBi can extrapolate to longer sequences; here, those above `block_size` are rejected."""
 
     biases: Tensor
 
@@ -255,7 +256,8 @@ class LayerCache(NamedTuple):
     """View of a `Cache` for the attention of one layer."""
 
     position_ids: Tensor | None  # positions of the input tokens, int64 (B, T); None: 0 ... T-1
-    attend: Callable[..., Tensor]  # attend(q, k, v, uncached_attention)
+    # attend(q, k, v, plain): cache k and v, and attend; plain: without a cache, for prefill
+    attend: Callable[..., Tensor]
 
 
 class Cache(Protocol):
@@ -267,7 +269,8 @@ class Cache(Protocol):
         """Return the embedding of the token before each token of x (B, T, C)."""
 
     def with_context(self, idx: Tensor) -> Tensor:
-        """Store idx (B, T) and return it after the tokens before it, (B, context + T)."""
+        """Store idx (B, T) and return it with the `ngrams.context` tokens before it, -1 before the sequence
+        starts: (B, context + T)."""
 
     def layer(self, number: int) -> LayerCache:
         """Return the view for the attention of layer `number`."""
@@ -396,7 +399,7 @@ class GPT(nn.Module):
         self.packed_head: nn.Module | None = None  # quantized LM head (quantize.py)
         self.loss_chunk_size = 0  # tokens per chunk of chunked_cross_entropy; 0: not chunked
         self.compiled_loss: Callable[..., Any] | None = None  # `loss`, set by compile.wrap
-        self.compiled_token_losses: Callable[..., Any] | None = None  # compiled forward, reduction="none"
+        self.compiled_token_losses: Callable[..., Any] | None = None  # for evaluations, by compile
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)

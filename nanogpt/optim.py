@@ -21,7 +21,7 @@ Span = tuple[int, int]  # [start, stop) of elements in row-major order
 
 
 @dataclass(frozen=True)
-class ParamShard:
+class PartitionedParam:
     """A parameter and, for each rank, the range of its elements that the rank updates."""
 
     name: str
@@ -73,16 +73,16 @@ class Layout:
     rank, size = 0, 1  # rank in, and size of, the group over which the optimizer state is sharded
     sharded = False  # True: each rank holds only a shard of every parameter
 
-    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
+    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
         """Assign to each rank a range of the elements of every parameter, for elementwise update rules."""
-        return [ParamShard(name, p, [(0, p.numel())]) for name, p in named]
+        return [PartitionedParam(name, p, [(0, p.numel())]) for name, p in named]
 
-    def local_shard(self, shard: ParamShard, tensor: Tensor) -> Tensor:
+    def local_shard(self, shard: PartitionedParam, tensor: Tensor) -> Tensor:
         """Return the range of `tensor`, `shard.parameter` or its gradient, that this rank updates, as a
         view."""
         return tensor
 
-    def all_gather_params(self, shards: Sequence[ParamShard]) -> None:
+    def all_gather_params(self, shards: Sequence[PartitionedParam]) -> None:
         """All-gather the ranges that the ranks have updated, if weights are replicated. Collective: call on
         all ranks."""
 
@@ -95,7 +95,7 @@ class Layout:
         return [0] * len(costs)
 
     def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
-        """Return the gradients (n, height, width) of the matrices in `stack` that this rank owns.
+        """Return a copy of the gradients, (n, height, width), of the matrices in `stack` that this rank owns.
 
         Matrices of a stack have the same shape and are sorted by owner. Collective: call on all ranks.
         """

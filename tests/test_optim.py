@@ -156,8 +156,8 @@ def test_muon_is_close_to_the_exact_polar_update():
             for part in nesterov.split(ROWS.get(name, [p.shape[0]])):
                 part.copy_(max(1, part.shape[0] / part.shape[1]) ** 0.5 * exact_polar(part))
             start[name] -= 0.05 * nesterov
-        optimizer.param_groups[0]["params"][-1].grad = torch.zeros(3)
-        optimizer.lr = 1e-2  # the peak: Muon uses its own learning rate
+        optimizer.param_groups[0]["params"][-1].grad = torch.zeros(3)  # h.0.gain, which AdamW trains
+        optimizer.lr = 1e-2  # equals learning_rate, so Muon's is muon_lr = 0.05
         optimizer.step()
     for name, p in named.items():
         if name.startswith("h."):

@@ -59,9 +59,9 @@ def test_other_seeds_are_inside_and_faults_outside(three, monkeypatch):
 
 def test_closing_line_is_printed_only_with_a_reference(three, capsys, monkeypatch, tmp_path):
     said = "this run is inside the band of tiny.py (3 seeds): 64 losses compared\n"
-    assert reference.closing(tmp_path / "reference-0") == said
+    assert reference.final_line(tmp_path / "reference-0") == said
     other = trained(three, "other", n_layer=1)
-    assert reference.closing(other.folder) == ""
+    assert reference.final_line(other.folder) == ""
     with pytest.raises(UserError, match=r"other differs from tiny\.py: n_layer=1, not 2"):
         reference.verdict(other)
     with pytest.raises(UserError, match=r"no reference for dataset-5; there are .*: dataset-60"):
@@ -74,7 +74,7 @@ def test_runs_by_time_have_no_reference_and_say_so(three, tmp_path, capsys):
     value["options"]["minutes"] = 1.0
     about.write_text(json.dumps(value), encoding="utf-8")
     said = "no reference for runs by --minutes, whose iterations depend on the machine; there are"
-    assert said in reference.closing(tmp_path / "reference-1")
+    assert said in reference.final_line(tmp_path / "reference-1")
     config = plot.Config(healthy=True, out=str(tmp_path / "x.png"))
     plot.main(config, [str(tmp_path / f"reference-{seed}") for seed in (1, 2)])
     lines = capsys.readouterr().out.splitlines()

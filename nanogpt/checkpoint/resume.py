@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 # Options that a resumed run does not inherit; all others come from the saved run unless given again.
 NOT_INHERITED = {"init_from", "out_dir", "overwrite", "eval_only", "max_minutes"}
 NOT_INHERITED |= {"rdzv_timeout_s", "hang_timeout_s", "parallel", "shard_size"}
-# Options that must not change on resume, besides the model architecture.
-FIXED = {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}
+# Options whose change on resume is an error; a changed architecture option is ignored, with a note.
+REFUSED = {"freeze", "train_only", "lora_rank", "lora_alpha", "lora_targets"}
 R = TypeVar("R", bound=TrainOptions)
 
 
 def resume(
-    config: R, origins: dict[str, str], fixed_options: set[str], notices: list[str]
+    config: R, origins: dict[str, str], ignored_options: set[str], notices: list[str]
 ) -> tuple[R, Checkpoint | None]:
     """Return the resolved options and the newest checkpoint of the run in out_dir.
 
-    With --init_from=auto and no checkpoint, return `config` and None. `fixed_options` names the options that
-    the weights determine, which keep their values, as in nanoGPT. Notes for the user are appended to
-    `notices`. Raise UserError if --init_from=resume finds no checkpoint, or if an option in FIXED differs
+    With --init_from=auto and no checkpoint, return `config` and None. `ignored_options` names those that the
+    weights determine, which keep their values, as in nanoGPT. Notes for the user are appended to `notices`.
+    Raise UserError if --init_from=resume finds no checkpoint, or if an option in REFUSED differs
     from the saved one.
     """
     out = Path(config.out_dir)
@@ -62,11 +62,11 @@ def resume(
     if on_cpu and not saved.get("compile"):  # auto is False on a CPU; this session may use a GPU
         saved["compile"] = "auto"
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
-    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in FIXED]:
+    if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in REFUSED]:
         raise UserError(
             f"{out} has other trainable weights: {'; '.join(wrong)}; omit these, or give another --out_dir"
         )
-    kept = {key: old for key, (old, _) in differing.items() if key in fixed_options}
+    kept = {key: old for key, (old, _) in differing.items() if key in ignored_options}
     for key, (old, new) in differing.items():
         ignored = f"note: {key} = {old!r} as in the checkpoint; {origins[key]} ({new!r}) has no effect"
         changed = f"{key} = {new!r} from now on; it was {old!r} when the run was saved"

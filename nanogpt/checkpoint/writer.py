@@ -132,7 +132,8 @@ def require_space(run_dir: Path, model: GPT) -> str:
     checkpoint_bytes = sum(
         (12 if p.requires_grad and n != NGRAM_TABLES else 4) * p.numel() for n, p in model.named_parameters()
     )
-    needed = checkpoint_bytes * (KEPT + 2)  # a checkpoint is complete before an old one is deleted
+    # 2: the best, and the new one, which is complete before an old one is deleted
+    needed = checkpoint_bytes * (KEPT + 2)
     free = shutil.disk_usage(next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())).free
     size = f"{tqdm.format_sizeof(needed)}B"
     if needed > free:
@@ -233,7 +234,7 @@ def free_memory() -> int | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory in bytes, that allocated on a GPU or used by this process; None on Windows."""
+    """Return the peak memory in bytes, allocated on a GPU or else used by this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -85,7 +85,7 @@ def verdict(run: runs.Run) -> str:
     return f"outside {about}: {'; '.join(wrong)}"
 
 
-def closing(folder: Path) -> str:
+def final_line(folder: Path) -> str:
     """Return the line on a complete run, "" if it has other options than its reference."""
     run = runs.load(folder)
     try:

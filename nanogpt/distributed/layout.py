@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogpt.optim import Layout, Matrix, ParamShard, Span, TensorShard, gradient
+from nanogpt.optim import Layout, Matrix, PartitionedParam, Span, TensorShard, gradient
 from nanogpt.world import World
 
 TURN = 1 << 26  # elements per all-gather, summed over ranks: 0.27 GB for any world size
@@ -62,21 +62,21 @@ class _Shared(Layout):
 class Replicated(_Shared):
     """DDP: weights and gradients replicated on every rank, optimizer state sharded (ZeRO-1)."""
 
-    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
+    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
         total, first, parts = sum(p.numel() for _, p in named), 0, []
         cuts = [total * rank // self.size for rank in range(self.size + 1)]
         for name, p in named:
             p.data = p.data.contiguous()
             spans = [common((lo - first, hi - first), (0, p.numel())) for lo, hi in pairwise(cuts)]
-            parts.append(ParamShard(name, p, spans))
+            parts.append(PartitionedParam(name, p, spans))
             first += p.numel()
         return parts
 
-    def local_shard(self, shard: ParamShard, tensor: Tensor) -> Tensor:
+    def local_shard(self, shard: PartitionedParam, tensor: Tensor) -> Tensor:
         start, stop = shard.spans[self.rank]
         return tensor.detach().reshape(-1)[start:stop]
 
-    def all_gather_params(self, shards: Sequence[ParamShard]) -> None:
+    def all_gather_params(self, shards: Sequence[PartitionedParam]) -> None:
         views = [[_flat(shard)[slice(*shard.spans[rank])] for shard in shards] for rank in range(self.size)]
         most, each = max(sum(map(len, of_one)) for of_one in views), max(1, TURN // self.size)
         for done in range(0, most, each):
@@ -128,10 +128,10 @@ class Sharded(_Shared):
 
     sharded = True
 
-    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[ParamShard]:
-        return [ParamShard(name, p, self._spans(p)) for name, p in named]
+    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
+        return [PartitionedParam(name, p, self._spans(p)) for name, p in named]
 
-    def local_shard(self, shard: ParamShard, tensor: Tensor) -> Tensor:
+    def local_shard(self, shard: PartitionedParam, tensor: Tensor) -> Tensor:
         return self.to_local(tensor)
 
     def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
@@ -258,7 +258,7 @@ def _cut(views: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     return found
 
 
-def _flat(shard: ParamShard) -> Tensor:
+def _flat(shard: PartitionedParam) -> Tensor:
     return shard.parameter.data.view(-1)
 
 
