@@ -199,7 +199,7 @@ def difference_from_training(path: Path) -> str:
 
 
 def baseline(opened: Opened, config: Config) -> dict[str, Any]:
-    """Score counts on the run's validation sequences and print lines about them and the run."""
+    """Score n-gram counts on the run's validation sequences; print lines about them and the run."""
     from nanogpt.evaluation import counting
 
     run = Path(config.out_dir)

@@ -193,8 +193,8 @@ def memory(
 def fit(
     config: Config, block_size: int, memory_for: Callable[[int], estimate.Memory], gigabytes: float
 ) -> str:
-    """Say whether the run fits in memory; if not, or if larger micro-batches of the same batch do too on a
-    GPU, the largest --batch_size that does."""
+    """Return a line that says whether the run fits in memory and, if not, or if larger micro-batches of the
+    same batch fit on a GPU, the largest --batch_size that does."""
     limit, given = gigabytes * 1e9, config.batch_size
     batch = config.batch_tokens // block_size or config.sequences_per_iteration
     share = min(max(given, batch // config.gpus), 1 << 16) if config.gpu else given

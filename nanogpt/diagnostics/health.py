@@ -30,7 +30,7 @@ GROWTH, GROWTH_IF_FAST, FAST = 100.0, 40.0, 0.04  # FAST: update / weight
 DEAD = 0.9
 ENTROPY = 0.02  # mean over heads; single heads of a healthy block can look at one token
 CLIPPED, SETTLED = 0.9, 500  # iterations after the warmup in which healthy runs may clip every gradient
-FAR = 4.0  # times the threshold: gradient norms of small healthy models stay at twice nanoGPT's (measured)
+FAR = 4.0  # times --grad_clip; gradient norms of small healthy models stay at twice nanoGPT's (measured)
 
 
 def watch(step: Callable[..., Any], run: Any, log: Log) -> Callable[..., Any]:

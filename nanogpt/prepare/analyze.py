@@ -14,7 +14,7 @@ from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.text_files import Document, Texts
 from nanogpt.tokenizer import bpe, tokenizer
 
-FEW = 100  # documents; fewer are each cut into train and val, else each goes whole to one of them
+FEW = 100  # documents; fewer are each split into train and val, more are each assigned whole to one
 LEARNT_FROM = 1 << 28  # characters of train, from its start, on which a BPE is trained
 
 

@@ -231,7 +231,7 @@ def _roles(sources: list[Source]) -> list[str]:
         path = "train" if source.kind == "hub" else os.path.relpath(os.path.abspath(source.path), root)
         role = ""
         for part in path.lower().split(os.sep):
-            names = [name.split() for name in re.split("[^a-z ]+", part)]  # a title is not its words
+            names = [name.split() for name in re.split("[^a-z ]+", part)]  # first and last words count
             words = {word for name in names for word in (*name[:1], *name[-1:])}
             roles = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
             role = next((role for role in ("test", "val", "train") if role in roles), role)

@@ -131,7 +131,7 @@ def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31
     frame = decompressor.decompressobj()
     whole, blocks, size = True, [b""], 0
-    while packed := raw.read(1 << 9):  # becomes 16 MB at most: a block of 128 kB takes 4 bytes or more
+    while packed := raw.read(1 << 9):  # 16 MB at most decompressed: a block of 128 kB takes 4 bytes or more
         while packed:
             if frame.eof:
                 frame = decompressor.decompressobj()

@@ -83,7 +83,7 @@ def _open(file: BinaryIO) -> tuple[Any, Callable[[list[str], int], Iterator[tupl
     start = file.read(6)
     file.seek(0)
     if start.startswith(b"PAR1"):
-        # pre_buffer, the default, would hold all of a column that is read, not only buffer_size of it.
+        # pre_buffer, the default, would hold whole columns in memory, not only buffer_size of them.
         table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
 
         def groups(keys: list[str], skip: int) -> Iterator[tuple[int, Any]]:

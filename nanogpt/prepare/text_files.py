@@ -161,7 +161,7 @@ def _search(
     """Add the file `path`, or the files of the folder `path`, to `texts` in place."""
     folder = path.is_dir()
     listed = list(filter(keep, _files(path))) if folder else [path]
-    # Files beside the tables in a dataset's folder (README, lists) are not documents, nor a README of rows.
+    # Files beside tables in a dataset's folder (README, lists) are no documents, nor is a README beside rows.
     beside: dict[str, set[Path]] = {}
     for file in listed if folder else ():
         beside.setdefault(formats.rows_kind(file.name), set()).update(file.parents)
@@ -289,7 +289,7 @@ def _kind(path: Path, head: bytes, text_key: str) -> str:
         line = start.partition(b"\n")[0] if b"\n" in start else b""
         if isinstance(rows.document(line, 1, text_key), str):
             return "jsonl"
-        with contextlib.suppress(UserError, UnicodeDecodeError):  # rows that are not one on each line
+        with contextlib.suppress(UserError, UnicodeDecodeError):  # rows that are not one per line
             row = next(rows.of_json([codecs.getincrementaldecoder("utf-8")().decode(start)]), b"")
             if isinstance(rows.document(row, 1, text_key), str):
                 return "json"

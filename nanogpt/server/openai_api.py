@@ -68,7 +68,7 @@ class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field([], max_length=16)
     logprobs: int | None = Field(None, ge=0, le=20)  # alternatives per token; None: no log-probabilities
     echo: bool = False
-    slide: bool = False  # not OpenAI's: of a prompt longer than the context, use the end, as sample.py does
+    slide: bool = False  # not in OpenAI's API: use the end of a prompt longer than the context, as sample.py
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
