@@ -74,8 +74,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
             print("on a CPU: --batch_size=1")
             config = replace(config, batch_size=1)
         bench = Bench(config, Path(scratch), origins)
-        how = attention_kernels.of_a_run(config)
-        with bench.run.machine.memory_errors(), how:
+        kernels = attention_kernels.of_a_run(config)
+        with bench.run.machine.memory_errors(), kernels:
             print(bench.describe())
             timings, began = [], time.perf_counter()
             for _ in trange(config.warmup_steps + config.steps, disable=None, leave=False):

@@ -66,8 +66,8 @@ def machine() -> Iterator[str]:
     yield f"nanogpt {version_of('nanogpt') or 'not installed'}" + f", commit {commit}" * bool(commit)
     system = f"{platform.system()} {platform.release()}, {platform.machine()}"
     yield f"Python {platform.python_version()}, {system}"
-    found = {name: version_of(name) for name in PACKAGES}
-    packages = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    versions = {name: version_of(name) for name in PACKAGES}
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     yield f"torch {torch.__version__}, {packages}"
     cpu = torch.device("cpu")
     half = "bfloat16" if runtime.has_bfloat16(cpu) else "no bfloat16"
@@ -107,11 +107,11 @@ def processor() -> str:
 def devices() -> Iterator[str]:
     """Yield a line for each GPU, or why there is none."""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        about = torch.cuda.get_device_properties(index)
+        gpu = torch.cuda.get_device_properties(index)
         supported = "" if availability.supports(index) else ", too old for this build of torch"
         yield (
-            f"cuda:{index}: {about.name}, {about.total_memory / 1e9:.1f} GB, compute capability "
-            f"{about.major}.{about.minor}{supported}"
+            f"cuda:{index}: {gpu.name}, {gpu.total_memory / 1e9:.1f} GB, compute capability "
+            f"{gpu.major}.{gpu.minor}{supported}"
         )
     if not torch.cuda.is_available():
         yield f"cuda: {availability.why_no_cuda() or 'no NVIDIA GPU'}"
@@ -130,15 +130,15 @@ def check(folder: Path) -> Iterator[str]:
         rows = metrics.read(folder)
         yield f"{len(rows):,} rows of metrics; {metrics.gap(rows) or 'not evaluated'}"
     for step in reversed(steps):
-        found = reader.verify(step)
-        torch_then = found.state.get("environment", {}).get("torch", "unknown")
-        yield f"{step.name}: intact, {found.model_config.n_layer} layers, torch {torch_then}"
+        saved = reader.verify(step)
+        torch_then = saved.state.get("environment", {}).get("torch", "unknown")
+        yield f"{step.name}: intact, {saved.model_config.n_layer} layers, torch {torch_then}"
     if data:
         dataset = loader.load(folder)
         meta = files.read_json(folder / "meta.json", META) if (folder / "meta.json").is_file() else {}
-        for about in [file for split in meta.get("splits", {}).values() for file in split["files"]]:
-            if files.sha256(folder / about["name"]) != about.get("sha256"):
-                raise UserError(f"{folder / about['name']} is damaged: its SHA-256 differs from meta.json's")
+        for entry in [file for split in meta.get("splits", {}).values() for file in split["files"]]:
+            if files.sha256(folder / entry["name"]) != entry.get("sha256"):
+                raise UserError(f"{folder / entry['name']} is damaged: its SHA-256 differs from meta.json's")
         yield f"{len(dataset.train):,} training and {len(dataset.val):,} validation tokens, intact"
         kind = vocabulary.identify(dataset.tokenizer).kind
         yield f"vocabulary {dataset.vocab_size:,}, tokenizer {kind}"

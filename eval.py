@@ -88,30 +88,30 @@ def main(config: Config) -> None:
 
 
 def run(config: Config, world: World) -> None:
-    own, for_lm_eval = split_tasks(config.tasks)
+    ours, for_lm_eval = split_tasks(config.tasks)
     check(config, bool(for_lm_eval))
-    loaded = [tasks.load(spec, config.limit) for spec in own]
+    loaded = [tasks.load(spec, config.limit) for spec in ours]
     names = [config.out_dir] + ([config.against] if config.against else [])
-    found = []
+    scored = []
     for name in names:
         opened = open_model(name, config, world)
         print(opened.description)
         with opened.subject.machine.memory_errors():
-            found.append((opened, evaluate(opened, loaded, dataset_of(opened, config), config)))
-    opened, reports = found[0]
+            scored.append((opened, evaluate(opened, loaded, dataset_of(opened, config), config)))
+    opened, reports = scored[0]
     result: dict[str, Any] = {
         "model": str(opened.path),
         "results": {report.name: report.to_json() for report in reports},
     }
     if config.against:
-        result |= compare(*found)
+        result |= compare(*scored)
     if config.baseline:
         result["baseline"] = baseline(opened, config)
     if for_lm_eval:
         result["lm_eval"], table = harness.run(for_lm_eval, opened.subject, config.limit)
         print(table)
     if world.is_main_process:
-        write(config, result | {"options": asdict(config), **opened.subject.machine.environment()}, found)
+        write(config, result | {"options": asdict(config), **opened.subject.machine.environment()}, scored)
 
 
 def split_tasks(given: str) -> tuple[list[str], list[str]]:
@@ -136,14 +136,14 @@ def open_model(name: str, config: Config, world: World) -> Opened:
     Hugging Face folder or nanoGPT's ckpt.pt. Raise UserError if it does not exist or is incomplete."""
     folder = Path(name)
     is_run = bool(checkpoint.step_folders(folder)) or not (folder.exists() or name in NAMES)
-    found = weights.open_weights("resume" if is_run else name, ROOT, folder, config.which)
-    print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
-    tokens = found.open_tokenizer()
-    machine = runtime.setup(config.device, config.dtype, found.config.n_embd, world)
-    model = found.load(found.fitted(), machine.device)
+    source = weights.open_weights("resume" if is_run else name, ROOT, folder, config.which)
+    print("".join(f"{line}\n" for line in source.notices), end="", file=sys.stderr)
+    tokens = source.open_tokenizer()
+    machine = runtime.setup(config.device, config.dtype, source.config.n_embd, world)
+    model = source.load(source.fitted(), machine.device)
     subject = Subject(model, tokens, machine, config.batch_size)
     size = f"{model.n_params():,} parameters, context {subject.block_size:,}"
-    return Opened(found.origin, subject, found.dataset, f"{found.origin}: {size}; {machine.reason}")
+    return Opened(source.origin, subject, source.dataset, f"{source.origin}: {size}; {machine.reason}")
 
 
 # ----------------------------------------------------------------------------- scores
@@ -167,15 +167,15 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         words = 0 if config.limit else sum(map(evals.count_words, documents))
         reports.append(score_text(Path(config.text).name, sources, words, subject, config))
     if dataset:
-        found = mixture.load(dataset, ROOT)
-        if found.fingerprint != tokenizer.fingerprint(subject.tokenizer):
+        data = mixture.load(dataset, ROOT)
+        if data.fingerprint != tokenizer.fingerprint(subject.tokenizer):
             raise UserError(
-                f"{found.folder} and {opened.path} have different tokenizers; give a dataset with the "
+                f"{data.folder} and {opened.path} have different tokenizers; give a dataset with the "
                 f"model's tokenizer, or raw text: --text=FILE"
             )
-        split = found.val if config.split == "val" else found.train
+        split = data.val if config.split == "val" else data.train
         for text in split.texts:  # each source of a mixture separately
-            name = f"{text.name or found.folder.name}/{config.split}"
+            name = f"{text.name or data.folder.name}/{config.split}"
             reports.append(score_text(name, [text], 0, subject, config))
         if dataset == opened.dataset and config.split == "val" and not (config.limit or "," in dataset):
             print(difference_from_training(Path(opened.path)), end="")
@@ -192,19 +192,19 @@ def difference_from_training(path: Path) -> str:
         return ""
     from nanogpt.evaluation import counting
 
-    found = counting.sequences_of(path.parent)
-    whole = (len(found.dataset.val) - 1) // found.block_size
-    part = f"{found.count:,} of the {whole:,} sequences of this split (--eval_iters)"
-    return f"training evaluated {part}: val loss {logged:.4f}\n" * (found.count < whole)
+    sequences = counting.sequences_of(path.parent)
+    whole = (len(sequences.dataset.val) - 1) // sequences.block_size
+    part = f"{sequences.count:,} of the {whole:,} sequences of this split (--eval_iters)"
+    return f"training evaluated {part}: val loss {logged:.4f}\n" * (sequences.count < whole)
 
 
 def baseline(opened: Opened, config: Config) -> dict[str, Any]:
-    """Score counts on the run's validation sequences and print lines about them and the run."""
+    """Score n-gram counts on the run's validation sequences; print lines about them and the run."""
     from nanogpt.evaluation import counting
 
     run = Path(config.out_dir)
-    found = counting.sequences_of(run, config.dataset or opened.dataset, opened.subject.block_size)
-    figure, line = counting.measure(found)
+    sequences = counting.sequences_of(run, config.dataset or opened.dataset, opened.subject.block_size)
+    figure, line = counting.measure(sequences)
     print(line)
     known = (run / metrics.NAME).is_file() and not config.dataset
     if known and (compared := counting.compared(run)):  # empty if the figure could not be kept
@@ -231,9 +231,9 @@ def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:
 
 def read_texts(path: str) -> list[str]:
     """Read the texts of a file. Raise UserError if all are empty."""
-    found = text_files.find([Path(path)]).sources
+    sources = text_files.find([Path(path)]).sources
     documents: list[str] = []
-    for source, pieces in groupby(readers.pieces(found, readers.Reading()), lambda p: found[p.source]):
+    for source, pieces in groupby(readers.pieces(sources, readers.Reading()), lambda p: sources[p.source]):
         if source.kind == "text":
             documents.append("".join(str(piece.content) for piece in pieces))
             continue
@@ -251,21 +251,21 @@ def compare(a: tuple[Opened, list[Report]], b: tuple[Opened, list[Report]]) -> d
     print(f"{a[0].path} minus {b[0].path}:")
     differences = {}
     for one, other in zip(a[1], b[1], strict=True):
-        found = evals.compare(one, other)
-        parts = [f"{name} {difference.describe()}" for name, difference in found.items()]
+        by_metric = evals.compare(one, other)
+        parts = [f"{name} {difference.describe()}" for name, difference in by_metric.items()]
         print(f"{one.name}: {', '.join(parts)}")
-        differences[one.name] = {name: asdict(difference) for name, difference in found.items()}
+        differences[one.name] = {name: asdict(difference) for name, difference in by_metric.items()}
     results = {report.name: report.to_json() for report in b[1]}
     return {"against": {"model": str(b[0].path), "results": results}, "differences": differences}
 
 
-def write(config: Config, result: dict[str, Any], found: list[tuple[Opened, list[Report]]]) -> None:
+def write(config: Config, result: dict[str, Any], scored: list[tuple[Opened, list[Report]]]) -> None:
     if config.out:
         files.write_json(Path(config.out), result)
     if config.items:
         rows = [
             {"model": str(opened.path), "task": report.name, **row}
-            for opened, reports in found
+            for opened, reports in scored
             for report in reports
             for row in report.rows
         ]

@@ -35,30 +35,30 @@ class Config:
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Write the folder `config.to`. Raise UserError, before reading weights, if the model cannot be exported
-    so.
+    in this format.
     """
     target = Path(config.to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to={target} exists; give the name of a new folder, or delete it first")
     if config.format == "nanogpt" and (config.dtype, config.custom_code) != ("float32", False):
         raise UserError("--dtype and --custom_code require --format=hf; omit them for nanoGPT's ckpt.pt")
-    found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir), config.which)
-    print("".join(f"{line}\n" for line in found.notices), end="", file=sys.stderr)
+    source = weights.open_weights(config.init_from, ROOT, Path(config.out_dir), config.which)
+    print("".join(f"{line}\n" for line in source.notices), end="", file=sys.stderr)
     if config.format == "hf":
-        hf_export.choose(found.config, config.custom_code)
+        hf_export.choose(source.config, config.custom_code)
     else:
-        ckpt.require(found.config, found.tokenizer)
-    model = found.load(found.fitted())
+        ckpt.require(source.config, source.tokenizer)
+    model = source.load(source.fitted())
     with files.staged(target) as draft:
         draft.mkdir(parents=True)
         if config.format == "hf":
-            said = hf_export.write_folder(draft, model, found.tokenizer, config.dtype, config.custom_code)
-            hf_export.write_card(draft, target.name, found, said[0].split(",")[0], config.custom_code)
+            notes = hf_export.write_folder(draft, model, source.tokenizer, config.dtype, config.custom_code)
+            hf_export.write_card(draft, target.name, source, notes[0].split(",")[0], config.custom_code)
         else:
-            said = ckpt.write_folder(draft, model, found)
+            notes = ckpt.write_folder(draft, model, source)
         if target.is_dir():
             target.rmdir()
-    print("\n".join([f"exported {found.origin} to {target}", *said]))
+    print("\n".join([f"exported {source.origin} to {target}", *notes]))
 
 
 if __name__ == "__main__":

@@ -58,21 +58,21 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     origins = origins or {}
     require_consistent(config, origins)
     shape, notices = shape_of(config, origins)
-    found, model = estimate.parameters(shape), meta_model(config, shape)
+    counts, model = estimate.parameters(shape), meta_model(config, shape)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     cost = estimate.flops_per_token(shape) * (2 / 3 if config.lora_rank else 1)  # no gradients of weights
     machine, used = None if config.gpu else runtime.setup("auto", "auto", shape.n_embd), None
     if machine:
         rate, used = measure(shape, config)
         gigabytes = device_memory.memory_of(machine) / 1e9
-        how = f"here ({machine.reason})"
+        where = f"here ({machine.reason})"
     else:
         chip = chips.find(config.gpu)
         if chip is None:
             raise UserError(f"--gpu={config.gpu} is not known; expected one of {', '.join(chips.CHIPS)}")
         peak, gigabytes = chips.CHIPS[chip]
         rate = config.gpus * peak * config.mfu / cost
-        how = f"on {config.gpus} {config.gpu} at {config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s"
+        where = f"on {config.gpus} {config.gpu} at {config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s"
     gpu, gpus = (machine.name(), 1) if machine else (config.gpu, config.gpus)
     on_gpu = not machine or machine.device.type == "cuda"
     compiled = on_gpu and pays(config, origins, shape, gpu, gpus)
@@ -87,15 +87,15 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         room = f"note: {error}"
     batch = config.batch_tokens or config.sequences_per_iteration * shape.block_size
     tokens = -(-length(config, origins, batch, rate) // batch) * batch  # in whole iterations
-    hours, total = tokens / rate / 3600, found.total - found.padding
+    hours, total = tokens / rate / 3600, counts.total - counts.padding
     long = f"{hours / 24:,.1f} days" if hours >= 1 else f"{hours * 60:,.1f} minutes"
     lines = [
         *notices,
-        f"parameters: {total:,} ({found.embeddings + found.head:,} in padded token "
-        f"embeddings, {found.positions:,} in positions, {found.matrices + found.vectors:,} in blocks"
-        + f", {found.tables:,} in n-gram tables" * bool(found.tables)
+        f"parameters: {total:,} ({counts.embeddings + counts.head:,} in padded token "
+        f"embeddings, {counts.positions:,} in positions, {counts.matrices + counts.vectors:,} in blocks"
+        + f", {counts.tables:,} in n-gram tables" * bool(counts.tables)
         + ")"
-        + f"; {trained:,} trained" * (trained != found.total),
+        + f"; {trained:,} trained" * (trained != counts.total),
         f"memory{' per GPU' * bool(config.gpu)}: {need.total / 1e9:.2f} GB = weights "
         f"{need.weights / 1e9:.2f} + gradients {need.gradients / 1e9:.2f} + optimizer "
         f"{need.optimizer / 1e9:.2f} + bfloat16 copies {need.copies / 1e9:.2f} + activations of "
@@ -107,7 +107,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         f"tokens: {tokens:,} in {tokens // batch:,} iterations of {batch:,}; "
         f"{tokens / max(1, total):.1f} per parameter",
         f"compute: {cost / 1e9:.3f} GFLOPs/token, {tokens * cost:.3g} FLOPs in total",
-        f"time: {hours:,.1f} hours ({long}) {how}: {rate:,.0f} tokens/s",
+        f"time: {hours:,.1f} hours ({long}) {where}: {rate:,.0f} tokens/s",
     ]
     if config.dollars_per_gpu_hour:
         dollars = hours * (config.gpus if config.gpu else 1) * config.dollars_per_gpu_hour
@@ -193,17 +193,17 @@ def memory(
 def fit(
     config: Config, block_size: int, memory_for: Callable[[int], estimate.Memory], gigabytes: float
 ) -> str:
-    """Say whether the run fits in memory; if not, or if larger micro-batches of the same batch do too on a
-    GPU, the largest --batch_size that does."""
-    limit, most = gigabytes * 1e9, config.batch_size
+    """Return a line that says whether the run fits in memory and, if not, or if larger micro-batches of the
+    same batch fit on a GPU, the largest --batch_size that does."""
+    limit, given = gigabytes * 1e9, config.batch_size
     batch = config.batch_tokens // block_size or config.sequences_per_iteration
-    share = min(max(most, batch // config.gpus), 1 << 16) if config.gpu else most
-    for rows in range(share, most, -1):
+    share = min(max(given, batch // config.gpus), 1 << 16) if config.gpu else given
+    for rows in range(share, given, -1):
         if batch % rows == 0 and memory_for(rows).total <= limit:
             return f"fits in {gigabytes:.4g} GB: yes, and with --batch_size={rows}, the largest"
-    rows = bisect.bisect(range(1, most + 1), limit, key=lambda rows: memory_for(rows).total)
-    how = f"with --batch_size={rows}, not {most}" if rows else "no, not even with --batch_size=1"
-    return f"fits in {gigabytes:.4g} GB: {'yes' if rows == most else how}"
+    rows = bisect.bisect(range(1, given + 1), limit, key=lambda rows: memory_for(rows).total)
+    advice = f"with --batch_size={rows}, not {given}" if rows else "no, not even with --batch_size=1"
+    return f"fits in {gigabytes:.4g} GB: {'yes' if rows == given else advice}"
 
 
 def length(config: Config, origins: dict[str, str], batch: int, rate: float) -> int:
@@ -228,12 +228,12 @@ def measure(shape: GPTConfig, options: Config) -> tuple[float, int | None]:
     flops, small = estimate.flops_per_token(shape), shape
     if not torch.cuda.is_available() and flops * config.micro_batch_size * config.block_size > MEASURED:
         small = replace(shape, n_layer=min(2, shape.n_layer))
-        most = MEASURED / estimate.flops_per_token(small) / config.block_size
-        if most < 0.2:
+        fitting = MEASURED / estimate.flops_per_token(small) / config.block_size
+        if fitting < 0.2:
             raise UserError(
                 f"a sequence of {config.block_size:,} tokens takes too long to time here; give --gpu"
             )
-        rows = max(1, min(config.micro_batch_size, int(most)))
+        rows = max(1, min(config.micro_batch_size, int(fitting)))
         config = replace(config, n_layer=small.n_layer, batch_size=rows)
     print("timing a few steps on this machine (not with --gpu=NAME)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):

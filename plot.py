@@ -182,10 +182,10 @@ def load_run(folder: Path, name: str, x: str) -> Run:
 
 def summary(runs: Sequence[Run]) -> str:
     """Describe the best validation loss over all runs and where it was reached."""
-    found = [(run.evals["val_loss"][best], best, run) for run in runs if (best := run.best()) is not None]
-    if not found:
+    bests = [(run.evals["val_loss"][best], best, run) for run in runs if (best := run.best()) is not None]
+    if not bests:
         return "no evaluation yet"
-    loss, best, run = min(found, key=lambda item: item[0])
+    loss, best, run = min(bests, key=lambda item: item[0])
     place = f" of {run.name}" if len(runs) > 1 else ""
     return f"best validation loss {loss:.4f} at iteration {run.evals['iter'][best]:.0f}{place}"
 
@@ -203,7 +203,7 @@ def draw(groups: Sequence[Sequence[Run]], config: Config) -> "Figure":
     runs = [group[0] for group in groups]
     panels = PANELS if any(run.steps["x"].size for run in runs) else {}
     single = panels and sum(map(len, groups)) == 1  # lines of several runs' blocks could not be told apart
-    health = {key: found for key in HEALTH if single and (found := per_block(runs[0], key))[1].any()}
+    health = {key: curves for key in HEALTH if single and (curves := per_block(runs[0], key))[1].any()}
     with matplotlib.rc_context(STYLE):
         heights = [4.5] + [1] * (len(panels) + len(health))
         figure = Figure(figsize=(8, sum(heights) + 0.25 * len(groups) - 0.25), layout="constrained")
@@ -253,7 +253,7 @@ def draw_losses(ax: "Axes", groups: Sequence[Sequence[Run]], y: str) -> None:
         if best is not None:
             ax.plot(at[best], val_losses[best], "o", color=val_colour, markersize=9, markeredgecolor="white")
     counted = [run.baseline for group in groups for run in group if run.baseline]
-    for loss, order in {(found["loss"], found["order"]) for found in counted}:
+    for loss, order in {(baseline["loss"], baseline["order"]) for baseline in counted}:
         title, height = f"counting, {order}-grams: {loss:.4f}", loss if y == "loss" else np.exp(loss)
         ax.axhline(height, color="#666666", linestyle=":", linewidth=1.2, label=title)
     ax.set_ylabel("loss (nats/token)" if y == "loss" else "perplexity")

@@ -71,7 +71,7 @@ def check(entrants: Sequence[str], length: str) -> None:
 
 
 def run(entrant: str, length: str, seed: int, out: Path) -> dict[str, Any]:
-    """Train `entrant` with `seed`, or go on with it; return its row of race.json."""
+    """Train `entrant` with `seed`, or resume that; return its row of race.json."""
     digest = hashlib.sha256(entrant.encode()).hexdigest()[:8]  # options are too long for a name
     folder = out / f"{Path(shlex.split(entrant)[0]).stem}-{digest}-{seed}"
     ours = [length, f"--seed={seed}", f"--out_dir={folder}", "--init_from=auto"]

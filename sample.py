@@ -167,10 +167,10 @@ def converse(model: api.LanguageModel, completions: Any) -> None:
 def as_json(
     model: api.LanguageModel, prompts: list[str], number: int, num_samples: int, completion: Completion
 ) -> dict[str, Any]:
-    def token(found: Token) -> dict[str, Any]:
-        top = [{"id": i, "text": model.decode([i]), "logprob": value} for i, value in found.top]
+    def token(drawn: Token) -> dict[str, Any]:
+        top = [{"id": i, "text": model.decode([i]), "logprob": value} for i, value in drawn.top]
         alternatives = {"top": top} if top else {}
-        return {"id": found.id, "text": model.decode([found.id]), "logprob": found.logprob} | alternatives
+        return {"id": drawn.id, "text": model.decode([drawn.id]), "logprob": drawn.logprob} | alternatives
 
     return {
         "prompt": prompts[number // num_samples],
@@ -178,7 +178,7 @@ def as_json(
         "sample": number % num_samples,
         "text": completion.string,
         "finish_reason": completion.finish_reason or "length",
-        "tokens": [token(found) for found in completion.tokens],
+        "tokens": [token(drawn) for drawn in completion.tokens],
     }
 
 
@@ -186,10 +186,10 @@ def stop_strings(stop: str) -> list[str]:
     """Parse --stop: one string, or a JSON list of strings. Raise UserError for an invalid list."""
     if not stop.startswith("["):
         return [stop] if stop else []
-    found = files.parse_json(stop, f"--stop={stop}", [str])
-    if not all(found):
+    stops = files.parse_json(stop, f"--stop={stop}", [str])
+    if not all(stops):
         raise UserError(f'--stop={stop} holds an empty string; write it like --stop=\'["a", "b"]\'')
-    return found
+    return stops
 
 
 def read_prompts(config: Config) -> list[str]:

@@ -70,8 +70,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         from nanogpt.server.app import build
         from nanogpt.server.http import DeadlineProtocol
     except ImportError as error:
-        what = PACKAGES if INSTALLED else "-c constraints.txt -e '.[serve]'"
-        raise UserError(f"serve.py needs {error.name}: pip install {what}") from None
+        packages = PACKAGES if INSTALLED else "-c constraints.txt -e '.[serve]'"
+        raise UserError(f"serve.py needs {error.name}: pip install {packages}") from None
     local = config.host in LOOPBACK
     token = config.token or os.environ.get(TOKEN, "") or ("" if local else secrets.token_urlsafe(24))
     if not token.isascii() or any(character.isspace() for character in token):
@@ -147,12 +147,12 @@ def open_model(config: Config) -> "Served":
     resumes = config.init_from == "resume"
     run = Path(config.out_dir if resumes else config.init_from)
     name = run.resolve().name if run.exists() else config.init_from
-    about: dict[str, Any] = {"name": name, "created": int(time.time()), "max_tokens": config.max_tokens}
+    facts: dict[str, Any] = {"name": name, "created": int(time.time()), "max_tokens": config.max_tokens}
     if resumes and not reader.step_folders(run) and (run / metrics.NAME).is_file():
-        about |= {"origin": f"{run} has no checkpoint yet", "waiting": True}
-        about |= {"machine": "showing its training log until it has one"}
+        facts |= {"origin": f"{run} has no checkpoint yet", "waiting": True}
+        facts |= {"machine": "showing its training log until it has one"}
         limits, tokens = Limits(0, config.max_tokens, 1), tokenizer.CharTokenizer("")
-        return Served(name, tokens, None, Meters(), limits, about, run)
+        return Served(name, tokens, None, Meters(), limits, facts, run)
     loaded = api.load(
         config.init_from,
         run=Path(config.out_dir),
@@ -171,7 +171,7 @@ def open_model(config: Config) -> "Served":
         scheduler=scheduler,
         meters=meters,
         limits=Limits(loaded.model.config.block_size, config.max_tokens, min(64, config.queue)),
-        about=about | describe(loaded),
+        about=facts | describe(loaded),
         run=run if (run / metrics.NAME).is_file() else None,
     )
 

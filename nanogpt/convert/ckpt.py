@@ -68,8 +68,8 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
     head = stored.pop("lm_head.weight", None)  # copy of the tied embedding
     # Causal masks saved by versions without flash attention.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".attn.bias")}
-    found = {name: list(tensor.shape) for name, tensor in stored.items()}
-    if wrong := mismatches(parameter_shapes(config), found):
+    shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
+    if wrong := mismatches(parameter_shapes(config), shapes):
         raise UserError(f"{path}: the tensors do not match model_args: {wrong}")
     if head is not None and not torch.equal(head, stored["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but nanoGPT ties the two")
@@ -104,8 +104,8 @@ def _load(path: Path) -> Any:
             f"could run arbitrary code (it names {named[0]})"
         ) from None
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
-        what = (str(error).splitlines() or [""])[0][:160]
-        raise UserError(f"{path} is not a nanoGPT checkpoint, or is damaged ({what})") from None
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise UserError(f"{path} is not a nanoGPT checkpoint, or is damaged ({reason})") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not a nanoGPT checkpoint: it contains a {type(saved).__name__}")
     return saved
@@ -160,9 +160,9 @@ def write_folder(folder: Path, model: GPT, source: Pretrained) -> list[str]:
         "config": {"dataset": dataset, "init_from": "resume", "activation": config.activation},
     }
     torch.save(saved, folder / "ckpt.pt")
-    said = ["no optimizer state: nanoGPT can sample from it but not resume training"]
+    notes = ["no optimizer state: nanoGPT can sample from it but not resume training"]
     if config.activation == "gelu_tanh":
-        said.append("nanoGPT uses exact GELU, this model the tanh form: they differ by up to 5e-4")
+        notes.append("nanoGPT uses exact GELU, this model the tanh form: they differ by up to 5e-4")
     if text and vocabulary.identify(text).kind in ("char", "ids"):
         known = json.loads(text)
         characters = known.get("characters") or known["tokens"]
@@ -172,5 +172,5 @@ def write_folder(folder: Path, model: GPT, source: Pretrained) -> list[str]:
             "stoi": {character: i for i, character in enumerate(characters)},
         }
         (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-        said.append(f"copy meta.pkl to data/{dataset} of nanoGPT, where its sample.py looks for it")
-    return said
+        notes.append(f"copy meta.pkl to data/{dataset} of nanoGPT, where its sample.py looks for it")
+    return notes

@@ -49,7 +49,7 @@ KEYS = {  # our sizes, and their two names in config.json
     "block_size": ("n_positions", "max_position_embeddings"),
     "vocab_size": ("vocab_size", "vocab_size"),
 }
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that are read
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the supported dtypes
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks saved by old versions
 CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")  # Conv1D weights, stored (in, out) as by OpenAI
 
@@ -75,9 +75,9 @@ def find(name: str) -> Path:
     wanted = WANTED + TOKENIZER_FILES
     for known, cached in ((repo, True), (name, True), (repo, False)):  # old caches store gpt2 under that name
         try:
-            found = huggingface_hub.snapshot_download(known, allow_patterns=wanted, local_files_only=cached)
-            weight_files(Path(found))
-            return Path(found)
+            folder = huggingface_hub.snapshot_download(known, allow_patterns=wanted, local_files_only=cached)
+            weight_files(Path(folder))
+            return Path(folder)
         except Exception as error:  # network, proxy and hub errors share no base class
             problem = error
     raise UserError(
@@ -112,17 +112,17 @@ def open_folder(folder: Path) -> Pretrained:
             f"{folder} has a PEFT adapter, which is not applied here; merge it into its model: "
             f"python -c \"import peft; {merged}.save_pretrained('{folder}-merged')\""
         )
-    about = files.read_json(folder / "config.json", dict)
+    settings = files.read_json(folder / "config.json", dict)
     stored = _headers(weight_files(folder))
-    stored_config = shape(about, folder / "config.json", len(stored))
+    stored_config = shape(settings, folder / "config.json", len(stored))
     tied_copy = stored_config.tied and "lm_head.weight" in stored
     expected = _expected(stored_config)
     if tied_copy:
         expected["lm_head.weight"] = expected["wte.weight"]
     if problems := mismatches(expected, {name: place[2] for name, place in stored.items()}):
         raise UserError(f"{folder}: the tensors do not match config.json: {problems}")
-    own = about.get("nanogpt")
-    no_bias = isinstance(own, dict) and own.get("bias") is False
+    extra = settings.get("nanogpt")
+    no_bias = isinstance(extra, dict) and extra.get("bias") is False
 
     def read() -> Iterator[tuple[str, Tensor]]:
         if tied_copy and not _equal(stored["lm_head.weight"], stored["wte.weight"]):
@@ -146,35 +146,35 @@ def open_folder(folder: Path) -> Pretrained:
     return Pretrained(str(folder), config, text, vocabulary.identify(text).sha256 if text else "", read)
 
 
-def shape(about: Any, path: Path, tensors: int) -> GPTConfig:
+def shape(settings: Any, path: Path, tensors: int) -> GPTConfig:
     """Return the model shape described by Hugging Face's config.json, for a file of `tensors` tensors; raise
     UserError unless it is GPT-2. Files of 2019 have neither model_type nor architectures.
     """
-    is_old = "n_head" in about and "GPT2" in str(about.get("architectures", "GPT2"))
-    kind = about.get("model_type", "gpt2" if is_old else None)
+    is_old = "n_head" in settings and "GPT2" in str(settings.get("architectures", "GPT2"))
+    kind = settings.get("model_type", "gpt2" if is_old else None)
     if kind != "gpt2":
         raise UserError(f"{path}: model_type is {kind!r}; only 'gpt2' is supported")
-    unlike = [key for key, value in FLAGS.items() if about.get(key, value) != value]
-    wrong = [f"{key}={repr(about[key])[:80]} (GPT-2: {FLAGS[key]!r})" for key in unlike]
-    activation = str(about.get("activation_function", "gelu_new"))
+    unlike = [key for key, value in FLAGS.items() if settings.get(key, value) != value]
+    wrong = [f"{key}={repr(settings[key])[:80]} (GPT-2: {FLAGS[key]!r})" for key in unlike]
+    activation = str(settings.get("activation_function", "gelu_new"))
     if activation not in ACTIVATION_OF:
         wrong.append(f"activation_function={activation!r} (known: {', '.join(ACTIVATION_OF)})")
-    tied = about.get("tie_word_embeddings", True)
+    tied = settings.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
         wrong.append(f"tie_word_embeddings={tied!r} (true or false)")
     sizes = {}
     for name, (key, alias) in KEYS.items():
-        other = about.get(
-            alias, about.get("n_ctx", 1024) if key == "n_positions" else getattr(GPTConfig, name)
+        other = settings.get(
+            alias, settings.get("n_ctx", 1024) if key == "n_positions" else getattr(GPTConfig, name)
         )
-        sizes[name] = value = about.get(key, other)
-        most = tensors if name == "n_layer" else 1 << 24
-        if type(value) is not int or not 0 < value <= most:
-            wrong.append(f"{key}={value!r} (a positive integer, here at most {most})")
-        elif alias in about and other != value:
+        sizes[name] = value = settings.get(key, other)
+        limit = tensors if name == "n_layer" else 1 << 24
+        if type(value) is not int or not 0 < value <= limit:
+            wrong.append(f"{key}={value!r} (a positive integer, here at most {limit})")
+        elif alias in settings and other != value:
             wrong.append(f"{key}={value} and {alias}={other!r} (the same)")
-    if not wrong and about.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        wrong.append(f"n_inner={about['n_inner']!r} (GPT-2: four times n_embd)")
+    if not wrong and settings.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        wrong.append(f"n_inner={settings['n_inner']!r} (GPT-2: four times n_embd)")
     if wrong:
         raise UserError(f"{path}: unsupported settings: {'; '.join(wrong)}")
     config = GPTConfig(**sizes, activation=ACTIVATION_OF[activation], tied=tied)
@@ -228,7 +228,7 @@ Place = tuple[Path, str, list[int]]  # file, tensor name in the file, shape
 
 def _headers(parts: list[Path]) -> dict[str, Place]:
     """Return the place of each tensor by its name without prefix; only headers are read."""
-    found: dict[str, Place] = {}
+    places: dict[str, Place] = {}
     for part in parts:
         try:
             with safe_open(part, "pt") as file:
@@ -236,13 +236,13 @@ def _headers(parts: list[Path]) -> dict[str, Place]:
                     plain, tensor = name.removeprefix("transformer."), file.get_slice(name)
                     if BUFFERS.fullmatch(plain):
                         continue
-                    if plain in found or tensor.get_dtype() not in FLOATS:
-                        how = "twice" if plain in found else f"as {tensor.get_dtype()}"
-                        raise UserError(f"{part} has {name} {how}; expected once, in a dtype of {FLOATS}")
-                    found[plain] = (part, name, tensor.get_shape())
+                    if plain in places or tensor.get_dtype() not in FLOATS:
+                        problem = "twice" if plain in places else f"as {tensor.get_dtype()}"
+                        raise UserError(f"{part} has {name} {problem}; expected once, in a dtype of {FLOATS}")
+                    places[plain] = (part, name, tensor.get_shape())
         except SafetensorError as error:
             raise UserError(f"{part} is damaged or partially downloaded ({error}){_pointer(part)}") from None
-    return found
+    return places
 
 
 def _equal(one: Place, other: Place) -> bool:
@@ -258,8 +258,8 @@ def _pointer(path: Path) -> str:
 
 
 def _expected(config: GPTConfig) -> dict[str, list[int]]:
-    found = {theirs(n).removeprefix("transformer."): s for n, s in parameter_shapes(config).items()}
-    return {name: size[::-1] if CONV1D.fullmatch(name) else size for name, size in found.items()}
+    shapes = {theirs(n).removeprefix("transformer."): s for n, s in parameter_shapes(config).items()}
+    return {name: size[::-1] if CONV1D.fullmatch(name) else size for name, size in shapes.items()}
 
 
 # ----------------------------------------------------------------------------- tokenizer
@@ -305,8 +305,8 @@ def _plain_merges(path: Path) -> list[str]:
 
 def _json_merges(path: Path) -> list[str]:
     """Return the merges in a file of the tokenizers library; empty for other kinds of tokenizer."""
-    about = files.read_json(path, dict)
+    value = files.read_json(path, dict)
     try:
-        return [merge if isinstance(merge, str) else " ".join(merge) for merge in about["model"]["merges"]]
+        return [merge if isinstance(merge, str) else " ".join(merge) for merge in value["model"]["merges"]]
     except (KeyError, TypeError):
         return []

@@ -81,13 +81,13 @@ def _gpt2_settings(config: GPTConfig) -> dict[str, Any]:
 
 
 def _gpt2_weights(config: GPTConfig, weights: Weights) -> Weights:
-    found = {}
+    gpt2 = {}
     for name, tensor in weights.items():
         is_matrix = name.startswith("h.") and tensor.dim() == 2
-        found[theirs(name)] = tensor.t() if is_matrix else tensor
+        gpt2[theirs(name)] = tensor.t() if is_matrix else tensor
         if not config.bias and name.endswith("weight") and name.startswith(("h.", "ln_f")):
-            found[theirs(name).removesuffix("weight") + "bias"] = torch.zeros(len(tensor))
-    return found
+            gpt2[theirs(name).removesuffix("weight") + "bias"] = torch.zeros(len(tensor))
+    return gpt2
 
 
 # ----------------------------------------------------------------------------- VaultGemma
@@ -142,7 +142,7 @@ def _vault_weights(config: GPTConfig, weights: Weights) -> Weights:
         return weights[name] - 1 if centred else torch.zeros(config.n_embd)
 
     wte = weights["wte.weight"]
-    found = {
+    vault = {
         "model.embed_tokens.weight": into_stream(wte.double() / config.n_embd**0.5, 1),
         "model.norm.weight": gain("ln_f.weight"),
         "lm_head.weight": weights.get("lm_head.weight", wte),
@@ -151,15 +151,15 @@ def _vault_weights(config: GPTConfig, weights: Weights) -> Weights:
     for i in range(config.n_layer):
         old, new = f"h.{i}.", f"model.layers.{i}."
         parts = weights[f"{old}attn.c_attn.weight"].split([config.n_head * config.head_size, kv, kv])
-        found |= {f"{new}self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
-        found[f"{new}self_attn.o_proj.weight"] = into_stream(weights[f"{old}attn.c_proj.weight"], 0)
+        vault |= {f"{new}self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
+        vault[f"{new}self_attn.o_proj.weight"] = into_stream(weights[f"{old}attn.c_proj.weight"], 0)
         fc = weights[f"{old}mlp.c_fc.weight"]
         gate, up = (fc, fc) if config.activation == "relu2" else fc.chunk(2)
-        found[f"{new}mlp.gate_proj.weight"], found[f"{new}mlp.up_proj.weight"] = gate, up
-        found[f"{new}mlp.down_proj.weight"] = into_stream(weights[f"{old}mlp.c_proj.weight"], 0)
-        found[f"{new}input_layernorm.weight"] = gain(f"{old}ln_1.weight")
-        found[f"{new}pre_feedforward_layernorm.weight"] = gain(f"{old}ln_2.weight")
-    return found
+        vault[f"{new}mlp.gate_proj.weight"], vault[f"{new}mlp.up_proj.weight"] = gate, up
+        vault[f"{new}mlp.down_proj.weight"] = into_stream(weights[f"{old}mlp.c_proj.weight"], 0)
+        vault[f"{new}input_layernorm.weight"] = gain(f"{old}ln_1.weight")
+        vault[f"{new}pre_feedforward_layernorm.weight"] = gain(f"{old}ln_2.weight")
+    return vault
 
 
 # ----------------------------------------------------------------------------- own code
@@ -226,30 +226,30 @@ def write_folder(folder: Path, model: GPT, text: str, dtype: str, custom_code: b
         raise UserError(f"{big[0]} has values beyond the range of {dtype}; use --dtype=bfloat16")
     save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
-    said = [f"{target.architecture}, {sum(tensor.numel() for tensor in ready.values()):,} weights in {dtype}"]
+    notes = [f"{target.architecture}, {sum(t.numel() for t in ready.values()):,} weights in {dtype}"]
     tokens = None
     try:
         tokens = tokenizer.from_text(text) if text else None
         if not tokens:
-            said.append("no tokenizer written: the tokenizer of the model is unknown")
+            notes.append("no tokenizer written: the tokenizer of the model is unknown")
     except UserError as error:  # GPT-2's, known by name only, and its merges are not available
-        said.append(f"no tokenizer written: {error}")
+        notes.append(f"no tokenizer written: {error}")
     end = tokens.end_of_text if tokens else vocabulary.GPT2_VOCAB_SIZE - 1 if text else None
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
-    about = {"architectures": [target.architecture], "vocab_size": config.vocab_size, "dtype": dtype, **ends}
-    files.write_json(folder / "config.json", about | target.settings(config))
+    fields = {"architectures": [target.architecture], "vocab_size": config.vocab_size, "dtype": dtype, **ends}
+    files.write_json(folder / "config.json", fields | target.settings(config))
     # pad_token_id not in config.json: some classes exclude that id from learning
     files.write_json(folder / "generation_config.json", ends | {"pad_token_id": end})
     if custom_code:
         _write_code(folder)
-        said.append("it includes code (modeling_nanogpt.py): load with trust_remote_code=True")
+        notes.append("it includes code (modeling_nanogpt.py): load with trust_remote_code=True")
     if tokens:
         files.write_text(folder / OWN_TOKENIZER, tokenizer.to_text(tokens))
         try:
             hf_tokenizer.write(folder, tokens)
         except UserError as error:
-            said.append(f"no Hugging Face tokenizer written: {error}")
-    return said
+            notes.append(f"no Hugging Face tokenizer written: {error}")
+    return notes
 
 
 def write_card(folder: Path, name: str, source: Pretrained, architecture: str, custom_code: bool) -> None:
@@ -270,9 +270,9 @@ def write_card(folder: Path, name: str, source: Pretrained, architecture: str, c
         "iterations": source.iter_num and f"{source.iter_num:,}",
         "tokens read": known and f"{known['tokens']:,}",
     }
-    for what, loss in (("training", known.get("train_loss")), ("validation", source.val_loss)):
+    for split, loss in (("training", known.get("train_loss")), ("validation", source.val_loss)):
         if loss is not None:
-            facts[f"{what} loss"] = f"{loss:.4f} nats/token, perplexity {math.exp(min(loss, 700)):.2f}"
+            facts[f"{split} loss"] = f"{loss:.4f} nats/token, perplexity {math.exp(min(loss, 700)):.2f}"
     table = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value)
     trust = ", trust_remote_code=True" if custom_code else ""
     card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ def write(folder: Path, tokens: Tokenizer) -> None:
     Raise UserError if the library cannot match the tokenizer exactly or is not installed.
     """
     built = build(tokens)
-    about: dict[str, Any] = {
+    config: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer" if tokens.kind == "gpt2" else "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": UNBOUNDED,
@@ -30,14 +30,14 @@ def write(folder: Path, tokens: Tokenizer) -> None:
     }
     if tokens.end_of_text is not None:
         name = built.id_to_token(tokens.end_of_text)
-        about |= dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), name)
+        config |= dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), name)
     if isinstance(tokens, GPT2Tokenizer):
-        about["add_prefix_space"] = False
+        config["add_prefix_space"] = False
         vocabulary = built.get_vocab(with_added_tokens=True)
         files.write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
         files.write_text(folder / "merges.txt", tokens.merges)
     files.write_text(folder / "tokenizer.json", built.to_str(pretty=True))
-    files.write_json(folder / "tokenizer_config.json", about)
+    files.write_json(folder / "tokenizer_config.json", config)
 
 
 def build(tokens: Tokenizer) -> Any:

@@ -48,17 +48,17 @@ def parameter_shapes(config: GPTConfig) -> dict[str, list[int]]:
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def mismatches(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> str:
+def mismatches(expected: Mapping[str, Sequence[int]], actual: Mapping[str, Sequence[int]]) -> str:
     """Describe the differences of two tables of shapes, up to three names of each kind; "" if they agree."""
-    both = [name for name in expected if name in found and list(expected[name]) != list(found[name])]
+    both = [name for name in expected if name in actual and list(expected[name]) != list(actual[name])]
     kinds = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of wrong shape": [f"{n} {list(found[n])}, expected {list(expected[n])}" for n in both],
+        "missing": [name for name in expected if name not in actual],
+        "unexpected": [name for name in actual if name not in expected],
+        "of wrong shape": [f"{n} {list(actual[n])}, expected {list(expected[n])}" for n in both],
     }
     return "; ".join(
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for what, names in kinds.items()
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for kind, names in kinds.items()
         if names
     )
 

@@ -86,5 +86,5 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = labels[:, 1:].masked_fill(~real[:, :-1], -100)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
-        found = CausalLMOutput(loss=loss, logits=logits)
-        return found.to_tuple() if return_dict is False else found
+        output = CausalLMOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output

@@ -21,35 +21,35 @@ def adopt(config: C, origins: dict[str, str], shape: set[str], notices: list[str
     The context may be shortened and the vocabulary padding changed. `origins` and `notices` are updated in
     place. Raise UserError if another option of `shape` was given a value that does not match the weights.
     """
-    found = weights.open_weights(config.init_from, ROOT, Path(config.out_dir))
-    notices += found.notices
+    source = weights.open_weights(config.init_from, ROOT, Path(config.out_dir))
+    notices += source.notices
     wrong = [
-        f"{name}={getattr(config, name)} given, {name}={getattr(found.config, name)} in the weights"
+        f"{name}={getattr(config, name)} given, {name}={getattr(source.config, name)} in the weights"
         for name in sorted((shape & set(origins)) - FREE)
-        if getattr(config, name) != getattr(found.config, name)
+        if getattr(config, name) != getattr(source.config, name)
     ]
     if wrong:
         raise UserError(
-            f"{found.origin} has a different architecture: {'; '.join(wrong)}; omit these options"
+            f"{source.origin} has a different architecture: {'; '.join(wrong)}; omit these options"
         )
-    fitted = found.fitted(
+    fitted = source.fitted(
         block_size=config.block_size if "block_size" in origins else 0,
         vocab_multiple=config.vocab_multiple,
         dropout=config.dropout,
     )
-    origins |= {name: found.origin for name in shape - set(origins)}
-    return replace(config, **{name: getattr(fitted, name) for name in shape}), found
+    origins |= {name: source.origin for name in shape - set(origins)}
+    return replace(config, **{name: getattr(fitted, name) for name in shape}), source
 
 
-def require_tokenizer(found: Pretrained, dataset: Dataset) -> None:
+def require_tokenizer(source: Pretrained, dataset: Dataset) -> None:
     """Raise UserError unless the dataset is encoded with the model's tokenizer. `dataset.tokenizer` is set in
     place to the more complete of the two.
     """
-    sha256 = found.tokenizer_sha256
-    same = sha256 == dataset.fingerprint if sha256 else found.config.vocab_size == dataset.vocab_size
+    sha256 = source.tokenizer_sha256
+    same = sha256 == dataset.fingerprint if sha256 else source.config.vocab_size == dataset.vocab_size
     if not same:
         raise UserError(
-            f"{found.origin} was trained with another tokenizer ({found.config.vocab_size} ids) than "
+            f"{source.origin} was trained with another tokenizer ({source.config.vocab_size} ids) than "
             f"{dataset.folder} ({dataset.vocab_size} ids); give a --dataset encoded with its own"
         )
-    dataset.tokenizer = max(dataset.tokenizer, found.tokenizer, key=len)  # the longer one includes merges
+    dataset.tokenizer = max(dataset.tokenizer, source.tokenizer, key=len)  # the longer one includes merges

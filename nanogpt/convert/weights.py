@@ -54,42 +54,42 @@ def _of_hugging_face(name: str) -> Pretrained:
 
 
 def _open_run(run: Path, which: str) -> Pretrained:
-    found, damage = reader.find(run, which)
-    if found is None:
+    saved, damage = reader.find(run, which)
+    if saved is None:
         from nanogpt.checkpoint import resume
 
         raise resume.missing(run, "give the --out_dir of a run saved by train.py")
-    return _open_checkpoint(found, run, damage)
+    return _open_checkpoint(saved, run, damage)
 
 
-def _open_checkpoint(found: reader.Checkpoint, run: Path, damage: list[str]) -> Pretrained:
+def _open_checkpoint(saved: reader.Checkpoint, run: Path, damage: list[str]) -> Pretrained:
     """Open a checkpoint of train.py; raise UserError if the tokenizer of its run is missing or does not
     match.
     """
     path = run / "tokenizer.json"
     text = files.text_of(path)
-    if vocabulary.identify(text, str(path)).sha256 != found.state.get("tokenizer"):
-        raise UserError(f"{path} is not the tokenizer that {found.path} was trained with")
-    file = found.path / "model.safetensors"
+    if vocabulary.identify(text, str(path)).sha256 != saved.state.get("tokenizer"):
+        raise UserError(f"{path} is not the tokenizer that {saved.path} was trained with")
+    file = saved.path / "model.safetensors"
     with reader.open_tensors(file) as listing:
         names = list(listing.keys())
 
     def read() -> Iterable[tuple[str, Tensor]]:
-        if found.state.get("lora"):
+        if saved.state.get("lora"):
             from nanogpt.finetune import lora
 
-            adapters = lora.Adapters(**found.state["lora"])
+            adapters = lora.Adapters(**saved.state["lora"])
             return lora.merged(names, lambda name: stored_tensor(file, name), adapters)
         return ((name, stored_tensor(file, name)) for name in names)
 
     return Pretrained(
-        str(found.path),
-        found.model_config,
+        str(saved.path),
+        saved.model_config,
         text,
-        found.state["tokenizer"],
+        saved.state["tokenizer"],
         read,
         notices=tuple(f"skipped a damaged checkpoint: {line}" for line in damage),
-        iter_num=found.iter_num,
-        val_loss=found.progress.val_loss,
-        dataset=str(found.state.get("options", {}).get("dataset", "")),
+        iter_num=saved.iter_num,
+        val_loss=saved.progress.val_loss,
+        dataset=str(saved.state.get("options", {}).get("dataset", "")),
     )

@@ -30,7 +30,7 @@ GROWTH, GROWTH_IF_FAST, FAST = 100.0, 40.0, 0.04  # FAST: update / weight
 DEAD = 0.9
 ENTROPY = 0.02  # mean over heads; single heads of a healthy block can look at one token
 CLIPPED, SETTLED = 0.9, 500  # iterations after the warmup in which healthy runs may clip every gradient
-FAR = 4.0  # times the threshold: gradient norms of small healthy models stay at twice nanoGPT's (measured)
+FAR = 4.0  # times --grad_clip; gradient norms of small healthy models stay at twice nanoGPT's (measured)
 
 
 def watch(step: Callable[..., Any], run: Any, log: Log) -> Callable[..., Any]:
@@ -72,66 +72,66 @@ class Watch:
         row["clipped"] = int((torch.stack(list(self.norms)) > clip).sum()) if clip else 0
         row["gain_decay"] = gain_decay(optimizer, before, lr)
         self.first = self.first or row
-        found = self.warnings(iter_num, row, clip)
-        row["warnings"] = list(found)
+        notes = self.warnings(iter_num, row, clip)
+        row["warnings"] = list(notes)
         self.log.write("health", iter_num, run.batches.tokens_before(iter_num + 1), **row)
-        for kind in found.keys() - self.told:
-            tqdm.write(f"health: iteration {iter_num}: {found[kind]}")
-        self.told |= found.keys()
+        for kind in notes.keys() - self.told:
+            tqdm.write(f"health: iteration {iter_num}: {notes[kind]}")
+        self.told |= notes.keys()
         return result
 
     def warnings(self, iter_num: int, row: dict[str, Any], clip: float) -> dict[str, str]:
         """Return a sentence, by kind, for everything that is wrong in `row`."""
-        config, vocab, found = self.run.config, self.run.model.config.vocab_size, {}
+        config, vocab, notes = self.run.config, self.run.model.config.vocab_size, {}
         slower = "lower --learning_rate" + " and --muon_lr" * (config.optimizer == "muon")
         loss, uniform, norms = row["loss"], math.log(vocab), row["grad_norm"]
         from_scratch = config.init_from in ("scratch", "auto") and not self.run.resumed
         if self.first is row and iter_num == 0 and from_scratch and loss > uniform + 1:
             text = f"the first loss is {loss:.2f}, not {uniform:.2f} as for equal probabilities: the logits "
-            found["start"] = text + "start too large; a tied LM head needs small embeddings (--init=gpt2)"
+            notes["start"] = text + "start too large; a tied LM head needs small embeddings (--init=gpt2)"
         if loss > self.first["loss"] + max(0.5, 0.1 * self.first["loss"]):
-            found["rise"] = f"the loss rose from {self.first['loss']:.2f} to {loss:.2f}: {slower}"
+            notes["rise"] = f"the loss rose from {self.first['loss']:.2f} to {loss:.2f}: {slower}"
         if row["copied"] > 0.9:
             text = f"{row['copied']:.0%} of the targets equal the token at their position"
-            found["targets"] = f"{text}: shift them"
+            notes["targets"] = f"{text}: shift them"
         if row["leak"] > 1e-3:
-            found["mask"] = f"losses depend on later tokens (by {row['leak']:.2g}): the mask shows the future"
+            notes["mask"] = f"losses depend on later tokens (by {row['leak']:.2g}): the mask shows the future"
         if row["gain_decay"]:
             text = f"weight decay ({row['gain_decay']:.2g}) shrinks the norms' gains"
-            found["decay"] = f"{text}: decay matrices only"
+            notes["decay"] = f"{text}: decay matrices only"
         clipped, after = row["clipped"], config.warmup_iters * config.decay_lr + SETTLED
         far = len(self.norms) == WINDOW and torch.stack(list(self.norms)).median() > FAR * clip
         if far and iter_num >= after and clipped > CLIPPED * WINDOW:
             text = f"clipped in {clipped} of the last {WINDOW} steps"
-            found["clip"] = f"{text}: {slower} or raise --grad_clip={clip:g}"
+            notes["clip"] = f"{text}: {slower} or raise --grad_clip={clip:g}"
         growth, update = row["activation"][-1] / self.first["activation"][-1], max(row["update"])
         if iter_num < EARLY and growth > (GROWTH_IF_FAST if update > FAST else GROWTH) and from_scratch:
             text = f"activations grew {growth:.0f}-fold, and a step changes a block by {update:.1%}"
-            found["growth"] = f"{text}: {slower}"
+            notes["growth"] = f"{text}: {slower}"
         partly = config.freeze or config.train_only or config.lora_rank
         for block, norm in enumerate(norms):
             if iter_num >= 2 and norm < 1e-4 * max(norms) and not partly:
                 text = f"block {block} gets no gradient: its output is cut off, or it is frozen"
-                found[f"dead {block}"] = text
+                notes[f"dead {block}"] = text
             if (dead := row["dead"][block]) > DEAD:
                 text = f"{dead:.0%} of block {block}'s MLP units are off for all tokens"
-                found[f"off {block}"] = f"{text}: {slower}"
+                notes[f"off {block}"] = f"{text}: {slower}"
             if (spread := row["entropy"][block]) < ENTROPY:
                 text = f"attention of block {block} has collapsed to single tokens (entropy {spread:.1%})"
-                found["entropy"] = f"{text}: {slower} or set --qk_norm=True"
-        return found
+                notes["entropy"] = f"{text}: {slower} or set --qk_norm=True"
+        return notes
 
 
 def examine(model: GPT, idx: Tensor, targets: Tensor, machine: Machine) -> dict[str, Any]:
     """Return the state of `model` on idx and targets, both (B, T): lists hold one value per block."""
     n_layer = len(model.h)
-    found: dict[str, list[Tensor]] = {"activation": [], "dead": [], "entropy": []}
+    stats: dict[str, list[Tensor]] = {"activation": [], "dead": [], "entropy": []}
     hidden: list[Tensor] = []
     function, was_training = machine.in_dtype(model), model.training
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def note(kind: str, value: Callable[..., Tensor]) -> Callable[..., None]:
-        return lambda module, *given: found[kind].append(value(module, *given))
+        return lambda module, *given: stats[kind].append(value(module, *given))
 
     handles = [model.ln_f.register_forward_hook(lambda module, given, out: hidden.append(out.detach()))]
     for module in model.modules():
@@ -167,7 +167,7 @@ def examine(model: GPT, idx: Tensor, targets: Tensor, machine: Machine) -> dict[
         "leak": leak,
         "logit_std": float(logits.std(dim=-1).mean()),
         "grad_norm": [math.sqrt(square) for square in squares],
-        **{kind: torch.stack(values[:n_layer]).tolist() for kind, values in found.items()},
+        **{kind: torch.stack(values[:n_layer]).tolist() for kind, values in stats.items()},
     }
 
 
@@ -177,7 +177,7 @@ def future_leak(function: Callable[..., Any], idx: Tensor, targets: Tensor, voca
     half = idx.shape[1] // 2
     other = torch.cat([idx[:, :half], (idx[:, half:] + 1) % vocab_size], dim=1)
     with torch.enable_grad():
-        first, second = (function(each, targets, None, "none")[1].detach()[:, :half] for each in (idx, other))
+        first, second = (function(ids, targets, None, "none")[1].detach()[:, :half] for ids in (idx, other))
     return float((first - second).abs().max()) if half else 0.0
 
 
@@ -213,8 +213,8 @@ def attention_entropy(attn: CausalSelfAttention, given: tuple[Any, ...], out: Te
 
 
 def update_ratios(n_layer: int, optimizer: Optimizer, before: list[Tensor]) -> list[float]:
-    """Return the norm of the last update relative to that of the weights, the largest of the matrices of each
-    block that AdamW trains. Updates of Muon have a norm given by its rate, and adapters start at 0."""
+    """Return, per block, the largest ratio of update norm to weight norm among the matrices AdamW trains.
+    Muon's are left out, as its learning rate sets the norm of their updates; so are zeros (new adapters)."""
     adam = [shard.name for rule, _ in optimizer.rules if isinstance(rule, AdamW) for shard in rule.shards]
     ratios = [0.0] * n_layer
     for (name, p), old in zip(optimizer.named, before, strict=True):
@@ -227,10 +227,10 @@ def update_ratios(n_layer: int, optimizer: Optimizer, before: list[Tensor]) -> l
 def gain_decay(optimizer: Optimizer, before: list[Tensor], lr: float) -> float:
     """Return the weight decay that the last update applied to the gains of the norms, 0 if there was none.
 
-    It is what AdamW's state does not explain of the update.
+    It is derived from the part of the update that AdamW's state does not explain.
     """
     adam = next((rule for rule, _ in optimizer.rules if isinstance(rule, AdamW)), None)
-    found = []
+    decays = []
     for (name, p), old in zip(optimizer.named, before, strict=True):
         if adam is None or p.dim() != 1 or "ln_" not in name or not name.endswith("weight"):
             continue
@@ -240,8 +240,8 @@ def gain_decay(optimizer: Optimizer, before: list[Tensor], lr: float) -> float:
         steps, options = float(adam.steps), adam.config
         average, square = average / (1 - options.beta1**steps), square / (1 - options.beta2**steps)
         explained = old - lr * average / (square.sqrt() + 1e-8)
-        found.append((explained - p.detach().flatten()[:SAMPLE]) / (lr * old))
-    if not found:
+        decays.append((explained - p.detach().flatten()[:SAMPLE]) / (lr * old))
+    if not decays:
         return 0.0
-    decay = torch.cat(found)
+    decay = torch.cat(decays)
     return float(decay.median()) if (decay > 1e-3).float().mean() > 0.99 else 0.0

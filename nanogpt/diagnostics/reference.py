@@ -1,4 +1,4 @@
-"""Is a run normal? Reference logs of several seeds, in benchmarks/reference/, and their band.
+"""Comparison of a run with the band of reference runs of several seeds, in benchmarks/reference/.
 
 A file DATASET-ITERATIONS.json holds the options that the runs share and, by iteration, the losses of each
 seed; benchmarks/record_reference.py writes it.
@@ -17,8 +17,8 @@ from nanogpt.errors import UserError
 LOSSES = ("loss", "val_loss")
 SHAPE = {"preset": str, "seeds": list, "options": dict, "loss": [[float]], "val_loss": [[float]]}
 FOLDER = ROOT / "benchmarks" / "reference"
-WIDTH = 4.0  # of the band on each side, in standard deviations; more for few seeds, whose mean is uncertain
-ALLOWED = 0.05  # of the logged losses may be outside
+WIDTH = 4.0  # of the band on each side, in standard deviations; wider for few seeds, as their mean varies
+ALLOWED = 0.05  # fraction of the logged losses that may be outside the band
 AROUND = 2  # neighbors on each side whose deviations are pooled: three seeds alone say little
 
 
@@ -43,7 +43,7 @@ def path_of(options: dict[str, Any]) -> Path:
 
 
 def find(run: runs.Run) -> dict[str, Any]:
-    """Return the reference of `run`. Raise UserError if there is none, or if it had other options."""
+    """Return the reference of `run`. Raise UserError if there is none, or if its options differ."""
     path, minutes = path_of(run.options), run.options.get("minutes")
     if minutes or not path.is_file():
         kind = path.stem if run.options else "a run without config.json"
@@ -62,31 +62,31 @@ def find(run: runs.Run) -> dict[str, Any]:
 
 
 def verdict(run: runs.Run) -> str:
-    """Say whether `run`, which may still be going, is inside the band of its reference."""
+    """Say whether `run`, which may be unfinished, is inside the band of its reference."""
     reference = find(run)
     compared = {
         "training loss": outside(reference["loss"], run.steps["iter"], run.steps["loss"]),
         "validation loss": outside(reference["val_loss"], run.evals["iter"], run.evals["val_loss"]),
     }
-    about = f"the band of {reference['preset']} ({len(reference['seeds'])} seeds)"
+    band = f"the band of {reference['preset']} ({len(reference['seeds'])} seeds)"
     seen = sum(len(away) for away in compared.values())
     out = sum(np.count_nonzero(away) for away in compared.values())
     if not seen:
         first = ", ".join(str(row[0]) for row in reference["loss"][:3])
-        return f"not comparable with {about}: no loss at its iterations ({first}, ...) yet"
+        return f"not comparable with {band}: no loss at its iterations ({first}, ...) yet"
     if out <= ALLOWED * seen:
-        return f"inside {about}: {seen} losses compared"
+        return f"inside {band}: {seen} losses compared"
     wrong = []
-    for what, away in compared.items():
+    for label, away in compared.items():
         if count := np.count_nonzero(away):
             worst = away[np.argmax(np.abs(away))]
             side = "above" if worst > 0 else "below"
-            wrong.append(f"{what} {side} it at {count} of {len(away)} points, by up to {abs(worst):.3f}")
-    return f"outside {about}: {'; '.join(wrong)}"
+            wrong.append(f"{label} {side} it at {count} of {len(away)} points, by up to {abs(worst):.3f}")
+    return f"outside {band}: {'; '.join(wrong)}"
 
 
 def final_line(folder: Path) -> str:
-    """Return the line on a complete run, "" if it has other options than its reference."""
+    """Return the line to print at the end of a run; "" if it has no reference with the same options."""
     run = runs.load(folder)
     try:
         return f"this run is {verdict(run)}\n"

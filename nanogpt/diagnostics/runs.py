@@ -30,7 +30,7 @@ class Run:
     steps: dict[str, np.ndarray]  # "x", "iter", "loss", and other keys of rows of event "step"
     evals: dict[str, np.ndarray]  # "x", "iter", "val_loss", "val_stderr"
     about: dict[str, Any]  # config.json, {} if there is none
-    tokens: float  # at the end, so far
+    tokens: float  # tokens trained on so far
     seconds: float
     health: list[dict[str, Any]] = field(default_factory=list)  # rows of event "health"
 
@@ -62,13 +62,13 @@ class Run:
 
 
 def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()) -> Run:
-    """Read the run in `folder`, with `x` as its x axis; it may still be going. Raise UserError if it has no
+    """Read the run in `folder`, with `x` as its x axis; it may be unfinished. Raise UserError if it has no
     rows, or none that this version knows."""
     rows = [row for row in metrics.read(folder) if isinstance(row, dict)]
     if not rows:
         raise UserError(f"{folder / metrics.NAME} has no rows of train.py; wait for the first iteration")
     path = folder / "config.json"
-    about = files.read_json(path, dict) if path.is_file() else {}
+    config = files.read_json(path, dict) if path.is_file() else {}
 
     def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
         chosen = [row for row in rows if row.get("event") == event and number(row.get(x)) is not None]
@@ -81,9 +81,9 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
     if not (np.isfinite(steps["loss"]).any() or np.isfinite(evals["val_loss"]).any()):
         raise UserError(f"{folder / metrics.NAME} was not written by train.py: no loss against {x!r}")
     last = [float(np.nan_to_num(steps[key]).max(initial=0.0)) for key in ("tokens", "elapsed_s")]
-    about = about if isinstance(about, dict) else {}
+    config = config if isinstance(config, dict) else {}
     health = [row for row in rows if row.get("event") == "health"]
-    return Run(name or folder.name, folder, steps, evals, about, last[0], last[1], health)
+    return Run(name or folder.name, folder, steps, evals, config, last[0], last[1], health)
 
 
 def number(value: Any) -> float | None:
@@ -132,19 +132,19 @@ def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
 def compare(a: Sequence[Run], b: Sequence[Run]) -> str:
     """Say whether the best validation losses of `a` and `b`, runs of several seeds each, differ by more than
-    the noise; of one run each, the noise of the evaluations alone."""
+    the noise; for single runs, the noise of the evaluations alone."""
     losses = [[run.val_loss for run in group] for group in (a, b)]
     if not all(math.isfinite(loss) for group in losses for loss in group):
         return "cannot be compared: a run has no evaluation yet"
     if len(data := {str(run.options.get("dataset")) for run in [*a, *b]}) > 1:
         return f"cannot be compared: the datasets differ ({', '.join(sorted(data))})"
     gap, noise = difference(*losses)
-    how = f"95 % interval, {len(a)} and {len(b)} seeds"
+    basis = f"95 % interval, {len(a)} and {len(b)} seeds"
     if math.isnan(noise):
-        noise, how = 2 * math.hypot(a[0].stderr, b[0].stderr), "twice the standard error of the evaluations"
-        how += "; that of the seeds is not known: train more"
+        noise, basis = 2 * math.hypot(a[0].stderr, b[0].stderr), "twice the standard error of the evaluations"
+        basis += "; that of the seeds is not known: train more"
     verdict = "yes" if abs(gap) > noise else "no"
     names = a[0].name, b[0].name
-    each = ", ".join(f"{name}: {np.mean(group):.4f}" for name, group in zip(names, losses, strict=True))
-    better = f"{names[gap > 0]} is better by {abs(gap):.4f} ± {noise:.4f} ({how})"
-    return f"{each}; {better}\ndifference larger than the noise: {verdict}"
+    means = ", ".join(f"{name}: {np.mean(group):.4f}" for name, group in zip(names, losses, strict=True))
+    better = f"{names[gap > 0]} is better by {abs(gap):.4f} ± {noise:.4f} ({basis})"
+    return f"{means}; {better}\ndifference larger than the noise: {verdict}"

@@ -80,7 +80,7 @@ KINDS: dict[str, Callable[..., TensorBoard | Wandb]] = {"tensorboard": TensorBoa
 
 
 class Trackers:
-    """The trackers that the `options` of a run ask for; `resumed_at`: the iteration it goes on from, or 0."""
+    """The trackers that the `options` of a run enable; `resumed_at`: the iteration it resumes from, or 0."""
 
     def __init__(self, options: dict[str, Any], resumed_at: int):
         self.open: dict[str, TensorBoard | Wandb] = {}
@@ -101,7 +101,7 @@ class Trackers:
 
     @contextmanager
     def _attempt(self, name: str) -> Iterator[None]:
-        """Report an error of tracker `name` and go on without it."""
+        """Report an error of tracker `name` and continue without it."""
         try:
             yield
         except ImportError:

@@ -37,11 +37,11 @@ class _Shared(Layout):
         return share_out(costs, self.size)
 
     def gather(self, shards: Mapping[str, TensorShard]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        gathered: dict[str, Tensor] = {}
         for name, shard in shards.items() if self.with_first else ():
             done = shard.spans[0][1]  # elements received so far; rank 0's own shard starts at 0
             if self.rank == 0 and done == shard.shape.numel():
-                found[name] = shard.tensor.view(shard.shape).cpu()
+                gathered[name] = shard.tensor.view(shard.shape).cpu()
                 continue
             whole = torch.empty(shard.shape if self.rank == 0 else 0, dtype=shard.tensor.dtype)
             if self.rank == 0:
@@ -55,8 +55,8 @@ class _Shared(Layout):
                 elif self.rank == 0:
                     dist.recv(whole.view(-1)[start:stop], src=rank, group=self.control)
             if self.rank == 0:
-                found[name] = whole
-        return found
+                gathered[name] = whole
+        return gathered
 
 
 class Replicated(_Shared):
@@ -78,11 +78,11 @@ class Replicated(_Shared):
 
     def all_gather_params(self, shards: Sequence[PartitionedParam]) -> None:
         views = [[_flat(shard)[slice(*shard.spans[rank])] for shard in shards] for rank in range(self.size)]
-        most, each = max(sum(map(len, of_one)) for of_one in views), max(1, TURN // self.size)
-        for done in range(0, most, each):
-            turn = [_cut(of_one, done, done + each) for of_one in views]
+        longest, chunk = max(sum(map(len, of_one)) for of_one in views), max(1, TURN // self.size)
+        for done in range(0, longest, chunk):
+            turn = [_cut(of_one, done, done + chunk) for of_one in views]
             sent = torch.cat([views[0][0][:0], *turn[self.rank]])
-            got = self._all_gather(sent, min(each, most - done))
+            got = self._all_gather(sent, min(chunk, longest - done))
             for rank, targets in enumerate(turn):
                 if rank != self.rank and targets:
                     lengths = [len(target) for target in targets]
@@ -98,17 +98,17 @@ class Replicated(_Shared):
         counts = [sum(matrix.owner == rank for matrix in stack) for rank in range(self.size)]
         shape = updates.shape[1:]
         got = self._all_gather(updates.reshape(-1), max(counts) * shape.numel()).float()
-        found = [got[r][: n * shape.numel()].view(n, *shape) for r, n in enumerate(counts)]
-        return [update for of_one in found for update in of_one]
+        by_rank = [got[r][: n * shape.numel()].view(n, *shape) for r, n in enumerate(counts)]
+        return [update for of_one in by_rank for update in of_one]
 
     def average_rows(self, table: Tensor) -> None:
         """Average the sparse gradient of `table` over all ranks, in place, exchanging the rows read; row 0,
         which has no gradient, pads the shorter parts."""
-        own = gradient(table).coalesce()
-        most = torch.tensor(own.values().shape[0], device=table.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
-        rows = self._all_gather(own.indices()[0], int(most)).view(1, -1)
-        values = self._all_gather(own.values().reshape(-1), int(most) * table.shape[1]).view(
+        local = gradient(table).coalesce()
+        max_rows = torch.tensor(local.values().shape[0], device=table.device)
+        dist.all_reduce(max_rows, op=dist.ReduceOp.MAX, group=self.group)
+        rows = self._all_gather(local.indices()[0], int(max_rows)).view(1, -1)
+        values = self._all_gather(local.values().reshape(-1), int(max_rows) * table.shape[1]).view(
             -1, table.shape[1]
         )
         table.grad = torch.sparse_coo_tensor(rows, values / self.size, table.shape, check_invariants=False)
@@ -169,12 +169,12 @@ class Sharded(_Shared):
             return cast(Any, tensor).to_local()
 
     def local_params(self, parameters: list[Tensor]) -> list[Tensor]:
-        found = []
+        local = []
         for parameter in parameters:
             if parameter.grad is not None:
-                found.append(self.to_local(parameter).detach())
-                found[-1].grad = self.to_local(parameter.grad)
-        return found
+                local.append(self.to_local(parameter).detach())
+                local[-1].grad = self.to_local(parameter.grad)
+        return local
 
     def weight_shards(self, model: nn.Module) -> dict[str, TensorShard]:
         for unit in model.modules():
@@ -237,8 +237,8 @@ def share_out(costs: Sequence[float], size: int) -> list[int]:
 
 def rows_of(height: int, size: int, rank: int) -> Span:
     """Return the row range that FSDP gives `rank`: ceil(height / size) rows; the last ranks fewer or none."""
-    each = -(-height // size)
-    return min(rank * each, height), min((rank + 1) * each, height)
+    rows = -(-height // size)
+    return min(rank * rows, height), min((rank + 1) * rows, height)
 
 
 def common(a: Span, b: Span) -> Span:
@@ -249,13 +249,13 @@ def common(a: Span, b: Span) -> Span:
 
 def _cut(views: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     """Return views of the elements start .. stop of the concatenation of flat tensors."""
-    found, first = [], 0
+    parts, first = [], 0
     for view in views:
         lo, hi = common((start - first, stop - first), (0, len(view)))
         if lo < hi:
-            found.append(view[lo:hi])
+            parts.append(view[lo:hi])
         first += len(view)
-    return found
+    return parts
 
 
 def _flat(shard: PartitionedParam) -> Tensor:

@@ -24,27 +24,27 @@ def gather(store: Any, rank: int, size: int, wait_s: float, address: str) -> str
     have not joined at `address` within `wait_s` seconds.
     """
     deadline = time.monotonic() + wait_s
-    own = secrets.token_hex(8)
+    token = secrets.token_hex(8)
     if rank:
-        store.set(f"hello/{rank}", own)
+        store.set(f"hello/{rank}", token)
 
         def answered() -> bool:
-            return _read(store, f"welcome/{rank}").startswith(own)
+            return _read(store, f"welcome/{rank}").startswith(token)
 
         if not _until(answered, deadline):
             raise UserError(f"rank {rank} got no reply from rank 0 at {address} within {wait_s:g} s")
-        word = _read(store, f"welcome/{rank}").removeprefix(own)
+        word = _read(store, f"welcome/{rank}").removeprefix(token)
         store.set(f"{word}/here/{rank}", "")
         return word
     missing, seen = set(range(1, size)), dict.fromkeys(range(1, size), "")
 
     def all_here() -> bool:
         for other in list(missing):
-            said = _read(store, f"hello/{other}")
-            if said != seen[other]:
-                seen[other] = said
-                store.set(f"welcome/{other}", said + own)
-            if said and store.check([f"{own}/here/{other}"]):
+            hello = _read(store, f"hello/{other}")
+            if hello != seen[other]:
+                seen[other] = hello
+                store.set(f"welcome/{other}", hello + token)
+            if hello and store.check([f"{token}/here/{other}"]):
                 missing.discard(other)
         return not missing
 
@@ -54,18 +54,18 @@ def gather(store: Any, rank: int, size: int, wait_s: float, address: str) -> str
             f"rank(s) {listed} of {size} did not join at {address} within {wait_s:g} s "
             f"(--rdzv_timeout_s); check that all are started and can reach this address"
         )
-        store.set(f"{own}/verdict", text)
-        _await_readers(store, [f"{own}/read/{other}" for other in range(1, size) if other not in missing])
+        store.set(f"{token}/verdict", text)
+        _await_readers(store, [f"{token}/read/{other}" for other in range(1, size) if other not in missing])
         raise _for_all(text)
-    return own
+    return token
 
 
-def compare(store: Any, rank: int, size: int, about: dict[str, dict[str, Any]]) -> None:
-    """Raise UserError, the same on all ranks, if `about` ({kind: {name: value}}) differs from that of rank 0.
+def compare(store: Any, rank: int, size: int, facts: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError, the same on all ranks, if `facts` ({kind: {name: value}}) differs from that of rank 0.
 
     `store` must be private to this attempt. Collective: call on all ranks.
     """
-    mine = json.dumps(about, sort_keys=True, default=str)
+    mine = json.dumps(facts, sort_keys=True, default=str)
     store.set(f"about/{rank}", mine)
     if rank == 0:
         verdict = ""
@@ -100,8 +100,8 @@ def first_difference(mine: dict[str, Any], theirs: dict[str, Any], other: int) -
                     f"start all ranks with the same options"
                 )
             if kind == "code":
-                how = "has a different" if one and two else "lacks" if one else "has an extra"
-                return f"rank {other} {how} {name}; install the code of rank 0 on all nodes"
+                verb = "has a different" if one and two else "lacks" if one else "has an extra"
+                return f"rank {other} {verb} {name}; install the code of rank 0 on all nodes"
             return f"rank {other} has {name} {two}, rank 0 has {name} {one}; they must be the same"
     return f"rank {other} differs from rank 0"
 

@@ -1,4 +1,4 @@
-"""Time that each rank computes per step, to find a slow one: all ranks wait for it, and look alike."""
+"""Compute time of each rank per step, to find a slow one: step times are equal, as all wait for it."""
 
 import statistics
 import time
@@ -35,7 +35,7 @@ class StepTimes:
         return run
 
     def end_step(self) -> None:
-        """Count a step; every EVERY of them exchange the times and name a slow rank. Collective."""
+        """Count a step; after every EVERY steps, exchange the times and name a slow rank. Collective."""
         self.steps += 1
         if self.steps % EVERY:
             return
@@ -43,10 +43,10 @@ class StepTimes:
         self.spans.clear()
         times = torch.zeros(self.world.size, device=self.device)
         times[self.world.rank] = took_s
-        found = self.world.sum(times).tolist()
+        seconds = self.world.sum(times).tolist()
         if self.write:
-            self.write(forward_s=found)
-            if text := self.slowest(found):
+            self.write(forward_s=seconds)
+            if text := self.slowest(seconds):
                 tqdm.write(text)
 
     def slowest(self, times: list[float]) -> str:

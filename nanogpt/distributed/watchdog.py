@@ -210,12 +210,12 @@ class Watchdog:
         return self._silent(silent, after), responding
 
     def _places(self) -> dict[int, Place]:
-        found = {}
+        places = {}
         for rank in range(self.size):
             with self._lock:
-                said = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
-            found[rank] = Place(*json.loads(said)) if said else Place()
-        return found
+                content = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
+            places[rank] = Place(*json.loads(content)) if content else Place()
+        return places
 
     def _silent(self, ranks: list[int], places: dict[int, Place]) -> str:
         if not ranks:

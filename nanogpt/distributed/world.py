@@ -61,8 +61,8 @@ class Processes(World):
         return values
 
     def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
-        result, own = _attempt(work)
-        for rank, error in enumerate(self.gather(own)):
+        result, failure = _attempt(work)
+        for rank, error in enumerate(self.gather(failure)):
             if error:
                 raise _shared(error, rank)
         assert result
@@ -164,7 +164,7 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
     ranks. `run`: folder for diagnostics of a rank that hangs. Discards standard output of all ranks but 0.
     Raise UserError if the other ranks do not join within --rdzv_timeout_s seconds, or differ.
     """
-    about = {
+    facts = {
         "machine": {"device": device_type, "torch": torch.__version__},
         "code": code_digests(ROOT),
         "options": options,
@@ -184,13 +184,13 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
         word = rendezvous.gather(store, rank, size, rdzv_timeout_s, address)
         store = dist.PrefixStore(word, store)
-        rendezvous.compare(store, rank, size, about)
+        rendezvous.compare(store, rank, size, facts)
         # PyTorch's timeouts are a fallback: longer than ours, which report more.
         late = timedelta(seconds=3 * hang_timeout_s)
         name = "gloo" if device_type == "cpu" else backend
         # With a device NCCL connects all ranks now, not at the first collective.
-        own = None if name == "gloo" else gpu
-        dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=late, device_id=own)
+        device = None if name == "gloo" else gpu
+        dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=late, device_id=device)
         control = dist.new_group(backend="gloo", timeout=late)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -206,7 +206,7 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
     heart.record = lambda: _dump_recorder(run, rank)
     heart.start()
     local, on_node = (
-        int(os.environ.get(name, of)) for name, of in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
+        int(os.environ.get(name, value)) for name, value in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
     )
     return Processes(rank, size, local, on_node, control, heart)
 

@@ -1,9 +1,9 @@
 """Counting baseline: n-grams with interpolated modified Kneser-Ney smoothing (Chen and Goodman 1998), counted
 in the training split and scored on the sequences that a run's validation uses, with the context they give.
 
-An n-gram is a number, its tokens the digits in base vocabulary + 1, so that sorting groups n-grams by their
-context and division removes the last token. The figure is kept in the dataset folder (baseline.json), by
-order and sequences.
+An n-gram is stored as an integer whose digits in base vocabulary + 1 are its tokens, so that sorting groups
+n-grams by their context and division removes the last token. The losses are saved in the dataset folder
+(baseline.json), by validation sequences and order.
 """
 
 import math
@@ -28,7 +28,7 @@ ABOUT = {"options?": {"dataset": str, "block_size": PositiveInt, "eval_iters": i
 NAME = "baseline.json"
 MOST = 50_000_000  # training tokens counted
 AT_ONCE = 1 << 20  # tokens scored at a time
-FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])  # discounts where counts of counts give none, as KenLM's
+FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])  # discounts if some counts of counts are 0, as in KenLM
 
 
 class Level(NamedTuple):
@@ -36,21 +36,21 @@ class Level(NamedTuple):
 
     grams: np.ndarray  # uint64
     counts: np.ndarray
-    contexts: np.ndarray  # grams without their last token, each once
+    contexts: np.ndarray  # distinct contexts: grams without their last token
     totals: np.ndarray  # sum of the counts of each context
-    backoff: np.ndarray  # share of each context's probability that its discounts free
+    backoff: np.ndarray  # probability that discounting frees in each context
     discounts: np.ndarray  # by count: 0, 1, 2, 3 or more
 
 
 class KneserNey:
-    """Model of `tokens`, int64 (n,), with ids below `vocab_size`, of n-grams up to `order`."""
+    """Model of n-grams up to `order`, counted in `tokens`, int64 (n,), with ids below `vocab_size`."""
 
     def __init__(self, tokens: np.ndarray, vocab_size: int, order: int):
         if len(tokens) < order:
             raise UserError(f"{len(tokens)} tokens hold no {order}-gram; use more text")
         self.vocab_size, self.order, self.base = vocab_size, order, vocab_size + 1
         assert self.base**order < 1 << 64, f"{order}-grams of {vocab_size} ids exceed 64 bits"
-        padded = np.append(tokens, [vocab_size] * (order - 1)).astype(np.uint64)  # each token starts n-grams
+        padded = np.append(tokens, [vocab_size] * (order - 1)).astype(np.uint64)  # all tokens start n-grams
         keys = np.zeros(len(tokens), dtype=np.uint64)
         for first in range(order):
             keys *= np.uint64(self.base)
@@ -59,8 +59,8 @@ class KneserNey:
         starts = _starts(keys)
         grams, counts = keys[starts], np.diff(starts, append=len(keys))
         del keys, padded
-        # By length. `whole`: of all occurrences, for contexts that begin a sequence; `lower`: of the distinct
-        # tokens before each n-gram, for those that continue a longer one.
+        # By length. `whole` counts all occurrences, for the longest n-gram that known tokens form; `lower`
+        # counts the distinct tokens before each n-gram, for those that back off from a longer one.
         self.whole: dict[int, Level] = {}
         self.lower: dict[int, Level] = {}
         for n in range(order, 0, -1):
@@ -85,15 +85,15 @@ class KneserNey:
     def probabilities(self, tokens: np.ndarray, known: np.ndarray) -> np.ndarray:
         """Return the probability of the last of each row of tokens (n, order), given the `known` (n,) tokens
         before it, at most order - 1."""
-        found = np.full(len(tokens), 1 / self.vocab_size)
+        result = np.full(len(tokens), 1 / self.vocab_size)
         keys, power = np.zeros(len(tokens), dtype=np.uint64), 1
         for n in range(1, self.order + 1):
             keys += tokens[:, self.order - n].astype(np.uint64) * np.uint64(power)
             power *= self.base
             for level, here in ((self.whole, known == n - 1), (self.lower, known >= n)):
                 if here.any():
-                    found[here] = self._interpolated(level[n], keys[here], found[here])
-        return found
+                    result[here] = self._interpolated(level[n], keys[here], result[here])
+        return result
 
     def _interpolated(self, level: Level, keys: np.ndarray, shorter: np.ndarray) -> np.ndarray:
         """Return the probabilities of n-grams from those of the (n-1)-grams that end them."""
@@ -112,7 +112,7 @@ def _starts(ordered: np.ndarray) -> np.ndarray:
 
 
 def _find(ordered: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the index of each of `wanted` and whether it is there."""
+    """Return the index of each of `wanted` in `ordered`, and whether it occurs there."""
     at = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
     return at, ordered[at] == wanted
 
@@ -124,8 +124,8 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     if not times[:3].all():
         return FALLBACK
     i = np.arange(1, 4)
-    found = i - (i + 1) * times[0] / (times[0] + 2 * times[1]) * times[1:] / times[:3]
-    return np.concatenate([[0.0], found]) if ((found > 0) & (found <= i)).all() else FALLBACK
+    discounts = i - (i + 1) * times[0] / (times[0] + 2 * times[1]) * times[1:] / times[:3]
+    return np.concatenate([[0.0], discounts]) if ((discounts > 0) & (discounts <= i)).all() else FALLBACK
 
 
 # ----------------------------------------------------------------------------- figures of a run
@@ -148,9 +148,9 @@ class Sequences:
     def figures(self) -> dict[str, Any]:
         """Return the contents of baseline.json: the hashes of the data, and losses by sequences and order."""
         with suppress(UserError, OSError):  # missing or damaged: measure again
-            found: dict[str, Any] = files.read_json(self.dataset.folder / NAME, FIGURES)
-            if found["data"] == self.dataset.content:
-                return found
+            figures: dict[str, Any] = files.read_json(self.dataset.folder / NAME, FIGURES)
+            if figures["data"] == self.dataset.content:
+                return figures
         return {"data": self.dataset.content, "losses": {}}
 
     def best(self) -> tuple[float, str] | None:
@@ -160,23 +160,22 @@ class Sequences:
 
 
 def sequences_of(run: Path, dataset: str = "", block_size: int = 0) -> Sequences:
-    """Return the validation sequences of the run in folder `run`, of the dataset named `dataset` if it is not
-    the run's; if `run` is no run, the whole split in sequences of `block_size`. Raise UserError for mixtures.
-    """
-    place = run if (run / "config.json").is_file() else run.parent  # of one of its checkpoints
-    about = files.read_json(place / "config.json", ABOUT) if (place / "config.json").is_file() else {}
-    options = about.get("options", {})
+    """Return the validation sequences of the run in folder `run`, from `dataset` if that is given; if `run`
+    is not a run folder, the whole split in sequences of `block_size`. Raise UserError for mixtures."""
+    place = run if (run / "config.json").is_file() else run.parent  # `run` may be one of its checkpoints
+    config = files.read_json(place / "config.json", ABOUT) if (place / "config.json").is_file() else {}
+    options = config.get("options", {})
     name = dataset or options.get("dataset", "")
     if not name or "," in name:
         raise UserError(f"the counting baseline needs one dataset, not {name!r}; give --dataset=FOLDER")
-    found, block_size = loader.load(loader.find(name, ROOT)), options.get("block_size", block_size)
-    loader.require_sequence(found.val, block_size, "validation")
-    count, separator = (len(found.val) - 1) // block_size, None
+    data, block_size = loader.load(loader.find(name, ROOT)), options.get("block_size", block_size)
+    loader.require_sequence(data.val, block_size, "validation")
+    count, separator = (len(data.val) - 1) // block_size, None
     if options:
         count = min(count, max(1, options["eval_iters"] * options["batch_size"]))
     if options.get("documents") == "masked":
-        separator = documents.separator(found, "masked")
-    return Sequences(found, block_size, count, separator)
+        separator = documents.separator(data, "masked")
+    return Sequences(data, block_size, count, separator)
 
 
 def measure(sequences: Sequences, order: int = 0) -> tuple[dict[str, Any], str]:
@@ -221,8 +220,8 @@ def measure(sequences: Sequences, order: int = 0) -> tuple[dict[str, Any], str]:
 
 
 def compared(run: Path) -> str:
-    """Compare the best validation loss of a run with counting, if that is known for its sequences: write the
-    figure to the run folder, for plot.py and the page, and return a line with its end; else ""."""
+    """Compare the best validation loss of a run with the counting baseline, if that is known for its
+    sequences: write the baseline to the run folder, for plot.py and the page, and return a line; else ""."""
     losses = [row["val_loss"] for row in metrics.read(run) if row["event"] == "eval" and row.get("val_loss")]
     best = sequences_of(run).best()
     if not best or not losses:

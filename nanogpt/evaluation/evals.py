@@ -39,16 +39,16 @@ class Report:
     def describe(self) -> str:
         """Return a one-line summary: acc 0.2533 ± 0.0043, ...; 10,042 items in 80 s."""
         parts = [f"{name} {_shown(metric)}" for name, metric in self.metrics.items()]
-        counts = [f"{count:,} {what}" for what, count in self.counts.items() if count]
+        counts = [f"{count:,} {unit}" for unit, count in self.counts.items() if count]
         return f"{self.name}: {', '.join(parts)}; {', '.join(counts)} in {self.seconds:.1f} s"
 
     def to_json(self) -> dict[str, Any]:
         """Return metrics and standard errors by name (null if not finite), and the counts."""
-        found: dict[str, Any] = {"kind": self.kind}
+        values: dict[str, Any] = {"kind": self.kind}
         for name, metric in self.metrics.items():
             for key, value in ((name, metric.value), (f"{name}_stderr", metric.stderr)):
-                found[key] = value if math.isfinite(value) else None
-        return found | self.counts | {"seconds": round(self.seconds, 3)}
+                values[key] = value if math.isfinite(value) else None
+        return values | self.counts | {"seconds": round(self.seconds, 3)}
 
 
 def _shown(metric: Metric) -> str:
@@ -113,12 +113,12 @@ def _choices(items: list[Item], pairs: list[Pair], likelihoods: np.ndarray, gree
     right = {name: np.zeros(len(items), dtype=bool) for name in names}
     rows, start = [], 0
     for number, item in enumerate(items):
-        own = slice(start, start := start + len(item.endings))
-        sums = likelihoods[own]
+        span = slice(start, start := start + len(item.endings))
+        sums = likelihoods[span]
         sizes = (
             np.ones(len(sums)),
             np.array([len(ending) for ending in item.endings]),
-            np.array([len(continuation) for _, continuation in pairs[own]]),
+            np.array([len(continuation) for _, continuation in pairs[span]]),
         )
         chosen = {name: int(np.argmax(sums / size)) for name, size in zip(names, sizes, strict=True)}
         for name in names:
@@ -175,8 +175,8 @@ def run_text(
     for i, nats, _ in score(subject, windows, advance=advance):
         losses[i] = nats.astype(np.float32)
         lengths[i] = lengths_of(*windows[i], subject.tokenizer, sizes).astype(np.int32)
-        which, begin, end = windows.place(i)
-        if mask := getattr(windows.texts[which], "scored", None):
+        index, begin, end = windows.place(i)
+        if mask := getattr(windows.texts[index], "scored", None):
             masks[i] = mask.read(begin, end - begin)
     nats, text_bytes, responses = np.concatenate(losses), np.concatenate(lengths), np.concatenate(masks) > 0
     totals, rows = _stretches(nats, text_bytes)
@@ -208,11 +208,11 @@ def _stretches(nats: np.ndarray, text_bytes: np.ndarray) -> tuple[dict[str, Any]
     _, starts = np.unique(number, return_index=True)
     sums = np.add.reduceat(nats.astype(np.float64), starts)
     tokens = np.diff(np.append(starts, len(nats)))
-    found = np.add.reduceat(text_bytes.astype(np.int64), starts)
-    totals = {"loss": (sums, tokens), "bits_per_byte": (sums / math.log(2), found)}
+    byte_counts = np.add.reduceat(text_bytes.astype(np.int64), starts)
+    totals = {"loss": (sums, tokens), "bits_per_byte": (sums / math.log(2), byte_counts)}
     rows = [
         {"item": i, "tokens": int(t), "bytes": int(b), "nats": float(n)}
-        for i, (n, t, b) in enumerate(zip(sums, tokens, found, strict=True))
+        for i, (n, t, b) in enumerate(zip(sums, tokens, byte_counts, strict=True))
     ]
     return totals, rows
 
@@ -226,11 +226,11 @@ def lengths_of(ids: np.ndarray, scored: int, tokens: Tokenizer, sizes: np.ndarra
     """Return the UTF-8 byte lengths of the last `scored` of `ids`, int64; 0 for end-of-text. `sizes`: see
     token_bytes. Some tokenizers drop the space of a token that is decoded alone."""
     before, last = ids[-scored - 1 : -1], ids[-scored:]
-    found = sizes[last]
+    lengths = sizes[last]
     if not tokens.bytewise:
         pairs = zip(before.tolist(), last.tolist(), strict=True)
-        found = np.array([len(tokens.decode_bytes(pair)) for pair in pairs]) - sizes[before]
-    return np.where(last == tokens.end_of_text, 0, found)
+        lengths = np.array([len(tokens.decode_bytes(pair)) for pair in pairs]) - sizes[before]
+    return np.where(last == tokens.end_of_text, 0, lengths)
 
 
 def count_words(text: str) -> int:
@@ -243,7 +243,7 @@ def count_words(text: str) -> int:
 
 def compare(a: Report, b: Report) -> dict[str, Difference]:
     """Return a minus b for each common metric. Raise UserError if the numbers of items differ."""
-    found = {}
+    differences = {}
     for name in [name for name in a.totals if name in b.totals]:
         (values, sizes), (others, other_sizes) = a.totals[name], b.totals[name]
         if len(values) != len(others):
@@ -254,5 +254,5 @@ def compare(a: Report, b: Report) -> dict[str, Difference]:
             if name != "bits_per_byte":
                 continue  # per-token metrics are not comparable
             values, others, sizes = values / sizes, others / other_sizes, None
-        found[name] = significance.difference(values, others, sizes)
-    return found
+        differences[name] = significance.difference(values, others, sizes)
+    return differences

@@ -48,14 +48,14 @@ def run(names: list[str], subject: Subject, limit: int = 0) -> tuple[dict[str, d
         ) from None
     inside = {child for children in loaded["group_map"].values() for child in children}
     wanted = {**loaded["groups"], **loaded["tasks"]}
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=adapter(subject),
         tasks=[task for name, task in wanted.items() if name not in inside],
         limit=limit or None,
         task_manager=manager,
         log_samples=False,
     )
-    return {name: _plain(values) for name, values in found["results"].items()}, make_table(found)
+    return {name: _plain(values) for name, values in results["results"].items()}, make_table(results)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -81,21 +81,21 @@ def adapter(subject: Subject) -> Any:
         def _loglikelihood_tokens(self, requests: Any, **unused: Any) -> list[tuple[float, bool]]:
             pairs = [(np.array(context), np.array(after)) for _, context, after in requests]
             rows = Requests(pairs, subject.block_size)
-            found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+            results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
             for i, nats, greedy in score(subject, rows, greedy=True):
-                found[i] = (-float(nats.sum()), greedy)
-            return found
+                results[i] = (-float(nats.sum()), greedy)
+            return results
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             texts = {i: encode_text(r.args[0], subject.tokenizer) for i, r in enumerate(requests)}
             texts = {i: text for i, text in texts.items() if len(text) > 1}  # empty texts score 0
-            found = [0.0] * len(requests)
+            sums = [0.0] * len(requests)
             if texts:
                 windows = Windows(texts.values(), subject.block_size, subject.block_size)
                 numbers = list(texts)
                 for i, nats, _ in score(subject, windows):
-                    found[numbers[windows.place(i)[0]]] -= float(nats.sum())
-            return found
+                    sums[numbers[windows.place(i)[0]]] -= float(nats.sum())
+            return sums
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             return [continuation(subject, *request.args) for request in requests]

@@ -88,7 +88,7 @@ class InTrainingEvaluation:
             model.train(was_training)
 
     def due(self, iter_num: int) -> bool:
-        """Return whether `maybe_run` would do anything at this iteration; rank 0 knows."""
+        """Return whether `maybe_run` would do anything at this iteration; valid on rank 0 only."""
         return self._scores(iter_num) or bool(self.options.sample_prompt)
 
     def _scores(self, iter_num: int) -> bool:

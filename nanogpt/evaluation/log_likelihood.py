@@ -103,8 +103,8 @@ class Windows:
         self.chosen = np.arange(every)
         if limit and limit < every:
             self.chosen = np.linspace(0, every - 1, limit).astype(np.int64)
-        which = np.searchsorted(self.ends, self.chosen, side="right")
-        self.lengths = np.minimum(sizes[which], block_size + 1)
+        indices = np.searchsorted(self.ends, self.chosen, side="right")
+        self.lengths = np.minimum(sizes[indices], block_size + 1)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -112,19 +112,19 @@ class Windows:
     def place(self, i: int) -> tuple[int, int, int]:
         """Return the text index of window i, and start and end of its scored ids."""
         number = int(self.chosen[i])
-        which = int(np.searchsorted(self.ends, number, side="right"))
-        turn = number - int(self.ends[which] - self.counts[which])
-        size = len(self.texts[which])
+        index = int(np.searchsorted(self.ends, number, side="right"))
+        turn = number - int(self.ends[index] - self.counts[index])
+        size = len(self.texts[index])
         first_end = min(size, self.block_size + 1)
         if turn == 0:
-            return which, 1, first_end
+            return index, 1, first_end
         begin = first_end + (turn - 1) * self.stride
-        return which, begin, min(size, begin + self.stride)
+        return index, begin, min(size, begin + self.stride)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        which, begin, end = self.place(i)
+        index, begin, end = self.place(i)
         start = max(0, end - self.block_size - 1)
-        return self.texts[which].read(start, end - start), end - begin
+        return self.texts[index].read(start, end - start), end - begin
 
 
 def encode_text(text: str, tokens: Tokenizer) -> Ids:
@@ -175,12 +175,12 @@ def score(
     of this rank; an error that it raises is raised on all ranks. Collective.
     """
     world = subject.machine.world
-    own = _score_share(subject, rows, greedy, advance)
+    share = _score_share(subject, rows, greedy, advance)
     if world.size == 1:
-        yield from own
+        yield from share
     else:
-        found = world.raise_on_all_ranks(lambda: list(own))
-        yield from itertools.chain.from_iterable(world.gather(found))
+        scored = world.raise_on_all_ranks(lambda: list(share))
+        yield from itertools.chain.from_iterable(world.gather(scored))
 
 
 def _score_share(

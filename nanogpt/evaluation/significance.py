@@ -74,5 +74,5 @@ def sign_flips(differences: np.ndarray) -> float:
     moved = differences[differences != 0].astype(np.float64)
     if len(moved) < 2:
         return 1.0
-    how = {"permutation_type": "samples", "vectorized": True, "n_resamples": FLIPS, "rng": 0}
-    return float(permutation_test((moved,), np.sum, batch=max(1, (1 << 22) // len(moved)), **how).pvalue)
+    options = {"permutation_type": "samples", "vectorized": True, "n_resamples": FLIPS, "rng": 0}
+    return float(permutation_test((moved,), np.sum, batch=max(1, (1 << 22) // len(moved)), **options).pvalue)

@@ -61,9 +61,9 @@ def hellaswag(row: Row) -> Item:
         context = _text(row, ("ctx_a",)) + " " + _text(row, ("ctx_b",), empty=True).capitalize()
     else:
         context = _text(row, ("ctx",))
-    about = f"{_text(row, ('activity_label',))}: {context}"
+    labelled = f"{_text(row, ('activity_label',))}: {context}"
     endings = [_unmarked(ending) for ending in _endings(row)]
-    return _choice(_unmarked(about), endings, _label(row, endings), " ")
+    return _choice(_unmarked(labelled), endings, _label(row, endings), " ")
 
 
 def _unmarked(text: str) -> str:
@@ -266,13 +266,13 @@ def hub_rows(place: str, name: str) -> Iterator[tuple[str, Row]]:
     datasets.disable_progress_bars()
     quiet_hub()
     try:
-        found = datasets.load_dataset("/".join(parts[:2]), *parts[2:-1], split=parts[-1])
+        dataset = datasets.load_dataset("/".join(parts[:2]), *parts[2:-1], split=parts[-1])
     except Exception as error:  # any error of the network or the Hub, or a missing split
         reason = (str(error).splitlines() or [""])[0][:160]
         raise UserError(
             f"cannot load {place} from the Hub ({type(error).__name__}: {reason}); {_elsewhere(place, name)}"
         ) from None
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(dataset, 1):
         yield f"{place}, row {number}", row
 
 

@@ -72,11 +72,11 @@ def attention_name(shape: GPTConfig, machine: Machine, length: int, biased: bool
     if repeats_kv(device.type, dtype, bias):
         heads[1] = heads[0]
     q, k = (_heads(n, length, shape.head_size, dtype, device) for n in heads)
-    found = torch._fused_sdp_choice(
+    backend = torch._fused_sdp_choice(
         q, k, k, bias, shape.dropout, bias is None, enable_gqa=len(set(heads)) > 1
     )
     names = {value: name for name, value in ATTENTION.items()}
-    return names.get(SDPBackend(found).name, SDPBackend(found).name.lower())
+    return names.get(SDPBackend(backend).name, SDPBackend(backend).name.lower())
 
 
 def _heads(count: int, length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -89,10 +89,10 @@ def require_attention(asked: str, shape: GPTConfig, machine: Machine, documents:
         raise UserError(f"--attention={asked} is not available on Apple GPUs; remove the option")
     biased = documents == "masked" or shape.position == "alibi"
     with chosen(asked, without_cudnn=avoids_cudnn(documents, shape)):
-        found = attention_name(shape, machine, shape.block_size, biased)
-    if asked not in ("auto", found):
+        name = attention_name(shape, machine, shape.block_size, biased)
+    if asked not in ("auto", name):
         raise UserError(
             f"--attention={asked}: torch {torch.__version__} on {machine.name()} does not support heads of "
-            f"{shape.head_size} channels in {machine.dtype} and uses {found}; leave the option out"
+            f"{shape.head_size} channels in {machine.dtype} and uses {name}; leave the option out"
         )
-    return found
+    return name

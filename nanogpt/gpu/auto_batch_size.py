@@ -52,12 +52,12 @@ def largest(
     """Return the largest divisor of `sequences` that is at most a rank's share (of `processes` ranks) and
     fits; 0 if none does. After a failure, at least halve the size. `any_of`: return whether its argument is
     true on any rank, so that all ranks try the same sizes."""
-    most = -(-sequences // processes)
-    while most:
-        rows = next(n for n in range(most, 0, -1) if sequences % n == 0)
+    limit = -(-sequences // processes)
+    while limit:
+        rows = next(n for n in range(limit, 0, -1) if sequences % n == 0)
         if not any_of(not fits(rows)):
             return rows
-        most = rows // 2
+        limit = rows // 2
     return 0
 
 

@@ -60,7 +60,7 @@ def require_recordable(options: MachineOptions, machine: Machine, scored: bool) 
         "--activation_checkpointing, which saves RNG states": options.activation_checkpointing,
         "data of prompts and responses, whose batches differ in scored tokens": scored,
     }
-    if wrong := [what for what, there in problems.items() if there]:
+    if wrong := [feature for feature, there in problems.items() if there]:
         raise UserError(f"--cuda_graph=True does not support {' and '.join(wrong)}; leave the option out")
 
 

@@ -69,8 +69,8 @@ class LanguageModel:
             except UserError as error:
                 raise UserError(f"the prompt cannot be encoded: {error}") from None
             except UnicodeEncodeError as error:
-                found = f"{prompt[error.start]!r} at character {error.start}"
-                raise UserError(f"the prompt is not valid UTF-8: {found}; give valid UTF-8 text") from None
+                position = f"{prompt[error.start]!r} at character {error.start}"
+                raise UserError(f"the prompt is not valid UTF-8: {position}; give valid UTF-8 text") from None
         return self.encode("\n") if tokens.end_of_text is None else [tokens.end_of_text]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -172,9 +172,9 @@ class LanguageModel:
     def score(self, text: str) -> Score:
         """Return the log-probability of each token of `text`, given the context that `generate` would use."""
         ids = self.encode(text)
-        found = score(self.model, ids)
-        logprobs = [token.logprob for token in found if token.logprob is not None]
-        return Score([self.decode([token.id]) for token in found], logprobs)
+        tokens = score(self.model, ids)
+        logprobs = [token.logprob for token in tokens if token.logprob is not None]
+        return Score([self.decode([token.id]) for token in tokens], logprobs)
 
 
 def load(
@@ -195,10 +195,10 @@ def load(
     """
     if dtype not in ("auto", "int8", *runtime.DTYPES):
         raise UserError(f"dtype={dtype} given; it must be one of auto, int8, {', '.join(runtime.DTYPES)}")
-    found = weights.open_weights(str(name), ROOT, run, which)
-    for line in found.notices:
+    pretrained = weights.open_weights(str(name), ROOT, run, which)
+    for line in pretrained.notices:
         notice(line)
-    machine = runtime.setup(device, "bfloat16" if dtype == "int8" else dtype, found.config.n_embd)
+    machine = runtime.setup(device, "bfloat16" if dtype == "int8" else dtype, pretrained.config.n_embd)
     if machine.device.type == "cuda" or dtype == "bfloat16" or shutil.which("nvidia-smi"):
         from nanogpt.gpu import availability
 
@@ -211,8 +211,8 @@ def load(
                 f"use dtype bfloat16 or device cpu"
             )
         machine = replace(machine, reason=machine.reason.replace("bfloat16", "int8"))
-    model = found.load(found.fitted(), machine.device)
+    model = pretrained.load(pretrained.fitted(), machine.device)
     quantize.cast(model, "int8" if dtype == "int8" else machine.dtype)
     if machine.device.type == "cpu" and cpu_kernels.why_not():
         notice(f"generation may take up to twice as long: {cpu_kernels.why_not()}")
-    return LanguageModel(model, found.open_tokenizer, machine, found.origin)
+    return LanguageModel(model, pretrained.open_tokenizer, machine, pretrained.origin)

@@ -14,8 +14,8 @@ from nanogpt.model import GPT
 
 def from_pretrained(name: str) -> GPT:
     """Return a model to train, in float32, with the weights that `name` stands for (see open_weights)."""
-    found = open_weights(name, ROOT, Path("out"))
-    return found.load(found.fitted()).train()
+    pretrained = open_weights(name, ROOT, Path("out"))
+    return pretrained.load(pretrained.fitted()).train()
 
 
 @torch.no_grad()

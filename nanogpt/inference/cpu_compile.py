@@ -32,8 +32,8 @@ def compiled(source: Path, folder: Path, name: str) -> Iterator[Path]:
         command = [*_command(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-            raise UserError(f"{command[0]} could not compile {source.name}: {said.strip()}")
+            error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+            raise UserError(f"{command[0]} could not compile {source.name}: {error.strip()}")
         library.chmod(0o600)
         library = library.rename(f"{library}-{files.sha256(library)}.so")
         with suppress(OSError), files.staged(folder / library.name) as draft:  # full or read-only

@@ -1,8 +1,8 @@
 """Bindings of cpu_kernels.cpp, compiled for the local processor on first use (cpu_compile.py).
 
-The library is kept in the user's cache folder, under a hash of the source and the processor and one of its
-own content, in a folder that only the user can write: another one is not trusted. Without it, torch's matrix
-products are used, at half the speed.
+The library is kept in the user's cache folder, named by a hash of the source and the processor and by one of
+its content, and trusted only if no other user can write there. Without it, torch's matrix products are used,
+at half the speed.
 """
 
 import ctypes
@@ -118,15 +118,15 @@ def _tried() -> tuple[Any | None, str]:
 
 
 def _library() -> Any:
-    about = [SOURCE.read_text(encoding="utf-8"), os.environ.get("CXX", ""), torch.__file__, torch.__version__]
+    parts = [SOURCE.read_text(encoding="utf-8"), os.environ.get("CXX", ""), torch.__file__, torch.__version__]
     with open("/proc/cpuinfo", encoding="utf-8") as lines:  # model and features of the processor
-        about += sorted({n for n in lines if n.startswith(("flags", "Features", "model name", "CPU part"))})
-    name = f"products-{hashlib.sha256(platform.machine().join(about).encode()).hexdigest()[:16]}"
+        parts += sorted({n for n in lines if n.startswith(("flags", "Features", "model name", "CPU part"))})
+    name = f"products-{hashlib.sha256(platform.machine().join(parts).encode()).hexdigest()[:16]}"
     folder = cache.cache_folder() / "kernels"
     with suppress(OSError):
         for file in cache.private(folder).glob(f"{name}-*.so"):
-            if found := _opened(file):
-                return found
+            if opened := _opened(file):
+                return opened
     from nanogpt.inference import cpu_compile
 
     with cpu_compile.compiled(SOURCE, folder, name) as file:
@@ -141,10 +141,10 @@ def _opened(file: Path) -> Any | None:
         digest = hashlib.file_digest(library, "sha256").hexdigest()
         if not cache.is_private(os.fstat(library.fileno())) or not file.stem.endswith(f"-{digest}"):
             return None
-        found = ctypes.CDLL(f"/proc/self/fd/{library.fileno()}")
+        loaded = ctypes.CDLL(f"/proc/self/fd/{library.fileno()}")
     for function, arguments in _ARGUMENTS.items():
-        getattr(found, function).argtypes, getattr(found, function).restype = arguments, None
-    return found
+        getattr(loaded, function).argtypes, getattr(loaded, function).restype = arguments, None
+    return loaded
 
 
 def release_threads() -> None:

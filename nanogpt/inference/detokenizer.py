@@ -38,10 +38,10 @@ class TextStream:
     def _sift(self, new: str) -> str:
         text = self._held + new
         # Pick the stop string that ends first, whatever the token boundaries; in a tie, the longer one.
-        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]
-        if found:
+        spans = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]
+        if spans:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            return text[: min(spans)[1]]
         held = max((_overlap(text, stop) for stop in self.stop), default=0)
         cut = len(text) - held
         self._held = text[cut:]

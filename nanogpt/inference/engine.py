@@ -161,12 +161,12 @@ class Engine:
             self._read(slid)
         logits = self.logits()
         tokens = self._draw(logits)
-        found = list(zip(self.texts, self._report(logits, tokens), strict=True))
-        for text, token in found:
+        drawn = list(zip(self.texts, self._report(logits, tokens), strict=True))
+        for text, token in drawn:
             text.ids.append(token.id)
             if text.seen is not None:
                 text.seen[token.id] = True
-        return found
+        return drawn
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
@@ -299,27 +299,27 @@ def complete(decoder: Engine, completions: Sequence[Completion]) -> Iterator[tup
     """Run all `completions`, as many in parallel as there are slots; yield each new token with the text to
     emit. All slots are freed on exit, including when the iterator is closed early."""
     waiting = deque(c for c in completions if c.max_new_tokens > 0)
-    of = {c.text: c for c in completions}
+    by_text = {c.text: c for c in completions}
     try:
-        while waiting or any(text in of for text in decoder.texts):
+        while waiting or any(text in by_text for text in decoder.texts):
             decoder.add([waiting.popleft().text for _ in range(min(decoder.free, len(waiting)))])
             for text, token in decoder.step():
-                if text in of:
-                    piece = of[text].take(token)
-                    if of[text].finish_reason:
+                if text in by_text:
+                    piece = by_text[text].take(token)
+                    if by_text[text].finish_reason:
                         decoder.remove(text)
-                    yield of[text], token, piece
+                    yield by_text[text], token, piece
     finally:
-        for text in [text for text in decoder.texts if text in of]:
+        for text in [text for text in decoder.texts if text in by_text]:
             decoder.remove(text)
 
 
 def longest_prefix_match(ids: Sequence[int], held: Mapping[int, Sequence[int]]) -> tuple[int, int]:
     """Return the slot of `held` with the longest prefix in common with `ids`, and its length; or (-1, 0)."""
-    found = (-1, 0)
+    best = (-1, 0)
     wanted = list(ids)
     for slot, tokens in held.items():
-        low, high = found[1], min(len(wanted), len(tokens))
+        low, high = best[1], min(len(wanted), len(tokens))
         if tokens[: low + 1] != wanted[: low + 1]:
             continue
         while low < high:  # binary search; tokens[:low] match
@@ -328,9 +328,9 @@ def longest_prefix_match(ids: Sequence[int], held: Mapping[int, Sequence[int]]) 
                 low = middle
             else:
                 high = middle - 1
-        if low > found[1]:
-            found = (slot, low)
-    return found
+        if low > best[1]:
+            best = (slot, low)
+    return best
 
 
 def packed(texts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

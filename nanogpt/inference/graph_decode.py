@@ -69,16 +69,16 @@ class GraphEngine(Engine):
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
-        found = self._prepared()
-        found.replay()
-        self.last = found
-        return found.logits
+        recorded = self._prepared()
+        recorded.replay()
+        self.last = recorded
+        return recorded.logits
 
     def _draw(self, logits: Tensor) -> list[int]:
-        found = self.last
-        if self._kind() is None or found is None:
+        recorded = self.last
+        if self._kind() is None or recorded is None:
             return super()._draw(logits)
-        return found.tokens.tolist()
+        return recorded.tokens.tolist()
 
     @torch.inference_mode()
     def run(self, count: int) -> Tensor:
@@ -88,18 +88,18 @@ class GraphEngine(Engine):
         assert kind is not None, "all sequences need the same options, without repetition penalty and top-p"
         at = max(len(text.ids) - text.start for text in self.texts)
         assert at + count <= self.length, f"{at} + {count} tokens do not fit in length={self.length}"
-        found = self._prepared(room=count)
+        recorded = self._prepared(room=count)
         uniform = torch.stack(
             [torch.rand(count - 1, generator=t.generator, dtype=torch.float64) for t in self.texts]
         )
-        uniform = torch.cat([found.uniform[None], uniform.T.to(self.device)])  # first: from _prepared
+        uniform = torch.cat([recorded.uniform[None], uniform.T.to(self.device)])  # first: from _prepared
         written = torch.empty(count, len(self.texts), dtype=torch.int64, device=self.device)
         for turn in range(count):
-            found.uniform.copy_(uniform[turn])
-            found.replay()
-            written[turn] = found.tokens
-            found.idx.copy_(found.tokens[:, None])
-            found.positions += 1
+            recorded.uniform.copy_(uniform[turn])
+            recorded.replay()
+            written[turn] = recorded.tokens
+            recorded.idx.copy_(recorded.tokens[:, None])
+            recorded.positions += 1
         for text, new in zip(self.texts, written.T.tolist(), strict=True):
             text.ids += new
         return written
@@ -119,14 +119,14 @@ class GraphEngine(Engine):
         while bucket < longest:
             bucket *= 2
         key = (len(self.texts), min(bucket, self.length), self._kind())
-        found = self.recorded.get(key)
+        recorded = self.recorded.get(key)
         inputs = self._inputs(positions)
-        if found is None:
-            found = self.recorded[key] = _Recorded(*inputs)
-            self._record(found, key[1], key[2])
-        for place, new in zip((found.idx, found.positions, found.uniform), inputs, strict=True):
+        if recorded is None:
+            recorded = self.recorded[key] = _Recorded(*inputs)
+            self._record(recorded, key[1], key[2])
+        for place, new in zip((recorded.idx, recorded.positions, recorded.uniform), inputs, strict=True):
             place.copy_(new)
-        return found
+        return recorded
 
     def _inputs(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         drawn = (
@@ -139,18 +139,18 @@ class GraphEngine(Engine):
         parts = (idx, torch.tensor(positions), uniform)
         return tuple(part.to(self.device) for part in parts)  # type: ignore[return-value]
 
-    def _record(self, found: _Recorded, length: int, kind: SamplingOptions | None) -> None:
+    def _record(self, recorded: _Recorded, length: int, kind: SamplingOptions | None) -> None:
         def work() -> tuple[Tensor, Tensor]:
-            at = found.positions[:, None]
+            at = recorded.positions[:, None]
             bias = self.model.position.bias_at(at, length)
-            past = FixedStep(self.cache, found.positions, length, bias)
-            logits = self.model.head(self.model.hidden(found.idx, past)[:, 0])
-            tokens = draw(logits, kind, found.uniform) if kind else logits.argmax(dim=-1)
+            past = FixedStep(self.cache, recorded.positions, length, bias)
+            logits = self.model.head(self.model.hidden(recorded.idx, past)[:, 0])
+            tokens = draw(logits, kind, recorded.uniform) if kind else logits.argmax(dim=-1)
             return logits, tokens
 
         # Repeating a step writes the same keys and values, but smear's last embedding changes: restore it.
         before = self.cache.embeddings.clone()
         for _ in range(WARM_UPS):
             aside(work, self.device)
-        (found.logits, found.tokens), found.replay = self.record(work)
+        (recorded.logits, recorded.tokens), recorded.replay = self.record(work)
         self.cache.embeddings.copy_(before)

@@ -91,10 +91,10 @@ def sample_inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     if logits.device.type == "mps":  # Apple GPUs have no float64
         return sample_inverse_cdf(logits.cpu(), uniform).to(logits.device)
     mass, uniform = logits.double().softmax(dim=-1).cumsum(dim=-1), uniform.to(logits.device)
-    found = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
+    index = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
     # Rounding may put the sample past the last token that was not filtered out: clamp to it.
     last = logits.shape[-1] - 1 - (logits > -torch.inf).int().flip(-1).argmax(dim=-1)
-    return torch.minimum(found, last)
+    return torch.minimum(index, last)
 
 
 def draw(logits: Tensor, options: SamplingOptions, uniform: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def draw(logits: Tensor, options: SamplingOptions, uniform: Tensor) -> Tensor:
         logits = keep_top_p(logits, options.top_p)
     if options.min_p > 0:
         logits = keep_min_p(logits, options.min_p)
-    found = sample_inverse_cdf(logits, uniform)
-    return found if ids is None else ids.gather(-1, found[:, None])[:, 0]
+    sampled = sample_inverse_cdf(logits, uniform)
+    return sampled if ids is None else ids.gather(-1, sampled[:, None])[:, 0]
 
 
 def draw_each(logits: Tensor, options: Sequence[SamplingOptions], uniform: Tensor) -> Tensor:

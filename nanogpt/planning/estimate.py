@@ -109,14 +109,14 @@ def memory(
     AdamW keeps two state elements per parameter, Muon one per element of the blocks' matrices, row-wise
     Adagrad one per row of the n-gram tables, whose gradients are sparse on a CPU and not counted there.
     """
-    found = parameters(shape)
-    by_muon = found.matrices if rules.optimizer == "muon" else 0
-    cast = found.multiplying - (found.matrices + found.vectors if recompute else 0)
+    counts = parameters(shape)
+    by_muon = counts.matrices if rules.optimizer == "muon" else 0
+    cast = counts.multiplying - (counts.matrices + counts.vectors if recompute else 0)
     tokens = batch_size * shape.block_size
     return Memory(
-        weights=FLOAT * found.total,
-        gradients=FLOAT * (found.total - found.tables * on_cpu),
-        optimizer=FLOAT * (2 * (found.total - found.tables - by_muon) + by_muon + found.table_rows),
+        weights=FLOAT * counts.total,
+        gradients=FLOAT * (counts.total - counts.tables * on_cpu),
+        optimizer=FLOAT * (2 * (counts.total - counts.tables - by_muon) + by_muon + counts.table_rows),
         activations=activations(shape, tokens, number_bytes, recompute, on_cpu, loss_chunk_size, compiled),
         copies=0 if number_bytes == FLOAT else number_bytes * cast,
         buffers=0 if on_cpu else WORKSPACE,

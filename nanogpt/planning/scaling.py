@@ -165,33 +165,33 @@ def collectives(
     by_muon = sum(counts.total() for counts in stacks)
     if mode == "ddp":
         buckets = -(-FLOAT * total // BUCKET)
-        found = [Call("all_reduce", FLOAT * total, gpus, nodes, "last", buckets)]
+        calls = [Call("all_reduce", FLOAT * total, gpus, nodes, "last", buckets)]
         if options.shard_optimizer:  # ZeRO-1; Muon's updates are padded to the most that one GPU owns
             rest = total - by_muon
-            found.append(Call("all_gather", FLOAT * rest, gpus, nodes, "update", -(-rest // TURN)))
+            calls.append(Call("all_gather", FLOAT * rest, gpus, nodes, "update", -(-rest // TURN)))
             padded = gpus * sum(max(counts.values()) for counts in stacks)
-            found.append(Call("all_gather", number_bytes * padded, gpus, nodes, "update", len(stacks)))
-        return found
+            calls.append(Call("all_gather", number_bytes * padded, gpus, nodes, "update", len(stacks)))
+        return calls
     where = parts, nodes if mode == "fsdp" else 1
     gathered = number_bytes * layers * block
-    found = [
+    calls = [
         Call("all_gather", FLOAT * root, *where, "forward"),
         Call("all_gather", gathered, *where, "forward", layers),
         Call("all_gather", gathered, *where, "backward", layers),
         Call("reduce_scatter", FLOAT * total, *where, "last", layers + 1),
     ]
     if stacks:  # gradients in float32 to the owners, updates back
-        most = max(sum(stacks, Counter()).values())
-        sent = (FLOAT * (by_muon - most) + number_bytes * most * (parts - 1)) / parts
-        found.append(Call("all_to_all", sent, *where, "update", 2 * len(stacks)))
+        max_owned = max(sum(stacks, Counter()).values())
+        sent = (FLOAT * (by_muon - max_owned) + number_bytes * max_owned * (parts - 1)) / parts
+        calls.append(Call("all_to_all", sent, *where, "update", 2 * len(stacks)))
     if mode == "hsdp" and nodes > 1:
-        found.append(Call("all_reduce", FLOAT * total / parts, nodes, nodes, "last", layers + 1))
-    return found
+        calls.append(Call("all_reduce", FLOAT * total / parts, nodes, nodes, "last", layers + 1))
+    return calls
 
 
-def bytes_sent(found: list[Call], micro_batches: int) -> float:
+def bytes_sent(calls: list[Call], micro_batches: int) -> float:
     """Return the bytes a GPU sends in a step of `micro_batches`."""
-    return sum(call.sent * (micro_batches if call.when in ("forward", "backward") else 1) for call in found)
+    return sum(call.sent * (micro_batches if call.when in ("forward", "backward") else 1) for call in calls)
 
 
 # ----------------------------------------------------------------------------- time
@@ -274,10 +274,10 @@ def predict(
     whole, rest = divmod(sequences, options.micro_batch_size)
     sizes = [options.micro_batch_size] * whole + [rest] * bool(rest)
     compute = [compute_s(shape, options, size) for size in sizes]
-    found = collectives(shape, options, mode, gpus)
+    calls = collectives(shape, options, mode, gpus)
     took = dict.fromkeys(("forward", "backward", "last", "update"), 0.0)
     alone = took.copy()  # no compute overlaps the first gathers and the last bucket
-    for call in found:
+    for call in calls:
         took[call.when] += call_s(call, options)
         alone[call.when] += call_s(call, options) / max(1, call.count)
     exposed = took["update"]
@@ -292,7 +292,7 @@ def predict(
         sum(compute),
         exposed,
         update_s(shape, options, mode, gpus),
-        bytes_sent(found, len(sizes)),
+        bytes_sent(calls, len(sizes)),
         memory(shape, options, mode, gpus, sizes, compiled=compiled),
     )
 

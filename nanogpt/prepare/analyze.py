@@ -14,7 +14,7 @@ from nanogpt.prepare.encode import Encoded, Job, Split
 from nanogpt.prepare.text_files import Document, Texts
 from nanogpt.tokenizer import bpe, tokenizer
 
-FEW = 100  # documents; fewer are each cut into train and val, else each goes whole to one of them
+FEW = 100  # documents; fewer are each split into train and val, more are each assigned whole to one
 LEARNT_FROM = 1 << 28  # characters of train, from its start, on which a BPE is trained
 
 
@@ -49,30 +49,30 @@ def look(texts: Texts, wanted: Options, val_from: int = -1) -> tuple[Split, bool
 
     Rows are read only until it is known whether there are few documents.
     """
-    found: list[Document] = [source.document for source in texts.sources if source.document]
+    documents: list[Document] = [source.document for source in texts.sources if source.document]
     rows = Texts([source for source in texts.sources if not source.document])
-    if len(found) < FEW:
+    if len(documents) < FEW:
         encode.start_counting(Job("", tuple(rows.sources), Split(0.5), False, wanted.text_key))
         for piece in readers.pieces(rows.sources, reading(wanted)):
             result = Encoded()
-            found += (document for _, _, document in encode.bodies(piece, result))
+            documents += (document for _, _, document in encode.bodies(piece, result))
             refuse_bad(result, rows, wanted)
-            if len(found) >= FEW:
+            if len(documents) >= FEW:
                 break
         else:
-            if wanted.split_at and len(found) <= len(texts.sources):
+            if wanted.split_at and len(documents) <= len(texts.sources):
                 raise UserError(f"--split_at={wanted.split_at}: these texts do not contain it; omit it")
     if val_from >= 0:
-        return Split(wanted.val_fraction, wanted.seed, val_from=val_from), len(found) > 2  # one in each
-    split = Split(wanted.val_fraction, wanted.seed, few=len(found) < FEW and not wanted.pairs)
+        return Split(wanted.val_fraction, wanted.seed, val_from=val_from), len(documents) > 2  # one per split
+    split = Split(wanted.val_fraction, wanted.seed, few=len(documents) < FEW and not wanted.pairs)
     if split.few:
-        characters = sum(document.characters for document in found)
+        characters = sum(document.characters for document in documents)
         if characters < 2:
             raise UserError(f"the text has {counted(characters, 'character')}; at least 2 are needed")
-        train = sum(split.train_length(document) for document in found)
+        train = sum(split.train_length(document) for document in documents)
         if train in (0, characters):
-            raise empty_split("train" if train == 0 else "val", wanted, len(found), characters)
-    return split, len(found) > 1
+            raise empty_split("train" if train == 0 else "val", wanted, len(documents), characters)
+    return split, len(documents) > 1
 
 
 def empty_split(name: str, wanted: Options, documents: int, characters: int) -> UserError:
@@ -98,12 +98,12 @@ def alphabet(texts: Texts, job: Job, wanted: Options, workers: int) -> str:
     with progress("counting", texts) as bar:
         pieces = readers.pieces(texts.sources, reading(wanted), advance=bar.update)
         for part in pool.ordered(encode.count, pieces, workers, encode.start_counting, (job,)):
-            refuse_bad(part.found, texts, wanted)
+            refuse_bad(part.result, texts, wanted)
             seen[part.alphabet] = True
-    found = "".join(map(chr, np.flatnonzero(seen)))
-    if len(found) == 1:
-        raise UserError(f"the text consists of {found!r} only; at least 2 distinct characters are needed")
-    return found
+    distinct = "".join(map(chr, np.flatnonzero(seen)))
+    if len(distinct) == 1:
+        raise UserError(f"the text consists of {distinct!r} only; at least 2 distinct characters are needed")
+    return distinct
 
 
 def learnt(size: int, texts: Texts, job: Job, wanted: Options) -> tokenizer.Tokenizer:
@@ -133,7 +133,7 @@ def reading(wanted: Options) -> readers.Reading:
 # ----------------------------------------------------------------------------- progress and messages
 
 
-def progress(what: str, texts: Texts | None = None, done: int = 0) -> "tqdm[Any]":
+def progress(label: str, texts: Texts | None = None, done: int = 0) -> "tqdm[Any]":
     """Return a progress bar over the bytes read, with rate and time left, on stderr. If stderr is not a
     terminal, it prints a line after 8 seconds and then one per minute.
     """
@@ -143,9 +143,9 @@ def progress(what: str, texts: Texts | None = None, done: int = 0) -> "tqdm[Any]
         if sys.stderr.isatty()
         else {"delay": 8.0, "mininterval": 60.0, "maxinterval": 60.0, "smoothing": 0.0}
     )
-    bar = tqdm(desc=what, total=total, initial=done, unit="B", unit_scale=True, leave=False, **quiet)
+    bar = tqdm(desc=label, total=total, initial=done, unit="B", unit_scale=True, leave=False, **quiet)
     if quiet:
-        bar.last_print_t -= 52.0  # and the average rate, as this would falsify that of the last minute
+        bar.last_print_t -= 52.0  # prints after 8 s; would distort a rate of the last minute
     return bar
 
 

@@ -37,7 +37,7 @@ RECORD_S = 5.0  # seconds between records of progress
 SHOWN_BAD = 3  # number of skipped rows to report
 SPLIT_NAMES = dict.fromkeys(("test", "testing"), "test") | dict.fromkeys(("train", "training"), "train")
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev", "eval", "heldout", "holdout"), "val")
-OTHERS = 0.01  # share of bytes in files not named as splits, if others are, up to which they are left out
+OTHERS = 0.01  # share of bytes up to which files not named as splits are left out, beside named ones
 SHOWN = 10  # number of files to report
 
 
@@ -167,7 +167,7 @@ def _refuse_idle(kinds: set[str], tokenizer_kind: str, wanted: Options) -> None:
 
 
 def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[str]]:
-    """Return the sources, those of val last, the index of the first of val, and notes; -1: no splits given.
+    """Return the sources, those of val last, the index of the first of val (-1: no splits given), and notes.
 
     With --val its files are val, else those named valid or val, if there are others. Files named test are
     never used beside others. With --split_at, text files hold several documents.
@@ -222,21 +222,21 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
 
 
 def _roles(sources: list[Source]) -> list[str]:
-    """Return the split for which each file is named, or else the nearest folder in which they differ: train,
-    val, test or "". Names are those of wiki.train.tokens, c4-validation.00000, test_1.txt or dev/."""
+    """Return the split after which each file, or else the nearest folder in which they differ, is named:
+    train, val, test or "". Names are those of wiki.train.tokens, c4-validation.00000, test_1.txt or dev/."""
     folders = [os.path.dirname(os.path.abspath(source.path)) for source in sources if source.kind != "hub"]
     root = os.path.commonpath(folders) if folders else ""
-    found = []
+    splits = []
     for source in sources:
         path = "train" if source.kind == "hub" else os.path.relpath(os.path.abspath(source.path), root)
         role = ""
         for part in path.lower().split(os.sep):
-            names = [name.split() for name in re.split("[^a-z ]+", part)]  # a title is not its words
+            names = [name.split() for name in re.split("[^a-z ]+", part)]  # first and last words count
             words = {word for name in names for word in (*name[:1], *name[-1:])}
             roles = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
             role = next((role for role in ("test", "val", "train") if role in roles), role)
-        found.append(role)
-    return found
+        splits.append(role)
+    return splits
 
 
 def _names(sources: list[Source]) -> str:
@@ -272,13 +272,13 @@ def _given_tokenizer(wanted: Options, out: Path) -> tokenizer.Tokenizer | None:
 
 
 def _find(paths: Sequence[Path], out: Path, keep: Callable[[Path], bool], wanted: Options) -> Texts:
-    own = os.path.realpath(out)
+    target = os.path.realpath(out)
 
     def not_ours(file: Path) -> bool:  # excludes output of earlier runs
         name = file.name.split(files.TEMPORARY)[0]
         ours = name in (*NAMES, "train.mask.bin", "val.mask.bin")
         ours = ours or name.startswith(("tokens_train_", "tokens_val_"))
-        return keep(file) and not (ours and os.path.realpath(file.parent) == own)
+        return keep(file) and not (ours and os.path.realpath(file.parent) == target)
 
     with analyze.progress("checking") as bar:
         texts = find(paths, wanted.encoding, not_ours, bar.update, wanted.text_key, wanted.on_undecodable)

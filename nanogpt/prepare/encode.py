@@ -160,9 +160,9 @@ def _encode(piece: Piece, result: Encoded) -> None:
         if isinstance(body, Pair):
             split = "train" if train_length else "val"
             for part, is_response in ((body.prompt, False), (body.response, True)):
-                found = b"".join(_part(part, is_response, split, result))
-                ids[split].append(found)
-                result.scored[split] += bytes([is_response]) * (len(found) // np.dtype(_dtype).itemsize)
+                encoded = b"".join(_part(part, is_response, split, result))
+                ids[split].append(encoded)
+                result.scored[split] += bytes([is_response]) * (len(encoded) // np.dtype(_dtype).itemsize)
             result.documents[split] += 1
             folded.append(document.folded << 1 | (split == "val"))
             continue
@@ -253,21 +253,21 @@ def parts(chunks: Iterable[str], words: bool) -> Iterator[str]:
 @dataclass
 class Counted:
     alphabet: np.ndarray  # code points that occur
-    found: Encoded  # statistics, no ids
+    result: Encoded  # statistics, no ids
 
 
 def count(piece: Piece) -> Counted:
     """Return the set of characters in a piece."""
-    found = Encoded()
+    result = Encoded()
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
-    for body, _, _ in bodies(piece, found):
+    for body, _, _ in bodies(piece, result):
         seen[code_points(body).astype(np.intp)] = True
-    return Counted(np.flatnonzero(seen), found)
+    return Counted(np.flatnonzero(seen), result)
 
 
-def train_bodies(piece: Piece, found: Encoded) -> Iterator[str]:
-    """Yield the train part of each text in a piece; unreadable rows are recorded in `found`."""
-    for body, offset, document in bodies(piece, found):
+def train_bodies(piece: Piece, result: Encoded) -> Iterator[str]:
+    """Yield the train part of each text in a piece; unreadable rows are recorded in `result`."""
+    for body, offset, document in bodies(piece, result):
         yield body[: max(_job.split.train_length(document, piece.source) - offset, 0)]
 
 

@@ -15,7 +15,7 @@ TABLES = (b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff")  # Parquet; Arrow: file, 
 ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"}  # by suffix
 ROWS |= dict.fromkeys((".parquet", ".arrow", ".feather"), "table")
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-IN_ZIP = {  # what the first entries of a zip archive tell
+IN_ZIP = {  # by a mark in the first entries of a zip archive
     b"word/": "a Word document (.docx): save it as plain text first",
     b"xl/": "an Excel workbook (.xlsx): save the sheet as .csv first",
     b"ppt/": "a PowerPoint file (.pptx): save it as plain text first",
@@ -49,13 +49,13 @@ def refused(head: bytes) -> str:
     """Return what a file that begins with `head` is and what to do, if it is not text; else ""."""
     if head.startswith(b"PK\3\4"):
         return next(
-            (what for mark, what in IN_ZIP.items() if mark in head), "a zip archive: extract its text first"
+            (hint for mark, hint in IN_ZIP.items() if mark in head), "a zip archive: extract its text first"
         )
     if head[4:8] == b"ftyp" or (head.startswith(b"RIFF") and head[8:12] in (b"WAVE", b"WEBP", b"AVI ")):
         return "an image, sound or video: not text"
     if head[257:262] == b"ustar":
         return "a tar archive: extract its text first"
-    return next((what for marks, what in REFUSED.items() if head.startswith(marks)), "")
+    return next((hint for marks, hint in REFUSED.items() if head.startswith(marks)), "")
 
 
 def rows_kind(name: str) -> str:
@@ -131,7 +131,7 @@ def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31
     frame = decompressor.decompressobj()
     whole, blocks, size = True, [b""], 0
-    while packed := raw.read(1 << 9):  # becomes 16 MB at most: a block of 128 kB takes 4 bytes or more
+    while packed := raw.read(1 << 9):  # 16 MB at most decompressed: a block of 128 kB takes 4 bytes or more
         while packed:
             if frame.eof:
                 frame = decompressor.decompressobj()

@@ -1,4 +1,4 @@
-"""Your own texts without further commands: `nanogpt novel.txt`, `train.py --dataset=novel.txt`."""
+"""Training on your own texts in one command: `nanogpt novel.txt`, `train.py --dataset=novel.txt`."""
 
 import hashlib
 import itertools

@@ -146,8 +146,8 @@ def check_columns(sources: Iterable[Source], text_key: str) -> None:
 def _table(index: int, source: Source, reading: Reading, place: Any, advance: Advance) -> Iterator[Piece]:
     seen, row = 0, place or 0
     name, key = str(source.path), reading.text_key
-    while found := isolated.call(name, source.bytes, tables.batch, source.path, key, row):
-        row, values, position = found
+    while batch := isolated.call(name, source.bytes, tables.batch, source.path, key, row):
+        row, values, position = batch
         row += len(values)
         yield Piece(index, row, values, row - len(values) + 1)
         position = min(source.bytes, position)
@@ -161,7 +161,7 @@ def _table(index: int, source: Source, reading: Reading, place: Any, advance: Ad
 
 def hub(name: str, text_key: str, instead: str) -> Source:
     """Return the hub dataset NAME[:CONFIG[:SPLIT]][@REVISION], or a folder in its format, as a source; of
-    several, separated by "|", the first that is there. NAME/PATTERN selects files of the repository.
+    several, separated by "|", the first that exists. NAME/PATTERN selects files of the repository.
 
     Raise UserError if it is unusable; `instead` is the hint if the hub cannot be reached.
     """
@@ -186,9 +186,9 @@ def _open_hub(name: str, text_key: str, instead: str) -> Any:
     if path.count("/") > 1 and not Path(path).exists():
         owner, repository, chosen = path.split("/", 2)
         path = f"{owner}/{repository}"
-    how = {"split": split or "train", "revision": revision or None, "data_files": chosen, "streaming": True}
+    args = {"split": split or "train", "revision": revision or None, "data_files": chosen, "streaming": True}
     try:
-        dataset = datasets.load_dataset(path, config or None, **how)
+        dataset = datasets.load_dataset(path, config or None, **args)
         if dataset.num_shards < int((re.findall(r"-of-0*(\d+)", name) or [0])[0]):
             raise ValueError(f"only {dataset.num_shards} of these files are there")
         columns = dataset.column_names or list(next(iter(dataset)))

@@ -12,7 +12,7 @@ from nanogpt.errors import UserError
 
 LONGEST = 1 << 24  # maximum bytes of a row, which is parsed whole
 BROKEN = b"\0broken: "  # begins a line that holds the reason why a row cannot be read
-BETWEEN = re.compile(r"[\s,]*")  # JSON values
+BETWEEN = re.compile(r"[\s,]*")  # separators of JSON values
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
         names = [name.strip() for name in next(reader, [])]
         keys = keys_of(text_key)
         if missing := [key for key in keys if names.count(key) != 1]:
-            found = "two columns" if missing[0] in names else "no column"
+            problem = "two columns" if missing[0] in names else "no column"
             raise UserError(
-                f"has {found} `{missing[0]}`; its first line, which must name the columns, is: "
+                f"has {problem} `{missing[0]}`; its first line, which must name the columns, is: "
                 f"{', '.join(names)[:200]}; choose one with --text_key=NAME"
             )
         places = {key: names.index(key) for key in keys}

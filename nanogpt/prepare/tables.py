@@ -13,7 +13,7 @@ STRINGS = ("string", "large_string", "string_view", "null")
 
 Batch = tuple[int, list[Any], int]  # number of the first row from 0, documents, position in the file
 
-_next: tuple[Any, Iterator[Batch]] = (None, iter(()))  # arguments of `batch` that go on, and its batches
+_next: tuple[Any, Iterator[Batch]] = (None, iter(()))  # arguments of the next `batch`, batches left
 
 
 def choose(where: str, columns: dict[str, str], text_key: str) -> list[str]:
@@ -21,10 +21,10 @@ def choose(where: str, columns: dict[str, str], text_key: str) -> list[str]:
     keys = rows.keys_of(text_key)
     for key in keys:
         if columns.get(key, "") not in STRINGS:
-            what = f"is of type {columns[key]}" if key in columns else "does not exist"
+            problem = f"is of type {columns[key]}" if key in columns else "does not exist"
             there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
             raise UserError(
-                f"{where}: column {key!r} {what}; existing columns: {there or 'none'}; "
+                f"{where}: column {key!r} {problem}; existing columns: {there or 'none'}; "
                 "choose one with --text_key=NAME"
             )
     return keys
@@ -46,9 +46,9 @@ def batch(path: Path, text_key: str, row: int) -> Batch | None:
     known, batches = _next
     if known != (path, text_key, row):
         batches = _batches(path, text_key, row)
-    found = next(batches, None)
-    _next = ((path, text_key, found[0] + len(found[1])), batches) if found else (None, iter(()))
-    return found
+    result = next(batches, None)
+    _next = ((path, text_key, result[0] + len(result[1])), batches) if result else (None, iter(()))
+    return result
 
 
 def _batches(path: Path, text_key: str, skip: int, check: bool = False) -> Iterator[Batch]:
@@ -83,7 +83,7 @@ def _open(file: BinaryIO) -> tuple[Any, Callable[[list[str], int], Iterator[tupl
     start = file.read(6)
     file.seek(0)
     if start.startswith(b"PAR1"):
-        # pre_buffer, the default, would hold all of a column that is read, not only buffer_size of it.
+        # pre_buffer, the default, would hold whole columns in memory, not only buffer_size of them.
         table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
 
         def groups(keys: list[str], skip: int) -> Iterator[tuple[int, Any]]:

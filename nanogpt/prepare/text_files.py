@@ -34,7 +34,7 @@ MARKS = {  # byte order marks; UTF-32 first, as its LE mark begins with that of 
     codecs.BOM_UTF8: "utf-8",
 }
 UNDECODABLE = {"refuse": None, "replace": "\ufffd", "drop": ""}  # --on_undecodable: bytes become this
-FEW = 0.01  # share of bytes of a text that may be undecodable; more are of another encoding
+FEW = 0.01  # share of bytes of a text that may be undecodable; with more, the encoding is wrong
 C1 = re.compile("[\x80-\x84\x86-\x9f]")  # control characters, which no text has
 _LOWER = bytes(range(256)).lower()
 _LEFT_OUT = bytes(byte for byte in range(128) if not chr(byte).isalnum())
@@ -134,7 +134,7 @@ def find(
     bytes read.
     """
     _check_name(encoding)
-    found = Texts()
+    texts = Texts()
     seen: set[str] = set()
     for path in paths:
         matches = [path] if path.exists() else [Path(name) for name in sorted(_matching(str(path)))]
@@ -143,8 +143,8 @@ def find(
         for match in matches:
             folder = match.is_dir()
             inspect = partial(_inspect, encoding, text_key, on_undecodable, advance, 0.01 if folder else 0.1)
-            _search(match, keep, inspect, found, seen)
-    return found
+            _search(match, keep, inspect, texts, seen)
+    return texts
 
 
 def _matching(pattern: str) -> list[str]:
@@ -155,13 +155,13 @@ def _search(
     path: Path,
     keep: Callable[[Path], bool],
     inspect: Callable[[Path, str], Source],
-    found: Texts,
+    texts: Texts,
     seen: set[str],
 ) -> None:
-    """Add the file `path`, or the files of the folder `path`, to `found` in place."""
+    """Add the file `path`, or the files of the folder `path`, to `texts` in place."""
     folder = path.is_dir()
     listed = list(filter(keep, _files(path))) if folder else [path]
-    # Files beside the tables in a dataset's folder (README, lists) are not documents, nor a README of rows.
+    # Files beside tables in a dataset's folder (README, lists) are no documents, nor is a README beside rows.
     beside: dict[str, set[Path]] = {}
     for file in listed if folder else ():
         beside.setdefault(formats.rows_kind(file.name), set()).update(file.parents)
@@ -171,21 +171,21 @@ def _search(
         name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
         real = os.path.realpath(file)
         if real in seen:
-            found.skipped.append((name, "given twice"))
+            texts.skipped.append((name, "given twice"))
             continue
         seen.add(real)
         kind = formats.rows_kind(file.name)
         apart = kind in ("", "json") or file.name.startswith("cache-")
-        about = kind == "" and file.stem.upper() in ("README", "LICENSE")
-        if (apart and file.parent in tables) or (about and file.parent in of_rows):
-            found.skipped.append((name, "not a table, unlike others in its folder"))
+        is_notice = kind == "" and file.stem.upper() in ("README", "LICENSE")
+        if (apart and file.parent in tables) or (is_notice and file.parent in of_rows):
+            texts.skipped.append((name, "not a table, unlike others in its folder"))
             continue
         try:
-            found.sources.append(inspect(file, name))
+            texts.sources.append(inspect(file, name))
         except _NotText as problem:
             if not folder:
                 raise UserError(f"{file}: {problem}") from None
-            found.skipped.append((name, str(problem)))
+            texts.skipped.append((name, str(problem)))
 
 
 def code_points(text: str) -> np.ndarray:
@@ -222,8 +222,8 @@ def _inspect(
     status, head = path.stat(), formats.head_of(path)
     if not head:
         raise _NotText("empty")
-    if what := formats.refused(head):
-        raise _NotText(what)
+    if reason := formats.refused(head):
+        raise _NotText(reason)
     kind = _kind(path, head, text_key)
     encodings, mark = _candidates(head, forced)
     source = Source(
@@ -289,7 +289,7 @@ def _kind(path: Path, head: bytes, text_key: str) -> str:
         line = start.partition(b"\n")[0] if b"\n" in start else b""
         if isinstance(rows.document(line, 1, text_key), str):
             return "jsonl"
-        with contextlib.suppress(UserError, UnicodeDecodeError):  # rows that are not one on each line
+        with contextlib.suppress(UserError, UnicodeDecodeError):  # rows that are not one per line
             row = next(rows.of_json([codecs.getincrementaldecoder("utf-8")().decode(start)]), b"")
             if isinstance(rows.document(row, 1, text_key), str):
                 return "json"
@@ -302,9 +302,9 @@ def _with_rows(source: Source, text_key: str) -> Source:
         start = next(lines_of(source, text_key), b"").splitlines()[:100]
     except UserError as error:
         raise _NotText(str(error)) from None
-    found = [rows.document(line, number, text_key) for number, line in enumerate(start, 1) if line]
-    if found and all(isinstance(row, rows.BadRow) for row in found):
-        raise _NotText(f"row 1 {found[0].reason}")  # type: ignore[union-attr]
+    documents = [rows.document(line, number, text_key) for number, line in enumerate(start, 1) if line]
+    if documents and all(isinstance(row, rows.BadRow) for row in documents):
+        raise _NotText(f"row 1 {documents[0].reason}")  # type: ignore[union-attr]
     return source
 
 
@@ -319,13 +319,13 @@ def lines_of(
         yield from formats.unpacked(source.path, advance, source.mark + skip)
         return
     chunks = decoded(source, advance)
-    found: Iterable[bytes] = (chunk.encode("utf-8", "surrogatepass") for chunk in chunks)
+    lines: Iterable[bytes] = (chunk.encode("utf-8", "surrogatepass") for chunk in chunks)
     if source.kind == "json":
-        found = rows.of_json(chunks)
+        lines = rows.of_json(chunks)
     elif source.kind == "csv":
-        found = rows.of_csv(with_newlines(chunks), text_key, ".tsv" in source.path.name.lower())
+        lines = rows.of_csv(with_newlines(chunks), text_key, ".tsv" in source.path.name.lower())
     pending, size = [], 0
-    for data in itertools.chain(found, [b""]):
+    for data in itertools.chain(lines, [b""]):
         pending.append(data[skip:])
         skip, size = max(0, skip - len(data)), size + len(pending[-1])
         if size >= formats.BLOCK or not data:
@@ -335,9 +335,9 @@ def lines_of(
 
 def named(path: Path, error: UserError) -> UserError:
     """Return `error` with a message that begins with the path of the file."""
-    where, said = str(path), str(error)
-    between = ", " if said.startswith(("line ", "row ")) else ": "
-    return error if said.startswith(where) else UserError(f"{where}{between}{said}")
+    where, message = str(path), str(error)
+    between = ", " if message.startswith(("line ", "row ")) else ": "
+    return error if message.startswith(where) else UserError(f"{where}{between}{message}")
 
 
 def decoded(source: Source, advance: Advance, bad: Undecoded | None = None) -> Iterator[str]:
@@ -374,17 +374,17 @@ def decoded(source: Source, advance: Advance, bad: Undecoded | None = None) -> I
         yield text
 
 
-def with_newlines(chunks: Iterable[str], found: set[Any] | None = None) -> Iterator[str]:
+def with_newlines(chunks: Iterable[str], newlines: set[Any] | None = None) -> Iterator[str]:
     """Convert CRLF and CR to LF, as Python's text mode does; U+2028, U+0085 and the like stay.
 
-    The kinds of newlines seen are added to `found` (`io.TextIOBase.newlines`).
+    The kinds of newlines seen are added to `newlines` (`io.TextIOBase.newlines`).
     """
     decoder = io.IncrementalNewlineDecoder(None, translate=True)
     for chunk in chunks:
         yield decoder.decode(chunk)
     yield decoder.decode("", final=True)
-    if found is not None:
-        found.add(decoder.newlines)
+    if newlines is not None:
+        newlines.add(decoder.newlines)
 
 
 def _checked(chunks: Iterable[str], nul_share: float) -> Iterator[str]:
@@ -460,11 +460,11 @@ def _chinese(chunks: Iterable[str]) -> Iterator[str]:
     other languages and 20 encodings that could be mistaken for it.
     """
     common = code_points("的一是不了在人有这我他来大上个之也曰为以其而")
-    wide = found = 0
+    wide = hits = 0
     for chunk in chunks:
         points = code_points(chunk)
         wide += int((points >= 0x80).sum())
-        found += int(np.isin(points, common).sum())
+        hits += int(np.isin(points, common).sum())
         yield chunk
-    if found < 0.05 * wide:
+    if hits < 0.05 * wide:
         raise _Undecodable("the text")

@@ -21,14 +21,14 @@ class WebOptions:
     shard_tokens: Amount = 0  # tokens per shard, as in llm.c; 0: one file per split
 
 
-def prepare(config: WebOptions, own: Path) -> list[str]:
-    """Write the dataset to --out or to `own`, the folder of the program; return the lines to print.
+def prepare(config: WebOptions, folder: Path) -> list[str]:
+    """Write the dataset to --out or to `folder`, that of the program; return the lines to print.
 
     Raise UserError for unusable sources and options, as corpus.prepare does.
     """
     summary = corpus.prepare(
         [Path(config.source)] if config.source else [],
-        Path(config.out or own),
+        Path(config.out or folder),
         kind="gpt2",
         hub="" if config.source else config.hub,
         instead="offline or without all of it, put its parquet files into a folder and pass --source=FOLDER",
@@ -39,5 +39,5 @@ def prepare(config: WebOptions, own: Path) -> list[str]:
         workers=config.workers,
         shard_tokens=config.shard_tokens,
     )
-    dataset = summary.option if config.out else f"--dataset={own.name}"
+    dataset = summary.option if config.out else f"--dataset={folder.name}"
     return [*summary.lines(), f"{command('train')} config/train_gpt2.py {dataset}"]

@@ -120,12 +120,12 @@ class Guard:
 
 def _single(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Return headers by name; refuse duplicates of those checked, as a proxy might use the other value."""
-    found: dict[bytes, bytes] = {}
+    by_name: dict[bytes, bytes] = {}
     for name, value in headers:
-        if name in found and name in CHECKED:
+        if name in by_name and name in CHECKED:
             raise Refusal(400, f"duplicate header {name.decode('latin-1')}")
-        found[name] = value
-    return found
+        by_name[name] = value
+    return by_name
 
 
 def _check_body(headers: dict[bytes, bytes]) -> None:

@@ -12,15 +12,15 @@ class Meters:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        of: Any = {"registry": self._registry}
-        self.requests = Counter("nanogpt_requests", "Responses by status.", ["path", "status"], **of)
-        self.read = Counter("nanogpt_prompt_tokens", "Prompt tokens processed.", **of)
-        self.wrote = Counter("nanogpt_generated_tokens", "Generated tokens.", **of)
-        self.cancelled = Counter("nanogpt_cancelled", "Requests cancelled by clients.", **of)
-        self.first = Histogram("nanogpt_first_token_seconds", "Time to first token.", buckets=SECONDS, **of)
-        self.step = Histogram("nanogpt_step_seconds", "Duration of a decoding step.", buckets=SECONDS, **of)
-        self.active = Gauge("nanogpt_active", "Completions being generated.", **of)
-        self.waiting = Gauge("nanogpt_waiting", "Completions waiting for a slot.", **of)
+        args: Any = {"registry": self._registry}
+        self.requests = Counter("nanogpt_requests", "Responses by status.", ["path", "status"], **args)
+        self.read = Counter("nanogpt_prompt_tokens", "Prompt tokens processed.", **args)
+        self.wrote = Counter("nanogpt_generated_tokens", "Generated tokens.", **args)
+        self.cancelled = Counter("nanogpt_cancelled", "Requests cancelled by clients.", **args)
+        self.first = Histogram("nanogpt_first_token_seconds", "Time to first token.", buckets=SECONDS, **args)
+        self.step = Histogram("nanogpt_step_seconds", "Duration of a decoding step.", buckets=SECONDS, **args)
+        self.active = Gauge("nanogpt_active", "Completions being generated.", **args)
+        self.waiting = Gauge("nanogpt_waiting", "Completions waiting for a slot.", **args)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -68,7 +68,7 @@ class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field([], max_length=16)
     logprobs: int | None = Field(None, ge=0, le=20)  # alternatives per token; None: no log-probabilities
     echo: bool = False
-    slide: bool = False  # not OpenAI's: of a prompt longer than the context, use the end, as sample.py does
+    slide: bool = False  # not in OpenAI's API: use the end of a prompt longer than the context, as sample.py
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -110,13 +110,13 @@ def parse(body: bytes, known: Tokenizer, model: str, limits: Limits) -> Completi
         raise Refusal(404, named, "model", "model_not_found")
     if given.best_of not in (None, given.n):
         raise Refusal(400, "best_of is not supported unless it equals n; omit it", "best_of")
-    for name, most in (("n", limits.batch), ("max_tokens", limits.max_tokens)):
-        if getattr(given, name) > most:
-            raise Refusal(400, f"{name}={_shown(values[name])}: expected at most {most}", name)
+    for name, limit in (("n", limits.batch), ("max_tokens", limits.max_tokens)):
+        if getattr(given, name) > limit:
+            raise Refusal(400, f"{name}={_shown(values[name])}: expected at most {limit}", name)
     if given.prompt is None:
         raise Refusal(400, "prompt is missing: give a string, a list of strings, or token ids", "prompt")
-    most_tokens = sys.maxsize if given.slide else limits.context
-    prompts = _prompts(given.prompt, known, replace(limits, context=most_tokens))
+    context = sys.maxsize if given.slide else limits.context
+    prompts = _prompts(given.prompt, known, replace(limits, context=context))
     if len(prompts) * given.n > limits.batch:
         raise Refusal(
             400, f"{len(prompts)} prompts times n={given.n}: at most {limits.batch} per request", "prompt"
@@ -190,23 +190,23 @@ class LogProbs:
     def of(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
         """Return the lists for the next `tokens`. text_offset: characters from the start of the prompt."""
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        found: dict[str, list[Any]] = {name: [] for name in names}
+        lists: dict[str, list[Any]] = {name: [] for name in names}
         for token in tokens:
-            found["tokens"].append(token_text(self._known, token.id))
-            found["token_logprobs"].append(_finite(token.logprob))
-            found["top_logprobs"].append(self._top(token))
-            found["text_offset"].append(self._offset)
+            lists["tokens"].append(token_text(self._known, token.id))
+            lists["token_logprobs"].append(_finite(token.logprob))
+            lists["top_logprobs"].append(self._top(token))
+            lists["text_offset"].append(self._offset)
             self._offset += len(self._decoder.decode(self._known.decode_bytes([token.id])))
-        return found
+        return lists
 
     def _top(self, token: Token) -> dict[str, float | None] | None:
         """Return {text: logprob} of the alternatives and the token; the likeliest of duplicate texts."""
         if token.logprob is None or not self._alternatives:
             return None
-        found: dict[str, float | None] = {}
+        alternatives: dict[str, float | None] = {}
         for id, logprob in [*token.top, (token.id, token.logprob)]:
-            found.setdefault(token_text(self._known, id), _finite(logprob))
-        return found
+            alternatives.setdefault(token_text(self._known, id), _finite(logprob))
+        return alternatives
 
 
 def token_text(known: Tokenizer, id: int) -> str:

@@ -49,13 +49,13 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def samples(run: Path, after: int = -1) -> list[dict[str, Any]]:
     """Return the newest samples drawn during training (--sample_prompt), of iterations above `after`."""
-    found = []
+    numbered = []
     for path in run.glob("samples/step-*.txt"):
         number = path.stem[5:]
         if number.isdigit() and int(number) > after and path.is_file():
-            found.append((int(number), path))
+            numbered.append((int(number), path))
     result = []
-    for iter_num, path in sorted(found)[-SAMPLES:]:
+    for iter_num, path in sorted(numbered)[-SAMPLES:]:
         try:
             text = path.read_bytes()[:SAMPLE_BYTES].decode("utf-8", "replace")
         except OSError:

@@ -161,11 +161,11 @@ class Scheduler:
             self._decoder.add(texts)
         if self._active:
             started = time.perf_counter()
-            found = self._decoder.step()
+            tokens = self._decoder.step()
             now = time.perf_counter()
-            self._meters.wrote.inc(len(found))
+            self._meters.wrote.inc(len(tokens))
             self._meters.step.observe(now - started)
-            for text, token in found:
+            for text, token in tokens:
                 choice = self._active[text]
                 if choice.written == 0:
                     self._meters.first.observe(now - choice.submitted)
@@ -180,27 +180,27 @@ class Scheduler:
 
         A longer prompt is prefilled in parts while its choice waits, unless no text is active.
         """
-        found: list[Choice] = []
+        taken: list[Choice] = []
         tokens, long = 0, None
         with self._changed:
-            while self._waiting and len(found) < self._decoder.free:
+            while self._waiting and len(taken) < self._decoder.free:
                 choice = self._waiting[0]
                 if choice.cancelled:
                     self._waiting.popleft()
                     continue
                 # a prompt shared with the previous choice is prefilled once
-                cost = 0 if found and found[-1].prompt is choice.prompt else len(choice.prompt) - choice.read
-                if found and tokens + cost > PROMPT_TOKENS:
+                cost = 0 if taken and taken[-1].prompt is choice.prompt else len(choice.prompt) - choice.read
+                if taken and tokens + cost > PROMPT_TOKENS:
                     break
                 if cost > PROMPT_TOKENS and self._active:
                     long = choice
                     break
                 tokens += cost
-                found.append(self._waiting.popleft())
+                taken.append(self._waiting.popleft())
         if long:
             long.read += PROMPT_TOKENS
             self._decoder.read(long.prompt[: long.read])
-        return found
+        return taken
 
     def _score(self, choice: Choice) -> None:
         scores = choice.scores

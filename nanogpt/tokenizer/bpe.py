@@ -105,22 +105,22 @@ def load(text: str, name: str) -> Any:
     except ImportError:
         raise UserError(f"{name} needs a package: pip install tokenizers") from None
     try:
-        found = tokenizers.Tokenizer.from_str(text)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{name} cannot be loaded by the tokenizers library: {error}") from None
-    # Settings of the program that saved the file: they would cut, pad or vary the text without a word.
-    found.no_truncation()
-    found.no_padding()
-    if getattr(found.model, "dropout", None):
-        found.model.dropout = None
-    return found
+    # Discard settings of the program that saved the file, which would silently cut, pad or vary the text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def attempt(text: str, name: str) -> None:
     """Load a tokenizer.json and use it once, to find out whether the library can."""
-    found = load(text, name)
+    loaded = load(text, name)
     printable = "".join(map(chr, range(32, 127)))
-    found.decode(found.encode(f"{printable} été 生存还是毁灭 👍\n" * 20, add_special_tokens=False).ids)
+    loaded.decode(loaded.encode(f"{printable} été 生存还是毁灭 👍\n" * 20, add_special_tokens=False).ids)
 
 
 def bytes_of_tokens(value: dict[str, Any]) -> dict[int, bytes]:

@@ -12,7 +12,7 @@ from nanogpt.tokenizer import bpe, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 NAMES = ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt", "tokenizer_config.json")
-ENDINGS = (".model", ".tiktoken")  # of formats that are not read
+ENDINGS = (".model", ".tiktoken")  # of unsupported formats
 IDS = {str: Amount}  # vocab.json, added_tokens.json
 LIKE_GPT2 = ("GPT2", "Roberta", "Bart", "Longformer", "OPT", "CodeGen", "Whisper", "PreTrained")  # its words
 SPECIAL = (
@@ -24,7 +24,7 @@ SPECIAL = (
 def find(folder: Path) -> str:
     """Return a tokenizer.json for the other tokenizer files of `folder`; "" if there are none.
 
-    Raise UserError if they are of a kind that is not read; it says how to convert them.
+    Raise UserError, which says how to convert them, if their format is not supported.
     """
     for names, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / names).is_file() and (folder / merges).is_file():

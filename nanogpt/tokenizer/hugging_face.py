@@ -25,7 +25,7 @@ class HuggingFaceTokenizer:
         value = json.loads(text)
         try:
             self._bytes_of, self._alone = bpe.bytes_of_tokens(value), bpe.without_special_tokens(value)
-        except (AttributeError, KeyError, TypeError, ValueError):  # not a tokenizer, as the library will say
+        except (AttributeError, KeyError, TypeError, ValueError):  # not a tokenizer; the library reports it
             self._bytes_of, self._alone = {}, ""
         self.lossless = bool(self._bytes_of and self._alone)  # like GPT-2's tokenizer and ours
         if not self.lossless:  # needs more of the library

@@ -1,4 +1,4 @@
-"""Token ids that are not of a text: MIDI events, chess moves, words of a fixed list."""
+"""Tokenizer of ids that do not encode text: MIDI events, chess moves, words of a fixed list."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from nanogpt.errors import UserError
 
 
 class IdTokenizer:
-    """Names of token ids, separated by blanks: `60 64 67`, or words of a fixed list. For data that was made
+    """Names of token ids, separated by blanks: `60 64 67`, or words of a fixed list. For data prepared
     elsewhere."""
 
     kind = "ids"

@@ -15,8 +15,8 @@ from nanogpt.errors import UserError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CPU_S = 20  # seconds of CPU time for a call: a batch of a table, or trying a tokenizer
-MEMORY = 1 << 29  # bytes for a call, and 8 for each byte read; docs/data.md has what formats need
+CPU_S = 20  # seconds of CPU time per call, such as reading a batch of a table or trying a tokenizer
+MEMORY = 1 << 29  # bytes per call, plus 8 per byte read; docs/data.md lists what formats need
 FRUGAL = {  # environment in which libraries do not reserve memory: Arrow's own allocator takes a gigabyte
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     **dict.fromkeys(
@@ -101,8 +101,8 @@ def limit(seconds: int, memory: int) -> None:
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, most))
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-        memory += pages * resource.getpagesize()  # of libraries' threads, which are many on large machines
+        memory += pages * resource.getpagesize()  # already in use, for example by threads of libraries
         resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -110,8 +110,8 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 def to_text(tokenizer: Tokenizer) -> str:
     """Serialize to JSON text, to be read by `from_text`."""
-    own = {} if tokenizer.kind == "hf" else {"format": vocabulary.FORMAT, "type": tokenizer.kind}
-    value = {**own, **tokenizer.to_json()}
+    header = {} if tokenizer.kind == "hf" else {"format": vocabulary.FORMAT, "type": tokenizer.kind}
+    value = {**header, **tokenizer.to_json()}
     return json.dumps(value, ensure_ascii=True) + "\n"
 
 
@@ -151,8 +151,8 @@ def from_file(path: Path) -> Tokenizer:
     part = path.is_file() and (path.name in folders.NAMES or path.suffix in folders.ENDINGS)
     file = path / "tokenizer.json" if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
-    if (part or not file.is_file()) and folder.is_dir() and (found := folders.find(folder)):
-        return from_text(found, str(path))
+    if (part or not file.is_file()) and folder.is_dir() and (text := folders.find(folder)):
+        return from_text(text, str(path))
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}; give a tokenizer.json or the folder that contains it")
     return from_text(files.text_of(file), str(file))
