@@ -51,6 +51,7 @@ CLOCK = {
     "tokens_per_s",
     "elapsed_s",
     "clock_s",
+    "evaluation_s",
     "peak_memory_bytes",
 }  # time-dependent keys of rows and state.json
 

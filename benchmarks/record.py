@@ -43,10 +43,16 @@ from nanogpt.errors import UserError, run_program
 # JSON keys that depend on time, place or software versions.
 LEFT_OUT = {"step_s", "tokens_per_s", "elapsed_s", "mfu", "seconds", "created", "id", "commit", "command"}
 LEFT_OUT |= {"environment", "python", "torch", "numpy", "device", "instructions", "source", "machine"}
-LEFT_OUT |= {"share", "peak_memory_bytes", "clock_s"}  # of newer commits
+LEFT_OUT |= {"share", "peak_memory_bytes", "clock_s", "evaluation_s"}  # of newer commits
 LEFT_OUT |= {"p", "message"}  # p-values of random permutations, and texts of error messages
 NEW_MODEL = {"ngram_orders", "ngram_rows"}  # settings of the model added since
-NEW_STATE = {"data", "share", "clock_s", "ramp"}  # keys of state.json that older commits do not write
+NEW_STATE = {
+    "data",
+    "share",
+    "clock_s",
+    "evaluation_s",
+    "ramp",
+}  # keys of state.json that older commits do not write
 # Renamed options: {"old": "new"}; options missing on one side are ignored.
 RENAMED: dict[str, str] = {}
 
