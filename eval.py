@@ -32,7 +32,7 @@ from nanogpt import ROOT, checkpoint, files, metrics, resolve, runtime
 from nanogpt.config import FilePath, NonNegativeInt, read
 from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
-from nanogpt.data import mixture
+from nanogpt.data import loader, mixture
 from nanogpt.errors import UserError, run_program
 from nanogpt.evaluation import evals, harness, tasks
 from nanogpt.evaluation.evals import Report
@@ -178,22 +178,22 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
             name = f"{text.name or data.folder.name}/{config.split}"
             reports.append(score_text(name, [text], 0, subject, config))
         if dataset == opened.dataset and config.split == "val" and not (config.limit or "," in dataset):
-            print(difference_from_training(Path(opened.path)), end="")
+            print(difference_from_training(Path(opened.path), data), end="")
     for task in loaded:
         endings = sum(len(item.endings) for item in task.items)
         reports.append(watched(task.name, endings, partial(evals.run_task, task, subject)))
     return reports
 
 
-def difference_from_training(path: Path) -> str:
+def difference_from_training(path: Path, data: loader.Dataset) -> str:
     """Return a line about the validation loss that training printed for a checkpoint, if it is of fewer
-    sequences than the split has, else ""."""
+    sequences than the validation split of `data` has, else ""."""
     if not (path / "state.json").is_file() or math.isinf(logged := checkpoint.val_loss(path)):
         return ""
     from nanogpt.evaluation import counting
 
-    sequences = counting.sequences_of(path.parent)
-    whole = (len(sequences.dataset.val) - 1) // sequences.block_size
+    sequences = counting.sequences_of(path.parent, data=data)
+    whole = (len(data.val) - 1) // sequences.block_size
     part = f"{sequences.count:,} of the {whole:,} sequences of this split (--eval_iters)"
     return f"training evaluated {part}: val loss {logged:.4f}\n" * (sequences.count < whole)
 

@@ -159,16 +159,20 @@ class Sequences:
         return min(((loss, order) for order, loss in known.items() if order.isdecimal()), default=None)
 
 
-def sequences_of(run: Path, dataset: str = "", block_size: int = 0) -> Sequences:
+def sequences_of(
+    run: Path, dataset: str = "", block_size: int = 0, data: loader.Dataset | None = None
+) -> Sequences:
     """Return the validation sequences of the run in folder `run`, from `dataset` if that is given; if `run`
-    is not a run folder, the whole split in sequences of `block_size`. Raise UserError for mixtures."""
+    is not a run folder, the whole split in sequences of `block_size`. `data`: the dataset, if it is already
+    open. Raise UserError for mixtures."""
     place = run if (run / "config.json").is_file() else run.parent  # `run` may be one of its checkpoints
     config = files.read_json(place / "config.json", ABOUT) if (place / "config.json").is_file() else {}
     options = config.get("options", {})
     name = dataset or options.get("dataset", "")
     if not name or "," in name:
         raise UserError(f"the counting baseline needs one dataset, not {name!r}; give --dataset=FOLDER")
-    data, block_size = loader.load(loader.find(name, ROOT)), options.get("block_size", block_size)
+    data = data or loader.load(loader.find(name, ROOT))
+    block_size = options.get("block_size", block_size)
     loader.require_sequence(data.val, block_size, "validation")
     count, separator = (len(data.val) - 1) // block_size, None
     if options:
