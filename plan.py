@@ -160,7 +160,7 @@ def memory(
     config: Config, shape: GPTConfig, trained: int, machine: runtime.Machine | None, compiled: bool, rows: int
 ) -> estimate.Memory:
     """Estimate the memory on a GPU, or on this `machine`, with micro-batches of `rows` sequences."""
-    chunk, sharing = config.loss_chunk_size, 1 if machine or not config.shard_optimizer else config.gpus
+    chunk, gpus = config.loss_chunk_size, 1 if machine else config.gpus
     cpu = machine is not None and machine.device.type == "cpu"
     if machine and cpu:
         chunk = chunk or default_loss_chunk_size(
@@ -181,9 +181,7 @@ def memory(
         adapters = trained if config.lora_rank else 0
         need = replace(need, weights=4 * (total + adapters), gradients=4 * trained, optimizer=8 * trained)
     sequences = config.batch_tokens // shape.block_size or config.sequences_per_iteration
-    twice = not machine and 1 < config.gpus < sequences / rows  # several micro-batches, see scaling.memory
-    buffers = need.buffers + need.gradients * twice
-    need = replace(need, optimizer=need.optimizer // sharing, buffers=buffers)
+    need = scaling.replicated(need, config, gpus, -(-sequences // (gpus * rows)))
     if machine and cpu:  # this program, which has loaded what train.py loads, and the copy that is saved
         base = writer.peak_memory(machine.device) or 0
         need = replace(need, buffers=base + need.weights + need.optimizer)

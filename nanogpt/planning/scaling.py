@@ -312,10 +312,9 @@ def memory(
     """Return the memory of the GPU with the highest use, for micro-batches of `sizes` sequences at
     `number_bytes` bytes per element.
 
-    With several micro-batches DDP accumulates gradients outside of the buckets that the last one sends. FSDP
-    shards tensors by rows; it holds the root parameters and up to three blocks gathered, the gradients of one
-    block and, with several micro-batches, all unsharded gradients until the last one reduces them. Its LM
-    head and loss are not compiled.
+    FSDP shards tensors by rows; it holds the root parameters and up to three blocks gathered, the gradients
+    of one block and, with several micro-batches, all unsharded gradients until the last one reduces them. Its
+    LM head and loss are not compiled.
     """
     plain = estimate.memory(
         shape,
@@ -326,11 +325,8 @@ def memory(
         loss_chunk_size=options.loss_chunk_size,
         compiled=compiled and (mode == "ddp" or gpus == 1),
     )
-    if gpus == 1:
-        return plain
-    if mode == "ddp":
-        state = plain.optimizer // (gpus if options.shard_optimizer else 1)
-        return replace(plain, optimizer=state, buffers=plain.buffers + plain.gradients * (len(sizes) > 1))
+    if mode == "ddp" or gpus == 1:
+        return replicated(plain, options, gpus, len(sizes))
     parts = options.shards(mode, gpus)
     root, block = elements(shape, parts)
     padded = root + shape.n_layer * block
@@ -344,6 +340,15 @@ def memory(
         copies=0 if number_bytes == FLOAT else number_bytes * elements(shape)[0],
         buffers=buffers,
     )
+
+
+def replicated(need: estimate.Memory, options: ClusterOptions, gpus: int, passes: int) -> estimate.Memory:
+    """Return the memory of each of `gpus` GPUs under DDP, given the `need` of one alone and the number of
+    micro-batches (`passes`); if there are several, gradients accumulate outside of the buckets that the last
+    one sends."""
+    state = need.optimizer // (gpus if options.shard_optimizer else 1)
+    accumulated = need.gradients * (gpus > 1 and passes > 1)
+    return replace(need, optimizer=state, buffers=need.buffers + accumulated)
 
 
 # ----------------------------------------------------------------------------- table
