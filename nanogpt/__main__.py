@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nanogpt import ROOT
+from nanogpt.errors import UserError, run_program
 
 PROGRAMS = {
     "prepare": "turn texts into a dataset: PATH --out=data/mine, or a known one (shakespeare_char, ...)",
@@ -28,23 +29,24 @@ PROGRAMS = {
 def main() -> None:
     """Run the program that the first argument names, with the others as its arguments; of a text: prepare it,
     train on it and sample."""
-    from nanogpt.errors import run_program
+    run_program(partial(run, *(sys.argv[1:] or ["--help"])))
 
-    name, *arguments = sys.argv[1:] or ["--help"]
+
+def run(name: str, *arguments: str) -> None:
+    """Run what `name` stands for. Raise UserError if that is unknown."""
     if name in ("-h", "--help", "presets"):
-        run_program(partial(describe, name))
+        describe(name)
     elif name in PROGRAMS:
         start(name, *arguments)
     elif Path(name).exists():
         from nanogpt.prepare import own_text
 
-        run_program(lambda: own_text.train_and_sample([name, *arguments], start))
+        own_text.train_and_sample([name, *arguments], start)
     else:
         near = difflib.get_close_matches(name, [*PROGRAMS, "presets"], n=1)
         hint = f"did you mean {near[0]}?" if near else "nanogpt --help lists what there is"
         what = "no file or program" if "." in name or "/" in name else "unknown program"
-        print(f"error: {what} {name!r}; {hint}", file=sys.stderr)
-        raise SystemExit(2)
+        raise UserError(f"{what} {name!r}; {hint}")
 
 
 def describe(name: str) -> None:
@@ -70,8 +72,7 @@ def start(name: str, *arguments: str) -> None:
         elif not any(word.startswith("-") or Path(word).exists() for word in words):
             names = ", ".join(path.parent.name for path in known)
             what = f"no text or dataset {words[0]!r}" if words else "nothing to prepare"
-            print(f"error: {what}; give PATH --out=data/mine, or one of {names}", file=sys.stderr)
-            raise SystemExit(2)
+            raise UserError(f"{what}; give PATH --out=data/mine, or one of {names}")
     sys.argv = [str(path), *words]
     sys.path.insert(0, str(ROOT))  # bench.py imports train.py
     runpy.run_path(str(path), run_name="__main__")
