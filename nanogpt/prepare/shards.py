@@ -6,7 +6,6 @@ renamed, in an order that never exposes a partial dataset.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 from nanogpt import files
 from nanogpt.data.token_files import META
 from nanogpt.errors import UserError
+from nanogpt.tokenizer import vocabulary
 
 FORMAT = "nanogpt-unfinished-1"
 SPLITS = ("train", "val")
@@ -197,8 +197,7 @@ class Writer:
 
 def _digest(state: dict[str, Any]) -> str:
     """Return the SHA-256 of a record: damage to it must not cut or stretch the files."""
-    text = json.dumps({**state, "sha256": ""}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return vocabulary.sha256_of(json.dumps({**state, "sha256": ""}, sort_keys=True))
 
 
 def publish(out: Path, drafts: dict[str, Path]) -> None:
