@@ -70,7 +70,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     controls = vars(pick_fields(SamplingOptions, config))  # validated before the model is loaded
     stops = stop_strings(config.stop)
     prompts = [""] if config.interactive else read_prompts(config)
-    if not (config.temperature or config.interactive) and "num_samples" not in (origins or ["num_samples"]):
+    by_default = origins is not None and "num_samples" not in origins
+    if by_default and not (config.temperature or config.interactive):
         config = replace(config, num_samples=1)
         print("--temperature=0: one sample per prompt, since all would be the same", file=sys.stderr)
     model = api.load(

@@ -495,8 +495,7 @@ def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: StopRequest
 
 
 def evaluate(run: Run, stop: StopRequest) -> dict[str, Any]:
-    """Evaluate both splits and print their losses. Return the row to log, empty if interrupted. Collective:
-    call on all ranks."""
+    """Evaluate both splits; return the row to log, {} if interrupted. Collective: call on all ranks."""
     config, progress = run.config, run.progress
     run.machine.world.report_phase(progress.iter_num, "evaluating")
     shape, separator = (config.micro_batch_size, config.block_size), run.batches.separator
@@ -570,14 +569,14 @@ def prepare_out_dir(run: Run, argv: list[str]) -> str:
     if run.resumed and run.tasks_and_samples:
         run.tasks_and_samples.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
-    record = {
+    contents = {
         "options": asdict(config),
         "model": asdict(run.model.config),
         "command": argv,
         "commit": writer.git_commit(ROOT),
         **run.machine.environment(),
     }
-    files.write_json(out / "config.json", record)
+    files.write_json(out / "config.json", contents)
     return notice
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 
 import export
 import train
-from nanogpt import runtime
+from nanogpt import ROOT, runtime
 from nanogpt.checkpoint import reader
 from nanogpt.config import pick_fields, read
 from nanogpt.convert import ckpt, hf, hf_export, hf_tokenizer
@@ -29,7 +29,6 @@ from nanogpt.tokenizer.gpt2 import load_gpt2
 from tests import hf_folders, texts
 from tests.conftest import found, words, write_dataset
 
-ROOT = Path(__file__).resolve().parent.parent
 GPT2 = GPTConfig(256, 96, 3, 4, 32, vocab_multiple=100)
 FAST = replace(GPT2, bias=False, position="rope", activation="relu2", tied=False, softcap=15.0)
 BYTES = tokenizer.to_text(tokenizer.ByteTokenizer())

@@ -59,7 +59,7 @@ def resume(
     fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
     saved = asdict(resumed.model_config) | saved  # model_config adds architecture options newer than the run
     on_cpu = str(resumed.state["environment"].get("device")).startswith("cpu")
-    if on_cpu and not saved.get("compile"):  # auto is False on a CPU; this session may use a GPU
+    if on_cpu and not saved.get("compile"):  # auto is False on a CPU; decide again, perhaps for a GPU
         saved["compile"] = "auto"
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in REFUSED]:

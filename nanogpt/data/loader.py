@@ -78,9 +78,8 @@ def load(folder: Path) -> Dataset:
             raise UserError(f"{folder} has no {split}.bin; prepare the data again")
         info = meta.get("splits", {}).get(split, {"files": []})
         listed = {file["name"]: file["tokens"] for file in info["files"]}
-        dtype = np.dtype(meta.get("dtype", "<u2" if identity.vocab_size <= 1 << 16 else "<u4")).newbyteorder(
-            "<"
-        )
+        default = "uint16" if identity.vocab_size <= 1 << 16 else "uint32"
+        dtype = np.dtype(meta.get("dtype", default)).newbyteorder("<")
         if not meta:
             from nanogpt.data.foreign import require_ids
 
