@@ -46,7 +46,7 @@ from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import formats
 
 BAD = ("execution", "traceback", "hang", "crash", "memory", "written", "differs")
-TWICE = 50  # of so many damaged files one is also read by a process that was not forked
+TWICE = 50  # one damaged file in TWICE is also read by a process that was not forked
 SPARE = 64 << 20  # bytes of memory beyond those of an intact file
 
 

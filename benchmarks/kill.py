@@ -4,7 +4,7 @@
     python -m benchmarks.kill --kills=200 --seed=7
     python -m benchmarks.kill --processes=2 --kills=20 --hangs=10
 
-The run saves at every iteration, so many kills hit a save. After each SIGKILL (as by a crash or the OOM
+The run saves at every iteration, and many kills hit a save. After each SIGKILL (as by a crash or the OOM
 killer), every visible checkpoint must be complete, and no checkpoint reported as saved may be missing. At
 the end, weights, optimizer state and logged rows must be bitwise identical to the uninterrupted run. Power
 loss, which also drops unflushed file system caches, is not simulated. Run it from the repository root on a
