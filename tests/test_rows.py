@@ -184,6 +184,7 @@ def test_fields_of_inner_objects_have_names_with_dots(name, tmp_path):
         ("[" * 100_000, "row 1 is not valid JSON"),
         ('["\\ud800"]', "row 1 contains a lone surrogate"),
         ("[1, 2]", "row 1 has no string `text`"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', r"for chats see .* docs/finetuning\.md"),
     ],
 )
 def test_invalid_json_is_rejected_with_its_row(content, reason, tmp_path):

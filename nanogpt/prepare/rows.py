@@ -78,6 +78,8 @@ def _others(row: Any) -> str:
     names = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
     if {"prompt", "response"} <= set(names):
         return " (or train on responses to prompts with --text_key=prompt+response)"
+    if isinstance(row, dict) and {"messages", "conversations"} & set(row):
+        return " (for chats see Prompts and responses in docs/finetuning.md)"
     return f" (or set --text_key to one of {', '.join(names[:20])})" if names else ""
 
 
