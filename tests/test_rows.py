@@ -70,6 +70,23 @@ def test_tables_with_tabs_and_without_quoting_keep_their_quotes(tmp_path):
     assert read(tmp_path / "x.tsv", "id\ttext\n" + "\n".join(lines)) == [f'"He said {i}' for i in range(50)]
 
 
+def test_quotes_that_match_by_chance_do_not_join_the_rows_of_a_table_with_tabs(tmp_path):
+    content = 'id\ttext\n1\t"Hello\n2\tthere\n3\tsaid he"\n4\t"all" of it\n'
+    assert read(tmp_path / "x.tsv", content) == ['"Hello', "there", 'said he"', '"all" of it']
+
+
+def test_a_quote_that_would_join_later_rows_of_a_table_with_tabs_is_refused(tmp_path):
+    start = "id\ttext\n" + "".join(f"{i}\tword\n" for i in range(1200))
+    content = start + '1200\t"Hello\n1201\tthere"\n1202\tlast\n'
+    with pytest.raises(UserError, match=r"x\.tsv.*row 1201 would continue over several lines"):
+        read(tmp_path / "x.tsv", content)
+
+
+def test_quoted_fields_of_a_table_with_tabs_may_span_lines(tmp_path):
+    content = 'id\ttext\n1\t"first\nsecond ""line"""\n2\tlast\n'
+    assert read(tmp_path / "x.tsv", content) == ['first\nsecond "line"', "last"]
+
+
 def test_prompts_and_responses_are_read_from_csv(tmp_path):
     content = table(["answer", "yes"], names=("question", "answer"))
     found = read(tmp_path / "x.csv", content, "question+answer")

@@ -13,6 +13,7 @@ from nanogpt.errors import UserError
 LONGEST = 1 << 24  # maximum bytes of a row, which is parsed whole
 BROKEN = b"\0broken: "  # begins a line that holds the reason why a row cannot be read
 BETWEEN = re.compile(r"[\s,]*")  # separators of JSON values
+UNPAIRED = re.compile(r'(?:^|\t)"(?![^\t]*"(?:\t|\r?$))')  # a quote that opens a field and does not close it
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,19 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
     lines = _lines(chunks)
     head = list(itertools.islice(lines, 1000))
     separator = "\t" if tabs else max(",;\t|", key="".join(head[:1]).count)
-    # Many tables with tabs have no quoting: a quote at the start of a field is a character there.
-    opened, closed = (len(re.findall(quote, "".join(head), re.M)) for quote in (r'(?:^|\t)"', r'"(?:\t|$)'))
+    # Many tables with tabs have no quoting: a quote at the start of a field is a character there. The sign is
+    # a field that begins with a quote and does not end with one, if every line is a row of its own.
+    row_per_line = tabs and len({line.count("\t") for line in head}) == 1
+    if row_per_line:
+        quoted = not any(map(UNPAIRED.search, head))
+    else:
+        opened, closed = (len(re.findall(q, "".join(head), re.M)) for q in (r'(?:^|\t)"', r'"(?:\t|$)'))
+        quoted = not tabs or opened == closed
     csv.field_size_limit(LONGEST)
     reader = csv.reader(
         itertools.chain(head, lines),
         delimiter=separator,
-        quoting=csv.QUOTE_NONE if tabs and opened != closed else csv.QUOTE_MINIMAL,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         strict=True,
     )
     number = 0
@@ -154,6 +161,11 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
         places = {key: names.index(key) for key in keys}
         for row in reader:
             number += 1
+            if row_per_line and any("\n" in value for value in row):
+                raise UserError(
+                    f"row {number} would span several lines because of a quote at the start of a field, "
+                    "unlike the rows before it; convert the file to JSON lines"
+                )
             if row and len(row) != len(names):
                 yield BROKEN + f"has {len(row)} fields, and the first line {len(names)} names\n".encode()
             else:
