@@ -203,6 +203,19 @@ def test_a_known_mark_is_hinted_at(tmp_path):
     assert not any("split_at" in line for line in summary.lines())
 
 
+@pytest.mark.parametrize("given", [[0, 2], [0, 1, 2]])
+def test_missing_files_of_a_numbered_set_are_reported(tmp_path, given):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in given:
+        rows = "".join(json.dumps({"text": words(40, 10 * number + i)}) + "\n" for i in range(200))
+        (folder / f"train-{number:05}-of-00003.jsonl").write_text(rows, encoding="utf-8")
+    lines = corpus.prepare([folder], tmp_path / "out", kind="byte").lines()
+    notes = [line for line in lines if "-of-00003" in line]
+    found = "note: 2 of 3 files shards/train-*-of-00003.jsonl are here"
+    assert notes == ([f"{found}; the others are not part of this dataset"] if len(given) < 3 else [])
+
+
 def test_marks_are_for_text_files(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b c"}), encoding="utf-8")
     with pytest.raises(UserError, match="--split_at=line is for text files, and there are none"):

@@ -34,6 +34,7 @@ NAMES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")  # train.bin is 
 LARGE_ALPHABET = 20_000  # distinct characters from which --tokenizer=auto uses bytes
 LARGE_TEXT = 1 << 25  # bytes of input from which several processes are used
 RECORD_S = 5.0  # seconds between records of progress
+PART = re.compile(r"(?P<before>.*?)(?P<number>\d+)-of-(?P<total>\d+)(?P<after>\..*)")
 SHOWN_BAD = 3  # number of skipped rows to report
 SPLIT_NAMES = dict.fromkeys(("test", "testing"), "test") | dict.fromkeys(("train", "training"), "train")
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev", "eval", "heldout", "holdout"), "val")
@@ -199,6 +200,7 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
     texts = Texts(train + held, texts.skipped)
     if wanted.text_key != "text":
         notes.append(f"documents are the fields --text_key={wanted.text_key} of rows")
+    notes += _missing_parts(texts.sources)
     plain = [source for source in texts.sources if source.kind == "text"]
     if wanted.split_at:
         if not plain:
@@ -433,6 +435,20 @@ def _lost(counts: Counts) -> str:
     examples = sorted(counts.lost, key=lambda character: -counts.lost[character])[:5]
     shown = " ".join(map(repr, examples))
     return f"{sum(counts.lost.values()):,} of {counts.tried:,} characters ({shown})"
+
+
+def _missing_parts(sources: list[Source]) -> list[str]:
+    """Return a note for every dataset of files such as train-00000-of-00080.parquet that is incomplete."""
+    parts: dict[tuple[str, ...], set[int]] = {}
+    for source in sources:
+        if match := PART.fullmatch(source.name):
+            parts.setdefault(match.group("before", "total", "after"), set()).add(int(match["number"]))
+    return [
+        f"note: {len(found):,} of {int(total):,} files {before}*-of-{total}{after} are here; "
+        "the others are not part of this dataset"
+        for (before, total, after), found in parts.items()
+        if len(found) < int(total)
+    ]
 
 
 def _skipped(texts: Texts) -> list[str]:
