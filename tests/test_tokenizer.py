@@ -230,6 +230,25 @@ def test_non_byte_level_vocabulary_works():
     assert tokens.encode("the cat").tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "Unigram"])
+def test_unknown_words_of_a_prompt_are_refused_unless_written_as_unknown(kind):
+    import tokenizers
+
+    words = ["<unk>", "the", "cat", " "]
+    if kind == "Unigram":
+        model = tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=0)
+    else:
+        model = getattr(tokenizers.models, kind)({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.add_special_tokens(["<unk>"])
+    if kind != "Unigram":
+        made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    loaded = tokenizer.from_text(made.to_str())
+    assert [i for i in loaded.encode_prompt("the <unk> cat") if words[i] != " "] == [1, 0, 2]
+    with pytest.raises(UserError, match=r"'(dog|d)' is not in the vocabulary; remove it"):
+        loaded.encode_prompt("the dog")
+
+
 def test_invalid_tokenizer_file_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     for content, reason in [

@@ -39,6 +39,8 @@ class HuggingFaceTokenizer:
         self.end_of_text: int | None = next(
             (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
         )
+        unknown = value["model"].get("unk_token")  # Unigram has unk_id
+        self._unknown = self._plain.token_to_id(unknown) if unknown else value["model"].get("unk_id")
         self.bytewise = bool(self._bytes_of)  # a token's bytes do not depend on its neighbors
         self._ordinary: bpe.Encode = self._library
 
@@ -57,7 +59,12 @@ class HuggingFaceTokenizer:
         return np.asarray(self._ordinary(text), dtype=np.int64)
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._special.encode(text, add_special_tokens=False).ids
+        """Return ids. Raise UserError for characters that become the token for unknown ones."""
+        encoding = self._special.encode(text, add_special_tokens=False)
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token == self._unknown and text[start:end] != self._special.id_to_token(token):
+                raise UserError(f"{text[start:end]!r} is not in the vocabulary; remove it")
+        return encoding.ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         if self._bytes_of:
