@@ -58,6 +58,8 @@ HEALTH = {  # key in rows of event "health", with a value per block: axis label
 }
 # Okabe-Ito palette, safe for color blindness; without its yellow, which is too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+# Fonts of common systems for characters that matplotlib's own font lacks.
+CJK_FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei"]
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.edgecolor": "#999999",
@@ -198,13 +200,16 @@ def draw(groups: Sequence[Sequence[Run]], config: Config) -> "Figure":
     of a single run one per entry of HEALTH that is not 0 throughout."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     runs = [group[0] for group in groups]
     panels = PANELS if any(run.steps["x"].size for run in runs) else {}
     single = panels and sum(map(len, groups)) == 1  # lines of several runs' blocks could not be told apart
     health = {key: curves for key in HEALTH if single and (curves := per_block(runs[0], key))[1].any()}
-    with matplotlib.rc_context(STYLE):
+    installed = set(get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+    with matplotlib.rc_context({**STYLE, "font.family": fonts}):
         heights = [4.5] + [1] * (len(panels) + len(health))
         figure = Figure(figsize=(8, sum(heights) + 0.25 * len(groups) - 0.25), layout="constrained")
         axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
