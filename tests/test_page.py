@@ -144,7 +144,7 @@ def test_streamed_page_content_equals_the_api_response(browser, server):
     shares = browser.execute_script(cells)
     best = max(choice["logprobs"]["top_logprobs"][4].values())
     assert len(shares) in (10, 11)
-    assert float(shares[0].removesuffix(" %")) == pytest.approx(100 * math.exp(best), abs=0.6)
+    assert float(shares[0].removesuffix("%")) == pytest.approx(100 * math.exp(best), abs=0.6)
     assert count(browser, "#alternatives tr.chosen") == 1
 
 

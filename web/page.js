@@ -31,7 +31,8 @@ const CHINESE = {
   "not in the top 10": "不在前 10 名", "rank {0}": "第 {0} 名", "iteration {0}": "第 {0} 次迭代",
   "{0}: training {1}": "{0}：训练损失 {1}", "validation {0}": "验证损失 {0}", "loss (nats/token)": "损失（nats/词元）",
   "training and validation loss": "训练损失和验证损失", "tokens trained on": "训练词元数", "training time": "训练时间",
-  iteration: "迭代", "training loss": "训练损失", "best validation loss": "最低验证损失", "tokens/s": "词元/秒", "time left": "剩余时间",
+  iteration: "迭代次数", "training loss": "训练损失", "best validation loss": "最低验证损失", "tokens/s": "词元/秒", "time left": "剩余时间",
+  "{0} s": "{0} 秒", "{0} min": "{0} 分钟", "{0} h": "{0} 小时",
   "{0} parameters": "{0} 个参数", "counting ({0}-grams): {1}": "{0}-gram 统计模型的损失 {1}", "context length: {0}": "上下文长度：{0}", "vocabulary: {0} {1}": "词表：{0} {1}",
   characters: "个字符", bytes: "个字节", "tokens ": "个词元", "validation loss {0}": "验证损失 {0}",
   "no checkpoint yet: the run is shown, and can be tried out as soon as it has saved one":
@@ -329,7 +330,7 @@ async function copyText(text, button) {
 
 let shownFor = null;
 const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣") || "∅";
-const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %");
+const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)}%` : p >= 0.001 ? `${(100 * p).toFixed(1)}%` : "< 0.1%");
 
 function showAlternatives(span) {
   const box = $("alternatives");
@@ -505,7 +506,8 @@ function ticks(low, high, count) {
 }
 
 const short = (n) => new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(n);
-const time = (s) => (s < 120 ? `${Math.round(s)} s` : s < 7200 ? `${(s / 60).toFixed(1)} min` : `${(s / 3600).toFixed(1)} h`);
+const time = (s) =>
+  s < 120 ? t("{0} s", Math.round(s)) : s < 7200 ? t("{0} min", (s / 60).toFixed(1)) : t("{0} h", (s / 3600).toFixed(1));
 
 function draw() {
   run.moved = false;
