@@ -107,7 +107,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         return
     asked = completions(prompts)
     for completion in asked if config.stream else []:
-        show(model, [completion])
+        show(model, completion)
     for number, completion in enumerate([] if config.stream else in_order(model, asked, config.batch_size)):
         if config.json:
             row = as_json(model, prompts, number, config.num_samples, completion)
@@ -139,12 +139,11 @@ def in_order(model: api.LanguageModel, asked: list[Completion], batch_size: int)
     yield from asked[given:]  # completions with max_new_tokens=0
 
 
-def show(model: api.LanguageModel, asked: list[Completion], prompt: bool = True) -> None:
-    """Print the completion in `asked` as it is generated, after its prompt if `prompt`."""
-    text = asked[0].text
+def show(model: api.LanguageModel, completion: Completion, prompt: bool = True) -> None:
+    """Print a completion as it is generated, after its prompt if `prompt`."""
     if prompt:
-        print(model.decode(text.ids[: text.prompt_length]), end="", flush=True)
-    for _, _, piece in model.write(asked):
+        print(model.decode(completion.text.ids[: completion.text.prompt_length]), end="", flush=True)
+    for _, _, piece in model.write([completion]):
         print(piece, end="", flush=True)
     print("\n" + "-" * 15 if prompt else "")
 
@@ -158,7 +157,7 @@ def converse(model: api.LanguageModel, completions: Any) -> None:
             print()
             return
         try:
-            show(model, completions([prompt]), prompt=False)
+            show(model, completions([prompt])[0], prompt=False)
         except UserError as error:
             print(error, file=sys.stderr)
         except KeyboardInterrupt:

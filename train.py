@@ -41,7 +41,7 @@ class Config(TrainOptions):
 
     # evaluation, logging, checkpoints
     eval_interval: PositiveInt = 2000  #: iterations between evaluations of both splits
-    eval_iters: PositiveInt = 200  #: maximum number of batches per split; every evaluation uses the same ones
+    eval_iters: PositiveInt = 200  #: micro-batches per split (at most all); the same ones at every evaluation
     log_interval: PositiveInt = 1  # iterations between log lines
     save_interval: NonNegativeInt = 0  # checkpoint every N iterations and at each new best; 0: at evaluations
     save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
@@ -54,7 +54,7 @@ class Config(TrainOptions):
     lr_schedule: Schedule = "cosine"  # learning rate decay after warmup; wsd: constant, then linear
     warmup_iters: NonNegativeInt = 2000  #: iterations of linear warmup
     lr_decay_iters: NonNegativeInt = 0  # iteration at which min_lr is reached; 0: max_iters
-    min_lr: NonNegativeFloat = 6e-5  #: final learning rate (AdamW), by default at max_iters
+    min_lr: NonNegativeFloat = 6e-5  #: final learning rate (AdamW), reached at max_iters or lr_decay_iters
     lr_cooldown: UnitInterval = 0.4  # wsd: final fraction of lr_decay_iters in which the rate decays
     # experiment tracking
     track: Trackers = "none"  #: also log to TensorBoard, Weights & Biases or both
@@ -73,7 +73,7 @@ class Config(TrainOptions):
         return wrong
 
 
-# Parse the command line before importing torch, so that --help and invalid options return at once.
+# Parse the command line before importing torch, so that --help and errors in options appear immediately.
 PARSED = run_program(lambda: load(Config, sys.argv[1:])) if __name__ == "__main__" else None
 
 # ruff: noqa: E402
@@ -112,7 +112,7 @@ class Run(resolve.Setup[Config]):
     lock: FileLock | None = None  # lock on out_dir, on rank 0
     started: float = field(default_factory=time.perf_counter)  # perf_counter() when this process started
 
-    def clock_s(self) -> float:
+    def total_clock_s(self) -> float:
         """Return the wall-clock seconds of all sessions of the run so far, start-up included."""
         return self.progress.clock_s + time.perf_counter() - self.started
 
@@ -123,9 +123,9 @@ class Run(resolve.Setup[Config]):
 
 
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
-    """Train as specified by `config`. `origins` maps each option that is set to its source ("--seed=1",
-    "config/x.py"); None: all options that differ from their defaults. Raise UserError, Diverged, OSError or
-    Stopped, which errors.run_program maps to exit codes."""
+    """Train as specified by `config`. `origins` gives the source ("--seed=1", "config/x.py") of each option
+    that was set; None: all that differ from their defaults. Raise UserError, Diverged, OSError or Stopped,
+    which errors.run_program maps to exit codes."""
     started = STARTED if PARSED else time.perf_counter()
     if origins is None:
         origins = {f.name: "given" for f in fields(config) if getattr(config, f.name) != f.default}
@@ -174,8 +174,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
-    """Build the run specified by `config`, writing nothing to out_dir. Options determined by loaded weights,
-    token counts or "auto" are added to `origins` (see `main`). Raise UserError listing invalid options."""
+    """Build the run specified by `config`, writing nothing to out_dir. Options that loaded weights,
+    --batch_tokens, --max_tokens or "auto" determine are added to `origins`. Raise UserError listing the
+    invalid ones."""
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
     model = make_model(config, machine, setup.model_config, setup)
@@ -256,12 +257,12 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
     return optim.build(config, named, model.fused_rows(), machine.half, layout)
 
 
-def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTConfig, rows: int) -> None:
-    """Run two iterations (memory is fragmented in the second) of a new model with micro-batches of `rows`
-    sequences, for --batch_size=auto. Raise torch.OutOfMemoryError if they do not fit on a GPU."""
+def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTConfig, sequences: int) -> None:
+    """Run two iterations (memory is fragmented in the second) of a new model with this many sequences per
+    micro-batch, for --batch_size=auto. Raise torch.OutOfMemoryError if they do not fit on a GPU."""
     from nanogpt import compile
 
-    config = replace(config, batch_size=rows)
+    config = replace(config, batch_size=sequences)
     alone = replace(machine, world=World())  # single process: no collectives
     model = make_model(config, alone, model_config)
     if config.activation_checkpointing:
@@ -269,7 +270,7 @@ def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTCo
     function = compile.any_size(alone.in_dtype(model), config.compile, model.h)
     optimizer = make_optimizer(config, model, alone, Layout())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
-    tokens = torch.zeros(2, rows, config.block_size, dtype=torch.int64, device=machine.device)
+    tokens = torch.zeros(2, sequences, config.block_size, dtype=torch.int64, device=machine.device)
     for _ in range(2):
         train_step(function, optimizer, scaler, [(1.0, tuple(tokens))], 0.0, config.grad_clip)
     machine.synchronize()
@@ -280,7 +281,7 @@ def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, An
 
     function(idx, targets[, documents]) returns (logits or None, loss) in mixed precision, compiled if
     configured; with several ranks its backward pass averages gradients. micro_batches(iter_num) yields
-    (loss weight, batch) pairs. `take_step` is train_step or a wrapper of it.
+    (loss weight, inputs) pairs. `take_step` is train_step or a wrapper of it.
     """
     config, machine, batches = run.config, run.machine, run.batches
     several = machine.world.size > 1
@@ -316,7 +317,7 @@ def prepare_step(run: Run, log: metrics.Log | None = None) -> tuple[Any, Any, An
 
 
 def train_step(
-    model: Callable[..., tuple[Tensor, Tensor]],
+    function: Callable[..., tuple[Tensor, Tensor]],
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     micro_batches: Iterable[tuple[float | Tensor, tuple[Tensor, ...]]],
@@ -325,20 +326,20 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Run one optimizer step with the mean gradient of `micro_batches`.
 
-    Each is (loss weight, batch), where batch is (idx, targets[, documents]). The loss weights, averaged over
-    ranks, sum to 1. Return the loss and the gradient norm before clipping, as 0-d tensors on the device;
+    Each is (loss weight, inputs), where inputs is (idx, targets[, documents]). The loss weights, averaged
+    over ranks, sum to 1. Return the loss and the gradient norm before clipping, as 0-d tensors on the device;
     reading their values synchronizes.
     """
     total: Any = 0.0
-    for weight, batch in micro_batches:
-        loss = model(*batch)[1] * weight  # logits are freed at once
+    for weight, inputs in micro_batches:
+        loss = function(*inputs)[1] * weight  # frees the logits before the backward pass
         scaler.scale(loss).backward()  # loss is scaled for float16 only
         total += loss.detach()
-    stepped = cast(torch.optim.Optimizer, optimizer)  # implements all that GradScaler uses
-    scaler.unscale_(stepped)
+    torch_optimizer = cast(torch.optim.Optimizer, optimizer)  # implements all that GradScaler uses
+    scaler.unscale_(torch_optimizer)
     grad_norm = clip_gradients(optimizer.parameters, grad_clip, optimizer.layout)
     optimizer.lr = lr
-    scaler.step(stepped)
+    scaler.step(torch_optimizer)
     scaler.update()
     optimizer.zero_grad()
     return total, grad_norm
@@ -362,7 +363,7 @@ def check_finite(loss: Tensor, grad_norm: Tensor, iter_num: int, lr: float, scal
 
 
 def learning_rate(config: Config, iter_num: float) -> float:
-    """Return the learning rate of iteration `iter_num` from 0 (--minutes: completed share * max_iters).
+    """Return the learning rate at iteration `iter_num` (from 0; with --minutes: completed share * max_iters).
 
     It rises linearly over `warmup_iters` iterations (never 0: the first is peak / (warmup_iters + 1)), then
     falls from `learning_rate` to `min_lr` at iteration `lr_decay_iters` (0: `max_iters`) and stays there.
@@ -370,7 +371,7 @@ def learning_rate(config: Config, iter_num: float) -> float:
 
     - cosine:   half a cosine, as in GPT-3 (Brown et al. 2020, appendix B) and nanoGPT
     - linear:   a straight line
-    - wsd:      constant, then linear over the last share `lr_cooldown` of `lr_decay_iters` (Hu et al. 2024)
+    - wsd:      constant, then linear over the last `lr_cooldown` * `lr_decay_iters` (Hu et al. 2024)
     - constant: no decay after the warmup
     """
     peak, floor, warmup = config.learning_rate, config.min_lr, config.warmup_iters
@@ -411,14 +412,14 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
             began = time.perf_counter()
             row = evaluate(run, stop)
             completed = completed or run.out_of_patience
-            world.raise_on_all_ranks(partial(pace.evaluated, time.perf_counter() - began))
+            world.raise_on_all_ranks(partial(pace.count_evaluation, time.perf_counter() - began))
         record(run, log, row)
         write = partial(log.write, "tasks", progress.iter_num, run.batches.tokens_before(progress.iter_num))
         for line in run_tasks(run, due or completed, write, stop):
             tqdm.write(line)
         if not stop.reason and time.perf_counter() >= deadline:
             stop.reason = f"--max_minutes={config.max_minutes:g}"
-        leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or completed  # on all ranks at once
+        leaving = world.any_rank(bool(stop.reason) or run.writer.failed) or completed  # the same on all ranks
         late = 0 < config.save_minutes <= (time.perf_counter() - last_saved_time) / 60
         planned = is_time_to_save(run, pace.passed(config.save_interval))
         save_due = planned or (config.save_minutes > 0 and world.any_rank(late))
@@ -441,8 +442,8 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
         lr_scale = math.sqrt(run.batches.sequences(progress.iter_num) / run.batches.full)
         lr = lr_scale * learning_rate(config, pace.position)
         seed_dropout(machine, config.seed, progress.iter_num)
-        batch = micro_batches(progress.iter_num)
-        loss, grad_norm = take_step(function, run.optimizer, run.scaler, batch, lr, config.grad_clip)
+        batches = micro_batches(progress.iter_num)
+        loss, grad_norm = take_step(function, run.optimizer, run.scaler, batches, lr, config.grad_clip)
         scaled = run.scaler.is_enabled()
         pending_check = partial(check_finite, loss, grad_norm, progress.iter_num, lr, scaled)
         is_logged = progress.iter_num % config.log_interval == 0
@@ -478,7 +479,7 @@ def open_pace(run: Run) -> Pace:
     if run.config.minutes:
         from nanogpt.pace.time_budget import TimeBudget
 
-        return TimeBudget(run.config, run.progress, run.batches, run.clock_s, run.machine.world)
+        return TimeBudget(run.config, run.progress, run.batches, run.total_clock_s, run.machine.world)
     if run.progress.ramp:  # started with --minutes, resumed without
         run.batches.set_ramp(run.progress.ramp)
     return Pace(run.config, run.progress)
@@ -542,7 +543,7 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
 
         print(counting.compared(Path(config.out_dir)), end="")
     peak = writer.peak_memory(run.machine.device)
-    print(metrics.final_lines(config.out_dir, run.clock_s(), run.progress.clock_s, peak, longer))
+    print(metrics.final_lines(config.out_dir, run.total_clock_s(), run.progress.clock_s, peak, longer))
     if (ROOT / f"benchmarks/reference/{Path(config.dataset).name}-{config.max_iters}.json").is_file():
         from nanogpt.diagnostics import reference  # recorded runs of the same dataset and length
 
@@ -565,7 +566,7 @@ def prepare_out_dir(run: Run, argv: list[str]) -> str:
     """Set a previous run in out_dir aside, write the tokenizer and the options; return a notice, or ""."""
     config, out = run.config, Path(run.config.out_dir)
     resumed = run.progress if run.resumed else None
-    run.lock, notice = writer.clear_folder(out, cast(FileLock, run.lock), resumed, config)
+    run.lock, notice = writer.prepare_folder(out, cast(FileLock, run.lock), resumed, config)
     if run.resumed and run.tasks_and_samples:
         run.tasks_and_samples.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)
@@ -582,7 +583,7 @@ def prepare_out_dir(run: Run, argv: list[str]) -> str:
 
 def record(run: Run, log: metrics.Log, row: dict[str, Any]) -> None:
     """Prepare out_dir and open the log in the first call; log an evaluation, unless `row` is empty."""
-    if not log.file:  # set an earlier run aside once nothing can refuse this one
+    if not log.file:  # all checks have passed: now set an earlier run aside
         if notice := run.machine.world.rank_zero_only(lambda: prepare_out_dir(run, sys.argv)):
             tqdm.write(notice)
         open_log(run, log)
@@ -597,13 +598,13 @@ def open_log(run: Run, log: metrics.Log) -> None:
         from nanogpt.diagnostics import trackers
 
         tracker = trackers.Trackers(asdict(config), run.progress.iter_num)
-    path, mfu_per_token_s = Path(config.out_dir) / metrics.NAME if is_main else Path(os.devnull), None
+    path, mfu_at_one_token_per_s = Path(config.out_dir) / metrics.NAME if is_main else Path(os.devnull), None
     if run.machine.device.type == "cuda":
         from nanogpt.gpu.chips import peak_flops
 
         if peak := peak_flops(run.machine.name()):
-            mfu_per_token_s = run.model.flops_per_token() / (peak * run.machine.world.size)
-    log.open(path, tracker, mfu_per_token_s)
+            mfu_at_one_token_per_s = run.model.flops_per_token() / (peak * run.machine.world.size)
+    log.open(path, tracker, mfu_at_one_token_per_s)
 
 
 def save(run: Run) -> None:
@@ -612,11 +613,11 @@ def save(run: Run) -> None:
     model, optimizer = gather_model(run), run.optimizer.state()
     state = {
         **asdict(run.progress),
-        "clock_s": run.clock_s(),
+        "clock_s": run.total_clock_s(),
         "options": asdict(config),
         "scaler": run.scaler.state_dict(),
         "lora": lora_config(config),
-        "tokenizer": run.dataset.fingerprint,
+        "tokenizer": run.dataset.fingerprint,  # hashes, compared on resume
         "data": run.dataset.content,
         "environment": run.machine.environment(),
     }
@@ -625,7 +626,7 @@ def save(run: Run) -> None:
 
 
 def gather_model(run: Run) -> GPT | None:
-    """Return run.model; if sharded, a full copy on rank 0, else None. Collective: call on all ranks."""
+    """Return run.model or, if it is sharded, a full copy on rank 0 and None elsewhere. Collective."""
     if not run.optimizer.layout.sharded:
         return run.model
     from nanogpt.distributed import parallelize

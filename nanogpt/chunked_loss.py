@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.loss import IGNORE, logits_chunk_size, multiplies_padding
+from nanogpt.loss import IGNORE, computes_padding_logits, logits_chunk_size
 
 
 def chunked_cross_entropy(
@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         cap: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        weight = (table if multiplies_padding(table.device) else table[:size]).to(dtype)
+        weight = (table if computes_padding_logits(table.device) else table[:size]).to(dtype)
         counted = (targets != IGNORE)[:, None]
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None

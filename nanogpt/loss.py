@@ -11,7 +11,7 @@ IGNORE = -1  # targets with this value are excluded from the loss
 LOGITS_AT_ONCE = {"cuda": 1 << 28, "mps": 1 << 26, "cpu": 1 << 24}  # logits; CPU: 64 MB, near its caches
 
 
-def multiplies_padding(device: torch.device) -> bool:
+def computes_padding_logits(device: torch.device) -> bool:
     """Return whether logits of the vocabulary padding are computed and then cut off: GPU matmuls are fast for
     multiples of 8 and slow for GPT-2's 50,257; CPUs gain nothing."""
     return device.type == "cuda"

@@ -28,14 +28,14 @@ class Log:
 
     file: Any = None  # metrics.jsonl; None until `open`
     tracker: Any = None
-    mfu_per_token_s: float | None = None  # model FLOPs utilization at 1 token/s; None: peak FLOP/s unknown
+    mfu_at_one_token_per_s: float | None = None  # model FLOPs utilization; None: unknown
     # for the progress bar: smoothed loss, validation loss, its change
     state: dict[str, float] = field(default_factory=dict)
 
-    def open(self, path: Path, tracker: Any, mfu_per_token_s: float | None) -> None:
+    def open(self, path: Path, tracker: Any, mfu_at_one_token_per_s: float | None) -> None:
         """Append rows to the file `path` from now on, and send them to `tracker` unless that is None."""
         self.file = path.open("a", encoding="utf-8", newline="\n")
-        self.tracker, self.mfu_per_token_s = tracker, mfu_per_token_s
+        self.tracker, self.mfu_at_one_token_per_s = tracker, mfu_at_one_token_per_s
 
     def step(
         self, iter_num: int, tokens: int, step_s: float, speed: float, left_s: float, **values: Any
@@ -44,8 +44,8 @@ class Log:
         so far; `left_s`: expected time to the end of the run."""
         loss = values["loss"]
         line = f"iter {iter_num}: loss {loss:.4f}, time {step_s * 1000:.2f}ms, {speed:,.0f} tok/s"
-        if self.mfu_per_token_s:
-            line += f", mfu {speed * self.mfu_per_token_s:.1%}"
+        if self.mfu_at_one_token_per_s:
+            line += f", mfu {speed * self.mfu_at_one_token_per_s:.1%}"
         tqdm.write(f"{line}, {tqdm.format_interval(left_s)} left")
         self.state["loss"] = 0.9 * self.state.get("loss", loss) + 0.1 * loss
         self.write("step", iter_num, tokens, step_s=step_s, tokens_per_s=speed, **values)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt.loss import IGNORE, compute_logits, logits_chunk_size, multiplies_padding, soft_cap
+from nanogpt.loss import IGNORE, compute_logits, computes_padding_logits, logits_chunk_size, soft_cap
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,9 @@ def repeats_kv(device_type: str, dtype: torch.dtype, bias: Tensor | None) -> boo
     """Return whether keys and values are repeated for all query heads of their group: on CUDA, except in
     bfloat16 without a bias.
 
-    Only the flash kernel takes grouped ones. It supports neither a bias nor float32, and GPUs without
-    bfloat16, where float16 is the default, lack it; the kernel that torch would select instead writes all
-    scores to memory.
+    Of the fused kernels only flash attention takes grouped keys and values. It supports neither a bias nor
+    float32, and GPUs without bfloat16 (where the default is float16) lack it. The kernel that torch would
+    select in its place writes all scores to memory.
     """
     return device_type == "cuda" and (bias is not None or dtype != torch.bfloat16)
 
@@ -256,7 +256,8 @@ class LayerCache(NamedTuple):
     """View of a `Cache` for the attention of one layer."""
 
     position_ids: Tensor | None  # positions of the input tokens, int64 (B, T); None: 0 ... T-1
-    # attend(q, k, v, plain): cache k and v, and attend; plain: without a cache, for prefill
+    # attend(q, k, v, uncached): store k and v, and return the attention; uncached(q, k, v), the attention of
+    # the model, is called while the cache is empty (prefill)
     attend: Callable[..., Tensor]
 
 
@@ -399,7 +400,7 @@ class GPT(nn.Module):
         self.packed_head: nn.Module | None = None  # quantized LM head (quantize.py)
         self.loss_chunk_size = 0  # tokens per chunk of chunked_cross_entropy; 0: not chunked
         self.compiled_loss: Callable[..., Any] | None = None  # `loss`, set by compile.wrap
-        self.compiled_token_losses: Callable[..., Any] | None = None  # for evaluations, by compile
+        self.compiled_token_losses: Callable[..., Any] | None = None  # set by compile.train_function
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -431,9 +432,9 @@ class GPT(nn.Module):
         if self.loss_chunk_size:
             from nanogpt.chunked_loss import chunked_cross_entropy
 
-            rows, size, cap = self.loss_chunk_size, self.config.vocab_size, self.config.softcap
+            chunk, vocab_size, cap = self.loss_chunk_size, self.config.vocab_size, self.config.softcap
             x, targets = x.flatten(0, 1), targets.flatten()
-            return None, chunked_cross_entropy(x, self.head_table, targets, rows=rows, size=size, cap=cap)
+            return None, chunked_cross_entropy(x, self.head_table, targets, chunk, vocab_size, cap)
         if self.compiled_loss:
             return None, self.compiled_loss(x, targets)
         logits = self.head(x)
@@ -446,8 +447,8 @@ class GPT(nn.Module):
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each target, (B, T), 0 for those equal to IGNORE, from hidden states
         x (B, T, C) and targets (B, T), without holding all logits at once."""
-        size = logits_chunk_size(x.device.type, self.config.vocab_size)
-        chunks = zip(x.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+        length = logits_chunk_size(x.device.type, self.config.vocab_size)
+        chunks = zip(x.flatten(0, 1).split(length), targets.flatten().split(length), strict=True)
         losses = [
             F.cross_entropy(self.head(hidden), target, ignore_index=IGNORE, reduction="none")
             for hidden, target in chunks
@@ -490,7 +491,7 @@ class GPT(nn.Module):
         if self.packed_head is not None:
             logits = self.packed_head(x)
         else:
-            whole = multiplies_padding(x.device)
+            whole = computes_padding_logits(x.device)
             logits = compute_logits(x, self.head_table, self.config.vocab_size, whole)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # for the softmax
         return soft_cap(logits, self.config.softcap)

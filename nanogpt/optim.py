@@ -1,4 +1,4 @@
-"""AdamW; Muon for matrices with AdamW for the rest; row-wise Adagrad for n-gram tables.
+"""AdamW; Muon for the matrices in blocks, with AdamW for the rest; row-wise Adagrad for n-gram tables.
 
 AdamW runs torch's fused kernel. The classes do not derive from torch.optim.Optimizer, for three reasons:
 instantiating it imports torch._dynamo (1 s); checkpoints store state by parameter name, independently of how
@@ -73,16 +73,16 @@ class Layout:
     rank, size = 0, 1  # rank in, and size of, the group over which the optimizer state is sharded
     sharded = False  # True: each rank holds only a shard of every parameter
 
-    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
+    def partition(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
         """Assign to each rank a range of the elements of every parameter, for elementwise update rules."""
         return [PartitionedParam(name, p, [(0, p.numel())]) for name, p in named]
 
-    def local_shard(self, shard: PartitionedParam, tensor: Tensor) -> Tensor:
-        """Return the range of `tensor`, `shard.parameter` or its gradient, that this rank updates, as a
-        view."""
+    def local_shard(self, param: PartitionedParam, tensor: Tensor) -> Tensor:
+        """Return a view of the range of `tensor` that this rank updates; `tensor` is `param.parameter` or its
+        gradient."""
         return tensor
 
-    def all_gather_params(self, shards: Sequence[PartitionedParam]) -> None:
+    def all_gather_params(self, params: Sequence[PartitionedParam]) -> None:
         """All-gather the ranges that the ranks have updated, if weights are replicated. Collective: call on
         all ranks."""
 
@@ -227,14 +227,14 @@ class AdamW:
 
     def __init__(self, config: OptimizerOptions, named: Named, layout: Layout | None = None):
         self.config, self.layout = config, layout or Layout()
-        self.shards = self.layout.shard(named)
+        self.partitioned = self.layout.partition(named)
         with torch.no_grad():
-            local = {shard.name: self.layout.local_shard(shard, shard.parameter) for shard in self.shards}
+            local = {p.name: self.layout.local_shard(p, p.parameter) for p in self.partitioned}
             self.exp_avg = {name: torch.zeros_like(weights) for name, weights in local.items()}
             self.exp_avg_sq = {name: torch.zeros_like(weights) for name, weights in local.items()}
-        updated = [shard for shard in self.shards if local[shard.name].numel()]
-        matrices = [shard for shard in updated if shard.parameter.dim() >= 2]
-        vectors = [shard for shard in updated if shard.parameter.dim() < 2]
+        updated = [param for param in self.partitioned if local[param.name].numel()]
+        matrices = [param for param in updated if param.parameter.dim() >= 2]
+        vectors = [param for param in updated if param.parameter.dim() < 2]
         self.groups = [
             (group, decay) for group, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if group
         ]
@@ -245,10 +245,10 @@ class AdamW:
         local_shard = self.layout.local_shard
         for group, decay in self.groups:
             torch._fused_adamw_(
-                [local_shard(shard, shard.parameter) for shard in group],
-                [local_shard(shard, gradient(shard.parameter)) for shard in group],
-                [self.exp_avg[shard.name] for shard in group],
-                [self.exp_avg_sq[shard.name] for shard in group],
+                [local_shard(param, param.parameter) for param in group],
+                [local_shard(param, gradient(param.parameter)) for param in group],
+                [self.exp_avg[param.name] for param in group],
+                [self.exp_avg_sq[param.name] for param in group],
                 [],
                 [self.steps] * len(group),
                 lr=lr,
@@ -259,14 +259,14 @@ class AdamW:
                 amsgrad=False,
                 maximize=False,
             )
-        self.layout.all_gather_params(self.shards)
+        self.layout.all_gather_params(self.partitioned)
 
     def state_shards(self) -> dict[str, TensorShard]:
         state = {"steps": self.layout.replicated_shard(self.steps)}
-        for shard in self.shards:
-            name, shape, rank = shard.name, shard.parameter.shape, self.layout.rank
-            state[f"{name}.exp_avg"] = TensorShard(shape, shard.spans, rank, self.exp_avg[name])
-            state[f"{name}.exp_avg_sq"] = TensorShard(shape, shard.spans, rank, self.exp_avg_sq[name])
+        for param in self.partitioned:
+            name, shape, rank = param.name, param.parameter.shape, self.layout.rank
+            state[f"{name}.exp_avg"] = TensorShard(shape, param.spans, rank, self.exp_avg[name])
+            state[f"{name}.exp_avg_sq"] = TensorShard(shape, param.spans, rank, self.exp_avg_sq[name])
         return state
 
 
@@ -365,8 +365,8 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(matrices: Tensor, ns_steps: int = len(POLAR_EXPRESS)) -> Tensor:
-    """Return an approximation of the nearest (semi-)orthogonal matrix, U V^T, of each of `matrices` U S V^T,
-    (n, r, c), by `ns_steps` iterations (at most 5); more bring the singular values closer to 1. Zero matrices
+    """Approximate, for each matrix U S V^T of `matrices` (n, r, c), the nearest (semi-)orthogonal matrix
+    U V^T, by `ns_steps` iterations (at most 5); more bring the singular values closer to 1. Zero matrices
     stay zero."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT

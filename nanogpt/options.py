@@ -174,7 +174,7 @@ def shape_problems(n_embd: int, n_head: int, n_kv_head: int, head_dim: int, posi
 @dataclass(frozen=True)
 class OptimizerOptions:
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  #: muon: Muon for matrices of blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  #: muon: Muon for matrices in blocks, AdamW for the rest
     learning_rate: NonNegativeFloat = 6e-4  #: peak learning rate (AdamW)
     muon_lr: NonNegativeFloat = 0.02  # peak learning rate (Muon)
     muon_weight_decay: NonNegativeFloat = 0.0  # weight decay (Muon)
@@ -247,7 +247,7 @@ class InTrainingOptions:
     # tasks and samples at each evaluation (metrics.jsonl, samples/)
     eval_tasks: str = ""  # tasks to score, as eval.py's --tasks: hellaswag, lambada:FILE, quiz.jsonl
     eval_tasks_items: PositiveInt = 500  # maximum items per task, evenly spread over its file
-    sample_prompt: str = ""  #: prompt of four samples per evaluation; empty: no samples
+    sample_prompt: str = ""  #: prompt from which four samples are generated at each evaluation; empty: none
     sample_tokens: PositiveInt = 32  # tokens per sample
 
 

@@ -79,9 +79,10 @@ def decide(
     """Resolve all options that are "auto" or determined by a checkpoint, and load the data. Writes no files
     but the dataset of a text file.
 
-    `origins` maps each option that is set to its source; options set by a checkpoint or by token counts are
-    added in place. `try_step(..., n)` runs two iterations with `n` sequences per micro-batch, for
-    --batch_size=auto. Raise UserError if the options do not fit the device, the data or the checkpoint.
+    `origins` gives the source of each option that was set; those that a checkpoint, --batch_tokens or
+    --max_tokens determines are added in place. `try_step(..., n)` runs two iterations with `n` sequences per
+    micro-batch, for --batch_size=auto. Raise UserError if the options do not fit the device, the data or the
+    checkpoint.
     """
     notices: list[str] = []
     config, resumed, pretrained = resolve_init_from(config, origins, notices)

@@ -71,7 +71,8 @@ def describe(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(describe(choice).removeprefix("one of ") for choice in get_args(kind))
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
+        choices = [str(choice) for choice in get_args(kind)]
+        return "one of " + (" | " if any("," in choice for choice in choices) else ", ").join(choices)
     names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
     return (names | {list: "a list", dict: "an object", type(None): "null"}).get(kind, kind.__name__)
 

@@ -254,12 +254,12 @@ def test_full_disk_is_an_oserror_with_the_file_name(tmp_path, model, monkeypatch
 def test_previous_run_is_moved_aside(tmp_path, model):
     run = tmp_path / "out"
     save_checkpoint(run, model, 5)
-    lock, notice = writer.clear_folder(run, files.lock(run), None, train.Config())
+    lock, notice = writer.prepare_folder(run, files.lock(run), None, train.Config())
     lock.release()
     assert "out.1" in notice and names(tmp_path) == ["out", "out.1"]
     assert reader.find(tmp_path / "out.1")[0].iter_num == 5 and reader.find(run)[0] is None
     save_checkpoint(run, model, 6)
-    lock, notice = writer.clear_folder(run, files.lock(run), None, train.Config())
+    lock, notice = writer.prepare_folder(run, files.lock(run), None, train.Config())
     lock.release()
     assert names(tmp_path) == ["out", "out.1", "out.2"]
     with pytest.raises(UserError, match=r"no checkpoint in .*out, but in out\.1 and out\.2: train first"):
@@ -267,9 +267,9 @@ def test_previous_run_is_moved_aside(tmp_path, model):
     with pytest.raises(UserError, match=r"but in out\.1 and out\.2: give the --out_dir of a run"):
         weights.open_weights("resume", tmp_path, run)
     save_checkpoint(run, model, 7)
-    # the second replaces a run that has not saved yet
+    # in the second iteration the run that is replaced has not saved a checkpoint
     for said in ("; it is kept in", "saved no checkpoint"):
-        lock, notice = writer.clear_folder(run, files.lock(run), None, train.Config(overwrite=True))
+        lock, notice = writer.prepare_folder(run, files.lock(run), None, train.Config(overwrite=True))
         (run / "config.json").write_text("{}", encoding="utf-8")
         lock.release()
         assert names(tmp_path) == ["out", "out.1", "out.2", "out.replaced"] and reader.find(run)[0] is None
@@ -282,7 +282,7 @@ def test_previous_nanogpt_run_is_moved_aside(tmp_path):
     run = tmp_path / "out"
     run.mkdir()
     (run / "ckpt.pt").write_bytes(b"x")
-    writer.clear_folder(run, files.lock(run), None, train.Config())[0].release()
+    writer.prepare_folder(run, files.lock(run), None, train.Config())[0].release()
     assert (tmp_path / "out.1" / "ckpt.pt").exists()
 
 

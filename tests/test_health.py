@@ -66,9 +66,9 @@ def decayed_gains(monkeypatch):
 
     def step(self, lr):
         real(self, lr)
-        for shard in self.shards:
-            if shard.parameter.dim() == 1:
-                shard.parameter.data.mul_(1 - lr * 0.1)
+        for param in self.partitioned:
+            if param.parameter.dim() == 1:
+                param.parameter.data.mul_(1 - lr * 0.1)
 
     monkeypatch.setattr(AdamW, "step", step)
 

@@ -18,7 +18,7 @@ def test_updated_weights_are_gathered_in_bounded_chunks(size, turn, monkeypatch)
     monkeypatch.setattr(layout, "TURN", turn)
     copies = [nn.Linear(30, 17) for _ in range(size)]
     layouts = [Replicated(World(rank, size)) for rank in range(size)]
-    held = [each.shard(list(copy.named_parameters())) for each, copy in zip(layouts, copies, strict=True)]
+    held = [each.partition(list(copy.named_parameters())) for each, copy in zip(layouts, copies, strict=True)]
     flat = [torch.cat([p.data.flatten() for p in copy.parameters()]) for copy in copies]
     cuts = [len(flat[0]) * rank // size for rank in range(size + 1)]
     own = [flat[rank][cuts[rank] : cuts[rank + 1]].clone() for rank in range(size)]

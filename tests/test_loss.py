@@ -39,7 +39,7 @@ def inputs(dtype=torch.float32, ignored=5):
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_chunked_loss_equals_the_plain_loss(rows, cap, monkeypatch):
     for whole in (False, True):  # True: as on GPUs, padding included in the matmul
-        monkeypatch.setattr("nanogpt.loss.multiplies_padding", lambda device, whole=whole: whole)
+        monkeypatch.setattr("nanogpt.loss.computes_padding_logits", lambda device, whole=whole: whole)
         x, table, targets = inputs()
         expected = plain(x, table, targets, cap)
         gradients = torch.autograd.grad(3 * expected, (x, table))

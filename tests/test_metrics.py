@@ -23,7 +23,7 @@ class Recorder:
 def test_rows_console_lines_and_tracker(tmp_path, capsys):
     recorder = Recorder()
     log = metrics.Log()
-    log.open(tmp_path / metrics.NAME, recorder, mfu_per_token_s=1e-4)
+    log.open(tmp_path / metrics.NAME, recorder, mfu_at_one_token_per_s=1e-4)
     log.step(3, step_s=0.05, speed=2000.0, tokens=400, left_s=3700, loss=2.5, lr=1e-3)
     log.evaluation(4, 400, val_loss=float("nan"))
     log.close()

@@ -113,7 +113,7 @@ def build_with_muon(named, decay=0.0):
     return build(config, [*named.items(), ("h.0.gain", nn.Parameter(torch.ones(3)))], ROWS)
 
 
-def build_muon(named, decay=0.0):
+def build_muon_rule(named, decay=0.0):
     config = OptimizerOptions("muon", muon_weight_decay=decay)
     return Muon(config, named, {k: v for k, v in ROWS.items() if k in dict(named)})
 
@@ -171,7 +171,7 @@ def test_muon_is_close_to_torch():
     start, gradient = torch.randn(16, 48), torch.randn(16, 48)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-    build_muon([("h.0.w", ours)]).step(0.1)
+    build_muon_rule([("h.0.w", ours)]).step(0.1)
     torch.optim.Muon([theirs], lr=0.1, momentum=0.85, weight_decay=0.0, nesterov=True).step()
     a, b = (ours - start).flatten(), (theirs - start).flatten()
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
@@ -199,8 +199,8 @@ def test_fused_matrix_is_orthogonalized_per_projection():
     for p in named.values():
         p.grad = torch.randn(p.shape)
     alone["h.0.q"].grad = named["h.0.fused"].grad[:5].clone()
-    build_muon([(n, p) for n, p in named.items() if n.startswith("h.")]).step(0.1)
-    build_muon(list(alone.items())).step(0.1)
+    build_muon_rule([(n, p) for n, p in named.items() if n.startswith("h.")]).step(0.1)
+    build_muon_rule(list(alone.items())).step(0.1)
     torch.testing.assert_close(named["h.0.fused"][:5], alone["h.0.q"], rtol=1e-4, atol=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_cautious_decay_applies_only_where_the_update_shrinks_weights():
         torch.manual_seed(3)
         for p in named.values():
             p.grad = torch.randn(p.shape)
-        build_muon([("h.0.wide", named["h.0.wide"])], decay).step(0.1)
+        build_muon_rule([("h.0.wide", named["h.0.wide"])], decay).step(0.1)
     before = matrices()["h.0.wide"].detach()
     update = before - plain["h.0.wide"].detach()  # the subtracted update
     pull = plain["h.0.wide"].detach() - decayed["h.0.wide"].detach()

@@ -106,7 +106,7 @@ def prune(run_dir: Path) -> None:
     files.remove(run_dir.with_name(run_dir.name + REPLACED))
 
 
-def clear_folder(
+def prepare_folder(
     run_dir: Path, lock: FileLock, resumed: Progress | None, options: TrainOptions
 ) -> tuple[FileLock, str]:
     """Prepare the run folder `run_dir`, locked by `lock`, for a new run or, if `resumed` is given, for one

@@ -215,7 +215,8 @@ def attention_entropy(attn: CausalSelfAttention, given: tuple[Any, ...], out: Te
 def update_ratios(n_layer: int, optimizer: Optimizer, before: list[Tensor]) -> list[float]:
     """Return, per block, the largest ratio of update norm to weight norm among the matrices AdamW trains.
     Muon's are left out, as its learning rate sets the norm of their updates; so are zeros (new adapters)."""
-    adam = [shard.name for rule, _ in optimizer.rules if isinstance(rule, AdamW) for shard in rule.shards]
+    rules = [rule for rule, _ in optimizer.rules if isinstance(rule, AdamW)]
+    adam = [param.name for rule in rules for param in rule.partitioned]
     ratios = [0.0] * n_layer
     for (name, p), old in zip(optimizer.named, before, strict=True):
         if name.startswith("h.") and p.dim() >= 2 and name in adam and (norm := float(old.norm())):

@@ -62,7 +62,7 @@ class _Shared(Layout):
 class Replicated(_Shared):
     """DDP: weights and gradients replicated on every rank, optimizer state sharded (ZeRO-1)."""
 
-    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
+    def partition(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
         total, first, parts = sum(p.numel() for _, p in named), 0, []
         cuts = [total * rank // self.size for rank in range(self.size + 1)]
         for name, p in named:
@@ -72,12 +72,12 @@ class Replicated(_Shared):
             first += p.numel()
         return parts
 
-    def local_shard(self, shard: PartitionedParam, tensor: Tensor) -> Tensor:
-        start, stop = shard.spans[self.rank]
+    def local_shard(self, param: PartitionedParam, tensor: Tensor) -> Tensor:
+        start, stop = param.spans[self.rank]
         return tensor.detach().reshape(-1)[start:stop]
 
-    def all_gather_params(self, shards: Sequence[PartitionedParam]) -> None:
-        views = [[_flat(shard)[slice(*shard.spans[rank])] for shard in shards] for rank in range(self.size)]
+    def all_gather_params(self, params: Sequence[PartitionedParam]) -> None:
+        views = [[_flat(param)[slice(*param.spans[rank])] for param in params] for rank in range(self.size)]
         longest, chunk = max(sum(map(len, of_one)) for of_one in views), max(1, TURN // self.size)
         for done in range(0, longest, chunk):
             turn = [_cut(of_one, done, done + chunk) for of_one in views]
@@ -128,10 +128,10 @@ class Sharded(_Shared):
 
     sharded = True
 
-    def shard(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
+    def partition(self, named: Sequence[tuple[str, Tensor]]) -> list[PartitionedParam]:
         return [PartitionedParam(name, p, self._spans(p)) for name, p in named]
 
-    def local_shard(self, shard: PartitionedParam, tensor: Tensor) -> Tensor:
+    def local_shard(self, param: PartitionedParam, tensor: Tensor) -> Tensor:
         return self.to_local(tensor)
 
     def gather_grads(self, stack: Sequence[Matrix]) -> Tensor:
@@ -258,8 +258,8 @@ def _cut(views: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     return parts
 
 
-def _flat(shard: PartitionedParam) -> Tensor:
-    return shard.parameter.data.view(-1)
+def _flat(param: PartitionedParam) -> Tensor:
+    return param.parameter.data.view(-1)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Pace:
         """Return whether to evaluate: every `interval` iterations and at the end."""
         return self.over or self.passed(interval)
 
-    def evaluated(self, took_s: float) -> None:
+    def count_evaluation(self, took_s: float) -> None:
         """Account for the time of an evaluation."""
         self.progress.evaluation_s = max(took_s, self.progress.evaluation_s)
 

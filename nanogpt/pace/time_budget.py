@@ -77,9 +77,9 @@ class TimeBudget(Pace):
         affordable = self.evaluations_s <= elapsed_s / 10 and 3 * self.progress.evaluation_s < left_s
         return self.world.any_rank(affordable and not is_last and self.world.is_main_process)
 
-    def evaluated(self, took_s: float) -> None:
+    def count_evaluation(self, took_s: float) -> None:
         """Raise UserError after the first evaluation if no time is left to train."""
-        super().evaluated(took_s)
+        super().count_evaluation(took_s)
         self.evaluations_s += took_s
         if self.progress.share:
             return
