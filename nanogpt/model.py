@@ -216,9 +216,9 @@ def repeats_kv(device_type: str, dtype: torch.dtype, bias: Tensor | None) -> boo
     """Return whether keys and values are repeated for all query heads of their group: on CUDA, except in
     bfloat16 without a bias.
 
-    Of the fused kernels only flash attention takes grouped keys and values. It supports neither a bias nor
-    float32, and GPUs without bfloat16 (where the default is float16) lack it. The kernel that torch would
-    select in its place writes all scores to memory.
+    Of the fused kernels only flash attention takes grouped keys and values, but neither a bias nor float32.
+    GPUs without bfloat16, for which our default is float16, do not have it. There torch would fall back to a
+    kernel that writes all scores to memory; with repeated keys another fused kernel can be used.
     """
     return device_type == "cuda" and (bias is not None or dtype != torch.bfloat16)
 
@@ -256,8 +256,8 @@ class LayerCache(NamedTuple):
     """View of a `Cache` for the attention of one layer."""
 
     position_ids: Tensor | None  # positions of the input tokens, int64 (B, T); None: 0 ... T-1
-    # attend(q, k, v, uncached): store k and v, and return the attention; uncached(q, k, v), the attention of
-    # the model, is called while the cache is empty (prefill)
+    # attend(q, k, v, uncached): store k and v, and return the attention. `uncached` is a function of q, k and
+    # v, the model's own attention, to be used while the cache is empty (prefill).
     attend: Callable[..., Tensor]
 
 
@@ -399,8 +399,9 @@ class GPT(nn.Module):
         self.ln_f = NORMS[config.norm](config)
         self.packed_head: nn.Module | None = None  # quantized LM head (quantize.py)
         self.loss_chunk_size = 0  # tokens per chunk of chunked_cross_entropy; 0: not chunked
-        self.compiled_loss: Callable[..., Any] | None = None  # `loss`, set by compile.wrap
-        self.compiled_token_losses: Callable[..., Any] | None = None  # set by compile.train_function
+        self.compiled_loss: Callable[..., Any] | None = None  # replaces `loss`; set by compile.wrap
+        # (idx, targets[, documents]) -> losses; set by compile.train_function for validation.py
+        self.compiled_token_losses: Callable[..., Any] | None = None
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)

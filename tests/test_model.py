@@ -69,8 +69,8 @@ def test_forward_equals_a_reference_gpt2(model):
     expected = norm(x, "ln_f") @ w["wte.weight"].T
     logits, loss = model(idx, targets)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
-    pick_fields = expected.log_softmax(-1).gather(-1, targets[..., None])
-    torch.testing.assert_close(loss.double(), -pick_fields.mean(), rtol=1e-5, atol=1e-5)
+    log_probs = expected.log_softmax(-1).gather(-1, targets[..., None])
+    torch.testing.assert_close(loss.double(), -log_probs.mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_initial_loss_is_that_of_uniform_guessing(model):

@@ -35,7 +35,7 @@ class Progress:
     val_loss: float | None = None  # loss of the current weights; None if not evaluated
     stale: int = 0  # number of evaluations since the best one
     share: float = 0.0  # completed fraction of the schedule
-    clock_s: float = 0.0  # wall-clock seconds of earlier sessions (in state.json: of all), all included
+    clock_s: float = 0.0  # wall-clock seconds of earlier sessions, including evaluations and saving
     evaluation_s: float = 0.0  # time of the longest evaluation
     ramp: list[int] = field(default_factory=list)  # with --minutes: batch sizes of the ramp so far
 

@@ -22,13 +22,13 @@ def memory_of(machine: Machine) -> float:
 def require_memory(config: TrainOptions, model_config: GPTConfig, machine: Machine) -> None:
     """Raise UserError if a lower bound of the memory that each rank needs exceeds that of its device.
 
-    The bound counts float32 weights and, if all are trained, their gradients and one moment (Muon's; AdamW
-    has two), divided among the ranks as in FSDP (DDP needs more), and in training the inputs of all blocks in
-    bfloat16. plan.py estimates the actual use.
+    The bound is the sum of (1) float32 weights and, if all are trained, their gradients and one moment
+    (Muon's; AdamW has two), divided by the number of ranks as in FSDP (DDP needs more), and (2) the bfloat16
+    inputs of all blocks, unless --eval_only. plan.py estimates the actual use.
     """
     width, tokens = model_config.n_embd, config.micro_batch_size * config.block_size
     attention = 2 * width * model_config.n_head * model_config.head_size  # at least: q and projection
-    # MLP: 8 width²; less if the width of a gated one is rounded down
+    # MLP: 8 width², or down to 6 width² where the width of a gated one is rounded down
     weights = model_config.padded_vocab_size * width + model_config.n_layer * (attention + 6 * width**2)
     partly = config.eval_only or config.lora_rank or config.freeze or config.train_only
     inputs = 0 if config.eval_only else 2 * tokens * width * model_config.n_layer

@@ -58,8 +58,8 @@ def resume(
     saved = {RENAMED.get(key, key): value for key, value in resumed.state["options"].items()}
     fitted({f"{key}?": kind for key, kind in kinds.items()}, saved, f"{where}: options")
     saved = asdict(resumed.model_config) | saved  # model_config adds architecture options newer than the run
-    on_cpu = str(resumed.state["environment"].get("device")).startswith("cpu")
-    if on_cpu and not saved.get("compile"):  # auto is False on a CPU; decide again, perhaps for a GPU
+    saved_on_cpu = str(resumed.state["environment"].get("device")).startswith("cpu")
+    if saved_on_cpu and not saved.get("compile"):  # perhaps by auto, which may choose otherwise on a GPU
         saved["compile"] = "auto"
     config, differing = inherit(config, origins, saved, NOT_INHERITED)
     if wrong := [f"{k}={new} given, {k}={old} saved" for k, (old, new) in differing.items() if k in REFUSED]:
@@ -127,9 +127,9 @@ def restore_progress(
             f"{resumed.path} was trained with a different tokenizer ({resumed.model_config.vocab_size} ids) "
             f"from that of {dataset.folder} ({dataset.vocab_size} ids); use the --dataset it was trained on"
         )
-    progress, content = resumed.progress, dataset.content
-    saved = resumed.state.get("data", content)
-    if changed := [split for split in content if saved.get(split) != content[split]]:
+    progress, hashes = resumed.progress, dataset.hashes
+    saved = resumed.state.get("data", hashes)
+    if changed := [split for split in hashes if saved.get(split) != hashes[split]]:
         notices.append(f"note: the data has changed since the run was saved ({', '.join(changed)})")
     if "val" in changed:
         progress.best_val_loss = progress.val_loss = None
@@ -141,7 +141,7 @@ def restore_progress(
         progress.share *= before.minutes / config.minutes
     new_lr = learning_rate(config, progress.position(config))
     if not 0.99 * old_lr <= new_lr <= 1.01 * old_lr:
-        end, new_end = (saved["lr_decay_iters"] or saved["max_iters"] for saved in (old, vars(config)))
+        end, new_end = (options["lr_decay_iters"] or options["max_iters"] for options in (old, vars(config)))
         why = "because its options have changed"
         if config.minutes != before.minutes:
             length = f"{config.minutes:g} minutes" if config.minutes else f"{config.max_iters} iterations"
@@ -158,9 +158,9 @@ def restore_progress(
 def rewind(run_dir: Path, progress: Progress) -> None:
     """Remove from a run folder everything that the run, resumed at `progress`, will write again.
 
-    Later checkpoints, which are damaged, are renamed to `.damaged`, so that they are not considered again.
-    All later rows of metrics.jsonl are deleted, and so is the evaluation at the same iteration unless the
-    checkpoint was evaluated. Task scores at that iteration belong to the checkpoint and are kept.
+    Later checkpoints, which `find` has skipped as damaged, are renamed to `.damaged`. All later rows of
+    metrics.jsonl are deleted, and so is the evaluation at the same iteration unless the checkpoint was
+    evaluated. Task scores at that iteration belong to the checkpoint and are kept.
     """
     for path in step_folders(run_dir):
         if int(path.name[5:]) > progress.iter_num:

@@ -41,7 +41,7 @@ class Dataset:
     bytes_per_token: float | None  # UTF-8 bytes per token of the validation text, if known
 
     @property
-    def content(self) -> dict[str, str]:
+    def hashes(self) -> dict[str, str]:
         """Hashes of the tokens of both splits."""
         return {"train": self.train.content, "val": self.val.content}
 

@@ -149,9 +149,9 @@ class Sequences:
         """Return the contents of baseline.json: the hashes of the data, and losses by sequences and order."""
         with suppress(UserError, OSError):  # missing or damaged: measure again
             figures: dict[str, Any] = files.read_json(self.dataset.folder / NAME, FIGURES)
-            if figures["data"] == self.dataset.content:
+            if figures["data"] == self.dataset.hashes:
                 return figures
-        return {"data": self.dataset.content, "losses": {}}
+        return {"data": self.dataset.hashes, "losses": {}}
 
     def best(self) -> tuple[float, str] | None:
         """Return the lowest loss known for these sequences and the order of its n-grams."""
