@@ -89,24 +89,14 @@ class Engine:
     """
 
     def __init__(self, model: GPT, slots: int, length: int = 0):
-        config = model.config
         self.model, self.slots = model, slots
-        self.block_size = config.block_size
-        self.length = min(length or config.block_size, config.block_size)
+        self.block_size = model.config.block_size
+        self.length = min(length or self.block_size, self.block_size)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it takes 0.4 s to plan for each new length
         table = model.wte.weight
         self.device = table.device
-        self.cache = KVCache(
-            slots,
-            self.length,
-            n_layer=config.n_layer,
-            n_kv_head=config.n_kv_head or config.n_head,
-            head_size=config.head_size,
-            n_embd=config.n_embd,
-            context=model.ngrams.context if model.ngrams else 0,
-            dtype=kept_in(model) if table.device.type == "cpu" else table.dtype,
-            device=table.device,
-        )
+        dtype = kept_in(model) if self.device.type == "cpu" else table.dtype
+        self.cache = KVCache(model, slots, self.length, dtype)
         self.texts: list[Text] = []  # text i is in slot i
         self._left: list[list[int]] = [[] for _ in range(slots)]  # tokens still cached in each free slot
         self.flat = DecodeStep(model, self.cache) if self.device.type == "cpu" else None

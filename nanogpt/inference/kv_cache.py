@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.model import LayerCache, attention
+from nanogpt.model import GPT, LayerCache, attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,28 +29,19 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 class KVCache:
     """Keys and values of `slots` sequences of `length` tokens: (n_layer, S, n_kv_head, length, hs) each."""
 
-    def __init__(
-        self,
-        slots: int,
-        length: int,
-        *,
-        n_layer: int,
-        n_kv_head: int,
-        head_size: int,
-        n_embd: int,
-        context: int = 0,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, model: GPT, slots: int, length: int, dtype: torch.dtype):
+        config, device = model.config, model.wte.weight.device
         # One tensor, so that both are copied at once. Zeros: masked entries must not be NaN, and untouched
         # pages of zeros take no physical memory.
-        shape = (n_layer, 2, slots, n_kv_head, length, head_size)
+        kv_heads = config.n_kv_head or config.n_head
+        shape = (config.n_layer, 2, slots, kv_heads, length, config.head_size)
         self.both = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = self.both.unbind(1)
-        self.embeddings = torch.zeros((slots, n_embd), dtype=dtype, device=device)  # last token's, for smear
+        # of the last token, for smear
+        self.embeddings = torch.zeros((slots, config.n_embd), dtype=dtype, device=device)
         # For n-grams: the token at position t is at `context` + t, after `context` times -1.
-        self.context = context
-        self.ids = torch.full((slots, context + length), -1, device=device)
+        self.context = model.ngrams.context if model.ngrams else 0
+        self.ids = torch.full((slots, self.context + length), -1, device=device)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens of slot `source` to slots `targets`."""
