@@ -6,16 +6,15 @@ Experimental: not yet tested on a GPU.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from nanogpt.gpu.cuda_graphs import WARM_UPS, Record, aside, cuda_graph, require_cuda
 from nanogpt.inference.engine import Engine
-from nanogpt.inference.kv_cache import Attention, KVCache, Step, masked_after, one_query
+from nanogpt.inference.kv_cache import KVCache, Step, masked_after
 from nanogpt.inference.sampling import SamplingOptions, draw
-from nanogpt.model import GPT, LayerCache
+from nanogpt.model import GPT
 
 SHORTEST = 128  # minimum cache length (tokens) of a captured step
 
@@ -26,21 +25,11 @@ class FixedStep(Step):
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int, bias: Tensor | None):
         self.cache, self.count, self.length = cache, len(positions), length
-        self.positions, self.position_ids = positions, positions[:, None]
-        self.rows = torch.arange(self.count, device=positions.device)
+        self.position_ids, self.alike = positions[:, None], False
         if bias is None:
             bias = masked_after(positions, length, cache.keys.dtype)[:, None, None]
-        self.masked = bias.to(cache.keys.dtype)
-
-    def layer(self, number: int) -> LayerCache:
-        return LayerCache(self.position_ids, partial(self._attend_fixed, number))
-
-    def _attend_fixed(self, number: int, q: Tensor, k: Tensor, v: Tensor, plain: Attention) -> Tensor:
-        keys, values = self.cache.keys[number], self.cache.values[number]
-        keys[self.rows, :, self.positions] = k[:, :, 0].to(keys.dtype)
-        values[self.rows, :, self.positions] = v[:, :, 0].to(keys.dtype)
-        keys, values = (x[: self.count, :, : self.length] for x in (keys, values))
-        return one_query(q, keys, values, self.masked)
+        self.bias = bias.to(cache.keys.dtype)
+        self.index = (torch.arange(self.count, device=positions.device), slice(None), positions)
 
 
 @dataclass
