@@ -151,7 +151,8 @@ class Engine:
             self._read(slid)
         logits = self.logits()
         tokens = self._draw(logits)
-        drawn = list(zip(self.texts, self._report(logits, tokens), strict=True))
+        rows = zip(logits, self.texts, tokens, strict=True)
+        drawn = [(text, report(row, token, text.logprobs)) for row, text, token in rows]
         for text, token in drawn:
             text.ids.append(token.id)
             if text.seen is not None:
@@ -184,12 +185,12 @@ class Engine:
                     logits[row] = apply_repetition_penalty(
                         logits[row], text.seen, text.options.repetition_penalty
                     )
-        uniform = torch.cat([torch.rand(1, generator=t.generator, dtype=torch.float64) for t in self.texts])
-        return draw_each(logits, options, uniform).tolist()
+        return draw_each(logits, options, self._uniform(1)[:, 0]).tolist()
 
-    def _report(self, logits: Tensor, tokens: list[int]) -> Iterator[Token]:
-        for row, (text, token) in enumerate(zip(self.texts, tokens, strict=True)):
-            yield report(logits[row], token, text.logprobs)
+    def _uniform(self, count: int) -> Tensor:
+        """Return the next `count` random numbers of each sequence, float64 (B, count)."""
+        rows = (torch.rand(count, generator=text.generator, dtype=torch.float64) for text in self.texts)
+        return torch.stack(list(rows))
 
     @torch.inference_mode()
     def _read(self, slots: Sequence[int]) -> None:

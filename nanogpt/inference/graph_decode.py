@@ -78,10 +78,8 @@ class GraphEngine(Engine):
         at = max(len(text.ids) - text.start for text in self.texts)
         assert at + count <= self.length, f"{at} + {count} tokens do not fit in length={self.length}"
         recorded = self._prepared(room=count)
-        uniform = torch.stack(
-            [torch.rand(count - 1, generator=t.generator, dtype=torch.float64) for t in self.texts]
-        )
-        uniform = torch.cat([recorded.uniform[None], uniform.T.to(self.device)])  # first: from _prepared
+        uniform = self._uniform(count - 1).T.to(self.device)
+        uniform = torch.cat([recorded.uniform[None], uniform])  # first: from _prepared
         written = torch.empty(count, len(self.texts), dtype=torch.int64, device=self.device)
         for turn in range(count):
             recorded.uniform.copy_(uniform[turn])
@@ -118,12 +116,8 @@ class GraphEngine(Engine):
         return recorded
 
     def _inputs(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        drawn = (
-            [torch.rand(1, generator=t.generator, dtype=torch.float64) for t in self.texts]
-            if self._kind()
-            else []
-        )
-        uniform = torch.cat(drawn) if drawn else torch.zeros(len(positions), dtype=torch.float64)
+        unused = torch.zeros(len(positions), dtype=torch.float64)
+        uniform = self._uniform(1)[:, 0] if self._kind() else unused
         idx = torch.tensor([text.ids[-1:] for text in self.texts])
         parts = (idx, torch.tensor(positions), uniform)
         return tuple(part.to(self.device) for part in parts)  # type: ignore[return-value]
