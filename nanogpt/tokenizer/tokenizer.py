@@ -20,24 +20,27 @@ from nanogpt.tokenizer import vocabulary
 class Tokenizer(Protocol):
     kind: str
     vocab_size: int
-    end_of_text: int | None  # id of the document separator, if any
-    words: bool  # tokens depend on context: split texts between words only
-    bytewise: bool  # a token's bytes do not depend on its neighbors
+    end_of_text: int | None = None  # id of the document separator, if any
+    words: bool = False  # tokens depend on context: split texts between words only
+    bytewise: bool = True  # a token's bytes do not depend on its neighbors
 
-    def accelerate(self) -> None: ...  # set up a faster encoder with the same ids
+    def accelerate(self) -> None:
+        """Set up a faster encoder with the same ids, if there is one."""
+        return
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return ids as `encode` does, but recognize <|endoftext|>."""
+        return self.encode(text).tolist()
+
     def encode(self, text: str) -> np.ndarray: ...  # int64 (n,); special tokens are encoded as text
-    def encode_prompt(self, text: str) -> list[int]: ...  # as `encode`, but recognizes <|endoftext|>
     def decode_bytes(self, ids: Iterable[int]) -> bytes: ...  # UTF-8, may end within a character
     def to_json(self) -> dict[str, Any]: ...
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """Character tokenizer: one id per character, ordered by code point (as in nanoGPT)."""
 
     kind = "char"
-    words = False
-    bytewise = True
-    end_of_text: int | None = None
 
     def __init__(self, characters: Sequence[str]):
         self.characters = list(characters)
@@ -45,9 +48,6 @@ class CharTokenizer:
         points = np.array([ord(character) for character in self.characters], dtype=np.uint32)
         self._id_of = np.full(int(points.max(initial=0)) + 2, -1, dtype=np.int64)
         self._id_of[points] = np.arange(self.vocab_size)
-
-    def accelerate(self) -> None:
-        pass  # already fast
 
     def encode(self, text: str) -> np.ndarray:
         """Return ids, int64 (n,). Raise UserError listing the characters that are not in the vocabulary."""
@@ -63,9 +63,6 @@ class CharTokenizer:
             )
         return ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        return self.encode(text).tolist()
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.characters[i] for i in ids).encode("utf-8", "surrogatepass")
 
@@ -73,23 +70,14 @@ class CharTokenizer:
         return {"characters": self.characters}
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Byte tokenizer: one id per UTF-8 byte; encodes any text and needs no training."""
 
     kind = "byte"
-    words = False
-    bytewise = True
     vocab_size = 256
-    end_of_text: int | None = None
-
-    def accelerate(self) -> None:
-        pass
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self.encode(text).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(list(ids))  # bytes(array) would copy the raw buffer
