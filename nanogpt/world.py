@@ -21,7 +21,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # rank within this node
     on_node: int = 1  # number of ranks on this node
 
     @property
@@ -39,7 +38,7 @@ class World:
 
     def any_rank(self, flag: bool) -> bool:
         """Return on all ranks whether `flag` is true on any. Collective: call on all ranks."""
-        return flag
+        return self.sum_int(int(flag)) > 0
 
     def sum_int(self, count: int) -> int:
         """Return the sum of an integer over all ranks. Collective: call on all ranks."""

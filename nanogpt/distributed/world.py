@@ -42,12 +42,6 @@ class Processes(World):
             dist.all_reduce(x)
         return x
 
-    def any_rank(self, flag: bool) -> bool:
-        asked = torch.tensor(int(flag))
-        with self._waiting():
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(asked)
-
     def sum_int(self, count: int) -> int:
         counted = torch.tensor(count)
         with self._waiting():
@@ -205,10 +199,8 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
     heart = Watchdog(_own_client(word), rank, size, hang_timeout_s, address, run / "stuck")
     heart.record = lambda: _dump_recorder(run, rank)
     heart.start()
-    local, on_node = (
-        int(os.environ.get(name, value)) for name, value in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
-    )
-    return Processes(rank, size, local, on_node, control, heart)
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return Processes(rank, size, on_node, control, heart)
 
 
 def use_own_gpu(asked: torch.device) -> torch.device:
