@@ -1,6 +1,6 @@
 """Datasets of web pages encoded with GPT-2's BPE, from the hub or from local files with the same rows."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nanogpt import command
@@ -26,18 +26,10 @@ def prepare(config: WebOptions, folder: Path) -> list[str]:
 
     Raise UserError for unusable sources and options, as corpus.prepare does.
     """
-    summary = corpus.prepare(
-        [Path(config.source)] if config.source else [],
-        Path(config.out or folder),
-        kind="gpt2",
-        hub="" if config.source else config.hub,
-        instead="offline or without all of it, put its parquet files into a folder and pass --source=FOLDER",
-        text_key=config.text_key,
-        gpt2_bpe=config.gpt2_bpe,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        workers=config.workers,
-        shard_tokens=config.shard_tokens,
-    )
+    options = asdict(replace(config, hub="") if config.source else config)
+    source, out = options.pop("source"), Path(options.pop("out") or folder)
+    instead = "offline or without all of it, put its parquet files into a folder and pass --source=FOLDER"
+    paths = [Path(source)] if source else []
+    summary = corpus.prepare(paths, out, kind="gpt2", instead=instead, **options)
     dataset = summary.option if config.out else f"--dataset={folder.name}"
     return [*summary.lines(), f"{command('train')} config/train_gpt2.py {dataset}"]
