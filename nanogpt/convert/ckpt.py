@@ -8,7 +8,6 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,9 +73,6 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
     if head is not None and not torch.equal(head, stored["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but nanoGPT ties the two")
 
-    def read() -> Iterator[tuple[str, Tensor]]:
-        yield from stored.items()
-
     text = _characters([path.parent, *(folder / dataset for folder in data_folders if dataset)])
     if not text and config.vocab_size in GPT2_ROWS:
         text = vocabulary.GPT2_BY_NAME
@@ -85,7 +81,7 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
         with_vocabulary(config, text, str(path)),
         text,
         vocabulary.identify(text).sha256 if text else "",
-        read,
+        stored.items,
         iter_num=iter_num,
         val_loss=val_loss,
         dataset=dataset,
