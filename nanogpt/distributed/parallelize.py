@@ -211,7 +211,8 @@ def micro_batches(
         counted = min(left, len(batch[0]))
         left -= counted
         world.report_phase(step, "computing")
-        average_next(function, wanted=following is None)
+        if isinstance(function, Connected):  # average in the last pass only; its forward reads the switch
+            function.switch(following is None)
         weight: float | Tensor = counted / sequences
         if targets:  # with no scored target the weight is 0: a mean over nothing is NaN
             idx, wanted, *documents = batch
@@ -325,12 +326,3 @@ class _Calls(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.function(*inputs)
-
-
-def average_next(function: Function, wanted: bool) -> None:
-    """Set whether the next pass of a connected function averages gradients: only the last micro-batch should.
-
-    Call before the forward pass, which reads the switch, too.
-    """
-    if isinstance(function, Connected):
-        function.switch(wanted)
