@@ -223,12 +223,6 @@ def _finite(logprob: float | None) -> float | None:
     return -9999.0 if logprob == -math.inf else logprob
 
 
-def choice(
-    index: int, text: str, logprobs: dict[str, list[Any]] | None, finish: str | None
-) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-
 def answer(
     request: CompletionRequest, model: str, choices: list[dict[str, Any]], usage: int | None = None
 ) -> bytes:

@@ -146,7 +146,7 @@ class Answer:
             tokens = [*(scores.tokens or []), *tokens] if scores else tokens
         self.begun.add(number)
         logprobs = None if self.fields.logprobs is None else self.logprobs[number].of(tokens)
-        return openai_api.choice(number, text, logprobs, finish)
+        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def written(self) -> int:
         return sum(choice.written for choice in self.choices)
