@@ -64,7 +64,7 @@ class Run:
 def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()) -> Run:
     """Read the run in `folder`, with `x` as its x axis; it may be unfinished. Raise UserError if it has no
     rows, or none that this version knows."""
-    rows = [row for row in metrics.read(folder) if isinstance(row, dict)]
+    rows = metrics.read(folder)
     if not rows:
         raise UserError(f"{folder / metrics.NAME} has no rows of train.py; wait for the first iteration")
     path = folder / "config.json"
@@ -81,7 +81,6 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
     if not (np.isfinite(steps["loss"]).any() or np.isfinite(evals["val_loss"]).any()):
         raise UserError(f"{folder / metrics.NAME} was not written by train.py: no loss against {x!r}")
     last = [float(np.nan_to_num(steps[key]).max(initial=0.0)) for key in ("tokens", "elapsed_s")]
-    config = config if isinstance(config, dict) else {}
     health = [row for row in rows if row.get("event") == "health"]
     return Run(name or folder.name, folder, steps, evals, config, last[0], last[1], health)
 
