@@ -12,12 +12,13 @@ Every program runs through `run_program`, so each cause has the same exit code e
 ==== ================================================================
 """
 
+import importlib
 import io
 import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -49,6 +50,14 @@ CODES: dict[type[BaseException], tuple[int, str]] = {  # exit code and start of 
 SHARED = "raised on every rank"  # exception note: only rank 0 prints the error
 TOLD = "printed by another rank"  # exception note: not printed again
 UNDER_TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # environment variable set by torchrun
+
+
+def imported(package: str, why: str) -> Any:
+    """Import an optional package. Raise UserError, which begins with `why`, if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{why}: pip install {package}") from None
 
 
 def run_program(main: Callable[[], T]) -> T:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt import files
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, imported
 from nanogpt.tokenizer import bpe
 from nanogpt.tokenizer.gpt2 import GPT2Tokenizer
 from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
@@ -42,10 +42,7 @@ def write(folder: Path, tokens: Tokenizer) -> None:
 
 def build(tokens: Tokenizer) -> Any:
     """Return a tokenizers.Tokenizer with the ids of `tokens`. Raise UserError as `write` does."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError("writing a Hugging Face tokenizer needs a package: pip install tokenizers") from None
+    tokenizers = imported("tokenizers", "writing a Hugging Face tokenizer needs a package")
     if isinstance(tokens, CharTokenizer):
         return _characters(tokenizers, tokens)
     if isinstance(tokens, ByteTokenizer):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt import cache, files
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, imported
 from nanogpt.prepare import formats
 from nanogpt.prepare.rows import LONGEST
 
@@ -256,10 +256,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def hub_rows(place: str, name: str) -> Iterator[tuple[str, Row]]:
     """Yield (location, row) for a Hugging Face Hub dataset OWNER/NAME/SPLIT or OWNER/NAME/CONFIG/SPLIT."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{_elsewhere(place, name)}; to use the Hub: pip install datasets") from None
+    datasets = imported("datasets", f"{_elsewhere(place, name)}; to use the Hub")
     parts = place.split("/")
     if len(parts) not in (3, 4):
         raise UserError(f"hub:{place}: expected hub:OWNER/NAME/SPLIT or hub:OWNER/NAME/CONFIG/SPLIT")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, imported
 
 Advance = Callable[[int], object]  # called with the number of bytes read
 
@@ -124,10 +124,7 @@ def _by(library: str) -> Callable[[BinaryIO], Iterator[bytes]]:
 
 def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
     """Decompress all frames; raise EOFError if the file ends within one (the package's reader does not)."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{raw.name} needs a package: pip install zstandard") from None
+    zstandard = imported("zstandard", f"{raw.name} needs a package")
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of zstd --long=31
     frame = decompressor.decompressobj()
     whole, blocks, size = True, [b""], 0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, imported
 from nanogpt.prepare import formats, rows, tables, text_files
 from nanogpt.prepare.formats import Advance
 from nanogpt.prepare.rows import BadRow
@@ -209,9 +209,7 @@ def _datasets() -> Any:
     if not heavy:
         os.environ["USE_TORCH"] = "0"
     try:
-        import datasets
-    except ImportError:
-        raise UserError("hub datasets need a package: pip install datasets") from None
+        datasets = imported("datasets", "hub datasets need a package")
     finally:
         if not heavy:
             del os.environ["USE_TORCH"]

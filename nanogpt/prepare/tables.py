@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, imported
 from nanogpt.prepare import rows
 from nanogpt.prepare.formats import BLOCK
 
@@ -53,10 +53,7 @@ def batch(path: Path, text_key: str, row: int) -> Batch | None:
 
 def _batches(path: Path, text_key: str, skip: int, check: bool = False) -> Iterator[Batch]:
     """Yield all batches from row `skip` on; with `check`, only check the columns."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(f"{path} needs a package: pip install pyarrow") from None
+    pyarrow = imported("pyarrow", f"{path} needs a package")
     try:
         with path.open("rb") as file:
             schema, read = _open(file)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, imported
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 Encode = Callable[[str], Any]  # -> ids, a list or an array
@@ -100,10 +100,7 @@ def accelerated(hugging_face: str, slow: Encode) -> Encode:
 
 def load(text: str, name: str) -> Any:
     """Return the tokenizers.Tokenizer of a JSON text. Raise UserError, naming the file, if it is invalid."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError(f"{name} needs a package: pip install tokenizers") from None
+    tokenizers = imported("tokenizers", f"{name} needs a package")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
@@ -157,10 +154,7 @@ def train(texts: Iterable[str], size: int) -> str:
     Id 0 is <|endoftext|>, the next 256 are the bytes; words are split as in GPT-2. Deterministic for any
     number of threads. Raise UserError if the tokenizers package is not installed.
     """
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError("--tokenizer=bpe:SIZE needs a package: pip install tokenizers") from None
+    tokenizers = imported("tokenizers", "--tokenizer=bpe:SIZE needs a package")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     # Learning takes time quadratic in the length of a word: DNA and the like are cut.
