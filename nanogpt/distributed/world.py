@@ -163,9 +163,7 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
         "code": code_digests(ROOT),
         "options": options,
     }
-    backend, rdzv_timeout_s, hang_timeout_s = (
-        options[n] for n in ("backend", "rdzv_timeout_s", "hang_timeout_s")
-    )
+    rdzv_timeout_s, hang_timeout_s = options["rdzv_timeout_s"], options["hang_timeout_s"]
     size = int(os.environ["WORLD_SIZE"])
     rank = int(os.environ.get("RANK", "0"))
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -181,7 +179,7 @@ def init_processes(device_type: str, options: dict[str, Any], run: Path) -> Proc
         rendezvous.compare(store, rank, size, facts)
         # PyTorch's timeouts are a fallback: longer than ours, which report more.
         late = timedelta(seconds=3 * hang_timeout_s)
-        name = "gloo" if device_type == "cpu" else backend
+        name = "gloo" if device_type == "cpu" else options["backend"]
         # With a device NCCL connects all ranks now, not at the first collective.
         device = None if name == "gloo" else gpu
         dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=late, device_id=device)
@@ -232,12 +230,9 @@ def _own_client(word: str) -> dist.Store:
 
 def _set_up_recorder(run: Path) -> None:
     """Enable NCCL's flight recorder: dumps the last collectives of each GPU when one times out."""
-    for name, value in (
-        ("TORCH_FR_BUFFER_SIZE", "2000"),
-        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
-        ("TORCH_FR_DUMP_TEMP_FILE", str(run / "nccl-process-")),
-    ):
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run / "nccl-process-"))
 
 
 def _dump_recorder(run: Path, rank: int) -> None:
