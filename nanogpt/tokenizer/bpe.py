@@ -22,6 +22,8 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = _PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE]  # by id
 _SHOWN = [chr(byte) for byte in _PRINTABLE] + [chr(256 + i) for i in range(256 - len(_PRINTABLE))]
 BYTE_OF = dict(zip(_SHOWN, _BYTES, strict=True))
+# pre-tokenizer and decoder of GPT-2 in the tokenizers library
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def ranks(merges: str) -> dict[bytes, int]:
@@ -40,10 +42,9 @@ def merge_lines(merges: str) -> list[str]:
 
 def as_hugging_face(merges: str) -> str:
     """Return GPT-2's tokenizer, without its special token, as the text of a tokenizer.json."""
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocabulary(merges), "merges": merge_lines(merges)}
-    value = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
-    return json.dumps(value)
+    parts = {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "model": model}
+    return json.dumps({"version": "1.0", "added_tokens": [], **parts})
 
 
 # ----------------------------------------------------------------------------- fast

@@ -86,10 +86,9 @@ def _byte_level(folder: Path, path: Path, merges: str) -> str:
     known = gpt2(lines) if len(vocab) == vocabulary.GPT2_VOCAB_SIZE else ""
     if known and not _json(folder / "added_tokens.json", IDS):
         return known
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    prefix = bool(settings.get("add_prefix_space"))
+    level = {**bpe.BYTE_LEVEL, "add_prefix_space": bool(settings.get("add_prefix_space"))}
     model = {"type": "BPE", "vocab": vocab, "merges": lines}
-    parts = {"pre_tokenizer": {**level, "add_prefix_space": prefix}, "decoder": level, "model": model}
+    parts = {"pre_tokenizer": level, "decoder": bpe.BYTE_LEVEL, "model": model}
     return _assembled(folder, vocab, parts)
 
 
