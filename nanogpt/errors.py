@@ -17,7 +17,6 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -90,7 +89,7 @@ def run_program(main: Callable[[], T]) -> T:
         exits.leave(code, f"{label}{error}", silent)
 
 
-def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _in_one_line(*error: Any) -> None:
     from nanogpt import exits
 
-    exits.in_one_line(kind, error, trace)
+    exits.in_one_line(*error)
