@@ -159,9 +159,8 @@ def write_folder(folder: Path, model: GPT, source: Pretrained) -> list[str]:
     notes = ["no optimizer state: nanoGPT can sample from it but not resume training"]
     if config.activation == "gelu_tanh":
         notes.append("nanoGPT uses exact GELU, this model the tanh form: they differ by up to 5e-4")
-    if text and vocabulary.identify(text).kind in ("char", "ids"):
-        known = json.loads(text)
-        characters = known.get("characters") or known["tokens"]
+    if text and vocabulary.identify(text).kind == "char":
+        characters = json.loads(text)["characters"]
         meta = {
             "vocab_size": len(characters),
             "itos": dict(enumerate(characters)),
