@@ -43,6 +43,7 @@ class Writer:
 
     def __init__(self, out: Path, dtype: str, shard_tokens: int):
         self.folder = out / UNFINISHED
+        self.folded = self.folder / "folded"
         self.tokens = dict.fromkeys(SPLITS, 0)
         self._size = np.dtype(dtype).itemsize
         self._shard_tokens = shard_tokens
@@ -81,7 +82,7 @@ class Writer:
 
     def _sizes(self) -> dict[Path, int]:
         """Return the size in bytes of each file by the counts of this object; remove later shards."""
-        sizes = {self.folder / "folded": self._folded}
+        sizes = {self.folded: self._folded}
         for split in SPLITS:
             last = self._number(split)
             sizes |= {
@@ -180,10 +181,6 @@ class Writer:
 
     def _path(self, split: str, number: int) -> Path:
         return self.folder / f"{split}-{number:06}"
-
-    @property
-    def folded(self) -> Path:
-        return self.folder / "folded"
 
     def scored(self, split: str) -> Path:
         return self.folder / f"{split}.mask.bin"

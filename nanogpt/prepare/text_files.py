@@ -56,13 +56,12 @@ class Digest:
         self._characters = 0
         self._exact, self._folded = hashlib.sha256(), hashlib.blake2b(digest_size=8)
 
-    def add(self, text: str) -> bytes:
-        """Add a chunk; return it as UTF-8."""
+    def add(self, text: str) -> None:
+        """Add a chunk."""
         data = text.encode("utf-8")
         self._characters += len(text)
         self._exact.update(data)
         self._folded.update(data.translate(_LOWER, _LEFT_OUT))
-        return data
 
     def document(self) -> Document:
         folded = int.from_bytes(self._folded.digest(), "little") >> 1
