@@ -21,7 +21,6 @@ from nanogpt.prepare.corpus import own_folder
 from nanogpt.prepare.web import WebOptions
 
 HUB = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
-HERE = own_folder(__file__)
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Config(WebOptions):
 
 
 def main(config: Config) -> None:
-    print("\n".join(web.prepare(config, HERE)))
+    print("\n".join(web.prepare(config, own_folder(__file__))))
 
 
 if __name__ == "__main__":

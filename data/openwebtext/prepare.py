@@ -25,7 +25,6 @@ HUB = (
     "Skylion007/openwebtext/plain_text/train-*-of-00080.parquet@main"
     "|Skylion007/openwebtext/plain_text/train/*.parquet@refs/convert/parquet"
 )
-HERE = own_folder(__file__)
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Config(WebOptions):
 
 
 def main(config: Config) -> None:
-    print("\n".join(web.prepare(config, HERE)))
+    print("\n".join(web.prepare(config, own_folder(__file__))))
 
 
 if __name__ == "__main__":
