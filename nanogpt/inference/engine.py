@@ -201,7 +201,7 @@ class Engine:
             text.start = window_start(len(text.ids), self.block_size)
             alike.setdefault(tuple(text.ids[text.start : -1]), []).append(slot)
         for slot in alike.pop((), []):
-            self.cache.clear(slot)
+            self.cache.embeddings[slot] = 0
         held = {i: t.ids[t.start : -1] for i, t in enumerate(self.texts) if i not in slots}
         held |= {i: self._left[i] for i in range(len(self.texts), self.slots)}
         fresh, partly = [], []

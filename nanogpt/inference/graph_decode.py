@@ -58,10 +58,9 @@ class GraphEngine(Engine):
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
-        recorded = self._prepared()
-        recorded.replay()
-        self.last = recorded
-        return recorded.logits
+        self.last = self._prepared()
+        self.last.replay()
+        return self.last.logits
 
     def _draw(self, logits: Tensor) -> list[int]:
         recorded = self.last

@@ -58,10 +58,6 @@ class KVCache:
         self.ids[rows, columns[..., self.context :]] = idx
         return self.ids[rows, columns]
 
-    def clear(self, slot: int) -> None:
-        """Reset `slot` to the start of a sequence."""
-        self.embeddings[slot] = 0
-
 
 def masked_after(at: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Return the causal attention bias (B, length) of queries at positions (B,): -inf after them, else 0."""
