@@ -16,15 +16,7 @@ from torch import Tensor
 
 from nanogpt import files
 from nanogpt.config import PositiveInt, fitted
-from nanogpt.convert.layout import (
-    mismatches,
-    ours,
-    parameter_shapes,
-    require_possible,
-    theirs,
-    unlike,
-    with_vocabulary,
-)
+from nanogpt.convert.layout import mismatches, ours, parameter_shapes, theirs, unlike, with_vocabulary
 from nanogpt.convert.pretrained import Pretrained
 from nanogpt.data import foreign
 from nanogpt.errors import UserError
@@ -63,12 +55,11 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path} is not a nanoGPT checkpoint ({error!r})") from None
     dataset = Path(str(options.get("dataset", ""))).name
-    require_possible(config, path)
     head = stored.pop("lm_head.weight", None)  # copy of the tied embedding
     # Causal masks saved by versions without flash attention.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(".attn.bias")}
     shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
-    if wrong := mismatches(parameter_shapes(config), shapes):
+    if wrong := mismatches(parameter_shapes(config, path), shapes):
         raise UserError(f"{path}: the tensors do not match model_args: {wrong}")
     if head is not None and not torch.equal(head, stored["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but nanoGPT ties the two")

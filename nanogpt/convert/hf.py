@@ -22,7 +22,6 @@ from nanogpt.convert.layout import (
     mismatches,
     ours,
     parameter_shapes,
-    require_possible,
     theirs,
     with_vocabulary,
 )
@@ -116,7 +115,7 @@ def open_folder(folder: Path) -> Pretrained:
     stored = _headers(weight_files(folder))
     stored_config = shape(settings, folder / "config.json", len(stored))
     tied_copy = stored_config.tied and "lm_head.weight" in stored
-    expected = _expected(stored_config)
+    expected = _expected(stored_config, folder / "config.json")
     if tied_copy:
         expected["lm_head.weight"] = expected["wte.weight"]
     if problems := mismatches(expected, {name: place[2] for name, place in stored.items()}):
@@ -177,9 +176,7 @@ def shape(settings: Any, path: Path, tensors: int) -> GPTConfig:
         wrong.append(f"n_inner={settings['n_inner']!r} (GPT-2: four times n_embd)")
     if wrong:
         raise UserError(f"{path}: unsupported settings: {'; '.join(wrong)}")
-    config = GPTConfig(**sizes, activation=ACTIVATION_OF[activation], tied=tied)
-    require_possible(config, path)
-    return config
+    return GPTConfig(**sizes, activation=ACTIVATION_OF[activation], tied=tied)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -257,8 +254,8 @@ def _pointer(path: Path) -> str:
     )
 
 
-def _expected(config: GPTConfig) -> dict[str, list[int]]:
-    shapes = {theirs(n).removeprefix("transformer."): s for n, s in parameter_shapes(config).items()}
+def _expected(config: GPTConfig, path: Path) -> dict[str, list[int]]:
+    shapes = {theirs(n).removeprefix("transformer."): s for n, s in parameter_shapes(config, path).items()}
     return {name: size[::-1] if CONV1D.fullmatch(name) else size for name, size in shapes.items()}
 
 

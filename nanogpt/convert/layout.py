@@ -5,13 +5,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from nanogpt.checkpoint.reader import empty_model
 from nanogpt.convert.pretrained import POSITIONS
 from nanogpt.errors import UserError
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPTConfig
 from nanogpt.options import shape_problems
 from nanogpt.tokenizer import vocabulary
 
@@ -34,18 +31,12 @@ def theirs(name: str) -> str:
     return "transformer." + ("wpe.weight" if name == POSITIONS else name)
 
 
-def require_possible(config: GPTConfig, path: Path) -> None:
-    """Raise UserError if the file `path` describes an impossible model shape."""
+def parameter_shapes(config: GPTConfig, path: Path) -> dict[str, list[int]]:
+    """Return the shape of each parameter. Raise UserError if the file `path` describes an invalid model."""
     shape = (config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.position)
     if problems := shape_problems(*shape):
         raise UserError(f"{path}: {'; '.join(problems)}")
-    empty_model(config, path)
-
-
-def parameter_shapes(config: GPTConfig) -> dict[str, list[int]]:
-    with torch.device("meta"):
-        model: nn.Module = GPT(config)
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: list(p.shape) for name, p in empty_model(config, path).named_parameters()}
 
 
 def mismatches(expected: Mapping[str, Sequence[int]], actual: Mapping[str, Sequence[int]]) -> str:
