@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -68,10 +69,8 @@ def report(code: int, message: str) -> None:
         return
     extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
     about = {"message": {"message": message, "errorCode": code, "extraInfo": extra}}
-    try:
+    with suppress(OSError):  # torchrun's report then lacks the error, which is on stderr
         Path(path).write_text(json.dumps(about), encoding="utf-8")
-    except OSError:
-        return  # torchrun's report then lacks the error, which is on stderr
 
 
 def final_code_of_last_attempt(environment: Mapping[str, str]) -> int:

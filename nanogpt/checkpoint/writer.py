@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
@@ -224,12 +225,10 @@ def free_memory() -> int | None:
     except (OSError, ValueError, StopIteration):
         return None
     group = Path("/sys/fs/cgroup")
-    try:
+    with suppress(OSError, ValueError, KeyError):  # no limit ("max"), or cgroup v1
         limit, used = (int((group / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
         free = min(free, limit - used + int(stat["inactive_file"]))  # page cache is reclaimable
-    except (OSError, ValueError, KeyError):  # no limit ("max"), or cgroup v1
-        pass
     return free
 
 

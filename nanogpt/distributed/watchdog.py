@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,8 @@ class Watchdog:
 
     def leave(self, reason: str) -> None:
         """Announce to the other ranks that this one exits on its own."""
-        try:
-            with self._lock:
-                self.store.set(f"left/{self.rank}", reason)
-        except RuntimeError:
-            return
+        with suppress(RuntimeError), self._lock:
+            self.store.set(f"left/{self.rank}", reason)
 
     def explain(self) -> str:
         """Return which other rank is lost and where it was last seen; "" if all respond."""

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -237,11 +237,9 @@ def _set_up_recorder(run: Path) -> None:
 
 def _dump_recorder(run: Path, rank: int) -> None:
     """Dump the flight recorder now, in the format of torch's tools (torchfrtrace)."""
-    try:
+    with suppress(AttributeError, RuntimeError, OSError):  # a build without NCCL; a missing folder
         trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
         (run / f"nccl-process-{rank}").write_bytes(trace)
-    except (AttributeError, RuntimeError, OSError):  # a build without NCCL; a missing folder
-        return
 
 
 def code_digests(root: Path) -> dict[str, str]:
