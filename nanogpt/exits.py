@@ -83,10 +83,8 @@ def final_code_of_last_attempt(environment: Mapping[str, str]) -> int:
         return 0
     before = Path(environment[ENV_ERROR_FILE]).parent.parent.with_name(f"attempt_{attempt - 1}")
     for path in sorted(before.glob("*/error.json")):
-        try:
+        with suppress(OSError, ValueError, LookupError, TypeError):
             code = json.loads(path.read_text(encoding="utf-8"))["message"]["errorCode"]
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-        if code in FINAL:
-            return int(code)
+            if code in FINAL:
+                return int(code)
     return 0

@@ -56,10 +56,8 @@ def samples(run: Path, after: int = -1) -> list[dict[str, Any]]:
             numbered.append((int(number), path))
     result = []
     for iter_num, path in sorted(numbered)[-SAMPLES:]:
-        try:
+        with suppress(OSError):
             text = path.read_bytes()[:SAMPLE_BYTES].decode("utf-8", "replace")
-        except OSError:
-            continue
-        texts = text.removesuffix(f"\n{SEPARATOR}\n").split(f"\n{SEPARATOR}\n")
-        result.append({"iter": iter_num, "texts": texts})
+            texts = text.removesuffix(f"\n{SEPARATOR}\n").split(f"\n{SEPARATOR}\n")
+            result.append({"iter": iter_num, "texts": texts})
     return result
