@@ -73,11 +73,9 @@ def accelerated(hugging_face: str, slow: Encode) -> Encode:
     """
     try:
         import gigatoken
-    except ImportError:
-        return slow
-    try:
+
         fast: Encode | None = gigatoken.Tokenizer.from_json(hugging_face).encode
-    except (ValueError, RuntimeError, NotImplementedError):  # tokenizer type not supported by gigatoken
+    except (ImportError, ValueError, RuntimeError, NotImplementedError):  # or a type that it does not support
         return slow
     left = TRIAL
 
