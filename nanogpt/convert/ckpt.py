@@ -115,12 +115,10 @@ def _characters(folders: list[Path]) -> str:
 
 def require(config: GPTConfig, text: str) -> None:
     """Raise UserError if nanoGPT cannot compute this model or read its tokenizer `text`."""
-    known: dict[str, tuple[Any, ...] | None]
-    known = {"activation": ("gelu", "gelu_tanh"), "bias": (True, False)}
+    known: dict[str, Any] = {"activation": ("gelu", "gelu_tanh"), "bias": (True, False)}
     known |= {"n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd // config.n_head)}
     if wrong := unlike(config, known):
-        switches = ", ".join(f"{name}={getattr(config, name)}" for name in wrong)
-        raise UserError(f"nanoGPT does not support {switches}; try --format=hf")
+        raise UserError(f"nanoGPT does not support {', '.join(wrong)}; try --format=hf")
     kind = vocabulary.identify(text).kind if text else "gpt2"
     if kind not in ("char", "gpt2"):
         raise UserError(f"nanoGPT supports char and gpt2 tokenizers, not {kind}; try --format=hf")

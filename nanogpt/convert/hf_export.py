@@ -48,17 +48,13 @@ class Target:
     weights: Callable[[GPTConfig, Weights], Weights]
 
 
-def _unknown(config: GPTConfig, known: dict[str, Any]) -> list[str]:
-    return [f"{name}={getattr(config, name)}" for name in unlike(config, known)]
-
-
 # ----------------------------------------------------------------------------- GPT-2
 
 
 def _gpt2_refusals(config: GPTConfig) -> list[str]:
     known: dict[str, Any] = {"activation": tuple(ACTIVATIONS), "bias": None, "tied": None}
     known |= {"n_kv_head": (0, config.n_head), "head_dim": (0, config.n_embd // config.n_head)}
-    return _unknown(config, known)
+    return unlike(config, known)
 
 
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu2": "relu2"}
@@ -97,7 +93,7 @@ GATES = {"relu2": "relu", "swiglu": "silu"}
 
 def _vault_refusals(config: GPTConfig) -> list[str]:
     known: dict[str, Any] = dict.fromkeys(("norm", "tied", "softcap", "n_kv_head", "head_dim"))
-    wrong = _unknown(config, known | {"position": ("rope",), "activation": tuple(GATES), "bias": (False,)})
+    wrong = unlike(config, known | {"position": ("rope",), "activation": tuple(GATES), "bias": (False,)})
     if config.n_embd % config.n_head:
         wrong.append(f"n_embd={config.n_embd} with n_head={config.n_head}")
     return wrong

@@ -55,12 +55,12 @@ def mismatches(expected: Mapping[str, Sequence[int]], actual: Mapping[str, Seque
 
 
 def unlike(config: GPTConfig, known: Mapping[str, Any]) -> list[str]:
-    """Return the architecture options of `config` with a value that is not in `known` (None: any value).
+    """Return NAME=VALUE for each architecture option of `config` whose value is not in `known` (None: any).
     Options missing from `known` must have their defaults, so that a new option is never dropped silently.
     """
     switches = [field for field in fields(GPTConfig) if field.name not in NO_SWITCH]
     return [
-        field.name
+        f"{field.name}={getattr(config, field.name)}"
         for field in switches
         if (values := known.get(field.name, (field.default,))) is not None
         and getattr(config, field.name) not in values
