@@ -42,11 +42,6 @@ class Subject:
     def block_size(self) -> int:
         return self.model.config.block_size
 
-    @property
-    def budget(self) -> int:
-        """Tokens per batch."""
-        return self.batch_size * self.block_size or BATCH_TOKENS
-
 
 # ----------------------------------------------------------------------------- rows
 
@@ -189,7 +184,8 @@ def _score_share(
     """Yield as `score`, for the batches of this rank, in the order of `batches`."""
     subject, world = _lowered(subject), subject.machine.world
     torch.backends.cuda.enable_cudnn_sdp(False)  # it takes 0.4 s to plan for each new length
-    for numbers in itertools.islice(batches(rows.lengths, subject.budget), world.rank, None, world.size):
+    budget = subject.batch_size * subject.block_size or BATCH_TOKENS
+    for numbers in itertools.islice(batches(rows.lengths, budget), world.rank, None, world.size):
         batch_rows = [rows[int(i)] for i in numbers]
         ids = np.zeros((len(batch_rows), max(len(row) for row, _ in batch_rows)), dtype=np.int64)
         scored = np.zeros(ids.shape, dtype=bool)
