@@ -137,7 +137,8 @@ def progress(label: str, texts: Texts | None = None, done: int = 0) -> "tqdm[Any
     """Return a progress bar over the bytes read, with rate and time left, on stderr. If stderr is not a
     terminal, it prints a line after 8 seconds and then one per minute.
     """
-    total = readers.progress_total(texts.sources) if texts else None
+    sizes = [source.bytes for source in texts.sources] if texts else [0]  # 0: unknown
+    total = sum(sizes) if all(sizes) else None
     quiet = (
         {}
         if sys.stderr.isatty()

@@ -233,9 +233,3 @@ def _hub(index: int, source: Source, reading: Reading, place: Any, advance: Adva
 
 
 READERS = {"text": _text, "marked": _marked, "table": _table, "hub": _hub}
-
-
-def progress_total(sources: Iterable[Source]) -> int | None:
-    """Return the number of bytes to read in all sources, or None if unknown."""
-    total = sum(source.bytes for source in sources)
-    return total if all(source.bytes for source in sources) else None
