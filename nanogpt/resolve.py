@@ -47,7 +47,8 @@ class Setup(Generic[C]):
     @property
     def init_device(self) -> torch.device:
         """Device on which the model is initialized: the CPU if it is then sharded, else that of training."""
-        return self.division.init_device(self.machine.device) if self.division else self.machine.device
+        sharded = self.division is not None and not self.division.whole
+        return torch.device("cpu") if sharded else self.machine.device
 
     def describe(self, model: GPT) -> str:
         """Summarize device, data, model and number of iterations in a few lines."""

@@ -60,10 +60,6 @@ class Division:
         """Return whether every rank holds the whole model."""
         return self.mode == "ddp"
 
-    def init_device(self, device: torch.device) -> torch.device:
-        """Return the device to initialize the model on: the CPU if it is to be sharded, else `device`."""
-        return device if self.whole else torch.device("cpu")
-
 
 def choose(asked: str, shard_size: int, world: World, weights: int, optimizer: int, memory: int) -> Division:
     """Resolve --parallel. "auto" chooses ddp if weights and gradients (`weights` bytes each) and this rank's

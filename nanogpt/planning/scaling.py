@@ -82,9 +82,6 @@ class ClusterOptions(OptimizerOptions, BatchOptions):
         """Bytes/s that a GPU sends to other nodes."""
         return OF_NETWORK * self.network_gbits / 8 * 1e9
 
-    def nodes(self, gpus: int) -> int:
-        return -(-gpus // self.gpus_per_node)
-
     def shards(self, mode: Mode, gpus: int) -> int:
         """Return the number of GPUs that share one copy of the weights."""
         return {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, self.gpus_per_node)}[mode]
@@ -158,7 +155,7 @@ def collectives(
     """
     if gpus == 1:
         return []
-    nodes, parts, layers = options.nodes(gpus), options.shards(mode, gpus), shape.n_layer
+    nodes, parts, layers = -(-gpus // options.gpus_per_node), options.shards(mode, gpus), shape.n_layer
     root, block = elements(shape, parts)
     total = root + layers * block
     stacks = [owned(stack) for stack in muon_stacks(shape, options, gpus if mode == "ddp" else parts)]
