@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nanogpt import command, files
-from nanogpt.config import FilePath, read
+from nanogpt.config import FilePath, load_with_arguments
 from nanogpt.diagnostics import runs as reading
 from nanogpt.diagnostics.runs import Run
 from nanogpt.errors import UserError, run_program
@@ -354,10 +354,5 @@ def short(value: float, position: int | None = None) -> str:
     return plain(value)
 
 
-def command_line(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    options = read(Config, argv, arguments=True)
-    return Config(**options.values), options.arguments
-
-
 if __name__ == "__main__":
-    run_program(lambda: main(*command_line(sys.argv[1:])))
+    run_program(lambda: main(*load_with_arguments(Config, sys.argv[1:])))

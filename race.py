@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt import ROOT, files
-from nanogpt.config import FilePath, NonNegativeFloat, NonNegativeInt, PositiveInt, load, read
+from nanogpt.config import FilePath, NonNegativeFloat, NonNegativeInt, PositiveInt, load, load_with_arguments
 from nanogpt.errors import Stopped, UserError, run_program
 
 FIRST_SEED = 1337
@@ -146,10 +146,5 @@ def write(out: Path, length: str, results: Sequence[dict[str, Any]]) -> list[str
     return lines
 
 
-def command_line(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    options = read(Config, argv, arguments=True)
-    return Config(**options.values), options.arguments
-
-
 if __name__ == "__main__":
-    run_program(lambda: main(*command_line(sys.argv[1:])))
+    run_program(lambda: main(*load_with_arguments(Config, sys.argv[1:])))

@@ -26,7 +26,7 @@ import torch
 import zstandard
 
 from nanogpt import checkpoint, files
-from nanogpt.config import load, read
+from nanogpt.config import load, load_with_arguments
 from nanogpt.errors import run_program
 
 MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--device=cpu"]
@@ -46,21 +46,16 @@ def program(name: str) -> Callable[[list[str]], None]:
         sys.argv = [f"{name}.py", *argv]
         if name in ("eval", "doctor"):
             run_program(module.program)
-        elif name in ("plot", "race"):
+            return
+        if name in ("plot", "race"):
             reference = importlib.import_module("nanogpt.diagnostics.reference")
             reference.FOLDER = Path("references")  # the corpus has its own
-            run_program(lambda: module.main(*module.command_line(argv)))
-        elif name == "prepare":
-            run_program(lambda: prepare(module, argv))
+        if name in ("plot", "race", "prepare"):
+            run_program(lambda: module.main(*load_with_arguments(module.Config, argv)))
         else:
             run_program(lambda: module.main(*load(module.Config, argv)))
 
     return run
-
-
-def prepare(module: Any, argv: list[str]) -> None:
-    options = read(module.Config, argv, arguments=True)
-    module.main(module.Config(**options.values), options.arguments)
 
 
 # ----------------------------------------------------------------------------- intact files

@@ -20,7 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python adds only the folder of this file
 
 from nanogpt import command
-from nanogpt.config import Amount, FilePath, NonNegativeInt, Seed, read
+from nanogpt.config import Amount, FilePath, NonNegativeInt, Seed, load_with_arguments
 from nanogpt.errors import UserError, run_program
 from nanogpt.prepare import corpus, own_text
 
@@ -61,10 +61,5 @@ def main(config: Config, paths: list[str]) -> None:
     print(own_text.training_command(summary))
 
 
-def program() -> None:
-    options = read(Config, sys.argv[1:], arguments=True)
-    main(Config(**options.values), options.arguments)
-
-
 if __name__ == "__main__":
-    run_program(program)
+    run_program(lambda: main(*load_with_arguments(Config, sys.argv[1:])))

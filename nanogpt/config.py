@@ -92,6 +92,12 @@ def load(cls: type[T], argv: Sequence[str]) -> tuple[T, dict[str, str]]:
     return cls(**options.values), options.origins
 
 
+def load_with_arguments(cls: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
+    """Parse `argv` like `load`, of a program with positional arguments; return the instance and these."""
+    options = read(cls, argv, arguments=True)
+    return cls(**options.values), options.arguments
+
+
 def read(
     cls: type, argv: Sequence[str], *, arguments: bool = False, other_keys: frozenset[str] = frozenset()
 ) -> Options:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import plot
+from nanogpt.config import load_with_arguments
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -322,5 +323,5 @@ def test_rows_of_another_version_or_cut_in_mid_line_are_left_out(write, tmp_path
 
 
 def test_command_line_arguments():
-    config, folders = plot.command_line(["a", "--x=tokens", "b"])
+    config, folders = load_with_arguments(plot.Config, ["a", "--x=tokens", "b"])
     assert config == plot.Config(x="tokens") and folders == ["a", "b"]

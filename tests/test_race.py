@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import race
+from nanogpt.config import load_with_arguments
 from nanogpt.errors import UserError
 
 ROOT = Path(race.__file__).parent
@@ -114,5 +115,5 @@ def test_a_damaged_race_is_an_error_of_one_line(entrants, tmp_path, runs):
 
 
 def test_command_line_arguments():
-    config, entrants = race.command_line(["a.py", "--minutes=2", "b.py --x=1"])
+    config, entrants = load_with_arguments(race.Config, ["a.py", "--minutes=2", "b.py --x=1"])
     assert config == race.Config(minutes=2.0) and entrants == ["a.py", "b.py --x=1"]
