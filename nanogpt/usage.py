@@ -90,12 +90,8 @@ def unknown_option(key: str, origin: str, known: Iterable[str]) -> list[str]:
 def non_defaults(config: Any, origins: dict[str, str]) -> list[str]:
     """Return one line per option that differs from its default, with its source: that in `origins`, else the
     run that is resumed."""
-    rows = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            rows.append(f"  {field.name} = {value!r}  ({origins.get(field.name, 'saved run')})")
-    return rows
+    changed = {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
+    return [f"  {name} = {value!r}  ({origins.get(name, 'saved run')})" for name, value in changed.items()]
 
 
 def missing_preset(name: str, root: Path) -> UserError:
