@@ -92,14 +92,10 @@ def number(value: Any) -> float | None:
 
 def grouped(runs: Iterable[Run]) -> list[list[Run]]:
     """Group runs that differ only in the seed, in the order of their first."""
-    groups: list[list[Run]] = []
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        same = [group for group in groups if group[0].options == run.options and run.options]
-        if same:
-            same[0].append(run)
-        else:
-            groups.append([run])
-    return groups
+        groups.setdefault(repr(sorted(run.options.items()) or run.folder), []).append(run)
+    return list(groups.values())
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
