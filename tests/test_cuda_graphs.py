@@ -164,7 +164,7 @@ def test_micro_batch_is_halved_until_it_fits(monkeypatch):
         tried.clear()
         trial = partial(one_try, room)
         rows = auto_batch_size.largest(
-            sequences, lambda n, trial=trial: auto_batch_size.fits(n, trial, CPU), lambda flag: flag
+            sequences, lambda n, trial=trial: auto_batch_size.fits(n, trial), lambda flag: flag
         )
         assert rows and sequences % rows == 0 and rows <= room
         assert all(b <= a // 2 for a, b in itertools.pairwise(tried)) and len(tried) <= 7
@@ -220,7 +220,7 @@ def test_batch_size_trial_runs_real_steps(activation_checkpointing, how, pieces,
     }
     config = train.Config(**sizes, compile=how, activation_checkpointing=activation_checkpointing)
     trial = partial(train.try_batch_size, config, CPU, pick_fields(GPTConfig, config, vocab_size=10))
-    assert auto_batch_size.fits(4, trial, CPU) and taken == [4, 4]
+    assert auto_batch_size.fits(4, trial) and taken == [4, 4]
     assert compiled == [True] * pieces
 
 

@@ -269,11 +269,9 @@ def test_auto_batch_size_finds_a_fit_and_gives_the_same_run(config, capsys):
     trial = partial(train.try_batch_size, config, machine, pick_fields(GPTConfig, config, vocab_size=10))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    assert auto_batch_size.fits(256, trial, machine)
+    assert auto_batch_size.fits(256, trial)
     with room_for(torch.cuda.max_memory_reserved() * 1.5):
-        chosen = auto_batch_size.largest(
-            sequences, partial(auto_batch_size.fits, trial=trial, machine=machine), bool
-        )
+        chosen = auto_batch_size.largest(sequences, partial(auto_batch_size.fits, trial=trial), bool)
         assert 64 <= chosen < sequences
         train.main(replace(config, batch_size="auto", overwrite=True))
     assert "batch_size = " in capsys.readouterr().out

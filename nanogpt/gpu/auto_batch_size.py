@@ -37,7 +37,7 @@ def choose(options: B, machine: Machine, divided: str, trial: Callable[[int], No
             f"as --batch_size=12"
         )
     world = machine.world
-    rows = largest(sequences, partial(fits, trial=trial, machine=machine), world.any_rank, world.size)
+    rows = largest(sequences, partial(fits, trial=trial), world.any_rank, world.size)
     if not rows:
         raise UserError(
             f"--batch_size=auto: not one sequence of {options.block_size} tokens fits in the memory of "
@@ -61,15 +61,13 @@ def largest(
     return 0
 
 
-def fits(rows: int, trial: Callable[[int], None], machine: Machine) -> bool:
+def fits(rows: int, trial: Callable[[int], None]) -> bool:
     """Return whether `trial`, two iterations with micro-batches of `rows` sequences, fits in memory."""
     try:
         trial(rows)
         enough = True
     except torch.OutOfMemoryError:
         enough = False
-    if not enough:
-        gc.collect()  # free what the failed trial left, so that the next one has all the memory
-    if machine.device.type == "cuda":
-        torch.cuda.empty_cache()
+    gc.collect()  # free what a failed trial left, so that the next one has all the memory
+    torch.cuda.empty_cache()
     return enough
