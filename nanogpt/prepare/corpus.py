@@ -321,7 +321,7 @@ def _write(
                 raise analyze.empty_split(split, wanted, sum(counts.documents.values()), counts.characters)
         done = writer.finish()
         in_both = shards.duplicates(writer.folded, one_split=job.split.few)
-        meta = _meta(texts, encoder, counts, writer.folder, done)
+        meta = _meta(texts, encoder, counts, done)
         if wanted.pairs:
             for split in SPLITS:
                 mask = writer.scored(split)
@@ -394,11 +394,7 @@ def _sameness(texts: Texts, encoder: tokenizer.Tokenizer, job: Job, wanted: Opti
 
 
 def _meta(
-    texts: Texts,
-    encoder: tokenizer.Tokenizer,
-    counts: Counts,
-    folder: Path,
-    done: dict[str, list[tuple[str, Path, int]]],
+    texts: Texts, encoder: tokenizer.Tokenizer, counts: Counts, done: dict[str, list[tuple[str, Path, int]]]
 ) -> dict[str, Any]:
     hashes = "".join(source.sha256 + "\n" for source in texts.sources)
     splits = {
