@@ -217,6 +217,4 @@ def open_batches(
             f"--gradient_accumulation_steps"
         )
     numbers = (options.block_size, options.micro_batch_size, options.gradient_accumulation_steps, seed)
-    return loader.TrainBatches(
-        dataset.train, *numbers, machine.device, ramp, separator, sampler, world.share, world.sum_int
-    )
+    return loader.TrainBatches(dataset.train, *numbers, machine.device, ramp, separator, sampler, world)

@@ -106,7 +106,7 @@ def evaluate_splits(
     has. Each dataset of a mixture is evaluated on an equal part of the batches, and the loss is the mean of
     their losses, by weight. Return None if `stopped()` becomes true. Collective: call on all ranks.
     """
-    batch_size, block_size = shape
+    (batch_size, block_size), world = shape, machine.world
     texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
     max_sequences = max(1, max_batches * batch_size // len(texts))
     at_once = batch_size  # the size of compiled code, and limited by GPU memory
@@ -117,9 +117,8 @@ def evaluate_splits(
     for train_tokens, val_tokens in texts:
         sequences = min(max_sequences, (len(val_tokens) - 1) // block_size)
         for tokens, evaluations in ((train_tokens, train), (val_tokens, val)):
-            share = machine.world.share
-            batches = eval_batches(tokens, block_size, at_once, sequences, machine.device, separator, share)
-            evaluation = evaluate(model, batches, machine, stopped, -(-share(sequences)[1] // at_once))
+            batches = eval_batches(tokens, block_size, at_once, sequences, machine.device, separator, world)
+            evaluation = evaluate(model, batches, machine, stopped, -(-world.share(sequences)[1] // at_once))
             if evaluation is None:
                 return None
             evaluations.append(evaluation)

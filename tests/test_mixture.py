@@ -121,7 +121,7 @@ def test_batches_follow_the_weights_at_any_world_size(folders):
         assert of_one.sum() == 9
         parts = []
         for rank in range(5):  # not divisible
-            batches = loader.TrainBatches(found.train, 16, 2, 6, 3, CPU, share=World(rank, 5).share)
+            batches = loader.TrainBatches(found.train, 16, 2, 6, 3, CPU, world=World(rank, 5))
             parts += [idx for idx, _ in batches.step(step)]
         assert torch.equal(torch.cat(parts), rows)
 

@@ -208,8 +208,7 @@ def test_some_ranks_had_no_response_tokens(folder):
     """Check that the runs above include micro-batches, and complete rank shares, without a target."""
     tokens, scored = loader.load(folder / "questions").train, []
     for rank in range(4):
-        share = World(rank, 4).share
-        batches = loader.TrainBatches(tokens, 16, 2, 5, 1337, torch.device("cpu"), share=share)
+        batches = loader.TrainBatches(tokens, 16, 2, 5, 1337, torch.device("cpu"), world=World(rank, 4))
         scored += [[bool((b[1] != IGNORE).any()) for b in batches.step(step)] for step in range(8)]
     assert [len(parts) for parts in scored] == [2] * 16 + [1] * 16
     assert {any(parts) for parts in scored} == {True, False} and [True, False] in scored

@@ -118,7 +118,7 @@ def test_rank_reads_only_the_files_of_its_share(tmp_path, opened):
     starts = None
     for rank in range(4):
         tokens = loader.Tokens(loader.open_split(paths, np.dtype("<u2"), {}), 50257)
-        batches = loader.TrainBatches(tokens, 16, 8, 1, 1, CPU, share=World(rank, 4).share)
+        batches = loader.TrainBatches(tokens, 16, 8, 1, 1, CPU, world=World(rank, 4))
         opened.clear()
         list(batches.step(3))
         starts = batches.sampler.starts(3 * 8 + rank * 2, 2)

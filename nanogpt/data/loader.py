@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from nanogpt import files
-from nanogpt.data.samplers import EpochSampler, Share, whole_share
+from nanogpt.data.samplers import EpochSampler
 from nanogpt.data.token_files import FORMAT, MANY_FILES, META, TokenFile, Tokens, split_files, token_file
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.tokenizer import vocabulary
+from nanogpt.world import World
 
 if TYPE_CHECKING:
     from nanogpt.data.mixture_sampler import MixtureSampler
+
+ALONE = World()  # a single process
 
 # ----------------------------------------------------------------------------- files
 
@@ -187,8 +190,8 @@ class TrainBatches:
     """Micro-batches of each iteration. The samples of an iteration do not depend on the micro-batch size.
 
     `ramp`: sizes, in sequences, of the first batches; later ones have batch_size * micro_steps. `separator`:
-    if given, micro-batches include document ids. `sampler`: by default that of `sampler_of`. `share` and
-    `total`: World.share and World.sum_int of a distributed run.
+    if given, micro-batches include document ids. `sampler`: by default that of `sampler_of`. `world`: the
+    ranks that share each batch.
     """
 
     def __init__(
@@ -202,16 +205,14 @@ class TrainBatches:
         ramp: Sequence[int] = (),
         separator: int | None = None,
         sampler: "EpochSampler | MixtureSampler | None" = None,
-        share: Share = whole_share,
-        total: Callable[[int], int] = int,
+        world: World = ALONE,
     ):
         self.sampler = sampler or sampler_of(tokens, lambda text: EpochSampler(len(text), block_size, seed))
         self.separator = separator
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full = batch_size, batch_size * micro_steps
         self.set_ramp(list(ramp))  # self.read: sequences before each batch of the ramp
-        self.share = share  # returns (first, number) of this rank's sequences of a batch
-        self.total = total  # sums an integer over all ranks
+        self.world = world
 
     def step(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """Yield this rank's micro-batches of iteration `step`, on the device.
@@ -219,7 +220,7 @@ class TrainBatches:
         Each is (idx, targets[, documents]), all (B, T) with B <= batch_size. A single process skips
         micro-batches without a scored target; several ranks run the same number of passes.
         """
-        keep_all = self.tokens.scored is None or self.share(self.sequences(step))[1] < self.sequences(step)
+        keep_all = self.tokens.scored is None or self.world.size > 1
         for starts in self.starts(step):
             batch = gather(self.tokens, starts, self.block_size, self.separator)
             if keep_all or bool((batch[1] != IGNORE).any()):
@@ -232,7 +233,7 @@ class TrainBatches:
 
     def starts(self, step: int) -> Iterator[np.ndarray]:
         """Yield the start positions of the sequences of each of this rank's micro-batches in `step`."""
-        offset, count = self.share(self.sequences(step))
+        offset, count = self.world.share(self.sequences(step))
         first = self.sequences_before(step) + offset
         for done in range(0, count, self.batch_size):
             yield self.sampler.starts(first + done, min(self.batch_size, count - done))
@@ -264,7 +265,7 @@ def eval_batches(
     max_sequences: int,
     device: torch.device,
     separator: int | None = None,
-    share: Share = whole_share,
+    world: World = ALONE,
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield this rank's share of a fixed set of sequences, in batches on `device`.
 
@@ -276,7 +277,7 @@ def eval_batches(
         starts, rest = np.linspace(0, n_sequences - 1, max_sequences).astype(np.int64) * block_size, 0
     else:
         starts = np.arange(n_sequences) * block_size
-    begin, count = share(len(starts))
+    begin, count = world.share(len(starts))
     rest = rest if begin + count == len(starts) else 0  # the last rank scores the remainder
     starts = starts[begin : begin + count]
     for first in range(0, len(starts), batch_size):

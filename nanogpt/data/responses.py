@@ -24,7 +24,7 @@ def count_targets(batches: TrainBatches, step: int) -> int:
     if (scored := batches.tokens.scored) is None:
         return 0
     masks = (gather(scored, starts, batches.block_size)[1] for starts in batches.starts(step))
-    if not (count := batches.total(sum(int(mask.sum()) for mask in masks))):
+    if not (count := batches.world.sum_int(sum(int(mask.sum()) for mask in masks))):
         raise UserError(
             f"none of the {batches.sequences(step)} sequences of iteration {step} contains a response token; "
             f"use a larger --block_size or --batch_size"

@@ -2,16 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-Share = Callable[[int], tuple[int, int]]  # from a number of items to (first, number) of this rank
-
-
-def whole_share(count: int) -> tuple[int, int]:
-    return 0, count
 
 
 class EpochSampler:
