@@ -202,11 +202,8 @@ def pass_time(config: Config, machine: runtime.Machine, scratch: Path) -> tuple[
             raise UserError(
                 f"--mfu={config.mfu:g}: the peak FLOP/s of {machine.name()} is unknown; omit --mfu"
             )
-        flops = (
-            config.micro_batch_size
-            * config.block_size
-            * estimate.flops_per_token(pick_fields(GPTConfig, config))
-        )
+        tokens = config.micro_batch_size * config.block_size
+        flops = tokens * estimate.flops_per_token(pick_fields(GPTConfig, config))
         return flops / (peak * config.mfu), f"an MFU of {config.mfu:.0%}, as given"
     small = replace(config, real_data=False, batch_tokens=0, gradient_accumulation_steps=1)
     small = replace(small, device=str(machine.device), max_tokens=0)
