@@ -47,11 +47,9 @@ class AdaptedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.scale * low
 
 
-def adapt(model: nn.Module, adapters: Adapters) -> list[str]:
+def adapt(model: nn.Module, adapters: Adapters) -> None:
     """Add uninitialized adapters, in place, to the linear layers of blocks that match `adapters.targets`.
-
-    Return the names of the layers ("h.0.attn.c_attn"). Raise UserError if a pattern matches none.
-    """
+    Raise UserError if a pattern matches none."""
     linear = [n for n, m in model.named_modules() if n.startswith("h.") and isinstance(m, nn.Linear)]
     chosen: set[str] = set()
     for pattern in (part.strip() for part in adapters.targets.split(",")):
@@ -63,12 +61,11 @@ def adapt(model: nn.Module, adapters: Adapters) -> list[str]:
                 f"or with the block prefix, as in {linear[0]}"
             )
         chosen |= matches
-    for name in sorted(chosen):
+    for name in chosen:
         parent, _, last = name.rpartition(".")
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)
         setattr(model.get_submodule(parent), last, AdaptedLinear(plain, adapters))
-    return sorted(chosen)
 
 
 @torch.no_grad()
