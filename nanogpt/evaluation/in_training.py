@@ -41,8 +41,7 @@ class InTrainingEvaluation:
         sharded: bool = False,
     ):
         """`sharded`: rank 0 alone scores, with a copy of the model; else all ranks share the rows."""
-        main = machine.world.is_main_process
-        if not main:
+        if not machine.world.is_main_process:
             tasks_too = "" if sharded else options.eval_tasks
             options = InTrainingOptions(tasks_too, options.eval_tasks_items)
         self.options, self.run, self.machine = options, run, machine
