@@ -59,7 +59,7 @@ def permute(places: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
     Four-round Feistel network on the next power of 4 with cycle walking until the value is below n
     (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half = np.uint64(max(1, math.ceil(math.log2(n) / 2)) if n > 1 else 1)
+    half = np.uint64(max(1, math.ceil(math.log2(n) / 2)))
     mask = (np.uint64(1) << half) - np.uint64(1)
     values = places.astype(np.uint64)
     outside = np.ones(len(values), dtype=bool)

@@ -61,15 +61,15 @@ class Match:
             middle = (low + high + 1) // 2
 
 
-def search(text: Tokens, samples: Sequence[np.ndarray], limit: int = MOST) -> list[Match]:
-    """Return the longest match of each of `samples` (token ids) in the first `limit` tokens of `text`."""
+def search(text: Tokens, samples: Sequence[np.ndarray]) -> list[Match]:
+    """Return the longest match of each of `samples` (token ids) in the first MOST tokens of `text`."""
     longest = max(map(len, samples))
     powers, inverse = (
         np.cumprod(np.concatenate([np.ones(1, np.uint64), np.full(CHUNK + longest, base, np.uint64)]))
         for base in (BASE, pow(BASE, -1, 1 << 64))
     )
     matches = [Match(Windows(ids, powers, inverse), len(ids)) for ids in samples]
-    for begin in range(0, min(len(text), limit), CHUNK):
+    for begin in range(0, min(len(text), MOST), CHUNK):
         ids = text.read(begin, min(CHUNK + longest, len(text) - begin))
         chunk, below = Windows(ids, powers, inverse), longest + 1
         for level in LEVELS:
