@@ -70,7 +70,7 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         chip = chips.find(config.gpu)
         if chip is None:
             raise UserError(f"--gpu={config.gpu} is not known; expected one of {', '.join(chips.CHIPS)}")
-        peak, gigabytes = chips.CHIPS[chip]
+        peak, gigabytes = chips.CHIPS[chip][:2]
         rate = config.gpus * peak * config.mfu / cost
         where = f"on {config.gpus} {config.gpu} at {config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s"
     gpu, gpus = (machine.name(), 1) if machine else (config.gpu, config.gpus)

@@ -33,19 +33,6 @@ BACKWARD = 2 / 3  # fraction of a micro-batch's FLOPs in the backward pass
 OF_LINK, OF_NETWORK, OF_MEMORY = 0.8, 0.9, 0.8
 # Latency in microseconds: per collective, per intra-node hop, per inter-node hop (LL128 in NCCL's tuning.cc).
 RING, TREE = (10.0, 1.9, 4.0), (4.4, 1.2, 8.5)
-# Data sheet bandwidths in bytes/s: of memory, and of NVLink or PCIe x16 to the other GPUs of a node, in one
-# direction (data sheets give the sum of both). Names as in gpu/chips.py.
-CHIPS = {
-    "A100": (2.04e12, 300e9),
-    "H100 PCIe": (2.0e12, 64e9),
-    "H100 NVL": (3.9e12, 64e9),
-    "H100": (3.35e12, 450e9),
-    "H200": (4.8e12, 450e9),
-    "B200": (8e12, 900e9),
-    "RTX 3090": (0.936e12, 32e9),
-    "RTX 4090 Laptop": (0.576e12, 32e9),
-    "RTX 4090": (1.008e12, 32e9),
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ class ClusterOptions(OptimizerOptions, BatchOptions):
     @property
     def node_bytes_s(self) -> float:
         """Bytes/s that a GPU sends within its node."""
-        return self.node_gbytes * 1e9 or OF_LINK * CHIPS[self.chip][1]
+        return self.node_gbytes * 1e9 or OF_LINK * chips.CHIPS[self.chip].link_bytes_s
 
     @property
     def network_bytes_s(self) -> float:
@@ -226,7 +213,7 @@ def compute_s(shape: GPTConfig, options: ClusterOptions, sequences: int) -> floa
     t / (t + half_tokens), and equals `mfu` for a full micro-batch."""
     tokens, full = sequences * shape.block_size, options.micro_batch_size * shape.block_size
     filled = tokens / (tokens + options.half_tokens) * (full + options.half_tokens) / full
-    peak, _ = chips.CHIPS[options.chip]
+    peak = chips.CHIPS[options.chip].peak
     return tokens * estimate.flops_per_token(shape) / (peak * options.mfu * filled)
 
 
@@ -239,8 +226,8 @@ def update_s(shape: GPTConfig, options: ClusterOptions, mode: Mode, gpus: int) -
     moved = FLOAT * numbers * (3 / shards + 7 / parts)
     matrices = [matrix for stack in muon_stacks(shape, options, parts) for matrix in stack]
     flops = sum(2 * options.muon_ns_steps * newton_schulz_cost(m.height, m.width) for m in matrices)
-    bandwidth, (peak, _) = CHIPS[options.chip][0], chips.CHIPS[options.chip]
-    return moved / (OF_MEMORY * bandwidth) + flops / max(1, min(parts, len(matrices))) / (0.5 * peak)
+    chip, owners = chips.CHIPS[options.chip], max(1, min(parts, len(matrices)))
+    return moved / (OF_MEMORY * chip.memory_bytes_s) + flops / owners / (0.5 * chip.peak)
 
 
 @dataclass(frozen=True)
@@ -353,8 +340,9 @@ def replicated(need: estimate.Memory, options: ClusterOptions, gpus: int, passes
 
 def table(shape: GPTConfig, options: ClusterOptions, compiled: bool) -> Iterator[str]:
     """Yield the lines of a Markdown table, one row per number of GPUs, with values for DDP / FSDP / HSDP."""
-    if options.chip not in CHIPS:
-        raise UserError(f"--scaling needs a --gpu with known links: {', '.join(CHIPS)}")
+    linked = [name for name, chip in chips.CHIPS.items() if chip.link_bytes_s]
+    if options.chip not in linked:
+        raise UserError(f"--scaling needs a --gpu with known links: {', '.join(linked)}")
     if shape.ngram_orders:
         raise UserError("--scaling does not model n-gram tables; remove --ngram_orders")
     if not options.network_gbits:
