@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from nanogpt import ROOT, checkpoint, files, metrics, resolve, runtime
-from nanogpt.config import FilePath, NonNegativeInt, read
+from nanogpt.config import FilePath, NonNegativeInt, load_with_arguments
 from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
 from nanogpt.data import loader, mixture
@@ -273,12 +273,10 @@ def write(config: Config, result: dict[str, Any], scored: list[tuple[Opened, lis
 
 
 def program() -> None:
-    options = read(Config, sys.argv[1:], arguments=True)
-    if len(options.arguments) > 1:
-        raise UserError(f"expected one model, not {', '.join(options.arguments)}; another: --against=FOLDER")
-    if options.arguments:
-        options.values["out_dir"] = options.arguments[0]
-    main(Config(**options.values))
+    config, models = load_with_arguments(Config, sys.argv[1:])
+    if len(models) > 1:
+        raise UserError(f"expected one model, not {', '.join(models)}; another: --against=FOLDER")
+    main(replace(config, out_dir=models[0]) if models else config)
 
 
 if __name__ == "__main__":
