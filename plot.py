@@ -184,12 +184,12 @@ def load_run(folder: Path, name: str, x: str) -> Run:
 
 def summary(runs: Sequence[Run]) -> str:
     """Describe the best validation loss over all runs and where it was reached."""
-    bests = [(run.evals["val_loss"][best], best, run) for run in runs if (best := run.best()) is not None]
-    if not bests:
+    evaluated = [run for run in runs if np.isfinite(run.val_loss)]
+    if not evaluated:
         return "no evaluation yet"
-    loss, best, run = min(bests, key=lambda item: item[0])
-    place = f" of {run.name}" if len(runs) > 1 else ""
-    return f"best validation loss {loss:.4f} at iteration {run.evals['iter'][best]:.0f}{place}"
+    best = min(evaluated, key=lambda run: run.val_loss)
+    place = f" of {best.name}" if len(runs) > 1 else ""
+    return f"best validation loss {best.val_loss:.4f} at iteration {best.best('iter'):.0f}{place}"
 
 
 # ----------------------------------------------------------------------------- the figure

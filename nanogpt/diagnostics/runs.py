@@ -45,20 +45,18 @@ class Run:
         path = self.folder / "baseline.json"
         return files.read_json(path, {"loss": float, "order": int}) if path.is_file() else {}
 
-    def best(self) -> int | None:
-        """Return the index of the evaluation with the lowest validation loss; None if there is none."""
+    def best(self, key: str) -> float:
+        """Return `key` of the evaluation with the lowest validation loss; NaN if there is none."""
         losses = self.evals["val_loss"]
-        return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
+        return float(self.evals[key][np.nanargmin(losses)]) if np.isfinite(losses).any() else math.nan
 
     @property
     def val_loss(self) -> float:
-        best = self.best()
-        return math.nan if best is None else float(self.evals["val_loss"][best])
+        return self.best("val_loss")
 
     @property
     def stderr(self) -> float:
-        best = self.best()
-        return math.nan if best is None else float(self.evals["val_stderr"][best])
+        return self.best("val_stderr")
 
 
 def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()) -> Run:
