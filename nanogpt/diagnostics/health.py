@@ -203,11 +203,9 @@ def attention_entropy(attn: CausalSelfAttention, given: tuple[Any, ...], out: Te
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q[:, :, T // 2 :] @ k.mT).float() * attn.head_size**-0.5
     bias = position.bias(T)
-    scores += (
-        torch.full((T, T), -torch.inf, device=x.device).triu(1)[T // 2 :]
-        if bias is None
-        else bias[:, T // 2 :]
-    )
+    if bias is None:
+        bias = torch.full((1, T, T), -torch.inf, device=x.device).triu(1)
+    scores += bias[:, T // 2 :]
     highest = torch.arange(T // 2 + 1, T + 1, device=x.device).log().clamp(min=1e-6)
     return (torch.special.entr(torch.softmax(scores, dim=-1)).sum(dim=-1) / highest).mean()
 
