@@ -55,7 +55,8 @@ def evaluate(
         compute = parallelize.in_dtype(model, machine)
         running = parallelize.in_step(model, batches, machine.world, stopped)
     model.eval()
-    sums, counts = [], []
+    sums = [torch.zeros(0, device=machine.device)]  # a rank may have no sequences
+    counts = [torch.zeros(0, dtype=torch.int64, device=machine.device)]
     hidden = None if machine.world.is_main_process else True  # None: disabled if stderr is not a terminal
     for batch in tqdm(running, "evaluating", n_batches, leave=False, disable=hidden, delay=1, unit="batch"):
         machine.world.report_progress()
@@ -72,8 +73,6 @@ def evaluate(
     model.train(was_training)
     if machine.world.any_rank(stopped()):  # one collective: batch counts may differ between ranks
         return None
-    sums.append(torch.zeros(0, device=machine.device))  # for a rank without sequences
-    counts.append(torch.zeros(0, dtype=torch.int64, device=machine.device))
     # On the CPU: Apple GPUs have no float64.
     loss_sums, target_counts = torch.cat(sums).cpu().double(), torch.cat(counts).cpu()
     squares = loss_sums.square() / target_counts.clamp(min=1)
