@@ -98,11 +98,7 @@ def run(config: Config, world: World) -> None:
         print(opened.description)
         with opened.subject.machine.memory_errors():
             scored.append((opened, evaluate(opened, loaded, dataset_of(opened, config), config)))
-    opened, reports = scored[0]
-    result: dict[str, Any] = {
-        "model": str(opened.path),
-        "results": {report.name: report.to_json() for report in reports},
-    }
+    opened, result = scored[0][0], results(*scored[0])
     if config.against:
         result |= compare(*scored)
     if config.baseline:
@@ -255,8 +251,12 @@ def compare(a: tuple[Opened, list[Report]], b: tuple[Opened, list[Report]]) -> d
         parts = [f"{name} {difference.describe()}" for name, difference in by_metric.items()]
         print(f"{one.name}: {', '.join(parts)}")
         differences[one.name] = {name: asdict(difference) for name, difference in by_metric.items()}
-    results = {report.name: report.to_json() for report in b[1]}
-    return {"against": {"model": str(b[0].path), "results": results}, "differences": differences}
+    return {"against": results(*b), "differences": differences}
+
+
+def results(opened: Opened, reports: list[Report]) -> dict[str, Any]:
+    """Return the model and its scores for the JSON file."""
+    return {"model": opened.path, "results": {report.name: report.to_json() for report in reports}}
 
 
 def write(config: Config, result: dict[str, Any], scored: list[tuple[Opened, list[Report]]]) -> None:
@@ -264,7 +264,7 @@ def write(config: Config, result: dict[str, Any], scored: list[tuple[Opened, lis
         files.write_json(Path(config.out), result)
     if config.items:
         rows = [
-            {"model": str(opened.path), "task": report.name, **row}
+            {"model": opened.path, "task": report.name, **row}
             for opened, reports in scored
             for report in reports
             for row in report.rows
