@@ -162,10 +162,8 @@ def memory(
     """Estimate the memory on a GPU, or on this `machine`, with micro-batches of `rows` sequences."""
     chunk, gpus = config.loss_chunk_size, 1 if machine else config.gpus
     cpu = machine is not None and machine.device.type == "cpu"
-    if machine and cpu:
-        chunk = chunk or default_loss_chunk_size(
-            torch.device("cpu"), rows * shape.block_size, shape.vocab_size
-        )
+    if machine:
+        chunk = chunk or default_loss_chunk_size(machine.device, rows * shape.block_size, shape.vocab_size)
     need = estimate.memory(
         shape,
         config,
