@@ -192,10 +192,9 @@ def checkpoint_activations(model: GPT, machine: Machine) -> None:
     Raise UserError if Machine.in_dtype casts the weights for the forward pass only.
     """
     if machine.casts_weights and not is_sharded(model):
-        on_cpu = machine.device.type == "cpu"
-        cause, remedy = (
-            ("on a CPU", "--dtype=float32") if on_cpu else ("by --casting=weights", "--casting=auto")
-        )
+        cause, remedy = "by --casting=weights", "--casting=auto"
+        if machine.device.type == "cpu":
+            cause, remedy = "on a CPU", "--dtype=float32"
         raise UserError(
             f"--activation_checkpointing in {machine.dtype} {cause} works with --parallel=fsdp only; "
             f"otherwise use {remedy}"

@@ -202,11 +202,10 @@ def set_aside(run_dir: Path, lock: FileLock, overwrite: bool) -> tuple[FileLock,
     files.rename(run_dir, aside)
     new_lock = files.lock(run_dir)
     lock.release()
+    kept = f"; it is kept in {replaced}"
     if worthless:
         files.remove(aside)
+        kept = f", which saved no checkpoint; {replaced} is kept"
     if overwrite:
-        kept = (
-            f", which saved no checkpoint; {replaced} is kept" if worthless else f"; it is kept in {replaced}"
-        )
         return new_lock, f"replacing the run in {run_dir}{kept} until the first checkpoint"
     return new_lock, f"moved the existing run in {run_dir} to {aside}"

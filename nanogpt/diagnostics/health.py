@@ -136,9 +136,8 @@ def examine(model: GPT, idx: Tensor, targets: Tensor, machine: Machine) -> dict[
     handles = [model.ln_f.register_forward_hook(lambda module, given, out: hidden.append(out.detach()))]
     for module in model.modules():
         if isinstance(module, Block):
-            handles.append(
-                module.register_forward_hook(note("activation", lambda module, given, out: rms(out)))
-            )
+            size = note("activation", lambda module, given, out: rms(out))
+            handles.append(module.register_forward_hook(size))
             off = note("dead", lambda module, given: dead_fraction(given[0]))
             handles.append(module.mlp.c_proj.register_forward_pre_hook(off))
         elif isinstance(module, CausalSelfAttention):

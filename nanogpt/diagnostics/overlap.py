@@ -105,10 +105,8 @@ def report(run: Path, texts: Sequence[Sequence[int]], decode: Callable[[Sequence
         lines.append(f"overlap: sample {number}: {longest_copy}: {copied!r}")
     usual = sorted(match.length for match in matches[len(samples) :])
     part = f"; searched: the first {MOST:,} tokens" if len(dataset.train) > MOST else ""
-    return [
-        *lines,
-        f"overlap: passages of the validation text: {usual[0]} to {usual[-1]} tokens{part}",
-    ]
+    lines.append(f"overlap: passages of the validation text: {usual[0]} to {usual[-1]} tokens{part}")
+    return lines
 
 
 def open_dataset(run: Path) -> loader.Dataset:

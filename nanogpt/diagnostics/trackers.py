@@ -37,9 +37,8 @@ class TensorBoard:
         purged = resumed_at + 1 if resumed_at else None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
         if not resumed_at:
-            self.writer.add_text(
-                "options", "\n".join(f"    {key} = {value!r}" for key, value in options.items())
-            )
+            lines = (f"    {key} = {value!r}" for key, value in options.items())
+            self.writer.add_text("options", "\n".join(lines))
 
     def log(self, row: Mapping[str, Any]) -> None:
         for name, value in scalars(row).items():

@@ -35,9 +35,8 @@ def benchmark(world: Processes, machine: Machine, largest: int) -> float:
             size = SMALLEST
             while size <= max(largest, SMALLEST):
                 numbers = max(members, size // 4 // members * members)
-                low, median, high = np.quantile(
-                    measure(world, machine, kind, numbers, group), [0.1, 0.5, 0.9]
-                )
+                seconds = measure(world, machine, kind, numbers, group)
+                low, median, high = np.quantile(seconds, [0.1, 0.5, 0.9])
                 rate = 4 * numbers / median
                 bus = bus_factor(kind, members) * rate
                 print(
