@@ -45,8 +45,7 @@ def slowdown() -> float:
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(512, 512, dtype=dtype)
-        times = [timeit.timeit(lambda m=matrix: m @ m, number=1) for _ in range(5)]  # type: ignore[misc]
-        seconds.append(min(times))
+        seconds.append(min(timeit.repeat("matrix @ matrix", globals={"matrix": matrix}, number=1)))
     return seconds[1] / seconds[0]
 
 
