@@ -67,10 +67,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         gigabytes = device_memory.memory_of(machine) / 1e9
         where = f"here ({machine.reason})"
     else:
-        chip = chips.find(config.gpu)
-        if chip is None:
+        if not config.chip:
             raise UserError(f"--gpu={config.gpu} is not known; expected one of {', '.join(chips.CHIPS)}")
-        peak, gigabytes = chips.CHIPS[chip][:2]
+        peak, gigabytes = chips.CHIPS[config.chip][:2]
         rate = config.gpus * peak * config.mfu / cost
         where = f"on {config.gpus} {config.gpu} at {config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s"
     gpu, gpus = (machine.name(), 1) if machine else (config.gpu, config.gpus)
