@@ -73,7 +73,6 @@ class Opened:
     path: str
     subject: Subject
     dataset: str  # dataset it was trained on, "" if unknown
-    description: str
 
 
 def main(config: Config) -> None:
@@ -95,7 +94,6 @@ def run(config: Config, world: World) -> None:
     scored = []
     for name in names:
         opened = open_model(name, config, world)
-        print(opened.description)
         with opened.subject.machine.memory_errors():
             scored.append((opened, evaluate(opened, loaded, dataset_of(opened, config), config)))
     opened, result = scored[0][0], results(*scored[0])
@@ -139,7 +137,8 @@ def open_model(name: str, config: Config, world: World) -> Opened:
     model = source.load(source.fitted(), machine.device)
     subject = Subject(model, tokens, machine, config.batch_size)
     size = f"{model.n_params():,} parameters, context {subject.block_size:,}"
-    return Opened(source.origin, subject, source.dataset, f"{source.origin}: {size}; {machine.reason}")
+    print(f"{source.origin}: {size}; {machine.reason}")
+    return Opened(source.origin, subject, source.dataset)
 
 
 # ----------------------------------------------------------------------------- scores
