@@ -79,21 +79,15 @@ class Tokens:
         chunks = []
         while count > 0:
             number = bisect.bisect_right(self.ends, start)
-            part = self.parts[number]
+            part, file = self.parts[number], self._file(number)
             first = start - (self.ends[number] - part.tokens)
-            length = min(count, part.tokens - first)
-            chunks.append(self._read_part(number, first, length))
-            start, count = start + length, count - length
+            raw = np.empty(min(count, part.tokens - first), dtype=part.dtype)
+            file.seek(part.offset + first * part.dtype.itemsize)
+            if file.readinto(raw.data.cast("B")) != raw.nbytes:
+                raise UserError(f"{part.path} became shorter while being read; prepare it again")
+            chunks.append(raw)
+            start, count = start + len(raw), count - len(raw)
         return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-
-    def _read_part(self, number: int, first: int, count: int) -> np.ndarray:
-        part = self.parts[number]
-        raw = np.empty(count, dtype=part.dtype)
-        file = self._file(number)
-        file.seek(part.offset + first * part.dtype.itemsize)
-        if file.readinto(raw.data.cast("B")) != raw.nbytes:
-            raise UserError(f"{part.path} became shorter while being read; prepare it again")
-        return raw
 
     def _file(self, number: int) -> io.FileIO:
         """Return file `number`, opened; close the least recently used beyond MAX_OPEN_FILES."""
