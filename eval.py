@@ -87,9 +87,10 @@ def main(config: Config) -> None:
 
 
 def run(config: Config, world: World) -> None:
-    ours, for_lm_eval = split_tasks(config.tasks)
+    ours, _, others = f",{config.tasks}".partition(",lm_eval:")  # the tasks after lm_eval: are lm-eval's
+    for_lm_eval = [name for name in others.split(",") if name]
     check(config, bool(for_lm_eval))
-    loaded = [tasks.load(spec, config.limit) for spec in ours]
+    loaded = [tasks.load(spec, config.limit) for spec in ours.split(",") if spec]
     names = [config.out_dir] + ([config.against] if config.against else [])
     scored = []
     for name in names:
@@ -106,12 +107,6 @@ def run(config: Config, world: World) -> None:
         print(table)
     if world.is_main_process:
         write(config, result | {"options": asdict(config), **opened.subject.machine.environment()}, scored)
-
-
-def split_tasks(given: str) -> tuple[list[str], list[str]]:
-    """Split --tasks into our tasks and lm-eval's, which follow `lm_eval:`."""
-    ours, _, others = f",{given}".partition(",lm_eval:")
-    return [name for name in ours.split(",") if name], [name for name in others.split(",") if name]
 
 
 def check(config: Config, has_lm_eval: bool) -> None:
