@@ -43,8 +43,7 @@ def load(name: str, root: Path) -> Dataset:
     amounts = [weight or Fraction(len(one.train)) for one, (_, weight) in zip(datasets, parts, strict=True)]
     weights = [amount / sum(amounts) for amount in amounts]
     names = _names(folders)
-    known = [one.bytes_per_token for one in datasets]
-    lengths = [length for length in known if length]
+    lengths = [one.bytes_per_token for one in datasets if one.bytes_per_token]
     mean = sum(float(w) * length for w, length in zip(weights, lengths, strict=False))
     return Dataset(
         Path(name),
