@@ -150,8 +150,7 @@ def meta_model(config: Config, shape: GPTConfig) -> GPT:
         model = GPT(shape)
         if config.lora_rank:
             lora.adapt(model, lora.Adapters(config.lora_rank, config.lora_alpha, config.lora_targets))
-    if config.lora_rank or config.freeze or config.train_only:
-        freeze.choose_trained(model, config)
+    freeze.choose_trained(model, config)
     return model
 
 
