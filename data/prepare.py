@@ -54,9 +54,8 @@ def main(config: Config, paths: list[str]) -> None:
     if config.gpt2_bpe and config.tokenizer != "gpt2":
         raise UserError(f"--gpt2_bpe={config.gpt2_bpe} needs --tokenizer=gpt2")
     options = asdict(config)
-    summary = corpus.prepare(
-        [Path(path) for path in paths], Path(options.pop("out")), kind=options.pop("tokenizer"), **options
-    )
+    out, kind = Path(options.pop("out")), options.pop("tokenizer")
+    summary = corpus.prepare([Path(path) for path in paths], out, kind=kind, **options)
     print("\n".join(summary.lines()))
     print(own_text.training_command(summary))
 

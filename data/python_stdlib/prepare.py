@@ -43,9 +43,8 @@ def wanted(file: Path) -> bool:
 def main(config: Config) -> None:
     if not (STDLIB / "os.py").is_file():
         raise UserError(f"no Python sources found in {STDLIB}; prepare another text with data/prepare.py")
-    summary = corpus.prepare(
-        [STDLIB], Path(config.out or corpus.own_folder(__file__)), kind="char", keep=wanted
-    )
+    out = Path(config.out or corpus.own_folder(__file__))
+    summary = corpus.prepare([STDLIB], out, kind="char", keep=wanted)
     print("\n".join(summary.lines()))
     dataset = "" if config.out else "python_stdlib"
     print(own_text.training_command(summary, on_gpu="quickstart.py", dataset=dataset))
