@@ -33,7 +33,7 @@ import torch
 
 from benchmarks import shared
 from nanogpt import ROOT, files
-from nanogpt.config import NonNegativeFloat, PositiveInt, read
+from nanogpt.config import NonNegativeFloat, PositiveInt, load_with_arguments
 from nanogpt.errors import UserError, run_program
 
 LARGEST_TOKENS = 40 << 20  # maximum size of --tokens in bytes, to keep uploads small
@@ -338,11 +338,6 @@ def shown(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def command_line(argv: list[str]) -> tuple[Config, list[str]]:
-    options = read(Config, argv, arguments=True)
-    return Config(**options.values), options.arguments
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))  # also ends the running part
-    run_program(lambda: main(*command_line(sys.argv[1:])))
+    run_program(lambda: main(*load_with_arguments(Config, sys.argv[1:])))

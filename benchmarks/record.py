@@ -37,7 +37,7 @@ from safetensors import safe_open
 
 from benchmarks import shared
 from nanogpt import ROOT
-from nanogpt.config import read
+from nanogpt.config import load_with_arguments
 from nanogpt.errors import UserError, run_program
 
 # JSON keys that depend on time, place or software versions.
@@ -377,9 +377,4 @@ def compare(base: dict[str, dict[str, str]], other: dict[str, dict[str, str]]) -
 
 
 if __name__ == "__main__":
-
-    def program() -> None:
-        options = read(Config, sys.argv[1:], arguments=True)
-        main(Config(**options.values), options.arguments)
-
-    run_program(program)
+    run_program(lambda: main(*load_with_arguments(Config, sys.argv[1:])))

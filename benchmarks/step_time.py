@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import shared
 from nanogpt import ROOT
-from nanogpt.config import PositiveInt, read
+from nanogpt.config import PositiveInt, load_with_arguments
 from nanogpt.errors import UserError, run_program
 
 SHAPE = (
@@ -101,10 +101,5 @@ def report(config: Config, took_ms: dict[str, np.ndarray]) -> None:
     print(f"median {np.median(ratios):.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
 
 
-def command_line(argv: list[str]) -> tuple[Config, list[str]]:
-    options = read(Config, argv, arguments=True)
-    return Config(**options.values), options.arguments
-
-
 if __name__ == "__main__":
-    run_program(lambda: main(*command_line(sys.argv[1:])))
+    run_program(lambda: main(*load_with_arguments(Config, sys.argv[1:])))

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import shared
 from benchmarks.shared import exact_loss
 from nanogpt import ROOT
-from nanogpt.config import NonNegativeFloat, PositiveInt, read
+from nanogpt.config import NonNegativeFloat, PositiveInt, load_with_arguments
 from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 
@@ -117,10 +117,5 @@ def report(config: Config, found: dict[str, list[Run]]) -> None:
     print("a run that did not reach the target counts with its total time")
 
 
-def command_line(argv: list[str]) -> tuple[Config, list[str]]:
-    options = read(Config, argv, arguments=True)
-    return Config(**options.values), options.arguments
-
-
 if __name__ == "__main__":
-    run_program(lambda: main(*command_line(sys.argv[1:])))
+    run_program(lambda: main(*load_with_arguments(Config, sys.argv[1:])))
