@@ -91,16 +91,15 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 def with_data(config: Config, scratch: Path) -> Config:
     """Return `config` with a dataset that exists or, after printing why, random tokens in `scratch`."""
-    if config.real_data and config.dataset != Config.dataset:
-        return config
+    why = " (--real_data=False)"
     if config.real_data:
         try:
-            train.resolve.open_data(config)
+            if config.dataset == Config.dataset:  # another one must exist
+                train.resolve.open_data(config)
             return config
         except UserError as error:
-            print(f"data: random tokens, --vocab_size={config.vocab_size}, because {error}")
-    else:
-        print(f"data: random tokens, --vocab_size={config.vocab_size} (--real_data=False)")
+            why = f", because {error}"
+    print(f"data: random tokens, --vocab_size={config.vocab_size}{why}")
     ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(1 << 20) + config.block_size)
     dtype = "uint16" if config.vocab_size <= 1 << 16 else "uint32"
     for split in ("train", "val"):
