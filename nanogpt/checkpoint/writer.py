@@ -95,9 +95,8 @@ def prune(run_dir: Path) -> None:
     for leftover in run_dir.glob(f"step-*{files.TEMPORARY}*"):
         files.remove(leftover)
     complete = [path for path in step_folders(run_dir) if (path / "manifest.json").is_file()]
-    kept = complete[:KEPT]
     evaluated = [path for path in complete if math.isfinite(val_loss(path))]
-    kept += [min(evaluated, key=val_loss)] if evaluated else []
+    kept = complete[:KEPT] + sorted(evaluated, key=val_loss)[:1]
     for path in complete:
         if path not in kept:
             # Rename first, so that a kill during deletion leaves no partial checkpoint.
