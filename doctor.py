@@ -66,8 +66,7 @@ def machine() -> Iterator[str]:
     yield f"nanogpt {version_of('nanogpt') or 'not installed'}" + f", commit {commit}" * bool(commit)
     system = f"{platform.system()} {platform.release()}, {platform.machine()}"
     yield f"Python {platform.python_version()}, {system}"
-    versions = {name: version_of(name) for name in PACKAGES}
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    packages = ", ".join(f"{name} {version}" for name in PACKAGES if (version := version_of(name)))
     yield f"torch {torch.__version__}, {packages}"
     cpu = torch.device("cpu")
     half = "bfloat16" if runtime.has_bfloat16(cpu) else "no bfloat16"
