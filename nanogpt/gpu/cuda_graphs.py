@@ -96,7 +96,11 @@ class StepGraph:
         weighted = list(micro_batches)
         if sum(len(batch[0]) for _, batch in weighted) != self.sequences:
             return self.step(model, optimizer, scaler, weighted, lr, grad_clip)
-        self._take(batch for _, batch in weighted)
+        if not self.batches:
+            self.batches = [tuple(part.clone() for part in batch) for _, batch in weighted]
+        for places, (_, batch) in zip(self.batches, weighted, strict=True):
+            for place, part in zip(places, batch, strict=True):
+                place.copy_(part)
         self.lr.fill_(lr)
         there = [(weight, batch) for (weight, _), batch in zip(weighted, self.batches, strict=True)]
         work = partial(self.step, model, optimizer, scaler, there, self.lr, grad_clip)
@@ -108,12 +112,3 @@ class StepGraph:
         self.replay()
         assert self.result
         return self.result
-
-    def _take(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
-        """Copy `batches` to the static inputs, which are allocated at first."""
-        for number, batch in enumerate(batches):
-            if number == len(self.batches):
-                self.batches.append(tuple(part.clone() for part in batch))
-            else:
-                for place, part in zip(self.batches[number], batch, strict=True):
-                    place.copy_(part)
