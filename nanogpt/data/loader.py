@@ -273,13 +273,11 @@ def eval_batches(
     the one before; its repeated targets are IGNORE). Otherwise use `max_sequences` evenly spaced sequences.
     """
     n_sequences, rest = divmod(len(tokens) - 1, block_size)
-    if n_sequences > max_sequences:
-        starts, rest = np.linspace(0, n_sequences - 1, max_sequences).astype(np.int64) * block_size, 0
-    else:
-        starts = np.arange(n_sequences) * block_size
-    begin, count = world.share(len(starts))
-    rest = rest if begin + count == len(starts) else 0  # the last rank scores the remainder
-    starts = starts[begin : begin + count]
+    chosen = np.linspace(0, n_sequences - 1, min(n_sequences, max_sequences)).astype(np.int64)
+    begin, count = world.share(len(chosen))
+    if len(chosen) < n_sequences or begin + count < len(chosen):
+        rest = 0  # the last rank scores the remainder
+    starts = chosen[begin : begin + count] * block_size
     for first in range(0, len(starts), batch_size):
         yield to_device(gather(tokens, starts[first : first + batch_size], block_size, separator), device)
     if rest:
