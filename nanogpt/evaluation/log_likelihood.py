@@ -95,9 +95,7 @@ class Windows:
         self.counts = 1 - -np.maximum(0, sizes - 1 - block_size) // stride
         self.ends = np.cumsum(self.counts)
         every = int(self.ends[-1])
-        self.chosen = np.arange(every)
-        if limit and limit < every:
-            self.chosen = np.linspace(0, every - 1, limit).astype(np.int64)
+        self.chosen = np.linspace(0, every - 1, min(limit or every, every)).astype(np.int64)
         indices = np.searchsorted(self.ends, self.chosen, side="right")
         self.lengths = np.minimum(sizes[indices], block_size + 1)
 
@@ -109,12 +107,9 @@ class Windows:
         number = int(self.chosen[i])
         index = int(np.searchsorted(self.ends, number, side="right"))
         turn = number - int(self.ends[index] - self.counts[index])
-        size = len(self.texts[index])
-        first_end = min(size, self.block_size + 1)
-        if turn == 0:
-            return index, 1, first_end
-        begin = first_end + (turn - 1) * self.stride
-        return index, begin, min(size, begin + self.stride)
+        end = self.block_size + 1 + turn * self.stride
+        begin = end - self.stride if turn else 1
+        return index, begin, min(len(self.texts[index]), end)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         index, begin, end = self.place(i)
@@ -147,11 +142,10 @@ def batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
     """Yield the row indices of each batch, longest rows first, at most `budget` tokens including padding
     (but at least one row)."""
     order = np.argsort(-lengths, kind="stable")
-    first = 0
-    while first < len(order):
-        count = max(1, budget // int(lengths[order[first]]))
-        yield order[first : first + count]
-        first += count
+    while len(order):
+        count = max(1, budget // int(lengths[order[0]]))
+        yield order[:count]
+        order = order[count:]
 
 
 @torch.inference_mode()
@@ -193,11 +187,10 @@ def _score_share(
             ids[i, : len(row)] = row
             scored[i, len(row) - count : len(row)] = True
         losses, first = _losses(subject, torch.from_numpy(ids), torch.from_numpy(scored), greedy)
-        start = 0
-        for number, (_, count) in zip(numbers, batch_rows, strict=True):
-            end = start + count
-            yield int(number), losses[start:end], bool(first[start:end].all())
-            start = end
+        ends = np.cumsum([count for _, count in batch_rows])[:-1]
+        parts = zip(numbers, np.split(losses, ends), np.split(first, ends), strict=True)
+        for number, nats, is_first in parts:
+            yield int(number), nats, bool(is_first.all())
         advance(len(batch_rows))
 
 
