@@ -53,11 +53,9 @@ def rows(tokens: Tokens, separator: int, block_size: int) -> np.ndarray:
         begins = np.flatnonzero(chunk == separator) + first
         if first == 0 and (not len(begins) or begins[0]):
             begins = np.concatenate([[0], begins])
-        at = np.searchsorted(begins, free)
-        while at < len(begins) and begins[at] <= last:
+        while (at := np.searchsorted(begins, free)) < len(begins) and begins[at] <= last:
             starts.append(int(begins[at]))
             free = starts[-1] + block_size
-            at = np.searchsorted(begins, free)
     if not starts:
         raise UserError(f"no document starts {block_size} tokens before the end of {tokens.parts[0].path}")
     return np.array(starts, dtype=np.int64)
