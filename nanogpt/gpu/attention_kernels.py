@@ -52,8 +52,8 @@ def chosen(
             torch.backends.cuda.enable_cudnn_sdp(cudnn and not without_cudnn)
             yield
         else:
-            others = [] if attention == "math" else [name for name in ATTENTION if name != attention]
-            order = [attention, *others]  # math supports every shape
+            # math supports every shape
+            order = ["math"] if attention == "math" else list(dict.fromkeys([attention, *ATTENTION]))
             with sdpa_kernel([getattr(SDPBackend, ATTENTION[name]) for name in order], set_priority=True):
                 yield
     finally:
