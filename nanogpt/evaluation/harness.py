@@ -87,12 +87,11 @@ def adapter(subject: Subject) -> Any:
             return results
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            texts = {i: encode_text(r.args[0], subject.tokenizer) for i, r in enumerate(requests)}
-            texts = {i: text for i, text in texts.items() if len(text) > 1}  # empty texts score 0
+            texts = [encode_text(request.args[0], subject.tokenizer) for request in requests]
+            numbers = [i for i, text in enumerate(texts) if len(text) > 1]  # empty texts score 0
             sums = [0.0] * len(requests)
-            if texts:
-                windows = Windows(texts.values(), subject.block_size, subject.block_size)
-                numbers = list(texts)
+            if numbers:
+                windows = Windows(texts, subject.block_size, subject.block_size)
                 for i, nats, _ in score(subject, windows):
                     sums[numbers[windows.place(i)[0]]] -= float(nats.sum())
             return sums
