@@ -86,7 +86,7 @@ class StepGraph:
 
     def __call__(
         self,
-        model: Callable[..., tuple[Tensor, Tensor]],
+        function: Callable[..., tuple[Tensor, Tensor]],
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         micro_batches: Iterable[tuple[float | Tensor, tuple[Tensor, ...]]],
@@ -95,7 +95,7 @@ class StepGraph:
     ) -> tuple[Tensor, Tensor]:
         weighted = list(micro_batches)
         if sum(len(batch[0]) for _, batch in weighted) != self.sequences:
-            return self.step(model, optimizer, scaler, weighted, lr, grad_clip)
+            return self.step(function, optimizer, scaler, weighted, lr, grad_clip)
         if not self.batches:
             self.batches = [tuple(part.clone() for part in batch) for _, batch in weighted]
         for places, (_, batch) in zip(self.batches, weighted, strict=True):
@@ -103,7 +103,7 @@ class StepGraph:
                 place.copy_(part)
         self.lr.fill_(lr)
         there = [(weight, batch) for (weight, _), batch in zip(weighted, self.batches, strict=True)]
-        work = partial(self.step, model, optimizer, scaler, there, self.lr, grad_clip)
+        work = partial(self.step, function, optimizer, scaler, there, self.lr, grad_clip)
         self.calls += 1
         if self.calls <= WARM_UPS:
             return aside(work, self.machine.device)
