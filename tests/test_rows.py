@@ -78,7 +78,7 @@ def test_quotes_that_match_by_chance_do_not_join_the_rows_of_a_table_with_tabs(t
 def test_a_quote_that_would_join_later_rows_of_a_table_with_tabs_is_refused(tmp_path):
     start = "id\ttext\n" + "".join(f"{i}\tword\n" for i in range(1200))
     content = start + '1200\t"Hello\n1201\tthere"\n1202\tlast\n'
-    with pytest.raises(UserError, match=r"x\.tsv.*row 1201 would continue over several lines"):
+    with pytest.raises(UserError, match=r"x\.tsv.*row 1201 would span several lines"):
         read(tmp_path / "x.tsv", content)
 
 
