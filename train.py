@@ -41,7 +41,7 @@ class Config(TrainOptions):
 
     # evaluation, logging, checkpoints
     eval_interval: PositiveInt = 2000  #: iterations between evaluations of both splits
-    eval_iters: PositiveInt = 200  #: micro-batches per split (at most all); the same ones at every evaluation
+    eval_iters: PositiveInt = 200  #: micro-batches per split, or all if it has fewer; always the same ones
     log_interval: PositiveInt = 1  # iterations between log lines
     save_interval: NonNegativeInt = 0  # checkpoint every N iterations and at each new best; 0: at evaluations
     save_minutes: NonNegativeFloat = 10.0  # maximum minutes between checkpoints; 0: no limit
@@ -254,7 +254,7 @@ def make_optimizer(config: Config, model: GPT, machine: runtime.Machine, layout:
     if config.eval_only:
         named = ((n, torch.empty(p.shape, device="meta", requires_grad=p.requires_grad)) for n, p in named)
         layout = Layout()
-    return optim.build(config, named, model.fused_rows(), machine.half, layout)
+    return optim.build(config, named, model.part_heights(), machine.half, layout)
 
 
 def try_batch_size(config: Config, machine: runtime.Machine, model_config: GPTConfig, sequences: int) -> None:
@@ -485,10 +485,10 @@ def open_pace(run: Run) -> Pace:
     return Pace(run.config, run.progress)
 
 
-def run_tasks(run: Run, due: bool, write: Callable[..., None], stop: StopRequest) -> Iterator[str]:
-    """Run tasks and sampling if due, and yield the lines to print. Collective: call on all ranks."""
+def run_tasks(run: Run, evaluating: bool, write: Callable[..., None], stop: StopRequest) -> Iterator[str]:
+    """Run tasks and sampling if `evaluating`, and yield the lines to print. Collective: call on all ranks."""
     iter_num = run.progress.iter_num
-    if not run.tasks_and_samples or not due:
+    if not run.tasks_and_samples or not evaluating:
         return
     if run.machine.world.any_rank(run.tasks_and_samples.due(iter_num)) and (model := gather_model(run)):
         model = model.to(run.machine.device)  # no-op unless gathered to the CPU

@@ -216,9 +216,9 @@ def repeats_kv(device_type: str, dtype: torch.dtype, bias: Tensor | None) -> boo
     """Return whether keys and values are repeated for all query heads of their group: on CUDA, except in
     bfloat16 without a bias.
 
-    Of the fused kernels only flash attention takes grouped keys and values, but neither a bias nor float32.
-    GPUs without bfloat16, for which our default is float16, do not have it. There torch would fall back to a
-    kernel that writes all scores to memory; with repeated keys another fused kernel can be used.
+    Of the fused kernels only flash attention takes grouped keys and values. It cannot be used with a bias, in
+    float32, or on GPUs without bfloat16 (where our default is float16). In these cases torch would fall back
+    to a kernel that writes all scores to memory; with repeated keys another fused kernel can be used.
     """
     return device_type == "cuda" and (bias is not None or dtype != torch.bfloat16)
 
@@ -399,7 +399,7 @@ class GPT(nn.Module):
         self.ln_f = NORMS[config.norm](config)
         self.packed_head: nn.Module | None = None  # quantized LM head (quantize.py)
         self.loss_chunk_size = 0  # tokens per chunk of chunked_cross_entropy; 0: not chunked
-        self.compiled_loss: Callable[..., Any] | None = None  # replaces `loss`; set by compile.wrap
+        self.compiled_loss: Callable[..., Any] | None = None  # compiled `loss`; set by compile.wrap
         # (idx, targets[, documents]) -> losses; set by compile.train_function for validation.py
         self.compiled_token_losses: Callable[..., Any] | None = None
         self.lm_head = None
@@ -497,7 +497,7 @@ class GPT(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # for the softmax
         return soft_cap(logits, self.config.softcap)
 
-    def fused_rows(self) -> dict[str, list[int]]:
+    def part_heights(self) -> dict[str, list[int]]:
         """Return the numbers of rows of q, k and v in each c_attn.weight, by parameter name."""
         attentions = ((n, m) for n, m in self.named_modules() if isinstance(m, CausalSelfAttention))
         return {f"{name}.c_attn.weight": module.qkv_widths for name, module in attentions}

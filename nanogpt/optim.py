@@ -102,12 +102,12 @@ class Layout:
         return torch.stack([gradient(m.parameter)[m.rows] for m in stack])
 
     def scatter_updates(self, stack: Sequence[Matrix], updates: Tensor) -> list[Tensor]:
-        """Exchange `updates`, those of the matrices that this rank owns; return this rank's rows of the
-        update of every matrix in `stack`, in float32. Collective: call on all ranks."""
+        """Exchange `updates`, those of the matrices that this rank owns; return for every matrix in `stack`
+        the update of the rows that this rank stores, in float32. Collective: call on all ranks."""
         return list(updates.float().unbind())
 
     def weights(self, matrix: Matrix) -> Tensor:
-        """Return this rank's rows of `matrix`, as a view."""
+        """Return the rows of `matrix` that this rank stores, as a view."""
         return matrix.parameter.data[matrix.rows]
 
     def global_norm(self, local_norm: Tensor) -> Tensor:
@@ -190,15 +190,16 @@ class Optimizer:
 def build(
     config: OptimizerOptions,
     named_parameters: Iterable[tuple[str, Tensor]],
-    rows: dict[str, list[int]] | None = None,
+    part_heights: dict[str, list[int]] | None = None,
     dtype: torch.dtype = torch.float32,
     layout: Layout | None = None,
 ) -> Optimizer:
     """Build the optimizer of the trainable parameters.
 
     With optimizer="muon", Muon trains the matrices of blocks (names that start with "h.") except adapters.
-    Row-wise Adagrad trains n-gram tables, AdamW the rest. `rows`: numbers of rows of the parts of fused
-    matrices, by name. `dtype`: dtype of the orthogonalization. `layout`: None for a single process.
+    Row-wise Adagrad trains n-gram tables, AdamW the rest. `part_heights`: numbers of rows of the parts of
+    each fused matrix (q, k, v), by name. `dtype`: dtype of the orthogonalization. `layout`: None for a single
+    process.
     """
     layout = layout or Layout()
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
@@ -211,7 +212,7 @@ def build(
 
         rules.append((RowAdagrad(NGRAM_TABLES, by_name[NGRAM_TABLES], layout), RATE))
     if for_muon:
-        muon = Muon(config, for_muon, rows or {}, dtype, layout)
+        muon = Muon(config, for_muon, part_heights or {}, dtype, layout)
         rules.append((muon, config.muon_lr / config.learning_rate))
     return Optimizer(named, rules, layout)
 
@@ -276,24 +277,25 @@ class Muon:
 
     Nesterov momentum is warmed up from 0.85 to 0.95 over 300 steps. Weight decay is decoupled and cautious:
     it is applied only to weights that the update also shrinks (Chen et al. 2025). Matrices of the same shape
-    are orthogonalized in one batch, and the parts of a fused projection (`rows`) separately. The update of an
-    (r, c) matrix is scaled by sqrt(max(1, r / c)).
+    are orthogonalized in one batch, and the parts of a fused projection (`part_heights`) separately. The
+    update of an (r, c) matrix is scaled by sqrt(max(1, r / c)).
     """
 
     def __init__(
         self,
         config: OptimizerOptions,
         named: Named,
-        rows: dict[str, list[int]],
+        part_heights: dict[str, list[int]],
         dtype: torch.dtype = torch.float32,
         layout: Layout | None = None,
     ):
         self.config, self.dtype, self.layout = config, dtype, layout or Layout()
-        matrix_args = [  # label, parameter, first row, height
-            (f"{name}.{i}" if name in rows else name, p, sum(rows[name][:i]) if name in rows else 0, height)
-            for name, p in named
-            for i, height in enumerate(rows.get(name, [p.shape[0]]))
-        ]
+        matrix_args = []  # label, parameter, first row, height
+        for name, p in named:
+            heights = part_heights.get(name, [p.shape[0]])
+            for i, height in enumerate(heights):
+                label = f"{name}.{i}" if name in part_heights else name
+                matrix_args.append((label, p, sum(heights[:i]), height))
         costs = [newton_schulz_cost(height, p.shape[1]) for _, p, _, height in matrix_args]
         owners = self.layout.assign_ranks(costs)
         matrices = [Matrix(*args, owner) for args, owner in zip(matrix_args, owners, strict=True)]

@@ -63,7 +63,7 @@ def updates(size: int) -> dict[str, dict[str, int]]:
         for mode, division in divisions.items():
             model = GPT(SHAPE)
             layout = parallelize.lay_out(model, machine, division)
-            about = (model.named_parameters(), model.fused_rows(), torch.float32, layout)
+            about = (model.named_parameters(), model.part_heights(), torch.float32, layout)
             optimizer = optim.build(OptimizerOptions(rule), *about)
             for _ in range(2):
                 model(idx, idx)[1].backward()

@@ -191,7 +191,7 @@ def test_step_never_synchronizes_or_leaves_its_device(rules, dtype, rows, tables
         model = GPT(replace(SHAPE, ngram_orders=tables, ngram_rows=99, **changes)).to(meta)
     model.loss_chunk_size = rows
     config = OptimizerOptions(rules, muon_weight_decay=0.1)
-    optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), torch.bfloat16)
+    optimizer = optim.build(config, model.named_parameters(), model.part_heights(), torch.bfloat16)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     idx = torch.zeros(4, 32, dtype=torch.int64, device=meta)
     for lr in (1e-3, torch.zeros((), device=meta)):

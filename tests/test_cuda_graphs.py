@@ -67,7 +67,7 @@ def test_captured_training_step_equals_the_eager_one(rules):
         )
         # No cautious decay: it depends on the sign of weights that are nearly 0.
         rule = OptimizerOptions(rules)
-        optimizer = optim.build(rule, model.named_parameters(), model.fused_rows())
+        optimizer = optim.build(rule, model.named_parameters(), model.part_heights())
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         losses = []
         for i in range(10):

@@ -100,7 +100,7 @@ def test_a_step_runs_on_apple_gpus(gpu, shape, rules, dtype, monkeypatch):
     machine = replace(gpu, dtype=dtype)
     model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32, **shape)).to(GPU)
     config = OptimizerOptions(rules, muon_weight_decay=0.1)
-    optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), machine.half)
+    optimizer = optim.build(config, model.named_parameters(), model.part_heights(), machine.half)
     idx = torch.zeros(2, 16, dtype=torch.long, device=GPU)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loss, norm = update(model, optimizer, machine, scaler, [(idx, idx)] * 2)

@@ -41,7 +41,7 @@ def parts(device, dtype="bfloat16", rules="muon", casting="auto", **changes):
     model = GPT(replace(SHAPE, **changes)).to(device)
     machine = replace(runtime.setup(str(device), dtype, 64), casting=casting)
     config = OptimizerOptions(rules, learning_rate=1e-2, muon_weight_decay=0.1)
-    optimizer = optim.build(config, model.named_parameters(), model.fused_rows(), machine.half)
+    optimizer = optim.build(config, model.named_parameters(), model.part_heights(), machine.half)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
     return model, optimizer, machine, scaler
 

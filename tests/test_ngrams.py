@@ -221,7 +221,7 @@ def test_checkpoint_of_the_cpu_preset_with_tables_takes_at_most_40_mb():
     assert config.ngram_orders
     with torch.device("meta"):
         model = GPT(pick_fields(GPTConfig, config, vocab_size=65))
-        optimizer = build(config, model.named_parameters(), model.fused_rows())
+        optimizer = build(config, model.named_parameters(), model.part_heights())
     saved = [*model.parameters(), *optimizer.state().values()]
     assert sum(tensor.nbytes for tensor in saved) < 40e6
 

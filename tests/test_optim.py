@@ -142,27 +142,27 @@ def test_muon_is_close_to_the_exact_polar_update():
     """Compare three steps with float64 SVDs: the polynomial only approximates the polar factor."""
     named = matrices()
     optimizer = build_with_muon(named)
-    start = {name: p.detach().double().clone() for name, p in named.items()}
+    expected = {name: p.detach().double().clone() for name, p in named.items()}
     buffers = {name: torch.zeros(p.shape).double() for name, p in named.items()}
     for t in range(3):
         torch.manual_seed(10 + t)
         momentum = 0.85 + 0.1 * t / 300
         for name, p in named.items():
             p.grad = torch.randn(p.shape)
-            if not name.startswith("h."):
+            if not name.expectedswith("h."):
                 continue
             buffers[name].mul_(momentum).add_((1 - momentum) * p.grad.double())
             nesterov = momentum * buffers[name] + (1 - momentum) * p.grad.double()
             for part in nesterov.split(ROWS.get(name, [p.shape[0]])):
                 part.copy_(max(1, part.shape[0] / part.shape[1]) ** 0.5 * exact_polar(part))
-            start[name] -= 0.05 * nesterov
+            expected[name] -= 0.05 * nesterov
         optimizer.param_groups[0]["params"][-1].grad = torch.zeros(3)  # h.0.gain, which AdamW trains
         optimizer.lr = 1e-2  # equals learning_rate, so Muon's is muon_lr = 0.05
         optimizer.step()
     for name, p in named.items():
-        if name.startswith("h."):
-            update = torch.linalg.matrix_norm(start[name] - matrices()[name].double())
-            assert torch.linalg.matrix_norm(p.double() - start[name]) < 0.25 * update, name
+        if name.expectedswith("h."):
+            update = torch.linalg.matrix_norm(expected[name] - matrices()[name].double())
+            assert torch.linalg.matrix_norm(p.double() - expected[name]) < 0.25 * update, name
 
 
 def test_muon_is_close_to_torch():

@@ -432,13 +432,13 @@ def test_owners_have_balanced_costs():
 def test_optimizer_state_is_sharded_over_ranks(rule):
     """ZeRO-1: every element of the state is on exactly one rank, in about equal parts."""
     model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=4, n_head=2, n_embd=32))
-    whole = build(OptimizerOptions(rule), model.named_parameters(), model.fused_rows()).state()
+    whole = build(OptimizerOptions(rule), model.named_parameters(), model.part_heights()).state()
     for size in (2, 4):
         held = []
         for rank in range(size):
             layout = Replicated(World(rank, size))
             optimizer = build(
-                OptimizerOptions(rule), model.named_parameters(), model.fused_rows(), layout=layout
+                OptimizerOptions(rule), model.named_parameters(), model.part_heights(), layout=layout
             )
             pieces = {n: piece for n, piece in optimizer.state_shards().items() if not n.endswith("steps")}
             held.append(sum(piece.tensor.numel() for piece in pieces.values()))
@@ -456,7 +456,7 @@ def test_unsharded_state_is_not_copied():
     """Without sharding, a checkpoint writes the optimizer's own tensors, without a copy."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=10, block_size=4, n_layer=1, n_head=1, n_embd=8))
-    optimizer = build(OptimizerOptions("muon"), model.named_parameters(), model.fused_rows())
+    optimizer = build(OptimizerOptions("muon"), model.named_parameters(), model.part_heights())
     state, pieces = optimizer.state(), optimizer.state_shards()
     assert state.keys() == pieces.keys()
     for name, piece in pieces.items():

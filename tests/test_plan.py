@@ -47,7 +47,7 @@ def test_estimated_parameters_and_optimizer_state_match_real_models(shape, optim
     assert estimate.flops_per_token(shape) == model.flops_per_token()
     need = estimate.memory(shape, rules, batch_size=4)
     assert need.weights == need.gradients == sum(p.numel() * p.element_size() for p in real)
-    state = optim.build(rules, model.named_parameters(), model.fused_rows()).state()
+    state = optim.build(rules, model.named_parameters(), model.part_heights()).state()
     held = sum(t.numel() * t.element_size() for name, t in state.items() if not name.endswith("steps"))
     assert need.optimizer == held
     assert need.activations == 2 * estimate.memory(shape, rules, batch_size=2).activations

@@ -15,7 +15,7 @@ from nanogpt.config import Amount, fitted
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 
-# Schemas for config.fitted, in which "key?" may be absent.
+# Schemas for config.fitted; a name that ends in "?" is that of a key that may be absent.
 MANIFEST_SCHEMA = {"format": str, "files": {name: {"bytes": Amount, "sha256": str} for name in FILES}}
 STATE_SCHEMA = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()} | {"tokenizer?": str}
 STATE_SCHEMA |= {"ramp?": [Amount], "options?": dict, "scaler?": dict, "environment?": dict}

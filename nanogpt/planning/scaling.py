@@ -120,7 +120,7 @@ def muon_stacks(shape: GPTConfig, options: ClusterOptions, ranks: int) -> list[l
     with torch.device("meta"):
         model = GPT(shape)
         named = [(name, p) for name, p in model.named_parameters() if is_for_muon(name, p)]
-        muon = Muon(options, named, model.fused_rows(), layout=Replicated(World(size=ranks)))
+        muon = Muon(options, named, model.part_heights(), layout=Replicated(World(size=ranks)))
     return [stack for stack, _ in muon.stacks]
 
 
