@@ -21,7 +21,7 @@ data/python_stdlib/train.bin: | .venv/installed
 	@$(BIN)/python data/python_stdlib/prepare.py
 
 test: .venv/installed-dev  ## install the test dependencies if needed and run the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev  ## run the linter, formatter check and type checker
 	$(BIN)/ruff check .

@@ -49,8 +49,14 @@ def pytest_configure(config):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
 
 
+# Files that take longest run first (with --no-loadscope-reorder), so that none runs alone at the end.
+SLOW = {"test_parallelize", "test_commands", "test_world", "test_kill", "test_compile", "test_train"}
+SLOW |= {"test_model", "test_fuzz", "test_health", "test_cpu_kernels", "test_prepare_web", "test_race"}
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--device") == "cpu":
+        items.sort(key=lambda item: item.path.stem not in SLOW)
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest --device=cuda"))

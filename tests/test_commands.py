@@ -130,11 +130,12 @@ def needs_merges(command: str) -> bool:
 
 def run(command: str, folder: Path) -> str:
     command = re.sub(r" --minutes=\S+", "", command)  # --max_iters is appended
+    command = re.sub(r"--nproc_per_node=\d", "--nproc_per_node=2", command)  # each process imports torch
     program = next((word for word in shlex.split(command) if word.endswith(".py")), "train.py")
     launcher, *words_given = shlex.split(command) + shlex.split(TINY.get(program, ""))
     if launcher == "nanogpt":
         words_given = ["-m", "nanogpt", *words_given]
-    if launcher == "torchrun":  # one sequence per rank for 8 ranks
+    if launcher == "torchrun":
         words_given = ["-m", "torch.distributed.run", *words_given, "--gradient_accumulation_steps=4"]
     done = subprocess.run(
         [sys.executable, *words_given],

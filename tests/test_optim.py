@@ -149,7 +149,7 @@ def test_muon_is_close_to_the_exact_polar_update():
         momentum = 0.85 + 0.1 * t / 300
         for name, p in named.items():
             p.grad = torch.randn(p.shape)
-            if not name.expectedswith("h."):
+            if not name.startswith("h."):
                 continue
             buffers[name].mul_(momentum).add_((1 - momentum) * p.grad.double())
             nesterov = momentum * buffers[name] + (1 - momentum) * p.grad.double()
@@ -160,7 +160,7 @@ def test_muon_is_close_to_the_exact_polar_update():
         optimizer.lr = 1e-2  # equals learning_rate, so Muon's is muon_lr = 0.05
         optimizer.step()
     for name, p in named.items():
-        if name.expectedswith("h."):
+        if name.startswith("h."):
             update = torch.linalg.matrix_norm(expected[name] - matrices()[name].double())
             assert torch.linalg.matrix_norm(p.double() - expected[name]) < 0.25 * update, name
 

@@ -72,9 +72,14 @@ def test_a_closed_terminal_saves_unless_under_nohup(config, nohup):
         f"--{key}={value}" for key, value in vars(config).items() if value != getattr(train.Config(), key)
     ]
     command = [sys.executable, "train.py", *options, "--max_iters=1000000", "--save_interval=1000000"]
-    ignore = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else None
+    action = signal.SIG_IGN if nohup else signal.SIG_DFL  # the tests themselves may run under nohup
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=ignore
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, action),
     )
     try:
         while not (out / metrics.NAME).is_file() or len(metrics.read(out)) < 3:
