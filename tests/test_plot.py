@@ -66,6 +66,11 @@ def curves(axes) -> list[tuple[list[float], list[float]]]:
     return [tuple(np.asarray(part, dtype=float).tolist() for part in line.get_data()) for line in axes.lines]
 
 
+def test_tokens_and_time_include_the_steps_after_the_last_logged_one(write):
+    run = plot.load_run(Path(write("out", step(0, 4.0), step(10, 3.0), evaluation(15, 2.9))), "out", "iter")
+    assert (run.tokens, run.seconds) == (150, 1.5)
+
+
 def test_writes_a_figure_and_reports_the_best_loss(usual, tmp_path, capsys):
     plot.main(plot.Config(), [usual])
     png = (tmp_path / "out" / "loss.png").read_bytes()

@@ -78,9 +78,11 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
     evals = columns("eval", "iter", "val_loss", "val_stderr")
     if not (np.isfinite(steps["loss"]).any() or np.isfinite(evals["val_loss"]).any()):
         raise UserError(f"{folder / metrics.NAME} was not written by train.py: no loss against {x!r}")
-    last = [float(np.nan_to_num(steps[key]).max(initial=0.0)) for key in ("tokens", "elapsed_s")]
+    # The last row of all: the steps after the last logged one are in that of the evaluation.
+    last = {key: np.array([number(row.get(key)) or 0.0 for row in rows]) for key in ("tokens", "elapsed_s")}
+    totals = [float(np.nan_to_num(values).max()) for values in last.values()]
     health = [row for row in rows if row.get("event") == "health"]
-    return Run(name or folder.name, folder, steps, evals, config, last[0], last[1], health)
+    return Run(name or folder.name, folder, steps, evals, config, totals[0], totals[1], health)
 
 
 def number(value: Any) -> float | None:

@@ -36,7 +36,13 @@ def prepare(paths: Sequence[Path]) -> Path:
     """
     folder = folder_of(paths)
     if not (folder / "train.bin").is_file():
-        summary = corpus.prepare(paths, folder)
+        try:
+            summary = corpus.prepare(paths, folder)
+        except UserError as error:
+            if "--" not in str(error):
+                raise
+            texts = " ".join(quoted(str(path)) for path in paths)
+            raise UserError(f"{error}; options such as these go to: {command('prepare')} {texts}") from None
         sizes = [f"{summary.meta['splits'][split]['tokens']:,}" for split in ("train", "val")]
         print(
             f"prepared {counted(len(summary.texts.sources), 'file')}: {sizes[0]} training and {sizes[1]} "
@@ -76,6 +82,9 @@ def train_and_sample(words: Sequence[str], run: Callable[..., None]) -> None:
         raise UserError(
             f"no file or folder {missing[0]!r}; to train with a preset: {command('train')} PRESET"
         )
+    if ready := [text for text in texts if (Path(text) / "meta.json").is_file()]:
+        example = f"{command('train')} PRESET {quoted(f'--dataset={ready[0]}')}"
+        raise UserError(f"{ready[0]} is a prepared dataset; to train on it: {example}")
     if any(option.startswith(("--help", "-h")) for option in options):
         run("train", *options)
     given = dict(option.partition("=")[::2] for option in options)
