@@ -253,7 +253,7 @@ def try_options(number: int, corpus: Path, scratch: Path, config: Config) -> dic
 def main(config: Config, origins: dict[str, str] | None = None) -> None:
     """Run the trials that the log lacks, and print a table of the outcomes."""
     torch.set_num_threads(1)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # no trial waits for the network
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # also of new processes; no network
     log = Path(config.log) if config.log else None
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     if log and log.is_file():
