@@ -548,7 +548,7 @@ def finish(run: Run, stop: StopRequest, completed: bool) -> None:
         from nanogpt.diagnostics import reference  # recorded runs of the same dataset and length
 
         print(reference.final_line(Path(config.out_dir)), end="")
-    if config.minutes:
+    if config.minutes and (not run.resumed or run.resumed.state["options"].get("minutes") == config.minutes):
         from nanogpt.pace.time_budget import repeated
 
         print(f"to repeat this schedule, replace --minutes by: {repeated(config, run.progress.iter_num)}")

@@ -114,6 +114,7 @@ def test_complete_run_continues_with_more_minutes_or_with_iterations(config, clo
     said = capsys.readouterr().out
     # half of the new schedule is over
     assert re.search(r"the learning rate jumps from .*, because the schedule now spans 10 minutes\n", said)
+    assert "to repeat this schedule" not in said  # it has a jump, which no number of iterations repeats
     longer = state(config)
     assert longer["clock_s"] == pytest.approx(600, abs=30) and longer["iter_num"] > 1.6 * first
     train.main(*load(train.Config, [*given, f"--max_iters={longer['iter_num'] + 3}"]))
