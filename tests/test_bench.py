@@ -109,7 +109,7 @@ def test_profile_writes_a_trace_and_prints_top_ten_ops(dataset, tmp_path, capsys
     listed = table[3 : table.index(table[0], 3)]
     assert len(listed) == 10
     shares = [
-        float(line.split()[1].rstrip("%")) for line in listed
+        float(re.search(r" ([\d.]+)%", line)[1]) for line in listed
     ]  # of the time within the operation itself
     assert shares == sorted(shares, reverse=True) and shares[0] > 0
 
