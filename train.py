@@ -174,9 +174,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
 
 
 def build(config: Config, origins: dict[str, str], world: World) -> Run:
-    """Build the run specified by `config`, writing nothing to out_dir. Options whose values are
-    determined by loaded weights, --batch_tokens, --max_tokens or "auto" are added to `origins`. Raise
-    UserError listing all invalid options."""
+    """Build the run specified by `config`, writing nothing to out_dir. Add to `origins` the options set by
+    loaded weights, --batch_tokens, --max_tokens or "auto". Raise UserError listing all invalid options."""
     setup = resolve.decide(config, origins, world, try_batch_size)
     config, machine, notices, resumed = setup.config, setup.machine, setup.notices, setup.resumed
     model = make_model(config, machine, setup.model_config, setup)
@@ -613,7 +612,7 @@ def save(run: Run) -> None:
     model, optimizer = gather_model(run), run.optimizer.state()
     state = {
         **asdict(run.progress),
-        "clock_s": run.total_clock_s(),  # including this session
+        "clock_s": run.total_clock_s(),
         "options": asdict(config),
         "scaler": run.scaler.state_dict(),
         "lora": lora_config(config),

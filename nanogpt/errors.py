@@ -17,6 +17,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ def run_program(main: Callable[[], T]) -> T:
         exits.leave(code, f"{label}{error}", silent)
 
 
-def _in_one_line(*error: Any) -> None:
+def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     from nanogpt import exits
 
-    exits.in_one_line(*error)
+    exits.in_one_line(kind, error, trace)

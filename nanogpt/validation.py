@@ -105,7 +105,8 @@ def evaluate_splits(
     has. Each dataset of a mixture is evaluated on an equal part of the batches, and the loss is the mean of
     their losses, by weight. Return None if `stopped()` becomes true. Collective: call on all ranks.
     """
-    (batch_size, block_size), world = shape, machine.world
+    batch_size, block_size = shape
+    world = machine.world
     texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
     max_sequences = max(1, max_batches * batch_size // len(texts))
     at_once = batch_size  # the size of compiled code, and limited by GPU memory

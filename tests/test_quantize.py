@@ -159,7 +159,7 @@ def test_packed_model_generates_the_same_text():
 
 
 def test_packed_weights_refuse_inputs_on_another_device():
-    """After model.to("cuda"), packed weights, which are no buffers, stay on the CPU."""
+    """After model.to("cuda"), packed weights, which are not buffers, stay on the CPU."""
     layer = Packed(torch.randn(8, 16))
     with pytest.raises(AssertionError, match=r"on a CPU, got torch.float32, meta"):
         layer(torch.zeros(1, 16, device="meta"))

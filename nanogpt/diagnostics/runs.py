@@ -74,15 +74,17 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
             "x": np.array([row[x] for row in chosen], dtype=float)
         }
 
-    steps = columns("step", "iter", "loss", "tokens", "elapsed_s", *keys)
+    steps = columns("step", "iter", "loss", *keys)
     evals = columns("eval", "iter", "val_loss", "val_stderr")
     if not (np.isfinite(steps["loss"]).any() or np.isfinite(evals["val_loss"]).any()):
         raise UserError(f"{folder / metrics.NAME} was not written by train.py: no loss against {x!r}")
-    # The last row of all: the steps after the last logged one are in that of the evaluation.
-    last = {key: np.array([number(row.get(key)) or 0.0 for row in rows]) for key in ("tokens", "elapsed_s")}
-    totals = [float(np.nan_to_num(values).max()) for values in last.values()]
+    # Over rows of all events: the evaluation after the last logged step counts the steps between.
+    tokens, seconds = (
+        float(np.nan_to_num([number(row.get(key)) or 0.0 for row in rows]).max())
+        for key in ("tokens", "elapsed_s")
+    )
     health = [row for row in rows if row.get("event") == "health"]
-    return Run(name or folder.name, folder, steps, evals, config, totals[0], totals[1], health)
+    return Run(name or folder.name, folder, steps, evals, config, tokens, seconds, health)
 
 
 def number(value: Any) -> float | None:

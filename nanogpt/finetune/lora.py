@@ -61,7 +61,7 @@ def adapt(model: nn.Module, adapters: Adapters) -> None:
                 f"or with the block prefix, as in {linear[0]}"
             )
         chosen |= matches
-    for name in chosen:
+    for name in sorted(chosen):
         parent, _, last = name.rpartition(".")
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)

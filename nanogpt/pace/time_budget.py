@@ -33,7 +33,8 @@ class TimeBudget(Pace):
         super().__init__(options, progress)
         self.batches, self.clock_s, self.world = batches, clock_s, world
         self.last_s = clock_s()
-        self.evaluations_s = progress.evaluation_s  # of all evaluations; the longest of earlier sessions
+        # duration of all evaluations; of those before a resume, only the longest is known
+        self.evaluations_s = progress.evaluation_s
         self.step_s = 0.0  # duration of the last iteration and of what preceded it
         self.planned_ramp = batches.ramp
         progress.ramp = progress.ramp or batches.ramp[: progress.iter_num]

@@ -160,7 +160,7 @@ def _search(
     """Add the file `path`, or the files of the folder `path`, to `texts` in place."""
     folder = path.is_dir()
     listed = list(filter(keep, _files(path))) if folder else [path]
-    # Files beside tables in a dataset's folder (README, lists) are no documents, nor is a README beside rows.
+    # Files beside tables in a dataset's folder (README, lists) are not documents; nor a README beside rows.
     beside: dict[str, set[Path]] = {}
     for file in listed if folder else ():
         beside.setdefault(formats.rows_kind(file.name), set()).update(file.parents)

@@ -26,7 +26,7 @@ class Tokenizer(Protocol):
 
     def accelerate(self) -> None:
         """Set up a faster encoder with the same ids, if there is one."""
-        return
+        return  # not abstract: by default there is none
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return ids as `encode` does, but recognize <|endoftext|>."""
