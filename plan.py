@@ -136,8 +136,8 @@ def shape_of(config: Config, origins: dict[str, str]) -> tuple[GPTConfig, list[s
             folder = loader.find(config.dataset.partition(":")[0].partition(",")[0], ROOT)
             vocab_size = loader.load(folder).vocab_size
         except UserError as error:
-            vocab_size = GPTConfig.vocab_size
-            if config.dataset != Config.dataset:  # that has GPT-2's vocabulary
+            vocab_size = 65 if config.dataset == "shakespeare_char" else GPTConfig.vocab_size
+            if config.dataset not in (Config.dataset, "shakespeare_char"):
                 notices.append(f"note: GPT-2's vocabulary of {vocab_size:,} assumed, because {error}")
     return pick_fields(GPTConfig, config, vocab_size=vocab_size), notices
 

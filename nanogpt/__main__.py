@@ -43,8 +43,10 @@ def run(name: str, *arguments: str) -> None:
 
         own_text.train_and_sample([name, *arguments], start)
     else:
-        near = difflib.get_close_matches(name, [*PROGRAMS, "presets"], n=1)
-        hint = f"did you mean {near[0]}?" if near else "nanogpt --help lists what there is"
+        known = {program: program for program in [*PROGRAMS, "presets"]}
+        known |= {path.stem: f"train {path.stem}" for path in (ROOT / "config").glob("*.py")}
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean nanogpt {known[near[0]]}?" if near else "nanogpt --help lists what there is"
         what = "no file or program" if "." in name or "/" in name else "unknown program"
         raise UserError(f"{what} {name!r}; {hint}")
 

@@ -40,6 +40,8 @@ def help_text(cls: type, everything: bool = True) -> str:
     """
     module = inspect.getmodule(cls)
     summary = inspect.cleandoc((module.__doc__ if module else None) or "")
+    program = r"python (?:data/)?(?:(\w+)/)?(\w+)\.py"
+    summary = re.sub(program, lambda path: command(f"{path[2]} {path[1] or ''}".strip()), summary)
     defaults = {field.name: field.default for field in fields(cls)}
     types = typing.get_type_hints(cls, include_extras=True)
     sources = [inspect.getsource(base) for base in cls.__mro__ if base is not object]

@@ -81,8 +81,14 @@ def test_the_command_lists_programs_and_presets_and_names_near_ones(installed, t
     assert "shakespeare_char" in done.stderr and done.stderr.count("\n") == 1
     done = nanogpt(installed, tmp_path, "plot")
     assert done.stderr == "error: 0 runs given; expected run folders: nanogpt plot out\n"
-    done = nanogpt(installed, tmp_path, "trian")
-    assert done.returncode == 2 and done.stderr == "error: unknown program 'trian'; did you mean train?\n"
+    for unknown, near in {"trian": "train", "quickstart": "train quickstart"}.items():
+        done = nanogpt(installed, tmp_path, unknown)
+        error = f"error: unknown program {unknown!r}; did you mean nanogpt {near}?\n"
+        assert (done.returncode, done.stderr) == (2, error)
+    done = nanogpt(installed, tmp_path, "train", "--help")
+    assert "    nanogpt train config/train_shakespeare_char.py  " in done.stdout
+    done = nanogpt(installed, tmp_path, "prepare", "shakespeare", "--help")
+    assert "    nanogpt prepare shakespeare --input=" in done.stdout and ".py" not in done.stdout
     done = nanogpt(installed, tmp_path, "train", "shakespear_char")
     assert done.returncode == 2 and "did you mean train_shakespeare_char" in done.stderr
     done = nanogpt(installed, tmp_path, "train", "--dataset=shakespeare_char")

@@ -153,6 +153,13 @@ def test_text_fragments_are_never_misdetected(languages, novel, tmp_path):
                 assert "is neither" in str(error)
 
 
+def test_damaged_chinese_text_is_reported_where_its_own_encoding_failed(tmp_path):
+    body = ("子曰：學而時習之，不亦說乎？有朋自遠方來，不亦樂乎？" * 50).encode("gb18030")
+    path = written(tmp_path, "x.txt", body[:1000] + b"\xff" + body[1000:])
+    with pytest.raises(UserError, match="byte 0xff at offset 1000 is neither UTF-8 nor"):
+        read(path)
+
+
 def test_damaged_text_is_rejected_with_its_offset(novel, tmp_path, monkeypatch):
     body = novel.encode("utf-8")
     monkeypatch.setattr(formats, "BLOCK", 1000)

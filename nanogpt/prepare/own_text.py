@@ -1,6 +1,7 @@
 """Training on your own texts in one command: `nanogpt novel.txt`, `train.py --dataset=novel.txt`."""
 
 import hashlib
+import importlib.util
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
@@ -103,4 +104,5 @@ def train_and_sample(words: Sequence[str], run: Callable[..., None]) -> None:
         longer = f"--init_from=resume --minutes={2 * float(given.get('--minutes', MINUTES)):g}"
         print(f"train it longer:  {command('train')} {option} {longer}")
     print(f"plot the loss:    {command('plot')} {quoted(out)}")
-    print(f"open a web page:  {command('serve')} {option}")
+    needed = "" if importlib.util.find_spec("starlette") else " (first: pip install 'nanogpt[serve]')"
+    print(f"open a web page:  {command('serve')} {option}{needed}")

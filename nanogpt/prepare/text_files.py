@@ -258,8 +258,12 @@ def _inspect(
     if len(encodings) > 1 and formats.is_binary(head):
         raise _NotText("binary data, not text")
     expected = "neither UTF-8 nor UTF-16 nor GB18030" if len(encodings) > 1 else f"not {encodings[0]}"
+    where = problems[0]
+    with contextlib.suppress(_Undecodable):  # if it begins as Chinese: where GB18030 failed
+        list(_chinese([head.decode("gb18030", "ignore")]))
+        where = problems[-1]
     raise _NotText(
-        f"{problems[0]} is {expected}; convert it, or set --encoding=NAME (cp1252, big5, ...), or, "
+        f"{where} is {expected}; convert it, or set --encoding=NAME (cp1252, big5, ...), or, "
         "if such bytes are few, pass --on_undecodable=replace"
     )
 
