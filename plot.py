@@ -9,6 +9,7 @@ Reads metrics.jsonl in the run folders; it can be used during training. Runs tha
 drawn as one curve with a band, and --compare takes several of each kind.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,6 +214,8 @@ def draw(groups: Sequence[Sequence[Run]], config: Config) -> "Figure":
         heights = [4.5] + [1] * (len(panels) + len(health))
         figure = Figure(figsize=(8, sum(heights) + 0.25 * len(groups) - 0.25), layout="constrained")
         axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        if config.healthy and len(runs) == 1:
+            draw_reference(axes[0], runs[0], config.y)
         draw_losses(axes[0], groups, config.y)
         for ax, (key, label) in zip(axes[1:], panels.items(), strict=False):
             for run, colour in zip(runs, COLOURS, strict=False):
@@ -271,6 +274,21 @@ def draw_losses(ax: "Axes", groups: Sequence[Sequence[Run]], y: str) -> None:
     title = None if single else f"lines: training, dots: validation{seeds}"
     # Above the axes: names of many runs would cover the curves.
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3 if single else 1, title=title)
+
+
+def draw_reference(ax: "Axes", run: Run, y: str) -> None:
+    """Draw the bands of the reference runs of this preset, if there are any, as far as `run` has come."""
+    from nanogpt.diagnostics import reference
+
+    with contextlib.suppress(UserError):
+        found = reference.find(run)
+        for colour, key, own in ((COLOURS[0], "loss", run.steps), (COLOURS[1], "val_loss", run.evals)):
+            iters, center, half = reference.band(found[key])
+            x = np.interp(iters, own["iter"], own["x"], right=np.nan) if own["x"].size else iters
+            edges = center - half, center + half
+            low, high = map(np.exp, edges) if y == "perplexity" else edges
+            label = f"band of {len(found['seeds'])} runs" if key == "loss" else None
+            ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, label=label)
 
 
 def band(group: Sequence[Run], event: str, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

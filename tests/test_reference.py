@@ -57,6 +57,22 @@ def test_other_seeds_are_inside_and_faults_outside(three, monkeypatch):
     assert reference.verdict(copying).startswith("outside the band of tiny.py")
 
 
+def test_the_bands_are_drawn_around_the_losses_of_another_seed(three):
+    trained(three, "other", seed=3), trained(three, "short", max_iters=5)
+    parent = Path(three.out_dir).parent
+    other, apart = (plot.load_run(parent / name, name, "iter") for name in ("other", "short"))
+    config = plot.Config(healthy=True)
+    losses = plot.draw([[other]], config).axes[0]
+    training, validation = (shape.get_paths()[0] for shape in losses.collections)
+    rows = json.loads((reference.FOLDER / "dataset-60.json").read_text(encoding="utf-8"))["val_loss"]
+    for iteration, *seeds in rows:
+        assert validation.contains_point((iteration, sum(seeds) / 3))
+        assert not validation.contains_point((iteration, 2 * max(seeds)))
+    assert training.get_extents().x1 == 59
+    assert not plot.draw([[apart]], config).axes[0].collections  # no reference
+    assert not plot.draw([[other]], plot.Config()).axes[0].collections
+
+
 def test_closing_line_is_printed_only_with_a_reference(three, capsys, monkeypatch, tmp_path):
     said = "this run is inside the band of tiny.py (3 seeds): 64 losses compared\n"
     assert reference.final_line(tmp_path / "reference-0") == said

@@ -22,19 +22,26 @@ ALLOWED = 0.05  # fraction of the logged losses that may be outside the band
 AROUND = 2  # neighbors on each side whose deviations are pooled: three seeds alone say little
 
 
-def outside(rows: Sequence[Sequence[float]], iters: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Return how far each of `losses`, at `iters`, is outside the band of `rows`; 0 if inside.
+def band(rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return iterations, the center and half of the width of the band there, each (n,).
 
-    A row is an iteration followed by the losses of the seeds; losses at other iterations are left out.
+    A row is an iteration followed by the losses of the seeds.
     """
     table = np.array(rows, dtype=float)
-    known, seeds = table[:, 0], table[:, 1:]
+    seeds = table[:, 1:]
     variances = seeds.var(axis=1, ddof=1)
     pooled = [variances[max(0, i - AROUND) : i + AROUND + 1].mean() for i in range(len(table))]
     half = np.maximum(WIDTH * (1 + 1 / seeds.shape[1]) * np.sqrt(pooled), 0.005)
+    return table[:, 0], seeds.mean(axis=1), half
+
+
+def outside(rows: Sequence[Sequence[float]], iters: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Return how far each of `losses`, at `iters`, is outside the band of `rows`; 0 if inside. Losses at
+    iterations without a row are left out."""
+    known, center, half = band(rows)
     there = np.isin(iters, known)
     places = np.searchsorted(known, iters[there])
-    away = np.nan_to_num(losses[there] - seeds.mean(axis=1)[places], nan=np.inf, posinf=np.inf)
+    away = np.nan_to_num(losses[there] - center[places], nan=np.inf, posinf=np.inf)
     return np.sign(away) * np.maximum(0.0, np.abs(away) - half[places])
 
 
