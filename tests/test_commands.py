@@ -6,12 +6,9 @@ commands run in test_world.py, with the local address.
 
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +24,7 @@ import train
 from nanogpt.config import read
 from nanogpt.convert.pretrained import NAMES
 from nanogpt.presets import assignments
-from tests import hf_folders, texts
+from tests import hf_folders, launch, texts
 from tests.conftest import found, words, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,14 +134,8 @@ def run(command: str, folder: Path) -> str:
         words_given = ["-m", "nanogpt", *words_given]
     if launcher == "torchrun":
         words_given = ["-m", "torch.distributed.run", *words_given, "--gradient_accumulation_steps=4"]
-    done = subprocess.run(
-        [sys.executable, *words_given],
-        cwd=folder,
-        env={**os.environ, "NANOGPT_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    variables = {"NANOGPT_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
+    done = launch.run(words_given, folder, variables)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
