@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from nanogpt import ROOT
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @cache
@@ -28,8 +28,8 @@ def server() -> subprocess.Popen[str]:
 def run(
     words: Sequence[str], cwd: Path, variables: Mapping[str, str] | None = None, timeout_s: int = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS` in `cwd`, with `variables` added to the environment; as subprocess.run does with
-    captured output."""
+    """Run `python WORDS` (a file, -m or -c) in `cwd`, with `variables` added to the environment, as
+    subprocess.run does with captured output."""
     with tempfile.TemporaryDirectory() as scratch:
         files = [f"{scratch}/out", f"{scratch}/err"]
         environment = {**os.environ, **(variables or {})}
@@ -51,10 +51,15 @@ def become(words: list[str], cwd: str, environment: dict[str, str], files: list[
     for number, path in enumerate([os.devnull, *files]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.path.remove(os.fspath(ROOT))
+    assert "nanogpt" not in sys.modules  # `cwd` may hold another copy of the project
     if words[0] == "-m":
         sys.path.insert(0, cwd)
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.path.insert(0, "")
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
     else:
         sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
         sys.argv = words

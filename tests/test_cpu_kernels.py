@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import stat
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from nanogpt.inference import cpu_kernels
 from nanogpt.inference.cpu_kernels import GROUP, packed
+from tests import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 compiler = pytest.mark.skipif(
@@ -41,14 +41,9 @@ print(json.dumps(found))
 
 def found_with(cache: Path, **environment: str) -> dict:
     """Return the results of a new process that uses `cache` as its cache folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=ROOT,
-        env={**os.environ, "CXX": "g++", "NANOGPT_CACHE": str(cache), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    variables = {"CXX": "g++", "NANOGPT_CACHE": str(cache), **environment}
+    done = launch.run(["-c", PROGRAM], ROOT, variables)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 

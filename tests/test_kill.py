@@ -20,8 +20,8 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_killed_and_hung_ranks_are_named_and_resume_is_bit_identical(tmp_path):
-    config = kill.Config(kills=2, hangs=1, steps_per_kill=30, timeout_s=3.0, processes=2)
+    config = kill.Config(kills=1, hangs=1, steps_per_kill=20, timeout_s=3.0, processes=2)
     result = kill.campaign_of_two(tmp_path, config)
     assert result.problems == []
-    assert (result.killed_named, result.stopped_named) == (2, 1)
+    assert (result.killed_named, result.stopped_named) == (1, 1)
     assert max(result.until_named_s) < config.timeout_s + 5

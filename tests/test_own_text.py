@@ -13,6 +13,7 @@ from nanogpt.checkpoint import reader
 from nanogpt.config import load
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus, own_text
+from tests import launch
 from tests.conftest import words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def nanogpt(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "nanogpt", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return launch.run(["-m", "nanogpt", *arguments], folder)
 
 
 def test_one_command_leads_from_a_text_to_samples(folder):

@@ -62,6 +62,7 @@ def job(name: str, number: int, *options: str, resumes: str = "") -> Job:
 
 
 FEW = ["--max_iters=8", "--eval_interval=8"]
+RECIPE = ["--position=rope", "--tied=False", "--init=zero", "--parallel=ddp"]
 FAST = ["--loss_chunk_size=20", "--deterministic=True"]
 EVALUATE = ["--eval_only=True", "--init_from=resume", "--batch_size=4"]
 STOP, GO_ON = ["--max_iters=5"], ["--init_from=resume", "--max_iters=10"]
@@ -81,6 +82,7 @@ JOBS = [
     job("muon-15-fsdp", 2, *UNEVEN, "--parallel=fsdp"),
     job("muon-10-fsdp", 4, *RAGGED, *FEW, "--parallel=fsdp", "--eval_iters=5"),
     job("muon-10-hsdp", 4, "--batch_size=10", *FEW, "--parallel=hsdp", "--shard_size=2", "--eval_iters=1"),
+    *[job(f"muon-10-fast-{name}", 2, "--batch_size=5", *FEW, *RECIPE, "--eval_iters=2") for name in "ab"],
     job("adamw-15-stopped", 2, *UNEVEN, *STOP, "--parallel=fsdp"),
     job("adamw-15-on-4", 4, *UNEVEN, *GO_ON, "--parallel=ddp", resumes="adamw-15-stopped"),
     job("muon-15-stopped", 2, *UNEVEN, *STOP, "--parallel=fsdp"),
@@ -231,6 +233,11 @@ def test_resume_at_the_same_world_size_is_bit_identical(folder, unbroken, resume
     before, after = saved(unbroken, "10"), saved(resumed, "10")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_repeated_run_is_bit_identical(folder):
+    first, second = (saved(folder / f"muon-10-fast-{name}") for name in "ab")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_adapters_with_frozen_weights_under_fsdp(folder):

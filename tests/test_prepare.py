@@ -19,7 +19,7 @@ import pytest
 from nanogpt.data import loader
 from nanogpt.prepare import analyze
 from nanogpt.tokenizer import download, tokenizer
-from tests import texts
+from tests import launch, texts
 from tests.conftest import found, words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +51,14 @@ def prepare(
     program: str, *arguments: object, cwd: Path = ROOT, before: Sequence[str] = (), **variables: str
 ) -> subprocess.CompletedProcess:
     """Run `python BEFORE data/PROGRAM ARGUMENTS`."""
+    command = [str(ROOT / "data" / program), *map(str, arguments)]
+    variables = {"NO_PROXY": "127.0.0.1", **variables}
+    if not before:
+        return launch.run(command, cwd, variables)
     return subprocess.run(
-        [sys.executable, *before, str(ROOT / "data" / program), *map(str, arguments)],
+        [sys.executable, *before, *command],
         cwd=cwd,
-        env={**os.environ, "NO_PROXY": "127.0.0.1", **variables},
+        env={**os.environ, **variables},
         capture_output=True,
         encoding="utf-8",
         check=False,

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import tomllib
 
 import pytest
@@ -15,6 +13,7 @@ from nanogpt.checkpoint import reader
 from nanogpt.convert import hf_tokenizer
 from nanogpt.inference.engine import score
 from nanogpt.tokenizer import tokenizer
+from tests import launch
 from tests.serving import serving, train_small
 
 
@@ -267,9 +266,7 @@ def test_full_queue_is_429(out):
 
 def test_startup_errors_are_one_line(out, server, tmp_path):
     def run(*options: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "serve.py", *options], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
+        done = launch.run(["serve.py", *options], ROOT)
         assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1, done.stderr
         return done.stderr
 

@@ -19,6 +19,7 @@ import train
 from nanogpt import checkpoint, files, metrics, runtime
 from nanogpt.checkpoint import reader, resume
 from nanogpt.errors import CODES, Diverged, Stopped, UserError
+from tests import launch
 from tests.conftest import small_run, words, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -408,7 +409,7 @@ def test_exit_codes_and_one_line_errors(config, tmp_path):
         (["--learning_rate=1e30", "--min_lr=0"], 70, "diverged: loss"),
     ]
     for arguments, code, said in cases:
-        done = subprocess.run([*command(config), *arguments], capture_output=True, text=True, timeout=60)
+        done = launch.run([*command(config)[1:], *arguments], ROOT)
         assert done.returncode == code
         assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
         assert "Traceback" not in done.stderr
