@@ -125,7 +125,7 @@ def test_rate_ten_times_too_high_is_named(recipe, kind, before, dataset, tmp_pat
         {"learning_rate": 5e-3},
         {"norm": "rms", "activation": "swiglu", "position": "alibi", "dropout": 0.1, "n_layer": 3},
         FAST,
-        FAST | {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "qk_norm": True, "dtype": "bfloat16"},
+        FAST | {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "qk_norm": True, "dtype": "auto"},
     ],
     ids=["gpt2", "alibi", "fast", "wide"],
 )
