@@ -23,6 +23,8 @@ from tests import launch
 from tests.conftest import small_run, words, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
+MODERN = {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False}
+MODERN |= {"softcap": 15.0, "init": "zero", "smear": True}
 
 
 @pytest.fixture
@@ -94,9 +96,8 @@ def test_resume_is_bit_identical(config, tmp_path, monkeypatch, all_threads):
 
 
 def test_modern_recipe_resume_is_bit_identical(config, tmp_path, monkeypatch, all_threads):
-    modern = {"position": "rope", "norm": "rms", "activation": "relu2", "qk_norm": True, "tied": False}
-    modern |= {"softcap": 15.0, "init": "zero", "optimizer": "muon", "muon_weight_decay": 0.1, "smear": True}
-    modern |= {"batch_ramp_tokens": 2000, "dtype": "bfloat16"}
+    modern = MODERN | {"optimizer": "muon", "muon_weight_decay": 0.1, "batch_ramp_tokens": 2000}
+    modern |= {"dtype": "bfloat16"}
     straight = replace(config, out_dir=str(tmp_path / "straight"), **modern)
     train.main(straight)
     broken = replace(straight, out_dir=str(tmp_path / "broken"), save_interval=5)
@@ -326,10 +327,10 @@ def test_divergence_between_log_lines_ends_the_run_before_a_save(config, what, o
     assert CODES[Diverged][0] == 70 and checkpoint.step_folders(Path(config.out_dir)) == []
 
 
-@pytest.mark.parametrize("compile", [True, "blocks"])
-def test_compile_does_not_change_training(config, compile):
+@pytest.mark.parametrize(("compile", "recipe"), [(True, MODERN), ("blocks", {})])
+def test_compile_does_not_change_training(config, compile, recipe):
     """With a C++ compiler losses agree up to rounding; without one the run falls back to eager mode."""
-    config = replace(config, dtype="float32", dropout=0.0, n_layer=1)  # one layer, to compile less
+    config = replace(config, dtype="float32", dropout=0.0, n_layer=1, **recipe)  # one layer: less to compile
     config = replace(config, max_iters=3, gradient_accumulation_steps=1)
     train.main(replace(config, compile=False))
     plain = logged(config.out_dir)
