@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,17 +27,29 @@ def server() -> subprocess.Popen[str]:
 
 
 def run(
-    words: Sequence[str], cwd: Path, variables: Mapping[str, str] | None = None, timeout_s: int = 120
+    words: Sequence[str],
+    cwd: Path = ROOT,
+    variables: Mapping[str, str] | None = None,
+    timeout_s: int = 120,
+    ranks: int = 1,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python WORDS` (a file, -m or -c) in `cwd`, with `variables` added to the environment, as
-    subprocess.run does with captured output."""
-    with tempfile.TemporaryDirectory() as scratch:
+    subprocess.run does with captured output; with several `ranks` as many processes, as torchrun does."""
+    tasks = []
+    with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
         files = [f"{scratch}/out", f"{scratch}/err"]
-        environment = {**os.environ, **(variables or {})}
+        for rank in range(ranks):
+            environment = {**os.environ, **(variables or {})}
+            if ranks > 1:
+                environment |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1"}
+                environment |= {"WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
+                environment |= {"MASTER_PORT": f"{free.getsockname()[1]}"}
+            tasks.append([list(words), str(cwd), environment, files, timeout_s])
+        free.close()
         process = server()
         assert process.stdin and process.stdout
-        task = json.dumps([list(words), str(cwd), environment, files, timeout_s])
-        print(task, file=process.stdin, flush=True)
+        print(json.dumps(tasks), file=process.stdin, flush=True)
         code = int(process.stdout.readline())
         out, err = (Path(path).read_text(encoding="utf-8") for path in files)
     return subprocess.CompletedProcess(words, code, out, err)
@@ -49,8 +62,9 @@ def become(words: list[str], cwd: str, environment: dict[str, str], files: list[
     os.environ.update(environment)
     os.chdir(cwd)
     for number, path in enumerate([os.devnull, *files]):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     sys.path.remove(os.fspath(ROOT))
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     assert "nanogpt" not in sys.modules  # `cwd` may hold another copy of the project
     if words[0] == "-m":
         sys.path.insert(0, cwd)
@@ -66,28 +80,35 @@ def become(words: list[str], cwd: str, environment: dict[str, str], files: list[
         runpy.run_path(words[0], run_name="__main__")
 
 
+def fork(*task: object) -> int:
+    """Start `become(*task)` in a new process; return its id."""
+    if child := os.fork():
+        return child
+    code = 0
+    try:
+        become(*task)  # type: ignore[arg-type]
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        print(error.code if isinstance(error.code, str) else "", end="", file=sys.stderr)
+    except BaseException as error:
+        code = 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    # As the interpreter ends, but without freeing all modules, which takes a second.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> None:
-    import torch._dynamo  # noqa: F401  # FSDP, DDP and optimizers need it
+    import torch._dynamo  # needed by FSDP, DDP and optimizers
+    import torch.distributed.fsdp  # noqa: F401
 
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            code = 0
-            try:
-                become(*json.loads(line))
-            except SystemExit as error:
-                code = error.code if isinstance(error.code, int) else int(error.code is not None)
-                print(error.code if isinstance(error.code, str) else "", end="", file=sys.stderr)
-            except BaseException as error:
-                code = 1
-                sys.excepthook(type(error), error, error.__traceback__)
-            # As the interpreter ends, but without freeing all modules, which takes a second.
-            threading._shutdown()  # type: ignore[attr-defined]
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        children = [fork(*task) for task in json.loads(line)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(next(filter(None, codes), 0), flush=True)
 
 
 if __name__ == "__main__":

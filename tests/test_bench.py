@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -11,12 +9,12 @@ import torch
 
 import bench
 import train
-from nanogpt import ROOT
 from nanogpt.config import pick_fields, read
 from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
 from nanogpt.planning import comm_bench, estimate
+from tests import launch
 
 TINY = bench.Config(
     steps=3,
@@ -151,9 +149,7 @@ COMM += ["--block_size=32", "--batch_size=4", "--comm_bytes=1_000_000"]
 
 
 def test_comm_benchmark_of_two_processes(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launch, *COMM]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = launch.run(COMM, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "network: 2 ranks on 1 nodes, gloo, cpu" in done.stdout
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| 2 all")]

@@ -1,6 +1,5 @@
 """The wheel, used outside of the checkout, and the `nanogpt` command."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import launch
 from tests.conftest import words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,9 +33,7 @@ def installed(tmp_path_factory):
 
 
 def nanogpt(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    command = [sys.executable, "-m", "nanogpt", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return launch.run(["-m", "nanogpt", *arguments], folder, {"PYTHONPATH": str(installed)})
 
 
 def test_a_wheel_prepares_trains_and_samples_in_the_current_folder(installed, tmp_path):

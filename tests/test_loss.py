@@ -15,6 +15,7 @@ from nanogpt.data import loader
 from nanogpt.loss import LOGITS_AT_ONCE, compute_logits, default_loss_chunk_size
 from nanogpt.model import GPT, IGNORE, GPTConfig
 from nanogpt.runtime import Machine
+from tests import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 N, C, V, P = 37, 16, 50, 64
@@ -150,14 +151,7 @@ def test_chunked_loss_takes_a_fraction_of_the_memory():
     """2,048 tokens x 20,000 ids: 164 MB of float32 logits, of which the plain loss holds three copies.
 
     In chunks it takes 35 to 52 MB, depending on the allocator."""
-    peaks = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", MEMORY, rows], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for rows in ("0", "128")
-    ]
+    peaks = [int(launch.run(["-c", MEMORY, rows]).stdout) for rows in ("0", "128")]
     assert peaks[0] > 300_000 and peaks[1] < peaks[0] / 4
 
 

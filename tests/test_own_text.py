@@ -106,7 +106,7 @@ def test_options_of_preparation_are_referred_to_its_program(folder):
     (folder / "novel.txt").write_bytes(b"some words\n" * 500 + b"\xff\n")
     done = nanogpt(folder, "novel.txt", "--on_undecodable=replace")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "options such as these go to: python data/prepare.py novel.txt\n" in done.stderr
+    assert "options such as these go to: nanogpt prepare novel.txt\n" in done.stderr
 
 
 def test_a_prepared_dataset_is_not_read_as_text(folder):
@@ -114,7 +114,7 @@ def test_a_prepared_dataset_is_not_read_as_text(folder):
     (dataset,) = (folder / "data").iterdir()
     done = nanogpt(folder, f"data/{dataset.name}")
     assert done.returncode == 2
-    assert f"to train on it: python train.py PRESET --dataset=data/{dataset.name}\n" in done.stderr
+    assert f"to train on it: nanogpt train PRESET --dataset=data/{dataset.name}\n" in done.stderr
 
 
 def test_unknown_files_and_options_are_named(folder):

@@ -43,7 +43,7 @@ def command(entrants, tmp_path, *options: str) -> list[str]:
 
 
 def test_race_goes_on_after_a_signal_and_ranks(entrants, tmp_path):
-    words = command(entrants, tmp_path, "--max_iters=1500", "--seeds=1")
+    words = command(entrants, tmp_path, "--max_iters=600", "--seeds=1")
     started = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("race/*/step-*")):  # a checkpoint of the first run
@@ -58,7 +58,7 @@ def test_race_goes_on_after_a_signal_and_ranks(entrants, tmp_path):
     assert "resuming" in done.stdout
     found = json.loads((tmp_path / "race" / "race.json").read_text(encoding="utf-8"))
     assert {row["entrant"] for row in found["ranking"]} == set(entrants)
-    assert [row["iter"] for row in found["runs"]] == [1500, 1500]
+    assert [row["iter"] for row in found["runs"]] == [600, 600]
     for row in found["runs"]:
         rows = (Path(row["folder"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [json.loads(line)["val_loss"] for line in rows if '"eval"' in line]

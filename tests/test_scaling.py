@@ -1,10 +1,7 @@
 """Scaling predictions for many GPUs: bytes and shards match real runs, times match calculations by hand."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +17,7 @@ from nanogpt.gpu import chips
 from nanogpt.model import GPT2_SIZES
 from nanogpt.planning import estimate, scaling
 from nanogpt.planning.scaling import Call, ClusterOptions
+from tests import launch
 from tests.scaling_worker import MICRO_BATCHES, SHAPE
 
 OPTIONS = frozenset(train.Config.__dataclass_fields__)
@@ -33,10 +31,7 @@ def counted(request, tmp_path_factory):
     if not Path("/proc/self/io").exists():
         pytest.skip("the bytes written by a process are not available on this system")
     out = tmp_path_factory.mktemp("scaling") / "found"
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    command = [sys.executable, *launch, "-m", "tests.scaling_worker", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = launch.run(["-m", "tests.scaling_worker", str(out)], ranks=request.param)
     paths = [out.with_suffix(f".{rank}") for rank in range(request.param)]
     assert all(path.is_file() for path in paths), done.stderr[-3000:]
     return request.param, [json.loads(path.read_text(encoding="utf-8")) for path in paths]

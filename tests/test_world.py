@@ -22,6 +22,7 @@ SHAPE = (
     "--learning_rate=1e-3 --warmup_iters=5 --max_iters=50 --eval_interval=25 --eval_iters=1000"
     " --log_interval=1"
 )
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 # two-node commands of nanoGPT's README
 MACHINES = [
     "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 "
@@ -36,22 +37,20 @@ def dataset(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "words", words(3000))
 
 
+def words_of(out: Path, *options: str) -> list[str]:
+    return ["train.py", *SHAPE.split(), *options, f"--out_dir={out}"]
+
+
 def start(processes: int, out: Path, *options: str) -> subprocess.Popen:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*run, "train.py", *SHAPE.split(), *options, f"--out_dir={out}"]
+    command = [sys.executable, *TORCHRUN, f"--nproc_per_node={processes}", *words_of(out, *options)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
 def train(processes: int, out: Path, *options: str) -> tuple[int, str, str]:
-    process = start(processes, out, *options)
-    try:
-        said, error = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, said, error
+    done = launch.run([*TORCHRUN, f"--nproc_per_node={processes}", *words_of(out, *options)])
+    return done.returncode, done.stdout, done.stderr
 
 
 def losses(out: Path) -> list[float]:
@@ -67,7 +66,7 @@ def alone(dataset, tmp_path_factory) -> Path:
     """A run without torchrun, with one micro-batch of 12 sequences."""
     out = tmp_path_factory.mktemp("alone") / "run"
     options = [f"--dataset={dataset}", "--batch_size=12", "--gradient_accumulation_steps=1"]
-    done = launch.run(["train.py", *SHAPE.split(), *options, f"--out_dir={out}"], ROOT)
+    done = launch.run(words_of(out, *options))
     assert done.returncode == 0, done.stderr
     return out
 
