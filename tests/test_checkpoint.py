@@ -316,6 +316,8 @@ def test_saved_tensors_load_with_safetensors_alone(tmp_path, model):
     [
         ({"model": {"n_layer": "1"}}, "state.json: model: n_layer is '1', not a whole number"),
         ({"model": {"n_layer": 10**9}}, "does not describe a valid model"),
+        ({"model": {"vocab_size": 0}}, "does not describe a valid model"),
+        ({"model": {"block_size": -1}}, "does not describe a valid model"),
         ({"model": {"norm": "batch"}}, "does not describe a valid model"),
         ({"model": {"unknown": 1}}, "state.json: model options of a newer version: unknown"),
         ({"val_loss": "low"}, "state.json: val_loss is 'low', not "),

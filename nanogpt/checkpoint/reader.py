@@ -68,8 +68,8 @@ class Checkpoint:
 def empty_model(config: GPTConfig, origin: object) -> GPT:
     """Return a model on the meta device. Raise UserError naming `origin` if `config` is not valid."""
     try:
-        if config.n_layer > MAX_LAYERS:
-            raise ValueError(f"{config.n_layer} layers")
+        if config.n_layer > MAX_LAYERS or min(config.vocab_size, config.block_size) < 1:
+            raise ValueError(f"{config.n_layer} layers, {config.vocab_size} ids, {config.block_size} tokens")
         with torch.device("meta"):
             return GPT(config)
     except (KeyError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
