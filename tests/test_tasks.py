@@ -66,6 +66,20 @@ def test_multiple_choice_field_names(write):
         assert one(write("c.jsonl", row)) == expected
 
 
+def test_a_row_with_a_passage_and_a_question_has_both_as_context(write):
+    race = {"article": "A passage.", "question": "Who?", "options": ["x", "y"], "answer": "B"}
+    assert one(write("c.jsonl", race)) == Item("A passage.\nWho?", ("x", "y"), 1)
+    squad = {"context": "A passage.", "question": "Who?", "target": "she"}
+    assert one(write("c.jsonl", squad)) == Item("A passage.\nWho?", ("she",))
+
+
+@pytest.mark.parametrize("labels", [["1", "2", "3"], [1, 2, 3]])
+@pytest.mark.parametrize("key", ["2", 2])
+def test_numbers_that_name_endings_are_not_indices(write, labels, key):
+    row = ARC | {"choices": {"text": ["iron", "air", "wood"], "label": labels}, "answerKey": key}
+    assert one(write("c.jsonl", row)).label == 1
+
+
 def test_existing_spaces_are_not_doubled(write):
     row = {"question": "Q: \n", "choices": ["a", "b"], "label": 0}
     assert one(write("c.jsonl", row)).joint == ""
@@ -150,6 +164,11 @@ HELLASWAG = {"activity_label": "a", "ctx": "b", "endings": ["c", "d"], "label": 
         ("choice", {"a": 1, "b": 2}, "missing `endings` or `choices`.*fields are a, b; expected: a context"),
         ("choice", {**ARC, "answerKey": "D"}, "the label is 'D'"),
         ("choice", {**ARC, "answerKey": True}, "the label is True"),
+        (
+            "choice",
+            {"query": "?", "choices": ["1", "2"], "answer": "1"},
+            "is an ending, and the index of another",
+        ),
         ("cloze", {"prompt": "a"}, "missing `target` or `completion`"),
         ("cloze", {"prompt": "a", "target": ""}, "`target` is empty"),
         ("lambada", {"text": ""}, "`text` is empty"),

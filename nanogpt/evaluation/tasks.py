@@ -25,8 +25,10 @@ from nanogpt.prepare import formats
 from nanogpt.prepare.rows import LONGEST
 
 Row = dict[str, Any]
-CONTEXT = ("ctx", "context", "question", "query", "prompt")
-ENDINGS = ("endings", "choices")
+PASSAGE, QUESTION = ("ctx", "context", "article", "passage"), ("question", "query", "prompt")
+CONTEXT = (*PASSAGE, *QUESTION)  # a row with a passage and a question has both as its context
+ENDINGS = ("endings", "choices", "options")
+LETTERS = "ABCDEFGHIJ"  # names of the endings in some datasets
 LABEL = ("label", "gold", "answer", "answerKey")
 TARGET = ("target", "completion", "response", "answer")
 
@@ -82,7 +84,7 @@ def lambada(row: Row) -> Item:
 def choice(row: Row) -> Item:
     """Convert a multiple-choice row; also ARC's format, in which `choices` holds `text` and `label`."""
     endings = _endings(row)
-    context = _text(row, CONTEXT, empty=True)
+    context = _context(row)
     return _choice(context, endings, _label(row, endings), _joint(context, endings))
 
 
@@ -90,7 +92,7 @@ def cloze(row: Row) -> Item:
     """Convert a row with a context and its continuation, or a `text` whose last word is the target."""
     if "text" in row and not any(name in row for name in CONTEXT):
         return lambada(row)
-    context, target = _text(row, CONTEXT, empty=True), _text(row, TARGET)
+    context, target = _context(row), _text(row, TARGET)
     return Item(context, (target,), joint=_joint(context, [target]))
 
 
@@ -105,6 +107,13 @@ def _joint(context: str, endings: list[str]) -> str:
     """Return a space, or "" if the context or all endings already have whitespace at the boundary."""
     there = context[-1:].isspace() or all(ending[:1].isspace() for ending in endings)
     return "" if there else " "
+
+
+def _context(row: Row) -> str:
+    """Return the passage, the question, or both in two paragraphs."""
+    if not {*PASSAGE} & {*row} or not {*QUESTION} & {*row}:
+        return _text(row, CONTEXT, empty=True)
+    return f"{_text(row, PASSAGE, empty=True)}\n{_text(row, QUESTION, empty=True)}"
 
 
 def _text(row: Row, names: tuple[str, ...], empty: bool = False) -> str:
@@ -126,14 +135,18 @@ def _endings(row: Row) -> list[str]:
 
 def _label(row: Row, endings: list[str]) -> int:
     value, choices = _first(row, LABEL), row.get("choices")
-    if isinstance(choices, dict) and isinstance(choices.get("label"), list) and value in choices["label"]:
-        return choices["label"].index(value)
+    if isinstance(choices, dict) and isinstance(choices.get("label"), list):
+        labels = [str(label) for label in choices["label"]]
+        if str(value) in labels:
+            return labels.index(str(value))
     try:
-        label = int(value)
+        label = LETTERS.index(value) if value in (*LETTERS,) else int(value)
     except (TypeError, ValueError, OverflowError):
         label = -1
     if isinstance(value, bool | float) or not 0 <= label < len(endings):
         raise _Misfit(f"the label is {value!r:.40}, expected an ending's index, 0 to {len(endings) - 1}")
+    if value in endings and endings[label] != value:
+        raise _Misfit(f"the label {value!r:.40} is an ending, and the index of another")
     return label
 
 
