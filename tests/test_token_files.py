@@ -235,6 +235,28 @@ def test_files_named_after_the_split_are_found(tmp_path, name, dtype):
     assert (loader.load(tmp_path).val.read(0, 5000) == IDS).all()
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["x_train_000001.bin", "x_train_000002.npy"],
+            "files of several kinds for train, x_train_000001.bin and",
+        ),
+        (
+            ["train.bin", "x_train_000001.bin"],
+            "files of several kinds for train, x_train_000001.bin and train.bin",
+        ),
+        (["x_train_000001.bin", "x_train_000003.bin"], "shard 2 of train is missing"),
+    ],
+)
+def test_parts_of_a_split_are_not_overlooked(tmp_path, names, said):
+    for name in [*names, "x_val_20240131.bin", "x_val_20240202.bin"]:  # dates are no numbers of shards
+        (tmp_path / name).write_bytes(llmc(20240520, 1, IDS.astype("<u2")))
+    with pytest.raises(UserError, match=said):
+        loader.load(tmp_path)
+    assert len(loader.split_files(tmp_path, "val")) == 2
+
+
 def test_bare_ids_of_a_large_vocabulary_have_32_bits(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 100_000}))
     for split in ("train", "val"):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,15 @@ def header(path: Path) -> tuple[np.dtype, int, int]:
     if array.dtype.kind not in "iu" or not array.ndim or not array.flags.c_contiguous:
         raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not token ids in C order")
     return array.dtype, array.offset, array.size
+
+
+def require_one_kind_without_gaps(folder: Path, split: str, kinds: list[list[Path]]) -> None:
+    """Raise UserError for files of a split in several formats or names (`kinds`), of which only the first
+    would be read, and for shards whose numbers have a gap."""
+    if len(kinds) > 1:
+        names = " and ".join(paths[0].name for paths in kinds)
+        raise UserError(f"{folder} has files of several kinds for {split}, {names}; keep one kind")
+    numbers = [int(match[1]) for path in kinds[0] if (match := re.search(r"_(\d+)$", path.stem))]
+    counted = min(numbers, default=2) < 2 and max(numbers) < 1_000_000  # other numbers may be dates
+    if counted and (gaps := set(range(min(numbers), max(numbers))) - set(numbers)):
+        raise UserError(f"{folder}: shard {min(gaps)} of {split} is missing; copy it or renumber the others")

@@ -118,11 +118,17 @@ class Tokens:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """List the files of a split: `train.bin`, shards (`x_train_000001.bin` or `.npy`), or `x_train.bin`."""
-    if (folder / f"{split}.bin").is_file():
-        return [folder / f"{split}.bin"]
+    """List the files of a split: `train.bin`, shards (`x_train_000001.bin` or `.npy`), or `x_train.bin`.
+
+    Raise UserError for files of several kinds, and for shards whose numbers have a gap.
+    """
     found = (sorted(folder.glob(f"*{split}{end}")) for end in ("_*.bin", "_*.npy", ".bin", ".npy"))
-    return next(filter(None, found), [])
+    kinds = list(filter(None, found)) or [[]]
+    if len(kinds) + len(kinds[0]) > 2:
+        from nanogpt.data import foreign
+
+        foreign.require_one_kind_without_gaps(folder, split, kinds)
+    return kinds[0]
 
 
 def token_file(path: Path, dtype: np.dtype) -> TokenFile:
