@@ -169,6 +169,7 @@ class Runs:
         ({"model_args": ARGS | {"block_size": 8}}, r"position\.wpe\.weight \[16, 24\], expected \[8, 24\]"),
         ({"model_args": ARGS | {"n_head": 5}}, "n_embd=24 is not divisible by n_head=5"),
         ({"model_args": {}}, "is not a nanoGPT checkpoint"),
+        ({"model_args": ARGS | {"rope": True}}, "model_args that nanoGPT does not have: rope=True"),
         ({"model": nanogpts(ARGS) | {"lm_head.weight": torch.ones(11, 24)}}, "lm_head.weight differs from"),
     ],
 )

@@ -43,6 +43,8 @@ def open_file(path: Path, data_folders: list[Path]) -> Pretrained:
     """
     saved = fitted(SAVED, _load(path), f"{path} is not a nanoGPT checkpoint")
     args, options = saved["model_args"], saved.get("config", {})
+    if foreign := [f"{name}={value}" for name, value in args.items() if name not in MODEL_ARGS and value]:
+        raise UserError(f"{path}: model_args that nanoGPT does not have: {', '.join(foreign)[:200]}")
     config = GPTConfig(
         **{name: args[name] for name in SIZES},
         bias=args.get("bias", True),
