@@ -66,7 +66,7 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
     if not rows:
         raise UserError(f"{folder / metrics.NAME} has no rows of train.py; wait for the first iteration")
     path = folder / "config.json"
-    config = files.read_json(path, dict) if path.is_file() else {}
+    config = files.read_json(path, {"options?": dict, "model?": dict}) if path.is_file() else {}
 
     def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
         chosen = [row for row in rows if row.get("event") == event and number(row.get(x)) is not None]
