@@ -72,7 +72,20 @@ def test_tables_with_tabs_and_without_quoting_keep_their_quotes(tmp_path):
 
 def test_quotes_that_match_by_chance_do_not_join_the_rows_of_a_table_with_tabs(tmp_path):
     content = 'id\ttext\n1\t"Hello\n2\tthere\n3\tsaid he"\n4\t"all" of it\n'
-    assert read(tmp_path / "x.tsv", content) == ['"Hello', "there", 'said he"', '"all" of it']
+    expected = ['"Hello', "there", 'said he"', '"all" of it']
+    assert read(tmp_path / "x.tsv", content) == read(tmp_path / "x.csv", content) == expected
+
+
+@pytest.mark.parametrize("head", ["id, text, note", "id,text,note"])
+def test_a_space_after_the_separators_is_not_part_of_a_field(head, tmp_path):
+    content = head + '\n1, "He said ""no"", twice", a\n2, "plain", b\n'
+    assert read(tmp_path / "x.csv", content) == ['He said "no", twice', "plain"]
+    assert read(tmp_path / "x.csv", "id,text\n1, indented\n2,not\n") == [" indented", "not"]
+
+
+def test_repeated_names_of_joined_tables_are_no_documents(tmp_path):
+    with pytest.raises(UserError, match="line 2 repeats the names of the first line"):
+        read(tmp_path / "x.csv", "id,text\n1,first\nid,text\n2,second\n")
 
 
 def test_a_quote_that_would_join_later_rows_of_a_table_with_tabs_is_refused(tmp_path):

@@ -133,6 +133,11 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
     lines = _lines(chunks)
     head = list(itertools.islice(lines, 1000))
     separator = "\t" if tabs else max(",;\t|", key="".join(head[:1]).count)
+    tabs = separator == "\t"
+    # A space after the separators belongs to them if the names have it, or if a quote follows it.
+    spaced = re.search(rf"{re.escape(separator)} ", "".join(head[:1])) or any(
+        re.search(rf'{re.escape(separator)} +"[^"]', line) for line in head
+    )
     # Many tables with tabs have no quoting: a quote at the start of a field is a character there. The sign is
     # a field that begins with a quote and does not end with one, if every line is a row of its own.
     row_per_line = tabs and len({line.count("\t") for line in head}) == 1
@@ -146,6 +151,7 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
         itertools.chain(head, lines),
         delimiter=separator,
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        skipinitialspace=bool(spaced),
         strict=True,
     )
     number = 0
@@ -166,7 +172,9 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
                     f"row {number} would span several lines because of a quote at the start of a field, "
                     "unlike the rows before it; convert the file to JSON lines"
                 )
-            if row and len(row) != len(names):
+            if len(row) > 1 and [value.strip() for value in row] == names:
+                yield BROKEN + b"repeats the names of the first line\n"
+            elif row and len(row) != len(names):
                 yield BROKEN + f"has {len(row)} fields, and the first line {len(names)} names\n".encode()
             else:
                 fields = {key: row[place] for key, place in places.items()} if row else None
