@@ -171,6 +171,7 @@ STORIES = [f"Story {number}: there were {number % 31} cats.\nThe end." for numbe
     [
         ("<|endoftext|>", "\n<|endoftext|>\n", STORIES),
         ("blank_line", "\n\n\n", STORIES),
+        ("blank_line", "\n \t\n", STORIES),
         ("line", "\n", "\n".join(STORIES).split("\n")),
         ("%%", "%%", STORIES),
     ],

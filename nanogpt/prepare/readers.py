@@ -103,6 +103,8 @@ def _marked(index: int, source: Source, reading: Reading, place: Any, advance: A
         rest += chunk or ""
         if chunk is not None and len(rest) < formats.BLOCK:
             continue
+        if reading.split_at == "blank_line":
+            rest = re.sub(r"\n[ \t]+(?=\n)", "\n", rest)
         *whole, rest = [*rest.split(mark), ""] if chunk is None else rest.split(mark)
         if len(rest) > rows.LONGEST:
             raise UserError(
