@@ -90,6 +90,11 @@ class Summary:
         lines += noted[:SHOWN] + ([f"and so in {len(noted) - SHOWN:,} more files"] if noted[SHOWN:] else [])
         if self.counts.lost:
             lines.append(f"the tokenizer loses {_lost(self.counts)}")
+        long = any(source.kind == "text" and source.bytes > encode.PIECE for source in self.texts.sources)
+        if long and not getattr(self.tokenizer, "lossless", True):
+            joined = tokenizer.decode(self.tokenizer, 2 * self.tokenizer.encode("a").tolist())
+            if joined != "aa":
+                lines.append(f"at each megabyte of a text, the tokenizer makes {joined!r} of 'a' and 'a'")
         if self.counts.empty_rows:
             lines.append(f"skipped {counted(self.counts.empty_rows, 'empty row')}")
         if self.counts.bad_rows:
