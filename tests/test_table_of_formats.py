@@ -118,6 +118,10 @@ FILES: dict[str, dict[str, Write]] = {
         "5.txt": "이것은 한국어 문장입니다.\n".encode("euc-kr") * 50,
         "6.txt": "Это русский текст.\n".encode("koi8-r") * 50,
     },
+    "text in ISO-2022-JP or ISO-2022-KR": {
+        "1.txt": "件名: 会議の議題\n".encode("iso2022_jp") * 50,
+        "2.txt": "회의 의제\n".encode("iso2022_kr") * 50,
+    },
     "Markdown, HTML, XML, LaTeX, source code": {
         "a.md": b"# Title\n\nText [1].\n" * 50,
         "a.html": b"<html><p>Text</p></html>\n" * 50,

@@ -153,6 +153,22 @@ def test_text_fragments_are_never_misdetected(languages, novel, tmp_path):
                 assert "is neither" in str(error)
 
 
+@pytest.mark.parametrize("encoding", ["iso2022_jp", "iso2022_kr"])
+def test_encodings_of_seven_bits_are_named(encoding, tmp_path):
+    body = "会議の議題" if encoding == "iso2022_jp" else "회의 의제"
+    path = written(tmp_path, "x.txt", f"Subject: {body}\n".encode(encoding))
+    with pytest.raises(UserError, match="contains codes of ISO-2022; set --encoding=iso2022_jp or"):
+        read(path)
+    assert read(path, encoding=encoding) == [f"Subject: {body}\n"]
+
+
+def test_the_mark_of_utf8_contradicts_another_encoding(tmp_path):
+    path = written(tmp_path, "x.txt", "café".encode("utf-8-sig"))
+    with pytest.raises(UserError, match="begins with the mark of UTF-8, so it is not cp1252"):
+        read(path, encoding="cp1252")
+    assert read(path, encoding="utf-8") == ["café"]
+
+
 def test_damaged_chinese_text_is_reported_where_its_own_encoding_failed(tmp_path):
     body = ("子曰：學而時習之，不亦說乎？有朋自遠方來，不亦樂乎？" * 50).encode("gb18030")
     path = written(tmp_path, "x.txt", body[:1000] + b"\xff" + body[1000:])

@@ -66,7 +66,7 @@ def rows_kind(name: str) -> str:
 
 def is_binary(head: bytes) -> bool:
     """Return whether more than 5 % of `head` are control characters, unlike any text in an 8-bit encoding."""
-    return len(head.translate(None, bytes([*range(9), *range(14, 27), *range(28, 32)]))) < 0.95 * len(head)
+    return len(head.translate(None, bytes([*range(9), *range(16, 27), *range(28, 32)]))) < 0.95 * len(head)
 
 
 # ----------------------------------------------------------------------------- compression

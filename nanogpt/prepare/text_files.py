@@ -396,6 +396,8 @@ def _checked(chunks: Iterable[str], nul_share: float) -> Iterator[str]:
     for chunk in chunks:
         length += len(chunk)
         nul += chunk.count("\0")
+        if "\x1b$" in chunk:
+            raise _NotText("contains codes of ISO-2022; set --encoding=iso2022_jp or iso2022_kr")
         if surrogate := rows.lone_surrogate(chunk):  # UTF-7, for example, can produce them
             raise _NotText(f"contains {surrogate}, which is not text")
         yield chunk
@@ -425,6 +427,8 @@ def _candidates(head: bytes, forced: str) -> tuple[list[str], int]:
     for mark, encoding in MARKS.items():
         if head.startswith(mark) and (encoding.startswith(wanted) or wanted.startswith(encoding)):
             return [encoding], len(mark)
+        if head.startswith(mark) and encoding == "utf-8":
+            raise _NotText(f"begins with the mark of UTF-8, so it is not {forced}; omit --encoding")
     if forced:
         return [forced], 0
     utf16 = _unmarked_utf16(head)
