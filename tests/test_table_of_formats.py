@@ -24,7 +24,7 @@ import zstandard
 
 from nanogpt.data import loader
 from nanogpt.errors import UserError
-from nanogpt.prepare import corpus, shards
+from nanogpt.prepare import corpus, encode, shards
 from nanogpt.tokenizer import bpe
 from tests.conftest import words
 from tests.test_readers import write_arrow
@@ -310,3 +310,14 @@ def test_formats_of_a_kind_are_named(name, tmp_path):
     content, said = IN_OTHER_WORDS[name]
     with pytest.raises(UserError, match=said):
         corpus.prepare([put(tmp_path / name, content)], tmp_path / "out")
+
+
+def test_spaces_that_a_tokenizer_adds_within_long_texts_are_reported(tmp_path, monkeypatch):
+    """Unigram puts a space before each text that it encodes, so also where a long one is cut."""
+    monkeypatch.setattr(encode, "PIECE", 200)
+    said = "at each megabyte of a text, the tokenizer makes 'a a' of 'a' and 'a'"
+    for name, content in {"long.txt": TEXT, "short.txt": TEXT[:150]}.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        kind = str(put(tmp_path / f"{name}.json", unigram))
+        summary = corpus.prepare([tmp_path / name], tmp_path / f"{name}.out", kind=kind, lossy=True)
+        assert (said in summary.lines()) == (name == "long.txt")
