@@ -435,3 +435,16 @@ def test_tokens_added_to_gpt2_are_kept(real, tmp_path):
     loaded = load(str(folder))
     assert loaded.tokenizer.vocab_size == 50259
     assert loaded.tokenizer.encode_prompt("<|startoftext|>Hi") == [50257, 17250]
+
+
+def test_tokens_in_added_tokens_json_are_not_taken_for_padding(real, tmp_path):
+    """As saved by older versions, with the embedding padded to a multiple of 64."""
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64, "vocab_size": 50304}
+    folder = hf_folders.write(tmp_path / "model", merges=real("gpt2/vocab.bpe"), **shape)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    vocab = real("gpt2/encoder.json").read_text(encoding="utf-8")
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+    (folder / "added_tokens.json").write_text('{"<|user|>": 50257, "<|bot|>": 50258}', encoding="utf-8")
+    loaded = load(str(folder))
+    assert loaded.tokenizer.vocab_size == 50259
+    assert loaded.tokenizer.encode_prompt("<|user|>hi<|bot|>") == [50257, 5303, 50258]

@@ -273,6 +273,9 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
         return text
     plain, fast = folder / "merges.txt", folder / "tokenizer.json"
     whole = _if_known(files.text_of(fast)) if fast.is_file() else ""
+    adding = (folder / name for name in ("added_tokens.json", "tokenizer_config.json"))
+    if not fast.is_file() and plain.is_file() and any(path.is_file() for path in adding):
+        whole = folders.find(folder)
     if whole and vocabulary.identify(whole).vocab_size > vocabulary.GPT2_VOCAB_SIZE:  # added tokens
         return whole
     for path, read in ((plain, _plain_merges), (fast, _json_merges)):
