@@ -164,6 +164,7 @@ HELLASWAG = {"activity_label": "a", "ctx": "b", "endings": ["c", "d"], "label": 
         ("choice", {"a": 1, "b": 2}, "missing `endings` or `choices`.*fields are a, b; expected: a context"),
         ("choice", {**ARC, "answerKey": "D"}, "the label is 'D'"),
         ("choice", {**ARC, "answerKey": True}, "the label is True"),
+        ("choice", {"query": "?", "choices": [" a", "b"], "gold": 0}, "some endings begin with a space"),
         (
             "choice",
             {"query": "?", "choices": ["1", "2"], "answer": "1"},

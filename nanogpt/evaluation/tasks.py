@@ -105,8 +105,10 @@ def _choice(context: str, endings: list[str], label: int, joint: str) -> Item:
 
 def _joint(context: str, endings: list[str]) -> str:
     """Return a space, or "" if the context or all endings already have whitespace at the boundary."""
-    there = context[-1:].isspace() or all(ending[:1].isspace() for ending in endings)
-    return "" if there else " "
+    spaced = {ending[:1].isspace() for ending in endings}
+    if len(spaced) > 1:
+        raise _Misfit("some endings begin with a space and others do not")
+    return "" if context[-1:].isspace() or spaced == {True} else " "
 
 
 def _context(row: Row) -> str:
