@@ -102,7 +102,7 @@ def test_vocabulary_of_chinese_gpt2_equals_transformers(chinese):
 def test_what_a_word_piece_tokenizer_loses_is_refused_or_reported(chinese, tmp_path):
     (tmp_path / "novel.txt").write_text(chinese_novel(4000), encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"novel\.txt: the tokenizer loses [\d,]+ of 4,000 .*'\\n'.* or pass --lossy"
+        UserError, match=r"novel\.txt: the tokenizer loses or adds [\d,]+ of 4,000 .*'\\n'.* or pass --lossy"
     ):
         corpus.prepare([tmp_path / "novel.txt"], tmp_path / "out", kind=str(chinese))
     summary = corpus.prepare([tmp_path / "novel.txt"], tmp_path / "out", kind=str(chinese), lossy=True)
@@ -166,6 +166,20 @@ def one_blank(inner: "tokenizers.Tokenizer") -> None:
     inner.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(" +"), " ")
 
 
+def stripping(inner: "tokenizers.Tokenizer") -> None:
+    inner.add_tokens([tokenizers.AddedToken("(", lstrip=True, normalized=False)])
+
+
+def spacing(inner: "tokenizers.Tokenizer") -> None:
+    """Add a space for each one that is lost."""
+    inner.normalizer = tokenizers.normalizers.Sequence(
+        [
+            tokenizers.normalizers.Replace(tokenizers.Regex(" +"), " "),
+            tokenizers.normalizers.Replace("-", "- "),
+        ]
+    )
+
+
 LATE = words(6000) + "x"  # the loss is far from the beginning of a file
 
 
@@ -201,7 +215,9 @@ def repeated_id(inner: "tokenizers.Tokenizer") -> None:
         (accents, "é", "x.csv"),
         (compatibility, "ﬁ①", "x.json"),
         (no_lines, "\n", "x.txt"),
-        (one_blank, "   ", "x.csv"),
+        (one_blank, "  ", "x.csv"),
+        (stripping, " (", "x.txt"),
+        (spacing, "  -", "x.json"),
     ],
 )
 def test_every_kind_of_loss_is_found_in_rows_and_texts(change, lost, name, tmp_path):
@@ -216,7 +232,7 @@ def test_every_kind_of_loss_is_found_in_rows_and_texts(change, lost, name, tmp_p
     }
     (tmp_path / name).write_text(content[name], encoding="utf-8")
     given = {"kind": str(tmp_path), "text_key": "q+a" if name == "x.json" else "text"}
-    with pytest.raises(UserError, match=rf"{name}: the tokenizer loses [\d,]+ of .* characters"):
+    with pytest.raises(UserError, match=rf"{name}: the tokenizer loses or adds [\d,]+ of .* characters"):
         corpus.prepare([tmp_path / name], tmp_path / "out", **given)
 
 

@@ -89,7 +89,7 @@ class Summary:
         noted = [f"{source.name}: {source.note}" for source in self.texts.sources if source.note]
         lines += noted[:SHOWN] + ([f"and so in {len(noted) - SHOWN:,} more files"] if noted[SHOWN:] else [])
         if self.counts.lost:
-            lines.append(f"the tokenizer loses {_lost(self.counts)}")
+            lines.append(f"the tokenizer loses or adds {_lost(self.counts)}")
         long = any(source.kind == "text" and source.bytes > encode.PIECE for source in self.texts.sources)
         if long and not getattr(self.tokenizer, "lossless", True):
             joined = tokenizer.decode(self.tokenizer, 2 * self.tokenizer.encode("a").tolist())
@@ -366,7 +366,7 @@ def _encode(
             if encoded.lost and not wanted.lossy:
                 name = texts.sources[encoded.source].path
                 raise UserError(
-                    f"{name}: the tokenizer loses {_lost(encoded)}; train one on this text "
+                    f"{name}: the tokenizer loses or adds {_lost(encoded)}; train one on this text "
                     "(--tokenizer=bpe:8192) or pass --lossy"
                 )
             counts.bad_rows += len(named)

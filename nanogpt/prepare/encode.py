@@ -1,5 +1,6 @@
 """Encode one piece of the input to token ids of both splits; runs in worker processes."""
 
+import itertools
 import multiprocessing
 import re
 import sys
@@ -111,12 +112,15 @@ class Encoded(Counts):
     folded: bytes = b""  # one uint64 per document: Document.folded << 1 | (in val)
 
     def add_lost(self, text: str, ids: np.ndarray) -> None:
-        """Count the characters of `text` that `ids` do not hold: unknown ones, upper case, line ends."""
+        """Count the characters of `text` that `ids` do not hold (unknown ones, upper case, line ends), and
+        those that they add (spaces)."""
         self.tried += len(text)
-        if (decoded := tokenizer.decode(_encoder, ids.tolist())) != text:
-            there = Counter(decoded)
-            there[" "] += 1  # some tokenizers put a space before a text, or take one away
-            self.lost = dict(Counter(self.lost) + (Counter(text) - there))
+        # Some tokenizers put a space before a text, or take one away.
+        before, after = text.removeprefix(" "), tokenizer.decode(_encoder, ids.tolist()).removeprefix(" ")
+        if before != after:
+            old, new = Counter(before), Counter(after)
+            moved = next(a for a, b in itertools.zip_longest(before, after, fillvalue=" ") if a != b)
+            self.lost = dict(Counter(self.lost) + (((old - new) + (new - old)) or Counter(moved)))
 
 
 _job: Job
