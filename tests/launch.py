@@ -36,6 +36,10 @@ def run(
     """Run `python WORDS` (a file, -m or -c) in `cwd`, with `variables` added to the environment, as
     subprocess.run does with captured output; with several `ranks` as many processes, as torchrun does."""
     tasks = []
+    if sys.platform != "linux" and ranks == 1:  # Windows cannot fork, and Apple's libraries do not allow it
+        there = {**os.environ, **(variables or {})}
+        command = [sys.executable, *words]
+        return subprocess.run(command, cwd=cwd, env=there, capture_output=True, text=True, timeout=timeout_s)
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         files = [f"{scratch}/out", f"{scratch}/err"]
