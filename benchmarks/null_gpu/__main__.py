@@ -94,14 +94,19 @@ LARGEST = 360e6  # parameters
 WIDE = "--device=cuda --compile=True --eval_iters=1 --overwrite=True --max_tokens=0 --batch_tokens=0 "
 WIDE += "--eval_tasks= --sample_prompt= --warmup_iters=2 --health_interval=0"
 CEILINGS: dict[str, dict[int, dict[str, float]]] = {
-    "quickstart": {1: {"launches": 243, "triton": 216}},
+    "quickstart": {1: {"launches": 243, "triton": 216}, 2: {"launches": 258, "triton": 220}},
     "train_fineweb_edu_10b": {1: {"launches": 537, "triton": 434}},
     "train_gpt2": {1: {"launches": 537, "triton": 434}, 2: {"launches": 619, "triton": 482}},
     "train_gpt2_fast": {1: {"launches": 792, "triton": 510}, 2: {"launches": 819, "triton": 560}},
     "train_gpt2_medium": {1: {"launches": 1048, "triton": 840}, 2: {"launches": 1213, "triton": 936}},
-    "train_shakespeare_char": {1: {"launches": 434, "triton": 308}},
-    "train_shakespeare_char_cpu": {1: {"launches": 252, "triton": 212}},
-    "train_shakespeare_char_cpu_nanogpt": {1: {"launches": 182, "triton": 176}},
+    "train_gpt3_small": {1: {"launches": 660, "triton": 718}},
+    "train_shakespeare_char": {1: {"launches": 434, "triton": 308}, 2: {"launches": 463, "triton": 316}},
+    "train_shakespeare_char_cpu": {1: {"launches": 252, "triton": 212}, 2: {"launches": 267, "triton": 216}},
+    "train_shakespeare_char_cpu_nanogpt": {
+        1: {"launches": 182, "triton": 176},
+        2: {"launches": 214, "triton": 176},
+    },
+    "train_shakespeare_char_medium": {2: {"launches": 355, "triton": 316}},
     "train_shakespeare_char_nanogpt": {1: {"launches": 286, "triton": 204}},
 }
 
