@@ -35,21 +35,25 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python WORDS` (a file, -m or -c) in `cwd`, with `variables` added to the environment, as
     subprocess.run does with captured output; with several `ranks` as many processes, as torchrun does."""
-    tasks = []
+    tasks, environment = [], {**os.environ, **(variables or {})}
     if sys.platform != "linux" and ranks == 1:  # Windows cannot fork, and Apple's libraries do not allow it
-        there = {**os.environ, **(variables or {})}
-        command = [sys.executable, *words]
-        return subprocess.run(command, cwd=cwd, env=there, capture_output=True, text=True, timeout=timeout_s)
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         files = [f"{scratch}/out", f"{scratch}/err"]
         for rank in range(ranks):
-            environment = {**os.environ, **(variables or {})}
-            if ranks > 1:
-                environment |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1"}
-                environment |= {"WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
-                environment |= {"MASTER_PORT": f"{free.getsockname()[1]}"}
-            tasks.append([list(words), str(cwd), environment, files, timeout_s])
+            place = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1"}
+            place |= {"WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
+            place |= {"MASTER_PORT": f"{free.getsockname()[1]}"}
+            its_own = environment | (place if ranks > 1 else {})
+            tasks.append([list(words), str(cwd), its_own, files, timeout_s])
         free.close()
         process = server()
         assert process.stdin and process.stdout

@@ -231,7 +231,7 @@ def describe(folder: str, **options) -> None:
     (Path(folder) / "config.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def test_options_that_are_no_object_are_an_error_of_one_line(usual, tmp_path):
+def test_options_of_another_type_are_an_error_of_one_line(usual, tmp_path):
     (Path(usual) / "config.json").write_text('{"options": 3}', encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json: options is 3, not an object"):
         plot.main(plot.Config(healthy=True, out=str(tmp_path / "x.png")), [usual])

@@ -83,7 +83,7 @@ def test_a_space_after_the_separators_is_not_part_of_a_field(head, tmp_path):
     assert read(tmp_path / "x.csv", "id,text\n1, indented\n2,not\n") == [" indented", "not"]
 
 
-def test_repeated_names_of_joined_tables_are_no_documents(tmp_path):
+def test_repeated_names_of_joined_tables_are_not_documents(tmp_path):
     with pytest.raises(UserError, match="line 2 repeats the names of the first line"):
         read(tmp_path / "x.csv", "id,text\n1,first\nid,text\n2,second\n")
 

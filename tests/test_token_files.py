@@ -250,7 +250,7 @@ def test_files_named_after_the_split_are_found(tmp_path, name, dtype):
     ],
 )
 def test_parts_of_a_split_are_not_overlooked(tmp_path, names, said):
-    for name in [*names, "x_val_20240131.bin", "x_val_20240202.bin"]:  # dates are no numbers of shards
+    for name in [*names, "x_val_20240131.bin", "x_val_20240202.bin"]:  # dates are not shard numbers
         (tmp_path / name).write_bytes(llmc(20240520, 1, IDS.astype("<u2")))
     with pytest.raises(UserError, match=said):
         loader.load(tmp_path)

@@ -124,7 +124,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """
     found = (sorted(folder.glob(f"*{split}{end}")) for end in ("_*.bin", "_*.npy", ".bin", ".npy"))
     kinds = list(filter(None, found)) or [[]]
-    if len(kinds) + len(kinds[0]) > 2:
+    if len(kinds) > 1 or len(kinds[0]) > 1:
         from nanogpt.data import foreign
 
         foreign.require_one_kind_without_gaps(folder, split, kinds)

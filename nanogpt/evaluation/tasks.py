@@ -28,7 +28,7 @@ Row = dict[str, Any]
 PASSAGE, QUESTION = ("ctx", "context", "article", "passage"), ("question", "query", "prompt")
 CONTEXT = (*PASSAGE, *QUESTION)  # a row with a passage and a question has both as its context
 ENDINGS = ("endings", "choices", "options")
-LETTERS = "ABCDEFGHIJ"  # names of the endings in some datasets
+LETTERS = [*"ABCDEFGHIJ"]  # names of the endings in some datasets
 LABEL = ("label", "gold", "answer", "answerKey")
 TARGET = ("target", "completion", "response", "answer")
 
@@ -142,7 +142,7 @@ def _label(row: Row, endings: list[str]) -> int:
         if str(value) in labels:
             return labels.index(str(value))
     try:
-        label = LETTERS.index(value) if value in (*LETTERS,) else int(value)
+        label = LETTERS.index(value) if value in LETTERS else int(value)
     except (TypeError, ValueError, OverflowError):
         label = -1
     if isinstance(value, bool | float) or not 0 <= label < len(endings):
