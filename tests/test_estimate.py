@@ -81,6 +81,7 @@ ALLOCATED = [
     ("train_gpt2_fast", 2, 8, True, 1, 4.6189),
     ("train_gpt2_fast", 4, 8, True, 1, 5.3535),
     ("train_shakespeare_char", 6, 16, True, 1, 0.6257),
+    ("train_gpt3_medium", 24, 8, True, 1, 22.8116),
     ("train_gpt2", 12, 12, True, 2, 7.7413),
     ("train_gpt2_medium", 24, 8, True, 2, 14.6555),
     ("train_gpt2_fast", 12, 16, True, 1, 13.9900),

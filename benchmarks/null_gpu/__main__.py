@@ -93,21 +93,19 @@ TWO = {
 LARGEST = 360e6  # parameters
 WIDE = "--device=cuda --compile=True --eval_iters=1 --overwrite=True --max_tokens=0 --batch_tokens=0 "
 WIDE += "--eval_tasks= --sample_prompt= --warmup_iters=2 --health_interval=0"
-CEILINGS: dict[str, dict[int, dict[str, float]]] = {
-    "quickstart": {1: {"launches": 243, "triton": 216}, 2: {"launches": 258, "triton": 220}},
-    "train_fineweb_edu_10b": {1: {"launches": 537, "triton": 434}},
-    "train_gpt2": {1: {"launches": 537, "triton": 434}, 2: {"launches": 619, "triton": 482}},
-    "train_gpt2_fast": {1: {"launches": 792, "triton": 510}, 2: {"launches": 819, "triton": 560}},
-    "train_gpt2_medium": {1: {"launches": 1048, "triton": 840}, 2: {"launches": 1213, "triton": 936}},
-    "train_gpt3_small": {1: {"launches": 660, "triton": 718}},
-    "train_shakespeare_char": {1: {"launches": 434, "triton": 308}, 2: {"launches": 463, "triton": 316}},
-    "train_shakespeare_char_cpu": {1: {"launches": 252, "triton": 212}, 2: {"launches": 267, "triton": 216}},
-    "train_shakespeare_char_cpu_nanogpt": {
-        1: {"launches": 182, "triton": 176},
-        2: {"launches": 214, "triton": 176},
-    },
-    "train_shakespeare_char_medium": {2: {"launches": 355, "triton": 316}},
-    "train_shakespeare_char_nanogpt": {1: {"launches": 286, "triton": 204}},
+CEILINGS = {
+    "quickstart": ((243, 216), (258, 220)),
+    "train_fineweb_edu_10b": ((537, 434), (619, 482)),
+    "train_gpt2": ((537, 434), (619, 482)),
+    "train_gpt2_fast": ((792, 510), (819, 560)),
+    "train_gpt2_medium": ((1048, 840), (1213, 936)),
+    "train_gpt3_medium": ((1291, 1414), (1602, 1514)),
+    "train_gpt3_small": ((660, 718), (816, 770)),
+    "train_shakespeare_char": ((434, 308), (463, 316)),
+    "train_shakespeare_char_cpu": ((252, 212), (267, 216)),
+    "train_shakespeare_char_cpu_nanogpt": ((182, 176), (214, 176)),
+    "train_shakespeare_char_medium": ((330, 308), (355, 316)),
+    "train_shakespeare_char_nanogpt": ((286, 204), (334, 204)),
 }
 
 
@@ -193,7 +191,9 @@ def of_preset(path: Path, folders: dict[str, Path]) -> Iterator[tuple[str, int, 
     for gpus in (1, 2):
         options, sizes = pick_fields(scaling.ClusterOptions, config), [config.batch_size] * 2
         need = scaling.memory(shape, options, "ddp", gpus, sizes, compiled=True)
-        most = CEILINGS.get(path.stem, {}).get(gpus, {}) | {"estimate": need.total / 1e9}
+        most = {"estimate": need.total / 1e9}
+        if path.stem in CEILINGS:
+            most |= dict(zip(("launches", "triton"), CEILINGS[path.stem][gpus - 1], strict=True))
         steps = f"--max_iters={4 if gpus == 1 else 14} --eval_interval={4 if gpus == 1 else 14} "
         steps += f"--gradient_accumulation_steps={2 * gpus} --parallel=ddp --dataset={folder}"
         yield f"{gpus} GPU{'s' * (gpus > 1)}: {path.stem}", gpus, f"{path} {WIDE} {steps}", most

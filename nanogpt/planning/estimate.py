@@ -162,7 +162,8 @@ def activations(
         loss += number_bytes * V * C * shape.tied * 3 // 2
     else:
         loss += tokens * (3 + bool(shape.softcap)) * FLOAT * V
-    gradients = 3 if shape.activation == "relu2" else 1  # the square's backward has two temporaries
+    # eager, the square's backward pass has two temporaries
+    gradients = 3 if shape.activation == "relu2" and not compiled else 1
     half_way = mlp + gradients * number_bytes * _hidden(shape) // 2
     if keeps_scores(shape, on_cpu):  # up to four score tensors with dropout, else three
         half_way = max(half_way, number_bytes * (1 if shape.dropout else 2) * shape.n_head * shape.block_size)
