@@ -83,6 +83,39 @@ def test_a_space_after_the_separators_is_not_part_of_a_field(head, tmp_path):
     assert read(tmp_path / "x.csv", "id,text\n1, indented\n2,not\n") == [" indented", "not"]
 
 
+@pytest.mark.parametrize("separator", [",", ";"])
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        ["def f():", "    return 1", "todo, "],
+        ["def f():", "    return 1", "todo; ", " 4"],
+        [' "said" he', "  indented", 'x, "y'],
+        [" 4", " 5", " 6"],
+    ],
+)
+def test_spaces_at_the_start_of_fields_are_kept(bodies, separator, tmp_path):
+    for options in ({}, {"quoting": csv.QUOTE_ALL}):
+        assert read(tmp_path / "x.csv", table(bodies, separator, **options)) == bodies
+
+
+def test_single_column_of_csv_keeps_its_indentation(tmp_path):
+    assert read(tmp_path / "x.csv", "text\n  a\n  b\n") == ["  a", "  b"]
+
+
+def test_quoted_cells_of_a_single_column_may_span_lines(tmp_path):
+    poems = [f"poem {i}\nsecond line, {i}" for i in range(1300)]
+    file = io.StringIO()
+    csv.writer(file, delimiter="\t", lineterminator="\n").writerows([["text"], *([poem] for poem in poems)])
+    assert read(tmp_path / "x.tsv", file.getvalue()) == poems
+    plain = '"Hello," he said.\nplain\n"Yes"\n'
+    assert read(tmp_path / "x.tsv", "text\n" + plain) == plain.splitlines()
+
+
+def test_cells_with_tabs_whose_lines_begin_with_quotes_are_read(tmp_path):
+    talks = [f'He said {i}:\n"Hello" he went on\n"and left"' if i % 2 else f"plain {i}" for i in range(700)]
+    assert read(tmp_path / "x.tsv", table(talks, "\t")) == talks
+
+
 def test_repeated_names_of_joined_tables_are_not_documents(tmp_path):
     with pytest.raises(UserError, match="line 2 repeats the names of the first line"):
         read(tmp_path / "x.csv", "id,text\n1,first\nid,text\n2,second\n")
@@ -163,6 +196,17 @@ ARRAYS = {
     "carriage returns": "\r".join(map(json.dumps, OBJECTS)),
     "texts": json.dumps([row["text"] for row in OBJECTS]),
 }
+
+
+@pytest.mark.parametrize("name", ["part-00000", "x.json", "dump.txt"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_longer_than_the_start_of_a_file_are_recognized(name, indent, tmp_path):
+    books = ["word " * (formats.HEAD // 4), "short", "word\n" * formats.HEAD]
+    for content in (
+        "\n".join(json.dumps({"id": 1, "text": book}, indent=indent) for book in books),
+        json.dumps([{"text": book} for book in books], indent=indent),
+    ):
+        assert read(tmp_path / name, content) == books
 
 
 @pytest.mark.parametrize("kind", ARRAYS)

@@ -11,6 +11,7 @@ from typing import Any
 from nanogpt.errors import UserError
 
 LONGEST = 1 << 24  # maximum bytes of a row, which is parsed whole
+FIRST = 1000  # lines by which the quoting of a table is recognized
 BROKEN = b"\0broken: "  # begins a line that holds the reason why a row cannot be read
 BETWEEN = re.compile(r"[\s,]*")  # separators of JSON values
 UNPAIRED = re.compile(r'(?:^|\t)"(?![^\t]*"(?:\t|\r?$))')  # a quote that opens a field and does not close it
@@ -131,27 +132,23 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
     Raise UserError if there is no such column, or for quotes that do not match, naming the row.
     """
     lines = _lines(chunks)
-    head = list(itertools.islice(lines, 1000))
+    head = list(itertools.islice(lines, FIRST))
     separator = "\t" if tabs else max(",;\t|", key="".join(head[:1]).count)
     tabs = separator == "\t"
-    # A space after the separators belongs to them if the names have it, or if a quote follows it.
-    spaced = re.search(rf"{re.escape(separator)} ", "".join(head[:1])) or any(
-        re.search(rf'{re.escape(separator)} +"[^"]', line) for line in head
-    )
     # Many tables with tabs have no quoting: a quote at the start of a field is a character there. The sign is
     # a field that begins with a quote and does not end with one, if every line is a row of its own.
-    row_per_line = tabs and len({line.count("\t") for line in head}) == 1
+    row_per_line = tabs and "\t" in head[0] and len({line.count("\t") for line in head}) == 1
     if row_per_line:
         quoted = not any(map(UNPAIRED.search, head))
     else:
         opened, closed = (len(re.findall(q, "".join(head), re.M)) for q in (r'(?:^|\t)"', r'"(?:\t|$)'))
-        quoted = not tabs or opened == closed
+        quoted = not tabs or _is_regular(head, separator) or opened == closed
     csv.field_size_limit(LONGEST)
     reader = csv.reader(
         itertools.chain(head, lines),
         delimiter=separator,
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        skipinitialspace=bool(spaced),
+        skipinitialspace=not tabs and _is_spaced(head, separator),
         strict=True,
     )
     number = 0
@@ -184,6 +181,26 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
             f"row {number + 1} (line {reader.line_num}) is not valid CSV: {error}; "
             "a quote within quotes is written twice"
         ) from None
+
+
+def _is_regular(head: list[str], separator: str) -> bool:
+    """Return whether the first lines of a table, read with quotes, have rows of equal length."""
+    reader, lengths = csv.reader(head, delimiter=separator, strict=True), set()
+    try:
+        lengths = {len(row) for row in reader if row}
+    except csv.Error:  # FIRST lines may end within a row
+        return len(head) == FIRST == reader.line_num
+    return len(lengths) == 1
+
+
+def _is_spaced(head: list[str], separator: str) -> bool:
+    """Return whether a space after a separator belongs to it: after each, or before a quote."""
+    between = re.escape(separator)
+    fields = re.findall(rf'({between}|\n|^)("[^"]*(?:""[^"]*)*"|[^{between}\n]*)', "".join(head))
+    later = [field for before, field in fields if before == separator and field]
+    return (bool(later) and all(field[0] == " " for field in later)) or any(
+        re.match(' +"', field) for field in later
+    )
 
 
 def _lines(chunks: Iterable[str]) -> Iterator[str]:

@@ -289,14 +289,24 @@ def _kind(path: Path, head: bytes, text_key: str) -> str:
     if kind == "table":
         raise _NotText("neither a Parquet nor an Arrow file, in spite of its name; download it again")
     if kind != "csv" and (kind or re.match(rb"\[?\s*\{", start)):
-        line = start.partition(b"\n")[0] if b"\n" in start else b""
-        if isinstance(rows.document(line, 1, text_key), str):
-            return "jsonl"
-        with contextlib.suppress(UserError, UnicodeDecodeError):  # rows that are not one per line
-            row = next(rows.of_json([codecs.getincrementaldecoder("utf-8")().decode(start)]), b"")
-            if isinstance(rows.document(row, 1, text_key), str):
-                return "json"
+        found = _json_kind(head, text_key)
+        if not found and len(head) == formats.HEAD:  # the first row may be longer
+            found = _json_kind(formats.head_of(path, rows.LONGEST), text_key)
+        return found or kind or "text"
     return kind or "text"
+
+
+def _json_kind(head: bytes, text_key: str) -> str:
+    """Return the kind of a file that begins with rows of JSON; "" if the first has no text."""
+    start = head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")
+    line = start.partition(b"\n")[0] if b"\n" in start else b""
+    if isinstance(rows.document(line, 1, text_key), str):
+        return "jsonl"
+    with contextlib.suppress(UserError, UnicodeDecodeError):  # rows that are not one per line
+        row = next(rows.of_json([codecs.getincrementaldecoder("utf-8")().decode(start)]), b"")
+        if isinstance(rows.document(row, 1, text_key), str):
+            return "json"
+    return ""
 
 
 def _with_rows(source: Source, text_key: str) -> Source:
