@@ -92,6 +92,14 @@ def tar() -> bytes:
     return file.getvalue()
 
 
+def old_tar(name: str, content: bytes) -> bytes:
+    """Return an archive as tar wrote it before POSIX, as `tar --format=v7` does."""
+    fields = [b"0000644\0", b"0001750\0", b"0001750\0", b"%011o\0" % len(content), b"14000000000\0"]
+    start, end = name.encode().ljust(100, b"\0") + b"".join(fields), b"0".ljust(512 - 156, b"\0")
+    total = sum(start) + 8 * ord(" ") + sum(end)
+    return start + b"%06o\0 " % total + end + content + bytes(-len(content) % 512 + 1024)
+
+
 NOISE = random.Random(1).randbytes(4000)
 NOT_TEXT = {
     "a PDF file": b"%PDF-1.7\n%\xe2\xe3\n" + NOISE,
@@ -108,6 +116,7 @@ NOT_TEXT = {
     "sound or video": b"ID3\4\0" + NOISE,
     "an archive": b"7z\xbc\xaf\x27\x1c" + NOISE,
     "a tar archive": tar(),
+    "a tar": old_tar("poems/first.txt", b"Night and day.\n" * 99),
     "a program": b"\x7fELF\2\1\1" + NOISE,
     "a Python pickle": b"\x80\4\x95" + NOISE,
     "a WARC archive": b"WARC/1.0\r\nWARC-Type: warcinfo\r\n" * 20,

@@ -43,6 +43,7 @@ PACKERS = {
     "xz": lzma.compress,
     "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
     "zst": zstandard.compress,
+    "zstd": zstandard.compress,
 }
 Write = bytes | Callable[[Path], object]  # the content of a file, or a function that writes it
 
@@ -152,7 +153,7 @@ FILES: dict[str, dict[str, Write]] = {
         "a.feather": lambda path: pyarrow.feather.write_feather(TABLE, path)
     },
     "DatasetDict or Dataset saved with `save_to_disk`": {"saved": saved},
-    "`.gz`, `.bz2`, `.xz`, `.lzma`, `.zst` of text, JSON or CSV": {
+    "`.gz`, `.bz2`, `.xz`, `.lzma`, `.zst`, `.zstd` of text, JSON or CSV": {
         f"{name}.{kind}": pack(content)
         for kind, pack in PACKERS.items()
         for name, content in (
@@ -296,6 +297,9 @@ def test_rows_of_files_are_true(row, tmp_path):
         if result.startswith("read"):
             summary = corpus.prepare([path], tmp_path / "out")
             assert summary.counts.characters > 700 and not summary.texts.skipped[8:]
+            if {".csv", ".tsv", ".json", ".jsonl"} & {*path.suffixes}:  # rows: their markup is not text
+                characters = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["characters"]
+                assert not {*"{}\t;|", *("," if ".csv" in path.suffixes else "")} & {*characters}
         elif result.startswith("token ids"):
             assert len(loader.load(path).train) == len(IDS)
         else:

@@ -1,6 +1,7 @@
 """Recognize a file by its first bytes: compressed, rows, text, or a format that is not text."""
 
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +15,7 @@ HEAD = 1 << 16  # bytes by which a file is recognized
 TABLES = (b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff")  # Parquet; Arrow: file, stream
 ROWS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"}  # by suffix
 ROWS |= dict.fromkeys((".parquet", ".arrow", ".feather"), "table")
-PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd")
 IN_ZIP = {  # by a mark in the first entries of a zip archive
     b"word/": "a Word document (.docx): save it as plain text first",
     b"xl/": "an Excel workbook (.xlsx): save the sheet as .csv first",
@@ -53,9 +54,15 @@ def refused(head: bytes) -> str:
         )
     if head[4:8] == b"ftyp" or (head.startswith(b"RIFF") and head[8:12] in (b"WAVE", b"WEBP", b"AVI ")):
         return "an image, sound or video: not text"
-    if head[257:262] == b"ustar":
+    if head[257:262] == b"ustar" or _is_old_tar(head):
         return "a tar archive: extract its text first"
     return next((hint for marks, hint in REFUSED.items() if head.startswith(marks)), "")
+
+
+def _is_old_tar(head: bytes) -> bool:
+    """Return whether `head` begins with a tar header of 1979: its only sign is the sum of its bytes."""
+    stored = re.fullmatch(rb" *([0-7]+)[\0 ]+", head[148:156])
+    return bool(stored) and int(stored[1], 8) == sum(head[:148]) + 8 * 32 + sum(head[156:512])  # type: ignore[index]
 
 
 def rows_kind(name: str) -> str:
@@ -103,14 +110,14 @@ def packing(path: Path) -> bytes:
     return next((mark for mark in PACKED if start.startswith(mark)), b"")
 
 
-def head_of(path: Path) -> bytes:
-    """Return the first HEAD bytes of a file, after decompression."""
-    head = b""
+def head_of(path: Path, size: int = HEAD) -> bytes:
+    """Return the first `size` bytes of a file, after decompression."""
+    blocks: list[bytes] = []
     for block in unpacked(path):
-        head += block
-        if len(head) >= HEAD:
+        blocks.append(block)
+        if sum(map(len, blocks)) >= size:
             break
-    return head[:HEAD]
+    return b"".join(blocks)[:size]
 
 
 def _plain(file: Any) -> Iterator[bytes]:
