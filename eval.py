@@ -91,6 +91,8 @@ def run(config: Config, world: World) -> None:
     for_lm_eval = [name for name in others.split(",") if name]
     check(config, bool(for_lm_eval))
     loaded = [tasks.load(spec, config.limit) for spec in ours.split(",") if spec]
+    for task in loaded:
+        print(task.note, end="")
     names = [config.out_dir] + ([config.against] if config.against else [])
     scored = []
     for name in names:
@@ -221,7 +223,12 @@ def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:
 
 def read_texts(path: str) -> list[str]:
     """Read the texts of a file. Raise UserError if all are empty."""
-    sources = text_files.find([Path(path)]).sources
+    try:
+        sources = text_files.find([Path(path)]).sources
+    except UserError as error:
+        if "--" not in str(error):
+            raise
+        raise UserError(f"{error}; these are options of data/prepare.py: for --text convert it") from None
     documents: list[str] = []
     for source, pieces in groupby(readers.pieces(sources, readers.Reading()), lambda p: sources[p.source]):
         if source.kind == "text":

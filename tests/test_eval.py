@@ -226,6 +226,12 @@ def test_results_that_cannot_be_written_are_refused_or_told(config, capsys, monk
     assert capsys.readouterr().out == ""
 
 
+def test_advice_about_the_encoding_of_a_text_does_not_name_options_of_eval(config, tmp_path):
+    (tmp_path / "x.txt").write_bytes("déjà vu ".encode("latin-1") * 20)
+    with pytest.raises(UserError, match=r"x\.txt: .* options of data/prepare.py: for --text convert it"):
+        program.main(replace(config, text=str(tmp_path / "x.txt")))
+
+
 def test_invalid_text_files_are_rejected(config, tmp_path):
     for name, content in (("empty.txt", ""), ("rows.jsonl", '{"text": ""}\n'), ("one.txt", "a")):
         path = tmp_path / name

@@ -73,6 +73,23 @@ def test_a_row_with_a_passage_and_a_question_has_both_as_context(write):
     assert one(write("c.jsonl", squad)) == Item("A passage.\nWho?", ("she",))
 
 
+@pytest.mark.parametrize("name", ["story", "dialogue", "text"])
+def test_other_names_of_a_passage_are_known(write, name):
+    row = {name: "A passage.", "question": "Who?", "options": ["x", "y"], "answer": "B"}
+    assert one(write("c.jsonl", row)) == Item("A passage.\nWho?", ("x", "y"), 1)
+    for target in ("target", "answer"):
+        assert one(write("c.jsonl", {name: "A passage.", target: "she"})) == Item("A passage.", ("she",))
+
+
+def test_fields_of_text_that_are_not_used_are_named(write):
+    row = {"question": "Who?", "options": ["x", "y"], "answer": "B", "id": "a1"}
+    spare = {"prompt": "Answer the question.", "explanation": "It was said before."}
+    assert tasks.load(write("c.jsonl", row, row | spare)).note == "c: fields not used: explanation, prompt\n"
+    assert tasks.load(write("c.jsonl", row)).note == ""
+    both = {"context": "She said", "text": "She said no", "target": "no"}
+    assert tasks.load(write("d.jsonl", both)).note == "d: fields not used: text\n"
+
+
 @pytest.mark.parametrize("labels", [["1", "2", "3"], [1, 2, 3]])
 @pytest.mark.parametrize("key", ["2", 2])
 def test_numbers_that_name_endings_are_not_indices(write, labels, key):

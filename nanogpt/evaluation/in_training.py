@@ -55,6 +55,7 @@ class InTrainingEvaluation:
             if spec.startswith("lm_eval:"):
                 raise UserError(f"--eval_tasks={spec}: run lm-eval tasks after training, with eval.py")
             task = tasks.load(spec)
+            print(task.note if machine.world.is_main_process else "", end="")
             self.tasks.append(replace(task, items=_spread(task.items, options.eval_tasks_items)))
         if options.sample_prompt:
             self.prompt = self.tokenizer.encode_prompt(options.sample_prompt)

@@ -25,7 +25,8 @@ from nanogpt.prepare import formats
 from nanogpt.prepare.rows import LONGEST
 
 Row = dict[str, Any]
-PASSAGE, QUESTION = ("ctx", "context", "article", "passage"), ("question", "query", "prompt")
+PASSAGE = ("ctx", "context", "article", "passage", "story", "dialogue", "text")
+QUESTION = ("question", "query", "prompt")
 CONTEXT = (*PASSAGE, *QUESTION)  # a row with a passage and a question has both as its context
 ENDINGS = ("endings", "choices", "options")
 LETTERS = [*"ABCDEFGHIJ"]  # names of the endings in some datasets
@@ -48,6 +49,19 @@ class Task:
     name: str
     kind: str  # "choice" or "cloze"
     items: list[Item]
+    note: str = ""  # a line about fields of text that were not used
+
+
+class _Fields(Row):
+    """A row that records which of its fields are read."""
+
+    def __init__(self, row: Row):
+        super().__init__(row)
+        self.unread = {name for name, value in row.items() if isinstance(value, str) and " " in value.strip()}
+
+    def __getitem__(self, name: str) -> Any:
+        self.unread.discard(name)
+        return super().__getitem__(name)
 
 
 class _Misfit(ValueError):
@@ -90,7 +104,7 @@ def choice(row: Row) -> Item:
 
 def cloze(row: Row) -> Item:
     """Convert a row with a context and its continuation, or a `text` whose last word is the target."""
-    if "text" in row and not any(name in row for name in CONTEXT):
+    if "text" in row and not {*CONTEXT, *TARGET} - {"text"} & {*row}:
         return lambada(row)
     context, target = _context(row), _text(row, TARGET)
     return Item(context, (target,), joint=_joint(context, [target]))
@@ -202,22 +216,25 @@ def load(spec: str, limit: int = 0) -> Task:
     elif not place:
         place = _place(name)
     rows = hub_rows(place[4:], name) if place.startswith("hub:") else file_rows(Path(place))
-    kind, items = "", []
+    kind, items, unread = "", [], set[str]()
     for where, row in itertools.islice(rows, limit or None):
         name = name or _recognised(row)
-        kind = KNOWN[name].kind
+        kind, fields = KNOWN[name].kind, _Fields(row)
         try:
-            items.append(KNOWN[name].item(row))
+            items.append(KNOWN[name].item(fields))
         except _Misfit as problem:
             there = ", ".join(row) or "none"
             raise UserError(
                 f"{where} is not a valid {name} item: {problem}. Its fields are {there}; "
                 f"expected: {KNOWN[name].fields}"
             ) from None
+        unread |= fields.unread
     if not items:
         raise UserError(f"{place} has no items; give a file with one JSON object per line")
     shown = name if name not in ("choice", "cloze") else Path(place).name.split(".")[0]
-    return Task(shown, kind, items)
+    known = name in ("hellaswag", "lambada")
+    note = "" if known or not unread else f"{shown}: fields not used: {', '.join(sorted(unread))}\n"
+    return Task(shown, kind, items, note)
 
 
 def _nearest(name: str) -> str:
