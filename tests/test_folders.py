@@ -50,6 +50,13 @@ def test_openais_names_and_gpt2s_own_merges_are_recognized(real, tmp_path):
     assert (own.kind, own.vocab_size) == ("hf", 50258) and own.encode_prompt("<|user|>") == [50257]
 
 
+@pytest.mark.parametrize("end", ["<\uff5cend\u2581of\u2581sentence\uff5c>", "[EOS]", "<|end-of-document|>"])
+def test_other_names_of_the_end_of_a_text_are_known(end, trained_bpe):
+    own = tokenizer.from_text(trained_bpe.replace("<|endoftext|>", json.dumps(end)[1:-1]))
+    assert own.end_of_text == tokenizer.from_text(trained_bpe).end_of_text is not None
+    assert tokenizer.from_text(trained_bpe.replace("endoftext", "end_of_turn")).end_of_text is None
+
+
 def test_added_tokens_are_read_from_both_files(gpt2_style, trained_bpe):
     size = vocabulary.identify(trained_bpe).vocab_size
     (gpt2_style / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}), encoding="utf-8")

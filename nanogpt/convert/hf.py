@@ -5,6 +5,7 @@ tokenizer files. All checks but those of values use the headers only, before any
 huggingface_hub is needed only for models given by name, to find them in its cache or download them.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +29,7 @@ from nanogpt.convert.layout import (
 from nanogpt.convert.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
-from nanogpt.tokenizer import folders, vocabulary
+from nanogpt.tokenizer import bpe, folders, vocabulary
 
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["merges.txt", "vocab.json", "tokenizer.json", OWN_TOKENIZER]
@@ -280,7 +281,7 @@ def find_tokenizer(folder: Path, vocab_size: int) -> str:
         return whole
     for path, read in ((plain, _plain_merges), (fast, _json_merges)):
         if path.is_file() and (text := folders.gpt2(read(path))):
-            return text
+            return text if not whole or _has_gpt2_ids(whole, json.loads(text)["merges"]) else whole
     if whole:
         return whole
     if plain.is_file() or fast.is_file():
@@ -297,6 +298,12 @@ def _if_known(text: str) -> str:
     except UserError:
         return ""
     return text
+
+
+def _has_gpt2_ids(text: str, merges: str) -> bool:
+    """Return whether a tokenizer.json numbers the tokens of GPT-2's `merges` as GPT-2 does."""
+    vocab = json.loads(text)["model"]["vocab"]
+    return isinstance(vocab, dict) and vocab.items() >= bpe.vocabulary(merges).items()
 
 
 def _plain_merges(path: Path) -> list[str]:

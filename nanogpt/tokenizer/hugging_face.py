@@ -1,6 +1,7 @@
 """Hugging Face tokenizers (tokenizer.json)."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from nanogpt.tokenizer import bpe, isolated, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in order of preference
+LIKE_AN_END = re.compile(r"\beos\b|end.?of.?(text|sentence|document)", re.IGNORECASE)  # other names
 MOST_TOKENS = 1 << 24
 
 
@@ -36,17 +38,14 @@ class HuggingFaceTokenizer:
         self.vocab_size = vocabulary.hugging_face_size(value)
         if self.vocab_size > MOST_TOKENS:
             raise UserError(f"{name} has an id above {MOST_TOKENS:,}, which is taken for a mistake")
-        self.end_of_text: int | None = next(
-            (self._plain.token_to_id(name) for name in ENDS_OF_TEXT if self._is_special(name)), None
-        )
+        added = self._plain.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special]
+        ends = [name for name in ENDS_OF_TEXT if name in special] + [*filter(LIKE_AN_END.search, special)]
+        self.end_of_text: int | None = self._plain.token_to_id(ends[0]) if ends else None
         unknown = value["model"].get("unk_token")  # Unigram has unk_id
         self._unknown = self._plain.token_to_id(unknown) if unknown else value["model"].get("unk_id")
         self.bytewise = bool(self._bytes_of)  # a token's bytes do not depend on its neighbors
         self._ordinary: bpe.Encode = self._library
-
-    def _is_special(self, name: str) -> bool:
-        added = self._plain.get_added_tokens_decoder().values()
-        return any(token.content == name and token.special for token in added)
 
     def _library(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
