@@ -157,6 +157,18 @@ def test_a_saved_dataset_dict_is_its_splits(tmp_path, monkeypatch):
     assert train.splitlines() == rows["train"]["text"] and val.splitlines() == rows["validation"]["text"]
 
 
+def test_tables_left_by_an_earlier_save_to_disk_are_skipped(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [f"row {i}" for i in range(300)]
+    whole = datasets.Dataset.from_dict({"text": rows})
+    whole.save_to_disk(tmp_path / "saved", num_shards=3)
+    whole.select(range(150)).save_to_disk(tmp_path / "saved", num_shards=2)
+    summary = corpus.prepare([tmp_path / "saved"], tmp_path / "out")
+    train, val = texts_of(tmp_path / "out")
+    assert sorted((train + val).splitlines()) == sorted(rows[:150])
+    assert sum("not listed in state.json" in line for line in summary.lines()) == 3
+
+
 def test_texts_of_train_that_are_also_in_val_are_counted(folder, tmp_path):
     (folder / "valid.txt").write_text(text(folder / "train.txt"), encoding="utf-8")
     summary = corpus.prepare([folder], tmp_path / "out", keep=lambda file: file.suffix == ".txt")

@@ -316,6 +316,20 @@ def test_formats_of_a_kind_are_named(name, tmp_path):
         corpus.prepare([put(tmp_path / name, content)], tmp_path / "out")
 
 
+def test_spaces_that_a_tokenizer_adds_between_prompt_and_response_are_refused(tmp_path):
+    rows = (json.dumps({"prompt": f"{i} plus 1 is", "response": f" {i + 1}"}) for i in range(50))
+    (tmp_path / "x.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    kind, said = (
+        str(put(tmp_path / "x.json", unigram)),
+        "between prompt and response.* makes 'a a' of 'a' and 'a'",
+    )
+    options = {"kind": kind, "text_key": "prompt+response", "val_fraction": 0.3}
+    with pytest.raises(UserError, match=said):
+        corpus.prepare([tmp_path / "x.jsonl"], tmp_path / "out", **options)
+    summary = corpus.prepare([tmp_path / "x.jsonl"], tmp_path / "out", **options, lossy=True)
+    assert any(re.search(said, line) for line in summary.lines())
+
+
 def test_spaces_that_a_tokenizer_adds_within_long_texts_are_reported(tmp_path, monkeypatch):
     """Unigram puts a space before each text that it encodes, so also where a long one is cut."""
     monkeypatch.setattr(encode, "PIECE", 200)

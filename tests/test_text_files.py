@@ -202,6 +202,7 @@ def test_nul_bytes_are_text_in_a_given_file_and_binary_in_a_folder(tmp_path):
     body = "text\0with\1some\x1bcontrol\x7f characters\n" * 10
     path = written(tmp_path, "x.txt", body)
     assert read(path) == [body]
+    assert text_files.find([path]).sources[0].note == "10 NUL characters, as if a part had another encoding"
     assert text_files.find([tmp_path]).skipped == [
         (f"{tmp_path.name}/x.txt", "binary: 10 of 350 characters are NUL")
     ]

@@ -91,10 +91,9 @@ class Summary:
         if self.counts.lost:
             lines.append(f"the tokenizer loses or adds {_lost(self.counts)}")
         long = any(source.kind == "text" and source.bytes > encode.PIECE for source in self.texts.sources)
-        if long and not getattr(self.tokenizer, "lossless", True):
-            joined = tokenizer.decode(self.tokenizer, 2 * self.tokenizer.encode("a").tolist())
-            if joined != "aa":
-                lines.append(f"at each megabyte of a text, the tokenizer makes {joined!r} of 'a' and 'a'")
+        where = "between prompt and response" if "mask" in train else "at each megabyte of a text"
+        if (long or "mask" in train) and (joined := _joined(self.tokenizer)):
+            lines.append(f"{where}, the tokenizer makes {joined}")
         if self.counts.empty_rows:
             lines.append(f"skipped {counted(self.counts.empty_rows, 'empty row')}")
         if self.counts.bad_rows:
@@ -117,6 +116,14 @@ class Summary:
             f"{train:,} train and {val:,} val documents, by a hash of the content; "
             f"{self.in_both:,} of val also in train (ignoring case, blanks and punctuation)"
         )
+
+
+def _joined(tokens: tokenizer.Tokenizer) -> str:
+    """Return what a tokenizer makes of two texts encoded one by one, if it is not their concatenation."""
+    if getattr(tokens, "lossless", True):
+        return ""
+    joined = tokenizer.decode(tokens, 2 * tokens.encode("a").tolist())
+    return "" if joined == "aa" else f"{joined!r} of 'a' and 'a'"
 
 
 def own_folder(program: str) -> Path:
@@ -154,6 +161,9 @@ def prepare(
     if given.kind == "hf" and not wanted.kind.startswith("bpe:"):
         workers = max(workers, 1)  # a fault in a foreign tokenizer must not end this process
     _refuse_idle({source.kind for source in texts.sources}, given.kind, wanted)
+    if wanted.pairs and not wanted.lossy and (joined := _joined(given)):
+        problem = f"between prompt and response, it makes {joined}"
+        raise UserError(f"--tokenizer={wanted.kind}: {problem}; give another or pass --lossy")
     job = replace(job, tokenizer=tokenizer.to_text(given))
     meta, counts, in_both, resumed = _write(texts, job, given, out, wanted, workers)
     return Summary(out, texts, split, given, meta, counts, alphabet, by_default, in_both, resumed, notes)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from nanogpt import files
 from nanogpt.errors import UserError
 from nanogpt.prepare import formats, rows
 from nanogpt.prepare.formats import Advance
@@ -165,6 +166,7 @@ def _search(
     for file in listed if folder else ():
         beside.setdefault(formats.rows_kind(file.name), set()).update(file.parents)
     tables, of_rows = beside.get("table", ()), [*beside.get("jsonl", ()), *beside.get("csv", ())]
+    saved = {parent: _saved(parent) for parent in {file.parent for file in listed}} if folder else {}
     for file in listed:
         relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
         name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
@@ -179,12 +181,23 @@ def _search(
         if (apart and file.parent in tables) or (is_notice and file.parent in of_rows):
             texts.skipped.append((name, "not a table, unlike others in its folder"))
             continue
+        if kind == "table" and saved.get(file.parent) and file.name not in saved[file.parent]:
+            texts.skipped.append((name, "not listed in state.json, as if of an earlier save_to_disk"))
+            continue
         try:
             texts.sources.append(inspect(file, name))
         except _NotText as problem:
             if not folder:
                 raise UserError(f"{file}: {problem}") from None
             texts.skipped.append((name, str(problem)))
+
+
+def _saved(folder: Path) -> set[str]:
+    """Return the names of the tables that a dataset of save_to_disk consists of; empty for other folders."""
+    with contextlib.suppress(OSError, UserError):
+        state = files.read_json(folder / "state.json", {"_data_files": [{"filename": str}]})
+        return {row["filename"] for row in state["_data_files"]}
+    return set()
 
 
 def code_points(text: str) -> np.ndarray:
@@ -235,13 +248,14 @@ def _inspect(
     problems = []
     for encoding in encodings:
         source = replace(source, encoding=encoding, undecodable=on_undecodable)
-        digest, newlines, bad, controls = Digest(), set[Any](), Undecoded(), 0
+        digest, newlines, bad, controls, nul = Digest(), set[Any](), Undecoded(), 0, 0
         chunks = decoded(source, advance, bad)
         chunks = _chinese(chunks) if encoding == "gb18030" != forced else chunks
         try:
             for chunk in with_newlines(_checked(chunks, nul_share), newlines):
                 digest.add(chunk)
                 controls += len(C1.findall(chunk)) if forced else 0
+                nul += chunk.count("\0")
         except _Undecodable as problem:
             problems.append(problem)
             continue
@@ -249,6 +263,8 @@ def _inspect(
         if bad.count:
             action = "dropped" if on_undecodable == "drop" else "replaced by U+FFFD"
             notes.append(f"{bad.count:,} undecodable bytes {action}, the first at offset {bad.first:,}")
+        if nul:
+            notes.append(f"{nul:,} NUL characters, as if a part had another encoding")
         if controls:
             notes.append(
                 f"{controls:,} control characters, as if its encoding were not {forced} (but cp1252?)"
