@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import re
 from pathlib import Path
 
@@ -96,6 +97,21 @@ def test_a_space_after_the_separators_is_not_part_of_a_field(head, tmp_path):
 def test_spaces_at_the_start_of_fields_are_kept(bodies, separator, tmp_path):
     for options in ({}, {"quoting": csv.QUOTE_ALL}):
         assert read(tmp_path / "x.csv", table(bodies, separator, **options)) == bodies
+
+
+def test_tables_written_by_csv_are_read_exactly():
+    draw = random.Random(0)
+    for _ in range(1000):
+        names = ["id", "text", "note"][draw.choice([0, 1]) : draw.choice([2, 3])]
+        separator = draw.choice(",;|") if len(names) > 1 else ","
+        alphabet = draw.choice(["ab ,", 'ab "', 'a \n"', 'ab;\t |,"\n '])
+        size = draw.randint(1, 12)
+        body = [["".join(draw.choices(alphabet, k=draw.randint(1, 6))) for _ in names] for _ in range(size)]
+        file = io.StringIO()
+        quoting = draw.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+        csv.writer(file, delimiter=separator, lineterminator="\n", quoting=quoting).writerows([names, *body])
+        lines = rows.of_csv([file.getvalue()], "text", tabs=False)
+        assert [json.loads(line)["text"] for line in lines] == [row[names.index("text")] for row in body]
 
 
 def test_single_column_of_csv_keeps_its_indentation(tmp_path):

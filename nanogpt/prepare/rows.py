@@ -198,9 +198,8 @@ def _is_spaced(head: list[str], separator: str) -> bool:
     between = re.escape(separator)
     fields = re.findall(rf'({between}|\n|^)("[^"]*(?:""[^"]*)*"|[^{between}\n]*)', "".join(head))
     later = [field for before, field in fields if before == separator and field]
-    return (bool(later) and all(field[0] == " " for field in later)) or any(
-        re.match(' +"', field) for field in later
-    )
+    of_all = separator in head[0] and all(field[0] == " " for field in later)
+    return of_all or any(re.match(' +"', field) for field in later)
 
 
 def _lines(chunks: Iterable[str]) -> Iterator[str]:
