@@ -65,11 +65,12 @@ class Setup(Generic[C]):
         if self.config.minutes:
             length = f"minutes: {self.config.minutes:g}"
         sharding = f"parallel: {self.division.why}\n" if self.division else ""
+        named = dataset.tokenizer != loader.vocabulary.GPT2_BY_NAME
         tables = f" ({model.ngrams.weight.numel():,} of them in n-gram tables)" if model.ngrams else ""
         return (
             f"machine: {self.machine.reason}\n{sharding}"
             f"data: {dataset.folder}, {len(dataset.train):,} training and {len(dataset.val):,} validation "
-            f"tokens, vocabulary {dataset.vocab_size:,}\n"
+            f"tokens, vocabulary {dataset.vocab_size:,}{'' if named else ' (of GPT-2, without a meta.pkl)'}\n"
             f"model: {model.n_params():,} parameters{tables}; {batch}; {length}"
         )
 

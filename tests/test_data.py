@@ -104,6 +104,11 @@ def test_reads_bare_files_as_gpt2_tokens(bare_tokens):
     assert found.vocab_size == 50257 and found.bytes_per_token is None and len(found.train) == 2500
 
 
+def test_a_run_says_that_bare_files_are_taken_for_gpt2_tokens(bare_tokens, tmp_path, capsys):
+    train.main(small_run(bare_tokens, tmp_path / "out", max_iters=1, eval_iters=1, batch_size=1))
+    assert "vocabulary 50,257 (of GPT-2, without a meta.pkl)" in capsys.readouterr().out
+
+
 def test_reads_nanogpts_meta_pkl(bare_tokens):
     np.zeros(50, "<u2").tofile(bare_tokens / "train.bin")
     np.ones(50, "<u2").tofile(bare_tokens / "val.bin")

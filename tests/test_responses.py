@@ -65,7 +65,7 @@ def test_mask_is_independent_of_processes_and_removed_with_other_data(questions,
 def test_rows_without_a_response_are_rejected(tmp_path, questions):
     with questions.open("a", encoding="utf-8") as file:
         file.write('{"prompt": "why", "response": ""}\n')
-    with pytest.raises(UserError, match=r"line 3\d\d has an empty `response`; remove the row, or skip all"):
+    with pytest.raises(UserError, match=r"line 3\d\d has an empty `response`; remove the row; --skip_bad"):
         prepare(questions, tmp_path / "out")
     missing = questions.with_name("missing.jsonl")
     missing.write_text('{"prompt": "why"}\n', encoding="utf-8")

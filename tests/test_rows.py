@@ -149,6 +149,13 @@ def test_quoted_fields_of_a_table_with_tabs_may_span_lines(tmp_path):
     assert read(tmp_path / "x.tsv", content) == ['first\nsecond "line"', "last"]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "|", "\t"])
+def test_separator_that_excel_names_first_is_known(separator, tmp_path):
+    bodies = ["a, b", "c; d", "e | f", 'said "no"']
+    content = f"sep={separator}\r\n" + table(bodies, separator).replace("\n", "\r\n")
+    assert read(tmp_path / "x.csv", content) == bodies
+
+
 def test_prompts_and_responses_are_read_from_csv(tmp_path):
     content = table(["answer", "yes"], names=("question", "answer"))
     found = read(tmp_path / "x.csv", content, "question+answer")

@@ -90,6 +90,15 @@ def test_fields_of_text_that_are_not_used_are_named(write):
     assert tasks.load(write("d.jsonl", both)).note == "d: fields not used: text\n"
 
 
+def test_labels_that_differ_are_refused(write):
+    row = {"question": "Who?", "options": ["x", "y"], "label": 1}
+    for same in ({"answer": "B"}, {"answerKey": "B", "gold": 1}, {"answer": "It was y, as he said."}):
+        assert one(write("c.jsonl", row | same)).label == 1
+    for other in ({"answer": "A"}, {"gold": 0}):
+        with pytest.raises(UserError, match=r"its fields `label`, `.*` name different endings"):
+            tasks.load(write("c.jsonl", row | other))
+
+
 @pytest.mark.parametrize("labels", [["1", "2", "3"], [1, 2, 3]])
 @pytest.mark.parametrize("key", ["2", 2])
 def test_numbers_that_name_endings_are_not_indices(write, labels, key):

@@ -10,6 +10,7 @@ Prompts follow lm-eval, so scores are comparable: HellaSwag's activity label pre
 markup of its WikiHow half is removed, and LAMBADA's target is the last word.
 """
 
+import contextlib
 import difflib
 import itertools
 import logging
@@ -150,7 +151,18 @@ def _endings(row: Row) -> list[str]:
 
 
 def _label(row: Row, endings: list[str]) -> int:
-    value, choices = _first(row, LABEL), row.get("choices")
+    """Return the index of the correct ending. Raise _Misfit if several fields name different ones."""
+    label, labels = _index(_first(row, LABEL), row, endings), {}
+    for name in (name for name in LABEL if name in row):
+        with contextlib.suppress(_Misfit):  # a text, such as an explanation
+            labels[name] = _index(row[name], row, endings)
+    if {*labels.values()} != {label}:
+        raise _Misfit(f"its fields `{'`, `'.join(labels)}` name different endings")
+    return label
+
+
+def _index(value: Any, row: Row, endings: list[str]) -> int:
+    choices = row.get("choices")
     if isinstance(choices, dict) and isinstance(choices.get("label"), list):
         labels = [str(label) for label in choices["label"]]
         if str(value) in labels:

@@ -59,7 +59,7 @@ def document(line: bytes, number: int, text_key: str) -> str | BadRow:
 def checked(texts: list[Any], number: int, keys: list[str], more: str = "") -> str | BadRow:
     """Return the document of the texts found under `keys`: one, or a prompt and a response."""
     if len(texts) == 2 and texts[1] == "":
-        return BadRow(number, f"has an empty `{keys[1]}`; remove the row, or skip all such with --skip_bad")
+        return BadRow(number, f"has an empty `{keys[1]}`; remove the row")
     if not all(isinstance(text, str) for text in texts):
         shown = ", ".join(f'"{key}": "..."' for key in keys)
         return BadRow(number, f"has no string `{'+'.join(keys)}`; each row must be like {{{shown}}}{more}")
@@ -128,12 +128,15 @@ def of_json(chunks: Iterable[str]) -> Iterator[bytes]:
 def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
     """Yield the rows of a table with a first line of names, as lines of JSON with the fields of `text_key`.
 
-    Separators are `tabs`, or that of comma, semicolon, tab and bar which is most frequent in the first line.
-    Raise UserError if there is no such column, or for quotes that do not match, naming the row.
+    Separators are `tabs`, that of Excel's line `sep=;` before the names, or that of comma, semicolon, tab and
+    bar which is most frequent in the first line. Raise UserError if there is no such column, or for quotes
+    that do not match, naming the row.
     """
     lines = _lines(chunks)
     head = list(itertools.islice(lines, FIRST))
     separator = "\t" if tabs else max(",;\t|", key="".join(head[:1]).count)
+    if given := re.fullmatch(r"sep=(.)\n", "".join(head[:1])):
+        separator, head = given[1], head[1:]
     tabs = separator == "\t"
     # Many tables with tabs have no quoting: a quote at the start of a field is a character there. The sign is
     # a field that begins with a quote and does not end with one, if every line is a row of its own.

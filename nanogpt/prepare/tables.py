@@ -1,9 +1,11 @@
 """Read Parquet and Arrow files with pyarrow; called in another process by `readers`."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nanogpt import files
 from nanogpt.errors import UserError, imported
 from nanogpt.prepare import rows
 from nanogpt.prepare.formats import BLOCK
@@ -14,6 +16,14 @@ STRINGS = ("string", "large_string", "string_view", "null")
 Batch = tuple[int, list[Any], int]  # number of the first row from 0, documents, position in the file
 
 _next: tuple[Any, Iterator[Batch]] = (None, iter(()))  # arguments of the next `batch`, batches left
+
+
+def saved(folder: Path) -> set[str]:
+    """Return the names of the tables that a dataset of save_to_disk consists of; empty for other folders."""
+    with contextlib.suppress(OSError, UserError):
+        state = files.read_json(folder / "state.json", {"_data_files": [{"filename": str}]})
+        return {row["filename"] for row in state["_data_files"]}
+    return set()
 
 
 def choose(where: str, columns: dict[str, str], text_key: str) -> list[str]:

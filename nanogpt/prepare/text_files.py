@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.prepare import formats, rows
+from nanogpt.prepare import formats, rows, tables
 from nanogpt.prepare.formats import Advance
 
 MARKS = {  # byte order marks; UTF-32 first, as its LE mark begins with that of UTF-16
@@ -165,8 +164,8 @@ def _search(
     beside: dict[str, set[Path]] = {}
     for file in listed if folder else ():
         beside.setdefault(formats.rows_kind(file.name), set()).update(file.parents)
-    tables, of_rows = beside.get("table", ()), [*beside.get("jsonl", ()), *beside.get("csv", ())]
-    saved = {parent: _saved(parent) for parent in {file.parent for file in listed}} if folder else {}
+    with_tables, of_rows = beside.get("table", ()), [*beside.get("jsonl", ()), *beside.get("csv", ())]
+    saved = {parent: tables.saved(parent) for parent in {file.parent for file in listed}} if folder else {}
     for file in listed:
         relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
         name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
@@ -178,7 +177,7 @@ def _search(
         kind = formats.rows_kind(file.name)
         apart = kind in ("", "json") or file.name.startswith("cache-")
         is_notice = kind == "" and file.stem.upper() in ("README", "LICENSE")
-        if (apart and file.parent in tables) or (is_notice and file.parent in of_rows):
+        if (apart and file.parent in with_tables) or (is_notice and file.parent in of_rows):
             texts.skipped.append((name, "not a table, unlike others in its folder"))
             continue
         if kind == "table" and saved.get(file.parent) and file.name not in saved[file.parent]:
@@ -190,14 +189,6 @@ def _search(
             if not folder:
                 raise UserError(f"{file}: {problem}") from None
             texts.skipped.append((name, str(problem)))
-
-
-def _saved(folder: Path) -> set[str]:
-    """Return the names of the tables that a dataset of save_to_disk consists of; empty for other folders."""
-    with contextlib.suppress(OSError, UserError):
-        state = files.read_json(folder / "state.json", {"_data_files": [{"filename": str}]})
-        return {row["filename"] for row in state["_data_files"]}
-    return set()
 
 
 def code_points(text: str) -> np.ndarray:
@@ -279,7 +270,7 @@ def _inspect(
         list(_chinese([head.decode("gb18030", "ignore")]))
         where = problems[-1]
     raise _NotText(
-        f"{where} is {expected}; convert it, or set --encoding=NAME (cp1252, big5, ...), or, "
+        f"{where} is {expected}; convert it, or set --encoding=NAME (cp1252, big5, gb18030, ...), or, "
         "if such bytes are few, pass --on_undecodable=replace"
     )
 
