@@ -180,7 +180,8 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
 def difference_from_training(path: Path, data: loader.Dataset) -> str:
     """Return a line about the validation loss that training printed for a checkpoint, if it is of fewer
     sequences than the validation split of `data` has, else ""."""
-    if not (path / "state.json").is_file() or math.isinf(logged := checkpoint.val_loss(path)):
+    logged, text = checkpoint.evaluation(path)
+    if math.isinf(logged) or text != data.hashes["val"]:
         return ""
     from nanogpt.evaluation import counting
 

@@ -1,13 +1,16 @@
 """Inputs whose result was wrong without a word: each is now handled, reported or rejected."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train
+from nanogpt import checkpoint, metrics
 from nanogpt.checkpoint import reader
 from nanogpt.convert import ckpt, weights
 from nanogpt.errors import UserError
@@ -73,6 +76,26 @@ def test_data_that_has_changed_is_reported_and_losses_are_not_compared(config, t
     assert "note: the data has changed since the run was saved (train, val)" in capsys.readouterr().out
     after = reader.find(Path(config.out_dir))[0].progress
     assert after.best_val_loss == after.val_loss != before
+
+
+def test_the_best_checkpoint_is_that_of_the_data_now_trained_on(config, tmp_path, capsys):
+    out, data = Path(config.out_dir), tmp_path / "data"
+    write_dataset(data, "abcdefghi " * 300)
+    train.main(replace(config, eval_interval=10, max_iters=20))
+    old = checkpoint.evaluation(checkpoint.step_folders(out)[0])
+    write_dataset(data, "".join(np.random.default_rng(0).choice([*"abcdefghi "], 3000)))
+    capsys.readouterr()
+    train.main(replace(config, eval_interval=10, max_iters=60, init_from="resume"))
+    said = capsys.readouterr().out
+    best, _ = reader.find(out, "best")
+    (newest, *_), losses = (
+        checkpoint.step_folders(out),
+        [float(x) for x in re.findall(r"val loss (\S+)", said)],
+    )
+    assert checkpoint.evaluation(best.path)[1] == checkpoint.evaluation(newest)[1] != old[1]
+    assert old[0] < min(losses) == pytest.approx(best.progress.val_loss, abs=1e-4)
+    assert f"best validation loss {min(losses):.4f} at iteration {best.progress.iter_num}" in said
+    assert any("other_val_loss" in row for row in metrics.read(out))
 
 
 def test_a_folder_of_nanogpt_is_named_for_what_it_is(tmp_path):

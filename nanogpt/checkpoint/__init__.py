@@ -50,8 +50,21 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def val_loss(path: Path) -> float:
-    """Return the validation loss of the checkpoint `path`; infinity if it has none or is unreadable."""
+def evaluation(path: Path) -> tuple[float, str]:
+    """Return the validation loss of the checkpoint `path` (infinity if it has none or is unreadable) and the
+    hash of the validation tokens."""
     with suppress(UserError, OSError):
-        return files.read_json(path / "state.json", {"val_loss": float})["val_loss"]
-    return math.inf
+        state = files.read_json(path / "state.json", {"val_loss": float | None, "data?": {"val?": str}})
+        return state["val_loss"] or math.inf, state.get("data", {}).get("val", "")
+    return math.inf, ""
+
+
+def best_first(folders: list[Path]) -> list[Path]:
+    """Sort checkpoints, given newest first, by validation loss. Losses on other data than that of the newest
+    checkpoint are not comparable and come last, before checkpoints without a loss."""
+
+    def rank(path: Path) -> tuple[bool, bool, float]:
+        loss, data = evaluation(path)
+        return math.isinf(loss), data != evaluation(folders[0])[1], loss
+
+    return sorted(folders, key=rank)  # stable: ties go to the newest

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanogpt import files
-from nanogpt.checkpoint import FILES, FORMAT, Progress, step_folders, val_loss
+from nanogpt.checkpoint import FILES, FORMAT, Progress, best_first, step_folders
 from nanogpt.config import Amount, fitted
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
@@ -122,7 +122,7 @@ def find(run_dir: Path, which: str = "last") -> tuple[Checkpoint | None, list[st
         return verify(next(path for path in candidates if int(path.name[5:]) == int(which))), []
     errors: list[str] = []
     if which == "best":
-        candidates.sort(key=val_loss)  # stable sort: ties go to the newest
+        candidates = best_first(candidates)
     for path in candidates:
         try:
             return verify(path), errors

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import files
-from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, step_folders, val_loss
+from nanogpt.checkpoint import FILES, FORMAT, REPLACED, Progress, best_first, evaluation, step_folders
 from nanogpt.errors import Diverged, UserError
 from nanogpt.model import GPT, NGRAM_TABLES
 from nanogpt.options import TrainOptions
@@ -95,8 +95,7 @@ def prune(run_dir: Path) -> None:
     for leftover in run_dir.glob(f"step-*{files.TEMPORARY}*"):
         files.remove(leftover)
     complete = [path for path in step_folders(run_dir) if (path / "manifest.json").is_file()]
-    evaluated = [path for path in complete if math.isfinite(val_loss(path))]
-    kept = complete[:KEPT] + sorted(evaluated, key=val_loss)[:1]
+    kept = complete[:KEPT] + [path for path in best_first(complete)[:1] if math.isfinite(evaluation(path)[0])]
     for path in complete:
         if path not in kept:
             # Rename first, so that a kill during deletion leaves no partial checkpoint.
