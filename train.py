@@ -564,8 +564,8 @@ def is_time_to_save(run: Run, interval_passed: bool) -> bool:
 def prepare_out_dir(run: Run, argv: list[str]) -> str:
     """Set a previous run in out_dir aside, write the tokenizer and the options; return a notice, or ""."""
     config, out = run.config, Path(run.config.out_dir)
-    resumed = run.progress if run.resumed else None
-    run.lock, notice = writer.prepare_folder(out, cast(FileLock, run.lock), resumed, config)
+    resumed, data = run.progress if run.resumed else None, run.dataset.hashes["val"]
+    run.lock, notice = writer.prepare_folder(out, cast(FileLock, run.lock), resumed, config, data)
     if run.resumed and run.tasks_and_samples:
         run.tasks_and_samples.resume()
     files.write_text(out / "tokenizer.json", run.dataset.tokenizer)

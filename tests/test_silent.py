@@ -88,14 +88,32 @@ def test_the_best_checkpoint_is_that_of_the_data_now_trained_on(config, tmp_path
     train.main(replace(config, eval_interval=10, max_iters=60, init_from="resume"))
     said = capsys.readouterr().out
     best, _ = reader.find(out, "best")
-    (newest, *_), losses = (
-        checkpoint.step_folders(out),
-        [float(x) for x in re.findall(r"val loss (\S+)", said)],
-    )
+    newest = checkpoint.step_folders(out)[0]
+    losses = [float(x) for x in re.findall(r"val loss (\S+)", said)]
     assert checkpoint.evaluation(best.path)[1] == checkpoint.evaluation(newest)[1] != old[1]
     assert old[0] < min(losses) == pytest.approx(best.progress.val_loss, abs=1e-4)
     assert f"best validation loss {min(losses):.4f} at iteration {best.progress.iter_num}" in said
     assert any("other_val_loss" in row for row in metrics.read(out))
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "order"),
+    [
+        ([(1.5, "a"), (1.2, ""), (None, "a"), (1.4, "a")], [1.2, 1.4, 1.5, None]),  # "": of an older version
+        ([(1.5, "a"), (0.0, "b"), (None, "a"), (1.4, "a")], [1.4, 1.5, 0.0, None]),
+        ([(None, "a"), (1.2, "b"), (1.4, "a")], [1.4, 1.2, None]),
+        ([(1.5, ""), (1.2, "")], [1.2, 1.5]),
+    ],
+)
+def test_checkpoints_of_other_data_come_after_those_of_the_same(evaluations, order, tmp_path):
+    folders = []
+    for number, (loss, data) in enumerate(evaluations):
+        folders.append(tmp_path / str(number))
+        folders[-1].mkdir()
+        state = {"val_loss": loss} | ({"data": {"train": "t", "val": data}} if data else {})
+        (folders[-1] / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    ranked = [json.loads((path / "state.json").read_text()) for path in checkpoint.best_first(folders)]
+    assert [state["val_loss"] for state in ranked] == order
 
 
 def test_a_folder_of_nanogpt_is_named_for_what_it_is(tmp_path):

@@ -51,20 +51,18 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 
 def evaluation(path: Path) -> tuple[float, str]:
-    """Return the validation loss of the checkpoint `path` (infinity if it has none or is unreadable) and the
-    hash of the validation tokens."""
+    """Return the validation loss of the checkpoint `path`, infinity if it has none or is unreadable, and the
+    hash of the validation tokens, "" if it is not known."""
     with suppress(UserError, OSError):
         state = files.read_json(path / "state.json", {"val_loss": float | None, "data?": {"val?": str}})
-        return state["val_loss"] or math.inf, state.get("data", {}).get("val", "")
+        loss, data = state["val_loss"], state.get("data", {}).get("val", "")
+        return math.inf if loss is None else loss, data
     return math.inf, ""
 
 
 def best_first(folders: list[Path]) -> list[Path]:
-    """Sort checkpoints, given newest first, by validation loss. Losses on other data than that of the newest
-    checkpoint are not comparable and come last, before checkpoints without a loss."""
-
-    def rank(path: Path) -> tuple[bool, bool, float]:
-        loss, data = evaluation(path)
-        return math.isinf(loss), data != evaluation(folders[0])[1], loss
-
-    return sorted(folders, key=rank)  # stable: ties go to the newest
+    """Sort checkpoints, given newest first, by validation loss. Those known to have been evaluated on other
+    data than the newest come last, before those without a loss."""
+    found = [evaluation(path) for path in folders]
+    ranks = [(math.isinf(loss), data not in ("", found[0][1]), loss) for loss, data in found]
+    return [folders[i] for i in sorted(range(len(folders)), key=ranks.__getitem__)]  # ties go to the newest

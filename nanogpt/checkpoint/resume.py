@@ -3,7 +3,6 @@
 import glob
 import itertools
 import json
-import math
 import os
 import typing
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import files, metrics
-from nanogpt.checkpoint import REPLACED, Progress, reader, step_folders
+from nanogpt.checkpoint import REPLACED, Progress, evaluation, reader, step_folders
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.config import fitted
 from nanogpt.data.loader import Dataset
@@ -156,13 +155,13 @@ def restore_progress(
     return progress
 
 
-def rewind(run_dir: Path, progress: Progress) -> None:
+def rewind(run_dir: Path, progress: Progress, data: str = "") -> None:
     """Remove from a run folder everything that the run, resumed at `progress`, will write again.
 
     Later checkpoints, which `find` has skipped as damaged, are renamed to `.damaged`. All later rows of
     metrics.jsonl are deleted, and so is the evaluation at the same iteration unless the checkpoint was
-    evaluated. Task scores at that iteration belong to the checkpoint and are kept. Losses on another
-    validation text are renamed, because no reader should compare them with those that follow.
+    evaluated. Task scores at that iteration belong to the checkpoint and are kept. Validation losses on other
+    data than that with the hash `data` are renamed, because they are not comparable with those that follow.
     """
     for path in step_folders(run_dir):
         if int(path.name[5:]) > progress.iter_num:
@@ -174,10 +173,9 @@ def rewind(run_dir: Path, progress: Progress) -> None:
     before = progress.iter_num - 1
     last = {"eval": before if progress.val_loss is None else progress.iter_num, "tasks": progress.iter_num}
     kept = [row for row in metrics.read(run_dir) if row["iter"] <= last.get(row["event"], before)]
-    losses = [row["val_loss"] for row in kept if row.get("val_loss") is not None]
-    if losses and (progress.best_val_loss or math.inf) > min(losses):  # reset by restore_progress
-        for row in kept:
-            row |= {"other_val_loss": row.pop("val_loss")} if "val_loss" in row else {}
+    if any(evaluation(path)[1] not in ("", data) for path in step_folders(run_dir)[:1]):
+        for row in (row for row in kept if "val_loss" in row):
+            row["other_val_loss"] = row.pop("val_loss")
     files.write_text(run_dir / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))
 
 

@@ -106,10 +106,10 @@ def prune(run_dir: Path) -> None:
 
 
 def prepare_folder(
-    run_dir: Path, lock: FileLock, resumed: Progress | None, options: TrainOptions
+    run_dir: Path, lock: FileLock, resumed: Progress | None, options: TrainOptions, data: str = ""
 ) -> tuple[FileLock, str]:
     """Prepare the run folder `run_dir`, locked by `lock`, for a new run or, if `resumed` is given, for one
-    that resumes at this progress.
+    that resumes at this progress. `data`: hash of the validation tokens, if known.
 
     An existing run that is not resumed is renamed: to the first free of run.1, run.2, ... or, with
     --overwrite, to run.replaced, which is deleted after the first checkpoint. Return the lock, to be held
@@ -121,7 +121,7 @@ def prepare_folder(
 
     if resumed is None:
         return resume.set_aside(run_dir, lock, options.overwrite)
-    resume.rewind(run_dir, resumed)
+    resume.rewind(run_dir, resumed, data)
     return lock, f"resuming {run_dir} at iteration {resumed.iter_num}, {resume.left(resumed, options)}"
 
 
