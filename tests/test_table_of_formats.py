@@ -319,10 +319,8 @@ def test_formats_of_a_kind_are_named(name, tmp_path):
 def test_spaces_that_a_tokenizer_adds_between_prompt_and_response_are_refused(tmp_path):
     rows = (json.dumps({"prompt": f"{i} plus 1 is", "response": f" {i + 1}"}) for i in range(50))
     (tmp_path / "x.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    kind, said = (
-        str(put(tmp_path / "x.json", unigram)),
-        "between prompt and response.* makes 'a a' of 'a' and 'a'",
-    )
+    kind = str(put(tmp_path / "x.json", unigram))
+    said = "between prompt and response.* makes 'a a' of 'a' and 'a'"
     options = {"kind": kind, "text_key": "prompt+response", "val_fraction": 0.3}
     with pytest.raises(UserError, match=said):
         corpus.prepare([tmp_path / "x.jsonl"], tmp_path / "out", **options)

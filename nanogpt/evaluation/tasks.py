@@ -244,8 +244,8 @@ def load(spec: str, limit: int = 0) -> Task:
     if not items:
         raise UserError(f"{place} has no items; give a file with one JSON object per line")
     shown = name if name not in ("choice", "cloze") else Path(place).name.split(".")[0]
-    known = name in ("hellaswag", "lambada")
-    note = "" if known or not unread else f"{shown}: fields not used: {', '.join(sorted(unread))}\n"
+    told = unread and not KNOWN[name].hub  # the other fields of known tasks are not part of them
+    note = f"{shown}: fields not used: {', '.join(sorted(unread))}\n" if told else ""
     return Task(shown, kind, items, note)
 
 

@@ -188,12 +188,11 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
 
 def _is_regular(head: list[str], separator: str) -> bool:
     """Return whether the first lines of a table, read with quotes, have rows of equal length."""
-    reader, lengths = csv.reader(head, delimiter=separator, strict=True), set()
+    reader = csv.reader(head, delimiter=separator, strict=True)
     try:
-        lengths = {len(row) for row in reader if row}
+        return len({len(row) for row in reader if row}) == 1
     except csv.Error:  # FIRST lines may end within a row
         return len(head) == FIRST == reader.line_num
-    return len(lengths) == 1
 
 
 def _is_spaced(head: list[str], separator: str) -> bool:

@@ -1,4 +1,4 @@
-"""Read Parquet and Arrow files with pyarrow; called in another process by `readers`."""
+"""Read Parquet and Arrow files with pyarrow; but for `saved`, called in another process by `readers`."""
 
 import contextlib
 from collections.abc import Callable, Iterator

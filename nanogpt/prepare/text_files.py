@@ -165,7 +165,7 @@ def _search(
     for file in listed if folder else ():
         beside.setdefault(formats.rows_kind(file.name), set()).update(file.parents)
     with_tables, of_rows = beside.get("table", ()), [*beside.get("jsonl", ()), *beside.get("csv", ())]
-    saved = {parent: tables.saved(parent) for parent in {file.parent for file in listed}} if folder else {}
+    saved = {folder: tables.saved(folder) for folder in with_tables}
     for file in listed:
         relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
         name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
