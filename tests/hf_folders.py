@@ -51,3 +51,16 @@ def write_cache(home: Path, repo: str, **given) -> Path:
     (top / "refs").mkdir(parents=True)
     (top / "refs" / "main").write_text(commit, encoding="utf-8")
     return write(top / "snapshots" / commit, **given)
+
+
+def tokenizer_json(merges: Path) -> dict:
+    """Return GPT-2's tokenizer.json; with fewer `merges`, the other ids are of tokens that never occur."""
+    from nanogpt.tokenizer import bpe, vocabulary
+
+    value = json.loads(bpe.as_hugging_face(merges.read_text(encoding="utf-8")))
+    vocab, end = value["model"]["vocab"], vocabulary.GPT2_VOCAB_SIZE - 1
+    vocab |= {f"unused {i}": i for i in range(len(vocab), end)} | {vocabulary.END_OF_TEXT: end}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return value | {
+        "added_tokens": [{"id": end, "content": vocabulary.END_OF_TEXT, "special": True, **flags}]
+    }

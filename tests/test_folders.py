@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from nanogpt import files
-from nanogpt.convert import hf_tokenizer
+from nanogpt.convert import hf, hf_tokenizer
 from nanogpt.data import loader
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus
 from nanogpt.tokenizer import bpe, tokenizer, vocabulary
+from nanogpt.tokenizer.gpt2 import GPT2Tokenizer
+from tests import hf_folders
 from tests.conftest import words
 from tests.texts import chinese_novel
 
@@ -50,11 +52,80 @@ def test_openais_names_and_gpt2s_own_merges_are_recognized(real, tmp_path):
     assert (own.kind, own.vocab_size) == ("hf", 50258) and own.encode_prompt("<|user|>") == [50257]
 
 
-@pytest.mark.parametrize("end", ["<\uff5cend\u2581of\u2581sentence\uff5c>", "[EOS]", "<|end-of-document|>"])
+@pytest.mark.parametrize(
+    "end", ["<\uff5cend\u2581of\u2581sentence\uff5c>", "[EOS]", "<EOS_TOKEN>", "<|end-of-document|>"]
+)
 def test_other_names_of_the_end_of_a_text_are_known(end, trained_bpe):
     own = tokenizer.from_text(trained_bpe.replace("<|endoftext|>", json.dumps(end)[1:-1]))
     assert own.end_of_text == tokenizer.from_text(trained_bpe).end_of_text is not None
     assert tokenizer.from_text(trained_bpe.replace("endoftext", "end_of_turn")).end_of_text is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_the_end_of_a_text_is_the_one_that_transformers_names(name, trained_bpe, tmp_path):
+    """Whatever other tokens are called, and whether or not it is marked as special."""
+    size = vocabulary.identify(trained_bpe).vocab_size
+    value = json.loads(trained_bpe)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    value["added_tokens"].append({"id": size, "content": "<|im_end|>", **flags})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    (tmp_path / name).write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}), encoding="utf-8")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        assert tokenizer.from_file(path).end_of_text == size
+    (tmp_path / "rows.jsonl").write_text('{"text": "ab"}\n' * 9, encoding="utf-8")
+    summary = corpus.prepare([tmp_path / "rows.jsonl"], tmp_path / "out", kind=str(tmp_path))
+    assert "each document ends with <|im_end|>" in summary.lines()
+    ids = loader.load(tmp_path / "out").train.read(0, 6).tolist()
+    assert ids[1::2] == [size] * 3
+    # the file that is kept beside the data is one that the tokenizers library reads
+    kept = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert kept.encode("a<|im_end|>").ids == ids[:2]
+
+
+def test_an_id_that_the_library_would_change_is_an_error(trained_bpe, tmp_path):
+    size = vocabulary.identify(trained_bpe).vocab_size
+    (tmp_path / "tokenizer.json").write_text(trained_bpe, encoding="utf-8")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size + 3}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"gives '<|user|>' the id {size + 3}, which .* takes for {size}"):
+        tokenizer.from_file(tmp_path)
+
+
+@pytest.mark.parametrize("merges", ["own merges"], indirect=True)
+@pytest.mark.parametrize("what", ["normalizer", "prefix", "digits", "setting", "added", "ids of vocab.json"])
+def test_what_differs_from_gpt2s_tokenizer_is_not_taken_for_it(what, tmp_path, merges):
+    """Each with GPT-2's own merges, in merges.txt and in tokenizer.json."""
+    transformers = pytest.importorskip("transformers")
+    size = vocabulary.GPT2_VOCAB_SIZE
+    folder = hf_folders.write(tmp_path / "a", merges=merges, vocab_size=-(-(size + 1) // 64) * 64)
+    value, settings = hf_folders.tokenizer_json(merges), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    level, vocab = value["pre_tokenizer"], value["model"]["vocab"]
+    if what == "normalizer":
+        value["normalizer"] = {"type": "Lowercase"}
+    elif what == "prefix":
+        value["pre_tokenizer"] = {**level, "add_prefix_space": True}
+    elif what == "digits":
+        digits = {"type": "Digits", "individual_digits": True}
+        value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, level]}
+    elif what == "setting":
+        settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    elif what == "added":
+        settings["added_tokens_decoder"] = {str(size): {"content": "<|im_end|>", "special": True}}
+        settings["eos_token"] = "<|im_end|>"
+    if what == "ids of vocab.json":
+        shifted = {token: (i + 1) % len(vocab) for token, i in vocab.items()}
+        (folder / "vocab.json").write_text(json.dumps(shifted), encoding="utf-8")
+        settings["tokenizer_class"] = "GPT2Tokenizer"
+    else:
+        (folder / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "Hello World 1234 <|im_end|><|endoftext|>."
+    expected = theirs(text, add_special_tokens=False)["input_ids"]
+    own = tokenizer.from_text(hf.open_folder(folder).tokenizer)
+    usual = GPT2Tokenizer(merges.read_text(encoding="utf-8"))
+    assert own.encode_prompt(text) == expected != usual.encode_prompt(text)
+    assert tokenizer.fingerprint(tokenizer.from_file(folder)) == tokenizer.fingerprint(own)
+    assert own.end_of_text == theirs.convert_tokens_to_ids(settings.get("eos_token", "<|endoftext|>"))
 
 
 def test_added_tokens_are_read_from_both_files(gpt2_style, trained_bpe):
@@ -201,6 +272,7 @@ def a_byte(inner: "tokenizers.Tokenizer") -> None:
 
 def words_only(inner: "tokenizers.Tokenizer") -> None:
     vocab = {word: number for number, word in enumerate(sorted({*re.findall(r"\w+|\W", LATE), "?"}))}
+    vocab = {"<|endoftext|>": 0, **{word: number + 1 for word, number in vocab.items()}}
     inner.model = tokenizers.models.WordLevel(vocab, unk_token="?")
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|\W"), "isolated")
     inner.decoder = tokenizers.decoders.Fuse()

@@ -221,27 +221,27 @@ def test_tokenizer_is_loaded_with_the_model(tmp_path, merges):
     assert ids == load_gpt2(str(merges)).encode("Hello world!").tolist()
 
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+    value = hf_folders.tokenizer_json(merges)
     for form in (lines, [line.split(" ") for line in lines]):  # formats of older and newer files
         (folder / "merges.txt").unlink(missing_ok=True)
-        about = {"model": {"type": "BPE", "merges": form}}
-        (folder / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
+        value["model"]["merges"] = form
+        (folder / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
         assert hf.open_folder(folder).tokenizer == text
 
 
 @pytest.mark.parametrize("with_merges", [True, False])
 def test_tokens_of_gpt2_with_other_ids_are_read_as_they_are(with_merges, tmp_path, merges):
-    from nanogpt.tokenizer import bpe, tokenizer, vocabulary
+    from nanogpt.tokenizer import tokenizer, vocabulary
 
     size = vocabulary.GPT2_VOCAB_SIZE
     folder = hf_folders.write(tmp_path / "a", merges=merges if with_merges else None, vocab_size=size)
-    value = json.loads(bpe.as_hugging_face(merges.read_text(encoding="utf-8")))
+    value = hf_folders.tokenizer_json(merges)
     vocab = value["model"]["vocab"]
-    vocab |= {f"unused {i}": i for i in range(len(vocab), size)}
     usual = load_gpt2(str(merges)).encode("Hello world!").tolist()
     for first, second in ((usual[0], usual[0]), (usual[0], usual[1])):
         swap = {first: second, second: first}
         value["model"]["vocab"] = {token: swap.get(i, i) for token, i in vocab.items()}
-        (folder / "tokenizer.json").write_text(json.dumps(value | {"added_tokens": []}), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
         own = tokenizer.from_text(hf.open_folder(folder).tokenizer)
         assert own.kind == ("gpt2" if first == second else "hf")
         assert own.encode("Hello world!").tolist() == [swap.get(i, i) for i in usual]

@@ -5,7 +5,6 @@ tokenizer files. All checks but those of values use the headers only, before any
 huggingface_hub is needed only for models given by name, to find them in its cache or download them.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,10 +28,10 @@ from nanogpt.convert.layout import (
 from nanogpt.convert.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.errors import UserError
 from nanogpt.model import GPTConfig
-from nanogpt.tokenizer import bpe, folders, vocabulary
+from nanogpt.tokenizer import folders, vocabulary
 
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-TOKENIZER_FILES = ["merges.txt", "vocab.json", "tokenizer.json", OWN_TOKENIZER]
+TOKENIZER_FILES = [*folders.NAMES, "added_tokens.json", "special_tokens_map.json", OWN_TOKENIZER]
 ACTIVATION_OF = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
 ACTIVATION_OF |= {"gelu": "gelu", "relu2": "relu2"}
 FLAGS = {  # GPT2Config settings that change the computation, and GPT-2's values
@@ -264,56 +263,18 @@ def _expected(config: GPTConfig, path: Path) -> dict[str, list[int]]:
 
 
 def find_tokenizer(folder: Path, vocab_size: int) -> str:
-    """Return our tokenizer.json, as text, for the tokenizer of `folder`: the one written by export.py, else
-    GPT-2's with its merges, or with tokens added to it, or BERT's, else "". Raise UserError if the files
-    belong to another tokenizer.
+    """Return the text of a tokenizer.json for the tokenizer of `folder`: the one that export.py wrote, else
+    the one that transformers reads; "" if it is unknown. Raise UserError for files that are not supported.
     """
     if (folder / OWN_TOKENIZER).is_file():
         text = files.text_of(folder / OWN_TOKENIZER)
         vocabulary.identify(text, str(folder / OWN_TOKENIZER))
         return text
-    plain, fast = folder / "merges.txt", folder / "tokenizer.json"
-    whole = _if_known(files.text_of(fast)) if fast.is_file() else ""
-    adding = (folder / name for name in ("added_tokens.json", "tokenizer_config.json"))
-    if not fast.is_file() and plain.is_file() and any(path.is_file() for path in adding):
-        whole = folders.find(folder)
-    if whole and vocabulary.identify(whole).vocab_size > vocabulary.GPT2_VOCAB_SIZE:  # added tokens
-        return whole
-    for path, read in ((plain, _plain_merges), (fast, _json_merges)):
-        if path.is_file() and (text := folders.gpt2(read(path))):
-            return text if not whole or _has_gpt2_ids(whole, json.loads(text)["merges"]) else whole
-    if whole:
-        return whole
-    if plain.is_file() or fast.is_file():
-        raise UserError(f"{plain if plain.is_file() else fast}: unsupported tokenizer (not GPT-2's)")
-    if (folder / "vocab.txt").is_file():  # BERT's tokenizer, as of most Chinese GPT-2s
-        return folders.find(folder)
+    if text := folders.read(folder):
+        return text
+    if (merges := folder / "merges.txt").is_file():
+        if text := folders.gpt2(files.text_of(merges).splitlines()):
+            return text
+        raise UserError(f"{merges}: unsupported tokenizer (not GPT-2's)")
     is_other = any(path.suffix in folders.ENDINGS or path.name == "vocab.json" for path in folder.iterdir())
     return vocabulary.GPT2_BY_NAME if vocab_size in (50257, 50304) and not is_other else ""
-
-
-def _if_known(text: str) -> str:
-    try:
-        vocabulary.identify(text)
-    except UserError:
-        return ""
-    return text
-
-
-def _has_gpt2_ids(text: str, merges: str) -> bool:
-    """Return whether a tokenizer.json numbers the tokens of GPT-2's `merges` as GPT-2 does."""
-    vocab = json.loads(text)["model"]["vocab"]
-    return isinstance(vocab, dict) and vocab.items() >= bpe.vocabulary(merges).items()
-
-
-def _plain_merges(path: Path) -> list[str]:
-    return files.text_of(path).splitlines()
-
-
-def _json_merges(path: Path) -> list[str]:
-    """Return the merges in a file of the tokenizers library; empty for other kinds of tokenizer."""
-    value = files.read_json(path, dict)
-    try:
-        return [merge if isinstance(merge, str) else " ".join(merge) for merge in value["model"]["merges"]]
-    except (KeyError, TypeError):
-        return []

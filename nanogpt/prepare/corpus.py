@@ -75,6 +75,10 @@ class Summary:
             f"split: {self._split()}",
             f"bytes per token: {(train['text_bytes'] + val['text_bytes']) / tokens:.2f}",
         ]
+        if self.meta["documents"] > 1:
+            end = self.tokenizer.end_of_text
+            named = "a newline" if end is None else tokenizer.decode(self.tokenizer, [end])
+            lines.append(f"each document ends with {named}")
         if "mask" in train:
             lines.append("loss on responses only (train.mask.bin, val.mask.bin)")
         if self.resumed:
@@ -226,7 +230,7 @@ def _splits(texts: Texts, wanted: Options, out: Path) -> tuple[Texts, int, list[
         start = next(text_files.decoded(source, lambda count: None), "")
         if END_OF_TEXT in start:
             notes.append(
-                f"note: {source.name} contains {END_OF_TEXT}, which is read as ordinary text; "
+                f"note: {source.name} contains {END_OF_TEXT}, which is read as part of the text; "
                 f"--split_at='{END_OF_TEXT}' makes it the end of a document"
             )
         first = start.partition("\n")[0].rstrip()

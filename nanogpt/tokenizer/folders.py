@@ -1,4 +1,5 @@
-"""Tokenizers in the files of other programs: GPT-2's vocab.json and merges.txt, BERT's vocab.txt."""
+"""Tokenizers in the files of other programs: those of transformers, GPT-2's vocab.json and merges.txt, and
+BERT's vocab.txt."""
 
 import json
 from collections.abc import Iterable
@@ -9,9 +10,13 @@ from nanogpt import files
 from nanogpt.config import Amount
 from nanogpt.errors import UserError
 from nanogpt.tokenizer import bpe, vocabulary
+from nanogpt.tokenizer.hugging_face import end_of_text
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
-NAMES = ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt", "tokenizer_config.json")
+NAMES = (
+    *["vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt"],
+    *["tokenizer.json", "tokenizer_config.json"],
+)
 ENDINGS = (".model", ".tiktoken")  # of unsupported formats
 IDS = {str: Amount}  # vocab.json, added_tokens.json
 LIKE_GPT2 = ("GPT2", "Roberta", "Bart", "Longformer", "OPT", "CodeGen", "Whisper", "PreTrained")  # its words
@@ -22,21 +27,35 @@ SPECIAL = (
 
 
 def find(folder: Path) -> str:
-    """Return a tokenizer.json for the other tokenizer files of `folder`; "" if there are none.
+    """Return the text of a tokenizer.json for the tokenizer files of `folder`; "" if there are none.
 
     Raise UserError, which says how to convert them, if their format is not supported.
     """
-    for names, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (folder / names).is_file() and (folder / merges).is_file():
-            return _byte_level(folder, folder / names, files.text_of(folder / merges))
-    if (folder / "vocab.txt").is_file():
-        return _word_piece(folder, folder / "vocab.txt")
+    if text := read(folder):
+        return text
     if others := sorted(path for path in folder.iterdir() if path.suffix in ENDINGS):
         code = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         raise UserError(
             f"{others[0]} is a SentencePiece or tiktoken file, which is not read; make a tokenizer.json: "
             f'python -c "from transformers import AutoTokenizer; {code}"'
         )
+    return ""
+
+
+def read(folder: Path) -> str:
+    """Return as `find`, but "" also for files that are not supported: tokenizer.json with the tokens and the
+    end of text that other files of the folder name, or what these files make without it.
+    """
+    if (folder / "tokenizer.json").is_file():
+        text = files.text_of(folder / "tokenizer.json")
+        vocabulary.identify(text, str(folder / "tokenizer.json"))
+        value = json.loads(text)
+        return _completed(folder, value) if vocabulary.is_hugging_face(value) else text
+    for names, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (folder / names).is_file() and (folder / merges).is_file():
+            return _completed(folder, _byte_level(folder, folder / names, files.text_of(folder / merges)))
+    if (folder / "vocab.txt").is_file():
+        return _completed(folder, _word_piece(folder, folder / "vocab.txt"))
     return ""
 
 
@@ -60,39 +79,78 @@ def _settings(folder: Path) -> dict[str, Any]:
     return _json(folder / "tokenizer_config.json", {"added_tokens_decoder?": {str: {"content": str}}})
 
 
-def _assembled(folder: Path, vocab: dict[str, Any], parts: dict[str, Any]) -> str:
-    """Return the tokenizer.json with `parts` and the added tokens of `folder`."""
-    added = dict(_json(folder / "added_tokens.json", IDS))
-    special = set(SPECIAL)
-    for number, token in _settings(folder).get("added_tokens_decoder", {}).items():
-        added[token["content"]] = files.parse_json(number, f"{folder}: id of {token['content']!r}", Amount)
-        special |= {token["content"]} if token.get("special") else set()
-    added |= {token: vocab[token] for token in SPECIAL if token in vocab}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    tokens = [
-        {"id": number, "content": token, **plain, "special": token in special}
-        for token, number in sorted(added.items(), key=lambda item: item[1])
-    ]
-    return json.dumps({"version": "1.0", "added_tokens": tokens, **parts}) + "\n"
+def _completed(folder: Path, value: dict[str, Any]) -> str:
+    """Return the text of a tokenizer.json with what transformers takes from the files beside it: added
+    tokens, the end of text, and whether a space precedes a text. GPT-2's own is returned in our format.
+    """
+    settings, level = _settings(folder), value.get("pre_tokenizer") or {}
+    own = False if str(settings.get("tokenizer_class")).startswith("GPT2") else None
+    prefix = settings.get("add_prefix_space", own)
+    if isinstance(prefix, bool) and level.get("type") == "ByteLevel":
+        level["add_prefix_space"] = prefix
+    vocab = value["model"]["vocab"]
+    ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, *_) in enumerate(vocab)}
+    added = {token["content"]: token for token in value.get("added_tokens") or []}
+    named = {token: {"id": number} for token, number in _json(folder / "added_tokens.json", IDS).items()}
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        place = f"{folder}: id of {token['content']!r}"
+        named[token["content"]] = {**token, "id": files.parse_json(number, place, Amount)}
+    if (end := _end(folder)) in ids:
+        named.setdefault(end, {"id": ids[end], "special": True})
+    for content, token in named.items():
+        added.setdefault(content, _added(**token | {"content": content}))
+    value["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+    if end in added and added[end]["id"] != end_of_text(value):
+        added[end] |= {"special": True, "end_of_text": True}
+    return _gpt2s(value) or json.dumps(value) + "\n"
 
 
-def _byte_level(folder: Path, path: Path, merges: str) -> str:
+def _added(content: str, id: int, **flags: Any) -> dict[str, Any]:
+    """Return an added token of a tokenizer.json, with those of `flags` that it has."""
+    token = {name: bool(flags.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return {"id": id, **token, "content": content, "special": bool(flags.get("special", content in SPECIAL))}
+
+
+def _end(folder: Path) -> str:
+    """Return the token that the settings of transformers name as the end of a text; "" if none."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _json(folder / name, dict).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token and isinstance(token, str):
+            return token
+    return ""
+
+
+def _gpt2s(value: dict[str, Any]) -> str:
+    """Return our tokenizer.json if a tokenizer.json encodes every text as GPT-2 does, else ""."""
+    merges = [m if isinstance(m, str) else " ".join(m) for m in value["model"].get("merges") or []]
+    ends = [(token["id"], token["content"]) for token in value["added_tokens"]]
+    if ends != [(vocabulary.GPT2_VOCAB_SIZE - 1, END_OF_TEXT)] or not bpe.without_special_tokens(value):
+        return ""
+    known = gpt2(merges)
+    expected = bpe.vocabulary(json.loads(known)["merges"]) if known else {}
+    return known if value["model"]["vocab"].items() >= expected.items() else ""
+
+
+def _byte_level(folder: Path, path: Path, merges: str) -> dict[str, Any]:
     vocab, settings = _json(path, IDS), _settings(folder)
     lines = _merges(merges.splitlines())
     kind, missing = str(settings.get("tokenizer_class") or "GPT2"), set(bpe.BYTE_OF) - set(vocab)
     if missing or not kind.startswith(LIKE_GPT2) or any(token.endswith("</w>") for token in vocab):
         why = f"lacks {len(missing)} of the 256 bytes" if missing else f"is of a {kind.removesuffix('Fast')}"
         raise UserError(f"{path} {why}, so it is not a BPE such as GPT-2's; give its tokenizer.json")
-    known = gpt2(lines) if len(vocab) == vocabulary.GPT2_VOCAB_SIZE else ""
-    if known and not _json(folder / "added_tokens.json", IDS):
-        return known
-    level = {**bpe.BYTE_LEVEL, "add_prefix_space": bool(settings.get("add_prefix_space"))}
     model = {"type": "BPE", "vocab": vocab, "merges": lines}
-    parts = {"pre_tokenizer": level, "decoder": bpe.BYTE_LEVEL, "model": model}
-    return _assembled(folder, vocab, parts)
+    return _assembled({"pre_tokenizer": {**bpe.BYTE_LEVEL}, "decoder": bpe.BYTE_LEVEL, "model": model})
 
 
-def _word_piece(folder: Path, path: Path) -> str:
+def _assembled(parts: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json of `parts`, with those tokens of the vocabulary added that are special."""
+    vocab = parts["model"]["vocab"]
+    added = [_added(token, vocab[token]) for token in SPECIAL if token in vocab]
+    return {"version": "1.0", "added_tokens": added, **parts}
+
+
+def _word_piece(folder: Path, path: Path) -> dict[str, Any]:
     tokens = files.text_of(path).removesuffix("\n").split("\n")
     vocab = {token.removesuffix("\r"): number for number, token in enumerate(tokens)}
     if "[UNK]" not in vocab or len(vocab) != len(tokens):
@@ -112,4 +170,4 @@ def _word_piece(folder: Path, path: Path) -> str:
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
         "model": {**model, "max_input_chars_per_word": 100, "vocab": vocab},
     }
-    return _assembled(folder, vocab, parts)
+    return _assembled(parts)

@@ -12,7 +12,7 @@ from nanogpt.tokenizer import bpe, isolated, vocabulary
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in order of preference
-LIKE_AN_END = re.compile(r"\beos\b|end.?of.?(text|sentence|document)", re.IGNORECASE)  # other names
+LIKE_AN_END = re.compile(r"(?<![a-z])eos(?![a-z])|end.?of.?(text|sentence|document)", re.IGNORECASE)
 MOST_TOKENS = 1 << 24
 
 
@@ -38,13 +38,16 @@ class HuggingFaceTokenizer:
         self.vocab_size = vocabulary.hugging_face_size(value)
         if self.vocab_size > MOST_TOKENS:
             raise UserError(f"{name} has an id above {MOST_TOKENS:,}, which is taken for a mistake")
-        added = self._plain.get_added_tokens_decoder().values()
-        special = [token.content for token in added if token.special]
-        ends = [name for name in ENDS_OF_TEXT if name in special] + [*filter(LIKE_AN_END.search, special)]
-        self.end_of_text: int | None = self._plain.token_to_id(ends[0]) if ends else None
+        for token in value.get("added_tokens") or []:  # the library numbers them anew, without a word
+            if (number := self._plain.token_to_id(token["content"])) != token["id"]:
+                given = f"{token['content']!r} the id {token['id']}"
+                raise UserError(f"{name} gives {given}, which the tokenizers library takes for {number}")
+        self.end_of_text = end_of_text(value)
         unknown = value["model"].get("unk_token")  # Unigram has unk_id
         self._unknown = self._plain.token_to_id(unknown) if unknown else value["model"].get("unk_id")
         self.bytewise = bool(self._bytes_of)  # a token's bytes do not depend on its neighbors
+        # tokens of one byte: a run of them is decoded as a whole
+        self.byte_ids = {self._plain.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
         self._ordinary: bpe.Encode = self._library
 
     def _library(self, text: str) -> list[int]:
@@ -72,3 +75,13 @@ class HuggingFaceTokenizer:
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(self.text)
+
+
+def end_of_text(value: dict[str, Any]) -> int | None:
+    """Return the id of the special token that ends a text in a tokenizer.json: the one that `folders` marked,
+    else the first of those with a known name; None if there is none."""
+    special = [token for token in value.get("added_tokens") or [] if token.get("special")]
+    marked = [token["content"] for token in special if token.get("end_of_text")]
+    ids = {token["content"]: token["id"] for token in special}
+    named = [name for name in ids if LIKE_AN_END.search(name) and "pad" not in name.lower()]
+    return next((ids[name] for name in [*marked, *ENDS_OF_TEXT, *named] if name in ids), None)

@@ -136,11 +136,11 @@ def from_file(path: Path) -> Tokenizer:
     """
     from nanogpt.tokenizer import folders
 
-    part = path.is_file() and (path.name in folders.NAMES or path.suffix in folders.ENDINGS)
+    part = path.name in folders.NAMES or path.suffix in folders.ENDINGS
+    folder = path.parent if path.is_file() and part else path
     file = path / "tokenizer.json" if path.is_dir() else path
-    folder = path if path.is_dir() else path.parent
-    if (part or not file.is_file()) and folder.is_dir() and (text := folders.find(folder)):
-        return from_text(text, str(path))
+    if folder.is_dir() and (text := folders.find(folder)):
+        return from_text(text, str(file if file.is_file() else path))
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}; give a tokenizer.json or the folder that contains it")
     return from_text(files.text_of(file), str(file))
