@@ -24,6 +24,7 @@ from nanogpt import files
 from nanogpt.config import FilePath, NonNegativeInt, PositiveInt, Range, Seed, UnitInterval, load, pick_fields
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api
+from nanogpt.inference.detokenizer import text_of
 from nanogpt.inference.engine import Completion, Token
 from nanogpt.inference.sampling import SamplingOptions
 
@@ -167,18 +168,22 @@ def converse(model: api.LanguageModel, completions: Any) -> None:
 def as_json(
     model: api.LanguageModel, prompts: list[str], number: int, num_samples: int, completion: Completion
 ) -> dict[str, Any]:
-    def token(drawn: Token) -> dict[str, Any]:
-        top = [{"id": i, "text": model.decode([i]), "logprob": value} for i, value in drawn.top]
-        alternatives = {"top": top} if top else {}
-        return {"id": drawn.id, "text": model.decode([drawn.id]), "logprob": drawn.logprob} | alternatives
+    def token(drawn: Token, before: int) -> dict[str, Any]:
+        def text(i: int) -> str:
+            return text_of(model.tokenizer, i, before)
 
+        top = [{"id": i, "text": text(i), "logprob": value} for i, value in drawn.top]
+        alternatives = {"top": top} if top else {}
+        return {"id": drawn.id, "text": text(drawn.id), "logprob": drawn.logprob} | alternatives
+
+    ids = completion.text.ids[completion.text.prompt_length - 1 :]
     return {
         "prompt": prompts[number // num_samples],
         "prompt_number": number // num_samples,
         "sample": number % num_samples,
         "text": completion.string,
         "finish_reason": completion.finish_reason or "length",
-        "tokens": [token(drawn) for drawn in completion.tokens],
+        "tokens": [token(drawn, before) for drawn, before in zip(completion.tokens, ids, strict=False)],
     }
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from nanogpt.errors import UserError
-from nanogpt.inference.detokenizer import TextStream
+from nanogpt.inference.detokenizer import TextStream, text_of
 from nanogpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from nanogpt.tokenizer.tokenizer import ByteTokenizer, CharTokenizer, decode
 
@@ -79,14 +79,48 @@ def test_empty_stop_string():
         TextStream(ByteTokenizer(), ["a", ""])
 
 
-def test_vocabulary_whose_text_depends_on_neighbors():
+def word_piece():
     """WordPiece joins "##" pieces and inserts spaces between words."""
     from tokenizers import Tokenizer, decoders, models
 
     vocabulary = {"hel": 0, "##lo": 1, "world": 2, "!": 3}
     inner = Tokenizer(models.WordPiece(vocabulary, unk_token="!"))
     inner.decoder = decoders.WordPiece()
-    tokenizer = HuggingFaceTokenizer(inner.to_str())
-    ids = [0, 1, 2, 3, 0, 1]
-    pieces, _ = written(tokenizer, ids)
-    assert "".join(pieces) == decode(tokenizer, ids)
+    return inner
+
+
+def like_llama():
+    """A space is part of the next word, and dropped at the beginning; bytes that are no word are tokens."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["\u2581the", "\u2581", "th", "e", "\u2581\u2581", "\ufffd"]
+    vocabulary = {token: i for i, token in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return inner
+
+
+@pytest.mark.parametrize("make", [word_piece, like_llama])
+def test_vocabulary_whose_text_depends_on_neighbors(make):
+    """After any prompt of whole characters, the pieces complete its text; and so do the texts of tokens."""
+    tokenizer = HuggingFaceTokenizer(make().to_str())
+    size, draw = tokenizer.vocab_size, random.Random(0)
+    usual = [*range(max(0, size - 6), size), *([10, 0xE4, 0xB8, 0x96, 0x85] if size > 256 else [])]
+    for _ in range(300):
+        ids = draw.choices(usual, k=12)
+        cut = draw.choice([0, *(i for i in range(1, 12) if ids[i - 1] not in tokenizer.byte_ids)])
+        before, whole = decode(tokenizer, ids[:cut]), decode(tokenizer, ids)
+        stream = TextStream(tokenizer, prompt=ids[:cut])
+        pieces = [*map(stream.push, ids[cut:]), stream.end()]
+        assert before + "".join(pieces) == whole
+        if not tokenizer.byte_ids.intersection(ids):
+            texts = [text_of(tokenizer, one, last) for last, one in itertools.pairwise([None, *ids])]
+            assert "".join(texts) == whole
+
+
+def test_bytes_are_held_back_until_their_run_ends():
+    tokenizer = HuggingFaceTokenizer(like_llama().to_str())
+    the, newline = 256, 10
+    pieces, _ = written(tokenizer, [the, newline, the, newline, 0x85, the, newline])
+    assert pieces == ["the", "", "\n the", "", "", "\ufffd\ufffd the", "", "\n"]

@@ -9,6 +9,7 @@ for piece in model.stream("To be", temperature=0.8, top_k=200):
 model.score("To be, or not to be").perplexity
 """
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from nanogpt import ROOT, runtime
 from nanogpt.convert import weights
 from nanogpt.errors import UserError
 from nanogpt.inference import cpu_kernels, quantize
+from nanogpt.inference.detokenizer import text_of
 from nanogpt.inference.engine import Completion, Engine, Text, Token, complete, score
 from nanogpt.inference.sampling import Controls, SamplingOptions
 from nanogpt.model import GPT
@@ -174,7 +176,8 @@ class LanguageModel:
         ids = self.encode(text)
         tokens = score(self.model, ids)
         logprobs = [token.logprob for token in tokens if token.logprob is not None]
-        return Score([self.decode([token.id]) for token in tokens], logprobs)
+        pairs = itertools.pairwise(ids)
+        return Score([text_of(self.tokenizer, one, before) for before, one in pairs], logprobs)
 
 
 def load(

@@ -8,20 +8,21 @@ from nanogpt.tokenizer.tokenizer import CharTokenizer, Tokenizer, decode
 
 
 class TextStream:
-    """Incremental decoder: `push` each token, then call `end`. The concatenated pieces equal
-    `tokenizer.decode` of all tokens, truncated before the first complete stop string.
+    """Incremental decoder: `push` each token that follows `prompt`, then call `end`. The text of the prompt
+    and the concatenated pieces equal `tokenizer.decode` of all tokens, truncated before the first complete
+    stop string.
 
     Incomplete UTF-8 characters and possible prefixes of a stop string are held back. `stopped` is set once a
     stop string has been found; later calls return "". Raise UserError if a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         if "" in stop:
             raise UserError("a stop string is empty; give at least one character, or omit it")
         self.stop = stop
         self.stopped = False
         self._held = ""
-        self._decode = _decoder(tokenizer)
+        self._decode = decoder(tokenizer, prompt)
 
     def push(self, token: int) -> str:
         """Add `token`; return the text that can be emitted after it, possibly ""."""
@@ -54,13 +55,14 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
-def _decoder(tokenizer: Tokenizer) -> Callable[[int | None], str]:
-    """Return a function from a token to the text it adds; None flushes the pending bytes."""
+def decoder(tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> Callable[[int | None], str]:
+    """Return a function from each token that follows `prompt` to the text that is certain with it; None
+    flushes the pending bytes."""
     if isinstance(tokenizer, CharTokenizer):
         characters = tokenizer.characters
         return lambda token: "" if token is None else characters[token]
     if not tokenizer.bytewise:
-        return _WholeText(tokenizer).add
+        return _WholeText(tokenizer, prompt).add
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(token: int | None) -> str:
@@ -71,17 +73,26 @@ def _decoder(tokenizer: Tokenizer) -> Callable[[int | None], str]:
 
 class _WholeText:
     """Fallback for tokenizers whose text depends on neighboring tokens (such as spaces in WordPiece): decode
-    all tokens each time, and hold back an incomplete character at the end."""
+    all tokens each time. Bytes at the end are held back: the library decodes a run of them as a whole."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.given = tokenizer, list[int](), ""
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
+        self.tokenizer, self.ids = tokenizer, list(prompt)
+        self.given = len(decode(tokenizer, prompt))
+        self.byte_ids = getattr(tokenizer, "byte_ids", ())
 
     def add(self, token: int | None) -> str:
         if token is not None:
             self.ids.append(token)
         text = decode(self.tokenizer, self.ids)
-        if token is not None:
-            text = text.rstrip("�")
-        new = text[len(self.given) :] if text.startswith(self.given) else ""
-        self.given += new
+        if token is not None and (token in self.byte_ids or text.endswith("\ufffd")):
+            return ""
+        new = text[self.given :]
+        self.given = max(self.given, len(text))
         return new
+
+
+def text_of(tokenizer: Tokenizer, token: int, before: int | None) -> str:
+    """Return the text that `token` adds after the token `before` (None: at the beginning)."""
+    if before is None or tokenizer.bytewise:
+        return decode(tokenizer, [token])
+    return decode(tokenizer, [before, token])[len(decode(tokenizer, [before])) :]

@@ -261,7 +261,7 @@ class Completion:
         self.tokens: list[Token] = []  # excludes end_of_text, includes the tokens of a stop string
         self.string = ""  # generated text, without the prompt
         self.finish_reason = ""  # "" while running; "stop": stop string or end of text; "length"
-        self._stream = TextStream(tokenizer, stop)
+        self._stream = TextStream(tokenizer, stop, text.ids)
 
     def take(self, token: Token) -> str:
         """Append a generated token; return the text that can be emitted after it, possibly ""."""

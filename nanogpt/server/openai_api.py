@@ -3,7 +3,6 @@
 Independent of HTTP and of the model. Log-probabilities are those of the model at temperature 1.
 """
 
-import codecs
 import json
 import math
 import secrets
@@ -17,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from nanogpt import files
 from nanogpt.errors import UserError
+from nanogpt.inference.detokenizer import decoder, text_of
 from nanogpt.inference.engine import Token
 from nanogpt.inference.sampling import Controls, SamplingOptions
 from nanogpt.server.api_errors import Refusal
@@ -181,22 +181,23 @@ def _shown(value: Any) -> str:
 
 
 class LogProbs:
-    """Builds OpenAI's log-probability lists for one choice; pass its tokens in order."""
+    """Builds OpenAI's log-probability lists for one choice; pass the tokens after `prompt` in order."""
 
-    def __init__(self, known: Tokenizer, offset: int, alternatives: int):
+    def __init__(self, known: Tokenizer, prompt: Sequence[int], offset: int, alternatives: int):
         self._known, self._offset, self._alternatives = known, offset, alternatives
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._before, self._decode = [None, *prompt][-1], decoder(known, prompt)
 
     def of(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
         """Return the lists for the next `tokens`. text_offset: characters from the start of the prompt."""
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         lists: dict[str, list[Any]] = {name: [] for name in names}
         for token in tokens:
-            lists["tokens"].append(token_text(self._known, token.id))
+            lists["tokens"].append(token_text(self._known, token.id, self._before))
             lists["token_logprobs"].append(_finite(token.logprob))
             lists["top_logprobs"].append(self._top(token))
             lists["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(self._known.decode_bytes([token.id])))
+            self._offset += len(self._decode(token.id))
+            self._before = token.id
         return lists
 
     def _top(self, token: Token) -> dict[str, float | None] | None:
@@ -205,12 +206,15 @@ class LogProbs:
             return None
         alternatives: dict[str, float | None] = {}
         for id, logprob in [*token.top, (token.id, token.logprob)]:
-            alternatives.setdefault(token_text(self._known, id), _finite(logprob))
+            alternatives.setdefault(token_text(self._known, id, self._before), _finite(logprob))
         return alternatives
 
 
-def token_text(known: Tokenizer, id: int) -> str:
-    """Return the text of a token, or its bytes in OpenAI's notation if they are not valid UTF-8."""
+def token_text(known: Tokenizer, id: int, before: int | None) -> str:
+    """Return the text of a token after the token `before`, or its bytes in OpenAI's notation if they are not
+    valid UTF-8."""
+    if not known.bytewise:
+        return text_of(known, id, before)
     content = known.decode_bytes([id])
     try:
         return content.decode("utf-8")

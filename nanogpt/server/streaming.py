@@ -93,8 +93,8 @@ class Answer:
                 completion = Completion(text, known, fields.max_tokens, fields.stop, known.end_of_text)
                 emit = partial(mail.send, self, len(self.choices))
                 self.choices.append(Choice(prompt.ids, completion, emit, scores))
-                offset = 0 if fields.echo else len(prompt.text)
-                self.logprobs.append(LogProbs(known, offset, fields.logprobs or 0))
+                before, offset = ([], 0) if fields.echo else (prompt.ids, len(prompt.text))
+                self.logprobs.append(LogProbs(known, before, offset, fields.logprobs or 0))
         self.begun: set[int] = set()  # choices of which something has been read
         self.ended, self.left = 0, False
 
