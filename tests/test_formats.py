@@ -60,6 +60,24 @@ def test_several_members_and_skippable_frames_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("packed", ["gz", "bz2", "xz", "zst"])
+@pytest.mark.parametrize("after", ["text", "damaged"])
+def test_what_follows_a_compressed_text_is_not_left_out(packed, after, tmp_path):
+    """Other programs ignore it; Python's readers of bzip2 and xz do so without a word."""
+    path, first, second = tmp_path / f"x.txt.{packed}", *map(PACK[packed], (TEXT.encode(), b"more"))
+    path.write_bytes(first + (b"appended" if after == "text" else bytes([second[0] ^ 1]) + second[1:]))
+    with pytest.raises(UserError, match=rf"x\.txt\.{packed} is damaged or partially downloaded"):
+        documents(text_files.find([path]))
+
+
+def test_padding_between_streams_is_skipped(tmp_path):
+    for packed in ("gz", "bz2", "xz"):
+        path = tmp_path / f"padded.txt.{packed}"
+        first, second = (PACK[packed](part.encode()) for part in (TEXT[:50], TEXT[50:]))
+        path.write_bytes(first + bytes(8) + second + bytes(4))
+        assert documents(text_files.find([path])) == [TEXT]
+
+
+@pytest.mark.parametrize("packed", ["gz", "bz2", "xz", "zst"])
 @pytest.mark.parametrize("name", ["book.txt", "table.csv", "array.json"])
 def test_truncated_compressed_files_are_errors_also_in_folders(packed, name, tmp_path):
     content = random.Random(0).randbytes(30_000).hex().encode()

@@ -62,6 +62,20 @@ def test_mask_is_independent_of_processes_and_removed_with_other_data(questions,
     assert not list(two.glob("*mask*")) and loader.load(two).train.scored is None
 
 
+def test_the_hashes_of_data_include_the_mask(questions, tmp_path):
+    """A resumed run would otherwise compare losses of responses with those of all tokens, without a word."""
+    rows_of = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
+    joined = [{"text": row["prompt"] + row["response"]} for row in rows_of]
+    plain = questions.with_name("joined.jsonl")
+    plain.write_text("".join(json.dumps(row) + "\n" for row in joined), encoding="utf-8")
+    corpus.prepare([questions], tmp_path / "pairs", kind="byte", text_key="prompt+response")
+    corpus.prepare([plain], tmp_path / "texts", kind="byte")
+    pairs, texts = loader.load(tmp_path / "pairs"), loader.load(tmp_path / "texts")
+    for one, other in ((pairs.train, texts.train), (pairs.val, texts.val)):
+        assert np.array_equal(one.read(0, len(one)), other.read(0, len(other)))
+    assert pairs.hashes["train"] != texts.hashes["train"] and pairs.hashes["val"] != texts.hashes["val"]
+
+
 def test_rows_without_a_response_are_rejected(tmp_path, questions):
     with questions.open("a", encoding="utf-8") as file:
         file.write('{"prompt": "why", "response": ""}\n')

@@ -91,6 +91,7 @@ def load(folder: Path) -> Dataset:
         _check_size(splits[split], folder, split, info)
         splits[split].check()
         hashes = "".join(file.get("sha256", "") for file in info["files"])  # none without meta.json
+        hashes += info.get("mask", {}).get("sha256", "")  # which tokens are targets
         if not hashes:
             hashes = splits[split].read(0, min(len(splits[split]), 1 << 16)).tobytes().hex()
         splits[split].content = vocabulary.sha256_of(f"{len(splits[split])} {hashes}")

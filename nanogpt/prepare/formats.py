@@ -124,9 +124,32 @@ def _plain(file: Any) -> Iterator[bytes]:
     return iter(lambda: file.read(BLOCK), b"")
 
 
-def _by(library: str) -> Callable[[BinaryIO], Iterator[bytes]]:
-    """Return a reader of blocks by a module of the standard library, imported when it is needed."""
-    return lambda raw: _plain(importlib.import_module(library).open(raw))
+def _gzip(raw: BinaryIO) -> Iterator[bytes]:
+    return _plain(importlib.import_module("gzip").open(raw))
+
+
+def _streams(library: str, decompressor: str) -> Callable[[BinaryIO], Iterator[bytes]]:
+    """Return a reader of bzip2 or xz. It raises an error for anything but a stream after a stream, which the
+    `open` of these modules ignores; zeros are padding."""
+
+    def read(raw: BinaryIO) -> Iterator[bytes]:
+        make = getattr(importlib.import_module(library), decompressor)
+        stream = make()
+        while True:
+            if stream.eof:
+                packed = stream.unused_data.lstrip(b"\0")
+                while not packed and (more := raw.read(BLOCK)):
+                    packed = more.lstrip(b"\0")
+                if not packed:
+                    return
+                stream = make()
+            else:
+                packed = raw.read(BLOCK) if stream.needs_input else b""
+                if stream.needs_input and not packed:
+                    raise EOFError("truncated")
+            yield stream.decompress(packed, BLOCK)
+
+    return read
 
 
 def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
@@ -151,10 +174,10 @@ def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
 
 
 PACKED: dict[bytes, Callable[[BinaryIO], Iterator[bytes]]] = {  # by first bytes
-    b"\x1f\x8b\x08": _by("gzip"),
-    **{b"BZh%d1AY&SY" % size: _by("bz2") for size in range(1, 10)},
-    b"\xfd7zXZ\0": _by("lzma"),
-    b"\x5d\0\0": _by("lzma"),  # .lzma
+    b"\x1f\x8b\x08": _gzip,
+    **{b"BZh%d1AY&SY" % size: _streams("bz2", "BZ2Decompressor") for size in range(1, 10)},
+    b"\xfd7zXZ\0": _streams("lzma", "LZMADecompressor"),
+    b"\x5d\0\0": _streams("lzma", "LZMADecompressor"),  # .lzma
     b"\x28\xb5\x2f\xfd": _zstandard,
     **{bytes([0x50 + i]) + b"\x2a\x4d\x18": _zstandard for i in range(16)},  # skippable frames
 }
