@@ -154,10 +154,9 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
     """Score the text, dataset and tasks selected by the options; print one line for each."""
     subject, reports = opened.subject, []
     if config.text:
-        documents = list(read_texts(config.text))
+        documents = list(filter(None, read_texts(config.text)))
         sources = [encode_text(document, subject.tokenizer) for document in documents]
-        words = 0 if config.limit else sum(map(evals.count_words, documents))
-        reports.append(score_text(Path(config.text).name, sources, words, subject, config))
+        reports.append(score_text(Path(config.text).name, sources, documents, subject, config))
     if dataset:
         data = mixture.load(dataset, ROOT)
         if data.fingerprint != tokenizer.fingerprint(subject.tokenizer):
@@ -168,7 +167,7 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         split = data.val if config.split == "val" else data.train
         for text in split.texts:  # each source of a mixture separately
             name = f"{text.name or data.folder.name}/{config.split}"
-            reports.append(score_text(name, [text], 0, subject, config))
+            reports.append(score_text(name, [text], [], subject, config))
         if dataset == opened.dataset and config.split == "val" and not (config.limit or "," in dataset):
             print(difference_from_training(Path(opened.path), data), end="")
     for task in loaded:
@@ -205,12 +204,17 @@ def baseline(opened: Opened, config: Config) -> dict[str, Any]:
     return figure
 
 
-def score_text(name: str, sources: list[Any], words: int, subject: Subject, config: Config) -> Report:
+def score_text(
+    name: str, sources: list[Any], documents: list[str], subject: Subject, config: Config
+) -> Report:
+    """Score token `sources`; `documents` are their texts, if they are known."""
     if config.stride > subject.block_size:
         raise UserError(f"--stride={config.stride} exceeds the context of {subject.block_size} tokens")
     stride = config.stride or subject.block_size
     windows = Windows(sources, subject.block_size, stride, config.limit)
-    return watched(name, len(windows), lambda see: evals.run_text(name, windows, subject, words, see))
+    words = 0 if config.limit else sum(map(evals.count_words, documents))
+    lost = sum(evals.lost(document, subject.tokenizer) for document in documents)
+    return watched(name, len(windows), lambda see: evals.run_text(name, windows, subject, words, lost, see))
 
 
 def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:

@@ -113,8 +113,14 @@ def test_text_file_and_prepared_data_have_equal_scores(config, trained, tmp_path
 
 def test_jsonl_rows_are_separate_texts(config, tmp_path):
     path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "abcdef gh"}\n{"text": "a"}\n{"text": "fe"}\n', encoding="utf-8")
-    assert result(replace(config, text=str(path)))["results"]["texts.jsonl"]["tokens"] == 8 + 1
+    scores = []
+    for empty in ("", '{"text": ""}\n' * 5):
+        path.write_text(
+            '{"text": "abcdef gh"}\n{"text": "a"}\n' + empty + '{"text": "fe"}\n', encoding="utf-8"
+        )
+        scores.append(result(replace(config, text=str(path)))["results"]["texts.jsonl"])
+        assert scores[-1]["tokens"] == 8 + 1
+    assert scores[0]["word_perplexity"] == scores[1]["word_perplexity"]
 
 
 def test_task_scores_and_items(config, questions, tmp_path):

@@ -16,10 +16,12 @@ from nanogpt import loss
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evals, harness, log_likelihood, tasks
 from nanogpt.evaluation.log_likelihood import Ids, Requests, Subject, Windows
+from nanogpt.evaluation.tasks import Item, Task
 from nanogpt.inference.engine import Engine, Text
 from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.gpt2 import load_gpt2
+from nanogpt.tokenizer.hugging_face import HuggingFaceTokenizer
 from tests import texts
 from tests.subjects import LETTERS, subject_of
 
@@ -200,6 +202,20 @@ def by_hand(subject: Subject, ids: list[int], start: int = 1) -> float:
     with torch.no_grad():
         chances = subject.model(torch.tensor([ids[:-1]]))[0][0].double().softmax(-1)
     return -sum(math.log2(chances[i - 1, ids[i]]) for i in range(start, len(ids)))
+
+
+def test_characters_that_a_tokenizer_loses_are_counted(pairs):
+    """Its loss is of another text then: every unknown character is the same token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    inner = Tokenizer(models.WordLevel({"?": 0, "abc": 1, "\n": 2}, unk_token="?"))
+    inner.normalizer, inner.decoder = normalizers.Lowercase(), decoders.Fuse()
+    lossy = replace(pairs, tokenizer=HuggingFaceTokenizer(inner.to_str()))
+    assert evals.lost("abc", lossy.tokenizer) == 0 == evals.lost("é", pairs.tokenizer)
+    assert evals.lost("ABC", lossy.tokenizer) == 6 and evals.lost("x", lossy.tokenizer) == 2
+    task = Task("t", "choice", [Item("abc", ("x", "abc"))])  # together, both are unknown
+    assert "characters lost or added by the tokenizer" in evals.run_task(task, lossy).describe()
+    assert "lost" not in evals.run_task(Task("t", "choice", [Item("a", ("b", "c"))]), pairs).describe()
 
 
 def test_bits_per_byte_equals_a_count_by_hand(letters, pairs):

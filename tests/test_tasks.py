@@ -53,8 +53,9 @@ def test_hellaswag_markup_is_removed(write):
 def test_lambada_predicts_the_last_word(write):
     text = 'He said:\n"I can make it, Shane'
     for spec in ("lambada:", "cloze:", ""):
-        item = one(spec + write("l.jsonl", {"text": text}))
-        assert item == Item('He said:\n"I can make it,', ("Shane",))
+        for blanks in ("", "\n", " "):
+            item = one(spec + write("l.jsonl", {"text": text + blanks}))
+            assert item == Item('He said:\n"I can make it,', ("Shane",))
 
 
 def test_multiple_choice_field_names(write):
@@ -103,6 +104,8 @@ def test_labels_that_differ_are_refused(write):
 @pytest.mark.parametrize("key", ["2", 2])
 def test_numbers_that_name_endings_are_not_indices(write, labels, key):
     row = ARC | {"choices": {"text": ["iron", "air", "wood"], "label": labels}, "answerKey": key}
+    assert one(write("c.jsonl", row)).label == 1
+    row["options"] = row.pop("choices")
     assert one(write("c.jsonl", row)).label == 1
 
 
@@ -200,7 +203,7 @@ HELLASWAG = {"activity_label": "a", "ctx": "b", "endings": ["c", "d"], "label": 
         ("cloze", {"prompt": "a", "target": ""}, "`target` is empty"),
         ("lambada", {"text": ""}, "`text` is empty"),
         ("lambada", {"text": "word"}, "the last one is the target"),
-        ("lambada", {"text": "ends in a blank "}, "the last one is the target"),
+        ("cloze", {"text": "a good film", "label": 1}, "`label` without `endings` is a class of the text"),
         ("lambada", {}, "fields are none"),
     ],
 )

@@ -20,6 +20,7 @@ from nanogpt.evaluation.tasks import Item, Task
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 Totals = dict[str, tuple[np.ndarray, np.ndarray | None]]  # metric -> totals (n,), weights (None: 1)
+LOST = "characters lost or added by the tokenizer"  # a count
 STRETCH = 2048  # maximum bytes of text per item for standard errors; less for short texts
 STRETCHES = 100  # minimum number of stretches to aim for
 
@@ -82,6 +83,7 @@ def run_task(task: Task, subject: Subject, advance: Advance = lambda count: None
     summarise = _choices if task.kind == "choice" else _clozes
     metrics, totals, rows = summarise(task.items, pairs, likelihoods, greedy)
     counts = {"items": len(task.items), "endings cut to fit the context": int(requests.cut.sum())}
+    counts[LOST] = sum(lost(part, subject.tokenizer) for i in task.items for part in (i.context, *i.endings))
     return Report(task.name, task.kind, metrics, counts, time.perf_counter() - started, totals, rows)
 
 
@@ -101,7 +103,8 @@ def encode_item(item: Item, tokens: Tokenizer) -> list[Pair]:
     for ending in item.endings:
         whole = tokens.encode(stripped + blanks + ending)
         cut = min(border, len(whole) - 1)
-        pairs.append((whole[:cut], whole[cut:]))
+        # one token for all, as of a text that is unknown as a whole, needs a context as well
+        pairs.append((whole[:cut], whole[cut:]) if cut else (np.array([beginning(tokens)]), whole))
     return pairs
 
 
@@ -159,6 +162,7 @@ def run_text(
     windows: Windows,
     subject: Subject,
     words: int = 0,
+    lost_characters: int = 0,
     advance: Advance = lambda count: None,
 ) -> Report:
     """Return loss (nats/token), perplexity, bits/byte and, with `words`, perplexity per word. For data with
@@ -194,7 +198,7 @@ def run_text(
         error = loss.stderr * len(nats) / words
         metrics["word_perplexity"] = _exp(Metric(total / words, error))
     counts = {"tokens": len(nats), "response tokens": int(responses.sum())}
-    counts |= {"bytes": int(text_bytes.sum()), "windows": len(windows)}
+    counts |= {"bytes": int(text_bytes.sum()), "windows": len(windows), LOST: lost_characters}
     return Report(name, "text", metrics, counts, time.perf_counter() - started, totals, rows)
 
 
@@ -231,6 +235,11 @@ def lengths_of(ids: np.ndarray, scored: int, tokens: Tokenizer, sizes: np.ndarra
         pairs = zip(before.tolist(), last.tolist(), strict=True)
         lengths = np.array([len(tokens.decode_bytes(pair)) for pair in pairs]) - sizes[before]
     return np.where(last == tokens.end_of_text, 0, lengths)
+
+
+def lost(text: str, tokens: Tokenizer) -> int:
+    """Return how many characters of `text` its ids do not hold, or add; see HuggingFaceTokenizer.lost."""
+    return 0 if getattr(tokens, "lossless", True) else tokens.lost(text, tokens.encode(text)).total()  # type: ignore[attr-defined]
 
 
 def count_words(text: str) -> int:

@@ -90,7 +90,7 @@ def _unmarked(text: str) -> str:
 
 def lambada(row: Row) -> Item:
     """Convert a LAMBADA row (Paperno et al. 2016, OpenAI's variant); the target is `text`'s last word."""
-    context, blank, word = _text(row, ("text",)).rpartition(" ")
+    context, blank, word = _text(row, ("text",)).rstrip().rpartition(" ")
     if not context.strip() or not blank or not word:
         raise _Misfit("`text` must be at least two words separated by spaces; the last one is the target")
     return Item(context, (word,))
@@ -106,6 +106,8 @@ def choice(row: Row) -> Item:
 def cloze(row: Row) -> Item:
     """Convert a row with a context and its continuation, or a `text` whose last word is the target."""
     if "text" in row and not {*CONTEXT, *TARGET} - {"text"} & {*row}:
+        if named := [name for name in LABEL if name in row]:
+            raise _Misfit(f"`{named[0]}` without `endings` is a class of the text, which is not scored")
         return lambada(row)
     context, target = _context(row), _text(row, TARGET)
     return Item(context, (target,), joint=_joint(context, [target]))
@@ -162,7 +164,7 @@ def _label(row: Row, endings: list[str]) -> int:
 
 
 def _index(value: Any, row: Row, endings: list[str]) -> int:
-    choices = row.get("choices")
+    choices = _first(row, ENDINGS)
     if isinstance(choices, dict) and isinstance(choices.get("label"), list):
         labels = [str(label) for label in choices["label"]]
         if str(value) in labels:

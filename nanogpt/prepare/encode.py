@@ -1,6 +1,5 @@
 """Encode one piece of the input to token ids of both splits; runs in worker processes."""
 
-import itertools
 import multiprocessing
 import re
 import sys
@@ -111,17 +110,6 @@ class Encoded(Counts):
     row: int = 0  # number of the row that is read now
     folded: bytes = b""  # one uint64 per document: Document.folded << 1 | (in val)
 
-    def add_lost(self, text: str, ids: np.ndarray) -> None:
-        """Count the characters of `text` that `ids` do not hold (unknown ones, upper case, line ends), and
-        those that they add (spaces)."""
-        self.tried += len(text)
-        # Some tokenizers put a space before a text, or take one away.
-        before, after = text.removeprefix(" "), tokenizer.decode(_encoder, ids.tolist()).removeprefix(" ")
-        if before != after:
-            old, new = Counter(before), Counter(after)
-            moved = next(a for a, b in itertools.zip_longest(before, after, fillvalue=" ") if a != b)
-            self.lost = dict(Counter(self.lost) + (((old - new) + (new - old)) or Counter(moved)))
-
 
 _job: Job
 _encoder: tokenizer.Tokenizer
@@ -217,7 +205,8 @@ def _part(text: str, ends: bool, split: str, result: Encoded) -> Iterator[bytes]
         result.text_bytes[split] += len(part.encode("utf-8"))
         ids = _encoder.encode(part)
         if not getattr(_encoder, "lossless", True):
-            result.add_lost(part, ids)
+            result.tried += len(part)
+            result.lost = dict(Counter(result.lost) + _encoder.lost(part, ids))  # type: ignore[attr-defined]
         yield ids.astype(_dtype).tobytes()
     if apart and _encoder.end_of_text is not None:
         yield np.array([_encoder.end_of_text], _dtype).tobytes()

@@ -1,7 +1,9 @@
 """Hugging Face tokenizers (tokenizer.json)."""
 
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,6 +69,17 @@ class HuggingFaceTokenizer:
             if token == self._unknown and text[start:end] != self._special.id_to_token(token):
                 raise UserError(f"{text[start:end]!r} is not in the vocabulary; remove it")
         return encoding.ids
+
+    def lost(self, text: str, ids: np.ndarray) -> Counter[str]:
+        """Count the characters of `text` that `ids` do not hold (unknown ones, upper case, line ends), and
+        those that they add (spaces)."""
+        # Some tokenizers put a space before a text, or take one away.
+        before, after = text.removeprefix(" "), self.decode_bytes(ids.tolist()).decode().removeprefix(" ")
+        if self.lossless or before == after:
+            return Counter()
+        old, new = Counter(before), Counter(after)
+        moved = next(a for a, b in itertools.zip_longest(before, after, fillvalue=" ") if a != b)
+        return ((old - new) + (new - old)) or Counter(moved)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         if self._bytes_of:
