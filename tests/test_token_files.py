@@ -191,6 +191,8 @@ IDS = np.random.default_rng(0).integers(0, 300, 5000)
         (IDS.astype("<u4").tobytes(), "integers of 32 or 64 bits; write them as uint16"),
         (IDS.astype("<i8").tobytes(), "integers of 32 or 64 bits"),
         (IDS.astype(">u4").tobytes(), "integers of 32 or 64 bits"),
+        ((IDS % 250).astype(">u2").tobytes(), "all are multiples of 256, as in big-endian integers"),
+        ((IDS % 65).astype("u1").tobytes(), "no byte is above 127, as in integers of 8 bits"),
         (b"Some words of a text.\n" * 300, "text, which prepare.py reads"),
         (b"LITPKDS" + bytes(17) + IDS.astype("<u2").tobytes(), "TinyLlama's packed tokens"),
         (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "a Git LFS pointer"),

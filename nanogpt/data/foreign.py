@@ -66,6 +66,12 @@ def require_ids(paths: list[Path], dtype: np.dtype) -> None:
         ids = np.frombuffer(head[: len(head) & ~3], "<u2")
         if dtype.itemsize == 2 and len(ids) > 99 and ids[::2].any() != ids[1::2].any():
             what = "every second one is 0, as in integers of 32 or 64 bits; write them as uint16, or as .npy"
+        elif not what and dtype.itemsize == 2 and len(ids) > 999 and ids.any():
+            low, high = ids & 255, ids >> 8
+            if not low.any():
+                what = "all are multiples of 256, as in big-endian integers; write them as little-endian"
+            elif high.any() and max(low.max(), high.max()) < 128:  # in a thousand tokens
+                what = "no byte is above 127, as in integers of 8 bits; write them as uint16"
         if what and not known:
             raise UserError(f"{path} does not hold token ids of {8 * dtype.itemsize} bits: {what}")
 
