@@ -84,6 +84,7 @@ def test_files_named_as_splits_are_the_splits_and_test_is_not_used(folder, tmp_p
         ("train.txt|chapter.txt", "eval.txt", "test_2.txt"),
         ("book.txt|letters.txt", "held/heldout.txt", "test data.txt"),
         ("train/a.txt|extra/b.txt", "", "test/a.txt"),
+        ("trainset.txt", "held_out.txt|devset.txt", "testset.txt"),
         ("train.en|train.de", "validation.en", "newstest/test.en"),
         ("training set.txt", "", "sub/testing/deep/x.txt"),
         ("chapter.txt|train.txt", "", ""),

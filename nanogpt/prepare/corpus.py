@@ -251,9 +251,10 @@ def _roles(sources: list[Source]) -> list[str]:
     for source in sources:
         path = "train" if source.kind == "hub" else os.path.relpath(os.path.abspath(source.path), root)
         role = ""
-        for part in path.lower().split(os.sep):
+        for part in re.sub("(held|hold)[-_ ]out", "heldout", path.lower()).split(os.sep):
             names = [name.split() for name in re.split("[^a-z ]+", part)]  # first and last words count
             words = {word for name in names for word in (*name[:1], *name[-1:])}
+            words |= {word.removesuffix("set") for word in words}
             roles = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
             role = next((role for role in ("test", "val", "train") if role in roles), role)
         splits.append(role)
