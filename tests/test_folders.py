@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import export
 from nanogpt import files
 from nanogpt.convert import hf, hf_tokenizer
 from nanogpt.data import loader
@@ -80,6 +81,24 @@ def test_the_end_of_a_text_is_the_one_that_transformers_names(name, trained_bpe,
     # the file that is kept beside the data is one that the tokenizers library reads
     kept = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert kept.encode("a<|im_end|>").ids == ids[:2]
+
+
+def test_the_end_token_of_a_chat_model_is_exported_and_its_template_mentioned(tmp_path, trained_bpe, capsys):
+    transformers = pytest.importorskip("transformers")
+    value = json.loads(trained_bpe)
+    size = vocabulary.identify(trained_bpe).vocab_size
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    value["added_tokens"].append({"id": size, "content": "<|im_end|>", "special": True, **flags})
+    folder = hf_folders.write(tmp_path / "chat", vocab_size=size + 1)
+    (folder / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    about = {"eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+    export.main(export.Config(init_from=str(folder), to=str(tmp_path / "out")))
+    assert f"note: the chat template of {folder} is neither used nor exported" in capsys.readouterr().err
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.eos_token_id == size == theirs("<|im_end|>")["input_ids"][0]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))["eos_token_id"] == size
 
 
 def test_an_id_that_the_library_would_change_is_an_error(trained_bpe, tmp_path):

@@ -31,7 +31,13 @@ from nanogpt.model import GPTConfig
 from nanogpt.tokenizer import folders, vocabulary
 
 WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-TOKENIZER_FILES = [*folders.NAMES, "added_tokens.json", "special_tokens_map.json", OWN_TOKENIZER]
+TOKENIZER_FILES = [
+    *folders.NAMES,
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.*",
+    OWN_TOKENIZER,
+]
 ACTIVATION_OF = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
 ACTIVATION_OF |= {"gelu": "gelu", "relu2": "relu2"}
 FLAGS = {  # GPT2Config settings that change the computation, and GPT-2's values
@@ -142,7 +148,10 @@ def open_folder(folder: Path) -> Pretrained:
     text = find_tokenizer(folder, stored_config.vocab_size)
     config = with_vocabulary(stored_config, text, str(folder))
     config = replace(config, bias=not no_bias)
-    return Pretrained(str(folder), config, text, vocabulary.identify(text).sha256 if text else "", read)
+    has_template = "chat_template" in folders.settings(folder) or any(folder.glob("chat_template.*"))
+    notices = (f"note: the chat template of {folder} is neither used nor exported",) if has_template else ()
+    sha256 = vocabulary.identify(text).sha256 if text else ""
+    return Pretrained(str(folder), config, text, sha256, read, notices)
 
 
 def shape(settings: Any, path: Path, tensors: int) -> GPTConfig:

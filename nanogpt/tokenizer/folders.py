@@ -75,7 +75,8 @@ def _json(path: Path, shape: Any) -> dict[str, Any]:
     return files.read_json(path, shape) if path.is_file() else {}
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def settings(folder: Path) -> dict[str, Any]:
+    """Return the contents of tokenizer_config.json; empty if there is none."""
     return _json(folder / "tokenizer_config.json", {"added_tokens_decoder?": {str: {"content": str}}})
 
 
@@ -83,16 +84,16 @@ def _completed(folder: Path, value: dict[str, Any]) -> str:
     """Return the text of a tokenizer.json with what transformers takes from the files beside it: added
     tokens, the end of text, and whether a space precedes a text. GPT-2's own is returned in our format.
     """
-    settings, level = _settings(folder), value.get("pre_tokenizer") or {}
-    own = False if str(settings.get("tokenizer_class")).startswith("GPT2") else None
-    prefix = settings.get("add_prefix_space", own)
+    known, level = settings(folder), value.get("pre_tokenizer") or {}
+    own = False if str(known.get("tokenizer_class")).startswith("GPT2") else None
+    prefix = known.get("add_prefix_space", own)
     if isinstance(prefix, bool) and level.get("type") == "ByteLevel":
         level["add_prefix_space"] = prefix
     vocab = value["model"]["vocab"]
     ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, *_) in enumerate(vocab)}
     added = {token["content"]: token for token in value.get("added_tokens") or []}
     named = {token: {"id": number} for token, number in _json(folder / "added_tokens.json", IDS).items()}
-    for number, token in settings.get("added_tokens_decoder", {}).items():
+    for number, token in known.get("added_tokens_decoder", {}).items():
         place = f"{folder}: id of {token['content']!r}"
         named[token["content"]] = {**token, "id": files.parse_json(number, place, Amount)}
     if (end := _end(folder)) in ids:
@@ -133,9 +134,9 @@ def _gpt2s(value: dict[str, Any]) -> str:
 
 
 def _byte_level(folder: Path, path: Path, merges: str) -> dict[str, Any]:
-    vocab, settings = _json(path, IDS), _settings(folder)
+    vocab, known = _json(path, IDS), settings(folder)
     lines = _merges(merges.splitlines())
-    kind, missing = str(settings.get("tokenizer_class") or "GPT2"), set(bpe.BYTE_OF) - set(vocab)
+    kind, missing = str(known.get("tokenizer_class") or "GPT2"), set(bpe.BYTE_OF) - set(vocab)
     if missing or not kind.startswith(LIKE_GPT2) or any(token.endswith("</w>") for token in vocab):
         why = f"lacks {len(missing)} of the 256 bytes" if missing else f"is of a {kind.removesuffix('Fast')}"
         raise UserError(f"{path} {why}, so it is not a BPE such as GPT-2's; give its tokenizer.json")
@@ -155,13 +156,13 @@ def _word_piece(folder: Path, path: Path) -> dict[str, Any]:
     vocab = {token.removesuffix("\r"): number for number, token in enumerate(tokens)}
     if "[UNK]" not in vocab or len(vocab) != len(tokens):
         raise UserError(f"{path} is not BERT's vocabulary: it must hold distinct tokens, with [UNK]")
-    settings = _settings(folder)
+    known = settings(folder)
     normalizer = {
         "type": "BertNormalizer",
         "clean_text": True,
-        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
-        "strip_accents": settings.get("strip_accents"),
-        "lowercase": settings.get("do_lower_case", True),
+        "handle_chinese_chars": known.get("tokenize_chinese_chars", True),
+        "strip_accents": known.get("strip_accents"),
+        "lowercase": known.get("do_lower_case", True),
     }
     model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
     parts = {
