@@ -68,6 +68,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
     shown = [name for name in ("stream", "interactive", "json") if getattr(config, name)]
     if len(shown) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in shown)} are mutually exclusive; give one")
+    if config.logprobs and not config.json:
+        print(f"note: --logprobs={config.logprobs} has no effect without --json", file=sys.stderr)
     controls = vars(pick_fields(SamplingOptions, config))  # validated before the model is loaded
     stops = stop_strings(config.stop)
     prompts = [""] if config.interactive else read_prompts(config)

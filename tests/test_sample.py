@@ -174,6 +174,11 @@ def test_invalid_options_are_rejected(config, wrong, message):
         sample.main(replace(config, **wrong))
 
 
+def test_an_option_without_effect_is_mentioned(config, capsys):
+    sample.main(replace(config, logprobs=3, num_samples=1))
+    assert "note: --logprobs=3 has no effect without --json" in capsys.readouterr().err
+
+
 def test_command_line_rejects_out_of_range_values():
     for wrong in ("--temperature=-1", "--top_p=2", "--top_k=-3", "--num_samples=0", "--dtype=int4"):
         with pytest.raises(UserError, match=re.escape(wrong)):
