@@ -90,10 +90,9 @@ def load(folder: Path) -> Dataset:
         splits[split] = Tokens(open_split(paths, dtype, listed), identity.vocab_size)
         _check_size(splits[split], folder, split, info)
         splits[split].check()
-        hashes = "".join(file.get("sha256", "") for file in info["files"])  # none without meta.json
-        hashes += info.get("mask", {}).get("sha256", "")  # which tokens are targets
-        if not hashes:
-            hashes = splits[split].read(0, min(len(splits[split]), 1 << 16)).tobytes().hex()
+        listing = [*info["files"], info.get("mask", {})]  # none without meta.json
+        hashes = "".join(file.get("sha256", "") for file in listing)
+        hashes = hashes or splits[split].read(0, min(len(splits[split]), 1 << 16)).tobytes().hex()
         splits[split].content = vocabulary.sha256_of(f"{len(splits[split])} {hashes}")
         if "mask" in info:
             splits[split].scored = _open_mask(folder / info["mask"]["name"], len(splits[split]))
