@@ -353,16 +353,21 @@ HOSTILE = {
     "a panic": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "no model": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
     "ids beyond reason": {"added_tokens": [{"id": 1 << 40, "content": "x", "special": True}]},
+    "other merges": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [7]}},
+    "a token without text": {"added_tokens": [{"id": 1}]},
     "other types": {"added_tokens": [7], "decoder": "ByteLevel", "pre_tokenizer": []},
 }
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_tokenizers_are_errors_of_one_line(what):
+def test_hostile_tokenizers_are_errors_of_one_line(what, tmp_path):
     value = json.loads(plain().to_str()) | HOSTILE[what]
     with pytest.raises(UserError, match=r"^some/tokenizer\.json") as caught:
         tokenizer.from_text(json.dumps(value), "some/tokenizer.json")
     assert "\n" not in str(caught.value)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        tokenizer.from_file(tmp_path)
 
 
 def test_a_prefix_of_subwords_that_panics_is_tried_in_another_process():

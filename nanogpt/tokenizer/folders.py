@@ -50,7 +50,10 @@ def read(folder: Path) -> str:
         text = files.text_of(folder / "tokenizer.json")
         vocabulary.identify(text, str(folder / "tokenizer.json"))
         value = json.loads(text)
-        return _completed(folder, value) if vocabulary.is_hugging_face(value) else text
+        try:
+            return _completed(folder, value) if vocabulary.is_hugging_face(value) else text
+        except (AttributeError, LookupError, TypeError):  # the library says what is wrong
+            return text
     for names, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / names).is_file() and (folder / merges).is_file():
             return _completed(folder, _byte_level(folder, folder / names, files.text_of(folder / merges)))
@@ -90,7 +93,7 @@ def _completed(folder: Path, value: dict[str, Any]) -> str:
     if isinstance(prefix, bool) and level.get("type") == "ByteLevel":
         level["add_prefix_space"] = prefix
     vocab = value["model"]["vocab"]
-    ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, *_) in enumerate(vocab)}
+    ids = dict(vocab) if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
     added = {token["content"]: token for token in value.get("added_tokens") or []}
     named = {token: {"id": number} for token, number in _json(folder / "added_tokens.json", IDS).items()}
     for number, token in known.get("added_tokens_decoder", {}).items():
@@ -126,7 +129,8 @@ def _gpt2s(value: dict[str, Any]) -> str:
     """Return our tokenizer.json if a tokenizer.json encodes every text as GPT-2 does, else ""."""
     merges = [m if isinstance(m, str) else " ".join(m) for m in value["model"].get("merges") or []]
     ends = [(token["id"], token["content"]) for token in value["added_tokens"]]
-    if ends != [(vocabulary.GPT2_VOCAB_SIZE - 1, END_OF_TEXT)] or not bpe.without_special_tokens(value):
+    usual = ([], [(vocabulary.GPT2_VOCAB_SIZE - 1, END_OF_TEXT)])
+    if ends not in usual or not bpe.without_special_tokens(value):
         return ""
     known = gpt2(merges)
     expected = bpe.vocabulary(json.loads(known)["merges"]) if known else {}
