@@ -82,6 +82,7 @@ def test_a_space_after_the_separators_is_not_part_of_a_field(head, tmp_path):
     content = head + '\n1, "He said ""no"", twice", a\n2, "plain", b\n'
     assert read(tmp_path / "x.csv", content) == ['He said "no", twice', "plain"]
     assert read(tmp_path / "x.csv", "id,text\n1, indented\n2,not\n") == [" indented", "not"]
+    assert read(tmp_path / "x.csv", "id, text\n1,     indented\n2, not\n") == ["    indented", "not"]
 
 
 @pytest.mark.parametrize("separator", [",", ";"])

@@ -146,12 +146,14 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
     else:
         opened, closed = (len(re.findall(q, "".join(head), re.M)) for q in (r'(?:^|\t)"', r'"(?:\t|$)'))
         quoted = not tabs or _is_regular(head, separator) or opened == closed
+    spaced = not tabs and _is_spaced(head, separator)
+    before_quotes = spaced and re.search(f'{re.escape(separator)} +"', "".join(head)) is not None
     csv.field_size_limit(LONGEST)
     reader = csv.reader(
         itertools.chain(head, lines),
         delimiter=separator,
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        skipinitialspace=not tabs and _is_spaced(head, separator),
+        skipinitialspace=before_quotes,  # else more than the one blank would be taken away
         strict=True,
     )
     number = 0
@@ -167,6 +169,8 @@ def of_csv(chunks: Iterable[str], text_key: str, tabs: bool) -> Iterator[bytes]:
         places = {key: names.index(key) for key in keys}
         for row in reader:
             number += 1
+            if spaced and not before_quotes:
+                row = row[:1] + [value.removeprefix(" ") for value in row[1:]]
             if row_per_line and any("\n" in value for value in row):
                 raise UserError(
                     f"row {number} would span several lines because of a quote at the start of a field, "
