@@ -334,6 +334,24 @@ def test_every_kind_of_loss_is_found_in_rows_and_texts(change, lost, name, tmp_p
         corpus.prepare([tmp_path / name], tmp_path / "out", **given)
 
 
+def test_bytes_without_a_token_are_losses_and_refused_in_prompts(tmp_path):
+    """As of a byte-level BPE that was trained without `initial_alphabet`."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    inner.train_from_iterator([TEXT, "café Grüße ¿Qué?"], trainer)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    own = tokenizer.from_file(tmp_path)
+    for prompt, named in ((f"{TEXT[:9]}7 or 8", "'7'"), ("8", "'8'"), (f"👍 {TEXT[:9]}", "'👍'")):
+        with pytest.raises(UserError, match=f"{named} is not in the vocabulary"):
+            own.encode_prompt(prompt)
+    assert tokenizer.decode(own, own.encode_prompt(TEXT[:50])) == TEXT[:50]
+    (tmp_path / "x.txt").write_text(TEXT + "👍 7 ¿Qué?", encoding="utf-8")
+    with pytest.raises(UserError, match="the tokenizer loses or adds"):
+        corpus.prepare([tmp_path / "x.txt"], tmp_path / "out", kind=str(tmp_path))
+
+
 HOSTILE = {
     "a regular expression without end": {
         "pre_tokenizer": {

@@ -129,7 +129,7 @@ def _gpt2s(value: dict[str, Any]) -> str:
     """Return our tokenizer.json if a tokenizer.json encodes every text as GPT-2 does, else ""."""
     merges = [m if isinstance(m, str) else " ".join(m) for m in value["model"].get("merges") or []]
     ends = [(token["id"], token["content"]) for token in value["added_tokens"]]
-    usual = ([], [(vocabulary.GPT2_VOCAB_SIZE - 1, END_OF_TEXT)])
+    usual: Any = ([], [(vocabulary.GPT2_VOCAB_SIZE - 1, END_OF_TEXT)])
     if ends not in usual or not bpe.without_special_tokens(value):
         return ""
     known = gpt2(merges)

@@ -63,18 +63,25 @@ class HuggingFaceTokenizer:
         return np.asarray(self._ordinary(text), dtype=np.int64)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return ids. Raise UserError for characters that become the token for unknown ones."""
-        encoding = self._special.encode(text, add_special_tokens=False)
+        """Return ids. Raise UserError for characters that become no token, or the one for unknown ones."""
+        encoding, left = self._special.encode(text, add_special_tokens=False), text
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token == self._unknown and text[start:end] != self._special.id_to_token(token):
-                raise UserError(f"{text[start:end]!r} is not in the vocabulary; remove it")
+            is_unknown = token == self._unknown and text[start:end] != self._special.id_to_token(token)
+            left = left[:start] + (text[start:end] if is_unknown else " " * (end - start)) + left[end:]
+        decoded = self.decode_bytes(encoding.ids).decode("utf-8", "replace")
+        partly = [c for c in text if c not in decoded] if "\ufffd" in decoded else []  # some of its bytes
+        if unknown := left.split() or partly or ([] if encoding.ids else [text]):
+            raise UserError(f"{unknown[0]!r} is not in the vocabulary; remove it")
         return encoding.ids
 
     def lost(self, text: str, ids: np.ndarray) -> Counter[str]:
         """Count the characters of `text` that `ids` do not hold (unknown ones, upper case, line ends), and
         those that they add (spaces)."""
         # Some tokenizers put a space before a text, or take one away.
-        before, after = text.removeprefix(" "), self.decode_bytes(ids.tolist()).decode().removeprefix(" ")
+        before, after = (
+            text.removeprefix(" "),
+            self.decode_bytes(ids.tolist()).decode("utf-8", "replace").removeprefix(" "),
+        )
         if self.lossless or before == after:
             return Counter()
         old, new = Counter(before), Counter(after)
