@@ -84,7 +84,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import files, metrics, optim, resolve, runtime, validation
-from nanogpt.checkpoint import Progress, writer
+from nanogpt.checkpoint import Progress, evaluated_on, writer
 from nanogpt.loss import default_loss_chunk_size
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Layout, Optimizer, clip_gradients
@@ -198,6 +198,8 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
         scaler = parallelize.sharded_scaler(machine)
+    seen = validation.counts(setup.dataset, (config.micro_batch_size, config.block_size), config.eval_iters)
+    setup.dataset.evaluated = f"{seen} of {config.block_size}{', masked' * (config.documents == 'masked')}"
     progress = Progress()
     if resumed:
         from nanogpt.checkpoint.resume import load_optimizer, restore_progress
@@ -506,8 +508,6 @@ def evaluate(run: Run, stop: StopRequest) -> dict[str, Any]:
         return {}
     train, val = evaluations
     details = val.describe(run.dataset.bytes_per_token)
-    if val.stderr >= 0.00005:  # omitted if it would print as 0.0000, or is NaN (a single sequence)
-        details = f"± {val.stderr:.4f}, {details}"
     tqdm.write(f"step {progress.iter_num}: train loss {train.loss:.4f}, val loss {val.loss:.4f} ({details})")
     improved = progress.best_val_loss is None or val.loss < progress.best_val_loss
     progress.val_loss, progress.stale = val.loss, 0 if improved else progress.stale + 1
@@ -564,7 +564,7 @@ def is_time_to_save(run: Run, interval_passed: bool) -> bool:
 def prepare_out_dir(run: Run, argv: list[str]) -> str:
     """Set a previous run in out_dir aside, write the tokenizer and the options; return a notice, or ""."""
     config, out = run.config, Path(run.config.out_dir)
-    resumed, data = run.progress if run.resumed else None, run.dataset.hashes["val"]
+    resumed, data = run.progress if run.resumed else None, evaluated_on(run.dataset.hashes)
     run.lock, notice = writer.prepare_folder(out, cast(FileLock, run.lock), resumed, config, data)
     if run.resumed and run.tasks_and_samples:
         run.tasks_and_samples.resume()
@@ -572,6 +572,7 @@ def prepare_out_dir(run: Run, argv: list[str]) -> str:
     contents = {
         "options": asdict(config),
         "model": asdict(run.model.config),
+        "data": run.dataset.hashes,
         "command": argv,
         "commit": writer.git_commit(ROOT),
         **run.machine.environment(),

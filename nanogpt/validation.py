@@ -27,9 +27,11 @@ class Evaluation:
     parts: dict[str, float] = field(default_factory=dict)  # loss per dataset of a mixture
 
     def describe(self, bytes_per_token: float | None) -> str:
-        """Return perplexity and, if the byte count of the text is known, bits/byte, which is comparable
-        across tokenizers."""
-        line = f"perplexity {math.exp(min(self.loss, 700)):.4g}"
+        """Return the standard error, perplexity and, if the byte count of the text is known, bits/byte, which
+        is comparable across tokenizers."""
+        # omitted if it would print as 0.0000, or is NaN (a single sequence)
+        line = f"± {self.stderr:.4f}, " if self.stderr >= 0.00005 else ""
+        line += f"perplexity {math.exp(min(self.loss, 700)):.4g}"
         if bytes_per_token:
             line += f", {self.loss / math.log(2) / bytes_per_token:.4f} bits/byte"
         return line + "".join(f", {name} {loss:.4f}" for name, loss in self.parts.items())
@@ -90,6 +92,12 @@ def evaluate(
     return Evaluation(loss, stderr, int(tokens))
 
 
+def counts(dataset: Dataset, shape: tuple[int, int], max_batches: int) -> list[int]:
+    """Return for each dataset of a mixture how many of its validation sequences `evaluate_splits` uses."""
+    most = max(1, max_batches * shape[0] // len(dataset.val.texts))
+    return [min(most, (len(text) - 1) // shape[1]) for text in dataset.val.texts]
+
+
 def evaluate_splits(
     model: GPT,
     dataset: Dataset,
@@ -107,18 +115,16 @@ def evaluate_splits(
     """
     batch_size, block_size = shape
     world = machine.world
-    texts = list(zip(dataset.train.texts, dataset.val.texts, strict=True))
-    max_sequences = max(1, max_batches * batch_size // len(texts))
     at_once = batch_size  # the size of compiled code, and limited by GPU memory
     if machine.device.type == "cpu" and not model.compiled_token_losses:
         at_once = max(batch_size, MIN_TOKENS_ON_CPU // block_size)
     train: list[Evaluation] = []
     val: list[Evaluation] = []
-    for train_tokens, val_tokens in texts:
-        sequences = min(max_sequences, (len(val_tokens) - 1) // block_size)
-        for tokens, evaluations in ((train_tokens, train), (val_tokens, val)):
-            batches = eval_batches(tokens, block_size, at_once, sequences, machine.device, separator, world)
-            evaluation = evaluate(model, batches, machine, stopped, -(-world.share(sequences)[1] // at_once))
+    every = counts(dataset, shape, max_batches)
+    for *texts, count in zip(dataset.train.texts, dataset.val.texts, every, strict=True):
+        for tokens, evaluations in zip(texts, (train, val), strict=True):
+            batches = eval_batches(tokens, block_size, at_once, count, machine.device, separator, world)
+            evaluation = evaluate(model, batches, machine, stopped, -(-world.share(count)[1] // at_once))
             if evaluation is None:
                 return None
             evaluations.append(evaluation)

@@ -126,6 +126,12 @@ def test_batches_follow_the_weights_at_any_world_size(folders):
         assert torch.equal(torch.cat(parts), rows)
 
 
+def test_losses_by_other_weights_are_of_other_data(folders):
+    a, b = folders[:2]
+    hashes = [mixture.load(name, Path()).hashes for name in (f"{a}:1,{b}:3", f"{a}:1,{b}:3", f"{a}:3,{b}:1")]
+    assert hashes[0] == hashes[1] and hashes[0]["val"] != hashes[2]["val"]
+
+
 def test_default_weights_are_token_counts(folders):
     found = mixture.load(",".join(map(str, folders)), Path()).train
     sizes = [len(member) for member in found.texts]

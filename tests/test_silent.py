@@ -96,6 +96,22 @@ def test_the_best_checkpoint_is_that_of_the_data_now_trained_on(config, tmp_path
     assert any("other_val_loss" in row for row in metrics.read(out))
 
 
+def test_losses_on_more_sequences_are_not_compared(config, tmp_path, capsys):
+    """A loss on two sequences may be lower than that of any better model on all of them."""
+    out = Path(config.out_dir)
+    train.main(replace(config, eval_interval=10, max_iters=20, eval_iters=1, batch_size=2))
+    old = reader.find(out)[0]
+    assert old.state["data"]["sequences"].startswith("[2] of ")
+    changed = {"eval_iters": 100, "max_iters": 30, "init_from": "resume"}
+    capsys.readouterr()
+    config = replace(config, eval_interval=10, batch_size=2, **changed)
+    train.main(config, {name: "given" for name in changed})
+    assert "note: the data has changed since the run was saved (sequences)" in capsys.readouterr().out
+    after = reader.find(out, "best")[0]
+    assert after.progress.iter_num == 30 and after.progress.best_val_loss == after.progress.val_loss
+    assert [row["iter"] for row in metrics.read(out) if "other_val_loss" in row] == [0, 10, 20]
+
+
 @pytest.mark.parametrize(
     ("evaluations", "order"),
     [

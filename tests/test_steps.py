@@ -1,6 +1,7 @@
 """Tests of a training step and of evaluation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,5 +192,6 @@ def test_evaluation_stops_on_request(tokens):
 
 def test_loss_description():
     result = validation.Evaluation(loss=math.log(8), stderr=0.1, tokens=10)
-    assert result.describe(None) == "perplexity 8"
-    assert result.describe(2.0) == "perplexity 8, 1.5000 bits/byte"
+    assert result.describe(None) == "± 0.1000, perplexity 8"
+    assert replace(result, stderr=math.nan).describe(2.0) == "perplexity 8, 1.5000 bits/byte"
+    assert replace(result, stderr=0.00004).describe(None) == "perplexity 8"

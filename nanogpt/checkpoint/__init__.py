@@ -52,17 +52,28 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 def evaluation(path: Path) -> tuple[float, str]:
     """Return the validation loss of the checkpoint `path`, infinity if it has none or is unreadable, and the
-    hash of the validation tokens, "" if it is not known."""
+    data that it was evaluated on, as `evaluated_on`."""
     with suppress(UserError, OSError):
-        state = files.read_json(path / "state.json", {"val_loss": float | None, "data?": {"val?": str}})
-        loss, data = state["val_loss"], state.get("data", {}).get("val", "")
+        parts = {"val?": str, "sequences?": str}
+        state = files.read_json(path / "state.json", {"val_loss": float | None, "data?": parts})
+        loss, data = state["val_loss"], evaluated_on(state.get("data", {}))
         return math.inf if loss is None else loss, data
     return math.inf, ""
+
+
+def evaluated_on(hashes: dict[str, str]) -> str:
+    """Return the hash of the validation tokens and which sequences of them are evaluated, as far as known."""
+    return f"{hashes.get('val', '')} {hashes.get('sequences', '')}".strip()
+
+
+def comparable(one: str, other: str) -> bool:
+    """Return whether losses were measured on the same data, as far as is known."""
+    return one.startswith(other) or other.startswith(one)
 
 
 def best_first(folders: list[Path]) -> list[Path]:
     """Sort checkpoints, given newest first, by validation loss. Those known to have been evaluated on other
     data than the newest come last, before those without a loss."""
     found = [evaluation(path) for path in folders]
-    ranks = [(math.isinf(loss), data not in ("", found[0][1]), loss) for loss, data in found]
+    ranks = [(math.isinf(loss), not comparable(data, found[0][1]), loss) for loss, data in found]
     return [folders[i] for i in sorted(range(len(folders)), key=ranks.__getitem__)]  # ties go to the newest

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt import files, metrics
-from nanogpt.checkpoint import REPLACED, Progress, evaluation, reader, step_folders
+from nanogpt.checkpoint import REPLACED, Progress, comparable, evaluation, reader, step_folders
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.config import fitted
 from nanogpt.data.loader import Dataset
@@ -71,7 +71,7 @@ def resume(
         ignored = f"note: {key} = {old!r} as in the checkpoint; {origins[key]} ({new!r}) has no effect"
         changed = f"{key} = {new!r} from now on; it was {old!r} when the run was saved"
         notices.append(ignored if key in kept else changed)
-    return replace(config, **kept), resumed
+    return replace(config, init_from=saved.get("init_from", config.init_from), **kept), resumed
 
 
 def missing(run_dir: Path, advice: str) -> UserError:
@@ -117,9 +117,9 @@ def restore_progress(
     notices: list[str],
 ) -> Progress:
     """Return the progress of the run; append to `notices` what has changed since it was saved: the data
-    (by the hash of each split), the learning rate, the machine.
+    (by the hash of each split, and the sequences evaluated), the learning rate, the machine.
 
-    Losses on another validation text are not comparable, so the best loss is then reset. With --minutes,
+    Losses on other validation sequences are not comparable, so the best loss is then reset. With --minutes,
     `share` is rescaled to the new number of minutes. Raise UserError for data of another tokenizer.
     """
     if resumed.state.get("tokenizer") != dataset.fingerprint:
@@ -129,9 +129,9 @@ def restore_progress(
         )
     progress, hashes = resumed.progress, dataset.hashes
     saved = resumed.state.get("data", hashes)
-    if changed := [split for split in hashes if saved.get(split) != hashes[split]]:
+    if changed := [part for part in hashes if saved.get(part, hashes[part]) != hashes[part]]:
         notices.append(f"note: the data has changed since the run was saved ({', '.join(changed)})")
-    if "val" in changed:
+    if {"val", "sequences"} & {*changed}:
         progress.best_val_loss = progress.val_loss = None
         progress.stale = 0
     old = {k: v for k, v in resumed.state["options"].items() if k in vars(config)}
@@ -161,7 +161,7 @@ def rewind(run_dir: Path, progress: Progress, data: str = "") -> None:
     Later checkpoints, which `find` has skipped as damaged, are renamed to `.damaged`. All later rows of
     metrics.jsonl are deleted, and so is the evaluation at the same iteration unless the checkpoint was
     evaluated. Task scores at that iteration belong to the checkpoint and are kept. Validation losses on other
-    data than that with the hash `data` are renamed, because they are not comparable with those that follow.
+    sequences than `data` (see `evaluation`) are renamed: they are not comparable with those that follow.
     """
     for path in step_folders(run_dir):
         if int(path.name[5:]) > progress.iter_num:
@@ -173,7 +173,7 @@ def rewind(run_dir: Path, progress: Progress, data: str = "") -> None:
     before = progress.iter_num - 1
     last = {"eval": before if progress.val_loss is None else progress.iter_num, "tasks": progress.iter_num}
     kept = [row for row in metrics.read(run_dir) if row["iter"] <= last.get(row["event"], before)]
-    if any(evaluation(path)[1] not in ("", data) for path in step_folders(run_dir)[:1]):
+    if not all(comparable(evaluation(path)[1], data) for path in step_folders(run_dir)[:1]):
         for row in (row for row in kept if "val_loss" in row):
             row["other_val_loss"] = row.pop("val_loss")
     files.write_text(run_dir / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))

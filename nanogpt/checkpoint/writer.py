@@ -109,7 +109,7 @@ def prepare_folder(
     run_dir: Path, lock: FileLock, resumed: Progress | None, options: TrainOptions, data: str = ""
 ) -> tuple[FileLock, str]:
     """Prepare the run folder `run_dir`, locked by `lock`, for a new run or, if `resumed` is given, for one
-    that resumes at this progress. `data`: hash of the validation tokens, if known.
+    that resumes at this progress. `data`: what it is evaluated on (`evaluated_on`), if known.
 
     An existing run that is not resumed is renamed: to the first free of run.1, run.2, ... or, with
     --overwrite, to run.replaced, which is deleted after the first checkpoint. Return the lock, to be held

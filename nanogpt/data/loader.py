@@ -42,11 +42,13 @@ class Dataset:
     vocab_size: int
     fingerprint: str  # SHA-256 of the tokenizer
     bytes_per_token: float | None  # UTF-8 bytes per token of the validation text, if known
+    evaluated: str = ""  # in a run: the sequences of the validation text that it is evaluated on
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Hashes of the tokens of both splits."""
-        return {"train": self.train.content, "val": self.val.content}
+        """Hashes of the tokens of both splits and, in a run, the sequences that it is evaluated on."""
+        sequences = {"sequences": self.evaluated} if self.evaluated else {}
+        return {"train": self.train.content, "val": self.val.content, **sequences}
 
 
 def find(name: str, root: Path) -> Path:

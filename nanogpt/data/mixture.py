@@ -43,12 +43,15 @@ def load(name: str, root: Path) -> Dataset:
     amounts = [weight or Fraction(len(one.train)) for one, (_, weight) in zip(datasets, parts, strict=True)]
     weights = [amount / sum(amounts) for amount in amounts]
     names = _names(folders)
+    val = _joined([one.val for one in datasets], names, weights)
+    if parts[0][1]:  # given: the validation loss is another mean for others
+        val.content += f" by {' '.join(map(str, weights))}"
     lengths = [one.bytes_per_token for one in datasets if one.bytes_per_token]
     mean = sum(float(w) * length for w, length in zip(weights, lengths, strict=False))
     return Dataset(
         Path(name),
         _joined([one.train for one in datasets], names, weights),
-        _joined([one.val for one in datasets], names, weights),
+        val,
         max((one.tokenizer for one in datasets), key=len),  # prefer GPT-2's with merges
         first.vocab_size,
         first.fingerprint,
