@@ -210,6 +210,16 @@ def test_files_of_other_content_are_not_trained_on(tmp_path, content, said, name
         loader.load(tmp_path)
 
 
+def test_files_beside_the_splits_are_not_joined_with_them(tmp_path):
+    for name in ("train", "val", "pretrain", "eval"):
+        (IDS[:1000] if name == "train" else IDS[:500]).astype("<u2").tofile(tmp_path / f"{name}.bin")
+    found = loader.load(tmp_path)
+    assert (len(found.train), len(found.val)) == (1000, 500)
+    (tmp_path / "old_train.bin").write_bytes(b"ab" * 100)
+    with pytest.raises(UserError, match=r"has train\.bin and old_train\.bin; keep the one to train on"):
+        loader.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "array", "said"),
     [

@@ -98,6 +98,9 @@ def require_one_kind_without_gaps(folder: Path, split: str, kinds: list[list[Pat
     if len(kinds) > 1:
         names = " and ".join(paths[0].name for paths in kinds)
         raise UserError(f"{folder} has files of several kinds for {split}, {names}; keep one kind")
+    if len(kinds[0]) > 1 and (own := [path for path in kinds[0] if path.stem == split]):
+        other = next(path.name for path in kinds[0] if path not in own)
+        raise UserError(f"{folder} has {own[0].name} and {other}; keep the one to train on")
     numbers = [int(match[1]) for path in kinds[0] if (match := re.search(r"_(\d+)$", path.stem))]
     counted = min(numbers, default=2) < 2 and max(numbers) < 1_000_000  # other numbers may be dates
     if counted and (gaps := set(range(min(numbers), max(numbers))) - set(numbers)):

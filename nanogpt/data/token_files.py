@@ -123,7 +123,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
     Raise UserError for files of several kinds, and for shards whose numbers have a gap.
     """
     found = (sorted(folder.glob(f"*{split}{end}")) for end in ("_*.bin", "_*.npy", ".bin", ".npy"))
-    kinds = list(filter(None, found)) or [[]]
+    named = ([path for path in kind if not path.stem.rpartition(split)[0][-1:].isalpha()] for kind in found)
+    kinds = list(filter(None, named)) or [[]]  # without pretrain.bin and eval.bin
     if len(kinds) > 1 or len(kinds[0]) > 1:
         from nanogpt.data import foreign
 
