@@ -94,14 +94,15 @@ def run(config: Config, world: World) -> None:
     for task in loaded:
         print(task.note, end="")
     names = [config.out_dir] + ([config.against] if config.against else [])
-    scored = []
+    scored: list[tuple[Opened, list[Report]]] = []
     for name in names:
         opened = open_model(name, config, world)
+        dataset = dataset_of(scored[0][0] if scored else opened, config)  # the same for both
         with opened.subject.machine.memory_errors():
-            scored.append((opened, evaluate(opened, loaded, dataset_of(opened, config), config)))
+            scored.append((opened, evaluate(opened, loaded, dataset, config)))
     opened, result = scored[0][0], results(*scored[0])
     if config.against:
-        result |= compare(*scored)
+        result |= compare(scored[0], scored[1], config.limit)
     if config.baseline:
         result["baseline"] = baseline(opened, config)
     if for_lm_eval:
@@ -168,19 +169,21 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         for text in split.texts:  # each source of a mixture separately
             name = f"{text.name or data.folder.name}/{config.split}"
             reports.append(score_text(name, [text], [], subject, config))
-        if dataset == opened.dataset and config.split == "val" and not (config.limit or "," in dataset):
-            print(difference_from_training(Path(opened.path), data), end="")
+        if dataset == opened.dataset and config.split == "val":
+            print(difference_from_training(Path(opened.path), data, config.limit), end="")
     for task in loaded:
         endings = sum(len(item.endings) for item in task.items)
         reports.append(watched(task.name, endings, partial(evals.run_task, task, subject)))
     return reports
 
 
-def difference_from_training(path: Path, data: loader.Dataset) -> str:
-    """Return a line about the validation loss that training printed for a checkpoint, if it is of fewer
-    sequences than the validation split of `data` has, else ""."""
+def difference_from_training(path: Path, data: loader.Dataset, limit: int) -> str:
+    """Return a line about the validation loss that training printed for a checkpoint, if it is of another
+    text or of fewer sequences than the validation split of `data`, else ""."""
     logged, text = checkpoint.evaluation(path)
-    if math.isinf(logged) or text not in ("", data.hashes["val"]):
+    if not checkpoint.comparable(text, data.hashes["val"]):
+        return f"note: {data.folder} has changed since {path} was saved: this is another text\n"
+    if math.isinf(logged) or limit or len(data.val.texts) > 1:
         return ""
     from nanogpt.evaluation import counting
 
@@ -248,8 +251,12 @@ def read_texts(path: str) -> list[str]:
     return documents
 
 
-def compare(a: tuple[Opened, list[Report]], b: tuple[Opened, list[Report]]) -> dict[str, Any]:
-    """Print the score differences a minus b; return them with b's results for the JSON file."""
+def compare(a: tuple[Opened, list[Report]], b: tuple[Opened, list[Report]], limit: int) -> dict[str, Any]:
+    """Print the score differences a minus b; return them with b's results for the JSON file. Raise UserError
+    if `limit` selects other parts of a text for each model."""
+    contexts = [opened.subject.block_size for opened, _ in (a, b)]
+    if limit and len({*contexts}) > 1 and any(report.kind == "text" for report in a[1]):
+        raise UserError(f"--limit={limit} selects other parts of a text for contexts of {contexts}; omit it")
     print(f"{a[0].path} minus {b[0].path}:")
     differences = {}
     for one, other in zip(a[1], b[1], strict=True):

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import pytest
 import eval as program
 import train
 from nanogpt import files
+from nanogpt.diagnostics import overlap
 from nanogpt.errors import UserError
 from nanogpt.evaluation import counting, evals
 from nanogpt.prepare import corpus
-from tests.conftest import train_until_it_knows, words
+from tests.conftest import train_until_it_knows, words, write_dataset
 
 QUESTIONS = [{"context": "", "choices": ["abc", "fgh"], "label": i % 2} for i in range(6)]
 
@@ -147,6 +149,31 @@ def test_comparison_with_itself_shows_no_difference(config, questions, capsys):
     assert found["against"]["results"]["questions"]["acc"] == found["results"]["questions"]["acc"]
     assert all(one["value"] == 0 and one["p"] == 1 for one in found["differences"]["questions"].values())
     assert "questions: acc +0.0000 ± 0.0000 (p = 1, McNemar's exact test)" in capsys.readouterr().out
+
+
+def test_both_models_are_compared_on_the_data_of_the_first(config, trained, tmp_path):
+    train_until_it_knows(tmp_path, max_iters=20)
+    other = str(tmp_path / "out")
+    own = result(replace(config, against=other))
+    given = result(replace(config, against=other, dataset=str(trained / "dataset")))
+    assert own["differences"] == given["differences"]
+    report = SimpleNamespace(kind="text")
+    pair = [(SimpleNamespace(subject=SimpleNamespace(block_size=n)), [report]) for n in (8, 16)]
+    with pytest.raises(UserError, match=r"--limit=2 selects other parts of a text for contexts of \[8, 16\]"):
+        program.compare(*pair, limit=2)
+
+
+def test_a_text_that_has_changed_since_training_is_mentioned(tmp_path, capsys):
+    train_until_it_knows(tmp_path, max_iters=20)
+    config = program.Config(out_dir=str(tmp_path / "out"), device="cpu", out=str(tmp_path / "out.json"))
+    result(config)
+    assert "has changed" not in capsys.readouterr().out
+    write_dataset(tmp_path / "dataset", words(1800)[::-1])
+    result(replace(config, baseline=True))
+    said = capsys.readouterr().out
+    assert f"note: {tmp_path / 'dataset'} has changed since" in said and "on the same sequences" not in said
+    with pytest.raises(UserError, match=r"dataset has changed since .*out was trained"):
+        overlap.open_dataset(tmp_path / "out")
 
 
 def test_longer_training_is_significantly_better(config, trained):

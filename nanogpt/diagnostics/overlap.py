@@ -110,10 +110,13 @@ def report(run: Path, texts: Sequence[Sequence[int]], decode: Callable[[Sequence
 
 
 def open_dataset(run: Path) -> loader.Dataset:
-    """Return the dataset on which the model in `run` was trained. Raise UserError if it is missing."""
-    name = files.read_json(run / "config.json", {"options": {"dataset": str}})["options"]["dataset"]
-    dataset = mixture.load(name, ROOT)
+    """Return the dataset on which the model in `run` was trained. Raise UserError if it is missing or has
+    changed since."""
+    about = files.read_json(run / "config.json", {"options": {"dataset": str}, "data?": dict})
+    dataset = mixture.load(about["options"]["dataset"], ROOT)
     tokenizer = (run / "tokenizer.json").read_text(encoding="utf-8")
     if dataset.fingerprint != vocabulary.identify(tokenizer).sha256:
         raise UserError(f"{dataset.folder} has another tokenizer than {run}")
+    if not about.get("data", dataset.hashes).items() >= dataset.hashes.items():
+        raise UserError(f"{dataset.folder} has changed since {run} was trained")
     return dataset

@@ -24,7 +24,9 @@ from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 
 FIGURES = {"data": dict, "losses": {str: {str: float}}}  # baseline.json of a dataset: by sequences and order
-ABOUT = {"options?": {"dataset": str, "block_size": PositiveInt, "eval_iters": int, "batch_size": int}}
+ABOUT: dict[str, Any] = {
+    "options?": {"dataset": str, "block_size": PositiveInt, "eval_iters": int, "batch_size": int}
+}
 NAME = "baseline.json"
 MOST = 50_000_000  # training tokens counted
 AT_ONCE = 1 << 20  # tokens scored at a time
@@ -227,8 +229,9 @@ def compared(run: Path) -> str:
     """Compare the best validation loss of a run with the counting baseline, if that is known for its
     sequences: write the baseline to the run folder, for plot.py and the page, and return a line; else ""."""
     losses = [row["val_loss"] for row in metrics.read(run) if row["event"] == "eval" and row.get("val_loss")]
-    best = sequences_of(run).best()
-    if not best or not losses:
+    sequences, about = sequences_of(run), files.read_json(run / "config.json", ABOUT)
+    best, hashes = sequences.best(), sequences.dataset.hashes
+    if not best or not losses or not about.get("data", hashes).items() >= hashes.items():
         return ""
     loss, order = best
     files.write_json(run / NAME, {"loss": loss, "order": int(order)})
