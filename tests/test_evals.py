@@ -22,6 +22,7 @@ from nanogpt.inference.sampling import SamplingOptions
 from nanogpt.tokenizer import tokenizer
 from nanogpt.tokenizer.gpt2 import load_gpt2
 from nanogpt.tokenizer.hugging_face import HuggingFaceTokenizer
+from nanogpt.tokenizer.ids import IdTokenizer
 from tests import texts
 from tests.subjects import LETTERS, subject_of
 
@@ -202,6 +203,13 @@ def by_hand(subject: Subject, ids: list[int], start: int = 1) -> float:
     with torch.no_grad():
         chances = subject.model(torch.tensor([ids[:-1]]))[0][0].double().softmax(-1)
     return -sum(math.log2(chances[i - 1, ids[i]]) for i in range(start, len(ids)))
+
+
+def test_bytes_of_ids_that_are_no_text_are_not_known():
+    """Their names in a sample, and the blanks between them, are not the text."""
+    subject = subject_of(IdTokenizer(["a", "b", "<eos>"]), block_size=16)
+    ids = np.tile([0, 1, 2], 20)
+    assert "bits_per_byte" not in evals.run_text("x", Windows([Ids(ids)], 16, 16), subject).metrics
 
 
 def test_characters_that_a_tokenizer_loses_are_counted(pairs):

@@ -201,6 +201,7 @@ HELLASWAG = {"activity_label": "a", "ctx": "b", "endings": ["c", "d"], "label": 
         ),
         ("cloze", {"prompt": "a"}, "missing `target` or `completion`"),
         ("cloze", {"prompt": "a", "target": ""}, "`target` is empty"),
+        ("cloze", {**ARC, "answer": "A"}, "it has `choices`, unlike the rows before it"),
         ("lambada", {"text": ""}, "`text` is empty"),
         ("lambada", {"text": "word"}, "the last one is the target"),
         ("cloze", {"text": "a good film", "label": 1}, "`label` without `endings` is a class of the text"),

@@ -109,6 +109,8 @@ def cloze(row: Row) -> Item:
         if named := [name for name in LABEL if name in row]:
             raise _Misfit(f"`{named[0]}` without `endings` is a class of the text, which is not scored")
         return lambada(row)
+    if named := [name for name in ENDINGS if name in row]:
+        raise _Misfit(f"it has `{named[0]}`, unlike the rows before it; keep one kind of row in a file")
     context, target = _context(row), _text(row, TARGET)
     return Item(context, (target,), joint=_joint(context, [target]))
 
