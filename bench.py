@@ -24,8 +24,9 @@ import torch
 from tqdm import trange
 
 import train
-from nanogpt import files, runtime
+from nanogpt import ROOT, files, runtime
 from nanogpt.config import Amount, FilePath, NonNegativeInt, PositiveInt, UnitInterval, load, pick_fields
+from nanogpt.convert import weights
 from nanogpt.distributed.world import Processes
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import attention_kernels
@@ -108,11 +109,24 @@ def with_data(config: Config, scratch: Path) -> Config:
     return replace(config, dataset=str(scratch))
 
 
+def with_shape(config: Config, origins: dict[str, str]) -> Config:
+    """Return `config` with the shape of the weights that --init_from names. Raise UserError if an option was
+    given that does not match it."""
+    shape = asdict(weights.shape(config.init_from, ROOT, Path(config.out_dir)))
+    free = {"block_size", "dropout", "vocab_multiple"} & {*origins, "dropout", "vocab_multiple"}
+    shape = {name: value for name, value in shape.items() if name in vars(config) and name not in free}
+    if wrong := [name for name in shape if name in origins and getattr(config, name) != shape[name]]:
+        raise UserError(f"{config.init_from} has {wrong[0]}={shape[wrong[0]]}; omit --{wrong[0]}")
+    return replace(config, **shape)
+
+
 class Bench:
     """A training run built by train.py, stepped one iteration at a time."""
 
     def __init__(self, config: Config, scratch: Path, origins: dict[str, str] | None = None):
         """`scratch`: folder for random tokens; `origins`: source of each given option."""
+        if config.init_from not in ("scratch", "auto"):
+            config = with_shape(config, origins or {})
         config = replace(config, init_from="scratch", eval_only=False, eval_tasks="", sample_prompt="")
         ready = with_data(config, scratch)
         self.run = train.build(ready, origins or {}, World())

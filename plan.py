@@ -34,7 +34,7 @@ from nanogpt.data import loader
 from nanogpt.errors import UserError, run_program
 from nanogpt.gpu import chips
 from nanogpt.loss import default_loss_chunk_size
-from nanogpt.model import GPT, GPT2_SIZES, GPTConfig
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.options import BatchOptions, FinetuneOptions, ModelOptions, OptimizerOptions, overruled
 from nanogpt.planning import estimate, scaling
 from nanogpt.planning.scaling import ClusterOptions
@@ -121,9 +121,7 @@ def shape_of(config: Config, origins: dict[str, str]) -> tuple[GPTConfig, list[s
     if config.init_from not in ("scratch", "auto"):
         from nanogpt.convert import weights
 
-        shape = GPT2_SIZES.get(config.init_from)  # needs no download
-        if not shape:
-            shape = weights.open_weights(config.init_from, ROOT, Path(config.out_dir)).config
+        shape = weights.shape(config.init_from, ROOT, Path(config.out_dir))
         block_size = config.block_size if "block_size" in origins else shape.block_size
         return replace(shape, block_size=block_size, vocab_multiple=config.vocab_multiple), []
     vocab_size, notices = config.vocab_size, []

@@ -158,7 +158,9 @@ def table(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def label(group: Sequence[Run]) -> str:
-    return group[0].name + (f" ({len(group)} seeds)" if len(group) > 1 else "")
+    seeds = {str(run.about.get("options", {}).get("seed")) for run in group}
+    what = "runs" if seeds != {"None"} and len(seeds) < len(group) else "seeds"
+    return group[0].name + (f" ({len(group)} {what})" if len(group) > 1 else "")
 
 
 def check_suffix(out: Path) -> None:

@@ -10,6 +10,7 @@ so do more seeds or entrants.
 
 import hashlib
 import math
+import re
 import shlex
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt import ROOT, files
+from nanogpt import ROOT, checkpoint, files
 from nanogpt.config import FilePath, NonNegativeFloat, NonNegativeInt, PositiveInt, load, load_with_arguments
 from nanogpt.errors import Stopped, UserError, run_program
 
@@ -68,13 +69,17 @@ def check(entrants: Sequence[str], length: str) -> None:
         if entrant.startswith("--"):
             raise UserError(f"entrant {entrant!r} must begin with a preset: 'config/a.py {entrant}'")
         load(train.Config, [*shlex.split(entrant), length])
+        if given := [word for word in shlex.split(entrant) if re.match("--(seed|out_dir)=", word)]:
+            raise UserError(f"entrant {entrant!r}: {given[0]} is chosen by the race; omit it")
 
 
 def run(entrant: str, length: str, seed: int, out: Path) -> dict[str, Any]:
     """Train `entrant` with `seed`, or resume that; return its row of race.json."""
     digest = hashlib.sha256(entrant.encode()).hexdigest()[:8]  # options are too long for a name
     folder = out / f"{Path(shlex.split(entrant)[0]).stem}-{digest}-{seed}"
-    ours = [length, f"--seed={seed}", f"--out_dir={folder}", "--init_from=auto"]
+    ours = [length, f"--seed={seed}", f"--out_dir={folder}"]
+    if checkpoint.step_folders(folder):
+        ours.append("--init_from=resume")
     print(f"--- {entrant}, seed {seed}", flush=True)
     child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *shlex.split(entrant), *ours])
     # Ctrl-C reaches the child too, which saves a checkpoint; a second signal would end it at once.
@@ -140,6 +145,8 @@ def write(out: Path, length: str, results: Sequence[dict[str, Any]]) -> list[str
         table.append({"entrant": name, key: mean, "error": error, "values": values[name], "seeds": len(rows)})
     lines += [f"{row['entrant']}, seed {row['seed']}: diverged" for row in results if row not in finished]
     lines.append(f"\n{length}; ±: standard error over seeds, and half of the 95 % interval of a difference")
+    if len(datasets := sorted({row["dataset"] for row in finished})) > 1:
+        lines.append(f"each entrant is validated on its own dataset: {', '.join(datasets)}")
     clean = [{key: value if value == value else None for key, value in row.items()} for row in table]
     files.write_json(out / "race.json", {"length": length, "ranking": clean, "runs": list(results)})
     files.write_text(out / "race.md", "\n".join(lines) + "\n")

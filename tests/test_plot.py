@@ -8,6 +8,7 @@ import pytest
 
 import plot
 from nanogpt.config import load_with_arguments
+from nanogpt.diagnostics import runs
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -257,6 +258,21 @@ def test_table_ranks_groups_of_seeds_and_lists_what_differs(seeds, usual, tmp_pa
     assert first.split() == ["1", "r0.2-0", "(3", "seeds)", "2.0100", "±", "0.0058", "100", "0:01", *options]
     assert second.split() == ["2", "out", "2.9000", "±", "0.1000", "300", "0:03"]
     assert "learning_rate=0.1" in third
+
+
+def test_runs_from_other_weights_or_on_other_data_are_no_seeds_of_each_other(seeds, capsys, tmp_path):
+    describe(seeds[0], learning_rate=0.1, seed=0, init_from="base")
+    describe(seeds[1], learning_rate=0.1, seed=0, init_from="resume")
+    describe(seeds[2], learning_rate=0.1, seed=0)
+    groups = runs.grouped([runs.load(Path(folder)) for folder in seeds[:3]])
+    assert [len(group) for group in groups] == [1, 2] and plot.label(groups[1]) == "r0.1-1 (2 runs)"
+    for number, folder in enumerate(seeds[3:]):
+        path = Path(folder, "config.json")
+        about = json.loads(path.read_text(encoding="utf-8")) | {"data": {"val": str(number)}}
+        path.write_text(json.dumps(about), encoding="utf-8")
+    plot.main(plot.Config(out=str(tmp_path / "x.png"), compare=True), seeds[3:5])
+    said = capsys.readouterr().out
+    assert "cannot be compared: d was prepared anew between the runs" in said and "2 seeds" not in said
 
 
 def test_seeds_are_drawn_as_their_mean_in_a_band(seeds):

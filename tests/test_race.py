@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import race
-from nanogpt.config import load_with_arguments
+import train
+from nanogpt import metrics
+from nanogpt.config import load, load_with_arguments
 from nanogpt.errors import UserError
 
 ROOT = Path(race.__file__).parent
@@ -91,6 +93,24 @@ def test_text_of_unknown_size_is_ranked_by_loss(tmp_path):
         race.write(tmp_path, "--minutes=1", [row("a", 0, None), row("b", 1, None, dataset="e")])
 
 
+def test_entrants_start_from_the_weights_that_they_name(entrants, dataset, tmp_path):
+    preset = entrants[0]
+    train.main(*load(train.Config, [preset, "--max_iters=60", f"--out_dir={tmp_path / 'base'}"]))
+    both = [preset, f"{preset} --init_from={tmp_path / 'base'}"]
+    race.main(race.Config(max_iters=2, seeds=1, out=str(tmp_path / "race")), both)
+    found = json.loads((tmp_path / "race" / "race.json").read_text(encoding="utf-8"))
+    folders = [row["folder"] for row in found["runs"]]
+    first = [metrics.read(Path(folder))[0]["val_loss"] for folder in folders]
+    assert first[1] < first[0] - 0.1
+    about = json.loads(Path(folders[1], "config.json").read_text(encoding="utf-8"))
+    assert about["options"]["init_from"] == str(tmp_path / "base")
+
+
+def test_several_datasets_are_mentioned(tmp_path):
+    lines = race.write(tmp_path, "--minutes=1", [row("a", 0, 1.0), row("b", 1, 1.1, dataset="e")])
+    assert lines[-1] == "each entrant is validated on its own dataset: d, e"
+
+
 def test_bad_input_is_reported_before_anything_runs(entrants, tmp_path):
     out = str(tmp_path / "race")
     for given, reason in (
@@ -98,6 +118,7 @@ def test_bad_input_is_reported_before_anything_runs(entrants, tmp_path):
         (["--activation=swiglu"], "must begin with a preset"),
         (["no-such-preset"], "no preset 'no-such-preset'"),
         ([f"{entrants[0]} --n_layer=x"], "n_layer is 'x', not"),
+        ([f"{entrants[0]} --seed=3"], "--seed=3 is chosen by the race; omit it"),
     ):
         with pytest.raises(UserError, match=reason):
             race.main(race.Config(out=out), given)

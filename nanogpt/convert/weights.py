@@ -10,7 +10,13 @@ from nanogpt import checkpoint, files
 from nanogpt.checkpoint import reader
 from nanogpt.convert.pretrained import NAMES, Pretrained, stored_tensor
 from nanogpt.errors import UserError
+from nanogpt.model import GPT2_SIZES, GPTConfig
 from nanogpt.tokenizer import vocabulary
+
+
+def shape(name: str, root: Path, run: Path) -> GPTConfig:
+    """Return the shape of the weights `name`, as `open_weights`; those of GPT-2 need not be downloaded."""
+    return GPT2_SIZES.get(name) or open_weights(name, root, run).config
 
 
 def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretrained:

@@ -19,6 +19,7 @@ NAMES = (
     "deterministic device dtype"
 )
 IGNORED = set(NAMES.split())
+AFRESH = (None, "scratch", "auto", "resume")  # values of init_from that name no weights
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Run:
     @property
     def options(self) -> dict[str, Any]:
         given: dict[str, Any] = self.about.get("options", {})
-        return {key: value for key, value in given.items() if key not in IGNORED}
+        started = {"init_from": given.get("init_from")} if given.get("init_from") not in AFRESH else {}
+        return {key: value for key, value in given.items() if key not in IGNORED} | started
 
     @property
     def baseline(self) -> dict[str, Any]:
@@ -66,7 +68,9 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
     if not rows:
         raise UserError(f"{folder / metrics.NAME} has no rows of train.py; wait for the first iteration")
     path = folder / "config.json"
-    config = files.read_json(path, {"options?": dict, "model?": dict}) if path.is_file() else {}
+    config = (
+        files.read_json(path, {"options?": dict, "model?": dict, "data?": dict}) if path.is_file() else {}
+    )
 
     def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
         chosen = [row for row in rows if row.get("event") == event and number(row.get(x)) is not None]
@@ -96,7 +100,8 @@ def grouped(runs: Iterable[Run]) -> list[list[Run]]:
     """Group runs that differ only in the seed, in the order of their first."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(repr(sorted(run.options.items()) or run.folder), []).append(run)
+        kind = [sorted(run.options.items()), run.about.get("data")]
+        groups.setdefault(repr(kind if run.options else run.folder), []).append(run)
     return list(groups.values())
 
 
@@ -135,6 +140,8 @@ def compare(a: Sequence[Run], b: Sequence[Run]) -> str:
         return "cannot be compared: a run has no evaluation yet"
     if len(data := {str(run.options.get("dataset")) for run in [*a, *b]}) > 1:
         return f"cannot be compared: the datasets differ ({', '.join(sorted(data))})"
+    if len({str(run.about["data"]) for run in [*a, *b] if "data" in run.about}) > 1:
+        return f"cannot be compared: {data.pop()} was prepared anew between the runs"
     gap, noise = difference(*losses)
     basis = f"95 % interval, {len(a)} and {len(b)} seeds"
     if math.isnan(noise):
