@@ -110,14 +110,10 @@ def with_data(config: Config, scratch: Path) -> Config:
 
 
 def with_shape(config: Config, origins: dict[str, str]) -> Config:
-    """Return `config` with the shape of the weights that --init_from names. Raise UserError if an option was
-    given that does not match it."""
+    """Return `config` with the shape of the weights that --init_from names, except for options given."""
     shape = asdict(weights.shape(config.init_from, ROOT, Path(config.out_dir)))
-    free = {"block_size", "dropout", "vocab_multiple"} & {*origins, "dropout", "vocab_multiple"}
-    shape = {name: value for name, value in shape.items() if name in vars(config) and name not in free}
-    if wrong := [name for name in shape if name in origins and getattr(config, name) != shape[name]]:
-        raise UserError(f"{config.init_from} has {wrong[0]}={shape[wrong[0]]}; omit --{wrong[0]}")
-    return replace(config, **shape)
+    taken = set(vars(config)) - {*origins, "dropout", "vocab_multiple"}
+    return replace(config, **{name: value for name, value in shape.items() if name in taken})
 
 
 class Bench:
