@@ -142,8 +142,9 @@ def table(groups: Sequence[Sequence[Run]]) -> list[str]:
     rows = [("", "run", "validation loss", "tokens", "time", "options that differ")]
     different = reading.differing([group[0] for group in groups])
     for number, (group, options) in enumerate(zip(groups, different, strict=True), start=1):
-        loss, error = reading.mean_and_error([run.val_loss for run in group])
-        if len(group) == 1:
+        apart = reading.one_per_seed(group)
+        loss, error = reading.mean_and_error([run.val_loss for run in apart])
+        if len(apart) == 1:
             error = group[0].stderr
         shown = f"{loss:.4f}" + (f" ± {error:.4f}" if np.isfinite(error) else "")
         seconds = float(np.mean([run.seconds for run in group]))
@@ -152,14 +153,16 @@ def table(groups: Sequence[Sequence[Run]]) -> list[str]:
         rows.append((str(number), label(group), shown, tokens, time, options))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    if len({run.options.get("dataset") for group in groups for run in group} - {None}) > 1:
-        lines.append("the datasets differ: their losses cannot be ranked")
+    every = [run for group in groups for run in group]
+    if why := reading.unlike(every):
+        lines.append(f"{why}: their losses cannot be ranked")
+    elif part := reading.evaluated_unlike(every):
+        lines.append(f"note: {part}")
     return [*lines, "±: standard error, of the mean over seeds or of the evaluation of one run"]
 
 
 def label(group: Sequence[Run]) -> str:
-    seeds = {str(run.about.get("options", {}).get("seed")) for run in group}
-    what = "runs" if seeds != {"None"} and len(seeds) < len(group) else "seeds"
+    what = "seeds" if len(reading.one_per_seed(group)) == len(group) else "runs"
     return group[0].name + (f" ({len(group)} {what})" if len(group) > 1 else "")
 
 

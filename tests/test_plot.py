@@ -273,6 +273,20 @@ def test_runs_from_other_weights_or_on_other_data_are_no_seeds_of_each_other(see
     plot.main(plot.Config(out=str(tmp_path / "x.png"), compare=True), seeds[3:5])
     said = capsys.readouterr().out
     assert "cannot be compared: d was prepared anew between the runs" in said and "2 seeds" not in said
+    assert "\nd was prepared anew between the runs: their losses cannot be ranked\n" in said
+
+
+def test_copies_of_a_seed_are_no_seeds_and_parts_of_the_text_are_mentioned(seeds, tmp_path, capsys):
+    for number, folder in enumerate(seeds[:4]):
+        describe(folder, learning_rate=0.1 if number < 2 else 0.2, seed=0)
+        path = Path(folder, "config.json")
+        about = json.loads(path.read_text(encoding="utf-8"))
+        about["data"] = {"val": "a", "sequences": f"[{4 + number // 2}] of 16"}
+        path.write_text(json.dumps(about), encoding="utf-8")
+    plot.main(plot.Config(out=str(tmp_path / "x.png"), compare=True), seeds[:4])
+    said = capsys.readouterr().out
+    assert "(twice the standard error of the evaluations; that of the seeds is not known" in said
+    assert "(2 runs)" in said and said.count("note: evaluated on different parts of the validation text") == 2
 
 
 def test_seeds_are_drawn_as_their_mean_in_a_band(seeds):
@@ -326,7 +340,7 @@ def test_runs_of_different_datasets_are_not_compared(seeds, tmp_path, capsys):
     plot.main(plot.Config(out=str(tmp_path / "x.png"), compare=True), [seeds[0], seeds[3]])
     said = capsys.readouterr().out
     assert said.startswith("cannot be compared: the datasets differ (d, other)\n")
-    assert "\nthe datasets differ: their losses cannot be ranked\n" in said
+    assert "\nthe datasets differ (d, other): their losses cannot be ranked\n" in said
 
 
 def test_flops_axis_needs_the_shape_of_the_model(usual, tmp_path):

@@ -100,9 +100,29 @@ def grouped(runs: Iterable[Run]) -> list[list[Run]]:
     """Group runs that differ only in the seed, in the order of their first."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        kind = [sorted(run.options.items()), run.about.get("data")]
+        kind = [sorted(run.options.items()), run.about.get("data", {}).get("val")]
         groups.setdefault(repr(kind if run.options else run.folder), []).append(run)
     return list(groups.values())
+
+
+def one_per_seed(group: Sequence[Run]) -> list[Run]:
+    """Return the runs of `group` without those that repeat a seed, such as copies."""
+    return list({run.about.get("options", {}).get("seed", run.folder): run for run in group}.values())
+
+
+def unlike(runs: Sequence[Run]) -> str:
+    """Return why the losses of `runs` cannot be ranked; "" if nothing known is against it."""
+    if len(names := sorted({str(run.options["dataset"]) for run in runs if "dataset" in run.options})) > 1:
+        return f"the datasets differ ({', '.join(names)})"
+    texts = {run.about["data"].get("val") for run in runs if "data" in run.about}
+    return f"{names[0]} was prepared anew between the runs" if len(texts) > 1 else ""
+
+
+def evaluated_unlike(runs: Sequence[Run]) -> str:
+    """Return a note for runs that are evaluated on different parts of their validation text, else ""."""
+    parts = {run.about["data"].get("sequences") for run in runs if "data" in run.about}
+    why = "evaluated on different parts of the validation text (--eval_iters, --batch_size, --block_size)"
+    return why if len(parts) > 1 else ""
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -135,13 +155,12 @@ def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 def compare(a: Sequence[Run], b: Sequence[Run]) -> str:
     """Say whether the best validation losses of `a` and `b`, runs of several seeds each, differ by more than
     the noise; for single runs, the noise of the evaluations alone."""
+    every, (a, b) = [*a, *b], (one_per_seed(a), one_per_seed(b))
     losses = [[run.val_loss for run in group] for group in (a, b)]
     if not all(math.isfinite(loss) for group in losses for loss in group):
         return "cannot be compared: a run has no evaluation yet"
-    if len(data := {str(run.options.get("dataset")) for run in [*a, *b]}) > 1:
-        return f"cannot be compared: the datasets differ ({', '.join(sorted(data))})"
-    if len({str(run.about["data"]) for run in [*a, *b] if "data" in run.about}) > 1:
-        return f"cannot be compared: {data.pop()} was prepared anew between the runs"
+    if why := unlike(every):
+        return f"cannot be compared: {why}"
     gap, noise = difference(*losses)
     basis = f"95 % interval, {len(a)} and {len(b)} seeds"
     if math.isnan(noise):
@@ -151,4 +170,5 @@ def compare(a: Sequence[Run], b: Sequence[Run]) -> str:
     names = a[0].name, b[0].name
     means = ", ".join(f"{name}: {np.mean(group):.4f}" for name, group in zip(names, losses, strict=True))
     better = f"{names[gap > 0]} is better by {abs(gap):.4f} ± {noise:.4f} ({basis})"
-    return f"{means}; {better}\ndifference larger than the noise: {verdict}"
+    note = f"\nnote: {part}" if (part := evaluated_unlike(every)) else ""
+    return f"{means}; {better}\ndifference larger than the noise: {verdict}{note}"
