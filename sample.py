@@ -72,6 +72,8 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         print(f"note: --logprobs={config.logprobs} has no effect without --json", file=sys.stderr)
     controls = vars(pick_fields(SamplingOptions, config))  # validated before the model is loaded
     stops = stop_strings(config.stop)
+    if any(r"\n" in text for text in [*stops, config.start] if not text.startswith("FILE:")):
+        print(r"note: \n is two characters here; type $'\n' for a line break", file=sys.stderr)
     prompts = [""] if config.interactive else read_prompts(config)
     by_default = origins is not None and "num_samples" not in origins
     if by_default and not (config.temperature or config.interactive):
@@ -171,12 +173,9 @@ def as_json(
     model: api.LanguageModel, prompts: list[str], number: int, num_samples: int, completion: Completion
 ) -> dict[str, Any]:
     def token(drawn: Token, before: int) -> dict[str, Any]:
-        def text(i: int) -> str:
-            return text_of(model.tokenizer, i, before)
-
-        top = [{"id": i, "text": text(i), "logprob": value} for i, value in drawn.top]
-        alternatives = {"top": top} if top else {}
-        return {"id": drawn.id, "text": text(drawn.id), "logprob": drawn.logprob} | alternatives
+        every = [(drawn.id, drawn.logprob), *drawn.top]
+        own, *top = ({"id": i, "text": text_of(model.tokenizer, i, before), "logprob": p} for i, p in every)
+        return own | ({"top": top} if top else {})
 
     ids = completion.text.ids[completion.text.prompt_length - 1 :]
     return {

@@ -177,6 +177,10 @@ def test_invalid_options_are_rejected(config, wrong, message):
 def test_an_option_without_effect_is_mentioned(config, capsys):
     sample.main(replace(config, logprobs=3, num_samples=1))
     assert "note: --logprobs=3 has no effect without --json" in capsys.readouterr().err
+    sample.main(replace(config, stop="\n", num_samples=1))
+    assert "two characters" not in capsys.readouterr().err
+    sample.main(replace(config, stop="\\n", num_samples=1))
+    assert r"note: \n is two characters here; type $'\n' for a line break" in capsys.readouterr().err
 
 
 def test_command_line_rejects_out_of_range_values():
