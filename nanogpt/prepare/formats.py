@@ -124,10 +124,6 @@ def _plain(file: Any) -> Iterator[bytes]:
     return iter(lambda: file.read(BLOCK), b"")
 
 
-def _gzip(raw: BinaryIO) -> Iterator[bytes]:
-    return _plain(importlib.import_module("gzip").open(raw))
-
-
 def _streams(library: str, decompressor: str) -> Callable[[BinaryIO], Iterator[bytes]]:
     """Return a reader of bzip2 or xz. It raises an error for anything but a stream after a stream, which the
     `open` of these modules ignores; zeros are padding."""
@@ -174,7 +170,7 @@ def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
 
 
 PACKED: dict[bytes, Callable[[BinaryIO], Iterator[bytes]]] = {  # by first bytes
-    b"\x1f\x8b\x08": _gzip,
+    b"\x1f\x8b\x08": lambda raw: _plain(importlib.import_module("gzip").open(raw)),
     **{b"BZh%d1AY&SY" % size: _streams("bz2", "BZ2Decompressor") for size in range(1, 10)},
     b"\xfd7zXZ\0": _streams("lzma", "LZMADecompressor"),
     b"\x5d\0\0": _streams("lzma", "LZMADecompressor"),  # .lzma

@@ -13,10 +13,8 @@ from nanogpt.tokenizer import bpe, vocabulary
 from nanogpt.tokenizer.hugging_face import end_of_text
 from nanogpt.tokenizer.vocabulary import END_OF_TEXT
 
-NAMES = (
-    *["vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt"],
-    *["tokenizer.json", "tokenizer_config.json"],
-)
+NAMES: tuple[str, ...] = ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt")
+NAMES += ("tokenizer.json", "tokenizer_config.json")
 ENDINGS = (".model", ".tiktoken")  # of unsupported formats
 IDS = {str: Amount}  # vocab.json, added_tokens.json
 LIKE_GPT2 = ("GPT2", "Roberta", "Bart", "Longformer", "OPT", "CodeGen", "Whisper", "PreTrained")  # its words
