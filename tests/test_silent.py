@@ -66,6 +66,18 @@ def test_a_learning_rate_that_jumps_on_resume_is_reported(config, capsys):
     assert "to 0.004, because its options have changed\n" in said and "--lr_decay_iters" not in said
 
 
+@pytest.mark.parametrize(
+    ("size", "said"), [(2, "40 are read again, and counted once"), (8, "80 are skipped")]
+)
+def test_another_batch_size_on_resume_tells_what_it_does_to_the_data(size, said, config, capsys):
+    train.main(replace(config, batch_size=4, max_iters=20))
+    capsys.readouterr()
+    options = {"init_from": "resume", "max_iters": 21, "batch_size": size}
+    train.main(replace(config, **options), {name: "given" for name in options})
+    out = capsys.readouterr().out
+    assert f"note: {size} sequences per iteration, not 4: {said}" in out
+
+
 def test_data_that_has_changed_is_reported_and_losses_are_not_compared(config, tmp_path, capsys):
     train.main(config)
     before = reader.find(Path(config.out_dir))[0].progress.best_val_loss

@@ -136,6 +136,11 @@ def restore_progress(
         progress.stale = 0
     old = {k: v for k, v in resumed.state["options"].items() if k in vars(config)}
     before = replace(config, **old)
+    sizes = [options.sequences_per_iteration for options in (before, config)]
+    if sizes[0] != sizes[1] and progress.iter_num:
+        apart = progress.iter_num * (sizes[1] - sizes[0])
+        what = "skipped, and counted as read" if apart > 0 else "read again, and counted once"
+        notices.append(f"note: {sizes[1]} sequences per iteration, not {sizes[0]}: {abs(apart):,} are {what}")
     old_lr = learning_rate(before, progress.position(before))
     if before.minutes and config.minutes:
         progress.share *= before.minutes / config.minutes
