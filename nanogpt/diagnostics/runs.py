@@ -13,13 +13,14 @@ from nanogpt.errors import UserError
 
 # Options that do not change what is learned, beyond rounding.
 NAMES = (
-    "seed out_dir overwrite init_from track wandb_log wandb_project wandb_run_name verbose log_interval "
+    "seed out_dir overwrite track wandb_log wandb_project wandb_run_name verbose log_interval "
     "eval_interval save_interval save_minutes always_save_checkpoint max_minutes health_interval "
     "sample_prompt eval_tasks cuda_graph compile attention loss_chunk_size activation_checkpointing "
     "deterministic device dtype"
 )
 IGNORED = set(NAMES.split())
-AFRESH = (None, "scratch", "auto", "resume")  # values of init_from that name no weights
+ABOUT = {"options?": dict, "model?": dict, "data?": {"val?": str, "sequences?": str}}  # config.json
+AFRESH = ("scratch", "auto", "resume")  # values of init_from that name no weights
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Run:
     @property
     def options(self) -> dict[str, Any]:
         given: dict[str, Any] = self.about.get("options", {})
-        started = {"init_from": given.get("init_from")} if given.get("init_from") not in AFRESH else {}
-        return {key: value for key, value in given.items() if key not in IGNORED} | started
+        ignored = IGNORED | ({"init_from"} if given.get("init_from") in AFRESH else set())
+        return {key: value for key, value in given.items() if key not in ignored}
 
     @property
     def baseline(self) -> dict[str, Any]:
@@ -68,9 +69,7 @@ def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()
     if not rows:
         raise UserError(f"{folder / metrics.NAME} has no rows of train.py; wait for the first iteration")
     path = folder / "config.json"
-    config = (
-        files.read_json(path, {"options?": dict, "model?": dict, "data?": dict}) if path.is_file() else {}
-    )
+    config = files.read_json(path, ABOUT) if path.is_file() else {}
 
     def columns(event: str, *keys: str) -> dict[str, np.ndarray]:
         chosen = [row for row in rows if row.get("event") == event and number(row.get(x)) is not None]

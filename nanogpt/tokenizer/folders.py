@@ -91,13 +91,13 @@ def _completed(folder: Path, value: dict[str, Any]) -> str:
     if isinstance(prefix, bool) and level.get("type") == "ByteLevel":
         level["add_prefix_space"] = prefix
     vocab = value["model"]["vocab"]
-    ids = dict(vocab) if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
+    ids = vocab if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
     added = {token["content"]: token for token in value.get("added_tokens") or []}
     named = {token: {"id": number} for token, number in _json(folder / "added_tokens.json", IDS).items()}
     for number, token in known.get("added_tokens_decoder", {}).items():
         place = f"{folder}: id of {token['content']!r}"
         named[token["content"]] = {**token, "id": files.parse_json(number, place, Amount)}
-    if (end := _end(folder)) in ids:
+    if (end := _end(folder, known)) in ids:
         named.setdefault(end, {"id": ids[end], "special": True})
     for content, token in named.items():
         added.setdefault(content, _added(**token | {"content": content}))
@@ -113,10 +113,11 @@ def _added(content: str, id: int, **flags: Any) -> dict[str, Any]:
     return {"id": id, **token, "content": content, "special": bool(flags.get("special", content in SPECIAL))}
 
 
-def _end(folder: Path) -> str:
-    """Return the token that the settings of transformers name as the end of a text; "" if none."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _json(folder / name, dict).get("eos_token")
+def _end(folder: Path, known: dict[str, Any]) -> str:
+    """Return the end of a text that transformers reads in `known`, from tokenizer_config.json, or
+    in special_tokens_map.json; "" if none."""
+    for about in (known, _json(folder / "special_tokens_map.json", dict)):
+        token = about.get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token and isinstance(token, str):
             return token

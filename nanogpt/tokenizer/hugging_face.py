@@ -64,13 +64,15 @@ class HuggingFaceTokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return ids. Raise UserError for characters that become no token, or the one for unknown ones."""
-        encoding, left = self._special.encode(text, add_special_tokens=False), text
+        encoding, left = self._special.encode(text, add_special_tokens=False), list(text)
+        if self.lossless:
+            return encoding.ids
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             is_unknown = token == self._unknown and text[start:end] != self._special.id_to_token(token)
-            left = left[:start] + (text[start:end] if is_unknown else " " * (end - start)) + left[end:]
+            left[start:end] = text[start:end] if is_unknown else " " * (end - start)
         decoded = self.decode_bytes(encoding.ids).decode("utf-8", "replace")
         partly = [c for c in text if c not in decoded] if "\ufffd" in decoded else []  # some of its bytes
-        if unknown := left.split() or partly or ([] if encoding.ids else [text]):
+        if unknown := "".join(left).split() or partly or ([] if encoding.ids else [text]):
             raise UserError(f"{unknown[0]!r} is not in the vocabulary; remove it")
         return encoding.ids
 
@@ -78,11 +80,9 @@ class HuggingFaceTokenizer:
         """Count the characters of `text` that `ids` do not hold (unknown ones, upper case, line ends), and
         those that they add (spaces)."""
         # Some tokenizers put a space before a text, or take one away.
-        before, after = (
-            text.removeprefix(" "),
-            self.decode_bytes(ids.tolist()).decode("utf-8", "replace").removeprefix(" "),
-        )
-        if self.lossless or before == after:
+        decoded = self.decode_bytes(ids.tolist()).decode("utf-8", "replace")
+        before, after = text.removeprefix(" "), decoded.removeprefix(" ")
+        if before == after:
             return Counter()
         old, new = Counter(before), Counter(after)
         moved = next(a for a, b in itertools.zip_longest(before, after, fillvalue=" ") if a != b)
