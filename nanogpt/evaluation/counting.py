@@ -25,7 +25,8 @@ from nanogpt.loss import IGNORE
 
 FIGURES = {"data": dict, "losses": {str: {str: float}}}  # baseline.json of a dataset: by sequences and order
 ABOUT: dict[str, Any] = {
-    "options?": {"dataset": str, "block_size": PositiveInt, "eval_iters": int, "batch_size": int}
+    "options?": {"dataset": str, "block_size": PositiveInt, "eval_iters": int, "batch_size": int},
+    "data?": dict,
 }
 NAME = "baseline.json"
 MOST = 50_000_000  # training tokens counted
