@@ -70,7 +70,7 @@ def require_ids(paths: list[Path], dtype: np.dtype) -> None:
             low, high = ids & 255, ids >> 8
             if not low.any():
                 what = "all are multiples of 256, as in big-endian integers; write them as little-endian"
-            elif high.any() and max(low.max(), high.max()) < 128:  # in a thousand tokens
+            elif high.any() and max(low.max(), high.max()) < 128:  # never so in text
                 what = "no byte is above 127, as in integers of 8 bits; write them as uint16"
         if what and not known:
             raise UserError(f"{path} does not hold token ids of {8 * dtype.itemsize} bits: {what}")

@@ -103,7 +103,7 @@ def encode_item(item: Item, tokens: Tokenizer) -> list[Pair]:
     for ending in item.endings:
         whole = tokens.encode(stripped + blanks + ending)
         cut = min(border, len(whole) - 1)
-        # one token for all, as of a text that is unknown as a whole, needs a context as well
+        # If all is one token, such as that for unknown words, none is left to be the context.
         pairs.append((whole[:cut], whole[cut:]) if cut else (np.array([beginning(tokens)]), whole))
     return pairs
 
