@@ -153,7 +153,7 @@ class Bench:
         waits: list[float] = []
         run.machine.synchronize()
         started = time.perf_counter()
-        train.seed_dropout(run.machine, config.seed, self.iter_num)
+        run.machine.seed(config.seed, self.iter_num)
         batches = watched(self.micro_batches(self.iter_num), waits)
         lr, clip = config.learning_rate, config.grad_clip
         loss, _ = self.take_step(self.model, run.optimizer, run.scaler, batches, lr, clip)

@@ -195,6 +195,9 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     optimizer = make_optimizer(config, model, machine, layout)
     if config.optimizer == "muon" and not any(optim.is_for_muon(name, p) for name, p in optimizer.named):
         notices.append("no trainable matrices for Muon, which is not used; --learning_rate applies")
+    if config.decay_lr and config.max_iters <= config.warmup_iters:
+        longer = f"warmup_iters={config.warmup_iters} is not less than max_iters={config.max_iters}"
+        notices.append(f"note: {longer}: the learning rate never reaches learning_rate")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
         scaler = parallelize.sharded_scaler(machine)
@@ -204,7 +207,9 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
     if resumed:
         from nanogpt.checkpoint.resume import load_optimizer, restore_progress
 
-        progress = restore_progress(resumed, config, setup.dataset, machine, learning_rate, notices)
+        progress = restore_progress(
+            resumed, config, setup.dataset, setup.batches, machine, learning_rate, notices
+        )
         load_optimizer(resumed, optimizer.state_shards())
         if resumed.state["scaler"]:  # empty if it was saved without loss scaling
             scaler.load_state_dict(resumed.state["scaler"])
@@ -346,12 +351,6 @@ def train_step(
     return total, grad_norm
 
 
-def seed_dropout(machine: runtime.Machine, seed: int, iter_num: int) -> None:
-    """Reseed the device's RNG from (seed, iter_num, rank), so that dropout depends neither on evaluations
-    between iterations nor on resuming."""
-    machine.seed(seed * 1_000_003 + iter_num + machine.world.rank * 1_000_000_007)
-
-
 def check_finite(loss: Tensor, grad_norm: Tensor, iter_num: int, lr: float, scaled: bool) -> None:
     """Raise Diverged if the loss or the gradient norm is not finite. With loss scaling (float16) a non-finite
     gradient norm is allowed: the scaler has skipped that step."""
@@ -442,7 +441,7 @@ def loop(run: Run, log: metrics.Log, stop: StopRequest) -> None:
         # batch size relative to the full one (Malladi et al. 2022).
         lr_scale = math.sqrt(run.batches.sequences(progress.iter_num) / run.batches.full)
         lr = lr_scale * learning_rate(config, pace.position)
-        seed_dropout(machine, config.seed, progress.iter_num)
+        machine.seed(config.seed, progress.iter_num)
         batches = micro_batches(progress.iter_num)
         loss, grad_norm = take_step(function, run.optimizer, run.scaler, batches, lr, config.grad_clip)
         scaled = run.scaler.is_enabled()
@@ -614,6 +613,7 @@ def save(run: Run) -> None:
     state = {
         **asdict(run.progress),
         "clock_s": run.total_clock_s(),
+        "sequences": run.batches.sequences_before(run.progress.iter_num),
         "options": asdict(config),
         "scaler": run.scaler.state_dict(),
         "lora": lora_config(config),

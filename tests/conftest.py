@@ -242,7 +242,7 @@ def update(
     the gradient norm. `function`: forward function; default: the model in its compute dtype."""
     batches = list(batches)
     rows = sum(len(batch[0]) for batch in batches)
-    train.seed_dropout(machine, 1, iter_num)
+    machine.seed(1, iter_num)
     weighted = [(len(batch[0]) / rows, batch) for batch in batches]
     function = function or machine.in_dtype(model)
     return (take or train.train_step)(function, optimizer, scaler, weighted, lr, grad_clip)

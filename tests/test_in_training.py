@@ -75,7 +75,7 @@ def test_resume_neither_repeats_nor_skips_evaluations(watched, tmp_path, monkeyp
     whole = replace(watched, max_iters=12)
     train.main(whole)
     parts = replace(whole, out_dir=str(tmp_path / "parts"), save_interval=1)
-    seed, stop = train.seed_dropout, {}
+    seed, stop = runtime.Machine.seed, {}
     enter = StopRequest.__enter__
     monkeypatch.setattr(StopRequest, "__enter__", lambda self: stop.setdefault("request", enter(self)))
 
@@ -84,7 +84,7 @@ def test_resume_neither_repeats_nor_skips_evaluations(watched, tmp_path, monkeyp
             stop["request"].reason = "a test"
         seed(machine, number, iter_num)
 
-    monkeypatch.setattr(train, "seed_dropout", at_eight)
+    monkeypatch.setattr(runtime.Machine, "seed", at_eight)
     with pytest.raises(Stopped):
         train.main(parts)
     monkeypatch.undo()

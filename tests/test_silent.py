@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import train
-from nanogpt import checkpoint, metrics
+from benchmarks import fuzz_cases
+from nanogpt import checkpoint, files, metrics
 from nanogpt.checkpoint import reader
 from nanogpt.convert import ckpt, weights
+from nanogpt.data.samplers import EpochSampler
 from nanogpt.errors import UserError
 from nanogpt.prepare import corpus
 from nanogpt.tokenizer import tokenizer
@@ -66,16 +68,33 @@ def test_a_learning_rate_that_jumps_on_resume_is_reported(config, capsys):
     assert "to 0.004, because its options have changed\n" in said and "--lr_decay_iters" not in said
 
 
-@pytest.mark.parametrize(
-    ("size", "said"), [(2, "40 are read again, and counted once"), (8, "80 are skipped")]
-)
-def test_another_batch_size_on_resume_tells_what_it_does_to_the_data(size, said, config, capsys):
-    train.main(replace(config, batch_size=4, max_iters=20))
-    capsys.readouterr()
-    options = {"init_from": "resume", "max_iters": 21, "batch_size": size}
-    train.main(replace(config, **options), {name: "given" for name in options})
-    out = capsys.readouterr().out
-    assert f"note: {size} sequences per iteration, not 4: {said}" in out
+@pytest.mark.parametrize("earlier", [False, True], ids=["this version", "without the count of sequences"])
+@pytest.mark.parametrize("ramp", [0, 300], ids=["", "ramp"])
+def test_another_batch_size_on_resume_neither_skips_nor_repeats_sequences(earlier, ramp, config, monkeypatch):
+    read, sequences = [], EpochSampler.starts
+    monkeypatch.setattr(EpochSampler, "starts", lambda *given: read.append(given[1:]) or sequences(*given))
+    config = replace(config, batch_size=4, batch_ramp_tokens=ramp, eval_interval=1000)
+    for sessions, (size, end) in enumerate([(4, 20), (2, 24), (6, 27)]):
+        options = {"batch_size": size, "max_iters": end, **({"init_from": "resume"} if sessions else {})}
+        train.main(replace(config, **options), {name: "given" for name in options})
+        state = Path(config.out_dir) / f"step-{end:06d}/state.json"
+        if earlier and sessions == 0:
+            saved = files.read_json(state)
+            del saved["sequences"]
+            files.write_json(state, saved)
+            fuzz_cases.sign(state.parent)
+    ends = [first + count for first, count in read]
+    assert [first for first, _ in read] == [0, *ends[:-1]]
+    assert [count for _, count in read[20:]] == [2] * 4 + [6] * 3
+    assert ends[-1] == files.read_json(state)["sequences"] == sum(count for _, count in read)
+
+
+def test_a_run_that_ends_in_its_warmup_says_so(config, capsys):
+    train.main(replace(config, max_iters=3, warmup_iters=3))
+    assert "note: warmup_iters=3 is not less than max_iters=3: the learning rate" in capsys.readouterr().out
+    train.main(replace(config, max_iters=3, warmup_iters=2, overwrite=True))
+    train.main(replace(config, max_iters=3, warmup_iters=5, decay_lr=False, overwrite=True))
+    assert "warmup" not in capsys.readouterr().out
 
 
 def test_data_that_has_changed_is_reported_and_losses_are_not_compared(config, tmp_path, capsys):

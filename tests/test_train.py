@@ -288,7 +288,7 @@ def test_run_resumes_in_the_other_half_precision(config, before, now):
 @pytest.mark.parametrize("rules", ["adamw", "muon"])
 def test_the_host_reads_no_value_between_log_lines(config, rules, monkeypatch):
     """Reading one would wait for a GPU, which then waits for the host."""
-    reads, at_start, seed = [], [], train.seed_dropout
+    reads, at_start, seed = [], [], runtime.Machine.seed
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -296,7 +296,7 @@ def test_the_host_reads_no_value_between_log_lines(config, rules, monkeypatch):
                 reads.append(func)
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(train, "seed_dropout", lambda *given: at_start.append(len(reads)) or seed(*given))
+    monkeypatch.setattr(runtime.Machine, "seed", lambda *given: at_start.append(len(reads)) or seed(*given))
     config = replace(config, optimizer=rules, max_iters=12, eval_interval=12, log_interval=4)
     with Reads():
         train.main(config)

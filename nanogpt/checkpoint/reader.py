@@ -19,7 +19,8 @@ from nanogpt.model import GPT, GPTConfig
 MANIFEST_SCHEMA = {"format": str, "files": {name: {"bytes": Amount, "sha256": str} for name in FILES}}
 STATE_SCHEMA = {f"{name}?": kind for name, kind in get_type_hints(Progress).items()} | {"tokenizer?": str}
 STATE_SCHEMA |= {"ramp?": [Amount], "options?": dict, "scaler?": dict, "environment?": dict}
-STATE_SCHEMA |= {"iter_num": Amount, "model": {f"{n}?": t for n, t in get_type_hints(GPTConfig).items()}}
+STATE_SCHEMA |= {"iter_num": Amount, "sequences?": Amount}
+STATE_SCHEMA |= {"model": {f"{n}?": t for n, t in get_type_hints(GPTConfig).items()}}
 LORA_SCHEMA = {"rank": Amount, "alpha": float, "targets": str}
 MAX_LAYERS = 4096  # a file with more layers is rejected before the model is built
 

@@ -18,7 +18,7 @@ from nanogpt import files, metrics
 from nanogpt.checkpoint import REPLACED, Progress, comparable, evaluation, reader, step_folders
 from nanogpt.checkpoint.reader import Checkpoint
 from nanogpt.config import fitted
-from nanogpt.data.loader import Dataset
+from nanogpt.data.loader import Dataset, TrainBatches
 from nanogpt.errors import UserError
 from nanogpt.options import TrainOptions
 from nanogpt.runtime import Machine
@@ -112,12 +112,14 @@ def restore_progress(
     resumed: Checkpoint,
     config: R,
     dataset: Dataset,
+    batches: TrainBatches,
     machine: Machine,
     learning_rate: Callable[[R, float], float],
     notices: list[str],
 ) -> Progress:
-    """Return the progress of the run; append to `notices` what has changed since it was saved: the data
-    (by the hash of each split, and the sequences evaluated), the learning rate, the machine.
+    """Return the progress of the run, and continue `batches` after the sequences already read. Append to
+    `notices` what has changed since the run was saved: the data (by the hash of each split, and the sequences
+    evaluated), the learning rate, the machine.
 
     Losses on other validation sequences are not comparable, so the best loss is then reset. With --minutes,
     `share` is rescaled to the new number of minutes. Raise UserError for data of another tokenizer.
@@ -136,11 +138,9 @@ def restore_progress(
         progress.stale = 0
     old = {k: v for k, v in resumed.state["options"].items() if k in vars(config)}
     before = replace(config, **old)
-    sizes = [options.sequences_per_iteration for options in (before, config)]
-    if sizes[0] != sizes[1] and progress.iter_num:
-        apart = progress.iter_num * (sizes[1] - sizes[0])
-        what = "skipped, and counted as read" if apart > 0 else "read again, and counted once"
-        notices.append(f"note: {sizes[1]} sequences per iteration, not {sizes[0]}: {abs(apart):,} are {what}")
+    ramp = (progress.ramp or before.ramp())[: progress.iter_num]
+    read = sum(ramp) + (progress.iter_num - len(ramp)) * before.sequences_per_iteration
+    batches.continue_at(progress.iter_num, resumed.state.get("sequences", read))
     old_lr = learning_rate(before, progress.position(before))
     if before.minutes and config.minutes:
         progress.share *= before.minutes / config.minutes
@@ -151,7 +151,7 @@ def restore_progress(
         if config.minutes != before.minutes:
             length = f"{config.minutes:g} minutes" if config.minutes else f"{config.max_iters} iterations"
             why = f"because the schedule now spans {length}"
-        elif not config.minutes and new_end != end:
+        elif config.decay_lr and not config.minutes and new_end != end:
             why += f"; --lr_decay_iters={end} keeps the old end of the schedule"
         notices.append(f"note: the learning rate jumps from {old_lr:.3g} to {new_lr:.3g}, {why}")
     saved, env = resumed.state["environment"], machine.environment()

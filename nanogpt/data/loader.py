@@ -214,6 +214,7 @@ class TrainBatches:
         self.tokens, self.block_size, self.device = tokens, block_size, device
         self.batch_size, self.full = batch_size, batch_size * micro_steps
         self.set_ramp(list(ramp))  # self.read: sequences before each batch of the ramp
+        self.continue_at(0, 0)
         self.world = world
 
     def step(self, step: int) -> Iterator[tuple[Tensor, ...]]:
@@ -248,8 +249,14 @@ class TrainBatches:
         """Replace the sizes of the first batches, in sequences."""
         self.ramp, self.read = ramp, [0, *itertools.accumulate(ramp)]
 
+    def continue_at(self, step: int, sequences: int) -> None:
+        """Let iteration `step` follow the first `sequences` sequences, read in batches of any size."""
+        self.resumed_at = step, sequences
+
     def sequences_before(self, step: int) -> int:
-        return self.read[min(step, len(self.ramp))] + max(0, step - len(self.ramp)) * self.full
+        (start, sequences), ramp = self.resumed_at, len(self.ramp)
+        at_step, at_start = (self.read[min(n, ramp)] + max(0, n - ramp) * self.full for n in (step, start))
+        return sequences + at_step - at_start
 
     def tokens_before(self, step: int) -> int:
         """Return the number of tokens in all iterations before `step`."""
