@@ -162,7 +162,29 @@ def test_encodings_of_seven_bits_are_named(encoding, tmp_path):
     assert read(path, encoding=encoding) == [f"Subject: {body}\n"]
 
 
-def test_the_mark_of_utf8_contradicts_another_encoding(tmp_path):
+def test_a_file_in_utf8_beside_files_in_a_given_encoding_stays_utf8(tmp_path):
+    body = "Das Mädchen hört die Vögel.\n"
+    plain = "a text of ASCII only: +AGE-\n"  # in UTF-7: a
+    for number, data in enumerate(
+        (body.encode("cp1252"), body.encode(), plain.encode(), body.encode("cp1252"))
+    ):
+        written(tmp_path / "mix", f"{number}.txt", data)
+    mixed = text_files.find([tmp_path / "mix"], encoding="cp1252")
+    assert documents(mixed) == [body, body, plain, body]
+    notes = [source.note for source in mixed.sources]
+    assert notes == ["", "valid UTF-8, and read as that instead of cp1252", "", ""]
+    rows = "".join(json.dumps({"text": body}, ensure_ascii=False) + "\n" for _ in range(3))
+    path = written(tmp_path, "x.jsonl", "\n" * 70_000 + rows)
+    (source,) = text_files.find([path], encoding="cp1252").sources
+    assert source.encoding == "utf-8" and "valid UTF-8" in source.note
+    assert read(tmp_path / "mix" / "2.txt", encoding="utf-7") == ["a text of ASCII only: a\n"]
+    assert read(written(tmp_path, "a.txt", plain.encode("utf-16-le")), encoding="utf-16-le") == [plain]
+
+
+def test_the_mark_of_an_encoding_contradicts_another_one(tmp_path):
+    swapped = written(tmp_path, "y.txt", "café".encode("utf-16"))
+    with pytest.raises(UserError, match="begins with the mark of UTF-16-LE, so it is not utf-16-be"):
+        read(swapped, encoding="utf-16-be")
     path = written(tmp_path, "x.txt", "café".encode("utf-8-sig"))
     with pytest.raises(UserError, match="begins with the mark of UTF-8, so it is not cp1252"):
         read(path, encoding="cp1252")

@@ -12,9 +12,10 @@ import numpy as np
 
 from nanogpt.errors import UserError
 from nanogpt.prepare import readers, text_files
+from nanogpt.prepare.encodings import code_points
 from nanogpt.prepare.readers import Piece
 from nanogpt.prepare.rows import BadRow, Pair
-from nanogpt.prepare.text_files import Digest, Document, Source, code_points, with_newlines
+from nanogpt.prepare.text_files import Digest, Document, Source, with_newlines
 from nanogpt.tokenizer import isolated, tokenizer
 
 PIECE = 1 << 20  # characters encoded at a time

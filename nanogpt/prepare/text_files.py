@@ -1,9 +1,8 @@
 """Find text files and their encodings: any common encoding, newline style and size, in constant memory.
 
-Files are read a megabyte at a time, so that their size does not matter. An encoding is accepted only on
-evidence, since a wrong guess silently trains on garbage: a byte order mark, UTF-8 valid to the last byte,
-UTF-16 by its NUL bytes, GB18030 by the most common Chinese characters. Anything else is refused, with the
-position and the options that set the encoding or allow some bytes that cannot be decoded.
+Files are read a megabyte at a time, so that their size does not matter. A text whose encoding cannot be
+recognized (encodings.py) is refused, with the position and the options that set the encoding or allow some
+bytes that cannot be decoded.
 """
 
 import codecs
@@ -20,19 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nanogpt.errors import UserError
-from nanogpt.prepare import formats, rows, tables
+from nanogpt.prepare import encodings, formats, rows, tables
+from nanogpt.prepare.encodings import NotText, Undecodable
 from nanogpt.prepare.formats import Advance
 
-MARKS = {  # byte order marks; UTF-32 first, as its LE mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-    codecs.BOM_UTF8: "utf-8",
-}
 UNDECODABLE = {"refuse": None, "replace": "\ufffd", "drop": ""}  # --on_undecodable: bytes become this
 FEW = 0.01  # share of bytes of a text that may be undecodable; with more, the encoding is wrong
 C1 = re.compile("[\x80-\x84\x86-\x9f]")  # control characters, which no text has
@@ -100,14 +91,6 @@ class Texts:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
 
 
-class _NotText(UserError):
-    """Reason why a file cannot be read as text, without its name."""
-
-
-class _Undecodable(_NotText):
-    """Position where an encoding failed; another encoding may succeed."""
-
-
 @dataclass
 class Undecoded:
     """Bytes of a file that are invalid in its encoding."""
@@ -132,7 +115,7 @@ def find(
     contain up to 10 % NUL characters. `encoding` overrides detection. `advance` is called with the number of
     bytes read.
     """
-    _check_name(encoding)
+    encodings.require_known(encoding)
     texts = Texts()
     seen: set[str] = set()
     for path in paths:
@@ -159,14 +142,14 @@ def _search(
 ) -> None:
     """Add the file `path`, or the files of the folder `path`, to `texts` in place."""
     folder = path.is_dir()
-    listed = list(filter(keep, _files(path))) if folder else [path]
+    kept = list(filter(keep, listed(path))) if folder else [path]
     # Files beside tables in a dataset's folder (README, lists) are not documents; nor a README beside rows.
     beside: dict[str, set[Path]] = {}
-    for file in listed if folder else ():
+    for file in kept if folder else ():
         beside.setdefault(formats.rows_kind(file.name), set()).update(file.parents)
     with_tables, of_rows = beside.get("table", ()), [*beside.get("jsonl", ()), *beside.get("csv", ())]
     saved = {folder: tables.saved(folder) for folder in with_tables}
-    for file in listed:
+    for file in kept:
         relative = os.path.basename(os.path.abspath(path)) / file.relative_to(path)
         name = relative.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
         real = os.path.realpath(file)
@@ -185,21 +168,19 @@ def _search(
             continue
         try:
             texts.sources.append(inspect(file, name))
-        except _NotText as problem:
+        except NotText as problem:
             if not folder:
                 raise UserError(f"{file}: {problem}") from None
             texts.skipped.append((name, str(problem)))
 
 
-def code_points(text: str) -> np.ndarray:
-    """Return the code points of `text`, uint32 (n,)."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
 # ----------------------------------------------------------------------------- one file
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def listed(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder in order of names, without hidden ones. Links to folders are followed, each
+    folder once."""
+
     def fail(error: OSError) -> None:  # by default, os.walk ignores folders that it cannot open
         raise error
 
@@ -218,39 +199,44 @@ def _inspect(
 ) -> Source:
     """Recognize a file, and detect the encoding of a text by decoding all of it.
 
-    Raise _NotText with the reason if it cannot be read.
+    Raise NotText with the reason if it cannot be read.
     """
     if not path.is_file():
-        raise _NotText("not a regular file")
+        raise NotText("not a regular file")
     status, head = path.stat(), formats.head_of(path)
     if not head:
-        raise _NotText("empty")
+        raise NotText("empty")
     if reason := formats.refused(head):
-        raise _NotText(reason)
+        raise NotText(reason)
     kind = _kind(path, head, text_key)
-    encodings, mark = _candidates(head, forced)
+    tried, mark = encodings.candidates(head, forced)
     source = Source(
-        path, name, kind, status.st_size, _sha256(path, advance), status.st_mtime_ns, encodings[0], mark
+        path, name, kind, status.st_size, _sha256(path, advance), status.st_mtime_ns, tried[0], mark
     )
-    if kind in ("table", "jsonl"):
+    if kind == "table":
+        return source
+    if forced and tried != ["utf-8"] and _is_utf8(source):
+        forced, tried, note = "", ["utf-8"], f"valid UTF-8, and read as that instead of {forced}"
+        source = replace(source, encoding="utf-8", note=note)
+    if kind == "jsonl":
         return source
     if forced and b"\0" not in "a".encode(forced) and formats.is_binary(head):
-        raise _NotText("binary data, not text")
+        raise NotText("binary data, not text")
     problems = []
-    for encoding in encodings:
+    for encoding in tried:
         source = replace(source, encoding=encoding, undecodable=on_undecodable)
         digest, newlines, bad, controls, nul = Digest(), set[Any](), Undecoded(), 0, 0
         chunks = decoded(source, advance, bad)
-        chunks = _chinese(chunks) if encoding == "gb18030" != forced else chunks
+        chunks = encodings.chinese(chunks) if encoding == "gb18030" != forced else chunks
         try:
             for chunk in with_newlines(_checked(chunks, nul_share), newlines):
                 digest.add(chunk)
                 controls += len(C1.findall(chunk)) if forced else 0
                 nul += chunk.count("\0")
-        except _Undecodable as problem:
+        except Undecodable as problem:
             problems.append(problem)
             continue
-        notes = []
+        notes = [source.note] if source.note else []
         if bad.count:
             action = "dropped" if on_undecodable == "drop" else "replaced by U+FFFD"
             notes.append(f"{bad.count:,} undecodable bytes {action}, the first at offset {bad.first:,}")
@@ -262,17 +248,26 @@ def _inspect(
             )
         source = replace(source, newlines_changed=bool(newlines - {None, "\n"}), note="; ".join(notes))
         return replace(source, document=digest.document()) if kind == "text" else _with_rows(source, text_key)
-    if len(encodings) > 1 and formats.is_binary(head):
-        raise _NotText("binary data, not text")
-    expected = "neither UTF-8 nor UTF-16 nor GB18030" if len(encodings) > 1 else f"not {encodings[0]}"
+    if len(tried) > 1 and formats.is_binary(head):
+        raise NotText("binary data, not text")
+    expected = "neither UTF-8 nor UTF-16 nor GB18030" if len(tried) > 1 else f"not {tried[0]}"
     where = problems[0]
-    with contextlib.suppress(_Undecodable):  # if it begins as Chinese: where GB18030 failed
-        list(_chinese([head.decode("gb18030", "ignore")]))
+    with contextlib.suppress(Undecodable):  # if it begins as Chinese: where GB18030 failed
+        list(encodings.chinese([head.decode("gb18030", "ignore")]))
         where = problems[-1]
-    raise _NotText(
+    raise NotText(
         f"{where} is {expected}; convert it, or set --encoding=NAME (cp1252, big5, gb18030, ...), or, "
         "if such bytes are few, pass --on_undecodable=replace"
     )
+
+
+def _is_utf8(source: Source) -> bool:
+    """Return whether a file is valid UTF-8 with more than ASCII, which no text in another encoding is."""
+    source = replace(source, encoding="utf-8", undecodable="refuse")
+    try:
+        return any([not chunk.isascii() for chunk in decoded(source, lambda count: None)])  # all chunks
+    except UserError:
+        return False
 
 
 def _sha256(path: Path, advance: Advance) -> str:
@@ -288,13 +283,13 @@ def _kind(path: Path, head: bytes, text_key: str) -> str:
     """Return the kind of a Source."""
     if head.startswith(formats.TABLES):
         if formats.packing(path):
-            raise _NotText("a compressed table: decompress it first (Parquet and Arrow compress themselves)")
+            raise NotText("a compressed table: decompress it first (Parquet and Arrow compress themselves)")
         return "table"
     if head.startswith(tuple(formats.PACKED)):
-        raise _NotText("compressed twice: decompress it first")
+        raise NotText("compressed twice: decompress it first")
     kind, start = formats.rows_kind(path.name), head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")
     if kind == "table":
-        raise _NotText("neither a Parquet nor an Arrow file, in spite of its name; download it again")
+        raise NotText("neither a Parquet nor an Arrow file, in spite of its name; download it again")
     if kind != "csv" and (kind or re.match(rb"\[?\s*\{", start)):
         found = _json_kind(head, text_key)
         if not found and len(head) == formats.HEAD:  # the first row may be longer
@@ -317,14 +312,14 @@ def _json_kind(head: bytes, text_key: str) -> str:
 
 
 def _with_rows(source: Source, text_key: str) -> Source:
-    """Return `source`; raise _NotText if its first rows have no text."""
+    """Return `source`; raise NotText if its first rows have no text."""
     try:
         start = next(lines_of(source, text_key), b"").splitlines()[:100]
     except UserError as error:
-        raise _NotText(str(error)) from None
+        raise NotText(str(error)) from None
     documents = [rows.document(line, number, text_key) for number, line in enumerate(start, 1) if line]
     if documents and all(isinstance(row, rows.BadRow) for row in documents):
-        raise _NotText(f"row 1 {documents[0].reason}")  # type: ignore[union-attr]
+        raise NotText(f"row 1 {documents[0].reason}")  # type: ignore[union-attr]
     return source
 
 
@@ -374,7 +369,7 @@ def decoded(source: Source, advance: Advance, bad: Undecoded | None = None) -> I
         # error.object is the rest of the last block, and this block
         offset = end - len(error.object) + error.start
         if instead is None:
-            raise _Undecodable(f"byte 0x{error.object[error.start]:02x} at offset {offset}")
+            raise Undecodable(f"byte 0x{error.object[error.start]:02x} at offset {offset}")
         bad.first = bad.first if bad.count else offset
         bad.count += error.end - error.start
         return instead, error.end
@@ -385,12 +380,12 @@ def decoded(source: Source, advance: Advance, bad: Undecoded | None = None) -> I
         codecs.register_error("nanogpt", handle)
         try:
             text = decoder.decode(block or b"", final=block is None)
-        except _Undecodable:
+        except Undecodable:
             raise
         except UnicodeError as error:  # no position: --encoding=utf-16 for a file without a mark
-            raise _NotText(f"not {source.encoding}: {error}") from None
+            raise NotText(f"not {source.encoding}: {error}") from None
         if bad.count > max(FEW * end, 1):
-            raise _Undecodable(f"{bad.count:,} of the first {end:,} bytes")
+            raise Undecodable(f"{bad.count:,} of the first {end:,} bytes")
         yield text
 
 
@@ -408,87 +403,17 @@ def with_newlines(chunks: Iterable[str], newlines: set[Any] | None = None) -> It
 
 
 def _checked(chunks: Iterable[str], nul_share: float) -> Iterator[str]:
-    """Pass on `chunks`; raise _NotText if there is no text, or if more than `nul_share` of it is NUL."""
+    """Pass on `chunks`; raise NotText if there is no text, or if more than `nul_share` of it is NUL."""
     length = nul = 0
     for chunk in chunks:
         length += len(chunk)
         nul += chunk.count("\0")
         if "\x1b$" in chunk:
-            raise _NotText("contains codes of ISO-2022; set --encoding=iso2022_jp or iso2022_kr")
+            raise NotText("contains codes of ISO-2022; set --encoding=iso2022_jp or iso2022_kr")
         if surrogate := rows.lone_surrogate(chunk):  # UTF-7, for example, can produce them
-            raise _NotText(f"contains {surrogate}, which is not text")
+            raise NotText(f"contains {surrogate}, which is not text")
         yield chunk
     if not length:
-        raise _NotText("empty")
+        raise NotText("empty")
     if nul > nul_share * length:
-        raise _NotText(f"binary: {nul:,} of {length:,} characters are NUL")
-
-
-# ----------------------------------------------------------------------------- encodings
-
-
-def _check_name(encoding: str) -> None:
-    try:
-        "a".encode(encoding or "utf-8")
-        codecs.getincrementaldecoder(encoding or "utf-8")
-    except (LookupError, ValueError):
-        raise UserError(
-            f"--encoding={encoding}: unknown encoding; "
-            "known are for example utf-8, utf-16, gb18030, big5, shift_jis, euc-kr, cp1251, latin-1"
-        ) from None
-
-
-def _candidates(head: bytes, forced: str) -> tuple[list[str], int]:
-    """Return the encodings to try for a file that begins with `head`, and its byte order mark's length."""
-    wanted = codecs.lookup(forced).name if forced else ""
-    for mark, encoding in MARKS.items():
-        if head.startswith(mark) and (encoding.startswith(wanted) or wanted.startswith(encoding)):
-            return [encoding], len(mark)
-        if head.startswith(mark) and encoding == "utf-8":
-            raise _NotText(f"begins with the mark of UTF-8, so it is not {forced}; omit --encoding")
-    if forced:
-        return [forced], 0
-    utf16 = _unmarked_utf16(head)
-    return ([utf16] if utf16 else ["utf-8", "gb18030"]), 0
-
-
-def _unmarked_utf16(head: bytes) -> str:
-    """Return which UTF-16 `head` is without a byte order mark, or "".
-
-    Spaces and newlines show the byte order, and nearly all code units must lie in the blocks of living
-    scripts. Bytes that are also valid UTF-8 must be alphabetic: two ASCII letters read as one unit look
-    Chinese.
-    """
-    if 0 not in head[:-1]:
-        return ""
-    pairs = head[: len(head) // 2 * 2]
-    readings = {"utf-16-le": np.frombuffer(pairs, "<u2"), "utf-16-be": np.frombuffer(pairs, ">u2")}
-    blanks = {name: np.count_nonzero((units == 0x0A) | (units == 0x20)) for name, units in readings.items()}
-    name = max(blanks, key=lambda name: blanks[name])
-    units = readings[name]
-    blocks = [(0x09, 0x0D), (0x20, 0x206F)]
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        blocks += [(0x3000, 0x9FFF), (0xAC00, 0xDFFF), (0xFF00, 0xFFEF)]
-    inside = sum(np.count_nonzero((units >= low) & (units <= high)) for low, high in blocks)
-    control = np.count_nonzero((units < 0x09) | (units > 0x0D) & (units < 0x20))
-    return name if blanks[name] and not control and inside >= 0.95 * len(units) else ""
-
-
-def _chinese(chunks: Iterable[str]) -> Iterator[str]:
-    """Pass on text decoded as GB18030; raise _Undecodable at its end if it is not Chinese.
-
-    Nearly any bytes are valid GB18030: Latin-1 by accident, EUC-KR by design. But the most common words
-    make up 10 to 20 % of Chinese, old or new, simplified or traditional, and at most 0.4 % of texts in 37
-    other languages and 20 encodings that could be mistaken for it.
-    """
-    common = code_points("的一是不了在人有这我他来大上个之也曰为以其而")
-    wide = hits = 0
-    for chunk in chunks:
-        points = code_points(chunk)
-        wide += int((points >= 0x80).sum())
-        hits += int(np.isin(points, common).sum())
-        yield chunk
-    if hits < 0.05 * wide:
-        raise _Undecodable("the text")
+        raise NotText(f"binary: {nul:,} of {length:,} characters are NUL")
