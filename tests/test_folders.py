@@ -334,6 +334,57 @@ def test_every_kind_of_loss_is_found_in_rows_and_texts(change, lost, name, tmp_p
         corpus.prepare([tmp_path / name], tmp_path / "out", **given)
 
 
+def of_normalizer(folder: Path, normalizer, text: str = TEXT) -> tokenizer.Tokenizer:
+    """A byte-level BPE that changes its text first, saved as tokenizer.json."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder, inner.normalizer = tokenizers.decoders.ByteLevel(), normalizer
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=alphabet)
+    inner.train_from_iterator([text], trainer)
+    inner.save(str(folder / "tokenizer.json"))
+    return tokenizer.from_file(folder)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_spaces_removed_from_an_end_of_a_text_are_losses(side, tmp_path):
+    strip = tokenizers.normalizers.Strip(left=side == "left", right=side == "right")
+    own = of_normalizer(tmp_path, strip)
+    for text in (" a b", "a b ", " a b "):
+        lost = own.lost(text, own.encode(text))
+        expected = text.startswith(" ") if side == "left" else text.endswith(" ")
+        assert lost == ({" ": 1} if expected else {})
+    row = {"prompt": "Q: what?", "response": " this "}
+    (tmp_path / "x.jsonl").write_text((json.dumps(row) + "\n") * 60, encoding="utf-8")
+    given = {"kind": str(tmp_path), "text_key": "prompt+response", "val_fraction": 0.5}
+    with pytest.raises(UserError, match=r"the tokenizer loses or adds (60|120) of 900 characters \(' '"):
+        corpus.prepare([tmp_path / "x.jsonl"], tmp_path / "out", **given)
+
+
+def test_a_line_break_without_a_token_is_refused_in_prompts(tmp_path):
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -1.0)], 0))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.decoder = tokenizers.decoders.Metaspace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    own = tokenizer.from_file(tmp_path)
+    assert tokenizer.decode(own, own.encode_prompt("a a")) == "a a"
+    for prompt, named in (("a\na", r"'\\n'"), ("a\ta", r"'\\t'"), ("a €", "'€'"), ("a\n", r"'\\n'")):
+        with pytest.raises(UserError, match=f"{named} is not in the vocabulary"):
+            own.encode_prompt(prompt)
+
+
+def test_documents_without_a_separator_are_said_to_have_none(tmp_path):
+    words = tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "king": 2}, unk_token="[UNK]")
+    inner = tokenizers.Tokenizer(words)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    rows = "".join(json.dumps({"text": f"the king {'the ' * n}"}) + "\n" for n in range(40))
+    (tmp_path / "x.jsonl").write_text(rows, encoding="utf-8")
+    given = {"kind": str(tmp_path), "lossy": True, "val_fraction": 0.5}
+    summary = corpus.prepare([tmp_path / "x.jsonl"], tmp_path / "out", **given)
+    assert any(line.startswith("each document ends with nothing: ") for line in summary.lines())
+
+
 def test_bytes_without_a_token_are_losses_and_refused_in_prompts(tmp_path):
     """As of a byte-level BPE that was trained without `initial_alphabet`."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())

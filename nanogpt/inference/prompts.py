@@ -32,4 +32,4 @@ def _prompt(line: str, where: str) -> str:
     value = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(value, str):
         raise UserError(f'{where}: expected {{"prompt": "..."}} or a string, found {line.strip()[:60]}')
-    return value
+    return value.replace("\r\n", "\n")  # as in training texts

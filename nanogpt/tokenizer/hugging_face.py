@@ -1,6 +1,5 @@
 """Hugging Face tokenizers (tokenizer.json)."""
 
-import itertools
 import json
 import re
 from collections import Counter
@@ -67,26 +66,32 @@ class HuggingFaceTokenizer:
         encoding, left = self._special.encode(text, add_special_tokens=False), list(text)
         if self.lossless:
             return encoding.ids
+        unknown: list[str] = []
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            is_unknown = token == self._unknown and text[start:end] != self._special.id_to_token(token)
-            left[start:end] = text[start:end] if is_unknown else " " * (end - start)
-        decoded = self.decode_bytes(encoding.ids).decode("utf-8", "replace")
+            if token == self._unknown and text[start:end] != self._special.id_to_token(token):
+                unknown += text[start:end].strip() or text[start:end]
+            left[start:end] = " " * (end - start)
+        decoded = self._text(encoding.ids)
         partly = [c for c in text if c not in decoded] if "\ufffd" in decoded else []  # some of its bytes
-        if unknown := "".join(left).split() or partly or ([] if encoding.ids else [text]):
+        if unknown := unknown or "".join(left).split() or partly or ([] if encoding.ids else [text]):
             raise UserError(f"{unknown[0]!r} is not in the vocabulary; remove it")
         return encoding.ids
 
     def lost(self, text: str, ids: np.ndarray) -> Counter[str]:
         """Count the characters of `text` that `ids` do not hold (unknown ones, upper case, line ends), and
         those that they add (spaces)."""
-        # Some tokenizers put a space before a text, or take one away.
-        decoded = self.decode_bytes(ids.tolist()).decode("utf-8", "replace")
-        before, after = text.removeprefix(" "), decoded.removeprefix(" ")
+        # Some tokenizers put a space before a text, or omit one there that they write after other text.
+        before, after = text, self._text(ids)
+        if after.startswith(" ") or self._text([*self.encode("a"), *self.encode(" a")]) == "a a":
+            before, after = before.removeprefix(" "), after.removeprefix(" ")
         if before == after:
             return Counter()
         old, new = Counter(before), Counter(after)
-        moved = next(a for a, b in itertools.zip_longest(before, after, fillvalue=" ") if a != b)
-        return ((old - new) + (new - old)) or Counter(moved)
+        moved = (a for a, b in zip(before, after, strict=True) if a != b)  # of equal length if old == new
+        return ((old - new) + (new - old)) or Counter(next(moved))
+
+    def _text(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(int(i) for i in ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         if self._bytes_of:
