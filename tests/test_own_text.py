@@ -75,6 +75,33 @@ def test_dataset_is_found_by_content(folder):
     assert own_text.folder_of([folder]).name.startswith(f"{folder.name}-")
 
 
+def test_folder_is_prepared_anew_after_a_change_of_names_or_behind_links(folder):
+    files = {"corp/a.txt": words(300), "corp/b.txt": words(200), "far/c.txt": words(100)}
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text, encoding="utf-8")
+    os.symlink("../far", "corp/lib")
+    seen = [own_text.folder_of([Path("corp")])]
+    Path("far/c.txt").write_text(words(101), encoding="utf-8")
+    seen.append(own_text.folder_of([Path("corp")]))
+    Path("corp/b.txt").rename("corp/valid.txt")
+    seen.append(own_text.folder_of([Path("corp")]))
+    Path("corp/.hidden").write_text("not read", encoding="utf-8")
+    assert len(set(seen)) == 3 and own_text.folder_of([Path("corp")]) == seen[-1]
+
+
+def test_what_is_left_out_is_reported_with_one_command_too(folder, capsys):
+    Path("mix").mkdir()
+    Path("mix/a.txt").write_bytes("Das Mädchen\n".encode("cp1252") * 100)
+    Path("mix/b.txt").write_text(words(300), encoding="utf-8")
+    Path("mix/c.pdf").write_bytes(b"%PDF-1.7\n")
+    Path("mix/test.txt").write_text("<|endoftext|>", encoding="utf-8")
+    own_text.prepare([Path("mix")])
+    said = capsys.readouterr().out
+    assert "skipped mix/a.txt: byte 0xe4 at offset 5" in said and "skipped mix/c.pdf: a PDF" in said
+    assert "not used, because named as test data: mix/test.txt" in said
+
+
 def test_dataset_option_takes_a_text_and_the_run_does_not_need_it_again(folder):
     given = [
         "--dataset=novel.txt",

@@ -44,7 +44,7 @@ SHOWN = 10  # number of files to report
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of `prepare`; `lines` describes it."""
+    """Result of `prepare`; `lines` describes it, `remarks` only what may be unexpected."""
 
     out: Path
     texts: Texts
@@ -78,9 +78,15 @@ class Summary:
         if self.meta["documents"] > 1:
             end = self.tokenizer.end_of_text
             named = "a newline" if end is None else tokenizer.decode(self.tokenizer, [end])
+            if end is None and "\n" in self.counts.lost:
+                named = "nothing: the tokenizer has no token that ends a text, and drops newlines"
             lines.append(f"each document ends with {named}")
         if "mask" in train:
             lines.append("loss on responses only (train.mask.bin, val.mask.bin)")
+        return lines + self.remarks()
+
+    def remarks(self) -> list[str]:
+        lines, pairs = [], "mask" in self.meta["splits"]["train"]
         if self.resumed:
             lines.append("resumed an interrupted run")
         if self.bytes_by_default:
@@ -95,8 +101,8 @@ class Summary:
         if self.counts.lost:
             lines.append(f"the tokenizer loses or adds {_lost(self.counts)}")
         long = any(source.kind == "text" and source.bytes > encode.PIECE for source in self.texts.sources)
-        where = "between prompt and response" if "mask" in train else "at each megabyte of a text"
-        if (long or "mask" in train) and (joined := _joined(self.tokenizer)):
+        where = "between prompt and response" if pairs else "at each megabyte of a text"
+        if (long or pairs) and (joined := _joined(self.tokenizer)):
             lines.append(f"{where}, the tokenizer makes {joined}")
         if self.counts.empty_rows:
             lines.append(f"skipped {counted(self.counts.empty_rows, 'empty row')}")
@@ -114,7 +120,8 @@ class Summary:
             )
         if self.split.few:
             text = f"the first {1 - self.split.val_fraction:.4g} of each document is train, the rest val"
-            return text + (f"; {counted(self.in_both, 'duplicate document')}" if self.in_both else "")
+            repeated = f"; {self.in_both:,} documents occur more than once" if self.in_both else ""
+            return text + repeated
         train, val = (self.counts.documents[split] for split in SPLITS)
         return (
             f"{train:,} train and {val:,} val documents, by a hash of the content; "

@@ -3,13 +3,14 @@
 import hashlib
 import importlib.util
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nanogpt import command, files, quoted
 from nanogpt.errors import UserError
-from nanogpt.prepare import corpus
+from nanogpt.prepare import corpus, text_files
 from nanogpt.prepare.analyze import counted
 
 MINUTES = 5  # of training, if no other length is given
@@ -21,12 +22,13 @@ LARGE = 10_000_000  # tokens from which a model is trained from scratch, not fin
 
 def folder_of(paths: Sequence[Path]) -> Path:
     """Return the dataset folder of these texts, data/NAME-HASH in the current folder. HASH depends on the
-    contents only, so a text that has changed is prepared anew."""
+    names and contents of the files, so a text that has changed is prepared anew."""
     digest = hashlib.sha256()
     for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        for file in text_files.listed(path) if path.is_dir() else [path]:
             if file.is_file():
-                digest.update(bytes.fromhex(files.sha256(file)))
+                name = file.relative_to(path) if path.is_dir() else file.name
+                digest.update(os.fsencode(name) + b"\0" + bytes.fromhex(files.sha256(file)))
     return Path("data", f"{paths[0].resolve().stem}-{digest.hexdigest()[:8]}")
 
 
@@ -47,7 +49,9 @@ def prepare(paths: Sequence[Path]) -> Path:
         sizes = [f"{summary.meta['splits'][split]['tokens']:,}" for split in ("train", "val")]
         print(
             f"prepared {counted(len(summary.texts.sources), 'file')}: {sizes[0]} training and {sizes[1]} "
-            f"validation tokens ({summary.tokenizer.kind}), in {folder}"
+            f"validation tokens ({summary.tokenizer.kind}), in {folder}",
+            *summary.remarks(),
+            sep="\n",
         )
     return folder
 
