@@ -136,6 +136,10 @@ def decide(
 
         memory.require_memory(config, model_config, machine)
     config = config.in_iterations(origins)
+    if config.minutes:
+        from nanogpt.pace import time_budget
+
+        notices += time_budget.fractions(config, origins)
     if config.cuda_graph:
         from nanogpt.gpu import cuda_graphs
 

@@ -14,6 +14,7 @@ from nanogpt import metrics, options
 from nanogpt.checkpoint import reader
 from nanogpt.config import load
 from nanogpt.errors import Stopped, UserError
+from nanogpt.pace import time_budget
 from tests import processes
 from tests.conftest import small_run
 
@@ -85,6 +86,33 @@ def test_stopped_run_resumes_with_the_time_that_is_left(config, clock, capsys):
     shares = [row["share"] for row in steps]
     assert shares == sorted(shares) and state(config)["share"] == 1
     assert rows(config, "step")[-1]["lr"] == pytest.approx(1e-4, rel=0.1)
+
+
+def test_iterations_given_with_minutes_are_said_to_be_fractions(config, clock, capsys):
+    given = {"minutes": "--minutes=5", "warmup_iters": "--warmup_iters=10", "eval_interval": "config/x.py"}
+    train.main(replace(config, warmup_iters=10), given)
+    note = "note: with --minutes, iterations are fractions of max_iters=100: warmup_iters=10 is 10.00% of"
+    assert note in capsys.readouterr().out
+
+
+def test_schedule_of_minutes_is_repeated_in_iterations(config):
+    decayed = replace(config, max_iters=10_000, warmup_iters=3, lr_decay_iters=3)
+    assert time_budget.repeated(decayed, 100) == "--max_iters=100 --warmup_iters=0 --lr_decay_iters=1"
+
+
+@pytest.mark.parametrize("minutes", [60.0, 0.1])
+def test_completed_iterations_go_on_with_more_minutes(config, clock, capsys, minutes):
+    train.main(replace(config, minutes=0.0, max_iters=10))
+    before = state(config)
+    assert before["share"] == 1 and 0.1 < before["clock_s"] / 60 < 30
+    given = {"minutes": "--minutes", "init_from": "--init_from=resume"}
+    train.main(replace(config, minutes=minutes, init_from="resume"), given)
+    if minutes < 1:
+        assert "has completed all 0.1 minutes; raise --minutes" in capsys.readouterr().out
+        return
+    first = next(row["share"] for row in rows(config, "step") if row["iter"] == 10)
+    assert first == pytest.approx(before["clock_s"] / 3600, abs=0.02)
+    assert state(config)["share"] == 1 and state(config)["iter_num"] > 100
 
 
 def test_resumed_run_reserves_time_for_its_last_evaluation(config, clock, monkeypatch):

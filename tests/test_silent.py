@@ -137,7 +137,7 @@ def test_losses_on_more_sequences_are_not_compared(config, tmp_path, capsys):
     capsys.readouterr()
     config = replace(config, eval_interval=10, batch_size=2, **changed)
     train.main(config, {name: "given" for name in changed})
-    assert "note: the data has changed since the run was saved (sequences)" in capsys.readouterr().out
+    assert "note: evaluated on other validation sequences from now on; the best" in capsys.readouterr().out
     after = reader.find(out, "best")[0]
     assert after.progress.iter_num == 30 and after.progress.best_val_loss == after.progress.val_loss
     assert [row["iter"] for row in metrics.read(out) if "other_val_loss" in row] == [0, 10, 20]

@@ -122,7 +122,8 @@ def restore_progress(
     evaluated), the learning rate, the machine.
 
     Losses on other validation sequences are not comparable, so the best loss is then reset. With --minutes,
-    `share` is rescaled to the new number of minutes. Raise UserError for data of another tokenizer.
+    `share` is rescaled to the new number of minutes; what is left of a schedule in iterations takes what is
+    left of the time. Raise UserError for data of another tokenizer.
     """
     if resumed.state.get("tokenizer") != dataset.fingerprint:
         raise UserError(
@@ -131,8 +132,11 @@ def restore_progress(
         )
     progress, hashes = resumed.progress, dataset.hashes
     saved = resumed.state.get("data", hashes)
-    if changed := [part for part in hashes if saved.get(part, hashes[part]) != hashes[part]]:
-        notices.append(f"note: the data has changed since the run was saved ({', '.join(changed)})")
+    changed = [part for part in hashes if saved.get(part, hashes[part]) != hashes[part]]
+    if parts := [part for part in changed if part != "sequences"]:
+        notices.append(f"note: the data has changed since the run was saved ({', '.join(parts)})")
+    elif changed:
+        notices.append("note: evaluated on other validation sequences from now on; the best loss starts anew")
     if {"val", "sequences"} & {*changed}:
         progress.best_val_loss = progress.val_loss = None
         progress.stale = 0
@@ -142,8 +146,8 @@ def restore_progress(
     read = sum(ramp) + (progress.iter_num - len(ramp)) * before.sequences_per_iteration
     batches.continue_at(progress.iter_num, resumed.state.get("sequences", read))
     old_lr = learning_rate(before, progress.position(before))
-    if before.minutes and config.minutes:
-        progress.share *= before.minutes / config.minutes
+    if config.minutes and (before.minutes or progress.share >= 1):
+        progress.share *= (before.minutes or progress.clock_s / 60) / config.minutes
     new_lr = learning_rate(config, progress.position(config))
     if not 0.99 * old_lr <= new_lr <= 1.01 * old_lr:
         end, new_end = (options["lr_decay_iters"] or options["max_iters"] for options in (old, vars(config)))
@@ -151,7 +155,7 @@ def restore_progress(
         if config.minutes != before.minutes:
             length = f"{config.minutes:g} minutes" if config.minutes else f"{config.max_iters} iterations"
             why = f"because the schedule now spans {length}"
-        elif config.decay_lr and not config.minutes and new_end != end:
+        elif old["decay_lr"] and not config.minutes and new_end != end:
             why += f"; --lr_decay_iters={end} keeps the old end of the schedule"
         notices.append(f"note: the learning rate jumps from {old_lr:.3g} to {new_lr:.3g}, {why}")
     saved, env = resumed.state["environment"], machine.environment()

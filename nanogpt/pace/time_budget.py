@@ -104,5 +104,15 @@ def repeated(options: object, iterations: int) -> str:
     flags = [f"--max_iters={iterations}"]
     for name in ("warmup_iters", "lr_decay_iters", "batch_ramp_tokens"):
         if known[name] and (known["decay_lr"] or name == "batch_ramp_tokens"):
-            flags.append(f"--{name}={round(known[name] * iterations / known['max_iters'])}")
+            iters = round(known[name] * iterations / known["max_iters"])
+            flags.append(f"--{name}={iters if name == 'warmup_iters' else max(1, iters)}")
     return " ".join(flags)
+
+
+def fractions(options: object, origins: dict[str, str]) -> list[str]:
+    """Return a note if flags of train.py give numbers of iterations, of which --minutes makes fractions."""
+    known, names = vars(options), ("eval_interval", "save_interval", "warmup_iters", "lr_decay_iters")
+    flags = [name for name in names if known[name] and origins.get(name, "").startswith("--")]
+    shares = ", ".join(f"{name}={known[name]} is {known[name] / known['max_iters']:.2%}" for name in flags)
+    why = f"with --minutes, iterations are fractions of max_iters={known['max_iters']}"
+    return [f"note: {why}: {shares} of the time; a preset sets max_iters"] if flags else []
