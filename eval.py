@@ -289,6 +289,8 @@ def program() -> None:
     config, models = load_with_arguments(Config, sys.argv[1:])
     if len(models) > 1:
         raise UserError(f"expected one model, not {', '.join(models)}; another: --against=FOLDER")
+    if models and any(word.startswith("--out_dir") for word in sys.argv):
+        raise UserError(f"{models[0]} and --out_dir={config.out_dir} given; expected one model: omit one")
     main(replace(config, out_dir=models[0]) if models else config)
 
 

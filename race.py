@@ -26,7 +26,7 @@ from nanogpt.errors import Stopped, UserError, run_program
 
 FIRST_SEED = 1337
 REACHED = {"bits_per_byte": float | None, "val_loss": float, "iter": int, "tokens": float, "dataset": str}
-RUN = {"entrant": str, "seed": int, **{f"{name}?": kind for name, kind in REACHED.items()}}  # of race.json
+RUN = {"entrant": str, "seed": int, **{f"{name}?": kind for name, kind in REACHED.items()}, "sequences?": str}
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,13 @@ def result(folder: Path) -> dict[str, Any]:
         "tokens": done.tokens,
         "seconds": done.seconds,
         "dataset": str(done.options.get("dataset")),
+        "sequences": str(done.about.get("data", {}).get("sequences")),
     }
 
 
 def write(out: Path, length: str, results: Sequence[dict[str, Any]]) -> list[str]:
     """Write race.json and race.md; return the lines of the table."""
-    from nanogpt.diagnostics.runs import difference, mean_and_error
+    from nanogpt.diagnostics.runs import EVALUATED_UNLIKE, difference, mean_and_error
 
     finished = [row for row in results if "val_loss" in row]
     key = "bits_per_byte" if all(row["bits_per_byte"] for row in finished) else "val_loss"
@@ -147,6 +148,8 @@ def write(out: Path, length: str, results: Sequence[dict[str, Any]]) -> list[str
     lines.append(f"\n{length}; ±: standard error over seeds, and half of the 95 % interval of a difference")
     if len(datasets := sorted({row["dataset"] for row in finished})) > 1:
         lines.append(f"each entrant is validated on its own dataset: {', '.join(datasets)}")
+    elif len({row.get("sequences") for row in finished}) > 1:
+        lines.append(f"note: {EVALUATED_UNLIKE}")
     clean = [{key: value if value == value else None for key, value in row.items()} for row in table]
     files.write_json(out / "race.json", {"length": length, "ranking": clean, "runs": list(results)})
     files.write_text(out / "race.md", "\n".join(lines) + "\n")

@@ -70,6 +70,9 @@ def main(config: Config, origins: dict[str, str] | None = None) -> None:
         raise UserError(f"{' and '.join(f'--{name}' for name in shown)} are mutually exclusive; give one")
     if config.logprobs and not config.json:
         print(f"note: --logprobs={config.logprobs} has no effect without --json", file=sys.stderr)
+    for name, instead in (("start", "prompts"), ("start", "interactive"), ("prompts", "interactive")):
+        if name in (origins or {}) and getattr(config, instead):
+            print(f"note: --{name} has no effect with --{instead}", file=sys.stderr)
     controls = vars(pick_fields(SamplingOptions, config))  # validated before the model is loaded
     stops = stop_strings(config.stop)
     if any(r"\n" in text for text in [*stops, config.start] if not text.startswith("FILE:")):

@@ -293,3 +293,6 @@ def test_model_may_be_a_positional_argument(monkeypatch, config):
     monkeypatch.setattr("sys.argv", ["eval.py", "out-a", "out-b"])
     with pytest.raises(UserError, match="--against=FOLDER"):
         program.program()
+    monkeypatch.setattr("sys.argv", ["eval.py", "out-a", "--out_dir=out-b"])
+    with pytest.raises(UserError, match="out-a and --out_dir=out-b given; expected one model"):
+        program.program()

@@ -111,6 +111,12 @@ def test_several_datasets_are_mentioned(tmp_path):
     assert lines[-1] == "each entrant is validated on its own dataset: d, e"
 
 
+def test_entrants_evaluated_on_different_sequences_are_mentioned(tmp_path):
+    rows = [row("a", 0, 1.0) | {"sequences": "[4] of 64"}, row("b", 0, 1.1) | {"sequences": "[1] of 64"}]
+    assert race.write(tmp_path, "--max_iters=9", rows)[-1].startswith("note: evaluated on different parts")
+    assert "note" not in race.write(tmp_path, "--max_iters=9", [rows[0], row("b", 0, 1.1) | rows[0]])[-1]
+
+
 def test_bad_input_is_reported_before_anything_runs(entrants, tmp_path):
     out = str(tmp_path / "race")
     for given, reason in (

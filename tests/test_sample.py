@@ -174,9 +174,20 @@ def test_invalid_options_are_rejected(config, wrong, message):
         sample.main(replace(config, **wrong))
 
 
-def test_an_option_without_effect_is_mentioned(config, capsys):
+def test_an_option_without_effect_is_mentioned(config, capsys, tmp_path):
     sample.main(replace(config, logprobs=3, num_samples=1))
     assert "note: --logprobs=3 has no effect without --json" in capsys.readouterr().err
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"abc\\r\\nd"\n', encoding="utf-8")
+    given = replace(config, prompts=str(file), start="b", num_samples=1, json=True)
+    sample.main(given, {"prompts": "", "start": "--start=b"})
+    said = capsys.readouterr()
+    assert said.err.count("note: ") == 1 and "note: --start has no effect with --prompts" in said.err
+    assert json.loads(said.out)["prompt"] == "abc\nd"
+    last = max(Path(config.out_dir).glob("step-*"))
+    for name in (last, config.out_dir):
+        sample.main(replace(config, init_from=str(name), which="last", num_samples=1))
+        assert (f"note: --which=last has no effect on {name}" in capsys.readouterr().err) == (name == last)
     sample.main(replace(config, stop="\n", num_samples=1))
     assert "two characters" not in capsys.readouterr().err
     sample.main(replace(config, stop="\\n", num_samples=1))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -31,6 +32,15 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
     path = Path(name)
     if name == "resume":
         return _open_run(run, which)
+    single = path.is_file() or any((path / file).is_file() for file in ("ckpt.pt", "manifest.json"))
+    if name not in NAMES and not single and checkpoint.step_folders(path):
+        return _open_run(path, which)
+    opened = _open_other(name, path, root)
+    ignored = f"note: --which={which} has no effect on {name}"
+    return opened if which == "best" else replace(opened, notices=(*opened.notices, ignored))
+
+
+def _open_other(name: str, path: Path, root: Path) -> Pretrained:
     if name in NAMES:
         return _of_hugging_face(name)
     if path.suffix == ".safetensors" and path.is_file():
@@ -41,8 +51,6 @@ def open_weights(name: str, root: Path, run: Path, which: str = "best") -> Pretr
         return ckpt.open_file(path if path.is_file() else path / "ckpt.pt", [Path("data"), root / "data"])
     if (path / "manifest.json").is_file():
         return _open_checkpoint(reader.verify(path), path.parent, [])
-    if checkpoint.step_folders(path):
-        return _open_run(path, which)
     if path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _of_hugging_face(name)
     raise UserError(

@@ -20,6 +20,9 @@ NAMES = (
 )
 IGNORED = set(NAMES.split())
 ABOUT = {"options?": dict, "model?": dict, "data?": {"val?": str, "sequences?": str}}  # config.json
+EVALUATED_UNLIKE = (
+    "evaluated on different parts of the validation text (--eval_iters, --batch_size, --block_size)"
+)
 AFRESH = ("scratch", "auto", "resume")  # values of init_from that name no weights
 
 
@@ -120,8 +123,7 @@ def unlike(runs: Sequence[Run]) -> str:
 def evaluated_unlike(runs: Sequence[Run]) -> str:
     """Return a note for runs that are evaluated on different parts of their validation text, else ""."""
     parts = {run.about["data"].get("sequences") for run in runs if "data" in run.about}
-    why = "evaluated on different parts of the validation text (--eval_iters, --batch_size, --block_size)"
-    return why if len(parts) > 1 else ""
+    return EVALUATED_UNLIKE if len(parts) > 1 else ""
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
