@@ -189,6 +189,8 @@ def test_the_mark_of_an_encoding_contradicts_another_one(tmp_path):
     with pytest.raises(UserError, match="begins with the mark of UTF-8, so it is not cp1252"):
         read(path, encoding="cp1252")
     assert read(path, encoding="utf-8") == ["café"]
+    (source,) = text_files.find([written(tmp_path, "z.txt", "café")], encoding="utf8").sources
+    assert not source.note
 
 
 def test_damaged_chinese_text_is_reported_where_its_own_encoding_failed(tmp_path):

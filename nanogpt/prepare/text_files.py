@@ -215,7 +215,7 @@ def _inspect(
     )
     if kind == "table":
         return source
-    if forced and tried != ["utf-8"] and _is_utf8(source):
+    if forced and not mark and codecs.lookup(forced).name != "utf-8" and _is_utf8(source):
         forced, tried, note = "", ["utf-8"], f"valid UTF-8, and read as that instead of {forced}"
         source = replace(source, encoding="utf-8", note=note)
     if kind == "jsonl":
