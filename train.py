@@ -197,7 +197,7 @@ def build(config: Config, origins: dict[str, str], world: World) -> Run:
         notices.append("no trainable matrices for Muon, which is not used; --learning_rate applies")
     if config.decay_lr and config.max_iters <= config.warmup_iters:
         longer = f"warmup_iters={config.warmup_iters} is not less than max_iters={config.max_iters}"
-        notices.append(f"note: {longer}: the learning rate never reaches learning_rate")
+        notices.append(f"note: {longer}, so the learning rate never reaches learning_rate")
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == "float16")
     if layout.sharded and scaler.is_enabled():
         scaler = parallelize.sharded_scaler(machine)

@@ -382,7 +382,7 @@ def test_documents_without_a_separator_are_said_to_have_none(tmp_path):
     (tmp_path / "x.jsonl").write_text(rows, encoding="utf-8")
     given = {"kind": str(tmp_path), "lossy": True, "val_fraction": 0.5}
     summary = corpus.prepare([tmp_path / "x.jsonl"], tmp_path / "out", **given)
-    assert any(line.startswith("each document ends with nothing: ") for line in summary.lines())
+    assert any(line.startswith("nothing separates documents: ") for line in summary.lines())
 
 
 def test_bytes_without_a_token_are_losses_and_refused_in_prompts(tmp_path):

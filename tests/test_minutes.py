@@ -91,7 +91,7 @@ def test_stopped_run_resumes_with_the_time_that_is_left(config, clock, capsys):
 def test_iterations_given_with_minutes_are_said_to_be_fractions(config, clock, capsys):
     given = {"minutes": "--minutes=5", "warmup_iters": "--warmup_iters=10", "eval_interval": "config/x.py"}
     train.main(replace(config, warmup_iters=10), given)
-    note = "note: with --minutes, iterations are fractions of max_iters=100: warmup_iters=10 is 10.00% of"
+    note = "iterations stand for shares of max_iters=100 (set by presets): warmup_iters=10 is 10.00%"
     assert note in capsys.readouterr().out
 
 

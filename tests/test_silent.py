@@ -91,7 +91,7 @@ def test_another_batch_size_on_resume_neither_skips_nor_repeats_sequences(earlie
 
 def test_a_run_that_ends_in_its_warmup_says_so(config, capsys):
     train.main(replace(config, max_iters=3, warmup_iters=3))
-    assert "note: warmup_iters=3 is not less than max_iters=3: the learning rate" in capsys.readouterr().out
+    assert "note: warmup_iters=3 is not less than max_iters=3, so" in capsys.readouterr().out
     train.main(replace(config, max_iters=3, warmup_iters=2, overwrite=True))
     train.main(replace(config, max_iters=3, warmup_iters=5, decay_lr=False, overwrite=True))
     assert "warmup" not in capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_losses_on_more_sequences_are_not_compared(config, tmp_path, capsys):
     capsys.readouterr()
     config = replace(config, eval_interval=10, batch_size=2, **changed)
     train.main(config, {name: "given" for name in changed})
-    assert "note: evaluated on other validation sequences from now on; the best" in capsys.readouterr().out
+    assert "note: other validation sequences are evaluated from now on" in capsys.readouterr().out
     after = reader.find(out, "best")[0]
     assert after.progress.iter_num == 30 and after.progress.best_val_loss == after.progress.val_loss
     assert [row["iter"] for row in metrics.read(out) if "other_val_loss" in row] == [0, 10, 20]

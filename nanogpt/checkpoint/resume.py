@@ -136,7 +136,7 @@ def restore_progress(
     if parts := [part for part in changed if part != "sequences"]:
         notices.append(f"note: the data has changed since the run was saved ({', '.join(parts)})")
     elif changed:
-        notices.append("note: evaluated on other validation sequences from now on; the best loss starts anew")
+        notices.append("note: other validation sequences are evaluated from now on; the best loss is reset")
     if {"val", "sequences"} & {*changed}:
         progress.best_val_loss = progress.val_loss = None
         progress.stale = 0

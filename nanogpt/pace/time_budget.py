@@ -114,5 +114,5 @@ def fractions(options: object, origins: dict[str, str]) -> list[str]:
     known, names = vars(options), ("eval_interval", "save_interval", "warmup_iters", "lr_decay_iters")
     flags = [name for name in names if known[name] and origins.get(name, "").startswith("--")]
     shares = ", ".join(f"{name}={known[name]} is {known[name] / known['max_iters']:.2%}" for name in flags)
-    why = f"with --minutes, iterations are fractions of max_iters={known['max_iters']}"
-    return [f"note: {why}: {shares} of the time; a preset sets max_iters"] if flags else []
+    why = f"with --minutes, iterations stand for shares of max_iters={known['max_iters']} (set by presets)"
+    return [f"note: {why}: {shares} of the time"] if flags else []

@@ -78,9 +78,10 @@ class Summary:
         if self.meta["documents"] > 1:
             end = self.tokenizer.end_of_text
             named = "a newline" if end is None else tokenizer.decode(self.tokenizer, [end])
+            line = f"each document ends with {named}"
             if end is None and "\n" in self.counts.lost:
-                named = "nothing: the tokenizer has no token that ends a text, and drops newlines"
-            lines.append(f"each document ends with {named}")
+                line = "nothing separates documents: the tokenizer has no end of text and drops newlines"
+            lines.append(line)
         if "mask" in train:
             lines.append("loss on responses only (train.mask.bin, val.mask.bin)")
         return lines + self.remarks()
