@@ -168,7 +168,8 @@ def evaluate(opened: Opened, loaded: list[tasks.Task], dataset: str, config: Con
         split = data.val if config.split == "val" else data.train
         for text in split.texts:  # each source of a mixture separately
             name = f"{text.name or data.folder.name}/{config.split}"
-            reports.append(score_text(name, [text], [], subject, config))
+            known = data.bytes_per_token if split is data.val and len(split.texts) == 1 else None
+            reports.append(score_text(name, [text], [], subject, config, known))
         if dataset == opened.dataset and config.split == "val":
             print(difference_from_training(Path(opened.path), data, config.limit), end="")
     for task in loaded:
@@ -208,16 +209,25 @@ def baseline(opened: Opened, config: Config) -> dict[str, Any]:
 
 
 def score_text(
-    name: str, sources: list[Any], documents: list[str], subject: Subject, config: Config
+    name: str,
+    sources: list[Any],
+    documents: list[str],
+    subject: Subject,
+    config: Config,
+    bytes_per_token: float | None = None,
 ) -> Report:
-    """Score token `sources`; `documents` are their texts, if they are known."""
+    """Score token `sources`; `documents` are their texts, `bytes_per_token` those of the text, if known."""
     if config.stride > subject.block_size:
         raise UserError(f"--stride={config.stride} exceeds the context of {subject.block_size} tokens")
     stride = config.stride or subject.block_size
     windows = Windows(sources, subject.block_size, stride, config.limit)
     words = 0 if config.limit else sum(map(evals.count_words, documents))
     lost = sum(evals.lost(document, subject.tokenizer) for document in documents)
-    return watched(name, len(windows), lambda see: evals.run_text(name, windows, subject, words, lost, see))
+    return watched(
+        name,
+        len(windows),
+        lambda see: evals.run_text(name, windows, subject, words, lost, see, bytes_per_token),
+    )
 
 
 def watched(name: str, total: int, work: Callable[[Advance], Report]) -> Report:

@@ -260,10 +260,51 @@ def test_bytes_of_tokens_that_lose_their_space_alone(kind):
     assert found == len(own.decode_bytes(ids.tolist())) - len(own.decode_bytes(ids[:1].tolist()))
 
 
+def byte_fallback() -> str:
+    """The tokenizer.json of a BPE with a space before the text and tokens for bytes, as those of Llama 2."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    letters = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh"]
+    made = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(letters)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return made.to_str()
+
+
+@pytest.mark.parametrize("text", ["a é b", "a 😂 道h", "é 道a", "\n\ta\n"])
+def test_tokens_of_one_byte_count_as_one_byte(text):
+    pytest.importorskip("tokenizers")
+    own = tokenizer.from_text(byte_fallback())
+    ids = own.encode("a" + text)
+    found = evals.lengths_of(ids, len(ids) - 2, own, evals.token_bytes(own))
+    assert found.sum() == len(text.encode()) and (found >= 1).all()
+
+
+def test_bytes_of_a_dataset_are_those_of_its_text_if_the_tokenizer_may_change_it(pairs):
+    """The bits/byte that training prints."""
+    pytest.importorskip("tokenizers")
+    changed = replace(pairs, tokenizer=tokenizer.from_text(byte_fallback()))
+    windows = Windows([log_likelihood.encode_text("a bad cab " * 20, changed.tokenizer)], 24, 24)
+    found = evals.run_text("x", windows, changed, bytes_per_token=2.5)
+    expected = found.metrics["loss"].value / math.log(2) / 2.5
+    assert found.metrics["bits_per_byte"].value == pytest.approx(expected, rel=0.01)
+    usual = evals.run_text("x", windows, pairs).counts["bytes"]
+    assert evals.run_text("x", windows, pairs, bytes_per_token=2.5).counts["bytes"] == usual
+
+
+def test_texts_without_blanks_have_no_perplexity_per_word(letters):
+    text = log_likelihood.encode_text("abc d" * 100, letters.tokenizer)
+    found = [evals.run_text("x", Windows([text], 24, 24), letters, words=words) for words in (100, 2)]
+    assert ["word_perplexity" in report.metrics for report in found] == [True, False]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_standard_error_needs_two_items(letters, count):
     """One window of less than 32 bytes is one item; two texts of that length are two."""
-    texts = [log_likelihood.encode_text("abc d", letters.tokenizer)] * count * 12
+    texts = [log_likelihood.encode_text(text, letters.tokenizer) for text in ["abc d"] * 8 + ["dd ca"] * 16]
     found = evals.run_text("x", Windows(texts if count == 2 else texts[:1], 24, 24), letters)
     said = found.describe()
     assert ("±" in said) == (count == 2) and "nan" not in said

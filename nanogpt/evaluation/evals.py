@@ -20,6 +20,7 @@ from nanogpt.evaluation.tasks import Item, Task
 from nanogpt.tokenizer.tokenizer import Tokenizer
 
 Totals = dict[str, tuple[np.ndarray, np.ndarray | None]]  # metric -> totals (n,), weights (None: 1)
+LONGEST_WORD = 100  # nats; with more, blanks do not separate words, as in Chinese
 LOST = "characters lost or added by the tokenizer"  # a count
 STRETCH = 2048  # maximum bytes of text per item for standard errors; less for short texts
 STRETCHES = 100  # minimum number of stretches to aim for
@@ -164,13 +165,15 @@ def run_text(
     words: int = 0,
     lost_characters: int = 0,
     advance: Advance = lambda count: None,
+    bytes_per_token: float | None = None,
 ) -> Report:
     """Return loss (nats/token), perplexity, bits/byte and, with `words`, perplexity per word. For data with
     response masks, response_loss is the loss that training minimizes, the others are over all tokens.
 
-    Bytes are the UTF-8 bytes of the scored tokens; special tokens count 0. Standard errors are computed
-    over stretches of up to STRETCH bytes, because neighboring tokens are not independent. `advance` is
-    called with the number of windows scored since the last call.
+    Bytes are the UTF-8 bytes of the scored tokens, special tokens counting 0, or of the original text
+    (`bytes_per_token`, where known) for a tokenizer that may lose or add characters. Standard errors are
+    computed over stretches of up to STRETCH bytes, because neighboring tokens are not independent. `advance`
+    is called with the number of windows scored since the last call.
     """
     started = time.perf_counter()
     sizes = token_bytes(subject.tokenizer)
@@ -183,6 +186,8 @@ def run_text(
         if mask := getattr(windows.texts[index], "scored", None):
             masks[i] = mask.read(begin, end - begin)
     nats, text_bytes, responses = np.concatenate(losses), np.concatenate(lengths), np.concatenate(masks) > 0
+    if bytes_per_token and not getattr(subject.tokenizer, "lossless", True):
+        text_bytes = np.diff(np.rint(bytes_per_token * np.arange(len(nats) + 1)))
     totals, rows = _stretches(nats, text_bytes)
     loss = significance.mean(*totals["loss"])
     metrics = {"loss": loss, "perplexity": _exp(loss)}
@@ -193,8 +198,8 @@ def run_text(
         metrics["bits_per_byte"] = significance.mean(*totals["bits_per_byte"])
     else:
         del totals["bits_per_byte"]
-    if words:
-        total = float(nats.sum(dtype=np.float64))
+    total = float(nats.sum(dtype=np.float64))
+    if words and total / words < LONGEST_WORD:
         error = loss.stderr * len(nats) / words
         metrics["word_perplexity"] = _exp(Metric(total / words, error))
     counts = {"tokens": len(nats), "response tokens": int(responses.sum())}
@@ -236,6 +241,8 @@ def lengths_of(ids: np.ndarray, scored: int, tokens: Tokenizer, sizes: np.ndarra
     if not tokens.bytewise:
         pairs = zip(before.tolist(), last.tolist(), strict=True)
         lengths = np.array([len(tokens.decode_bytes(pair)) for pair in pairs]) - sizes[before]
+        of_byte = np.isin(last, [i for i in getattr(tokens, "byte_ids", ()) if i is not None])
+        lengths[of_byte & (sizes[last] <= len("\ufffd".encode()))] = 1  # decoded alone to U+FFFD
     return np.where(last == tokens.end_of_text, 0, lengths)
 
 
