@@ -102,6 +102,15 @@ def test_what_is_left_out_is_reported_with_one_command_too(folder, capsys):
     assert "not used, because named as test data: mix/test.txt" in said
 
 
+def test_one_document_per_split_has_no_end(folder):
+    Path("two").mkdir()
+    for name in ("train.txt", "val.txt"):
+        Path("two", name).write_text(words(300), encoding="utf-8")
+    assert not any("document ends" in line for line in corpus.prepare([Path("two")], Path("d")).lines())
+    Path("two", "train2.txt").write_text(words(200), encoding="utf-8")
+    assert "each document ends with a newline" in corpus.prepare([Path("two")], Path("d")).lines()
+
+
 def test_dataset_option_takes_a_text_and_the_run_does_not_need_it_again(folder):
     given = [
         "--dataset=novel.txt",

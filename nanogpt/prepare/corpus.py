@@ -75,7 +75,7 @@ class Summary:
             f"split: {self._split()}",
             f"bytes per token: {(train['text_bytes'] + val['text_bytes']) / tokens:.2f}",
         ]
-        if self.meta["documents"] > 1:
+        if self.meta["documents"] > (2 if self.split.val_from >= 0 else 1):  # else nothing ends them
             end = self.tokenizer.end_of_text
             named = "a newline" if end is None else tokenizer.decode(self.tokenizer, [end])
             line = f"each document ends with {named}"
