@@ -241,7 +241,7 @@ def lengths_of(ids: np.ndarray, scored: int, tokens: Tokenizer, sizes: np.ndarra
     if not tokens.bytewise:
         pairs = zip(before.tolist(), last.tolist(), strict=True)
         lengths = np.array([len(tokens.decode_bytes(pair)) for pair in pairs]) - sizes[before]
-        of_byte = np.isin(last, [i for i in getattr(tokens, "byte_ids", ()) if i is not None])
+        of_byte = np.isin(last, list(getattr(tokens, "byte_ids", ())))
         lengths[of_byte & (sizes[last] <= len("\ufffd".encode()))] = 1  # decoded alone to U+FFFD
     return np.where(last == tokens.end_of_text, 0, lengths)
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class HuggingFaceTokenizer:
         self._unknown = self._plain.token_to_id(unknown) if unknown else value["model"].get("unk_id")
         self.bytewise = bool(self._bytes_of)  # a token's bytes do not depend on its neighbors
         # tokens of one byte: a run of them is decoded as a whole
-        self.byte_ids = {self._plain.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        self.byte_ids = {self._plain.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} - {None}
         self._ordinary: bpe.Encode = self._library
 
     def _library(self, text: str) -> list[int]:
@@ -80,15 +81,19 @@ class HuggingFaceTokenizer:
     def lost(self, text: str, ids: np.ndarray) -> Counter[str]:
         """Count the characters of `text` that `ids` do not hold (unknown ones, upper case, line ends), and
         those that they add (spaces)."""
-        # Some tokenizers put a space before a text, or omit one there that they write after other text.
         before, after = text, self._text(ids)
-        if after.startswith(" ") or self._text([*self.encode("a"), *self.encode(" a")]) == "a a":
+        if after.startswith(" ") or self._omits_first_space:  # some put a space before a text
             before, after = before.removeprefix(" "), after.removeprefix(" ")
         if before == after:
             return Counter()
         old, new = Counter(before), Counter(after)
         moved = (a for a, b in zip(before, after, strict=True) if a != b)  # of equal length if old == new
         return ((old - new) + (new - old)) or Counter(next(moved))
+
+    @cached_property
+    def _omits_first_space(self) -> bool:
+        """Whether a space at the start of a text may be missing alone, but is there after other text."""
+        return self._text([*self.encode("a"), *self.encode(" a")]) == "a a"
 
     def _text(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(int(i) for i in ids).decode("utf-8", "replace")
