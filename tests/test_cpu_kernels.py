@@ -33,6 +33,8 @@ weight, bias, x = torch.randn(70, 96), torch.randn(70), torch.randn(9, 96)
 found = {"why": cpu_kernels.why_not()}
 if cpu_kernels.library():
     found["int8"] = PackedInt8(weight, bias)(x).tolist()
+    largest = torch.tensor([1.0, -1.0]).expand(3072, 2).T  # every digit at an end of its range
+    found["largest"] = PackedInt8(largest)(largest).tolist()
     found["float32"] = Packed(weight, bias)(x).tolist()
     found["bfloat16"] = Packed(weight.bfloat16(), bias.bfloat16())(x.bfloat16()).tolist()
 print(json.dumps(found))
@@ -121,6 +123,7 @@ def test_results_are_equal_on_older_processors(compiled_here, tmp_path, architec
     both = shutil.copytree(cache, tmp_path / "both")
     plain = found_with(both, CXX=f"g++ -march={architecture}")
     assert len(list((both / "kernels").iterdir())) == 2
+    assert plain["largest"] == [[3072, -3072], [-3072, 3072]]
     for dtype, bound in (("int8", 1e-6), ("float32", 1e-5), ("bfloat16", 2**-7)):
         torch.testing.assert_close(
             torch.tensor(best[dtype]), torch.tensor(plain[dtype]), atol=10 * bound, rtol=bound

@@ -33,7 +33,7 @@ def test_product_equals_that_of_the_rounded_weights(kind, rows, shape):
     weight, bias = torch.randn(shape) * torch.logspace(-3, 2, shape[0])[:, None], torch.randn(shape[0])
     whole, step = rounded(weight)
     restored = whole.double() * step.double()[:, None]
-    # 15 bits per activation, or bfloat16 throughout
+    # two 7-bit digits per activation, or bfloat16 throughout
     dtype, bits = (torch.bfloat16, 7) if kind is Int8Portable else (torch.float32, 14)
     x = (torch.randn(1, rows, shape[1]) * torch.logspace(-4, 3, rows)[:, None]).to(dtype)
     x[0, 0, 3] = 30 * x[0, 0].abs().max()  # an activation outlier, as in trained models

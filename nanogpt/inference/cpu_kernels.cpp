@@ -52,18 +52,15 @@ struct BFloat16 {  // two per lane
     }
 };
 
-struct Int8 {  // four per lane: weights w in -127 ... 127, activation digits x with an offset of 128
+struct Int8 {  // four per lane: weights w in -127 ... 127, activation digits x with an offset of 64, 1 ... 127
     using Sums = ints;
     static Sums add(Sums sums, words w, words x) {
 #ifdef __AVX512VNNI__
         return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)x, (__m512i)w);
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-        // bytes 0 and 2 of each lane, then 1 and 3, as 16-bit numbers: maddubs, for 8 bits, saturates
-        using shorts = int16_t __attribute__((vector_size(32)));
-        using ushorts = uint16_t __attribute__((vector_size(32)));
-        ushorts low_w = (ushorts)((shorts)((ushorts)w << 8) >> 8), low_x = (ushorts)x & 255;
-        sums += (ints)_mm256_madd_epi16((__m256i)low_w, (__m256i)low_x);
-        return sums + (ints)_mm256_madd_epi16((__m256i)((shorts)w >> 8), (__m256i)((ushorts)x >> 8));
+        // the 16-bit sums of two products do not saturate: at most 2 * 127 * 127
+        __m256i pairs = _mm256_maddubs_epi16((__m256i)x, (__m256i)w);
+        return sums + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
         for (int shift = 24; shift >= 0; shift -= 8)
             sums += ((ints)(w << shift) >> 24) * (ints)((x << shift) >> 24);
@@ -76,6 +73,7 @@ struct Int8 {  // four per lane: weights w in -127 ... 127, activation digits x 
 static bool wakes(int threads, long numbers) { return threads > 1 && numbers >= 1 << 16; }
 
 constexpr long GROUP = 32, DEEPEST = 8;  // tile size: rows of weights, maximum rows of activations
+constexpr long AHEAD = 8192;  // bytes to prefetch: hardware alone does not hide the latency behind the products
 
 // Dot products of one group of weight rows and DEEP rows of activations, each row having 4 * `steps` bytes.
 template <class Format, int DEEP, class T>
@@ -83,6 +81,7 @@ static inline void tile(const char *w, const char *x, long steps, T sums[DEEPEST
     constexpr int VECTORS = GROUP / LANES;
     typename Format::Sums lanes[DEEP][VECTORS] = {};
     for (long k = 0; k < steps; k++) {
+        for (int line = 0; line < 128; line += 64) __builtin_prefetch(w + 128 * k + AHEAD + line);
         words four[VECTORS];  // 4 bytes of each row
         for (int v = 0; v < VECTORS; v++) four[v] = load<words>(w + 128 * k + 4 * LANES * v);
         for (int j = 0; j < DEEP; j++) {
@@ -137,15 +136,15 @@ static inline float from_bfloat16(uint16_t half) {
     return value;
 }
 
-// Quantize m activations to two 8-bit digits each, with an offset of 128; return the scale of the first digit.
+// Quantize m activations to two 7-bit digits each, with an offset of 64; return the scale of the first digit.
 static float to_digits(const float *x, long m, uint8_t *digits) {
     float largest = 1e-30f;
     for (long k = 0; k < m; k++) largest = std::fabs(x[k]) > largest ? std::fabs(x[k]) : largest;
-    float unit = largest / 127;
+    float unit = largest / 63;
     for (long k = 0; k < m; k++) {
         float value = x[k] / unit, high = std::nearbyint(value);
-        digits[k] = (int)high + 128;
-        digits[m + k] = (int)std::nearbyint((value - high) * 254) + 128;
+        digits[k] = (int)high + 64;
+        digits[m + k] = (int)std::nearbyint((value - high) * 126) + 64;
     }
     return unit;
 }
@@ -250,7 +249,7 @@ void product_bfloat16(const uint16_t *w, const uint16_t *bias, long n, long m, c
 }
 
 // As above with int8 weights: row i has the scale step[i] and the sum whole[i], which corrects the digit offset.
-// Activations are quantized per row as max |x| / 127 * (high + low / 254), high and low being 8-bit integers.
+// Activations are quantized per row as max |x| / 63 * (high + low / 126), high and low being 7-bit integers.
 void product_int8(const int8_t *w, const float *step, const int32_t *whole, const float *bias, long n, long m,
                   const float *x, long rows, float *y, int threads) {
     std::vector<uint8_t> digits(2 * rows * m);
@@ -262,8 +261,8 @@ void product_int8(const int8_t *w, const float *step, const int32_t *whole, cons
         auto keep = [&](long i, long wide, long j, long deep, int32_t sums[][GROUP]) {
             for (long b = 0; b < deep; b += 2)
                 for (long a = 0; a < wide; a++) {
-                    int32_t above = 128 * whole[i + a];
-                    float sum = (sums[b][a] - above) + (sums[b + 1][a] - above) / 254.0f;
+                    int32_t above = 64 * whole[i + a];
+                    float sum = (sums[b][a] - above) + (sums[b + 1][a] - above) / 126.0f;
                     float scaled = sum * (unit[(j + b) / 2] * step[i + a]);
                     y[(j + b) / 2 * n + i + a] = scaled + (bias ? bias[i + a] : 0);
                 }

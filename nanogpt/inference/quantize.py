@@ -1,8 +1,8 @@
 """Cast, quantize and pack weights for CPU inference, where decoding is bound by memory bandwidth.
 
 bfloat16 halves the size of float32 weights, int8 halves it again: symmetric quantization with one scale per
-output row, max |w| / 127. Activations are quantized to two such digits (15 bits) per row; the embedding
-table stays in bfloat16, as a token reads only one row of it (loss measurements: docs/generation.md).
+output row, max |w| / 127. Activations are quantized to two 7-bit digits per row; the embedding table
+stays in bfloat16, as a token reads only one row of it (loss measurements: docs/results.md).
 
 For one row of activations, torch's matrix products reach a third to a half of the memory bandwidth; those of
 cpu_kernels.cpp reach more (docs/results.md). Weights packed for them are no longer parameters.
@@ -52,7 +52,7 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 class PackedInt8(Packed):
     """Linear layer x W^T + b with packed int8 W (n, m); float32 input and output.
 
-    Activations are quantized per row as max |x| / 127 * (high + low / 254), high and low in 8 bits.
+    Activations are quantized per row as max |x| / 63 * (high + low / 126), high and low in 7 bits.
     Integer sums are exact, so results do not depend on the rest of the batch.
     """
 
