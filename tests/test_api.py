@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import nanogpt
 from nanogpt import runtime
 from nanogpt.errors import UserError
 from nanogpt.model import GPT
-from nanogpt.tokenizer import vocabulary
+from nanogpt.tokenizer import tokenizer, vocabulary
 from tests import hf_folders
 from tests.test_sample import trained  # noqa: F401
 
@@ -36,6 +37,13 @@ def test_generate_accepts_one_or_many_prompts_and_samples(model):
     assert model.generate(["ab", "d"], max_new_tokens=30, num_samples=3)[0] == several
     assert model.generate("ab", max_new_tokens=30, seed=1338) == several[1]
     assert "".join(model.stream("ab", max_new_tokens=30)) == one
+
+
+def test_default_prompts_without_line_breaks_are_the_first_character(model):
+    dna = replace(model, open_tokenizer=lambda: tokenizer.CharTokenizer("ACGT"))
+    assert dna.encode("\n") == dna.encode("") == [0] and dna.encode("GA") == [2, 0]
+    with pytest.raises(UserError, match="cannot be encoded: not in the vocabulary of 4 characters"):
+        dna.encode("A\n")
 
 
 def test_sampling_options_reach_the_sampler(model):

@@ -63,12 +63,15 @@ class LanguageModel:
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt; an empty one becomes the end-of-text token or, without one, a
-        newline. Raise UserError if a character is not in the vocabulary or the text is not valid UTF-8."""
+        newline, and a newline, if the vocabulary of characters lacks it, the first character. Raise UserError
+        if a character is not in the vocabulary or the text is not valid UTF-8."""
         tokens = self.tokenizer
         if prompt:
             try:
                 return tokens.encode_prompt(prompt)
             except UserError as error:
+                if prompt == "\n" and tokens.kind == "char":  # sample.py's default, and no line breaks
+                    return [0]
                 raise UserError(f"the prompt cannot be encoded: {error}") from None
             except UnicodeEncodeError as error:
                 position = f"{prompt[error.start]!r} at character {error.start}"

@@ -74,7 +74,7 @@ def load_gpt2(path: str = "") -> GPT2Tokenizer:
         raise UserError(f"no GPT-2 merges at {file}; expected vocab.bpe of OpenAI's release")
     if not path:
         file = cache.cache_folder() / "gpt2" / "vocab.bpe"
-        instead = f"put that file at {file}, or use --tokenizer=char or byte, which do not need a download"
+        instead = f"put that file at {file}; to prepare a text without a download: --tokenizer=char or byte"
         download.fetch(GPT2_URL, vocabulary.GPT2_SHA256, file, instead)
     content = _known(file, vocabulary.GPT2_SHA256)
     if (file.parent / "encoder.json").is_file():
