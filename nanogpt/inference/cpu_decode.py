@@ -43,7 +43,7 @@ class DecodeStep:
         self.heads, self.kv_heads = config.n_head, config.n_kv_head or config.n_head
         self.head_size, self.qk_norm = config.head_size, config.qk_norm
         self.native = cache.keys.dtype == _own(model) and _natively(model)
-        self.blocks = [
+        blocks = [
             _Block(
                 block.ln_1.forward,
                 block.attn.c_attn.forward,
@@ -55,6 +55,7 @@ class DecodeStep:
             )
             for block in model.h
         ]
+        self.layers = list(zip(blocks, cache.keys.unbind(0), cache.values.unbind(0), strict=True))
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         """Return hidden states (B, C) of tokens (B,), int64, where slot i is at position `positions[i]`."""
@@ -65,8 +66,7 @@ class DecodeStep:
         if isinstance(self.position, Rotary):
             turn = [table[at][:, None] for table in (self.position.cos, self.position.sin)]
         attend = self._attention(at, length)
-        layers = zip(self.blocks, self.cache.keys.unbind(0), self.cache.values.unbind(0), strict=True)
-        for block, keys, values in layers:
+        for block, keys, values in self.layers:
             parts = block.c_attn(block.ln_1(x)).view(B, -1, self.head_size)
             q, kv = self._split(parts, turn)
             x = x + block.attn_c_proj(attend(q, kv, keys, values))

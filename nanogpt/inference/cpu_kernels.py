@@ -76,11 +76,12 @@ def attend(q: Tensor, kv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor)
     assert inner == [size, 1]
     y = torch.empty((B, heads * size), dtype=q.dtype)
     kv_heads = kv.shape[2]
-    k, v = kv.unbind(0)
+    k = kv.data_ptr()
+    v = k + kv.stride(0) * kv.element_size()
     pointers = [keys.data_ptr(), values.data_ptr(), slot, head, lengths.data_ptr()]
     shape = [B, kv_heads, heads // kv_heads, size]
     function = getattr(library(), ATTEND[q.dtype][0])
-    begin = [q.data_ptr(), q.stride(0), k.data_ptr(), v.data_ptr(), kv.stride(1)]
+    begin = [q.data_ptr(), q.stride(0), k, v, kv.stride(1)]
     function(*begin, *pointers, *shape, y.data_ptr(), torch.get_num_threads())
     return y
 
