@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import train_until_it_knows
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN, SAMPLE, PRODUCT = 2894, 2414, 14700
+TRAIN, SAMPLE, PRODUCT = 2894, 2391, 14700
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 SILENT |= {tokenize.ENDMARKER, tokenize.ENCODING}

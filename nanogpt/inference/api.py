@@ -48,6 +48,15 @@ class Score:
         return math.exp(-self.total / len(self.logprobs)) if self.logprobs else math.nan
 
 
+class CompletionOptions(Controls, total=False):
+    """Keyword arguments of LanguageModel.completions for each sample, for type checking."""
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    stop_at_end: bool
+    seed: int
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     model: GPT  # in evaluation mode, weights in the dtype given to `load`
@@ -127,25 +136,13 @@ class LanguageModel:
         prompt: str | Sequence[str],
         *,
         num_samples: int = 1,
-        max_new_tokens: int = 500,
-        stop: str | Sequence[str] = (),
-        stop_at_end: bool = False,
-        seed: int = 1337,
         batch_size: int = 16,
-        **controls: Unpack[Controls],
+        **options: Unpack[CompletionOptions],
     ) -> str | list[str] | list[list[str]]:
         """Return the continuation of `prompt`, without the prompt: a string; a list of `num_samples` strings
-        if that is above 1; for a list of prompts, a list of these. `controls`: see SamplingOptions."""
+        if that is above 1; for a list of prompts, a list of these. `options`: as in `completions`."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        done = self.completions(
-            prompts,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            stop_at_end=stop_at_end,
-            seed=seed,
-            **controls,
-        )
+        done = self.completions(prompts, num_samples=num_samples, **options)
         for _ in self.write(done, batch_size):
             pass
         texts = [c.string for c in done]
@@ -153,25 +150,9 @@ class LanguageModel:
         rows: list[str] | list[list[str]] = texts if num_samples == 1 else groups
         return rows[0] if isinstance(prompt, str) else rows
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = 500,
-        stop: str | Sequence[str] = (),
-        stop_at_end: bool = False,
-        seed: int = 1337,
-        **controls: Unpack[Controls],
-    ) -> Iterator[str]:
+    def stream(self, prompt: str, **options: Unpack[CompletionOptions]) -> Iterator[str]:
         """Yield the text of `generate` in pieces: complete characters only, never part of a stop string."""
-        done = self.completions(
-            [prompt],
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            stop_at_end=stop_at_end,
-            seed=seed,
-            **controls,
-        )
+        done = self.completions([prompt], num_samples=1, **options)
         yield from (piece for _, _, piece in self.write(done) if piece)
 
     def score(self, text: str) -> Score:
