@@ -53,6 +53,15 @@ def test_rows_of_zeros_stay_zeros(kind):
 
 
 @compiled
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_activations_that_are_not_finite_are_not_hidden(value):
+    x = torch.randn(3, 32)
+    x[1, 5] = value
+    found = PackedInt8(torch.randn(40, 32))(x)
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+
+
+@compiled
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES, (1000, 384)])

@@ -7,6 +7,7 @@
 // the next 4 bytes of each, and so on. 4 bytes of activations are multiplied with those of all 32 rows at once. Each
 // sum has its own SIMD lane and a fixed order, so results are bitwise independent of the rest of the batch.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,7 +16,8 @@
 #include <immintrin.h>
 #endif
 
-// Vectors of one register: GCC compiles wider ones to code of half the speed.
+// Vectors of one AVX-512 or AVX2 register: GCC compiles wider ones to code of half the speed. (With SSE or NEON, where
+// this is not tuned, LANES is twice a register.)
 #ifdef __AVX512F__
 constexpr int LANES = 16;
 #else
@@ -136,11 +138,22 @@ static inline float from_bfloat16(uint16_t half) {
     return value;
 }
 
-// Quantize m activations to two 7-bit digits each, with an offset of 64; return the scale of the first digit.
+// Quantize m activations to two 7-bit digits each, with an offset of 64; return the scale of the first digit, NaN if
+// an activation is not finite.
 static float to_digits(const float *x, long m, uint8_t *digits) {
-    float largest = 1e-30f;
-    for (long k = 0; k < m; k++) largest = std::fabs(x[k]) > largest ? std::fabs(x[k]) : largest;
-    float unit = largest / 63;
+    uint32_t bits = 0;  // of the largest magnitude: those of floats are ordered as integers, NaN last
+    for (long k = 0; k < m; k++) {
+        uint32_t one;
+        std::memcpy(&one, x + k, 4);
+        bits = std::max(bits, one & 0x7fffffffu);
+    }
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    if (!std::isfinite(largest)) {
+        std::memset(digits, 64, 2 * m);
+        return NAN;
+    }
+    float unit = std::max(largest, 1e-30f) / 63;
     for (long k = 0; k < m; k++) {
         float value = x[k] / unit, high = std::nearbyint(value);
         digits[k] = (int)high + 64;
@@ -213,7 +226,7 @@ static void attend(const T *q, long q_row, const T *k, const T *v, long kv_row, 
                    int threads) {
     long numbers = 0;
     for (int text = 0; text < texts; text++) numbers += lengths[text] * kv_heads * size;
-#pragma omp parallel for num_threads(threads) if (wakes(threads, 2 * numbers)) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) if (wakes(threads, 2 * numbers * group)) schedule(dynamic)
     for (int task = 0; task < texts * kv_heads; task++) {
         int text = task / kv_heads, which = task % kv_heads;
         long length = lengths[text], from = text * slot + which * head, own = text * kv_row + which * size;

@@ -1,8 +1,8 @@
 """Bindings of cpu_kernels.cpp, compiled for the local processor on first use (cpu_compile.py).
 
-The library is kept in the user's cache folder, named by a hash of the source and the processor and by one of
-its content, and trusted only if no other user can write there. Without it, torch's matrix products are used,
-at half the speed.
+The library is kept in the user's cache folder and trusted only if no other user can write there. Its name has
+a hash of the source, the processor, CXX and torch, and one of its content. Without it, torch's matrix
+products are used, at half the speed.
 """
 
 import ctypes

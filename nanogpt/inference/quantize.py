@@ -1,8 +1,8 @@
 """Cast, quantize and pack weights for CPU inference, where decoding is bound by memory bandwidth.
 
 bfloat16 halves the size of float32 weights, int8 halves it again: symmetric quantization with one scale per
-output row, max |w| / 127. Activations are quantized to two 7-bit digits per row; the embedding table
-stays in bfloat16, as a token reads only one row of it (loss measurements: docs/results.md).
+output row, max |w| / 127. Each activation becomes two 7-bit digits, with one scale per row; the
+embedding table stays in bfloat16, as a token reads only one row of it (loss measurements: docs/results.md).
 
 For one row of activations, torch's matrix products reach a third to a half of the memory bandwidth; those of
 cpu_kernels.cpp reach more (docs/results.md). Weights packed for them are no longer parameters.
@@ -117,8 +117,8 @@ def cast(model: GPT, dtype: str) -> GPT:
 def packable(model: GPT) -> bool:
     """Return whether `cast` packs the model's weight matrices: CPU, widths divisible by 4, kernels built."""
     widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
-    narrow = model.wte.weight.device.type != "cpu" or any(width % 4 for width in widths)
-    return not narrow and cpu_kernels.library() is not None
+    fits = model.wte.weight.device.type == "cpu" and not any(width % 4 for width in widths)
+    return fits and cpu_kernels.library() is not None
 
 
 def _replace(model: GPT, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
