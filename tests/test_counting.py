@@ -184,6 +184,9 @@ def test_figure_is_kept_and_shown_where_it_is_known(dataset, tmp_path, capsys):
     assert lines[-1].startswith(f"{out}: ") and "nats/token worse than counting (7-grams: " in lines[-1]
     train.main(small_run(dataset, tmp_path / "again", max_iters=4))
     assert "nats/token worse than counting" in capsys.readouterr().out
+    train.main(small_run(f"{dataset}:1", tmp_path / "mixture", max_iters=4))  # a mixture of one dataset
+    assert "best validation loss" in capsys.readouterr().out
+    assert counting.sequences_of(tmp_path / "mixture").best() == counting.sequences_of(out).best()
     train.main(small_run(dataset, tmp_path / "other", max_iters=4, block_size=8))  # other sequences
     assert "counting" not in capsys.readouterr().out
     figure = plot.draw([[plot.load_run(out, "out", "iter")]], plot.Config())

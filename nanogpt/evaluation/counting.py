@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from nanogpt import ROOT, files, metrics
 from nanogpt.config import PositiveInt
-from nanogpt.data import documents, loader
+from nanogpt.data import documents, loader, mixture
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 
@@ -172,9 +172,10 @@ def sequences_of(
     config = files.read_json(place / "config.json", ABOUT) if (place / "config.json").is_file() else {}
     options = config.get("options", {})
     name = dataset or options.get("dataset", "")
-    if not name or "," in name:
+    parts = mixture.parse(name) if name else []
+    if len(parts) != 1:
         raise UserError(f"the counting baseline needs one dataset, not {name!r}; give --dataset=FOLDER")
-    data = data or loader.load(loader.find(name, ROOT))
+    data = data or loader.load(loader.find(parts[0][0], ROOT))
     block_size = options.get("block_size", block_size)
     loader.require_sequence(data.val, block_size, "validation")
     count, separator = (len(data.val) - 1) // block_size, None
