@@ -34,7 +34,7 @@ from nanogpt.convert import weights
 from nanogpt.convert.pretrained import NAMES
 from nanogpt.data import loader, mixture
 from nanogpt.errors import UserError, run_program
-from nanogpt.evaluation import evals, harness, tasks
+from nanogpt.evaluation import counting, evals, harness, tasks
 from nanogpt.evaluation.evals import Report
 from nanogpt.evaluation.log_likelihood import Advance, Subject, Windows, encode_text
 from nanogpt.options import ProcessOptions
@@ -98,13 +98,16 @@ def run(config: Config, world: World) -> None:
     for name in names:
         opened = open_model(name, config, world)
         dataset = dataset_of(scored[0][0] if scored else opened, config)  # the same for both
+        if config.baseline and not scored:  # refuses mixtures before anything is scored
+            chosen = config.dataset or opened.dataset
+            counted = counting.sequences_of(Path(name), chosen, opened.subject.block_size)
         with opened.subject.machine.memory_errors():
             scored.append((opened, evaluate(opened, loaded, dataset, config)))
     opened, result = scored[0][0], results(*scored[0])
     if config.against:
         result |= compare(scored[0], scored[1], config.limit)
     if config.baseline:
-        result["baseline"] = baseline(opened, config)
+        result["baseline"] = baseline(counted, config)
     if for_lm_eval:
         result["lm_eval"], table = harness.run(for_lm_eval, opened.subject, config.limit)
         print(table)
@@ -186,20 +189,15 @@ def difference_from_training(path: Path, data: loader.Dataset, limit: int) -> st
         return f"note: {data.folder} has changed since {path} was saved: this is another text\n"
     if math.isinf(logged) or limit or len(data.val.texts) > 1:
         return ""
-    from nanogpt.evaluation import counting
-
     sequences = counting.sequences_of(path.parent, data=data)
     whole = (len(data.val) - 1) // sequences.block_size
     part = f"{sequences.count:,} of the {whole:,} sequences of this split (--eval_iters)"
     return f"training evaluated {part}: val loss {logged:.4f}\n" * (sequences.count < whole)
 
 
-def baseline(opened: Opened, config: Config) -> dict[str, Any]:
+def baseline(sequences: counting.Sequences, config: Config) -> dict[str, Any]:
     """Score n-gram counts on the run's validation sequences; print lines about them and the run."""
-    from nanogpt.evaluation import counting
-
     run = Path(config.out_dir)
-    sequences = counting.sequences_of(run, config.dataset or opened.dataset, opened.subject.block_size)
     figure, line = counting.measure(sequences)
     print(line)
     known = (run / metrics.NAME).is_file() and not config.dataset

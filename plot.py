@@ -265,8 +265,8 @@ def draw_losses(ax: "Axes", groups: Sequence[Sequence[Run]], y: str) -> None:
         ax.plot(at, val_losses, line, color=val_colour, markersize=4, label=title)
         if best is not None:
             ax.plot(at[best], val_losses[best], "o", color=val_colour, markersize=9, markeredgecolor="white")
-    counted = [run.baseline for group in groups for run in group if run.baseline]
-    for loss, order in {(baseline["loss"], baseline["order"]) for baseline in counted}:
+    counted = [reading.baseline(run.folder) for group in groups for run in group]
+    for loss, order in {(figures["loss"], figures["order"]) for figures in counted if figures}:
         title, height = f"counting, {order}-grams: {loss:.4f}", loss if y == "loss" else np.exp(loss)
         ax.axhline(height, color="#666666", linestyle=":", linewidth=1.2, label=title)
     ax.set_ylabel("loss (nats/token)" if y == "loss" else "perplexity")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from nanogpt import INSTALLED, files, metrics
 from nanogpt.checkpoint import reader
 from nanogpt.config import FilePath, PositiveInt, Range, load
+from nanogpt.diagnostics import runs
 from nanogpt.errors import UserError, run_program
 from nanogpt.inference import api, cpu_kernels
 from nanogpt.inference.engine import Engine
@@ -181,7 +182,6 @@ def describe(loaded: api.LanguageModel) -> dict[str, Any]:
     parameters = estimate.parameters(loaded.model.config)  # int8 weights are not parameters
     state = Path(loaded.origin) / "state.json"
     progress = files.read_json(state, dict) if state.is_file() else {}
-    counted = Path(loaded.origin).parent / "baseline.json"  # of the run
     return {
         "origin": loaded.origin,
         "machine": loaded.machine.reason,
@@ -191,7 +191,7 @@ def describe(loaded: api.LanguageModel) -> dict[str, Any]:
         "tokenizer": loaded.tokenizer.kind,
         "iter": progress.get("iter_num", 0),
         "val_loss": progress.get("val_loss"),
-        "baseline": files.read_json(counted, dict) if counted.is_file() else None,
+        "baseline": runs.baseline(Path(loaded.origin).parent) or None,
     }
 
 

@@ -15,6 +15,7 @@ import plot
 import serve
 import train
 from nanogpt.data import loader
+from nanogpt.diagnostics import runs
 from nanogpt.errors import UserError
 from nanogpt.evaluation import counting
 from nanogpt.evaluation.counting import FALLBACK, KneserNey, Sequences
@@ -194,6 +195,21 @@ def test_figure_is_kept_and_shown_where_it_is_known(dataset, tmp_path, capsys):
     assert f"counting, 7-grams: {by_order['7']:.4f}" in shown
     about = serve.describe(api.load(out, device="cpu"))
     assert about["baseline"] == {"loss": by_order["7"], "order": 7}
+    for damage in ("{", "{}", '{"loss": "x", "order": 7}'):
+        (out / counting.NAME).write_text(damage, encoding="utf-8")
+        assert runs.baseline(out) == {} and serve.describe(api.load(out, device="cpu"))["baseline"] is None
+    other = small_run(dataset, out, max_iters=6, eval_iters=1, init_from="resume")
+    train.main(other)  # other sequences: another figure
+    assert not (out / counting.NAME).exists()
+
+
+def test_mixtures_are_refused_before_anything_is_scored(dataset, tmp_path, capsys):
+    other = write_dataset(tmp_path / "other", words(600))
+    train.main(small_run(f"{dataset},{other}", tmp_path / "out", max_iters=2))
+    capsys.readouterr()
+    with pytest.raises(UserError, match="needs one dataset, not "):
+        eval_program.main(eval_program.Config(out_dir=str(tmp_path / "out"), baseline=True, device="cpu"))
+    assert "loss" not in capsys.readouterr().out
 
 
 def test_figure_of_other_data_or_damaged_is_ignored(tmp_path):

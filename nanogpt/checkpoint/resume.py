@@ -185,6 +185,7 @@ def rewind(run_dir: Path, progress: Progress, data: str = "") -> None:
     if not all(comparable(evaluation(path)[1], data) for path in step_folders(run_dir)[:1]):
         for row in (row for row in kept if "val_loss" in row):
             row["other_val_loss"] = row.pop("val_loss")
+        files.remove(run_dir / "baseline.json")  # of the counting baseline, on those sequences
     files.write_text(run_dir / metrics.NAME, "".join(json.dumps(row) + "\n" for row in kept))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,6 @@ class Run:
         ignored = IGNORED | ({"init_from"} if given.get("init_from") in AFRESH else set())
         return {key: value for key, value in given.items() if key not in ignored}
 
-    @property
-    def baseline(self) -> dict[str, Any]:
-        """Loss and order of n-gram counts (eval.py --baseline), {} if they are not known."""
-        path = self.folder / "baseline.json"
-        return files.read_json(path, {"loss": float, "order": int}) if path.is_file() else {}
-
     def best(self, key: str) -> float:
         """Return `key` of the evaluation with the lowest validation loss; NaN if there is none."""
         losses = self.evals["val_loss"]
@@ -63,6 +58,15 @@ class Run:
     @property
     def stderr(self) -> float:
         return self.best("val_stderr")
+
+
+def baseline(folder: Path) -> dict[str, Any]:
+    """Return loss and order of n-gram counts on the validation sequences of a run (eval.py --baseline), {} if
+    they are not known."""
+    figures: dict[str, Any] = {}
+    with suppress(UserError, OSError):  # missing or damaged
+        figures = files.read_json(folder / "baseline.json", {"loss": float, "order": int})
+    return figures
 
 
 def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()) -> Run:
