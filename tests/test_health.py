@@ -118,7 +118,6 @@ def test_rate_ten_times_too_high_is_named(recipe, kind, before, dataset, tmp_pat
     assert "lower --learning_rate" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -129,8 +128,8 @@ def test_rate_ten_times_too_high_is_named(recipe, kind, before, dataset, tmp_pat
     ],
     ids=["gpt2", "alibi", "fast", "wide"],
 )
-def test_healthy_run_gets_no_warning(recipe, seed, dataset, tmp_path, capsys):
-    rows = rows_of(dataset, tmp_path / "out", seed=seed, **recipe)
+def test_healthy_run_gets_no_warning(recipe, dataset, tmp_path, capsys):
+    rows = rows_of(dataset, tmp_path / "out", **recipe)
     assert [row["iter"] for row in rows] == [0, 1, *range(2, 100, 2)]
     assert named(rows, 100) == set(), [row for row in rows if row["warnings"]]
     layers = recipe.get("n_layer", 2)
