@@ -49,7 +49,7 @@ class Config(ClusterOptions, ModelOptions, OptimizerOptions, FinetuneOptions, Ba
     init_from: FilePath = "scratch"  # gpt2 .. gpt2-xl or a path: the model has the shape of these weights
     dataset: FilePath = "openwebtext"  # dataset whose vocabulary the model has, if it is prepared
     out_dir: FilePath = "out"  # run folder: free disk space is checked there
-    vocab_size: NonNegativeInt = 0  # vocabulary size in tokens; 0: that of the weights or of the dataset
+    vocab_size: NonNegativeInt = 0  # vocabulary size in tokens; 0: from the weights or the dataset
     batch_size: PositiveInt = 12  # sequences per micro-batch
 
 

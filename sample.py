@@ -47,7 +47,7 @@ class Config:
     temperature: Annotated[float, Range(0)] = 0.8  # softmax temperature; 0: greedy decoding
     top_k: NonNegativeInt = 200  # sample from the k most likely tokens; 0: all
     top_p: UnitInterval = 1.0  # nucleus sampling: smallest set of tokens with this total probability; 1: all
-    min_p: UnitInterval = 0.0  # minimum token probability, relative to the most likely token; 0: all
+    min_p: UnitInterval = 0.0  # minimum token probability, relative to the most likely token; 0: off
     seed: Seed = 1337  # random seed; sample i of a prompt uses seed + i
     # output
     stream: bool = False  # print text as it is generated, one sample at a time

@@ -90,7 +90,7 @@ def word_piece():
 
 
 def like_llama():
-    """A space is part of the next word, and dropped at the beginning; bytes that are no word are tokens."""
+    """A space is part of the next word, and dropped at the beginning; bytes outside words are tokens."""
     from tokenizers import Tokenizer, decoders, models
 
     words = ["\u2581the", "\u2581", "th", "e", "\u2581\u2581", "\ufffd"]

@@ -63,10 +63,10 @@ class Run:
 def baseline(folder: Path) -> dict[str, Any]:
     """Return loss and order of n-gram counts on the validation sequences of a run (eval.py --baseline), {} if
     they are not known."""
-    figures: dict[str, Any] = {}
     with suppress(UserError, OSError):  # missing or damaged
-        figures = files.read_json(folder / "baseline.json", {"loss": float, "order": int})
-    return figures
+        figures: dict[str, Any] = files.read_json(folder / "baseline.json", {"loss": float, "order": int})
+        return figures
+    return {}
 
 
 def load(folder: Path, name: str = "", x: str = "iter", keys: Sequence[str] = ()) -> Run:

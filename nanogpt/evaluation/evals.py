@@ -227,7 +227,7 @@ def _stretches(nats: np.ndarray, text_bytes: np.ndarray) -> tuple[dict[str, Any]
 
 
 def token_bytes(tokens: Tokenizer) -> np.ndarray:
-    """Return the UTF-8 byte length of each token id decoded alone, int64 (V,); 0 for ids that are no text."""
+    """Return the UTF-8 byte length of each token id decoded alone, int64 (V,); 0 if it is not text."""
     if tokens.kind == "ids":
         return np.zeros(tokens.vocab_size, dtype=np.int64)
     return np.array([len(tokens.decode_bytes([i])) for i in range(tokens.vocab_size)], dtype=np.int64)

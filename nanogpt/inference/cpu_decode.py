@@ -35,7 +35,8 @@ class _Block(NamedTuple):
 
 
 class DecodeStep:
-    """Process one token in each of the first B slots of `cache`; the model's modules must not be replaced."""
+    """Process one token in each of the first B slots of `cache`. Neither the model's modules nor the cache's
+    tensors may be replaced."""
 
     def __init__(self, model: Any, cache: KVCache):  # a GPT
         config = model.config

@@ -104,7 +104,7 @@ def memory(
 
     `number_bytes`: bytes per element of the compute dtype (2: bfloat16 autocast). `recompute`: activation
     checkpointing. `on_cpu`: torch's CPU kernels, in float32. `loss_chunk_size`: tokens per chunk of the
-    loss; 0: all. `compiled`: by torch.compile.
+    loss; 0: one chunk. `compiled`: by torch.compile.
 
     AdamW keeps two state elements per parameter, Muon one per element of the blocks' matrices, row-wise
     Adagrad one per row of the n-gram tables, whose gradients are sparse on a CPU and not counted there.

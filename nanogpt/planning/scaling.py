@@ -39,11 +39,11 @@ RING, TREE = (10.0, 1.9, 4.0), (4.4, 1.2, 8.5)
 class ClusterOptions(OptimizerOptions, BatchOptions):
     # memory
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more FLOPs
-    loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: all, automatic on a CPU
+    loss_chunk_size: NonNegativeInt = 0  # tokens per chunk of the loss; 0: no chunks on GPUs, auto on CPUs
     # hardware
     gpu: str = ""  # GPU model, such as A100, H100 or RTX4090; empty: this machine
     gpus: PositiveInt = 8  # number of data-parallel GPUs, each with the whole model; ignored without --gpu
-    gpu_memory: NonNegativeFloat = 0.0  # memory per GPU in GB (1e9 bytes); 0: that of the model
+    gpu_memory: NonNegativeFloat = 0.0  # memory per GPU in GB (1e9 bytes); 0: as in the data sheet
     mfu: Annotated[float, Range(0.001, 1)] = 0.4  # model FLOPs utilization, fraction of the peak
     dollars_per_gpu_hour: NonNegativeFloat = 0.0  # price in dollars; 0: do not print the cost
     # scaling (docs/scaling-arithmetic.md)
